@@ -1,0 +1,216 @@
+"""The nano model's networks: the reference classes at tiny sizes, how they start, and how they run fast in training."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import tempfile
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import world
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResample, WanResidualBlock
+from transformers import UMT5Config, UMT5EncoderModel
+
+PAD, EOS, UNK = 0, 1, 2
+TEXT_LEN = 512  # rows the pipeline pads a caption's encoding to
+SHORT_LEN = 32  # rows kept in training: the caption and one row for all the padding
+SHIFT = 3.0
+
+
+# --- VAE -------------------------------------------------------------------------------------------------------
+
+
+def new_vae() -> AutoencoderKLWan:
+    vae = AutoencoderKLWan(base_dim=16, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=2)
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+                module.weight.normal_(0, module.weight[0].numel() ** -0.5)
+                module.bias.zero_()
+        for module in vae.modules():
+            if isinstance(module, WanResidualBlock):
+                module.conv2.weight.zero_()
+            elif isinstance(module, WanAttentionBlock):
+                module.proj.weight.zero_()
+            elif isinstance(module, WanResample) and hasattr(module, "time_conv"):
+                weight = module.time_conv.weight.zero_()  # (c or 2c, c, 3, 1, 1); the last tap is the current frame
+                weight[:, :, -1, 0, 0] = torch.eye(weight.shape[1]).repeat(weight.shape[0] // weight.shape[1], 1)
+        vae.quant_conv.weight[16:] *= 0.1
+        vae.quant_conv.bias[16:] = -5.0
+    return vae
+
+
+def one_pass(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """Make ``vae.encoder`` and ``vae.decoder`` take a whole clip (4n+1 frames) at once, with the chunked result."""
+    for module in vae.modules():
+        if isinstance(module, WanResample):
+            module.forward = types.MethodType(_resample, module)
+    return vae
+
+
+def _resample(self: WanResample, x, feat_cache=None, feat_idx=None):
+    if self.mode == "upsample3d" and x.shape[2] > 1:
+        first, rest = x[:, :, :1], x[:, :, 1:]  # frame 0 is never doubled, and never seen by the others
+        rest = self.time_conv(rest).unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        x = torch.cat([first, rest], 2)
+    conv = self.resample[1]
+    if self.mode.startswith("upsample"):
+        x = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest")
+        return F.conv3d(x, conv.weight[:, :, None], conv.bias, padding=(0, 1, 1))
+    x = F.conv3d(F.pad(x, (0, 1, 0, 1)), conv.weight[:, :, None], conv.bias, stride=(1, 2, 2))
+    if self.mode == "downsample3d" and x.shape[2] > 1:
+        x = torch.cat([x[:, :, :1], self.time_conv(x)], 2)
+    return x
+
+
+def encode(vae: AutoencoderKLWan, video):
+    """Mean and log-variance (B, 16, t, h, w) of the latents of a ``one_pass`` VAE, not normalised."""
+    mean, logvar = vae.quant_conv(vae.encoder(video)).chunk(2, dim=1)
+    return mean, logvar.clamp(-30, 20)
+
+
+def decode(vae: AutoencoderKLWan, latents):
+    """Video (B, 3, T, H, W), about [-1, 1], from latents that are not normalised."""
+    return vae.decoder(vae.post_quant_conv(latents))
+
+
+def latent_scale(vae: AutoencoderKLWan, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (1, 16, 1, 1, 1) that normalise the latents."""
+    stats = (vae.config.latents_mean, vae.config.latents_std)
+    return tuple(torch.tensor(s, device=device).view(1, -1, 1, 1, 1) for s in stats)
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------
+
+
+def build_tokenizer(path: Path) -> None:
+    """Write a sentencepiece model whose pieces are the world's words; capitals and full-width stops are folded."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    rng = np.random.default_rng(7)
+    english, chinese = set(), set(world.ZH_WORDS)
+    for index in range(20000):
+        scene = world.sample_scene(rng)
+        english.update(re.findall(r"[a-z]+|[0-9]|[,.]", world.caption(scene, rng, "en", complete=True)))
+        if index % 4 == 0:
+            chinese.update(re.findall(r"[\u4e00-\u9fff]", world.caption(scene, rng, "zh", complete=True)))
+    words = [w if w in ",." else "▁" + w for w in sorted(english | {"an", ",", "."})]
+    pieces = ["▁", *words, *"0123456789", *sorted(chinese)]
+
+    fold = {chr(c): chr(c + 32) for c in range(65, 91)} | {"，": ",", "。": ".", "、": ","}
+    with tempfile.TemporaryDirectory() as folder:
+        rules = Path(folder, "fold.tsv")
+        rules.write_text("".join(f"{ord(a):X}\t{ord(b):X}\n" for a, b in fold.items()))
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(  # only for its normalisation rules: the pieces are replaced below
+            sentence_iterator=iter(["a red circle moves right"] * 10), model_writer=model, vocab_size=30,
+            hard_vocab_limit=False, normalization_rule_tsv=str(rules), pad_id=PAD, eos_id=EOS, unk_id=UNK, bos_id=-1,
+            minloglevel=2,
+        )  # fmt: skip
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    del proto.pieces[3:]
+    for piece in pieces:
+        proto.pieces.add(piece=piece, score=-5.0)  # equal scores: the fewest pieces win
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(proto.SerializeToString())
+
+
+def load_tokenizer(path: Path):
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def token_rows(tokenizer, captions: list[str]) -> np.ndarray:
+    """(captions, SHORT_LEN) ids, each caption closed by EOS and padded; at least one place stays free."""
+    rows = np.full((len(captions), SHORT_LEN), PAD, np.int16)
+    for row, ids in zip(rows, tokenizer.encode(captions), strict=True):
+        ids = [*ids[: SHORT_LEN - 2], EOS]
+        row[: len(ids)] = ids
+    return rows
+
+
+# --- text encoder and transformer ------------------------------------------------------------------------------
+
+
+def new_text_encoder(vocab_size: int) -> UMT5EncoderModel:
+    config = UMT5Config(
+        vocab_size=vocab_size, d_model=128, d_kv=32, num_heads=4, num_layers=2, d_ff=256, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", pad_token_id=PAD, eos_token_id=EOS, is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    return UMT5EncoderModel(config)
+
+
+def new_transformer() -> WanTransformer3DModel:
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=128, freq_dim=256,
+        ffn_dim=640, num_layers=6,
+    )  # fmt: skip
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                torch.nn.init.xavier_uniform_(module.weight)
+                module.bias.zero_()
+        torch.nn.init.xavier_uniform_(model.patch_embedding.weight.view(256, -1))
+        model.patch_embedding.bias.zero_()
+        model.proj_out.weight.zero_()
+    return model
+
+
+class ShortText:
+    """Cross-attention over a short context that stands for one zero-padded to 512 rows.
+
+    All padding rows have the same key and value, so one of them with log(count) added to its score weighs as much
+    as all: the same result at a sixteenth of the rows. ``bias`` (B, 1, 1, SHORT_LEN) is set before each forward.
+    """
+
+    bias: torch.Tensor
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        q = attn.norm_q(attn.to_q(hidden_states))
+        k = attn.norm_k(attn.to_k(encoder_hidden_states))
+        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, attn.to_v(encoder_hidden_states)))
+        weights = ((q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5 + self.bias).softmax(-1)
+        return attn.to_out[0]((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+
+
+def use_short_text(model: WanTransformer3DModel) -> ShortText:
+    processor = ShortText()
+    for block in model.blocks:
+        block.attn2.processor = processor
+    return processor
+
+
+def encode_text(encoder: UMT5EncoderModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Context (B, SHORT_LEN, 128), zero beyond each caption, and the ``ShortText`` bias that goes with it."""
+    count = (ids != PAD).sum(1, keepdim=True)
+    place = torch.arange(SHORT_LEN, device=ids.device)
+    rows = encoder(input_ids=ids, attention_mask=(ids != PAD).long()).last_hidden_state
+    rows = rows * (place < count)[..., None]
+    bias = torch.where(place < count, 0.0, torch.where(place == count, (TEXT_LEN - count).float().log(), -1e4))
+    return rows, bias[:, None, None]
+
+
+@torch.no_grad()
+def sample(model, short: ShortText, encoder, ids, noise, steps: int = 20, guidance: float = 3.0):
+    """Latents from ``noise`` (B, 16, t, h, w) by Euler's method on the official sigma grid; ``ids`` (B, SHORT_LEN)."""
+    empty = torch.full_like(ids, PAD)
+    empty[:, 0] = EOS
+    context, bias = encode_text(encoder, torch.cat([ids, empty]))
+    short.bias = bias
+    sigmas = np.linspace(0.999, 0, steps + 1)
+    sigmas = SHIFT * sigmas / (1 + (SHIFT - 1) * sigmas)
+    x = noise.float()
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        t = torch.full((2 * len(x),), float(math.floor(1000 * sigma)), device=x.device)
+        v, empty_v = model(torch.cat([x, x]), t, context, return_dict=False)[0].float().chunk(2)
+        x = x + (following - sigma) * (empty_v + guidance * (v - empty_v))
+    return x

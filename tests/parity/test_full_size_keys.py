@@ -1,0 +1,76 @@
+"""At full size: the reference classes' own lists of keys and shapes (torch's meta device) load strictly into ours."""
+
+from pathlib import Path
+
+import pytest
+from oracles import official, torch
+
+from wan_mlx.configs import PRESETS, TextEncoderConfig, VAEConfig
+from wan_mlx.text_encoder import parameter_shapes as text_encoder_shapes
+from wan_mlx.transformer import Transformer
+from wan_mlx.types import WeightsError
+from wan_mlx.vae import VAE
+from wan_mlx.weights.load import (
+    ComponentWeights,
+    check_keys,
+    parameter_shapes,
+    text_encoder_config,
+    transformer_config,
+    vae_config,
+)
+from wan_mlx.weights.reader import TensorInfo
+
+
+class HeaderOnly:
+    """What a weight file's header tells; there is no data behind it."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.path = Path("published.safetensors")
+        self.metadata = {}
+        self.tensors = {name: TensorInfo(tuple(t.shape), "F32") for name, t in module.state_dict().items()}
+
+
+def on_meta(build, *args, **kwargs) -> ComponentWeights:
+    with torch.device("meta"):
+        return ComponentWeights(HeaderOnly(build(*args, **kwargs)))
+
+
+def official_transformer(name: str) -> ComponentWeights:
+    c = PRESETS[name].transformer
+    sizes = dict(dim=c.dim, ffn_dim=c.ffn_dim, num_heads=c.num_heads, num_layers=c.num_layers, freq_dim=c.freq_dim)
+    return on_meta(official("modules.model").WanModel, model_type="t2v", in_dim=16, out_dim=16, text_dim=4096, **sizes)
+
+
+@pytest.mark.parametrize("name, count", [("t2v-1.3B", 825), ("t2v-14B", 1095)])
+def test_transformer(name, count):
+    weights = official_transformer(name)
+    assert len(weights.shapes) == count
+    config = transformer_config(weights, {"num_heads": PRESETS[name].transformer.num_heads})
+    assert config == PRESETS[name].transformer
+    assert transformer_config(weights, {}) == config  # heads of 128 where no config.json says otherwise
+    check_keys(weights, parameter_shapes(Transformer(config)))
+
+
+def test_text_encoder():
+    sizes = dict(vocab=256384, dim=4096, dim_attn=4096, dim_ffn=10240, num_heads=64, num_layers=24, num_buckets=32)
+    weights = on_meta(official("modules.t5").T5Encoder, shared_pos=False, **sizes)
+    assert text_encoder_config(weights, {}) == TextEncoderConfig()
+    check_keys(weights, text_encoder_shapes(TextEncoderConfig()))
+
+
+def test_vae():
+    sizes = dict(dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
+    weights = on_meta(official("modules.vae2_1").WanVAE_, **sizes)
+    assert vae_config(weights, {}) == VAEConfig()
+    check_keys(weights, parameter_shapes(VAE(VAEConfig())))
+
+
+def test_the_check_is_strict():
+    weights = official_transformer("t2v-1.3B")
+    shapes = parameter_shapes(Transformer(PRESETS["t2v-1.3B"].transformer))
+    with pytest.raises(WeightsError, match="lacks head.extra"):
+        check_keys(weights, {**shapes, "head.extra": (1,)})
+    with pytest.raises(WeightsError, match="unexpected blocks.7.modulation"):
+        check_keys(weights, {k: s for k, s in shapes.items() if k != "blocks.7.modulation"})
+    with pytest.raises(WeightsError, match="other shapes: head.modulation"):
+        check_keys(weights, {**shapes, "head.modulation": (1, 3, 1536)})

@@ -1,0 +1,135 @@
+"""Invariants of the causal VAE that need no PyTorch."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_map_with_path
+
+from wan_mlx.configs import VAEConfig
+from wan_mlx.vae import VAE, CausalCache
+
+CONFIG = VAEConfig(dim=8, z_dim=4, mean=(0.5, -0.3, 0.0, 1.0), std=(1.0, 2.0, 0.7, 1.5))
+
+
+@pytest.fixture(scope="module")
+def vae():
+    rng = np.random.default_rng(0)
+
+    def fill(path, value):
+        noise = rng.normal(size=value.shape)
+        return mx.array(noise * value[0].size ** -0.5 if value.ndim > 1 else 0.1 * noise + path.endswith("gamma"))
+
+    vae = VAE(CONFIG)
+    return vae.update(tree_map_with_path(lambda p, v: fill(p, v).astype(mx.float32), vae.parameters()))
+
+
+def random(*shape):
+    return mx.array(np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32))
+
+
+def decoded(vae, latents):
+    return np.concatenate(list(vae.decode(latents)), axis=1)
+
+
+def test_chunked_encode_equals_whole(vae):
+    frames = random(1, 13, 16, 24, 3)
+    whole = vae.encode(frames)
+    chunks = (mx.array(frames[:, a:b]) for a, b in ((0, 1), (1, 5), (5, 9), (9, 13)))
+    assert whole.shape == (1, 4, 2, 3, 4) and whole.dtype == mx.float32
+    assert np.array_equal(vae.encode_chunks(chunks), whole)
+
+
+@pytest.mark.parametrize("prefix", [1, 2, 3])
+def test_later_frames_change_nothing_before_them(vae, prefix):
+    latents = random(1, 4, 2, 3, 4)
+    np.testing.assert_allclose(decoded(vae, latents[:, :prefix]), decoded(vae, latents)[:, : 4 * prefix - 3], atol=1e-6)
+    frames = random(1, 13, 16, 24, 3)
+    np.testing.assert_allclose(vae.encode(frames[:, : 4 * prefix - 3]), vae.encode(frames)[:, :prefix], atol=1e-6)
+
+
+def test_frames_stream_as_they_are_decoded(vae):
+    stream = vae.decode(random(1, 3, 2, 3, 4))
+    shapes = [(frames.shape, frames.dtype) for frames in stream]
+    assert shapes == [((1, n, 16, 24, 3), mx.float32) for n in (1, 4, 4)]
+
+
+def test_one_pass_leaves_nothing_for_the_next(vae):
+    latents = random(1, 3, 2, 3, 4)
+    first = decoded(vae, latents)
+    next(vae.decode(-latents))
+    assert np.array_equal(decoded(vae, latents), first)
+
+
+@pytest.fixture
+def exact_allocations():
+    """No reuse of freed buffers, which may be larger than what was asked for."""
+    limit = mx.set_cache_limit(0)
+    mx.clear_cache()
+    yield
+    mx.set_cache_limit(limit)
+
+
+def held_beyond_the_cache(step, chunks):
+    """Bytes that stay allocated after ``step`` has run over chunks, in excess of the frames in its cache."""
+    cache = CausalCache()
+    before = mx.get_active_memory()
+    for shape in chunks:
+        step(mx.random.uniform(-1, 1, shape, key=mx.random.key(0)), cache)
+    mx.synchronize()
+    kept = {id(frame): frame.nbytes for frames in cache.frames.values() for frame in frames}
+    return mx.get_active_memory() - before - sum(kept.values())
+
+
+def test_cache_owns_its_memory(vae, exact_allocations):
+    decode = held_beyond_the_cache(lambda x, cache: list(vae.decoder(x, cache)), [(1, 8, 12, 4)] * 3)
+    encode = held_beyond_the_cache(vae._encode_chunk, [(1, n, 64, 96, 3) for n in (1, 4)])
+    # One frame of pixels kept alive by a slice would be 74 kB.
+    assert abs(decode) < 20_000 and abs(encode) < 20_000
+
+
+def test_cache_does_not_grow(vae):
+    cache, sizes = CausalCache(), []
+    for _ in range(4):
+        list(vae.decoder(mx.ones((1, 2, 3, 4)), cache))
+        sizes.append([frame.shape for frames in cache.frames.values() for frame in frames])
+    assert sizes[0] == sizes[1] == sizes[2] == sizes[3]
+    assert {len(frames) for frames in cache.frames.values()} == {2}
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((1, 6, 16, 24, 3), r"6 frames given, expected 4n\+1; nearest is 5"),
+        ((1, 4, 16, 24, 3), r"4 frames given, expected 4n\+1; nearest is 5"),
+        ((1, 5, 16, 21, 3), "frames are 21x16, expected multiples of 8; nearest is 24x16"),
+        ((1, 5, 3, 24, 3), "nearest is 24x8"),
+        ((1, 3, 5, 16, 24), r"expected \(1, T, H, W, 3\), channels last"),
+        ((2, 5, 16, 24, 3), r"expected \(1, T, H, W, 3\)"),
+        ((5, 16, 24, 3), r"expected \(1, T, H, W, 3\)"),
+        ((1, 0, 16, 24, 3), r"expected \(1, T, H, W, 3\)"),
+    ],
+)
+def test_wrong_frames(vae, shape, message):
+    with pytest.raises(ValueError, match=message):
+        vae.encode(mx.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "shapes, message", [([1, 3], "chunk 1 has 3 frames, expected 4"), ([4], "expected 1"), ([], "no")]
+)
+def test_wrong_chunks(vae, shapes, message):
+    with pytest.raises(ValueError, match=message):
+        vae.encode_chunks(mx.zeros((1, t, 16, 24, 3)) for t in shapes)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 3, 2, 3), (2, 1, 2, 3, 4), (3, 2, 3, 4), (1, 0, 2, 3, 4)])
+def test_wrong_latents_are_refused_at_once(vae, shape):
+    with pytest.raises(ValueError, match=r"expected \(1, t, h, w, 4\), channels last"):
+        vae.decode(mx.zeros(shape))
+
+
+@pytest.mark.parametrize("changes, message", [({"z_dim": 5}, "z_dim = 5"), ({"dim_mult": (1, 2)}, "expected 1, one")])
+def test_config_must_agree_with_itself(changes, message):
+    sizes = dict(dim=8, z_dim=4, mean=CONFIG.mean, std=CONFIG.std)
+    with pytest.raises(ValueError, match=message):
+        VAE(VAEConfig(**{**sizes, **changes}))

@@ -1,0 +1,51 @@
+"""A tiny checkpoint in the official layout, written as Wan-AI publishes it: torch.save, safetensors, sentencepiece."""
+
+import io
+import json
+from pathlib import Path
+
+import sentencepiece
+from oracles import official, randomize, torch
+from safetensors.torch import save_file
+
+DIT = dict(dim=48, ffn_dim=80, num_heads=2, num_layers=2, freq_dim=32)
+TEXT = dict(dim=24, dim_attn=32, dim_ffn=40, num_heads=4, num_layers=2, num_buckets=32)
+VAE = dict(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
+SENTENCES = [
+    "a cat boxing on a stage", "two dogs run over the beach", "a red circle moves right on a blue background",
+    "一只猫在台上打拳", "红色的圆在蓝色背景上向右移动", "the quick brown fox jumps over the lazy dog 0123456789",
+]  # fmt: skip
+
+
+def sentencepiece_model(vocab_size: int = 120) -> bytes:
+    """A small unigram model with T5's special ids."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 5), model_writer=model, vocab_size=vocab_size, hard_vocab_limit=False,
+        character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def networks(seed: int = 0) -> dict[str, torch.nn.Module]:
+    """The three official classes at tiny sizes, with random weights."""
+    spm = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    text = official("modules.t5").T5Encoder(vocab=spm.vocab_size(), shared_pos=False, dropout=0.0, **TEXT)
+    vae = official("modules.vae2_1").WanVAE_(**VAE)
+    dit = official("modules.model").WanModel(model_type="t2v", text_dim=TEXT["dim"], **DIT, in_dim=16, out_dim=16)
+    for offset, module in enumerate((text, vae, dit)):
+        randomize(module.eval().requires_grad_(False), seed + offset)
+    return {"text_encoder": text, "vae": vae, "transformer": dit}
+
+
+def write_official_folder(folder: Path, modules: dict[str, torch.nn.Module]) -> Path:
+    """Write ``modules`` with the names and formats of a Wan-AI repository."""
+    (folder / "google/umt5-xxl").mkdir(parents=True)
+    (folder / "google/umt5-xxl/spiece.model").write_bytes(sentencepiece_model())
+    torch.save(modules["text_encoder"].state_dict(), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    torch.save(modules["vae"].state_dict(), folder / "Wan2.1_VAE.pth")
+    save_file(dict(modules["transformer"].state_dict()), folder / "diffusion_pytorch_model.safetensors")
+    config = {"_class_name": "WanModel", "model_type": "t2v", **DIT, "in_dim": 16, "out_dim": 16, "eps": 1e-6,
+              "text_len": 512}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -1,0 +1,154 @@
+"""Network sizes, and one preset per released Wan2.1 model.
+
+Constants follow the official repository's ``wan/configs`` and the defaults of its ``generate.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+CAMERA_SHAKE = "镜头晃动，"
+SCENE_CUT = "镜头切换，"
+
+NUM_TRAIN_TIMESTEPS = 1000
+TEXT_LEN = 512
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the diffusion transformer. ``model_type`` is t2v, i2v, flf2v or vace, as in config.json."""
+
+    model_type: str = "t2v"
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    in_dim: int = 16
+    out_dim: int = 16
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = TEXT_LEN
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    image_dim: int = 1280
+    vace_layers: tuple[int, ...] = ()
+    vace_in_dim: int = 96
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def has_image_branch(self) -> bool:
+        """Whether cross-attention also reads CLIP features (``k_img``, ``v_img``)."""
+        return self.model_type in ("i2v", "flf2v")
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes of the umT5 encoder; the defaults are umT5-XXL's."""
+
+    vocab_size: int = 256384
+    dim: int = 4096
+    dim_attn: int = 4096
+    dim_ffn: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the causal 3D VAE; the defaults are Wan2.1's. ``mean`` and ``std`` normalise each latent channel."""
+
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    mean: tuple[float, ...] = (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    )  # fmt: skip
+    std: tuple[float, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling defaults of a model at one resolution class."""
+
+    steps: int = 50
+    shift: float = 5.0
+    guidance_scale: float = 5.0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One released model: where it is published, its sizes, and how it wants to be sampled.
+
+    ``sampling`` is the default; ``sampling_480p`` replaces it when the area is at most 832x480.
+    """
+
+    name: str
+    task: str
+    repo: str
+    transformer: TransformerConfig
+    size: tuple[int, int] = (832, 480)
+    num_frames: int = 81
+    fps: int = 16
+    sampling: Sampling = Sampling()
+    sampling_480p: Sampling | None = None
+    negative_prompt: str = NEGATIVE_PROMPT
+    text_encoder: TextEncoderConfig = field(default=TextEncoderConfig())
+    vae: VAEConfig = field(default=VAEConfig())
+
+    def sampling_for(self, width: int, height: int) -> Sampling:
+        """Defaults for an output of ``width`` x ``height`` pixels."""
+        if self.sampling_480p is not None and width * height <= 832 * 480:
+            return self.sampling_480p
+        return self.sampling
+
+
+_DIT_1_3B = TransformerConfig()
+_DIT_14B = TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+_DIT_I2V = TransformerConfig("i2v", dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36)
+_DIT_FLF2V = TransformerConfig("flf2v", dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36)
+_DIT_VACE_1_3B = TransformerConfig("vace", vace_layers=tuple(range(0, 30, 2)))
+_DIT_VACE_14B = TransformerConfig(
+    "vace", dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, vace_layers=tuple(range(0, 40, 5))
+)
+_I2V_NEGATIVE = CAMERA_SHAKE + NEGATIVE_PROMPT
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("t2v-1.3B", "t2v", "Wan-AI/Wan2.1-T2V-1.3B", _DIT_1_3B),
+        Preset("t2v-14B", "t2v", "Wan-AI/Wan2.1-T2V-14B", _DIT_14B, size=(1280, 720)),
+        Preset(
+            "i2v-14B-480P", "i2v", "Wan-AI/Wan2.1-I2V-14B-480P", _DIT_I2V,
+            sampling=Sampling(steps=40), sampling_480p=Sampling(steps=40, shift=3.0), negative_prompt=_I2V_NEGATIVE,
+        ),
+        Preset(
+            "i2v-14B-720P", "i2v", "Wan-AI/Wan2.1-I2V-14B-720P", _DIT_I2V, size=(1280, 720),
+            sampling=Sampling(steps=40), sampling_480p=Sampling(steps=40, shift=3.0), negative_prompt=_I2V_NEGATIVE,
+        ),
+        Preset(
+            "flf2v-14B-720P", "flf2v", "Wan-AI/Wan2.1-FLF2V-14B-720P", _DIT_FLF2V, size=(1280, 720),
+            sampling=Sampling(shift=16.0), negative_prompt=SCENE_CUT + _I2V_NEGATIVE,
+        ),
+        Preset("vace-1.3B", "vace", "Wan-AI/Wan2.1-VACE-1.3B", _DIT_VACE_1_3B, sampling=Sampling(shift=16.0)),
+        Preset(
+            "vace-14B", "vace", "Wan-AI/Wan2.1-VACE-14B", _DIT_VACE_14B, size=(1280, 720), sampling=Sampling(shift=16.0)
+        ),
+    )
+}  # fmt: skip

@@ -1,0 +1,79 @@
+"""The small parts that the networks share. Parameters are zero until loaded: no global random state is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+# Everything after self-attention treats tokens one by one, so it runs on this many at a time: the 5.8x wider
+# feed-forward arrays then stay small, and matmuls are still large enough to run at full speed.
+TOKENS_AT_ONCE = 8192
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, not initialised at random."""
+
+    def __init__(self, in_dim: int, out_dim: int, bias: bool = True):
+        nn.Module.__init__(self)
+        self.weight = mx.zeros((out_dim, in_dim))
+        if bias:
+            self.bias = mx.zeros((out_dim,))
+
+
+class Embedding(nn.Embedding):
+    """``nn.Embedding``, not initialised at random."""
+
+    def __init__(self, count: int, dim: int):
+        nn.Module.__init__(self)
+        self.weight = mx.zeros((count, dim))
+
+
+@mx.compile
+def scale_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """``x * scale + shift`` computed in float32, in x's dtype."""
+    return (x.astype(mx.float32) * scale + shift).astype(x.dtype)
+
+
+@mx.compile
+def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
+    """``x + y * gate`` computed in float32, in x's dtype."""
+    return (x.astype(mx.float32) + y.astype(mx.float32) * gate).astype(x.dtype)
+
+
+@mx.compile
+def gelu_tanh(x: mx.array) -> mx.array:
+    """tanh-approximated GELU computed in float32, in x's dtype."""
+    y = x.astype(mx.float32)
+    return (0.5 * y * (1.0 + mx.tanh(0.7978845608028654 * (y + 0.044715 * y * y * y)))).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Holds the weight of a query/key norm over all heads; applied by the attention below."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = mx.ones((dim,))
+
+
+class AffineNorm(nn.Module):
+    """LayerNorm with weight and bias, which stay float32 while the result keeps x's dtype."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = mx.ones((dim,))
+        self.bias = mx.zeros((dim,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return scale_shift(mx.fast.layer_norm(x, None, None, self.eps), self.weight, self.bias)
+
+
+def in_token_chunks(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    """``function(x)`` for a function that treats tokens (B, L, D) independently, a slice of tokens at a time."""
+    if x.shape[1] <= TOKENS_AT_ONCE:
+        return function(x)
+    return mx.concatenate(
+        [function(x[:, i : i + TOKENS_AT_ONCE]) for i in range(0, x.shape[1], TOKENS_AT_ONCE)], axis=1
+    )

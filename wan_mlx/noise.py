@@ -1,0 +1,77 @@
+"""The starting noise: PyTorch's stream of normal numbers, without PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+BLOCK = 16  # PyTorch turns uniform numbers into normal ones sixteen at a time
+
+
+def normal(shape: Sequence[int], seed: int) -> np.ndarray:
+    """Normal numbers, float32 ``shape``: ``torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))``.
+
+    Follows ATen's ``normal_fill`` and ``normal_distribution``; logarithm and sine may round differently, by less
+    than 1e-6. Only the low 32 bits of the seed count, as in PyTorch.
+
+    Raises:
+        ValueError: the seed is not in [0, 2**64).
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}, expected 0 to 2**64 - 1; nearest: {0 if seed < 0 else 2**64 - 1}")
+    # RandomState, not Generator: its stream is mt19937 seeded as PyTorch seeds it, and frozen for good.
+    draws = np.random.RandomState(seed & 0xFFFFFFFF)
+    n = math.prod(shape)
+    return (_by_blocks if n >= BLOCK else _by_pairs)(draws, n).reshape(shape)
+
+
+def latent_noise(latent_shape: tuple[int, int, int], channels: int, seed: int) -> mx.array:
+    """Noise to start from, float32 (1, t, h, w, C).
+
+    Drawn as PyTorch would draw (C, t, h, w), so that a seed gives the same video here and there.
+
+    Args:
+        latent_shape: (t, h, w).
+        channels: C.
+        seed: in [0, 2**64).
+
+    Raises:
+        ValueError: the seed is out of range.
+    """
+    noise = normal((channels, *latent_shape), seed)
+    return mx.array(np.ascontiguousarray(np.moveaxis(noise, 0, -1)))[None]
+
+
+def _by_blocks(draws: np.random.RandomState, n: int) -> np.ndarray:
+    """At least sixteen values: 24-bit uniforms, in float32; an incomplete last block redoes the last sixteen."""
+    values = np.empty(n, np.float32)
+    whole = n - n % BLOCK
+    uniform = _uniform24(draws, n)
+    values[:whole] = _box_muller(uniform[:whole])
+    if whole < n:
+        values[-BLOCK:] = _box_muller(_uniform24(draws, BLOCK))
+    return values
+
+
+def _uniform24(draws: np.random.RandomState, n: int) -> np.ndarray:
+    bits = draws.randint(0, 2**32, n, dtype=np.uint32) & np.uint32(2**24 - 1)
+    return bits.astype(np.float32) * np.float32(2**-24)
+
+
+def _box_muller(uniform: np.ndarray) -> np.ndarray:
+    """float32 (n,): in each block the first eight set the radius, the last eight the angle."""
+    first, second = np.moveaxis(uniform.reshape(-1, 2, BLOCK // 2), 1, 0)
+    radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - first))
+    angle = np.float32(2 * math.pi) * second
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
+
+
+def _by_pairs(draws: np.random.RandomState, n: int) -> np.ndarray:
+    """Fewer than sixteen values: 53-bit uniforms, in float64, a cosine and a sine from each pair."""
+    words = draws.randint(0, 2**32, 4 * ((n + 1) // 2), dtype=np.uint32).astype(np.uint64).reshape(-1, 2, 2)
+    uniform = ((words[..., 0] << np.uint64(32) | words[..., 1]) & np.uint64(2**53 - 1)) * 2.0**-53
+    angle, radius = 2 * math.pi * uniform[:, 0], np.sqrt(-2 * np.log1p(-uniform[:, 1]))
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()[:n].astype(np.float32)

@@ -1,0 +1,286 @@
+"""The pipeline: encode the texts, denoise, decode; each stage's weights are gone before the next stage's are read."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from tqdm.auto import tqdm
+
+from . import __version__
+from .configs import PRESETS, TEXT_LEN, Preset, TransformerConfig
+from .denoise import denoise
+from .media import to_uint8
+from .schedulers import SOLVERS, make_scheduler
+from .tasks import TASKS
+from .text_encoder import pad_context
+from .tokenizer import Tokenizer
+from .types import Conditioning, Request, StageReport, Step, Video
+from .weights.checkpoint import Checkpoint, open_checkpoint
+from .weights.hub import resolve
+from .weights.load import open_component, transformer_config
+from .weights.networks import load_text_encoder, load_transformer, load_vae, no_progress, parse_dtype
+
+log = logging.getLogger(__name__)
+
+# What `WanPipeline.stages` yields: the conditioning, then each step, then decoded frames uint8 (n, H, W, 3).
+Event = Conditioning | Step | np.ndarray
+MAX_RANDOM_SEED = 2**31
+
+
+class WanPipeline:
+    """A Wan2.1 model, opened but not resident: calling it makes a video.
+
+    Attributes:
+        preset: the released model whose sampling defaults are used.
+        config: sizes of the transformer, from its weights.
+        reports: seconds and peak memory of each stage of the latest run.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: str = "bfloat16", preset: Preset | None = None, progress: bool = True
+    ):
+        parse_dtype(dtype)
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.config = _transformer_config(checkpoint)
+        self.preset = preset or preset_for(self.config)
+        self.progress = progress
+        self.reports: list[StageReport] = []
+        if self.preset.task != self.config.model_type:
+            raise ValueError(
+                f"{checkpoint.path} holds a {self.config.model_type} model, "
+                f"but the task {self.preset.name} needs a {self.preset.task} model"
+            )
+        if self.preset.task not in TASKS:
+            raise ValueError(f"{self.preset.task} models are not supported yet; supported: {', '.join(TASKS)}")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        dtype: str = "bfloat16",
+        quantize: str | None = None,
+        memory: str | None = None,
+        preset: str | None = None,
+        progress: bool = True,
+    ) -> WanPipeline:
+        """Open a model.
+
+        Args:
+            model: a folder (official layout, or written by ``weights_convert.py``), a hub id such as
+                "Wan-AI/Wan2.1-T2V-1.3B", or a preset's name.
+            dtype: of the transformer and the text encoder: "bfloat16" or "float32". The VAE is float32.
+            quantize, memory: not available yet; must be None.
+            preset: name in `PRESETS` to take the sampling defaults from, instead of the nearest one.
+            progress: show progress bars.
+
+        Raises:
+            ValueError: an argument is wrong, or the model's task is not supported.
+            WeightsError: the folder is incomplete, or a file is not what it should be.
+        """
+        for name, value in (("quantize", quantize), ("memory", memory)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r}: not available yet; leave it out")
+        return cls(open_checkpoint(resolve(model)), dtype, find_preset(preset) if preset else None, progress)
+
+    def __call__(self, prompt: str, callback: Callable[[Step], Any] | None = None, **options: Any) -> Video:
+        """Make a video.
+
+        Args:
+            prompt: what it should show.
+            callback: called with each `Step` as it ends.
+            options: as for `request`: negative_prompt, width, height, num_frames, steps, guidance_scale, shift,
+                solver, seed. What is left out or None takes the preset's default.
+
+        Raises:
+            ValueError: an option is wrong.
+            SamplingError: the latents stopped being finite.
+        """
+        request = self.request(prompt, **options)
+        frames, step = [], None
+        for event in self.stages(request):
+            if isinstance(event, Step):
+                step = event
+                if callback is not None:
+                    callback(step)
+            elif isinstance(event, np.ndarray):
+                frames.append(event)
+        return Video(
+            frames=np.concatenate(frames),
+            latents=latents_to_numpy(step.latents),
+            fps=request.fps,
+            settings=self.settings(request),
+            stages=self.reports,
+        )
+
+    def request(
+        self,
+        prompt: str,
+        negative_prompt: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        num_frames: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        shift: float | None = None,
+        solver: str = "unipc",
+        seed: int | None = None,
+    ) -> Request:
+        """Fill in the preset's defaults and check every value.
+
+        Args:
+            prompt: not empty.
+            negative_prompt: what to avoid; "" for nothing.
+            width, height: pixels, multiples of 16.
+            num_frames: 4n+1.
+            steps: at least 1.
+            guidance_scale: 1 turns guidance off.
+            shift: of the sigma schedule, > 0.
+            solver: "unipc", "dpm++" or "euler".
+            seed: >= 0; None or negative draws one.
+
+        Raises:
+            ValueError: a value is wrong; names the nearest valid one.
+        """
+        width, height = width or self.preset.size[0], height or self.preset.size[1]
+        defaults = self.preset.sampling_for(width, height)
+        request = Request(
+            prompt=prompt,
+            negative_prompt=self.preset.negative_prompt if negative_prompt is None else negative_prompt,
+            width=width,
+            height=height,
+            num_frames=self.preset.num_frames if num_frames is None else num_frames,
+            steps=defaults.steps if steps is None else steps,
+            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
+            shift=defaults.shift if shift is None else shift,
+            solver=solver,
+            seed=secrets.randbelow(MAX_RANDOM_SEED) if seed is None or seed < 0 else seed,
+            fps=self.preset.fps,
+            task=self.preset.task,
+        )
+        check_request(request)
+        return request
+
+    def settings(self, request: Request) -> dict[str, Any]:
+        """Everything needed to make the video again, as embedded in its file."""
+        return {
+            "model": self.preset.name,
+            "checkpoint": self.checkpoint.path.name,
+            **{key: value for key, value in vars(request).items()},
+            "dtype": self.dtype,
+            "versions": {"wan_mlx": __version__, "mlx": mx.__version__},
+        }
+
+    def stages(self, request: Request) -> Iterator[Event]:
+        """Run the stages in order and yield what each gives: Conditioning, Steps, decoded frames.
+
+        The caller may stop at any point; what was loaded is then dropped.
+        """
+        self.reports = []
+        with self._stage("text"):
+            conditioning = TASKS[request.task](request, self.encode_text, self.config.out_dim)
+            mx.eval(conditioning.noise, conditioning.context)
+        yield conditioning
+        with self._stage("load transformer"):
+            model = load_transformer(self.checkpoint, self.dtype, self._bar("loading transformer"))
+        latents = None
+        with self._stage("denoise"):
+            scheduler = make_scheduler(request.solver, request.steps, request.shift)
+            steps = denoise(model, conditioning, scheduler, request.guidance_scale)
+            for step in self._bar("denoising")(steps, total=request.steps):
+                latents = step.latents
+                yield step
+        del model, conditioning, scheduler, steps, step
+        yield from self.decode(latents)
+
+    def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
+        """Texts → embeddings zero-padded to (1, 512, text_dim), in one pass over the encoder's weights."""
+        tokenizer = Tokenizer(self.checkpoint.files["tokenizer"])
+        encoder = load_text_encoder(self.checkpoint, self.dtype, self._bar("encoding text"))
+        contexts = [pad_context(e, TEXT_LEN) for e in encoder([tokenizer(text) for text in texts])]
+        mx.eval(contexts)
+        return contexts
+
+    def decode(self, latents: mx.array) -> Iterator[np.ndarray]:
+        """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time."""
+        with self._stage("decode"):
+            vae = load_vae(self.checkpoint, progress=self._bar("loading VAE"))
+            still = latents.shape[1] == 1  # the official code rounds stills and truncates videos
+            for frames in self._bar("decoding")(vae.decode(latents), total=latents.shape[1]):
+                yield to_uint8(frames[0], rounding=still)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Time a stage, note its peak memory, and give freed memory back when it ends."""
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.reports.append(StageReport(name, time.perf_counter() - started, mx.get_peak_memory()))
+            mx.clear_cache()
+            log.info("%s: %.1f s, peak %.2f GiB", name, self.reports[-1].seconds, self.reports[-1].peak_bytes / 2**30)
+
+    def _bar(self, description: str):
+        return partial(tqdm, desc=description, leave=False) if self.progress else no_progress
+
+
+def latents_to_numpy(latents: mx.array) -> np.ndarray:
+    """(1, t, h, w, C) → numpy float32 (C, t, h, w), PyTorch's layout."""
+    return np.ascontiguousarray(np.moveaxis(np.array(latents[0]), -1, 0))
+
+
+def find_preset(name: str) -> Preset:
+    """A preset by its name, or by the name that the official ``--task`` gives it.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    official = {"i2v-14B": "i2v-14B-720P", "flf2v-14B": "flf2v-14B-720P", "t2i-14B": "t2v-14B"}
+    name = official.get(name, name)
+    if name not in PRESETS:
+        raise ValueError(f"unknown model or task {name!r}; known: {', '.join([*PRESETS, *official])}")
+    return PRESETS[name]
+
+
+def preset_for(config: TransformerConfig) -> Preset:
+    """The released model of the same kind whose width is nearest."""
+    same = [p for p in PRESETS.values() if p.transformer.model_type == config.model_type]
+    return min(same, key=lambda preset: abs(preset.transformer.dim - config.dim))
+
+
+def check_request(request: Request) -> None:
+    """Raise ValueError, with the nearest valid choice, if a value cannot be used."""
+    if not request.prompt.strip():
+        raise ValueError("the prompt is empty; say what the video should show")
+    for name in ("width", "height"):
+        pixels = getattr(request, name)
+        if pixels < 16 or pixels % 16:
+            nearest = max(16, round(pixels / 16) * 16)
+            raise ValueError(f"{name} is {pixels}, expected a positive multiple of 16; nearest: {nearest}")
+    if request.num_frames < 1 or request.num_frames % 4 != 1:
+        nearest = max(1, round((request.num_frames - 1) / 4) * 4 + 1)
+        raise ValueError(f"frames is {request.num_frames}, expected 4n+1 (1, 5, ..., 81, ...); nearest: {nearest}")
+    if request.steps < 1:
+        raise ValueError(f"steps is {request.steps}, expected at least 1")
+    if not request.shift > 0:
+        raise ValueError(f"shift is {request.shift}, expected a number above 0")
+    if not np.isfinite(request.guidance_scale):
+        raise ValueError(f"guidance is {request.guidance_scale}, expected a finite number")
+    if request.solver not in SOLVERS:
+        raise ValueError(f"unknown solver {request.solver!r}, expected one of {', '.join(SOLVERS)}")
+
+
+def _transformer_config(checkpoint: Checkpoint) -> TransformerConfig:
+    weights = open_component(checkpoint.files["transformer"], "transformer")
+    return transformer_config(weights, checkpoint.configs.get("transformer", {}))

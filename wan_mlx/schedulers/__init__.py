@@ -1,0 +1,26 @@
+"""Solvers of the flow's ODE, behind one protocol: `Scheduler`."""
+
+from __future__ import annotations
+
+import difflib
+
+from .dpmpp import DPMSolverPP
+from .euler import Euler
+from .schedule import Scheduler, sigma_schedule
+from .unipc import UniPC
+
+__all__ = ["SOLVERS", "DPMSolverPP", "Euler", "Scheduler", "UniPC", "make_scheduler", "sigma_schedule"]
+
+SOLVERS: dict[str, type[Scheduler]] = {"unipc": UniPC, "dpm++": DPMSolverPP, "euler": Euler}
+
+
+def make_scheduler(name: str, steps: int, shift: float) -> Scheduler:
+    """The solver called ``name`` over ``steps`` steps of a grid shifted by ``shift``.
+
+    Raises:
+        ValueError: unknown name, fewer than one step, or a shift that is not above 0.
+    """
+    if name not in SOLVERS:
+        nearest = difflib.get_close_matches(str(name), SOLVERS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown solver {name!r}, expected one of {', '.join(SOLVERS)}; nearest: {nearest}")
+    return SOLVERS[name](steps, shift)

@@ -1,0 +1,123 @@
+"""The sigma grid, and what every solver shares: history, resumption, the estimate of the clean sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from ..configs import NUM_TRAIN_TIMESTEPS
+
+
+def _shifted(steps: int, shift: float, sigma_max: float) -> np.ndarray:
+    """float64 (steps,): evenly spaced from ``sigma_max`` towards 0, then shifted."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"shift is {shift}, expected a finite number above 0, such as 5")
+    even = np.linspace(sigma_max, 0.0, steps + 1)[:-1]
+    return shift * even / (1 + (shift - 1) * even)
+
+
+def sigma_schedule(steps: int, shift: float, sigma_max: float) -> np.ndarray:
+    """Noise levels, float32 (steps + 1,), falling from ``sigma_max`` (shifted) to exactly 0.
+
+    Follows the official ``FlowUniPCMultistepScheduler.set_timesteps`` and ``get_sampling_sigmas``.
+
+    Raises:
+        ValueError: fewer than one step, or a shift that is not above 0.
+    """
+    return np.append(_shifted(steps, shift, sigma_max), 0.0).astype(np.float32)
+
+
+def timestep_schedule(steps: int, shift: float, sigma_max: float) -> np.ndarray:
+    """What the model is told at each step, int64 (steps,) in [0, 1000].
+
+    Truncated from the float64 sigmas, as in the official code: 1000 times the float32 ones would now and then
+    fall on the other side of an integer.
+    """
+    return (_shifted(steps, shift, sigma_max) * NUM_TRAIN_TIMESTEPS).astype(np.int64)
+
+
+def log_snr(sigma: np.float32) -> np.float32:
+    """``log((1 - sigma) / sigma)``, float32; both ends are stated, so that no logarithm of 0 is taken."""
+    if sigma == 0:
+        return np.float32(np.inf)
+    if sigma == 1:
+        return np.float32(-np.inf)
+    return np.log(np.float32(1) - sigma) - np.log(sigma)
+
+
+class Scheduler:
+    """A solver walking from noise to a clean sample; elementwise, so the layout does not matter.
+
+    Call ``step`` with index 0, 1, ... in order; index 0 starts afresh. The model at ``index`` is given
+    ``timesteps[index]``.
+
+    Attributes:
+        sigmas: numpy float32 (steps + 1,), the noise level before each step, then 0.
+        timesteps: numpy int64 (steps,).
+        denoised: float32, the estimate of the clean sample made at the latest step; None before the first.
+    """
+
+    sigma_max = 1.0
+    # name of each array that later steps look back on → the first step that needs it
+    history_from: Mapping[str, int] = {}
+
+    def __init__(self, steps: int, shift: float):
+        self.sigmas = sigma_schedule(steps, shift, self.sigma_max)
+        self.timesteps = timestep_schedule(steps, shift, self.sigma_max)
+        self.denoised: mx.array | None = None
+        self.history: dict[str, mx.array] = {}
+        self.next_index = 0
+
+    def step(self, index: int, velocity: mx.array, sample: mx.array) -> mx.array:
+        """Go from ``sigmas[index]`` to ``sigmas[index + 1]``.
+
+        Args:
+            index: 0 to steps - 1, one after the other.
+            velocity: float32, the model's output for ``sample``; same shape.
+            sample: float32, what the previous step returned.
+
+        Returns:
+            float32, the sample at ``sigmas[index + 1]``; not yet evaluated.
+
+        Raises:
+            ValueError: a step out of order, which would mix up the history.
+        """
+        if index == 0:
+            self.next_index, self.history = 0, {}
+        if index != self.next_index or index >= len(self.timesteps):
+            raise ValueError(
+                f"step {index} of {len(self.timesteps)} was asked for, expected step {self.next_index}, "
+                "or 0 to start afresh"
+            )
+        self.denoised = sample - float(self.sigmas[index]) * velocity
+        result = self._advance(index, velocity, sample)
+        self.next_index = index + 1
+        return result
+
+    def _advance(self, index: int, velocity: mx.array, sample: mx.array) -> mx.array:
+        raise NotImplementedError
+
+    def state(self) -> dict[str, mx.array]:
+        """The arrays that ``load_state(self.next_index, ...)`` needs to go on, bit for bit."""
+        return dict(self.history)
+
+    def load_state(self, index: int, state: Mapping[str, mx.array]) -> None:
+        """Be ready for step ``index``, as if the steps before it had just been made.
+
+        Raises:
+            ValueError: no such step, or ``state`` does not hold exactly what that step looks back on.
+        """
+        if not 0 <= index <= len(self.timesteps):
+            raise ValueError(f"cannot resume at step {index}, expected 0 to {len(self.timesteps)}")
+        expected = {name for name, first in self.history_from.items() if index >= first}
+        if set(state) != expected:
+            raise ValueError(
+                f"the state for step {index} holds {sorted(state)}, expected {sorted(expected)} "
+                f"for {type(self).__name__}"
+            )
+        self.next_index, self.history = index, dict(state)

@@ -1,0 +1,277 @@
+"""The Wan2.1 diffusion transformer: (latents, timestep, context) → velocity.
+
+Follows the official ``wan/modules/model.py``. Parameter names are the official checkpoint's. Wide arrays keep the
+weights' dtype; the time path, modulation, norms' statistics, the patch embedding and the head are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .attention import attention
+from .configs import TransformerConfig
+from .layers import AffineNorm, Linear, RMSNorm, gated_add, gelu_tanh, in_token_chunks, scale_shift
+from .rope import rope_table, scale_and_rotate
+
+# Parameters that stay float32 whatever the dtype of the rest: few bytes, and rounding them shows.
+FLOAT32_PARAMETERS = r"(^|.*\.)(time_embedding|time_projection|patch_embedding|head|modulation|norm\w*|emb_pos)(\..*|$)"
+
+
+class SelfAttention(nn.Module):
+    """Attention among video tokens, with rotary positions."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.heads, self.eps = config.num_heads, config.eps
+        for name in ("q", "k", "v", "o"):
+            setattr(self, name, Linear(config.dim, config.dim))
+        self.norm_q = RMSNorm(config.dim)
+        self.norm_k = RMSNorm(config.dim)
+
+    def __call__(self, x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
+        q = self._rotated(self.q(x), self.norm_q, table)
+        k = self._rotated(self.k(x), self.norm_k, table)
+        v = _split_heads(self.v(x), self.heads)
+        return self.o(attention(q.transpose(0, 2, 1, 3), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
+
+    def _rotated(self, x, norm, table):
+        x = mx.fast.rms_norm(x, None, self.eps)
+        return scale_and_rotate(_split_heads(x, self.heads), norm.weight.reshape(self.heads, -1), table)
+
+
+class CrossAttention(nn.Module):
+    """Attention from video tokens to text and, in image-conditioned models, to CLIP features."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.heads, self.eps = config.num_heads, config.eps
+        for name in ("q", "k", "v", "o"):
+            setattr(self, name, Linear(config.dim, config.dim))
+        self.norm_q = RMSNorm(config.dim)
+        self.norm_k = RMSNorm(config.dim)
+        if config.has_image_branch:
+            self.k_img = Linear(config.dim, config.dim)
+            self.v_img = Linear(config.dim, config.dim)
+            self.norm_k_img = RMSNorm(config.dim)
+
+    def keys_values(self, context: mx.array, image_context: mx.array | None) -> list[tuple[mx.array, mx.array]]:
+        """Keys and values of the text and, if there is one, of the image: each (B, heads, length, head_dim)."""
+        pairs = [self._key_value(context, self.k, self.norm_k, self.v)]
+        if image_context is not None:
+            pairs.append(self._key_value(image_context, self.k_img, self.norm_k_img, self.v_img))
+        return pairs
+
+    def _key_value(self, context, project_k, norm, project_v):
+        k = self._normed(project_k(context), norm)
+        return k.transpose(0, 2, 1, 3), _split_heads(project_v(context), self.heads).transpose(0, 2, 1, 3)
+
+    def _normed(self, x, norm):
+        return _split_heads(mx.fast.rms_norm(x, norm.weight.astype(x.dtype), self.eps), self.heads)
+
+    def __call__(self, x: mx.array, pairs: Sequence[tuple[mx.array, mx.array]]) -> mx.array:
+        q = self._normed(self.q(x), self.norm_q).transpose(0, 2, 1, 3)
+        return self.o(sum(attention(q, k, v) for k, v in pairs))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward, the first and last modulated by the timestep."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.self_attn = SelfAttention(config)
+        self.norm3 = AffineNorm(config.dim, config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.ffn = [Linear(config.dim, config.ffn_dim), gelu_tanh, Linear(config.ffn_dim, config.dim)]
+        self.modulation = mx.zeros((1, 6, config.dim))
+
+    def __call__(
+        self,
+        x: mx.array,
+        modulation: mx.array,
+        context: mx.array,
+        image_context: mx.array | None,
+        table: tuple[mx.array, mx.array],
+    ) -> mx.array:
+        """x (B, L, D), modulation float32 (B, 6, D), context (B, 512, D) → (B, L, D)."""
+        m = self.modulation + modulation
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = (m[:, i : i + 1] for i in range(6))
+        x = gated_add(x, self.self_attn(self._modulated(x, 1 + scale_attn, shift_attn), table), gate_attn)
+        pairs = self.cross_attn.keys_values(context, image_context)
+
+        def tokenwise(x):
+            x = x + self.cross_attn(self.norm3(x), pairs)
+            y = self._modulated(x, 1 + scale_ffn, shift_ffn)
+            for layer in self.ffn:
+                y = layer(y)
+            return gated_add(x, y, gate_ffn)
+
+        return in_token_chunks(tokenwise, x)
+
+    def _modulated(self, x, scale, shift):
+        return scale_shift(mx.fast.layer_norm(x, None, None, self.eps), scale, shift)
+
+
+class Head(nn.Module):
+    """Final modulated norm and projection to one patch of velocities per token, in float32."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.head = Linear(config.dim, int(np.prod(config.patch_size)) * config.out_dim)
+        self.modulation = mx.zeros((1, 2, config.dim))
+
+    def __call__(self, x: mx.array, time: mx.array) -> mx.array:
+        """x (B, L, D), time float32 (B, D) → float32 (B, L, patch volume * out_dim)."""
+        m = self.modulation + time[:, None]
+        shift, scale = m[:, 0:1], m[:, 1:2]
+
+        def project(x):
+            x = mx.fast.layer_norm(x.astype(mx.float32), None, None, self.eps)
+            return self.head(x * (1 + scale) + shift)
+
+        return in_token_chunks(project, x)
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP features (B, 257, 1280), or (2, 257, 1280) for first and last frame → (1 or B, tokens, D)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        width = config.image_dim
+        self.proj = [
+            nn.LayerNorm(width),
+            Linear(width, width),
+            nn.gelu,
+            Linear(width, config.dim),
+            nn.LayerNorm(config.dim),
+        ]
+        if config.model_type == "flf2v":
+            self.emb_pos = mx.zeros((1, 2 * 257, width))
+
+    def __call__(self, features: mx.array) -> mx.array:
+        x = features.astype(mx.float32)
+        if "emb_pos" in self:
+            x = x.reshape(-1, 2 * features.shape[1], features.shape[2]) + self.emb_pos
+        for layer in self.proj:
+            x = layer(x)
+        return x
+
+
+class Transformer(nn.Module):
+    """The diffusion transformer of every Wan2.1 model but VACE, which wraps it."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = Linear(int(np.prod(config.patch_size)) * config.in_dim, dim)
+        self.text_embedding = [Linear(config.text_dim, dim), gelu_tanh, Linear(dim, dim)]
+        self.time_embedding = [Linear(config.freq_dim, dim), nn.silu, Linear(dim, dim)]
+        self.time_projection = [nn.silu, Linear(dim, 6 * dim)]
+        self.blocks = [Block(config) for _ in range(config.num_layers)]
+        self.head = Head(config)
+        if config.has_image_branch:
+            self.img_emb = ImageEmbedding(config)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Dtype of the wide arrays."""
+        return self.text_embedding[0].bias.dtype
+
+    def __call__(
+        self,
+        latents: mx.array,
+        timestep: float | Sequence[float],
+        context: mx.array,
+        condition: mx.array | None = None,
+        image_features: mx.array | None = None,
+    ) -> mx.array:
+        """Predict the velocity (noise minus clean latents).
+
+        Args:
+            latents: (B, t, h, w, out_dim), h and w even.
+            timestep: in [0, 1000], one for all or one per sample.
+            context: (B, text_len, text_dim), text embeddings zero-padded to ``text_len`` rows; the zero rows count.
+            condition: (B, t, h, w, in_dim - out_dim), for image-conditioned models.
+            image_features: CLIP features, for image-conditioned models.
+
+        Returns:
+            float32 (B, t, h, w, out_dim).
+
+        Raises:
+            ValueError: an argument has the wrong shape.
+        """
+        self._check(latents, context, condition, image_features)
+        if condition is not None:
+            latents = mx.concatenate([latents, condition.astype(latents.dtype)], axis=-1)
+        x, grid = self.patchify(latents)
+        time, modulation = self.embed_time(timestep)
+        text, image = self.embed_context(context, image_features)
+        table = rope_table(grid, self.config.head_dim)
+        for block in self.blocks:
+            x = block(x, modulation, text, image, table)
+            mx.eval(x)  # one block's temporaries at a time
+        return self.unpatchify(self.head(x, time), grid)
+
+    def _check(self, latents, context, condition, image_features):
+        c = self.config
+        given = latents.shape[-1] + (0 if condition is None else condition.shape[-1])
+        if latents.ndim != 5 or given != c.in_dim:
+            raise ValueError(f"latents with condition have shape {latents.shape} and {given} channels in all, "
+                             f"expected (B, t, h, w, C) with {c.in_dim} channels in all")  # fmt: skip
+        if any(n % p for n, p in zip(latents.shape[1:4], c.patch_size, strict=True)):
+            raise ValueError(f"latents {latents.shape[1:4]} are not a multiple of the patch {c.patch_size}")
+        if context.shape[1:] != (c.text_len, c.text_dim):
+            raise ValueError(f"context has shape {context.shape}, expected (B, {c.text_len}, {c.text_dim})")
+        if c.has_image_branch != (image_features is not None):
+            raise ValueError(f"image features are {'missing' if image_features is None else 'not used'} "
+                             f"for a {c.model_type} model")  # fmt: skip
+
+    def patchify(self, latents: mx.array) -> tuple[mx.array, tuple[int, int, int]]:
+        """Latents (B, t, h, w, in_dim) → tokens (B, L, D) and the patch grid."""
+        b, t, h, w, c = latents.shape
+        pt, ph, pw = self.config.patch_size
+        grid = (t // pt, h // ph, w // pw)
+        x = latents.reshape(b, grid[0], pt, grid[1], ph, grid[2], pw, c)
+        x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)
+        return self.patch_embedding(x.astype(mx.float32)).astype(self.dtype), grid
+
+    def unpatchify(self, x: mx.array, grid: tuple[int, int, int]) -> mx.array:
+        """Tokens (B, L, patch volume * out_dim) → (B, t, h, w, out_dim)."""
+        pt, ph, pw = self.config.patch_size
+        x = x.reshape(x.shape[0], *grid, pt, ph, pw, self.config.out_dim).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+        return x.reshape(x.shape[0], grid[0] * pt, grid[1] * ph, grid[2] * pw, self.config.out_dim)
+
+    def embed_time(self, timestep: float | Sequence[float]) -> tuple[mx.array, mx.array]:
+        """Timestep → its embedding (B, D) and the blocks' modulation (B, 6, D), float32."""
+        time = mx.array(sinusoid(np.atleast_1d(timestep), self.config.freq_dim))
+        for layer in self.time_embedding:
+            time = layer(time)
+        modulation = time
+        for layer in self.time_projection:
+            modulation = layer(modulation)
+        return time, modulation.reshape(-1, 6, self.config.dim)
+
+    def embed_context(self, context: mx.array, image_features: mx.array | None) -> tuple[mx.array, mx.array | None]:
+        """Text and CLIP embeddings at the width of the transformer."""
+        text = context.astype(self.dtype)
+        for layer in self.text_embedding:
+            text = layer(text)
+        image = None if image_features is None else self.img_emb(image_features).astype(self.dtype)
+        return text, image
+
+
+def sinusoid(position: np.ndarray, dim: int) -> np.ndarray:
+    """Cosines then sines of the timestep at ``dim / 2`` frequencies, built in float64 → float32 (B, dim)."""
+    half = dim // 2
+    angle = np.outer(position.astype(np.float64), 10000.0 ** (-np.arange(half) / half))
+    return np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+
+
+def _split_heads(x: mx.array, heads: int) -> mx.array:
+    return x.reshape(*x.shape[:2], heads, -1)

@@ -1,0 +1,136 @@
+"""The values that travel between the stages, the errors, and a glossary of shapes.
+
+Glossary, used throughout the package:
+
+    B            batch; always 1 on the sampling path (guidance is two passes, not a batch of two)
+    T, H, W      pixels: ``num_frames`` (4n+1), ``height``, ``width`` (multiples of 16)
+    t, h, w      latents: ``latent_frames`` = (T-1)/4+1, H/8, W/8
+    C            latent channels (16 for every Wan2.1 model)
+    L            tokens: ``seq_len`` = t * h/2 * w/2, one per 1x2x2 patch of latents
+    D            width of the transformer ("dim")
+
+Inside the package arrays are channels last: video ``(B, T, H, W, 3)`` in [-1, 1], latents
+``(B, t, h, w, C)`` normalised as the transformer sees them, tokens ``(B, L, D)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+class WanError(Exception):
+    """Base of the errors that are not a wrong argument (those are ``ValueError``)."""
+
+
+class WeightsError(WanError):
+    """A weight file that cannot be used: missing, truncated, hostile, or of the wrong keys or shapes."""
+
+
+class SamplingError(WanError):
+    """Sampling went wrong: the latents stopped being finite."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, complete: no ``None`` is left where a preset has a default.
+
+    ``width`` and ``height`` are pixels (multiples of 16), ``num_frames`` is 4n+1, ``seed`` is >= 0.
+    """
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    num_frames: int
+    steps: int
+    guidance_scale: float
+    shift: float
+    solver: str
+    seed: int
+    fps: int = 16
+    task: str = "t2v"
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """``(t, h, w)`` of the latents."""
+        return (self.num_frames - 1) // 4 + 1, self.height // 8, self.width // 8
+
+
+@dataclass
+class Conditioning:
+    """What a task hands to the sampling loop.
+
+    ``noise``: float32 (1, t, h, w, C), the start of sampling.
+    ``context`` and ``negative_context``: (1, 512, text_dim), text embeddings zero-padded to 512 rows;
+    ``negative_context`` is None when guidance is off.
+    """
+
+    noise: mx.array
+    context: mx.array
+    negative_context: mx.array | None = None
+
+
+@dataclass
+class Step:
+    """One finished sampling step.
+
+    ``index`` counts from 0 to ``total - 1``; ``timestep`` is in [0, 1000] and ``sigma`` in [0, 1] (both
+    before the step); ``latents`` is float32 (1, t, h, w, C) after it; ``denoised`` is the solver's current
+    estimate of the clean latents, same shape.
+    """
+
+    index: int
+    total: int
+    timestep: float
+    sigma: float
+    latents: mx.array
+    denoised: mx.array
+    seconds: float = 0.0
+
+
+@dataclass
+class StageReport:
+    """How long a stage took and the most memory MLX held during it (bytes)."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass
+class Video:
+    """A finished video.
+
+    Attributes:
+        frames: numpy uint8 (T, H, W, 3).
+        latents: numpy float32 (C, t, h, w), normalised as the transformer sees them.
+        fps: frames per second.
+        settings: everything needed to make it again; embedded in the saved file.
+        stages: seconds and peak memory of each stage.
+    """
+
+    frames: Any
+    latents: Any
+    fps: int = 16
+    settings: dict[str, Any] = field(default_factory=dict)
+    stages: list[StageReport] = field(default_factory=list)
+
+    def save(self, path: str | Path, overwrite: bool = True) -> Path:
+        """Write to ``path``; the ending picks the format: .mp4 .gif .webp .png .npz.
+
+        Raises:
+            ValueError: unknown ending, or the file exists and ``overwrite`` is False.
+        """
+        from .media import save_video
+
+        return save_video(path, self.frames, self.fps, self.settings, self.latents, overwrite=overwrite)
+
+    def _repr_html_(self) -> str:
+        from .media import video_html
+
+        return video_html(self.frames, self.fps, self.settings)

@@ -1,0 +1,398 @@
+"""The causal 3D VAE of Wan2.1: video ↔ latents.
+
+Follows the official ``wan/modules/vae.py``, but one frame at a time, which causality makes equal: layers take and give
+single frames (1, H, W, C), and ``CausalCache`` holds the frames they look back to. Parameter names are the official
+checkpoint's, so lists keep the numbering of its ``nn.Sequential``, with None where a layer has no parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .configs import VAEConfig
+
+# The one attention head is 384 wide, which no fused kernel takes: this many scores at a time (64 MB in float32).
+SCORES_AT_ONCE = 1 << 24
+
+
+class CausalCache:
+    """The last input frames (1, H, W, C) of each layer that looks back in time, during one pass over a video.
+
+    Frames are kept as they are, each an array of its own, so nothing larger stays alive with them.
+    """
+
+    def __init__(self):
+        self.frames: dict[int, tuple[mx.array, ...]] = {}
+
+    def get(self, layer: nn.Module) -> tuple[mx.array, ...]:
+        """Frames kept by ``layer``, oldest first; empty before its first frame."""
+        return self.frames.get(id(layer), ())
+
+    def keep(self, layer: nn.Module, *frames: mx.array) -> None:
+        """Replace the frames kept by ``layer``."""
+        self.frames[id(layer)] = frames
+
+
+class RMSNorm(nn.Module):
+    """``x / |x| * sqrt(C) * gamma`` over the channels; zero stays zero. Statistics are float32."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = mx.ones((dim,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        # The official norm divides by at least 1e-12; the fused one adds its eps to the mean square instead.
+        return mx.fast.rms_norm(x, self.gamma.astype(x.dtype), 1e-24 / x.shape[-1])
+
+
+class Conv(nn.Module):
+    """Weight (O, *kernel, I) and bias (O,) of a convolution; zero until loaded."""
+
+    def __init__(self, in_dim: int, out_dim: int, *kernel: int):
+        super().__init__()
+        self.weight = mx.zeros((out_dim, *kernel, in_dim))
+        self.bias = mx.zeros((out_dim,))
+
+
+class CausalConv(Conv):
+    """3x3x3 over a frame and the two before it, which are zero at the start of the video."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__(in_dim, out_dim, 3, 3, 3)
+
+    def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
+        before = cache.get(self) or (mx.zeros_like(x),) * 2
+        cache.keep(self, before[1], x)
+        # Batch 1 and no depth padding: the form that Metal runs as 2D convolutions instead of unfolding.
+        window = mx.stack([*before, x], axis=1)
+        return mx.conv3d(window, self.weight, padding=(0, 1, 1)).squeeze(1) + self.bias
+
+
+class PointConv(Conv):
+    """1x1 or 1x1x1 (``rank`` ones), as a matmul."""
+
+    def __init__(self, in_dim: int, out_dim: int, rank: int = 3):
+        super().__init__(in_dim, out_dim, *[1] * rank)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.addmm(self.bias, x, self.weight.reshape(self.weight.shape[0], -1).T)
+
+
+class TimeConv(Conv):
+    """3x1x1 over three frames, as one matmul per frame."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__(in_dim, out_dim, 3, 1, 1)
+
+    def __call__(self, *frames: mx.array) -> mx.array:
+        y = self.bias
+        for tap, frame in enumerate(frames):
+            y = mx.addmm(y, frame, self.weight[:, tap, 0, 0].T)
+        return y
+
+
+@partial(mx.compile, shapeless=True)
+def silu(x: mx.array) -> mx.array:
+    """SiLU computed in float32, in x's dtype."""
+    y = x.astype(mx.float32)
+    return (y * mx.sigmoid(y)).astype(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """Two times norm, SiLU, causal convolution; the shortcut is projected where the width changes."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        conv1, conv2 = CausalConv(in_dim, out_dim), CausalConv(out_dim, out_dim)
+        self.residual = [RMSNorm(in_dim), None, conv1, RMSNorm(out_dim), None, None, conv2]
+        if in_dim != out_dim:
+            self.shortcut = PointConv(in_dim, out_dim)
+
+    def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        y = conv1(silu(norm1(x)), cache)
+        mx.eval(y)  # everything that one evaluation computes is alive at once: one convolution at a time
+        y = conv2(silu(norm2(y)), cache) + (self.shortcut(x) if "shortcut" in self else x)
+        mx.eval(y)
+        return y
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention with one head among the pixels of a frame."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = RMSNorm(dim)
+        self.to_qkv = PointConv(dim, 3 * dim, rank=2)
+        self.proj = PointConv(dim, dim, rank=2)
+
+    def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
+        _, h, w, c = x.shape
+        q, k, v = self.to_qkv(self.norm(x)).reshape(1, 1, h * w, 3 * c).split(3, axis=-1)
+        rows = max(1, SCORES_AT_ONCE // (h * w))
+        parts = []
+        for row in range(0, h * w, rows):
+            parts.append(mx.fast.scaled_dot_product_attention(q[:, :, row : row + rows], k, v, scale=c**-0.5))
+            mx.eval(parts[-1])  # without it the scores of all parts would be alive at once
+        return x + self.proj(mx.concatenate(parts, axis=2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Half the height and width and, if ``temporal``, half the frames after the first."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = [None, Conv(dim, dim, 3, 3)]
+        if temporal:
+            self.time_conv = TimeConv(dim, dim)
+
+    def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
+        """(1, H, W, C) → (1, H/2, W/2, C), or nothing while the second frame of a pair is missing."""
+        conv = self.resample[1]
+        # Padded below and on the right only.
+        x = mx.conv_general(x, conv.weight, stride=2, padding=([0, 0], [1, 1])) + conv.bias
+        mx.eval(x)
+        if "time_conv" not in self:
+            yield x
+            return
+        seen = (*cache.get(self), x)
+        if len(seen) == 2:  # the last frame of the pair before, and the first of this one
+            cache.keep(self, *seen)
+            return
+        cache.keep(self, x)
+        yield self.time_conv(*seen) if len(seen) == 3 else x
+
+
+class Upsample(nn.Module):
+    """Twice the height and width, half the channels and, if ``temporal``, twice the frames after the first."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = [None, Conv(dim, dim // 2, 3, 3)]
+        if temporal:
+            self.time_conv = TimeConv(dim, 2 * dim)
+
+    def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
+        """(1, H, W, C) → one or two (1, 2H, 2W, C/2)."""
+        for frame in self._in_time(x, cache):
+            yield self._in_space(frame)  # not held here: it is as large as the frames that follow from it
+
+    def _in_space(self, x):
+        conv = self.resample[1]
+        y = mx.conv2d(repeat_pixels(x), conv.weight, padding=1) + conv.bias
+        mx.eval(y)
+        return y
+
+    def _in_time(self, x, cache):
+        if "time_conv" not in self:
+            return [x]
+        before = cache.get(self)
+        if not before:
+            # The first frame is not doubled, and the second finds zeros before it instead of the first.
+            cache.keep(self, *(mx.zeros_like(x),) * 2)
+            return [x]
+        cache.keep(self, before[1], x)
+        return self.time_conv(*before, x).split(2, axis=-1)
+
+
+def repeat_pixels(x: mx.array) -> mx.array:
+    """Nearest-neighbour doubling: (1, H, W, C) → (1, 2H, 2W, C)."""
+    _, h, w, c = x.shape
+    return mx.broadcast_to(x.reshape(1, h, 1, w, 1, c), (1, h, 2, w, 2, c)).reshape(1, 2 * h, 2 * w, c)
+
+
+def middle_blocks(dim: int) -> list[nn.Module]:
+    return [ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim)]
+
+
+def apply_head(head: Sequence, x: mx.array, cache: CausalCache) -> mx.array:
+    """Norm, SiLU, causal convolution."""
+    norm, _, conv = head
+    y = conv(silu(norm(x)), cache)
+    mx.eval(y)
+    return y
+
+
+def flow(layers: Sequence[Callable], frames: Iterable[mx.array], cache: CausalCache) -> Iterator[mx.array]:
+    """Send ``frames``, each (1, H, W, C), through ``layers``; resampling makes none, one or two of each.
+
+    Each frame goes all the way before the next one starts, so that few large frames exist at a time.
+    """
+    for x in frames:
+        for i, layer in enumerate(layers):
+            if isinstance(layer, (Downsample, Upsample)):
+                yield from flow(layers[i + 1 :], layer(x, cache), cache)
+                break
+            x = layer(x, cache)
+        else:
+            yield x
+
+
+class Encoder(nn.Module):
+    """Frames (1, H, W, 3) → latent frames (1, h, w, 2 * z_dim), before the last 1x1x1 convolution."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = [config.dim * m for m in (1, *config.dim_mult)]
+        self.conv1 = CausalConv(3, widths[0])
+        self.downsamples = []
+        for i, (in_dim, out_dim) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            self.downsamples.append(ResidualBlock(in_dim, out_dim))
+            self.downsamples += [ResidualBlock(out_dim, out_dim) for _ in range(config.num_res_blocks - 1)]
+            if i < len(config.temporal_downsample):
+                self.downsamples.append(Downsample(out_dim, config.temporal_downsample[i]))
+        self.middle = middle_blocks(widths[-1])
+        self.head = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 2 * config.z_dim)]
+
+    def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
+        """Encode the next frame: a latent frame comes out after frames 1, 5, 9, ..."""
+        layers = [self.conv1, *self.downsamples, *self.middle, partial(apply_head, self.head)]
+        return flow(layers, [x], cache)
+
+
+class Decoder(nn.Module):
+    """Latent frames (1, h, w, z_dim), after the first 1x1x1 convolution → frames (1, H, W, 3)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = [config.dim * m for m in (config.dim_mult[-1], *config.dim_mult[::-1])]
+        self.conv1 = CausalConv(config.z_dim, widths[0])
+        self.middle = middle_blocks(widths[0])
+        self.upsamples = []
+        temporal = config.temporal_downsample[::-1]
+        for i, (in_dim, out_dim) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            # The convolution that doubles the resolution has halved the width.
+            self.upsamples.append(ResidualBlock(in_dim // 2 if i else in_dim, out_dim))
+            self.upsamples += [ResidualBlock(out_dim, out_dim) for _ in range(config.num_res_blocks)]
+            if i < len(temporal):
+                self.upsamples.append(Upsample(out_dim, temporal[i]))
+        self.head = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 3)]
+
+    def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
+        """Decode the next latent frame: the first gives one frame, every other four."""
+        layers = [self.conv1, *self.middle, *self.upsamples, partial(apply_head, self.head)]
+        return flow(layers, [x], cache)
+
+
+class VAE(nn.Module):
+    """Video ↔ normalised latents. Computes in the dtype of its weights; results are float32.
+
+    Raises:
+        ValueError: the lengths in ``config`` do not agree.
+    """
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        if len(config.mean) != config.z_dim or len(config.std) != config.z_dim:
+            raise ValueError(
+                f"mean and std have {len(config.mean)} and {len(config.std)} values, expected z_dim = {config.z_dim}"
+            )
+        if len(config.temporal_downsample) != len(config.dim_mult) - 1:
+            raise ValueError(f"temporal_downsample has {len(config.temporal_downsample)} values, expected "
+                             f"{len(config.dim_mult) - 1}, one fewer than dim_mult")  # fmt: skip
+        self.config = config
+        self.encoder = Encoder(config)
+        self.conv1 = PointConv(2 * config.z_dim, 2 * config.z_dim)
+        self.conv2 = PointConv(config.z_dim, config.z_dim)
+        self.decoder = Decoder(config)
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent along height and width; 8 for Wan2.1."""
+        return 2 ** len(self.config.temporal_downsample)
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per latent frame after the first, which stands for one frame; 4 for Wan2.1."""
+        return 2 ** sum(self.config.temporal_downsample)
+
+    def encode(self, frames: mx.array) -> mx.array:
+        """Mean of the latents of a video that is in memory as a whole.
+
+        Args:
+            frames: (1, T, H, W, 3) in [-1, 1]; T is 4n+1, H and W are multiples of 8.
+
+        Returns:
+            float32 (1, (T-1)/4+1, H/8, W/8, C), normalised per channel: ``(mean - config.mean) / config.std``.
+
+        Raises:
+            ValueError: ``frames`` has another shape.
+        """
+        self._check_frames(frames)
+        num_frames, step = frames.shape[1], self.temporal_factor
+        if num_frames % step != 1 % step:
+            nearest = max(0, round((num_frames - 1) / step)) * step + 1
+            raise ValueError(f"{num_frames} frames given, expected {step}n+1; nearest is {nearest}")
+        starts = range(1, num_frames, step)
+        return self.encode_chunks([frames[:, :1], *(frames[:, i : i + step] for i in starts)])
+
+    def encode_chunks(self, chunks: Iterable[mx.array]) -> mx.array:
+        """Like ``encode`` for a video that arrives in chunks: (1, 1, H, W, 3), then (1, 4, H, W, 3) each.
+
+        Raises:
+            ValueError: a chunk has another shape, or there is none.
+        """
+        cache = CausalCache()
+        latents = []
+        for chunk in chunks:
+            self._check_frames(chunk)
+            expected = self.temporal_factor if latents else 1
+            if chunk.shape[1] != expected:
+                raise ValueError(f"chunk {len(latents)} has {chunk.shape[1]} frames, expected {expected}")
+            latents.append(self._encode_chunk(chunk, cache))
+        if not latents:
+            raise ValueError("no chunk of frames given, expected at least one")
+        return mx.concatenate(latents, axis=1)
+
+    def decode(self, latents: mx.array) -> Iterator[mx.array]:
+        """Frames of a video, as they are decoded.
+
+        Args:
+            latents: float32 (1, t, h, w, C), normalised as ``encode`` returns them.
+
+        Returns:
+            An iterator over float32 (1, n, 8h, 8w, 3), evaluated and clipped to [-1, 1]: n is 1 for the first latent
+            frame, then 4.
+
+        Raises:
+            ValueError: ``latents`` has another shape.
+        """
+        z_dim = self.config.z_dim
+        if latents.ndim != 5 or latents.shape[0] != 1 or latents.shape[-1] != z_dim or 0 in latents.shape:
+            raise ValueError(f"latents have shape {latents.shape}, expected (1, t, h, w, {z_dim}), channels last")
+        return self._decode_frames(latents)
+
+    def _encode_chunk(self, chunk, cache):
+        x = chunk.astype(self.encoder.conv1.weight.dtype)
+        for i in range(x.shape[1]):
+            # Copied, because the cache keeps it and a slice would keep the whole chunk.
+            encoded = list(self.encoder(mx.contiguous(x[:, i]), cache))
+        (moments,) = encoded
+        mean = self.conv1(moments).astype(mx.float32)[..., : self.config.z_dim]
+        latents = (mean - mx.array(self.config.mean)) / mx.array(self.config.std)
+        mx.eval(latents)
+        return latents[:, None]
+
+    def _decode_frames(self, latents):
+        cache = CausalCache()
+        for i in range(latents.shape[1]):
+            z = latents[:, i].astype(mx.float32) * mx.array(self.config.std) + mx.array(self.config.mean)
+            z = self.conv2(z.astype(self.conv2.weight.dtype))
+            frames = mx.stack(list(self.decoder(z, cache)), axis=1)
+            frames = mx.clip(frames.astype(mx.float32), -1.0, 1.0)
+            mx.eval(frames)
+            yield frames
+
+    def _check_frames(self, frames):
+        if frames.ndim != 5 or frames.shape[0] != 1 or frames.shape[-1] != 3 or 0 in frames.shape:
+            raise ValueError(f"frames have shape {frames.shape}, expected (1, T, H, W, 3), channels last")
+        height, width = frames.shape[2:4]
+        factor = self.spatial_factor
+        if height % factor or width % factor:
+            nearest = [max(1, round(n / factor)) * factor for n in (height, width)]
+            raise ValueError(f"frames are {width}x{height}, expected multiples of {factor}; "
+                             f"nearest is {nearest[1]}x{nearest[0]}")  # fmt: skip

@@ -1,0 +1,1 @@
+"""Weight files: reading, key maps, loading, quantising, LoRA and the hub."""

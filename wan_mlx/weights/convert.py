@@ -1,0 +1,88 @@
+"""Any checkpoint that loads → one MLX folder: our names, our layout, one file per network, ready to be read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .checkpoint import MLX_FILES, MLX_FORMAT, Checkpoint, open_checkpoint
+from .load import (
+    MLX_LAYOUT,
+    ComponentWeights,
+    dtype_of,
+    open_component,
+    text_encoder_config,
+    transformer_config,
+    vae_config,
+)
+from .networks import Progress, no_progress, parse_dtype
+
+SAFETENSORS_NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+CONFIG_OF = {"transformer": transformer_config, "text_encoder": text_encoder_config, "vae": vae_config}
+
+
+def convert(
+    source: str | Path | Checkpoint,
+    out: str | Path,
+    dtype: str = "bfloat16",
+    vae_dtype: str = "float32",
+    model: str | None = None,
+    progress: Progress = no_progress,
+) -> Path:
+    """Write ``source`` as an MLX folder.
+
+    Args:
+        source: a model folder in any layout that loads.
+        out: a folder that does not exist yet.
+        dtype: of transformer and text encoder; the transformer's time path, norms and head stay float32.
+        vae_dtype: of the VAE.
+        model: name of the preset whose sampling defaults the folder should use; recorded in its config.json.
+        progress: wraps the iteration over tensors.
+
+    Raises:
+        ValueError: ``out`` exists.
+        WeightsError: ``source`` cannot be loaded.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"{out} exists already; give a new folder, or remove it first")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config = {"format": MLX_FORMAT, "version": 1, "model": model or checkpoint.model}
+    for component, config_of in CONFIG_OF.items():
+        weights = open_component(checkpoint.files[component], component)
+        config[component] = asdict(config_of(weights, checkpoint.configs.get(component, {})))
+        kept = parse_dtype(vae_dtype if component == "vae" else dtype)
+        _write(weights, partial / MLX_FILES[component][0], kept, progress)
+    shutil.copyfile(checkpoint.files["tokenizer"], partial / MLX_FILES["tokenizer"][0])
+    (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, out)  # the folder appears when it is whole
+    return out
+
+
+def _write(weights: ComponentWeights, path: Path, dtype: mx.Dtype, progress: Progress) -> None:
+    """Write one safetensors file a tensor at a time, so that an 11 GB text encoder converts in little memory."""
+    header, offset = {"__metadata__": {"layout": MLX_LAYOUT, "component": weights.component}}, 0
+    for name, shape in weights.shapes.items():
+        kept = dtype_of(weights.component, name, dtype)
+        size = math.prod(shape) * kept.size
+        header[name] = {"dtype": SAFETENSORS_NAMES[kept], "shape": shape, "data_offsets": (offset, offset + size)}
+        offset += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # data begins on a multiple of eight bytes
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in progress(weights.shapes):
+            kept = dtype_of(weights.component, name, dtype)
+            with mx.stream(mx.cpu):
+                array = weights.read(name).astype(kept)
+                file.write(memoryview(np.array(array.flatten().view(mx.uint8))))

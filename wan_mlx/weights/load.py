@@ -1,0 +1,260 @@
+"""From weight files to networks: strict about keys and shapes, read one tensor at a time, cast as each wants.
+
+A network is loaded whole (`load_module`) or one block at a time (`stream_blocks`). Sizes come from the weights' own
+shapes; config.json only adds what shapes cannot tell and must not contradict them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..configs import TextEncoderConfig, TransformerConfig, VAEConfig
+from ..transformer import FLOAT32_PARAMETERS
+from ..types import WeightsError
+from .layouts import canonical_keys, recognise
+from .reader import WeightsFile, open_weights
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+MLX_LAYOUT = "mlx"
+
+
+class ComponentWeights:
+    """One network's weights under the official names, in this package's layout (channels last).
+
+    Attributes:
+        component: "transformer", "text_encoder", "vae" or "image_encoder".
+        shapes: name → shape of every tensor, known without reading any.
+    """
+
+    def __init__(self, file: WeightsFile):
+        self.file = file
+        self.layout = recognise(file.tensors)
+        self.component = self.layout.component
+        # Written by weights_convert.py; never guessed, since (96, 3, 3, 3, 3) is the same shape in both layouts.
+        self.channels_last = file.metadata.get("layout") == MLX_LAYOUT
+        self.sources = {
+            name: (source,) if isinstance(source, str) else source
+            for name, source in canonical_keys(self.layout, file.tensors).items()
+        }
+        self.shapes = {name: self._shape(name) for name in self.sources}
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def read(self, name: str) -> mx.array:
+        """The tensor in our layout and its stored dtype; lazy wherever the file allows it."""
+        parts = [self.file.read(source) for source in self.sources[name]]
+        array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
+        if not self.channels_last and array.ndim >= 4:
+            array = mx.moveaxis(array, 1, -1)
+        return array.reshape(self.shapes[name])
+
+    def rows(self, name: str, indices: np.ndarray) -> mx.array:
+        """Rows of a 2-D tensor, read without the rest."""
+        (source,) = self.sources[name]
+        return self.file.rows(source, indices)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shapes = [self.file.tensors[source].shape for source in self.sources[name]]
+        shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
+        if self.channels_last:
+            return shape
+        if name.endswith(".gamma"):  # (C, 1, 1) or (C, 1, 1, 1), to broadcast over channels-first video
+            return (math.prod(shape),)
+        if len(shape) >= 4:
+            shape = (shape[0], *shape[2:], shape[1])
+        if name.endswith("patch_embedding.weight") and self.component == "transformer":
+            return (shape[0], math.prod(shape[1:]))  # a convolution whose stride is its kernel is a matmul
+        return shape
+
+
+def dtype_of(component: str, name: str, dtype: mx.Dtype) -> mx.Dtype:
+    """The dtype to keep a parameter in: ``dtype``, or float32 where rounding it would show."""
+    return mx.float32 if component == "transformer" and re.match(FLOAT32_PARAMETERS, name) else dtype
+
+
+def check_keys(weights: ComponentWeights, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise WeightsError unless the file holds exactly the ``expected`` names and shapes."""
+    missing = sorted(expected.keys() - weights.shapes.keys())
+    extra = sorted(weights.shapes.keys() - expected.keys())
+    wrong = sorted(k for k in expected.keys() & weights.shapes.keys() if tuple(expected[k]) != weights.shapes[k])
+    problems = []
+    if missing:
+        problems.append(f"lacks {_some(missing)}")
+    if extra:
+        problems.append(f"holds unexpected {_some(extra)}")
+    if wrong:
+        shapes = [f"{k} {weights.shapes[k]} instead of {tuple(expected[k])}" for k in wrong]
+        problems.append(f"has other shapes: {_some(shapes)}")
+    if problems:
+        raise WeightsError(f"{weights.path}: as a {weights.component} it {'; it '.join(problems)}")
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every parameter; nothing is computed."""
+    return {name: tuple(array.shape) for name, array in tree_flatten(module.parameters())}
+
+
+def load_module(
+    module: nn.Module, weights: ComponentWeights, dtype: mx.Dtype, progress: Callable[[Iterable[str]], Iterable[str]]
+) -> nn.Module:
+    """Fill ``module`` and return it, every tensor read and cast on the CPU, one at a time.
+
+    No GPU work is submitted: on Apple silicon it would wait on the file, and macOS ends GPU work that waits.
+    """
+    check_keys(weights, parameter_shapes(module))
+    arrays = {}
+    for name in progress(weights.shapes):
+        with mx.stream(mx.cpu):
+            arrays[name] = weights.read(name).astype(dtype_of(weights.component, name, dtype))
+            mx.eval(arrays[name])
+    module.load_weights(list(arrays.items()))
+    return module.eval()
+
+
+def stream_blocks(
+    make_block: Callable[[], nn.Module], weights: ComponentWeights, count: int, dtype: mx.Dtype
+) -> Iterator[nn.Module]:
+    """Yield the loaded blocks in order; while one computes, the next is read on a CPU stream of its own.
+
+    At most two blocks are resident, and a block is resident before it is yielded. The caller evaluates what it
+    computed with a block before it asks for the next.
+    """
+    block = make_block()
+    dtypes = {name: dtype_of(weights.component, name, dtype) for name in parameter_shapes(block)}
+    io = mx.new_stream(mx.cpu)
+
+    def start_reading(index: int) -> list[tuple[str, mx.array]]:
+        with mx.stream(io):
+            arrays = [(name, weights.read(f"blocks.{index}.{name}").astype(kept)) for name, kept in dtypes.items()]
+        mx.async_eval([array for _, array in arrays])
+        return arrays
+
+    arrays = start_reading(0)
+    for index in range(count):
+        mx.eval([array for _, array in arrays])
+        block.load_weights(arrays)  # drops the block before it
+        arrays = start_reading(index + 1) if index + 1 < count else []
+        yield block
+
+
+def open_component(path: str | Path, component: str) -> ComponentWeights:
+    """Open a weight file and check that it holds a ``component``.
+
+    Raises:
+        WeightsError: the file cannot be read, is not recognised, or holds another network.
+    """
+    weights = ComponentWeights(open_weights(path))
+    if weights.component != component:
+        raise WeightsError(f"{path}: holds a {weights.component}, expected a {component}")
+    return weights
+
+
+def _count(shapes: Mapping[str, Any], pattern: str) -> int:
+    return len({match[1] for match in (re.match(pattern, name) for name in shapes) if match})
+
+
+def _merge(config_class, found: dict[str, Any], config: Mapping[str, Any], path: Path):
+    """``found`` in the weights plus whatever else config.json says; a contradiction is an error."""
+    known = {f.name for f in fields(config_class)}
+    said = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+    for key, value in found.items():
+        if key in said and said[key] != value:
+            raise WeightsError(f"{path}: config.json says {key} = {said[key]}, but the weights have {value}")
+    return config_class(**{**said, **found})
+
+
+def _shape_of(weights: ComponentWeights, name: str) -> tuple[int, ...]:
+    if name not in weights.shapes:
+        raise WeightsError(f"{weights.path}: as a {weights.component} it lacks {name}")
+    return weights.shapes[name]
+
+
+def transformer_config(weights: ComponentWeights, config: Mapping[str, Any]) -> TransformerConfig:
+    """Sizes of a transformer. The number of heads is config.json's, else heads of 128 as in every Wan model."""
+    dim, text_dim = _shape_of(weights, "text_embedding.0.weight")
+    patch = math.prod(config.get("patch_size", (1, 2, 2)))
+    shapes = weights.shapes
+    kind = (
+        "vace" if "vace_patch_embedding.weight" in shapes
+        else "flf2v" if "img_emb.emb_pos" in shapes
+        else "i2v" if "img_emb.proj.1.weight" in shapes
+        else "t2v"
+    )  # fmt: skip
+    found = dict(
+        model_type=kind,
+        dim=dim,
+        text_dim=text_dim,
+        ffn_dim=_shape_of(weights, "blocks.0.ffn.0.weight")[0],
+        num_layers=_count(shapes, r"blocks\.(\d+)\."),
+        freq_dim=_shape_of(weights, "time_embedding.0.weight")[1],
+        in_dim=_shape_of(weights, "patch_embedding.weight")[1] // patch,
+        out_dim=_shape_of(weights, "head.head.weight")[0] // patch,
+    )
+    if kind in ("i2v", "flf2v"):
+        found["image_dim"] = shapes["img_emb.proj.1.weight"][1]
+    if "num_heads" not in config:
+        if dim % 128:
+            raise WeightsError(f"{weights.path}: dim {dim} is no multiple of 128 and no config.json gives num_heads")
+        found["num_heads"] = dim // 128
+    return _merge(TransformerConfig, found, config, weights.path)
+
+
+def text_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) -> TextEncoderConfig:
+    """Sizes of a umT5 encoder; every one shows in the weights' shapes."""
+    vocab, dim = _shape_of(weights, "token_embedding.weight")
+    buckets, heads = _shape_of(weights, "blocks.0.pos_embedding.embedding.weight")
+    found = dict(
+        vocab_size=vocab,
+        dim=dim,
+        num_buckets=buckets,
+        num_heads=heads,
+        dim_attn=_shape_of(weights, "blocks.0.attn.q.weight")[0],
+        dim_ffn=_shape_of(weights, "blocks.0.ffn.fc1.weight")[0],
+        num_layers=_count(weights.shapes, r"blocks\.(\d+)\."),
+    )
+    return _merge(TextEncoderConfig, found, config, weights.path)
+
+
+def vae_config(weights: ComponentWeights, config: Mapping[str, Any]) -> VAEConfig:
+    """Sizes of a VAE, found by walking the encoder: every stage ends where a ``resample`` stands."""
+    shapes = weights.shapes
+    dim = _shape_of(weights, "encoder.conv1.weight")[0]
+    mult, temporal, blocks = [], [], 0
+    for index in range(_count(shapes, r"encoder\.downsamples\.(\d+)\.")):
+        layer = f"encoder.downsamples.{index}"
+        if f"{layer}.resample.1.weight" in shapes:
+            temporal.append(f"{layer}.time_conv.weight" in shapes)
+            mult.append(_shape_of(weights, f"{layer}.resample.1.weight")[0] // dim)
+        elif not mult:
+            blocks += 1
+    mult.append(_shape_of(weights, "encoder.middle.0.residual.2.weight")[0] // dim)
+    found = dict(
+        dim=dim,
+        dim_mult=tuple(mult),
+        num_res_blocks=blocks,
+        temporal_downsample=tuple(temporal),
+        z_dim=_shape_of(weights, "conv2.weight")[0],
+    )
+    if found["z_dim"] != len(VAEConfig.mean) and "mean" not in config:
+        raise WeightsError(
+            f"{weights.path}: a VAE with {found['z_dim']} latent channels, expected Wan2.1's 16 "
+            "(Wan2.2-TI2V-5B has its own VAE, which is not supported)"
+        )
+    return _merge(VAEConfig, found, config, weights.path)

@@ -1,0 +1,109 @@
+"""Whole networks from files: the public ``load_*`` functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..text_encoder import EncoderBlock, TextEncoder, parameter_shapes
+from ..transformer import Transformer
+from ..vae import VAE
+from .checkpoint import Checkpoint, open_checkpoint
+from .load import (
+    DTYPES,
+    ComponentWeights,
+    check_keys,
+    load_module,
+    open_component,
+    stream_blocks,
+    text_encoder_config,
+    transformer_config,
+    vae_config,
+)
+
+# Wraps an iteration as ``tqdm`` does: progress(items, total=...) → items.
+Progress = Callable[..., Iterable]
+
+
+def no_progress(items: Iterable, total: int | None = None) -> Iterable:
+    """The silent `Progress`."""
+    return items
+
+
+def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
+    """A dtype by name.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if isinstance(dtype, mx.Dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _open(path: str | Path | Checkpoint, component: str) -> tuple[ComponentWeights, Mapping[str, Any]]:
+    """The component's weights and configuration, from a model folder or from its own file."""
+    if not isinstance(path, Checkpoint) and Path(path).is_dir():
+        path = open_checkpoint(path)
+    if isinstance(path, Checkpoint):
+        return open_component(path.files[component], component), path.configs.get(component, {})
+    return open_component(path, component), {}
+
+
+def load_transformer(
+    path: str | Path | Checkpoint, dtype: str | mx.Dtype = "bfloat16", progress: Progress = no_progress
+) -> Transformer:
+    """Load the diffusion transformer.
+
+    Args:
+        path: model folder, or the transformer's own file (then heads are taken to be 128 wide).
+        dtype: of the wide arrays: "bfloat16", "float16" or "float32"; the time path stays float32.
+        progress: wraps the iteration over tensors.
+
+    Raises:
+        WeightsError: the file is not a whole Wan2.1 transformer.
+    """
+    weights, config = _open(path, "transformer")
+    return load_module(Transformer(transformer_config(weights, config)), weights, parse_dtype(dtype), progress)
+
+
+def load_vae(path: str | Path | Checkpoint, dtype: str | mx.Dtype = "float32", progress: Progress = no_progress) -> VAE:
+    """Load the VAE from a model folder or its own file.
+
+    Raises:
+        WeightsError: the file is not a whole Wan2.1 VAE.
+    """
+    weights, config = _open(path, "vae")
+    return load_module(VAE(vae_config(weights, config)), weights, parse_dtype(dtype), progress)
+
+
+def load_text_encoder(
+    path: str | Path | Checkpoint, dtype: str | mx.Dtype = "bfloat16", progress: Progress = no_progress
+) -> TextEncoder:
+    """Open the umT5 encoder from a model folder or its own file.
+
+    Its blocks are read from the file as they are needed and never all resident; ``progress`` wraps that iteration.
+
+    Raises:
+        WeightsError: the file is not a whole umT5 encoder.
+        ValueError: float16, whose range umT5 exceeds.
+    """
+    weights, config = _open(path, "text_encoder")
+    config, dtype = text_encoder_config(weights, config), parse_dtype(dtype)
+    if dtype == mx.float16:
+        raise ValueError("umT5 overflows float16; give bfloat16 or float32")
+    check_keys(weights, parameter_shapes(config))
+    return TextEncoder(
+        config,
+        embed=lambda ids: weights.rows("token_embedding.weight", ids).astype(dtype),
+        blocks=lambda: progress(
+            stream_blocks(lambda: EncoderBlock(config), weights, config.num_layers, dtype), total=config.num_layers
+        ),
+        norm_weight=weights.read("norm.weight").astype(dtype),
+        dtype=dtype,
+    )
