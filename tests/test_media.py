@@ -51,18 +51,19 @@ def read_mp4(path) -> tuple[np.ndarray, str]:
     return np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, 3), described
 
 
-class TestToUint8:
-    @pytest.fixture(scope="class")
-    def values(self):
-        steps = np.linspace(-1.2, 1.2, 20_001, dtype=np.float32)
-        exact = (np.arange(256, dtype=np.float32) / np.float32(255)) * 2 - 1  # where truncation decides
-        around = [np.nextafter(exact, np.float32(s)) for s in (-2, 2)]
-        return np.concatenate([steps, exact, *around])
+def values_where_rounding_decides() -> np.ndarray:
+    """Every level's exact value and its neighbours in float32, a fine ramp, and values outside [-1, 1]."""
+    levels = np.arange(0, 256, 0.5, dtype=np.float32) / np.float32(255) * 2 - 1
+    below, above = np.nextafter(levels, np.float32(-2)), np.nextafter(levels, np.float32(2))
+    return np.concatenate([levels, below, above, np.linspace(-1.2, 1.2, 20_001, dtype=np.float32)])
 
+
+class TestToUint8:
     @pytest.mark.parametrize("rounding", [False, True])
     @pytest.mark.parametrize("make", [np.asarray, mx.array], ids=["numpy", "mlx"])
-    def test_against_torch(self, values, rounding, make):
+    def test_against_torch(self, rounding, make):
         torch = pytest.importorskip("torch")
+        values = values_where_rounding_decides()
         want = torch.from_numpy(values.copy()).clamp(-1, 1)
         want.sub_(-1).div_(2)  # torchvision.utils.make_grid(normalize=True, value_range=(-1, 1))
         want = want.mul(255).add_(0.5).clamp_(0, 255) if rounding else want * 255
@@ -175,6 +176,23 @@ class TestNeverHalfWritten:
             raise KeyboardInterrupt
         assert os.listdir(tmp_path) == []
 
+    def test_partial_file_is_removed(self, tmp_path, monkeypatch, ending):
+        def full_disk(path, *_):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setitem(media.SAVERS, ending, full_disk)
+        noise = np.random.default_rng(0).integers(0, 256, (200, 64, 64, 3), dtype=np.uint8)
+        with pytest.raises(OSError), VideoWriter(tmp_path / f"a{ending}", 16, (64, 64), {}) as writer:
+            writer.write(noise)
+            if ending == ".mp4":  # ffmpeg opens its file when it has seen some frames
+                deadline = time.monotonic() + 10
+                while not os.listdir(tmp_path) and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                assert len(os.listdir(tmp_path)) == 1
+                raise OSError
+        assert os.listdir(tmp_path) == []
+
     def test_exception_keeps_the_old_file(self, tmp_path, ending):
         path = tmp_path / f"a{ending}"
         path.write_bytes(b"precious")
@@ -231,8 +249,9 @@ class TestFFmpeg:
     def test_none_is_left_behind(self, tmp_path):
         with pytest.raises(RuntimeError), VideoWriter(tmp_path / "a.mp4", 16, (16, 16), {}) as writer:
             process = writer._encoder.process
+            assert os.getpgid(process.pid) != os.getpgid(0)  # Ctrl-C in the terminal reaches us, not it
             raise RuntimeError
-        assert process.returncode is not None
+        assert process.returncode == -signal.SIGKILL
         with VideoWriter(tmp_path / "a.mp4", 16, (16, 16), {}) as writer:
             process = writer._encoder.process
             writer.write(moving_picture(1, 16, 16))

@@ -146,6 +146,19 @@ def test_every_read_is_a_new_array(two):
     assert bytes_of(second) == bytes_of(file.read("a")) == TWO_DATA[:24]
 
 
+def test_a_dropped_array_is_freed(tmp_path):
+    size = 1_000_000
+    header = {key: entry("U8", [size], i * size, (i + 1) * size) for i, key in enumerate("abc")}
+    file = open_weights(write_safetensors(tmp_path / "x.safetensors", header, bytes(3 * size)))
+    held = mx.get_active_memory()
+    for key in "abcab":
+        array = file.read(key)
+        mx.eval(array)
+        assert mx.get_active_memory() - held >= size
+        del array
+        assert mx.get_active_memory() - held < size
+
+
 def test_a_file_that_changes_while_open(two):
     file = open_weights(two)
     os.truncate(two, 30)
@@ -482,7 +495,7 @@ def test_hostile_calls_are_refused_by_name(pth, tmp_path):
         (mapping(x=call("numpy", "load", literal("x"))), "numpy.load"),
         (mapping(x=call("torch._utils", "_rebuild_parameter", shell(canary), literal(True), EMPTY)), "os.system"),
         (mapping(x=tensor(shell(canary))), "os.system"),
-        (mapping(x=tensor(shape=(1,)), y=stack_name("os", "system") + b"(" + touch + b"tR"), "os.system"),
+        (mapping(x=tensor(), y=stack_name("os", "system") + b"(" + touch + b"tR"), "os.system"),
         (mapping(x=stack_name("torch._utils", "os.system") + b"(" + touch + b"tR"), "torch._utils.os.system"),
         (mapping(x=stack_name("collections", "OrderedDict.fromkeys") + b")R"), "OrderedDict.fromkeys"),
         (mapping(x=stack_name("collections.abc", "os\nsystem") + b")R"), "os\\nsystem"),
@@ -543,9 +556,10 @@ def test_registered_extension_codes_are_not_followed(pth):
 
 
 def test_small_files_cannot_become_large(pth):
-    deep = b")" + b"\x85" * 1_000_000
-    doubling = b"}" + b"".join(b"q" + bytes([i]) + b"}(" + literal("a") + b"h" + bytes([i]) + literal("b") + b"h"
-                               + bytes([i]) + b"u" for i in range(60))  # fmt: skip
+    deep = b")" + b"\x85" * 200_000
+    doubling = b"}" + b"".join(
+        b"q%c}(" % i + literal("a") + b"h%c" % i + literal("b") + b"h%cu" % i for i in range(1, 26)
+    )
     bombs = [
         b"}" + deep + b"Ns",  # hashing this key would overflow the C stack
         deep + deep + b"\x93",
@@ -554,29 +568,26 @@ def test_small_files_cannot_become_large(pth):
         b"\x96" + struct.pack("<Q", 2**60),
         b"\x8b" + struct.pack("<I", 2**31 - 1),
         b"\x95" + struct.pack("<Q", 2**60),
-        b"}q\0" + literal("x") + b"h\0s",  # a dict within itself
-        b"]q\0h\0a",
+        b"}q\x09" + literal("x") + b"h\x09s",  # a dict within itself
+        b"}" + literal("x") + b"]q\x09h\x09as",
         doubling,
         b"}" + literal("x") + b"](" + b"N" * 200_000 + b"es",
         mapping(x=b"N" + b"0N" * 100),
     ]
-    tracemalloc.start()
-    try:
-        for body in bombs:
-            refusal(pth(body))
-            assert tracemalloc.get_traced_memory()[1] < 300e6
-    finally:
-        tracemalloc.stop()
+    rss = peak_rss()
+    for body in bombs:
+        refusal(pth(body))
+    assert peak_rss() - rss < 300e6
 
 
-def test_pickle_that_inflates(pth, monkeypatch):
-    refusal(pth(b"N0" * 40_000_000, compression=zipfile.ZIP_DEFLATED))
+def test_pickle_that_inflates(pth):
+    assert "64,000,000" in refusal(pth(b"N0" * 33_000_000, compression=zipfile.ZIP_DEFLATED))
 
 
 def test_storage_that_inflates_past_its_declared_size(pth):
     path = pth(entries={"data/0": bytes(10_000_000)}, compression=zipfile.ZIP_DEFLATED)
     assert "10,000,000" in refusal(path)
-    large = 2**28
+    large = 2**26
     body = mapping(x=tensor(storage(kind="ByteStorage", count=large), shape=(large,), strides=(1,)))
     path = pth(body, entries={"data/0": bytes(large)}, compression=zipfile.ZIP_DEFLATED)
     assert "larger than its file" in refusal(path)
@@ -651,9 +662,23 @@ def test_flipped_bytes_in_a_pth(pth, compression):
     survivors(path, [i for i in range(path.stat().st_size) if i not in inside])
 
 
+def test_flipped_bytes_in_a_pickle_whose_checksum_is_right(pth):
+    body = mapping(x=tensor(), y=mapping(z=tensor(shape=(3, 2), strides=(1, 3))), n=literal([1, 2.5, None])) + b"}b"
+    assert list(open_weights(pth(body)).tensors) == ["x", "y.z"]
+    opened = 0
+    for seed in range(400):
+        path = pth(flipped(body, range(len(body)), seed))
+        try:
+            read_all(open_weights(path))
+            opened += 1
+        except WeightsError as error:
+            assert "\n" not in str(error)
+    assert 0 < opened < 100
+
+
 # --- how little is read
 
-HUGE = 2**31  # a sparse file: reading it would cost memory, not disk
+HUGE = 2**30  # a sparse file: reading it would cost memory, not disk
 
 
 def peak_rss() -> int:
@@ -667,7 +692,7 @@ def sparse_pth(path, body: bytes) -> None:
         place = archive.fp.tell()
         info = zipfile.ZipInfo("archive/data/0")
         info.file_size = info.compress_size = HUGE
-        info.header_offset = place
+        info.header_offset, info.CRC = place, 0
         archive.fp.write(info.FileHeader(zip64=False))
         archive.fp.seek(HUGE - 4, os.SEEK_CUR)
         archive.fp.write(b"\1\2\3\4")
@@ -691,7 +716,7 @@ def test_reads_touch_only_what_they_return(tmp_path, kind):
     else:
         data = storage(kind="ByteStorage", count=HUGE)
         huge, small = tensor(data, 0, (rows, 4096), (4096, 1)), tensor(data, HUGE - 4, (4,), (1,))
-        sparse_pth(path, mapping(huge=huge, small=small, across=tensor(data, 0, (4096, rows), (1, 4096))))
+        sparse_pth(path, mapping(huge=huge, small=small, across=tensor(data, 0, (4096, 4096), (1, 4096))))
         last = b"\1\2\3\4"
     rss, held = peak_rss(), mx.get_active_memory()
     mx.reset_peak_memory()
@@ -704,5 +729,7 @@ def test_reads_touch_only_what_they_return(tmp_path, kind):
         lazy = file.read("huge")
         assert lazy.shape == (rows, 4096)
         del lazy
+    else:
+        assert file.rows("across", [4095]).shape == (1, 4096)
     assert mx.get_active_memory() - held < 1e6 and mx.get_peak_memory() - held < 10e6
     assert peak_rss() - rss < 100e6

@@ -70,10 +70,27 @@ class AffineNorm(nn.Module):
         return scale_shift(mx.fast.layer_norm(x, None, None, self.eps), self.weight, self.bias)
 
 
-def in_token_chunks(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+class Pacer:
+    """Submits work piece by piece: one piece runs while the next waits, and no more.
+
+    MLX allocates the arrays of whatever is submitted long before the GPU gets there, so a whole block submitted at
+    once holds all its temporaries at once. With two pieces in flight memory stays low and the GPU never idles.
+    """
+
+    def __init__(self):
+        self.running: tuple[mx.array, ...] = ()
+
+    def __call__(self, *arrays: mx.array) -> None:
+        """Submit the computation of ``arrays``, and wait until the piece before it is done."""
+        mx.async_eval(*arrays)
+        mx.eval(*self.running)
+        self.running = arrays
+
+
+def in_token_chunks(function: Callable[[mx.array], mx.array], x: mx.array, pace: Pacer) -> mx.array:
     """``function(x)`` for a function that treats tokens (B, L, D) independently, a slice of tokens at a time."""
-    if x.shape[1] <= TOKENS_AT_ONCE:
-        return function(x)
-    return mx.concatenate(
-        [function(x[:, i : i + TOKENS_AT_ONCE]) for i in range(0, x.shape[1], TOKENS_AT_ONCE)], axis=1
-    )
+    parts = []
+    for start in range(0, x.shape[1], TOKENS_AT_ONCE):
+        parts.append(function(x[:, start : start + TOKENS_AT_ONCE]))
+        pace(parts[-1])
+    return mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]

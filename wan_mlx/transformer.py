@@ -14,7 +14,7 @@ import numpy as np
 
 from .attention import attention
 from .configs import TransformerConfig
-from .layers import AffineNorm, Linear, RMSNorm, gated_add, gelu_tanh, in_token_chunks, scale_shift
+from .layers import AffineNorm, Linear, Pacer, RMSNorm, gated_add, gelu_tanh, in_token_chunks, scale_shift
 from .rope import rope_table, scale_and_rotate
 
 # Parameters that stay float32 whatever the dtype of the rest: few bytes, and rounding them shows.
@@ -32,15 +32,19 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(config.dim)
         self.norm_k = RMSNorm(config.dim)
 
-    def __call__(self, x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
-        q = self._rotated(self.q(x), self.norm_q, table)
-        k = self._rotated(self.k(x), self.norm_k, table)
-        v = _split_heads(self.v(x), self.heads)
-        return self.o(attention(q.transpose(0, 2, 1, 3), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
+    def __call__(self, x: mx.array, table: tuple[mx.array, mx.array], pace: Pacer) -> mx.array:
+        return self.o(attention(*self._queries_keys_values(x, table, pace), pace))
 
-    def _rotated(self, x, norm, table):
-        x = mx.fast.rms_norm(x, None, self.eps)
-        return scale_and_rotate(_split_heads(x, self.heads), norm.weight.reshape(self.heads, -1), table)
+    def _queries_keys_values(self, x, table, pace):
+        arrays = []
+        for project, norm in ((self.q, self.norm_q), (self.k, self.norm_k), (self.v, None)):
+            y = project(x)
+            if norm is not None:
+                y = mx.fast.rms_norm(y, None, self.eps)
+            y = _split_heads(y, self.heads)
+            arrays.append(y if norm is None else scale_and_rotate(y, norm.weight.reshape(self.heads, -1), table))
+            pace(arrays[-1])
+        return arrays
 
 
 class CrossAttention(nn.Module):
@@ -59,22 +63,21 @@ class CrossAttention(nn.Module):
             self.norm_k_img = RMSNorm(config.dim)
 
     def keys_values(self, context: mx.array, image_context: mx.array | None) -> list[tuple[mx.array, mx.array]]:
-        """Keys and values of the text and, if there is one, of the image: each (B, heads, length, head_dim)."""
+        """Keys and values of the text and, if there is one, of the image: each (B, length, heads, head_dim)."""
         pairs = [self._key_value(context, self.k, self.norm_k, self.v)]
         if image_context is not None:
             pairs.append(self._key_value(image_context, self.k_img, self.norm_k_img, self.v_img))
         return pairs
 
     def _key_value(self, context, project_k, norm, project_v):
-        k = self._normed(project_k(context), norm)
-        return k.transpose(0, 2, 1, 3), _split_heads(project_v(context), self.heads).transpose(0, 2, 1, 3)
+        return self._normed(project_k(context), norm), _split_heads(project_v(context), self.heads)
 
     def _normed(self, x, norm):
         return _split_heads(mx.fast.rms_norm(x, norm.weight.astype(x.dtype), self.eps), self.heads)
 
-    def __call__(self, x: mx.array, pairs: Sequence[tuple[mx.array, mx.array]]) -> mx.array:
-        q = self._normed(self.q(x), self.norm_q).transpose(0, 2, 1, 3)
-        return self.o(sum(attention(q, k, v) for k, v in pairs))
+    def __call__(self, x: mx.array, pairs: Sequence[tuple[mx.array, mx.array]], pace: Pacer) -> mx.array:
+        q = self._normed(self.q(x), self.norm_q)
+        return self.o(sum(attention(q, k, v, pace) for k, v in pairs))
 
 
 class Block(nn.Module):
@@ -96,21 +99,23 @@ class Block(nn.Module):
         context: mx.array,
         image_context: mx.array | None,
         table: tuple[mx.array, mx.array],
+        pace: Pacer,
     ) -> mx.array:
         """x (B, L, D), modulation float32 (B, 6, D), context (B, 512, D) → (B, L, D)."""
         m = self.modulation + modulation
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = (m[:, i : i + 1] for i in range(6))
-        x = gated_add(x, self.self_attn(self._modulated(x, 1 + scale_attn, shift_attn), table), gate_attn)
+        x = gated_add(x, self.self_attn(self._modulated(x, 1 + scale_attn, shift_attn), table, pace), gate_attn)
+        pace(x)
         pairs = self.cross_attn.keys_values(context, image_context)
 
         def tokenwise(x):
-            x = x + self.cross_attn(self.norm3(x), pairs)
+            x = x + self.cross_attn(self.norm3(x), pairs, pace)
             y = self._modulated(x, 1 + scale_ffn, shift_ffn)
             for layer in self.ffn:
                 y = layer(y)
             return gated_add(x, y, gate_ffn)
 
-        return in_token_chunks(tokenwise, x)
+        return in_token_chunks(tokenwise, x, pace)
 
     def _modulated(self, x, scale, shift):
         return scale_shift(mx.fast.layer_norm(x, None, None, self.eps), scale, shift)
@@ -125,7 +130,7 @@ class Head(nn.Module):
         self.head = Linear(config.dim, int(np.prod(config.patch_size)) * config.out_dim)
         self.modulation = mx.zeros((1, 2, config.dim))
 
-    def __call__(self, x: mx.array, time: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, time: mx.array, pace: Pacer) -> mx.array:
         """x (B, L, D), time float32 (B, D) → float32 (B, L, patch volume * out_dim)."""
         m = self.modulation + time[:, None]
         shift, scale = m[:, 0:1], m[:, 1:2]
@@ -134,7 +139,7 @@ class Head(nn.Module):
             x = mx.fast.layer_norm(x.astype(mx.float32), None, None, self.eps)
             return self.head(x * (1 + scale) + shift)
 
-        return in_token_chunks(project, x)
+        return in_token_chunks(project, x, pace)
 
 
 class ImageEmbedding(nn.Module):
@@ -213,10 +218,10 @@ class Transformer(nn.Module):
         time, modulation = self.embed_time(timestep)
         text, image = self.embed_context(context, image_features)
         table = rope_table(grid, self.config.head_dim)
+        pace = Pacer()
         for block in self.blocks:
-            x = block(x, modulation, text, image, table)
-            mx.eval(x)  # one block's temporaries at a time
-        return self.unpatchify(self.head(x, time), grid)
+            x = block(x, modulation, text, image, table, pace)
+        return self.unpatchify(self.head(x, time, pace), grid)
 
     def _check(self, latents, context, condition, image_features):
         c = self.config

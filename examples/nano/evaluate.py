@@ -155,7 +155,9 @@ def _smooth(image: np.ndarray) -> np.ndarray:
 
 def _crop(image: np.ndarray, centre: np.ndarray, radius: int) -> np.ndarray:
     x, y = np.floor(centre).astype(int) + radius
-    return np.pad(image, ((radius, radius), (radius, radius), (0, 0)), mode="edge")[y - radius : y + radius + 1, x - radius : x + radius + 1]
+    return np.pad(image, ((radius, radius), (radius, radius), (0, 0)), mode="edge")[
+        y - radius : y + radius + 1, x - radius : x + radius + 1
+    ]
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------
@@ -194,7 +196,13 @@ def _templates() -> np.ndarray:
             scale = world.GLYPH_SIZE / (2 * world.GLYPH_REACH)
             inside = _bilinear(level + 2, *((c + world.GLYPH_REACH) * scale - 0.5 for c in (u, v))) > 2
             cover = inside.astype(np.float32)
-            rows.append(_patch(cover, np.array([(cover * (i + 0.5)).sum() / cover.sum() for i in np.mgrid[:96, :96][::-1]]), cover.sum()))
+            rows.append(
+                _patch(
+                    cover,
+                    np.array([(cover * (i + 0.5)).sum() / cover.sum() for i in np.mgrid[:96, :96][::-1]]),
+                    cover.sum(),
+                )
+            )
     flat = np.stack(rows).reshape(len(levels), TURNS, -1) - 0.5
     return flat / np.linalg.norm(flat, axis=-1, keepdims=True)
 
@@ -205,3 +213,58 @@ def _kind(patches: np.ndarray) -> str:
     flat /= np.linalg.norm(flat, axis=-1, keepdims=True)
     match = np.einsum("tp,sap->tsa", flat, _templates()).max(-1)
     return world.SHAPES[int(match.mean(0).argmax())]
+
+
+# --- the command -----------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="nano", help="what WanPipeline.from_pretrained is given")
+    parser.add_argument("--output", type=Path, required=True, help="writes OUTPUT.md and OUTPUT.json")
+    parser.add_argument("--prompts", type=int, default=96, help="held-out prompts at 128x128x17")
+    parser.add_argument("--other-prompts", type=int, default=64, help="held-out prompts at each other size")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: the preset's)")
+    args = parser.parse_args()
+
+    import wan_mlx
+
+    pipe = wan_mlx.WanPipeline.from_pretrained(args.model)
+    table, rows = {}, []
+    for index, (width, height, frames) in enumerate(world.SIZES):
+        name, begun, scores = f"{width}x{height}, {frames} frames", time.monotonic(), []
+        for prompt, scene in world.held_out_prompts(args.other_prompts if index else args.prompts):
+            video = pipe(
+                prompt,
+                negative_prompt="",
+                width=width,
+                height=height,
+                num_frames=frames,
+                steps=args.steps,
+                seed=scene.seed,
+            )
+            reading = measure(video.frames)
+            scores.append(score(reading, scene))
+            rows.append({"size": name, "prompt": prompt, "read": reading._asdict(), "right": scores[-1]})
+            print(f"{name} {len(scores)}: {'ok   ' if all(scores[-1].values()) else 'WRONG'} {prompt}", flush=True)
+        seconds = (time.monotonic() - begun) / len(scores)
+        table[name] = {"prompts": len(scores), **summarise(scores), "seconds a clip": round(seconds, 1)}
+        args.output.with_suffix(".json").write_text(
+            json.dumps({"table": table, "clips": rows}, ensure_ascii=False, indent=1)
+        )
+    text = markdown(table)
+    args.output.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def markdown(table: dict[str, dict[str, float]]) -> str:
+    """``table`` as Markdown, one row per size, numbers in percent unless the column says otherwise."""
+    columns = list(next(iter(table.values())))
+    lines = ["| size | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join(
+        lines + [f"| {name} | " + " | ".join(f"{row[c]:g}" for c in columns) + " |" for name, row in table.items()]
+    )
+
+
+if __name__ == "__main__":
+    main()

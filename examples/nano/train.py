@@ -30,6 +30,7 @@ import world
 
 START = time.monotonic()
 CAPTIONS = 8  # captions kept per clip
+WINDOW = 64  # side of the windows the VAE trains on first
 
 
 class Clock:
@@ -60,7 +61,7 @@ class Trainer:
         rate = self.rate * min(1, (clock.step + 1) / self.warmup) * (0.5 + 0.5 * math.cos(math.pi * clock.progress()))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(self.params[0].device.type, torch.bfloat16):
+        with half():
             loss = loss_of(*args)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.params, 1.0)
@@ -87,6 +88,11 @@ class Trainer:
                 for p in module.parameters():
                     p.copy_(next(means))
         return copies
+
+
+def half():
+    """bfloat16 autocast on a GPU; on the CPU it would only be slower."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
 
 
 def say(text: str) -> None:
@@ -166,8 +172,8 @@ def train_vae(args, device, workers) -> dict:
         n = small if other else batch if whole else 4 * batch
         packed = pick(pools[which], torch.randint(len(pools[which]["slope"]), (n,), device=device))
         with torch.no_grad():
-            corner = None if whole else windows(packed, width, height, 64)
-            video, boxes = render.paint(packed, glyphs, width, height, corner, 0 if whole else 64)
+            corner = None if whole else windows(packed, width, height, WINDOW)
+            video, boxes = render.paint(packed, glyphs, width, height, corner, 0 if whole else WINDOW)
         video = video.contiguous(memory_format=torch.channels_last_3d)
         # The odd sizes run uncompiled: compiling for each would cost more than it saves.
         trainer.step(vae_loss if other else loss_fast, vae, video, boxes.contiguous())
@@ -249,7 +255,7 @@ def encode_clips(vae, workers, tokenizer, glyphs, args, deadline: float) -> list
         parts = []
         for start in range(0, count, 32):
             video, _ = render.paint(pick(packed, slice(start, start + 32)), glyphs, *size[:2])
-            with torch.autocast(device.type, torch.bfloat16):
+            with half():
                 latents = models.encode(vae, video.contiguous(memory_format=torch.channels_last_3d))[0]
             parts.append(((latents.float() - mean) / std).to(torch.bfloat16))
             if start % 1024 == 0 and device.type == "cuda":
@@ -258,7 +264,8 @@ def encode_clips(vae, workers, tokenizer, glyphs, args, deadline: float) -> list
                 break
         latents = torch.cat(parts)
         sets.append((latents, ids[: len(latents)].to(device)))
-        say(f"{size}: {len(latents)} of {count} clips encoded, captions of at most {int((ids > 0).sum(-1).max())} tokens")
+        longest = int((ids > 0).sum(-1).max())
+        say(f"{size}: {len(latents)} of {count} clips encoded, captions of at most {longest} tokens")
     return sets
 
 
@@ -334,7 +341,7 @@ def accuracy(vae, tokenizer, workers, args, device) -> dict:
             part = prompts[start : start + 48]
             ids = torch.as_tensor(models.token_rows(tokenizer, [p for p, _ in part])).long().to(device)
             noise = torch.randn(len(part), *shape, generator=torch.Generator().manual_seed(start)).to(device)
-            with torch.autocast(device.type, torch.bfloat16):
+            with half():
                 latents = models.sample(model, short, encoder, ids, noise, steps=20 if args.clips is None else 2)
             for piece in (latents * std + mean).split(8):
                 video = models.decode(vae, piece).clamp(-1, 1)
@@ -366,7 +373,9 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="folder with the first stage's vae/ (default: --out)")
     parser.add_argument("--seconds", type=float, help="end of training, from the start of the program")
     parser.add_argument("--steps", type=int, help="train exactly this many steps instead")
-    parser.add_argument("--batch", type=int, help="clips per step (16 whole clips for the VAE, 256 for the transformer)")
+    parser.add_argument(
+        "--batch", type=int, help="clips per step (16 whole clips for the VAE, 256 for the transformer)"
+    )
     parser.add_argument("--clips", type=int, help="clips drawn; also makes the evaluation tiny, for a trial run")
     args = parser.parse_args()
     args.seconds = args.seconds or {"vae": 390, "dit": 480}[args.stage]

@@ -91,7 +91,9 @@ def sample_scene(rng: np.random.Generator, size: tuple[int, int, int] = SIZES[0]
                 return Scene((thing,), background, width, height, frames, int(rng.integers(2**31)))
             background = _pick(rng, tuple(BACKGROUNDS))
     if rng.random() < 0.13:  # two things, each in its own half, so that they never meet
-        pools = (("right", "left"), ("up", "down", "bounce"))[int(width < height or (width == height and rng.random() < 0.5))]
+        pools = (("right", "left"), ("up", "down", "bounce"))[
+            int(width < height or (width == height and rng.random() < 0.5))
+        ]
         motions = (*pools, "grow", "shrink", "spin", "still")
         things = (_free(rng, motions, background), _free(rng, motions, background))
     else:
@@ -155,7 +157,9 @@ def trajectory(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _path(rng, thing: Thing, low, high, radius: float, frames: int):
     """One thing inside the rectangle ``low``..``high``."""
     clock = np.linspace(0, 1, frames)
-    largest = min(radius * (1.15 if thing.motion == "grow" or thing.motion == "shrink" else 1), (high - low).min() / 2 - 1)
+    largest = min(
+        radius * (1.15 if thing.motion == "grow" or thing.motion == "shrink" else 1), (high - low).min() / 2 - 1
+    )
     room = np.maximum(high - low - 2 * (largest + MARGIN), 0)
     step = np.array(DIRECTIONS.get(thing.motion, (0, 0)), float)
     travel = np.zeros((frames, 2))
@@ -271,18 +275,23 @@ _ZH_GROUND = {
 }  # fmt: skip
 _ZH_WHERE = dict(zip(DIRECTIONS, ("右", "左", "上", "下", "右上", "左上", "右下", "左下"), strict=True))
 _ZH_DO = {
-    "bounce": ("弹跳", "上下弹跳", "跳动"), "grow": ("变大", "逐渐变大", "越来越大"), "shrink": ("变小", "逐渐变小", "缩小"),
-    "spin": ("旋转", "原地旋转", "转动"), "still": ("静止不动", "保持不动", "不动"),
+    "bounce": ("弹跳", "上下弹跳", "跳动"), "grow": ("变大", "逐渐变大", "越来越大"),
+    "shrink": ("变小", "逐渐变小", "缩小"), "spin": ("旋转", "原地旋转", "转动"), "still": ("静止不动", "保持不动", "不动"),
 }  # fmt: skip
 _ZH = (
     ("一个{n}在{b}背景上{f}", 3), ("{n}在{b}背景上{f}", 2), ("{b}背景上，一个{n}{f}", 2), ("{b}背景，{n}{f}", 1),
     ("一个{n}在{b}背景前{f}", 1), ("{b}的背景上有一个{n}{f}", 1), ("视频中一个{n}{f}，背景是{b}", 1),
 )  # fmt: skip
-_ZH_TWO = (("{b}背景上，一个{n}{f}，一个{n2}{f2}", 2), ("一个{n}{f}，一个{n2}{f2}，{b}背景", 1), ("在{b}背景上，{n}{f}，{n2}{f2}", 1))
+_ZH_TWO = (
+    ("{b}背景上，一个{n}{f}，一个{n2}{f2}", 2),
+    ("一个{n}{f}，一个{n2}{f2}，{b}背景", 1),
+    ("在{b}背景上，{n}{f}，{n2}{f2}", 1),
+)
 # Words a Chinese caption is cut into; single characters are the fallback.
 ZH_WORDS = (
     "一个", "背景", "背景上", "背景前", "背景是", "移动", "滑动", "数字", "手写", "视频中", "上下", "逐渐", "越来越大",
-    *_ZH_COLOUR.values(), *itertools.chain(*_ZH_KIND.values(), *_ZH_GROUND.values(), *_ZH_DO.values()), *_ZH_WHERE.values(),
+    *_ZH_COLOUR.values(), *itertools.chain(*_ZH_KIND.values(), *_ZH_GROUND.values(), *_ZH_DO.values()),
+    *_ZH_WHERE.values(),
 )  # fmt: skip
 
 
@@ -294,11 +303,15 @@ def caption(scene: Scene, rng: np.random.Generator, language: str = "en", comple
     say = _say_en if language == "en" else _say_zh
     words = {"b": _pick(rng, (_GROUND if language == "en" else _ZH_GROUND)[scene.background])}
     for suffix, thing in zip(("", "2"), scene.things, strict=False):
-        words.update({key + suffix: value for key, value in say(thing, rng, not complete and rng.random() < 0.06).items()})
+        words.update(
+            {key + suffix: value for key, value in say(thing, rng, not complete and rng.random() < 0.06).items()}
+        )
     if len(scene.things) == 2:
         template = _weighted(rng, _EN_TWO if language == "en" else _ZH_TWO)
     elif not complete and rng.random() < 0.06:
-        template = _pick(rng, ("a {n} {f}", "the {n} {f}", "a {n} {g}") if language == "en" else ("一个{n}{f}", "{n}{f}"))
+        template = _pick(
+            rng, ("a {n} {f}", "the {n} {f}", "a {n} {g}") if language == "en" else ("一个{n}{f}", "{n}{f}")
+        )
     else:
         template = _weighted(rng, _EN if language == "en" else _ZH)
     text = template.format(**words)

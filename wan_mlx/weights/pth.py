@@ -166,6 +166,10 @@ class _Archive:
         self.storages: dict[tuple[str, str | None], Storage] = {}
         if len(self.entries) != len(archive.infolist()):
             raise WeightsError("damaged zip archive (two entries have one name); download it again")
+        # zipfile would make room for whatever size the directory states.
+        outside = [i.filename for i in archive.infolist() if i.header_offset + 30 + i.compress_size > self.file_size]
+        if outside:
+            raise WeightsError(f"damaged zip archive ({outside[0]!r} runs past the end); download it again")
         pickles = [name for name in self.entries if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise WeightsError(

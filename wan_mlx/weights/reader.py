@@ -369,9 +369,8 @@ def _parse_entry(path: Path, key: str, entry: Any) -> tuple[TensorInfo, int, int
         raise WeightsError(f"{path}: {key[:200]!r} has data_offsets {str(offsets)[:80]}; expected [begin, end]")
     info = TensorInfo(tuple(shape), dtype)
     if offsets[1] - offsets[0] != info.nbytes:
-        raise WeightsError(
-            f"{path}: {key[:200]!r} is {offsets[1] - offsets[0]:,} bytes; {dtype} of shape {shape} needs {info.nbytes:,}"
-        )
+        size = offsets[1] - offsets[0]
+        raise WeightsError(f"{path}: {key[:200]!r} is {size:,} bytes; {dtype} of shape {shape} needs {info.nbytes:,}")
     return info, *offsets
 
 
