@@ -96,7 +96,7 @@ class Sampling:
 class Preset:
     """One released model: where it is published, its sizes, and how it wants to be sampled.
 
-    ``sampling`` is the default; ``sampling_480p`` replaces it when the area is at most 832x480.
+    ``repo`` is empty for the model that comes with the package. ``sampling`` is the default; ``sampling_480p`` replaces it when the area is at most 832x480.
     """
 
     name: str
@@ -132,6 +132,11 @@ _I2V_NEGATIVE = CAMERA_SHAKE + NEGATIVE_PROMPT
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
+        Preset(
+            "nano", "t2v", "", TransformerConfig(dim=256, ffn_dim=640, num_heads=2, num_layers=6, text_dim=128),
+            size=(128, 128), num_frames=17, sampling=Sampling(steps=20, shift=3.0, guidance_scale=3.0),
+            negative_prompt="",
+        ),
         Preset("t2v-1.3B", "t2v", "Wan-AI/Wan2.1-T2V-1.3B", _DIT_1_3B),
         Preset("t2v-14B", "t2v", "Wan-AI/Wan2.1-T2V-14B", _DIT_14B, size=(1280, 720)),
         Preset(

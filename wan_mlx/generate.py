@@ -25,6 +25,7 @@ DESCRIPTION = "Make a video from text with a Wan2.1 model, on Apple silicon or a
 
 EXAMPLES = """\
 examples:
+  python -m wan_mlx.generate --model nano --prompt "a red circle moves right on a blue background" --output demo.mp4
   python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompt "a cat boxing" --output cat.mp4
   python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompt "a cat boxing" --frames 1 --output cat.png
   python -m wan_mlx.generate --task t2v-1.3B --size 832*480 --ckpt_dir ./Wan2.1-T2V-1.3B --prompt "a cat boxing"
@@ -32,6 +33,7 @@ examples:
 
 MODEL_HELP = """\
 which model? give --model one of
+  nano                     bundled: shapes moving on plain backgrounds, 128x128, in seconds
   a folder                 ./Wan2.1-T2V-1.3B, downloaded from the hub
   Wan-AI/Wan2.1-T2V-1.3B   text to video, 480p (17.5 GB to download)
   Wan-AI/Wan2.1-T2V-14B    text to video, 480p and 720p (69 GB to download)"""
@@ -85,7 +87,7 @@ def build_parser() -> Parser:
     what.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
     model = parser.add_argument_group("with which model")
-    model.add_argument("--model", "--ckpt_dir", metavar="MODEL", help="a model folder, or a hub id")
+    model.add_argument("--model", "--ckpt_dir", metavar="MODEL", help="nano (bundled), a model folder, or a hub id")
     model.add_argument("--task", help="take the sampling defaults of this official task, such as t2v-1.3B")
     model.add_argument("--dtype", default="bfloat16", help="of transformer and text encoder: bfloat16, float32")
 

@@ -52,8 +52,9 @@ class WanPipeline:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.config = _transformer_config(checkpoint)
-        self.preset = preset or preset_for(self.config)
+        self.preset = preset or (find_preset(checkpoint.model) if checkpoint.model else preset_for(self.config))
         self.progress = progress
+        self.latent_channels = self.config.out_dim
         self.reports: list[StageReport] = []
         if self.preset.task != self.config.model_type:
             raise ValueError(
@@ -76,8 +77,8 @@ class WanPipeline:
         """Open a model.
 
         Args:
-            model: a folder (official layout, or written by ``weights_convert.py``), a hub id such as
-                "Wan-AI/Wan2.1-T2V-1.3B", or a preset's name.
+            model: "nano" (comes with the package); a folder (official or Diffusers layout, or written by
+                ``weights_convert.py``); a hub id such as "Wan-AI/Wan2.1-T2V-1.3B"; or a preset's name.
             dtype: of the transformer and the text encoder: "bfloat16" or "float32". The VAE is float32.
             quantize, memory: not available yet; must be None.
             preset: name in `PRESETS` to take the sampling defaults from, instead of the nearest one.
@@ -187,7 +188,7 @@ class WanPipeline:
         """
         self.reports = []
         with self._stage("text"):
-            conditioning = TASKS[request.task](request, self.encode_text, self.config.out_dim)
+            conditioning = TASKS[request.task](request, self)
             mx.eval(conditioning.noise, conditioning.context)
         yield conditioning
         with self._stage("load transformer"):
@@ -254,8 +255,8 @@ def find_preset(name: str) -> Preset:
 
 
 def preset_for(config: TransformerConfig) -> Preset:
-    """The released model of the same kind whose width is nearest."""
-    same = [p for p in PRESETS.values() if p.transformer.model_type == config.model_type]
+    """The published model of the same kind whose width is nearest."""
+    same = [p for p in PRESETS.values() if p.repo and p.transformer.model_type == config.model_type]
     return min(same, key=lambda preset: abs(preset.transformer.dim - config.dim))
 
 

@@ -15,9 +15,10 @@ Inside the package arrays are channels last: video ``(B, T, H, W, 3)`` in [-1, 1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -73,6 +74,15 @@ class Conditioning:
     noise: mx.array
     context: mx.array
     negative_context: mx.array | None = None
+
+
+class Encoders(Protocol):
+    """What a task may ask of the pipeline; each call loads one stage's weights and drops them."""
+
+    latent_channels: int
+
+    def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
+        """Texts → embeddings zero-padded to (1, 512, text_dim) each."""
 
 
 @dataclass

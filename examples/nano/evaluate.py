@@ -43,7 +43,9 @@ def measure(frames: np.ndarray) -> Reading:
     ground = _backdrop(video)
     border = np.concatenate([video[:, :3].reshape(-1, 3), video[:, -3:].reshape(-1, 3), video[:, :, :3].reshape(-1, 3)])
     background = _nearest(np.median(border, 0), world.BACKGROUNDS)
-    difference = np.linalg.norm(video - ground, axis=-1)
+    # A shadow is the backdrop, only darker: no part of the thing.
+    gain = ((video * ground).sum(-1) / (ground**2).sum(-1).clip(1)).clip(0.7, 1.0)
+    difference = np.linalg.norm(video - gain[..., None] * ground, axis=-1)
     cover = _largest(difference > THRESHOLD)
     area = cover.sum((1, 2))
     if (area < 20).any():
@@ -52,7 +54,7 @@ def measure(frames: np.ndarray) -> Reading:
     centre = np.stack([(cover * x).sum((1, 2)), (cover * y).sum((1, 2))], 1) / area[:, None]
     patches = np.stack([_patch(cover[i].astype(np.float32), centre[i], area[i]) for i in range(len(cover))])
     motion = _motion(video, centre, area)
-    return Reading(_colour(video, cover, difference), background, motion, _kind(patches))
+    return Reading(_colour(video, cover, difference), background, motion, _kind(patches, area))
 
 
 def score(reading: Reading, scene: Scene) -> dict[str, bool]:
@@ -207,12 +209,12 @@ def _templates() -> np.ndarray:
     return flat / np.linalg.norm(flat, axis=-1, keepdims=True)
 
 
-def _kind(patches: np.ndarray) -> str:
-    """The shape whose outline, turned as fits best in each frame, correlates best over the clip."""
+def _kind(patches: np.ndarray, area: np.ndarray) -> str:
+    """The shape whose outline, turned as fits best in each frame, correlates best over the clip; large frames lead."""
     flat = patches.reshape(len(patches), -1) - 0.5
     flat /= np.linalg.norm(flat, axis=-1, keepdims=True)
     match = np.einsum("tp,sap->tsa", flat, _templates()).max(-1)
-    return world.SHAPES[int(match.mean(0).argmax())]
+    return world.SHAPES[int((area @ match).argmax())]
 
 
 # --- the command -----------------------------------------------------------------------------------------------

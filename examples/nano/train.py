@@ -146,6 +146,14 @@ def vae_loss(vae, video, boxes):
     return 2 * (weight * error**2).mean() + 0.5 * (weight * error.abs()).mean() + 3e-5 * kl
 
 
+def channels_last(module):
+    """Lay out the weights of 3D convolutions as GPUs like them; ``Module.to`` stumbles over those of 2D ones."""
+    for p in module.parameters():
+        if p.ndim == 5:
+            p.data = p.data.contiguous(memory_format=torch.channels_last_3d)
+    return module
+
+
 def train_vae(args, device, workers) -> dict:
     clip_sizes = world.SIZES
     count = 6144 if args.clips is None else args.clips
@@ -154,7 +162,7 @@ def train_vae(args, device, workers) -> dict:
     say(f"clips drawn: {[len(p['slope']) for p in pools]}")
     vae = models.one_pass(models.new_vae()).to(device).train()
     if device.type == "cuda":
-        vae = vae.to(memory_format=torch.channels_last_3d)
+        channels_last(vae)
     loss_fast = torch.compile(vae_loss, dynamic=False) if device.type == "cuda" else vae_loss
     clock = Clock(args.seconds, args.steps)
     trainer = Trainer([vae], clock, 1.5e-3, 100, 0.998, weight_decay=0.0, betas=(0.9, 0.99))
@@ -296,7 +304,7 @@ def train_dit(args, device, workers) -> dict:
     models.build_tokenizer(path)
     tokenizer = models.load_tokenizer(path)
     glyphs = render.atlas(device)
-    fast = vae.to(memory_format=torch.channels_last_3d) if device.type == "cuda" else vae
+    fast = channels_last(vae) if device.type == "cuda" else vae
     sets = encode_clips(fast, workers, tokenizer, glyphs, args, 0.16 * args.seconds)
 
     encoder = models.new_text_encoder(tokenizer.vocab_size()).to(device).train()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..types import Conditioning, Request
+from ..types import Conditioning, Encoders, Request
 from . import t2v
 
-# Request, text encoder, latent channels → Conditioning
-Task = Callable[[Request, Callable, int], Conditioning]
+Task = Callable[[Request, Encoders], Conditioning]
 
 TASKS: dict[str, Task] = {"t2v": t2v.condition}

@@ -72,8 +72,9 @@ def convert(
 def _write(weights: ComponentWeights, path: Path, dtype: mx.Dtype, progress: Progress) -> None:
     """Write one safetensors file a tensor at a time, so that an 11 GB text encoder converts in little memory."""
     header, offset = {"__metadata__": {"layout": MLX_LAYOUT, "component": weights.component}}, 0
+    dtypes = {name: _kept_dtype(weights, name, dtype) for name in weights.shapes}
     for name, shape in weights.shapes.items():
-        kept = dtype_of(weights.component, name, dtype)
+        kept = dtypes[name]
         size = math.prod(shape) * kept.size
         header[name] = {"dtype": SAFETENSORS_NAMES[kept], "shape": shape, "data_offsets": (offset, offset + size)}
         offset += size
@@ -82,7 +83,14 @@ def _write(weights: ComponentWeights, path: Path, dtype: mx.Dtype, progress: Pro
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in progress(weights.shapes):
-            kept = dtype_of(weights.component, name, dtype)
             with mx.stream(mx.cpu):
-                array = weights.read(name).astype(kept)
+                array = weights.read(name).astype(dtypes[name])
                 file.write(memoryview(np.array(array.flatten().view(mx.uint8))))
+
+
+def _kept_dtype(weights: ComponentWeights, name: str, dtype: mx.Dtype) -> mx.Dtype:
+    """What to store: as it would be loaded, but no wider than the source, which would add bytes and no precision."""
+    wanted = dtype_of(weights.component, name, dtype)
+    stored = weights.file.tensors[weights.sources[name][0]].dtype
+    narrow = next((d for d, s in SAFETENSORS_NAMES.items() if s == stored), wanted)
+    return narrow if wanted == mx.float32 else wanted

@@ -1,4 +1,4 @@
-"""Where a model's name leads: a folder on this machine, or a repository on the Hugging Face hub."""
+"""Where a model's name leads: the bundled model, a folder on this machine, or a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from .checkpoint import OFFICIAL_FILES
 
 log = logging.getLogger(__name__)
 
+# Models that come with the package, by name.
+BUNDLED = {"nano": Path(__file__).parent.parent / "assets" / "nano"}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve(model: str | Path) -> Path:
-    """A folder for ``model``: itself if it exists, else the downloaded repository it names.
+    """A folder for ``model``: the bundled one, or itself if it exists, or the downloaded repository it names.
 
     Only the files needed are fetched. ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` are honoured.
 
     Raises:
         WeightsError: the download failed.
     """
+    if model in BUNDLED:
+        return BUNDLED[model]
     path = Path(model).expanduser()
     if path.exists():
         return path
