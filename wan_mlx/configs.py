@@ -96,7 +96,8 @@ class Sampling:
 class Preset:
     """One released model: where it is published, its sizes, and how it wants to be sampled.
 
-    ``repo`` is empty for the model that comes with the package. ``sampling`` is the default; ``sampling_480p`` replaces it when the area is at most 832x480.
+    ``repo`` is empty for the model that comes with the package. ``sampling`` is the default; ``sampling_480p``
+    replaces it when the area is at most 832x480.
     """
 
     name: str
