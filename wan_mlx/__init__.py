@@ -26,6 +26,7 @@ _PUBLIC = {
     "load_transformer": "weights.networks",
     "load_text_encoder": "weights.networks",
     "load_vae": "weights.networks",
+    "load_image_encoder": "weights.networks",
 }
 __all__ = list(_PUBLIC)
 

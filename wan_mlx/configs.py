@@ -65,6 +65,19 @@ class TextEncoderConfig:
 
 
 @dataclass(frozen=True)
+class ImageEncoderConfig:
+    """Sizes of CLIP's vision tower; the defaults are ViT-H/14's. ``num_layers`` includes the last, which is not run."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    dim: int = 1280
+    mlp_ratio: int = 4
+    num_heads: int = 16
+    num_layers: int = 32
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """Sizes of the causal 3D VAE; the defaults are Wan2.1's. ``mean`` and ``std`` normalise each latent channel."""
 
@@ -135,7 +148,7 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         Preset(
             "nano", "t2v", "", TransformerConfig(dim=256, ffn_dim=640, num_heads=2, num_layers=6, text_dim=128),
-            size=(128, 128), num_frames=17, sampling=Sampling(steps=20, shift=3.0, guidance_scale=3.0),
+            size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0),
             negative_prompt="",
         ),
         Preset("t2v-1.3B", "t2v", "Wan-AI/Wan2.1-T2V-1.3B", _DIT_1_3B),

@@ -7,6 +7,7 @@ weights' dtype; the time path, modulation, norms' statistics, the patch embeddin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +19,7 @@ from .layers import AffineNorm, Linear, Pacer, RMSNorm, gated_add, gelu_tanh, in
 from .rope import rope_table, scale_and_rotate
 
 # Parameters that stay float32 whatever the dtype of the rest: few bytes, and rounding them shows.
-FLOAT32_PARAMETERS = r"(^|.*\.)(time_embedding|time_projection|patch_embedding|head|modulation|norm\w*|emb_pos)(\..*|$)"
+FLOAT32_PARAMETERS = r"(^|.*\.)(time_\w+|\w*patch_embedding|head|modulation|norm\w*|emb_pos)(\..*|$)"
 
 
 class SelfAttention(nn.Module):
@@ -167,8 +168,21 @@ class ImageEmbedding(nn.Module):
         return x
 
 
+@dataclass(frozen=True)
+class ForwardPass:
+    """What stays the same in one forward pass, from the first block to the head.
+
+    ``grid`` is in patches, ``time`` the embedding (B, D), ``for_blocks`` what `Block` takes beside the tokens.
+    """
+
+    grid: tuple[int, int, int]
+    time: mx.array
+    pace: Pacer
+    for_blocks: tuple
+
+
 class Transformer(nn.Module):
-    """The diffusion transformer of every Wan2.1 model but VACE, which wraps it."""
+    """The diffusion transformer of every Wan2.1 model; VACE adds blocks around it (`wan_mlx.vace`)."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -214,14 +228,24 @@ class Transformer(nn.Module):
         self._check(latents, context, condition, image_features)
         if condition is not None:
             latents = mx.concatenate([latents, condition.astype(latents.dtype)], axis=-1)
-        x, grid = self.patchify(latents)
+        x, this_pass = self.enter(latents, timestep, context, image_features)
+        for block in self.blocks:
+            x = block(x, *this_pass.for_blocks)
+        return self.leave(x, this_pass)
+
+    def enter(
+        self, latents: mx.array, timestep: float | Sequence[float], context: mx.array, image_features: mx.array | None
+    ) -> tuple[mx.array, ForwardPass]:
+        """Everything before the blocks: latents (B, t, h, w, in_dim) → tokens (B, L, D), and what comes with them."""
+        x, grid = self.patchify(latents, self.patch_embedding)
         time, modulation = self.embed_time(timestep)
         text, image = self.embed_context(context, image_features)
-        table = rope_table(grid, self.config.head_dim)
-        pace = Pacer()
-        for block in self.blocks:
-            x = block(x, modulation, text, image, table, pace)
-        return self.unpatchify(self.head(x, time, pace), grid)
+        table, pace = rope_table(grid, self.config.head_dim), Pacer()
+        return x, ForwardPass(grid, time, pace, (modulation, text, image, table, pace))
+
+    def leave(self, x: mx.array, this_pass: ForwardPass) -> mx.array:
+        """Everything after the blocks: tokens (B, L, D) → velocity, float32 (B, t, h, w, out_dim)."""
+        return self.unpatchify(self.head(x, this_pass.time, this_pass.pace), this_pass.grid)
 
     def _check(self, latents, context, condition, image_features):
         c = self.config
@@ -237,14 +261,14 @@ class Transformer(nn.Module):
             raise ValueError(f"image features are {'missing' if image_features is None else 'not used'} "
                              f"for a {c.model_type} model")  # fmt: skip
 
-    def patchify(self, latents: mx.array) -> tuple[mx.array, tuple[int, int, int]]:
-        """Latents (B, t, h, w, in_dim) → tokens (B, L, D) and the patch grid."""
+    def patchify(self, latents: mx.array, embedding: Linear) -> tuple[mx.array, tuple[int, int, int]]:
+        """Latents (B, t, h, w, channels) → tokens (B, L, D), one embedded patch each, and the patch grid."""
         b, t, h, w, c = latents.shape
         pt, ph, pw = self.config.patch_size
         grid = (t // pt, h // ph, w // pw)
         x = latents.reshape(b, grid[0], pt, grid[1], ph, grid[2], pw, c)
         x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)
-        return self.patch_embedding(x.astype(mx.float32)).astype(self.dtype), grid
+        return embedding(x.astype(mx.float32)).astype(self.dtype), grid
 
     def unpatchify(self, x: mx.array, grid: tuple[int, int, int]) -> mx.array:
         """Tokens (B, L, patch volume * out_dim) → (B, t, h, w, out_dim)."""

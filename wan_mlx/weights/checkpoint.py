@@ -15,6 +15,7 @@ OFFICIAL_FILES = {
     "transformer": ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
     "text_encoder": ("models_t5_umt5-xxl-enc-bf16.pth",),
     "vae": ("Wan2.1_VAE.pth",),
+    "image_encoder": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
     "tokenizer": ("google/umt5-xxl/spiece.model",),
 }
 DIFFUSERS_FILES = {
@@ -24,18 +25,31 @@ DIFFUSERS_FILES = {
     ),
     "text_encoder": ("text_encoder/model.safetensors.index.json", "text_encoder/model.safetensors"),
     "vae": ("vae/diffusion_pytorch_model.safetensors",),
+    "image_encoder": ("image_encoder/model.safetensors",),
     "tokenizer": ("tokenizer/spiece.model",),
 }
 # What Diffusers and transformers call the entries of config.json that shapes cannot tell.
 DIFFUSERS_NAMES = {
-    "transformer": {"num_attention_heads": "num_heads", "patch_size": "patch_size", "eps": "eps"},
+    "transformer": {
+        "num_attention_heads": "num_heads",
+        "patch_size": "patch_size",
+        "eps": "eps",
+        "vace_layers": "vace_layers",
+        "vace_in_channels": "vace_in_dim",
+    },
     "text_encoder": {"relative_attention_max_distance": "max_distance", "layer_norm_epsilon": "eps"},
     "vae": {"latents_mean": "mean", "latents_std": "std"},
+    "image_encoder": {
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+        "layer_norm_eps": "eps",
+    },
 }
 MLX_FILES = {
     "transformer": ("transformer.safetensors",),
     "text_encoder": ("text_encoder.safetensors",),
     "vae": ("vae.safetensors",),
+    "image_encoder": ("image_encoder.safetensors",),
     "tokenizer": ("tokenizer.model",),
 }
 MLX_FORMAT = "wan_mlx"
@@ -43,7 +57,10 @@ MLX_FORMAT = "wan_mlx"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete model: the file of each component, and what config.json says of each."""
+    """A complete model: the file of each component, and what config.json says of each.
+
+    Only models that read images come with an "image_encoder".
+    """
 
     path: Path
     files: dict[str, Path]
@@ -66,10 +83,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f"model folder {folder} {what}{hint}")
     config = _read_config(folder / "config.json")
     if config.get("format") == MLX_FORMAT:
-        return Checkpoint(folder, _find(folder, MLX_FILES), config, config.get("model"))
+        files = _find(folder, MLX_FILES, _reads_images(config.get("transformer", {})))
+        return Checkpoint(folder, files, config, config.get("model"))
     if (folder / "model_index.json").is_file() or (folder / "transformer" / "config.json").is_file():
-        return Checkpoint(folder, _find(folder, DIFFUSERS_FILES), _diffusers_configs(folder))
-    return Checkpoint(folder, _find(folder, OFFICIAL_FILES), {"transformer": config})
+        reads_images = _read_config(folder / "transformer" / "config.json").get("image_dim") is not None
+        return Checkpoint(folder, _find(folder, DIFFUSERS_FILES, reads_images), _diffusers_configs(folder))
+    return Checkpoint(folder, _find(folder, OFFICIAL_FILES, _reads_images(config)), {"transformer": config})
+
+
+def _reads_images(config: dict[str, Any]) -> bool:
+    """Whether the transformer needs an image encoder beside it; Diffusers says so in another way."""
+    return config.get("model_type") in ("i2v", "flf2v")
 
 
 def _diffusers_configs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -84,13 +108,13 @@ def _names(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
 
 
-def _find(folder: Path, wanted: dict[str, tuple[str, ...]]) -> dict[str, Path]:
+def _find(folder: Path, wanted: dict[str, tuple[str, ...]], reads_images: bool) -> dict[str, Path]:
     found, missing = {}, []
     for component, names in wanted.items():
         present = [folder / name for name in names if (folder / name).is_file()]
         if present:
             found[component] = present[0]
-        else:
+        elif component != "image_encoder" or reads_images:
             missing.append(f"{' or '.join(names)} ({component})")
     if missing:
         here = ", ".join(sorted(_names(folder))[:8]) or "nothing"

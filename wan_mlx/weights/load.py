@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..configs import TextEncoderConfig, TransformerConfig, VAEConfig
+from ..configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from ..transformer import FLOAT32_PARAMETERS
 from ..types import WeightsError
 from .layouts import canonical_keys, recognise
@@ -74,7 +74,9 @@ class ComponentWeights:
             return (math.prod(shape),)
         if len(shape) >= 4:
             shape = (shape[0], *shape[2:], shape[1])
-        if name.endswith("patch_embedding.weight") and self.component == "transformer":
+        if name in ("cls_embedding", "pos_embedding"):  # Hugging Face drops the axes of size 1 before them
+            return (1,) * (3 - len(shape)) + shape
+        if name.endswith("patch_embedding.weight"):
             return (shape[0], math.prod(shape[1:]))  # a convolution whose stride is its kernel is a matmul
         return shape
 
@@ -112,15 +114,21 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def load_module(
-    module: nn.Module, weights: ComponentWeights, dtype: mx.Dtype, progress: Callable[[Iterable[str]], Iterable[str]]
+    module: nn.Module,
+    weights: ComponentWeights,
+    dtype: mx.Dtype,
+    progress: Callable[[Iterable[str]], Iterable[str]],
+    unread: Mapping[str, tuple[int, ...]] | None = None,
 ) -> nn.Module:
     """Fill ``module`` and return it, every tensor read and cast on the CPU, one at a time.
 
+    ``unread``: name → shape of what the file must hold too, though ``module`` has no use for it; it is not read.
     No GPU work is submitted: on Apple silicon it would wait on the file, and macOS ends GPU work that waits.
     """
-    check_keys(weights, parameter_shapes(module))
+    unread = unread or {}
+    check_keys(weights, {**parameter_shapes(module), **unread})
     arrays = {}
-    for name in progress(weights.shapes):
+    for name in progress([name for name in weights.shapes if name not in unread]):
         with mx.stream(mx.cpu):
             arrays[name] = weights.read(name).astype(dtype_of(weights.component, name, dtype))
             mx.eval(arrays[name])
@@ -213,7 +221,23 @@ def transformer_config(weights: ComponentWeights, config: Mapping[str, Any]) -> 
         if dim % 128:
             raise WeightsError(f"{weights.path}: dim {dim} is no multiple of 128 and no config.json gives num_heads")
         found["num_heads"] = dim // 128
+    if kind == "vace":
+        found["vace_in_dim"] = shapes["vace_patch_embedding.weight"][1] // patch
+        found["vace_layers"] = _vace_layers(weights, config, found["num_layers"])
     return _merge(TransformerConfig, found, config, weights.path)
+
+
+def _vace_layers(weights: ComponentWeights, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """The layers that get hints: config.json's, else evenly spaced as in the released models."""
+    _shape_of(weights, "vace_blocks.0.after_proj.weight")
+    count = _count(weights.shapes, r"vace_blocks\.(\d+)\.")
+    layers = tuple(config.get("vace_layers") or (num_layers * n // count for n in range(count)))
+    if len(layers) != count or layers[:1] != (0,) or sorted(set(range(num_layers)).intersection(layers)) != [*layers]:
+        raise WeightsError(
+            f"{weights.path}: vace_layers is {list(layers)}, but {count} VACE blocks beside {num_layers} layers need "
+            f"{count} increasing numbers from 0 to {num_layers - 1}, the first of them 0"
+        )
+    return layers
 
 
 def text_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) -> TextEncoderConfig:
@@ -230,6 +254,24 @@ def text_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) ->
         num_layers=_count(weights.shapes, r"blocks\.(\d+)\."),
     )
     return _merge(TextEncoderConfig, found, config, weights.path)
+
+
+def image_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) -> ImageEncoderConfig:
+    """Sizes of CLIP's vision tower. The number of heads is config.json's, else heads of 80 as in ViT-H/14."""
+    dim, pixels = _shape_of(weights, "patch_embedding.weight")
+    patch = math.isqrt(pixels // 3)
+    found = dict(
+        image_size=patch * math.isqrt(_shape_of(weights, "pos_embedding")[1] - 1),
+        patch_size=patch,
+        dim=dim,
+        mlp_ratio=_shape_of(weights, "transformer.0.mlp.0.weight")[0] // dim,
+        num_layers=_count(weights.shapes, r"transformer\.(\d+)\."),
+    )
+    if "num_heads" not in config:
+        if dim % 80:
+            raise WeightsError(f"{weights.path}: dim {dim} is no multiple of 80 and no config.json gives num_heads")
+        found["num_heads"] = dim // 80
+    return _merge(ImageEncoderConfig, found, config, weights.path)
 
 
 def vae_config(weights: ComponentWeights, config: Mapping[str, Any]) -> VAEConfig:

@@ -8,14 +8,18 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..image_encoder import ImageEncoder, last_block_shapes
 from ..text_encoder import EncoderBlock, TextEncoder, parameter_shapes
 from ..transformer import Transformer
+from ..types import WeightsError
+from ..vace import VaceTransformer
 from ..vae import VAE
 from .checkpoint import Checkpoint, open_checkpoint
 from .load import (
     DTYPES,
     ComponentWeights,
     check_keys,
+    image_encoder_config,
     load_module,
     open_component,
     stream_blocks,
@@ -51,6 +55,8 @@ def _open(path: str | Path | Checkpoint, component: str) -> tuple[ComponentWeigh
     if not isinstance(path, Checkpoint) and Path(path).is_dir():
         path = open_checkpoint(path)
     if isinstance(path, Checkpoint):
+        if component not in path.files:
+            raise WeightsError(f"{path.path} holds no {component}, only {', '.join(path.files)}")
         return open_component(path.files[component], component), path.configs.get(component, {})
     return open_component(path, component), {}
 
@@ -58,7 +64,7 @@ def _open(path: str | Path | Checkpoint, component: str) -> tuple[ComponentWeigh
 def load_transformer(
     path: str | Path | Checkpoint, dtype: str | mx.Dtype = "bfloat16", progress: Progress = no_progress
 ) -> Transformer:
-    """Load the diffusion transformer.
+    """Load the diffusion transformer, a `VaceTransformer` if the weights are VACE's.
 
     Args:
         path: model folder, or the transformer's own file (then heads are taken to be 128 wide).
@@ -69,7 +75,9 @@ def load_transformer(
         WeightsError: the file is not a whole Wan2.1 transformer.
     """
     weights, config = _open(path, "transformer")
-    return load_module(Transformer(transformer_config(weights, config)), weights, parse_dtype(dtype), progress)
+    config = transformer_config(weights, config)
+    network = VaceTransformer if config.model_type == "vace" else Transformer
+    return load_module(network(config), weights, parse_dtype(dtype), progress)
 
 
 def load_vae(path: str | Path | Checkpoint, dtype: str | mx.Dtype = "float32", progress: Progress = no_progress) -> VAE:
@@ -80,6 +88,28 @@ def load_vae(path: str | Path | Checkpoint, dtype: str | mx.Dtype = "float32", p
     """
     weights, config = _open(path, "vae")
     return load_module(VAE(vae_config(weights, config)), weights, parse_dtype(dtype), progress)
+
+
+def load_image_encoder(
+    path: str | Path | Checkpoint, dtype: str | mx.Dtype = "float32", progress: Progress = no_progress
+) -> ImageEncoder:
+    """Load CLIP's vision tower from a model folder or its own file; the last block and the text tower stay unread.
+
+    Args:
+        path: model folder, or the encoder's own file (then heads are taken to be 80 wide).
+        dtype: "float32" or "float16".
+        progress: wraps the iteration over tensors.
+
+    Raises:
+        WeightsError: the file is not a whole vision tower, or the folder has none.
+        ValueError: bfloat16, which is too coarse for CLIP.
+    """
+    dtype = parse_dtype(dtype)
+    if dtype == mx.bfloat16:
+        raise ValueError("bfloat16 is too coarse for CLIP; give float32 or float16")
+    weights, config = _open(path, "image_encoder")
+    config = image_encoder_config(weights, config)
+    return load_module(ImageEncoder(config), weights, dtype, progress, unread=last_block_shapes(config))
 
 
 def load_text_encoder(
