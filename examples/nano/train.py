@@ -1,7 +1,7 @@
 """Trains the nano model: first the VAE, then text encoder and transformer together. One command per stage.
 
     python examples/nano/train.py vae --out DIR
-    python examples/nano/train.py dit --out DIR [--vae DIR]
+    python examples/nano/train.py dit --out DIR [--vae DIR] [--start DIR]
 
 Each stage fits itself into ``--seconds`` on whatever device there is (H200: 390 and 480), then measures what it made.
 DIR receives vae/, transformer/, text_encoder/ and tokenizer/ in the layout of Diffusers, weights rounded to bfloat16,
@@ -307,8 +307,12 @@ def train_dit(args, device, workers) -> dict:
     fast = channels_last(vae) if device.type == "cuda" else vae
     sets = encode_clips(fast, workers, tokenizer, glyphs, args, 0.16 * args.seconds)
 
-    encoder = models.new_text_encoder(tokenizer.vocab_size()).to(device).train()
-    model = models.new_transformer().to(device).train()
+    if args.start:
+        encoder = models.UMT5EncoderModel.from_pretrained(args.start / "text_encoder", dtype=torch.float32)
+        model = models.WanTransformer3DModel.from_pretrained(args.start / "transformer", torch_dtype=torch.float32)
+    else:
+        encoder, model = models.new_text_encoder(tokenizer.vocab_size()), models.new_transformer()
+    encoder, model = encoder.to(device).train(), model.to(device).train()
     short = models.use_short_text(model)
     if device.type == "cuda":
         model.compile_repeated_blocks(fullgraph=True, dynamic=False)
@@ -379,6 +383,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("vae", "dit"))
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and logs")
     parser.add_argument("--vae", type=Path, help="folder with the first stage's vae/ (default: --out)")
+    parser.add_argument("--start", type=Path, help="dit: go on from this folder's transformer/ and text_encoder/")
     parser.add_argument("--seconds", type=float, help="end of training, from the start of the program")
     parser.add_argument("--steps", type=int, help="train exactly this many steps instead")
     parser.add_argument(
