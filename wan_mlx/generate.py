@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
-DESCRIPTION = "Make a video from text with a Wan2.1 model, on Apple silicon or any other MLX backend."
+DESCRIPTION = "Make a video with a Wan2.1 model, on Apple silicon or any other MLX backend."
 
 EXAMPLES = """\
 examples:
@@ -36,7 +36,8 @@ which model? give --model one of
   nano                     bundled: shapes moving on plain backgrounds, 128x128, in seconds
   a folder                 ./Wan2.1-T2V-1.3B, downloaded from the hub
   Wan-AI/Wan2.1-T2V-1.3B   text to video, 480p (17.5 GB to download)
-  Wan-AI/Wan2.1-T2V-14B    text to video, 480p and 720p (69 GB to download)"""
+  Wan-AI/Wan2.1-T2V-14B    text to video, 480p and 720p (69 GB to download)
+  Wan-AI/Wan2.1-I2V-14B-480P, -I2V-14B-720P, -FLF2V-14B-720P, -VACE-1.3B, -VACE-14B   from pictures and videos"""
 
 # Flags of the official generate.py that mean nothing on one Mac. Each is accepted, with one line saying so.
 NO_MEANING = {
@@ -47,11 +48,8 @@ NO_MEANING = {
     "ulysses_size": "there is one GPU",
     "ring_size": "there is one GPU",
 }
-# Flags of tasks and stages that wan_mlx does not have yet: refused, so that nothing asked is silently left out.
-NOT_YET = (
-    "image", "last_image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images",
-    "use_prompt_extend", "quantize", "memory",
-)  # fmt: skip
+# Flags of what wan_mlx does not have yet: refused, so that nothing asked is silently left out.
+NOT_YET = ("use_prompt_extend", "quantize", "memory")
 
 
 class UsageError(Exception):
@@ -86,6 +84,14 @@ def build_parser() -> Parser:
     what.add_argument("--output", "--save_file", metavar="FILE", help=".mp4 .gif .webp .png .npz (default: by prompt)")
     what.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
+    sources = parser.add_argument_group("from which pictures or videos")
+    sources.add_argument("--image", "--first_frame", metavar="FILE", help="first frame (i2v, flf2v)")
+    sources.add_argument("--last-image", "--last_frame", metavar="FILE", help="last frame (flf2v)")
+    sources.add_argument("--src_video", metavar="FILE", help="video to edit or follow (vace)")
+    sources.add_argument("--src_mask", metavar="FILE", help="what to generate anew in it, white (vace)")
+    sources.add_argument("--src_ref_images", metavar="FILES", help="pictures of what should appear, a,b,c (vace)")
+    sources.add_argument("--context-scale", type=float, default=1.0, metavar="S", help="strength of the source (vace)")
+
     model = parser.add_argument_group("with which model")
     model.add_argument("--model", "--ckpt_dir", metavar="MODEL", help="nano (bundled), a model folder, or a hub id")
     model.add_argument("--task", help="take the sampling defaults of this official task, such as t2v-1.3B")
@@ -114,16 +120,12 @@ def build_parser() -> Parser:
     official.description = " ".join(f"--{flag}" for flag in NO_MEANING)
 
     later = parser.add_argument_group("not there yet")
-    for flag in ("first_frame", "last_frame", "src_video", "src_mask", "src_ref_images"):
-        later.add_argument(f"--{flag}", metavar="FILE", help=argparse.SUPPRESS)
-    later.add_argument("--image", metavar="FILE", help=argparse.SUPPRESS)
-    later.add_argument("--last-image", metavar="FILE", help=argparse.SUPPRESS)
     later.add_argument("--quantize", metavar="MODE", help=argparse.SUPPRESS)
     later.add_argument("--memory", metavar="SIZE", help=argparse.SUPPRESS)
     later.add_argument("--use_prompt_extend", action="store_true", default=None, help=argparse.SUPPRESS)
     for flag in ("prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang"):
         later.add_argument(f"--{flag}", help=argparse.SUPPRESS)
-    later.description = " ".join(f"--{flag.replace('last_image', 'last-image')}" for flag in NOT_YET)
+    later.description = " ".join(f"--{flag}" for flag in NOT_YET)
     return parser
 
 
@@ -181,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
 def refuse_what_is_not_there(args: argparse.Namespace) -> None:
     for flag in NOT_YET:
         if getattr(args, flag) is not None:
-            raise UsageError(f"--{flag} is not supported yet: only plain text to video is")
+            raise UsageError(f"--{flag} is not supported yet")
 
 
 def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:
@@ -198,6 +200,12 @@ def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:
         shift=args.shift,
         solver=args.solver,
         seed=args.seed,
+        image=args.image,
+        last_image=args.last_image,
+        src_video=args.src_video,
+        src_mask=args.src_mask,
+        src_ref_images=args.src_ref_images.split(",") if args.src_ref_images else (),
+        context_scale=args.context_scale,
     )
 
 

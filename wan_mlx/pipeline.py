@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,16 +18,26 @@ from tqdm.auto import tqdm
 from . import __version__
 from .configs import PRESETS, TEXT_LEN, Preset, TransformerConfig
 from .denoise import denoise
+from .guidance import Model
 from .media import to_uint8
 from .schedulers import SOLVERS, make_scheduler
-from .tasks import TASKS
+from .sources import Source
+from .tasks import TASKS, fit_sources
 from .text_encoder import pad_context
 from .tokenizer import Tokenizer
+from .transformer import Transformer
 from .types import Conditioning, Request, StageReport, Step, Video
 from .weights.checkpoint import Checkpoint, open_checkpoint
 from .weights.hub import resolve
 from .weights.load import open_component, transformer_config
-from .weights.networks import load_text_encoder, load_transformer, load_vae, no_progress, parse_dtype
+from .weights.networks import (
+    load_image_encoder,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    no_progress,
+    parse_dtype,
+)
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +110,7 @@ class WanPipeline:
             prompt: what it should show.
             callback: called with each `Step` as it ends.
             options: as for `request`: negative_prompt, width, height, num_frames, steps, guidance_scale, shift,
-                solver, seed. What is left out or None takes the preset's default.
+                solver, seed, and the task's sources. What is left out or None takes the preset's default.
 
         Raises:
             ValueError: an option is wrong.
@@ -135,22 +145,32 @@ class WanPipeline:
         shift: float | None = None,
         solver: str = "unipc",
         seed: int | None = None,
+        image: Source | None = None,
+        last_image: Source | None = None,
+        src_video: Source | None = None,
+        src_mask: Source | None = None,
+        src_ref_images: Sequence[Source] = (),
+        context_scale: float = 1.0,
     ) -> Request:
         """Fill in the preset's defaults and check every value.
 
         Args:
             prompt: not empty.
             negative_prompt: what to avoid; "" for nothing.
-            width, height: pixels, multiples of 16.
-            num_frames: 4n+1.
+            width, height: pixels, multiples of 16. Where the task follows the proportions of an image or a source
+                video, they are the area.
+            num_frames: 4n+1; a shorter source video makes it fewer.
             steps: at least 1.
             guidance_scale: 1 turns guidance off.
             shift: of the sigma schedule, > 0.
             solver: "unipc", "dpm++" or "euler".
             seed: >= 0; None or negative draws one.
+            image, last_image: first frame (i2v, flf2v) and last frame (flf2v): a path, PIL image or uint8 (H, W, 3).
+            src_video, src_mask, src_ref_images: what VACE edits, where (white), and after which pictures.
+            context_scale: strength of VACE's hints.
 
         Raises:
-            ValueError: a value is wrong; names the nearest valid one.
+            ValueError: a value is wrong; names the nearest valid one. A source is missing, or not for this model.
         """
         width, height = width or self.preset.size[0], height or self.preset.size[1]
         defaults = self.preset.sampling_for(width, height)
@@ -167,16 +187,22 @@ class WanPipeline:
             seed=secrets.randbelow(MAX_RANDOM_SEED) if seed is None or seed < 0 else seed,
             fps=self.preset.fps,
             task=self.preset.task,
+            image=image,
+            last_image=last_image,
+            src_video=src_video,
+            src_mask=src_mask,
+            src_ref_images=tuple(src_ref_images),
+            context_scale=context_scale,
         )
         check_request(request)
-        return request
+        return fit_sources(request)
 
     def settings(self, request: Request) -> dict[str, Any]:
         """Everything needed to make the video again, as embedded in its file."""
         return {
             "model": self.preset.name,
             "checkpoint": self.checkpoint.path.name,
-            **{key: value for key, value in vars(request).items()},
+            **request.settings(),
             "dtype": self.dtype,
             "versions": {"wan_mlx": __version__, "mlx": mx.__version__},
         }
@@ -187,19 +213,20 @@ class WanPipeline:
         The caller may stop at any point; what was loaded is then dropped.
         """
         self.reports = []
-        with self._stage("text"):
-            conditioning = TASKS[request.task](request, self)
-            mx.eval(conditioning.noise, conditioning.context)
+        with self._stage("conditioning"):
+            conditioning = TASKS[request.task].condition(request, self)
+            mx.eval([array for array in vars(conditioning).values() if isinstance(array, mx.array)])
         yield conditioning
         with self._stage("load transformer"):
             model = load_transformer(self.checkpoint, self.dtype, self._bar("loading transformer"))
         latents = None
         with self._stage("denoise"):
             scheduler = make_scheduler(request.solver, request.steps, request.shift)
-            steps = denoise(model, conditioning, scheduler, request.guidance_scale)
+            steps = denoise(with_condition(model, conditioning), conditioning, scheduler, request.guidance_scale)
             for step in self._bar("denoising")(steps, total=request.steps):
                 latents = step.latents
                 yield step
+        latents = latents[:, conditioning.trim_latents :]
         del model, conditioning, scheduler, steps, step
         yield from self.decode(latents)
 
@@ -210,6 +237,17 @@ class WanPipeline:
         contexts = [pad_context(e, TEXT_LEN) for e in encoder([tokenizer(text) for text in texts])]
         mx.eval(contexts)
         return contexts
+
+    def encode_images(self, images: mx.array) -> mx.array:
+        """Images (N, H, W, 3) in [-1, 1] → CLIP features (N, 257, image_dim)."""
+        features = load_image_encoder(self.checkpoint, progress=self._bar("loading CLIP"))(images)
+        mx.eval(features)
+        return features
+
+    def encode_videos(self, videos: Sequence[Iterable[mx.array]]) -> list[mx.array]:
+        """Videos in chunks of frames in [-1, 1] → normalised latents (1, t, h, w, C) each."""
+        vae = load_vae(self.checkpoint, progress=self._bar("loading VAE"))
+        return [vae.encode_chunks(self._bar("encoding video")(video)) for video in videos]
 
     def decode(self, latents: mx.array) -> Iterator[np.ndarray]:
         """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time."""
@@ -234,6 +272,13 @@ class WanPipeline:
 
     def _bar(self, description: str):
         return partial(tqdm, desc=description, leave=False) if self.progress else no_progress
+
+
+def with_condition(model: Transformer, conditioning: Conditioning) -> Model:
+    """The model with what stays the same at every step filled in: (latents, timestep, context) → velocity."""
+    if conditioning.vace_context is not None:
+        return partial(model, vace_context=conditioning.vace_context, vace_scale=conditioning.context_scale)
+    return partial(model, condition=conditioning.condition, image_features=conditioning.image_features)
 
 
 def latents_to_numpy(latents: mx.array) -> np.ndarray:

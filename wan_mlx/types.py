@@ -15,13 +15,15 @@ Inside the package arrays are channels last: video ``(B, T, H, W, 3)`` in [-1, 1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+    from .sources import Source
 
 
 class WanError(Exception):
@@ -41,6 +43,10 @@ class Request:
     """What the user asked for, complete: no ``None`` is left where a preset has a default.
 
     ``width`` and ``height`` are pixels (multiples of 16), ``num_frames`` is 4n+1, ``seed`` is >= 0.
+
+    Sources are paths, PIL images or numpy arrays (see `wan_mlx.sources`), and None where the task has no use for them:
+    ``image`` and ``last_image`` of i2v and flf2v; ``src_video``, ``src_mask`` (white is what to generate) and
+    ``src_ref_images`` of VACE, with ``context_scale``, the strength of its hints.
     """
 
     prompt: str
@@ -55,6 +61,22 @@ class Request:
     seed: int
     fps: int = 16
     task: str = "t2v"
+    image: Source | None = None
+    last_image: Source | None = None
+    src_video: Source | None = None
+    src_mask: Source | None = None
+    src_ref_images: tuple[Source, ...] = ()
+    context_scale: float = 1.0
+
+    def settings(self) -> dict[str, Any]:
+        """Every field as JSON takes it: a source is its path or, of one in memory, its kind, size and SHA-256."""
+        from .sources import describe
+
+        return {
+            **vars(self),
+            **{name: describe(getattr(self, name)) for name in ("image", "last_image", "src_video", "src_mask")},
+            "src_ref_images": [describe(source) for source in self.src_ref_images],
+        }
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -69,11 +91,22 @@ class Conditioning:
     ``noise``: float32 (1, t, h, w, C), the start of sampling.
     ``context`` and ``negative_context``: (1, 512, text_dim), text embeddings zero-padded to 512 rows;
     ``negative_context`` is None when guidance is off.
+    ``condition``: float32 (1, t, h, w, 4 + C), i2v and flf2v: 4 mask channels, 1 where frames are given, then latents.
+    ``image_features``: (N, 257, image_dim), CLIP features of the N given images.
+    ``vace_context``: float32 (1, t, h, w, 2C + 64), VACE: latents of what stays, of what changes, and the mask.
+    ``context_scale``: strength of VACE's hints.
+    ``trim_latents``: how many latent frames to cut from the start before decoding: VACE's reference images, which
+    ``noise`` and ``vace_context`` count in t.
     """
 
     noise: mx.array
     context: mx.array
     negative_context: mx.array | None = None
+    condition: mx.array | None = None
+    image_features: mx.array | None = None
+    vace_context: mx.array | None = None
+    context_scale: float = 1.0
+    trim_latents: int = 0
 
 
 class Encoders(Protocol):
@@ -83,6 +116,13 @@ class Encoders(Protocol):
 
     def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
         """Texts → embeddings zero-padded to (1, 512, text_dim) each."""
+
+    def encode_images(self, images: mx.array) -> mx.array:
+        """Images float32 (N, H, W, 3) in [-1, 1] → CLIP features (N, 257, image_dim)."""
+
+    def encode_videos(self, videos: Sequence[Iterable[mx.array]]) -> list[mx.array]:
+        """Videos, each in chunks float32 (1, 1, H, W, 3), then (1, 4, H, W, 3), in [-1, 1] → normalised latents
+        float32 (1, t, h, w, C) each."""
 
 
 @dataclass

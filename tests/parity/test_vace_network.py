@@ -178,6 +178,12 @@ def test_diffusers_folder_loads_as_vace(reference, diffusers_folder):
     assert relative_error(run_ours(model, [500.0], *given), run_theirs(reference, [500.0], *given)) < BOUND
 
 
+def test_patch_embedding_stays_float32(diffusers_folder):
+    model = load_transformer(diffusers_folder, "bfloat16")
+    assert model.vace_patch_embedding.weight.dtype == model.vace_blocks[2].modulation.dtype == mx.float32
+    assert model.vace_blocks[0].before_proj.weight.dtype == model.vace_blocks[2].after_proj.bias.dtype == mx.bfloat16
+
+
 @pytest.mark.parametrize("layers", [[0, 1], [0, 1, 3, 4], [0, 3, 1], [1, 2, 3], [0, 1, 5], [0, 1, 1], [0, 1, "3"]])
 def test_layers_that_do_not_fit_the_blocks_are_refused(diffusers_folder, layers):
     path = diffusers_folder / "transformer/config.json"

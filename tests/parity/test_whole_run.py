@@ -105,7 +105,7 @@ def test_python_equals_command_line(folder, tmp_path):
         assert np.array_equal(video.frames, cli["frames"]) and np.array_equal(video.latents, cli["latents"])
     assert [step.index for step in seen] == list(range(STEPS))
     assert seen[-1].total == STEPS and seen[0].latents.shape == (1, 3, 4, 6, 16)
-    assert [stage.name for stage in video.stages] == ["text", "load transformer", "denoise", "decode"]
+    assert [stage.name for stage in video.stages] == ["conditioning", "load transformer", "denoise", "decode"]
 
 
 def test_global_random_state_is_untouched(folder, tmp_path):

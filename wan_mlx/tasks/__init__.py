@@ -3,10 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ..types import Conditioning, Encoders, Request
-from . import t2v
+from . import flf2v, i2v, t2v, vace
 
-Task = Callable[[Request, Encoders], Conditioning]
+SOURCES = ("image", "last_image", "src_video", "src_mask", "src_ref_images")
 
-TASKS: dict[str, Task] = {"t2v": t2v.condition}
+
+@dataclass(frozen=True)
+class Task:
+    """What a kind of model does with a request.
+
+    Attributes:
+        condition: Request and encoders → Conditioning.
+        takes: the sources it can use; others are refused.
+        fit: Request → the same with the size and length that its sources make of it. Raises ValueError if a source is
+            missing or cannot be read.
+    """
+
+    condition: Callable[[Request, Encoders], Conditioning]
+    takes: tuple[str, ...] = ()
+    fit: Callable[[Request], Request] = lambda request: request
+
+
+TASKS: dict[str, Task] = {
+    "t2v": Task(t2v.condition),
+    "i2v": Task(i2v.condition, ("image",), i2v.fit),
+    "flf2v": Task(flf2v.condition, ("image", "last_image"), flf2v.fit),
+    "vace": Task(vace.condition, ("src_video", "src_mask", "src_ref_images"), vace.fit),
+}
+
+
+def fit_sources(request: Request) -> Request:
+    """The request with the size and length that its sources make of it.
+
+    Raises:
+        ValueError: a source is missing, cannot be read, or is not for this task.
+    """
+    task = TASKS[request.task]
+    for name in SOURCES:
+        if getattr(request, name) not in (None, ()) and name not in task.takes:
+            takes = f"takes {', '.join(task.takes)}" if task.takes else "takes a prompt alone"
+            users = [other for other, row in TASKS.items() if name in row.takes]
+            raise ValueError(f"{name} was given to a {request.task} model, which {takes}; it is for {', '.join(users)}")
+    return task.fit(request)

@@ -17,6 +17,7 @@ from .load import (
     MLX_LAYOUT,
     ComponentWeights,
     dtype_of,
+    image_encoder_config,
     open_component,
     text_encoder_config,
     transformer_config,
@@ -25,7 +26,12 @@ from .load import (
 from .networks import Progress, no_progress, parse_dtype
 
 SAFETENSORS_NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
-CONFIG_OF = {"transformer": transformer_config, "text_encoder": text_encoder_config, "vae": vae_config}
+CONFIG_OF = {
+    "transformer": transformer_config,
+    "text_encoder": text_encoder_config,
+    "vae": vae_config,
+    "image_encoder": image_encoder_config,
+}
 
 
 def convert(
@@ -42,7 +48,7 @@ def convert(
         source: a model folder in any layout that loads.
         out: a folder that does not exist yet.
         dtype: of transformer and text encoder; the transformer's time path, norms and head stay float32.
-        vae_dtype: of the VAE.
+        vae_dtype: of the VAE. The image encoder stays as it is.
         model: name of the preset whose sampling defaults the folder should use; recorded in its config.json.
         progress: wraps the iteration over tensors.
 
@@ -59,9 +65,11 @@ def convert(
     partial.mkdir(parents=True)
     config = {"format": MLX_FORMAT, "version": 1, "model": model or checkpoint.model}
     for component, config_of in CONFIG_OF.items():
+        if component not in checkpoint.files:
+            continue
         weights = open_component(checkpoint.files[component], component)
         config[component] = asdict(config_of(weights, checkpoint.configs.get(component, {})))
-        kept = parse_dtype(vae_dtype if component == "vae" else dtype)
+        kept = parse_dtype({"vae": vae_dtype, "image_encoder": "float32"}.get(component, dtype))
         _write(weights, partial / MLX_FILES[component][0], kept, progress)
     shutil.copyfile(checkpoint.files["tokenizer"], partial / MLX_FILES["tokenizer"][0])
     (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -39,7 +39,7 @@ def resolve(model: str | Path) -> Path:
 def _download(repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "*.safetensors", *(name for names in OFFICIAL_FILES.values() for name in names)]
+    wanted = ["*.json", "*.safetensors", *(name for names in OFFICIAL_FILES.values() for name in names)]
     log.info("fetching %s from the hub", repo)
     try:
         return Path(snapshot_download(repo, allow_patterns=wanted))

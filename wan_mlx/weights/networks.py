@@ -97,7 +97,7 @@ def load_image_encoder(
 
     Args:
         path: model folder, or the encoder's own file (then heads are taken to be 80 wide).
-        dtype: "float32" or "float16".
+        dtype: of the weights: "float32", or "float16" as the official file has them; computed in float32 either way.
         progress: wraps the iteration over tensors.
 
     Raises:

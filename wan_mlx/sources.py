@@ -1,0 +1,248 @@
+"""Images and videos in: files, PIL images and numpy arrays → uint8 RGB frames.
+
+As in the official code transparency is dropped, not blended (``convert("RGB")``). Unlike there a picture stands as its
+EXIF orientation or display matrix says, and 16-bit greyscale is scaled to 8 bits instead of clipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import imageio_ffmpeg
+import mlx.core as mx
+import numpy as np
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+
+log = logging.getLogger(__name__)
+
+Source = str | Path | Image.Image | np.ndarray
+
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # the files that Pillow reads where a video is expected
+ANIMATIONS = ("PNG", "WEBP", "GIF")
+ARRAY_FPS = 16  # of a video in memory, which does not say: Wan2.1's own rate
+STILL_SECONDS = 0.1  # of an animation's frame that gives no duration, as browsers have it
+EXPECTED = "a path, a PIL image or a numpy uint8 array"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video whose frames have not been read yet; a still picture is a video of one frame.
+
+    Attributes:
+        name: what to call it in a message.
+        height, width: pixels, as displayed.
+        times: float32 (num_frames, 2), start and end of each frame in seconds.
+        read: increasing frame numbers → an iterator over these frames, uint8 (height, width, 3).
+    """
+
+    name: str
+    height: int
+    width: int
+    times: np.ndarray
+    read: Callable[[Sequence[int]], Iterator[np.ndarray]]
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.times)
+
+
+def read_image(source: Source) -> np.ndarray:
+    """A picture → uint8 (H, W, 3), upright.
+
+    Args:
+        source: a path; a PIL image; or an array uint8 or bool (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+
+    Raises:
+        ValueError: no such file, not an image, damaged, or an array of another kind.
+    """
+    if isinstance(source, np.ndarray):
+        return _rgb_frames(source, still=True)[0]
+    if isinstance(source, Image.Image):
+        return _rgb(source, "the PIL image")
+    path = _existing(source, "image")
+    with _open_picture(path) as image:
+        return _rgb(image, str(path))
+
+
+def open_video(source: Source) -> Clip:
+    """A video, an animation or a still picture → `Clip`.
+
+    Args:
+        source: a path; a PIL image; or an array uint8 or bool: (T, H, W), (T, H, W, 1 or 3 or 4), or one frame
+            as `read_image` takes it.
+
+    Raises:
+        ValueError: no such file, neither a video nor an image, damaged, or an array of another kind.
+    """
+    if isinstance(source, np.ndarray):
+        frames = _rgb_frames(source, still=source.ndim == 2 or (source.ndim == 3 and source.shape[-1] in (1, 3, 4)))
+        return _clip_in_memory("the array", frames, np.full(len(frames), 1 / ARRAY_FPS))
+    if isinstance(source, Image.Image):
+        return _clip_in_memory("the PIL image", read_image(source)[None], np.full(1, 1 / ARRAY_FPS))
+    path = _existing(source, "video")
+    try:
+        image = _open_picture(path, PICTURES)
+    except ValueError as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            return _open_with_ffmpeg(path)
+        raise
+    with image:
+        pictures = ImageSequence.Iterator(image) if image.format in ANIMATIONS else [image]
+        frames, seconds = [], []
+        for picture in pictures:
+            frames.append(_rgb(picture, str(path)))
+            seconds.append(picture.info.get("duration", 0) / 1000 or STILL_SECONDS)
+    return _clip_in_memory(str(path), np.stack(frames), np.array(seconds))
+
+
+def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize so that the picture covers the size, and cut the middle out: uint8 (H, W, 3) → (height, width, 3).
+
+    Follows ``VaceVideoProcessor.resize_crop``: antialiased bicubic in 8 bits, which Pillow and PyTorch round
+    differently by one level in less than one pixel of a hundred.
+    """
+    old_height, old_width = image.shape[:2]
+    if (old_height, old_width) == (height, width):
+        return image
+    scale = max(width / old_width, height / old_height)
+    new_height, new_width = round(scale * old_height), round(scale * old_width)
+    top, left = (new_height - height) // 2, (new_width - width) // 2
+    resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
+    return np.asarray(resized)[top : top + height, left : left + width]
+
+
+def to_float(image: np.ndarray) -> np.ndarray:
+    """uint8 [0, 255] → float32 [-1, 1], any shape."""
+    return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def in_chunks(frames: Iterable[np.ndarray]) -> Iterator[mx.array]:
+    """Frames (H, W, 3) → what the VAE takes at a time: float32 (1, 1, H, W, 3), then (1, 4, H, W, 3) each."""
+    frames, size = iter(frames), 1
+    while chunk := list(islice(frames, size)):
+        yield mx.array(np.stack(chunk))[None]
+        size = 4
+
+
+def describe(source: Source | None) -> str | None:
+    """What to note of a source: its path or, of one in memory, its kind, size and SHA-256."""
+    if isinstance(source, np.ndarray):
+        pixels = np.ascontiguousarray(source).tobytes()
+        return f"array {source.dtype} {source.shape}, sha256 {hashlib.sha256(pixels).hexdigest()}"
+    if isinstance(source, Image.Image):
+        digest = hashlib.sha256(source.tobytes()).hexdigest()
+        return f"image {source.mode} {source.width}x{source.height}, sha256 {digest}"
+    return None if source is None else str(source)
+
+
+def _existing(source: str | Path, kind: str) -> Path:
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"the {kind} is a {type(source).__name__}, expected {EXPECTED}")
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"{kind} {path} {'is a folder' if path.is_dir() else 'does not exist'}, expected a file")
+    return path
+
+
+def _open_picture(path: Path, formats: Sequence[str] | None = None) -> Image.Image:
+    try:
+        return Image.open(path, formats=formats)
+    except Exception as error:  # Pillow's readers raise whatever a damaged file trips them over
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def _rgb(image: Image.Image, name: str) -> np.ndarray:
+    """uint8 (H, W, 3), upright."""
+    if image.mode == "F":
+        raise ValueError(f"{name} holds floating-point pixels, expected 8 or 16 bits; convert it to 8-bit RGB")
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            # To Pillow these are 32-bit numbers that convert() clips at 255; 16 bits is what files have in them.
+            levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+            image = Image.fromarray(np.rint(levels / 257).astype(np.uint8))
+        elif "transparency" in image.info:
+            image = image.convert("RGBA")  # straight to RGB is the same but for a warning
+        return np.asarray(image.convert("RGB"))
+    except Exception as error:  # as above: pixels are decoded here
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+
+
+def _rgb_frames(array: np.ndarray, still: bool) -> np.ndarray:
+    """An array as `read_image` (``still``) or `open_video` takes it → uint8 (T, H, W, 3)."""
+    frames = array[None] if still else array
+    if frames.ndim == 3:
+        frames = frames[..., None]
+    usable = frames.ndim == 4 and frames.shape[-1] in (1, 3, 4) and frames.size > 0
+    if not usable or array.dtype not in (np.uint8, np.bool_):
+        expected = "(H, W, 3)" if still else "(T, H, W, 3)"
+        raise ValueError(f"the array is {array.dtype} {array.shape}, expected uint8 {expected}")
+    if frames.dtype == np.bool_:
+        frames = frames.astype(np.uint8) * 255
+    return np.broadcast_to(frames, (*frames.shape[:3], 3)) if frames.shape[-1] == 1 else frames[..., :3]
+
+
+def _clip_in_memory(name: str, frames: np.ndarray, seconds: np.ndarray) -> Clip:
+    def read(indices):
+        return (frames[i] for i in indices)
+
+    ends = np.cumsum(seconds)
+    return Clip(name, *frames.shape[1:3], np.stack([ends - seconds, ends], axis=1).astype(np.float32), read)
+
+
+def _open_with_ffmpeg(path: Path) -> Clip:
+    """Decode the whole file once for the time of every frame; the rate in its header says little of some files."""
+    command = [*_ffmpeg_input(path), "-f", "framecrc", "-"]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    listing, said = (output.decode("utf-8", "replace") for output in (done.stdout, done.stderr))
+    frames = re.findall(r"^0, *-?\d+, *(-?\d+), *(\d+),", listing, re.MULTILINE)
+    if done.returncode or not frames:
+        raise ValueError(f"{path} cannot be read as a video: {_first_line(said) or 'no frames in it'}")
+    if said:
+        log.warning("%s is damaged, %d frames can be read: %s", path, len(frames), _first_line(said))
+    unit = Fraction(re.search(r"^#tb 0: (\d+/\d+)", listing, re.MULTILINE)[1])
+    width, height = map(int, re.search(r"^#dimensions 0: (\d+)x(\d+)", listing, re.MULTILINE).groups())
+    ticks = np.array(frames, dtype=np.int64)
+    starts, duration = ticks[:, 0], ticks[-1, 1] or (ticks[-1, 0] - ticks[0, 0]) // max(1, len(ticks) - 1) or 1
+    # A frame stands until the next one: lengths noted in a file may leave gaps.
+    times = np.stack([starts, np.append(starts[1:], starts[-1] + duration)], axis=1) * float(unit)
+    return Clip(str(path), height, width, times.astype(np.float32), partial(_decode, path, height, width))
+
+
+def _decode(path: Path, height: int, width: int, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    command = [*_ffmpeg_input(path), "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
+    size, read = height * width * 3, 0
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            for index in indices:
+                while read <= index:
+                    pixels = process.stdout.read(size)
+                    if len(pixels) < size:
+                        raise ValueError(f"{path} ends before frame {index}; was it changed while being read?")
+                    read += 1
+                yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+        finally:
+            process.kill()
+
+
+def _first_line(said: str) -> str:
+    """What ffmpeg complained of first, without the part of itself that did."""
+    return re.sub(r"^\[.*?\] ", "", said.strip().split("\n")[0])
+
+
+def _ffmpeg_input(path: Path) -> list[str]:
+    """The start of a command that gives every frame of the first video (not a cover picture) exactly once."""
+    # "file:" keeps ffmpeg from taking a leading dash for an option, or a colon for a protocol.
+    where = ["-i", f"file:{path.absolute()}", "-map", "0:V:0", "-fps_mode", "passthrough"]
+    return [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *where]

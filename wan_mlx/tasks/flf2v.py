@@ -1,0 +1,35 @@
+"""First and last frame to video. Follows the official ``wan/first_last_frame2video.py``."""
+
+from __future__ import annotations
+
+from ..sources import cover, read_image
+from ..types import Conditioning, Encoders, Request
+from . import i2v
+
+
+def fit(request: Request) -> Request:
+    """The request at the proportions of its first image; what it asks for is the area.
+
+    Raises:
+        ValueError: an image is missing or cannot be read, or the video has no room for both.
+    """
+    for name, image in (("first", request.image), ("last", request.last_image)):
+        if image is None:
+            raise ValueError(f"first and last frame to video needs both images, the {name} one was not given")
+    if request.num_frames < 5:
+        raise ValueError(f"frames is {request.num_frames}, expected room for a first and a last one; nearest: 5")
+    read_image(request.last_image)
+    return i2v.fit(request)
+
+
+def condition(request: Request, encoders: Encoders) -> Conditioning:
+    """Texts, noise, CLIP features of both images, and the latents of a video that has nothing between them.
+
+    Raises:
+        ValueError: an image cannot be read.
+    """
+    first, last = read_image(request.image), read_image(request.last_image)
+    # The official code means to resize the last image to the first's size and crop it, but only ever crops or pads,
+    # with width and height swapped. Here it is done; for images of one size there is no difference.
+    last = cover(last, *first.shape[:2])
+    return i2v.condition_on_frames(request, encoders, {0: first, request.num_frames - 1: last})

@@ -1,0 +1,82 @@
+"""Image to video: the first frame is given.
+
+Follows the official ``wan/image2video.py``, with its mask for any number of frames.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+
+from ..resize import resize_bicubic
+from ..sources import in_chunks, read_image, to_float
+from ..types import Conditioning, Encoders, Request
+from . import t2v
+
+
+def output_size(image_size: tuple[int, int], area: int) -> tuple[int, int]:
+    """(width, height) in pixels, multiples of 16, of about ``area`` and of the image's (width, height) proportions.
+
+    Raises:
+        ValueError: the image is so narrow that one side would be below 16 pixels.
+    """
+    width, height = image_size
+    aspect = height / width
+    # Latents per side, in the official order: floored to whole ones, then to whole patches of two.
+    rows = round(math.sqrt(area * aspect) // 8 // 2 * 2)
+    columns = round(math.sqrt(area / aspect) // 8 // 2 * 2)
+    if not (rows and columns):
+        raise ValueError(f"an image of {width}x{height} is too narrow for a video of {area} pixels; crop it")
+    return columns * 8, rows * 8
+
+
+def fit(request: Request) -> Request:
+    """The request at the proportions of its image; what it asks for is the area.
+
+    Raises:
+        ValueError: there is no image, or it cannot be read, or it is too narrow.
+    """
+    if request.image is None:
+        raise ValueError("image to video needs an image, none was given")
+    height, width = read_image(request.image).shape[:2]
+    width, height = output_size((width, height), request.width * request.height)
+    return replace(request, width=width, height=height)
+
+
+def condition(request: Request, encoders: Encoders) -> Conditioning:
+    """Texts, noise, CLIP features of ``request.image``, and the latents of a video that starts with it.
+
+    Raises:
+        ValueError: the image cannot be read.
+    """
+    return condition_on_frames(request, encoders, {0: read_image(request.image)})
+
+
+def condition_on_frames(request: Request, encoders: Encoders, known: Mapping[int, np.ndarray]) -> Conditioning:
+    """Condition on frames that are given, by their number.
+
+    Args:
+        request: its ``width`` and ``height`` are what the frames are resized to.
+        encoders: all three are asked.
+        known: uint8 (H, W, 3), all of one size; a frame that is not among them is grey to the VAE.
+    """
+    base = t2v.condition(request, encoders)
+    images = {number: to_float(image) for number, image in known.items()}
+    features = encoders.encode_images(mx.array(np.stack(list(images.values()))))
+    grey = np.zeros((request.height, request.width, 3), np.float32)
+    resized = {number: resize_bicubic(image, *grey.shape[:2]) for number, image in images.items()}
+    frames = (resized.get(number, grey) for number in range(request.num_frames))
+    (latents,) = encoders.encode_videos([in_chunks(frames)])
+    mask = mx.broadcast_to(_mask(request.num_frames, known), (*latents.shape[:-1], 4))
+    return replace(base, condition=mx.concatenate([mask, latents], axis=-1), image_features=features)
+
+
+def _mask(num_frames: int, known: Mapping[int, np.ndarray]) -> mx.array:
+    """float32 (t, 1, 1, 4): 1 where a frame is given. The channels are a latent frame's four frames, the first of
+    all being counted four times."""
+    given = [float(number in known) for number in range(num_frames)]
+    return mx.array([given[0]] * 3 + given).reshape(-1, 1, 1, 4)

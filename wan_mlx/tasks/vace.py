@@ -1,0 +1,188 @@
+"""VACE: generate after a video, a mask on it, and reference images, any of which may be missing.
+
+Follows the official ``wan/vace.py`` and ``wan/utils/vace_processor.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import repeat
+
+import mlx.core as mx
+import numpy as np
+
+from ..sources import cover, in_chunks, open_video, read_image, to_float
+from ..types import Conditioning, Encoders, Request
+from . import t2v
+
+log = logging.getLogger(__name__)
+
+PATCH = 16  # pixels per side of a token
+STRIDE = 8  # pixels per side of a latent
+
+
+def output_shape(source: tuple[int, int, int], area: int, num_frames: int) -> tuple[int, int, int]:
+    """(width, height, num_frames) to generate after a source video, in the official code's way.
+
+    Width and height keep the source's proportions and neither exceed ``area`` nor enlarge it. A source that is
+    shorter makes a shorter video; one that is smaller than ``area`` may make a longer one than ``num_frames``, up to
+    the number of tokens that ``area`` and ``num_frames`` come to.
+
+    Args:
+        source: (num_frames, height, width) of the source video.
+        area: pixels, of a size whose sides are multiples of 16.
+        num_frames: 4n+1.
+
+    Raises:
+        ValueError: a side of the result would be below 16 pixels.
+    """
+    source_frames, height, width = source
+    latent_frames = (num_frames - 1) // 4 + 1
+    patches = min(area / PATCH**2, (height // PATCH) * (width // PATCH))
+    rows = columns = 0
+    if patches:
+        tokens = latent_frames * area / PATCH**2
+        latent_frames = min((source_frames - 1) // 4 + 1, int(tokens / patches))
+        patches = min(patches, int(tokens / latent_frames))
+        rows = round(math.sqrt(patches * height / width))
+        columns = int(patches / rows) if rows else 0
+    if not (rows and columns):
+        raise ValueError(f"a source video of {width}x{height} pixels is too small or too narrow; crop or enlarge it")
+    return columns * PATCH, rows * PATCH, (latent_frames - 1) * 4 + 1
+
+
+def fit(request: Request) -> Request:
+    """The request at the proportions and length of its source video, if there is one.
+
+    Raises:
+        ValueError: there is no source at all, or the video cannot be read, or it is too small.
+    """
+    if request.src_video is None and request.src_mask is None and not request.src_ref_images:
+        raise ValueError("VACE needs a source video, a mask or reference images, none was given")
+    if request.src_video is None:
+        return request
+    clip = open_video(request.src_video)
+    shape = (clip.num_frames, clip.height, clip.width)
+    width, height, num_frames = output_shape(shape, request.width * request.height, request.num_frames)
+    return replace(request, width=width, height=height, num_frames=num_frames)
+
+
+def condition(request: Request, encoders: Encoders) -> Conditioning:
+    """Texts, noise, and the control video: latents of what stays, latents of what changes, and the mask.
+
+    The source is cut to ``request``'s size and thinned to its ``num_frames``, which `fit` has set. Reference images
+    come first, one latent frame each, also in the noise.
+
+    Raises:
+        ValueError: a source cannot be read, is too short, or does not fit its mask.
+    """
+    size = request.height, request.width
+    references = [letterbox(read_image(source), *size) for source in request.src_ref_images]
+    if request.src_video is None:
+        if request.src_mask is not None:
+            log.warning("the mask is not used: without a source video all is generated, as in the official code")
+        mask = np.full((request.num_frames, *size), 255, np.uint8)
+        # What stays and what changes are the same grey.
+        videos = [repeat(np.zeros((*size, 3), np.float32), request.num_frames)]
+    else:
+        frames, mask = read_source(request)
+        videos = [_where(frames, mask <= 127), _where(frames, mask > 127)]
+    base = t2v.condition(request, encoders, len(references))
+    latents = encoders.encode_videos([in_chunks(video) for video in (*videos, *([r] for r in references))])
+    stays, changes, of_references = latents[0], latents[len(videos) - 1], latents[len(videos) :]
+    context = [_join(latent, mx.zeros_like(latent), None) for latent in of_references]
+    context.append(_join(stays, changes, mask_to_latents(mask)))
+    return replace(
+        base,
+        vace_context=mx.concatenate(context, axis=1),
+        context_scale=request.context_scale,
+        trim_latents=len(references),
+    )
+
+
+def read_source(request: Request) -> tuple[np.ndarray, np.ndarray]:
+    """The source video uint8 (T, H, W, 3) and its mask uint8 (T, H, W), white without one, as `condition` uses them.
+
+    A mask of one frame covers the whole video.
+
+    Raises:
+        ValueError: a source cannot be read or is too short, or the mask is of another length.
+    """
+    size = request.height, request.width
+    video = open_video(request.src_video)
+    if request.num_frames > video.num_frames:
+        raise ValueError(
+            f"source video {video.name} has {video.num_frames} frames, expected at least {request.num_frames}; "
+            f"nearest number of frames: {(video.num_frames - 1) // 4 * 4 + 1}"
+        )
+    numbers = spread(video.times, request.num_frames)
+    if request.src_mask is None:
+        mask = np.full((request.num_frames, *size), 255, np.uint8)
+    else:
+        clip = open_video(request.src_mask)
+        if clip.num_frames not in (1, video.num_frames):
+            raise ValueError(
+                f"mask {clip.name} has {clip.num_frames} frames, expected {video.num_frames} as its video, or one"
+            )
+        chosen = numbers if clip.num_frames > 1 else [0]
+        mask = np.stack([cover(frame, *size)[..., 0] for frame in clip.read(chosen)])
+        mask = np.broadcast_to(mask, (request.num_frames, *size))
+    return np.stack([cover(frame, *size) for frame in video.read(numbers)]), mask
+
+
+def spread(times: np.ndarray, count: int) -> list[int]:
+    """Numbers of ``count`` frames evenly spread over a video whose frames have these ``times``, float32 (T, 2)."""
+    moments = np.linspace(0.0, float(times[-1].mean()), count)
+    # The first frame that has not ended: at a boundary the earlier one, as in the official code.
+    return np.searchsorted(times[:, 1], moments).clip(max=len(times) - 1).tolist()
+
+
+def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Fit a picture into the middle of a white one: uint8 (H, W, 3) → float32 (height, width, 3) in [-1, 1]."""
+    old_height, old_width = image.shape[:2]
+    if (old_height, old_width) == (height, width):
+        return to_float(image)
+    scale = min(height / old_height, width / old_width)
+    new_height, new_width = max(1, int(old_height * scale)), max(1, int(old_width * scale))
+    top, left = (height - new_height) // 2, (width - new_width) // 2
+    canvas = np.ones((height, width, 3), np.float32)
+    inside = _resize_bilinear(_resize_bilinear(to_float(image), 1, new_width), 0, new_height)
+    canvas[top : top + new_height, left : left + new_width] = inside
+    return canvas
+
+
+def mask_to_latents(mask: np.ndarray) -> mx.array:
+    """uint8 (T, H, W) → float32 (1, t, H/8, W/8, 64) in [0, 1]: each 8x8 square as channels, row by row."""
+    num_frames, height, width = mask.shape
+    latent_frames = (num_frames + 3) // 4
+    # PyTorch's "nearest-exact", which takes the frame under the middle of each latent frame.
+    middles = np.arange(latent_frames, dtype=np.float32) + np.float32(0.5)
+    numbers = np.floor(middles * np.float32(num_frames / latent_frames)).astype(int)
+    squares = mask[numbers].reshape(latent_frames, height // STRIDE, STRIDE, width // STRIDE, STRIDE)
+    channels = squares.transpose(0, 1, 3, 2, 4).reshape(1, latent_frames, height // STRIDE, width // STRIDE, STRIDE**2)
+    return mx.array(channels.astype(np.float32) / np.float32(255))  # grey levels stay, unlike in the latents
+
+
+def _where(frames: np.ndarray, chosen: np.ndarray) -> Iterable[np.ndarray]:
+    """Frames in [-1, 1], grey where ``chosen`` (T, H, W) is False, one at a time."""
+    return (to_float(frame) * keep[..., None] for frame, keep in zip(frames, chosen, strict=True))
+
+
+def _join(stays: mx.array, changes: mx.array, mask: mx.array | None) -> mx.array:
+    if mask is None:
+        mask = mx.zeros((*stays.shape[:-1], STRIDE**2))
+    return mx.concatenate([stays, changes, mask], axis=-1)
+
+
+def _resize_bilinear(image: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """Resize one axis as ``torch.nn.functional.interpolate(mode="bilinear")``: corners not aligned, no antialiasing."""
+    length = image.shape[axis]
+    scale = np.float64(np.float32(length) / np.float32(size))  # rounded as in `wan_mlx.resize`
+    positions = np.maximum((scale * (np.arange(size) + 0.5) - 0.5).astype(np.float32), 0)
+    before = positions.astype(int)
+    after = np.minimum(before + 1, length - 1)
+    weight = np.expand_dims((positions - before.astype(np.float32)), tuple(i for i in range(image.ndim) if i != axis))
+    return image.take(before, axis) * (1 - weight) + image.take(after, axis) * weight
