@@ -7,10 +7,12 @@ import importlib
 import importlib.util
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 torch = pytest.importorskip("torch")
 
@@ -61,3 +63,95 @@ def unmasked_attention(q, k, v, k_lens=None, **_):
     assert k_lens is None or all(int(n) == k.shape[1] for n in k_lens)
     q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def official_clip():
+    """The official CLIP module, its CUDA-only attention replaced; of torchvision it uses the normalisation alone."""
+
+    class Transform:
+        def __init__(self, *args, **kwargs):
+            self.args, self.kwargs = args, kwargs
+
+    class Compose(Transform):
+        @property
+        def transforms(self):
+            return self.args[0]
+
+    class Normalize(Transform):
+        def __call__(self, images):
+            mean, std = (torch.tensor(self.kwargs[name])[:, None, None] for name in ("mean", "std"))
+            return (images - mean) / std
+
+    def module(name, **attributes):
+        made = types.ModuleType(name)
+        vars(made).update(attributes)
+        return made
+
+    bicubic = types.SimpleNamespace(BICUBIC="bicubic")
+    transforms = dict(
+        Compose=Compose, Normalize=Normalize, Resize=Transform, ToTensor=Transform, InterpolationMode=bicubic
+    )
+    root = official("modules.t5").__file__.rsplit("/", 1)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        # The packages' own __init__ imports much that is not needed; transformers must not meet the bare torchvision.
+        patch.setitem(sys.modules, "wan.modules.animate", module("wan.modules.animate", __path__=[f"{root}/animate"]))
+        patch.setitem(sys.modules, "torchvision", module("torchvision"))
+        patch.setitem(sys.modules, "torchvision.transforms", module("torchvision.transforms", **transforms))
+        clip = official("modules.animate.clip")
+    clip.flash_attention = unmasked_attention
+    return clip
+
+
+def official_clip_model(seed: int, **sizes):
+    """The official ``CLIPModel`` around a network of these sizes, both towers of it, with random weights."""
+    clip = official_clip()
+    wrapper = object.__new__(clip.CLIPModel)
+    wrapper.dtype = torch.float32
+    wrapper.model, wrapper.transforms = clip.clip_xlm_roberta_vit_h_14(return_transforms=True, **sizes)
+    randomize(wrapper.model.eval().requires_grad_(False), seed)
+    return wrapper
+
+
+def official_features(wrapper, images: np.ndarray) -> torch.Tensor:
+    """(N, H, W, 3) → (N, L, D), each image given as the official tasks give it: a video (3, 1, H, W)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.cuda.amp.autocast
+        return wrapper.visual([torch.from_numpy(image).permute(2, 0, 1)[:, None] for image in images])
+
+
+def official_text(encoder, tokenizer: bytes, text: str) -> torch.Tensor:
+    """(length, text_dim): padded to 512 with a mask, encoded, trimmed to the real length."""
+    ids = [*sentencepiece.SentencePieceProcessor(model_proto=tokenizer).encode(text), 1][:512]
+    padded = torch.tensor([ids + [0] * (512 - len(ids))])
+    mask = (torch.arange(512)[None] < len(ids)).long()
+    return encoder(padded, mask)[0, : len(ids)]
+
+
+def official_latents(
+    velocity, texts, shape: tuple, *, steps: int, shift: float, guidance: float, seed: int, solver: str = "unipc"
+) -> torch.Tensor:
+    """Two passes per step, the official solver, float32: latents of ``shape`` (C, t, h, w).
+
+    ``velocity``: (latents, timestep (1,), text) → velocity, as latents; ``texts``: what to show, what to avoid.
+    """
+    if solver == "unipc":
+        scheduler = official("utils.fm_solvers_unipc").FlowUniPCMultistepScheduler(shift=1)
+        scheduler.set_timesteps(steps, device="cpu", shift=shift)
+    else:
+        solvers = official("utils.fm_solvers")
+        scheduler = solvers.FlowDPMSolverMultistepScheduler(shift=1)
+        scheduler.set_timesteps(sigmas=solvers.get_sampling_sigmas(steps, shift), device="cpu")
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    for t in scheduler.timesteps:
+        cond, uncond = (velocity(latents, t[None], text) for text in texts)
+        guided = uncond + guidance * (cond - uncond)
+        latents = scheduler.step(guided[None], t, latents[None], return_dict=False)[0][0]
+    return latents
+
+
+def official_frames(vae, scale, latents: torch.Tensor) -> np.ndarray:
+    """Decoded, clamped, and truncated to uint8 as the official ``cache_video`` does; a still is rounded."""
+    video = (vae.decode(latents[None], scale)[0].clamp(-1, 1) + 1) / 2 * 255
+    if video.shape[1] == 1:
+        video += 0.5
+    return video.type(torch.uint8).movedim(0, -1).numpy()

@@ -5,12 +5,25 @@ import json
 from pathlib import Path
 
 import sentencepiece
-from oracles import official, randomize, torch
+from oracles import official, official_clip_model, randomize, torch
 from safetensors.torch import save_file
+
+from wan_mlx.weights.layouts import canonical_keys, recognise
 
 DIT = dict(dim=48, ffn_dim=80, num_heads=2, num_layers=2, freq_dim=32)
 TEXT = dict(dim=24, dim_attn=32, dim_ffn=40, num_heads=4, num_layers=2, num_buckets=32)
 VAE = dict(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
+CLIP = dict(
+    vision_dim=80, vision_heads=1, vision_layers=3, embed_dim=8,
+    vocab_size=30, max_text_len=10, text_dim=16, text_heads=2, text_layers=1,
+)  # fmt: skip
+# config.json of each kind, beside DIT.
+KINDS = {
+    "t2v": dict(in_dim=16),
+    "i2v": dict(in_dim=36),
+    "flf2v": dict(in_dim=36),
+    "vace": dict(in_dim=16, num_layers=3, vace_layers=[0, 2], vace_in_dim=96),
+}
 SENTENCES = [
     "a cat boxing on a stage", "two dogs run over the beach", "a red circle moves right on a blue background",
     "一只猫在台上打拳", "红色的圆在蓝色背景上向右移动", "the quick brown fox jumps over the lazy dog 0123456789",
@@ -27,25 +40,62 @@ def sentencepiece_model(vocab_size: int = 120) -> bytes:
     return model.getvalue()
 
 
-def networks(seed: int = 0) -> dict[str, torch.nn.Module]:
-    """The three official classes at tiny sizes, with random weights."""
+def networks(seed: int = 0, kind: str = "t2v") -> dict[str, torch.nn.Module]:
+    """The official classes at tiny sizes, with random weights; Diffusers' transformer for kinds but "t2v"."""
     spm = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
     text = official("modules.t5").T5Encoder(vocab=spm.vocab_size(), shared_pos=False, dropout=0.0, **TEXT)
     vae = official("modules.vae2_1").WanVAE_(**VAE)
-    dit = official("modules.model").WanModel(model_type="t2v", text_dim=TEXT["dim"], **DIT, in_dim=16, out_dim=16)
+    if kind == "t2v":
+        dit = official("modules.model").WanModel(model_type="t2v", text_dim=TEXT["dim"], **DIT, in_dim=16, out_dim=16)
+    else:
+        dit = diffusers_transformer(kind)
     for offset, module in enumerate((text, vae, dit)):
         randomize(module.eval().requires_grad_(False), seed + offset)
-    return {"text_encoder": text, "vae": vae, "transformer": dit}
+    modules = {"text_encoder": text, "vae": vae, "transformer": dit}
+    if kind in ("i2v", "flf2v"):
+        modules["image_encoder"] = official_clip_model(seed + 3, **CLIP)
+    return modules
 
 
-def write_official_folder(folder: Path, modules: dict[str, torch.nn.Module]) -> Path:
+def diffusers_transformer(kind: str) -> torch.nn.Module:
+    from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+
+    sizes = DIT | KINDS[kind]
+    common = dict(
+        num_attention_heads=sizes["num_heads"],
+        attention_head_dim=sizes["dim"] // sizes["num_heads"],
+        in_channels=sizes["in_dim"],
+        out_channels=16,
+        text_dim=TEXT["dim"],
+        freq_dim=sizes["freq_dim"],
+        ffn_dim=sizes["ffn_dim"],
+        num_layers=sizes["num_layers"],
+    )
+    if kind == "vace":
+        return WanVACETransformer3DModel(
+            **common, vace_layers=sizes["vace_layers"], vace_in_channels=sizes["vace_in_dim"]
+        )
+    return WanTransformer3DModel(
+        **common,
+        image_dim=CLIP["vision_dim"],
+        added_kv_proj_dim=sizes["dim"],
+        pos_embed_seq_len=2 * 257 if kind == "flf2v" else None,
+    )
+
+
+def write_official_folder(folder: Path, modules: dict[str, torch.nn.Module], kind: str = "t2v") -> Path:
     """Write ``modules`` with the names and formats of a Wan-AI repository."""
     (folder / "google/umt5-xxl").mkdir(parents=True)
     (folder / "google/umt5-xxl/spiece.model").write_bytes(sentencepiece_model())
     torch.save(modules["text_encoder"].state_dict(), folder / "models_t5_umt5-xxl-enc-bf16.pth")
     torch.save(modules["vae"].state_dict(), folder / "Wan2.1_VAE.pth")
-    save_file(dict(modules["transformer"].state_dict()), folder / "diffusion_pytorch_model.safetensors")
-    config = {"_class_name": "WanModel", "model_type": "t2v", **DIT, "in_dim": 16, "out_dim": 16, "eps": 1e-6,
-              "text_len": 512}  # fmt: skip
+    if "image_encoder" in modules:
+        both_towers = modules["image_encoder"].model.state_dict()
+        torch.save(both_towers, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+    state = modules["transformer"].state_dict()
+    names = canonical_keys(recognise(state), state)
+    save_file({name: state[key] for name, key in names.items()}, folder / "diffusion_pytorch_model.safetensors")
+    config = {"_class_name": "VaceWanModel" if kind == "vace" else "WanModel", "model_type": kind, **DIT,
+              "out_dim": 16, "eps": 1e-6, "text_len": 512, **KINDS[kind]}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     return folder

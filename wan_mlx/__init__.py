@@ -34,20 +34,22 @@ __all__ = list(_PUBLIC)
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module 'wan_mlx' has no attribute {name!r}")
-    try:
-        value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
-    except ModuleNotFoundError as error:
-        if error.name and error.name.split(".")[0] == "mlx":
-            raise ImportError(BACKEND_HINT) from error
-        raise
+    check_backend()
+    value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
+def check_backend() -> None:
+    """Raise ImportError, in one line that says what to install, if MLX or its backend is missing."""
+    try:
+        importlib.import_module("mlx.core")
+    except ImportError as error:
+        raise ImportError(
+            f"MLX cannot be imported ({error}). On a Mac: pip install wan-mlx; "
+            "on Linux: pip install 'wan-mlx[cpu]' or 'wan-mlx[cuda13]'"
+        ) from error
+
+
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
-
-
-BACKEND_HINT = (
-    "MLX is not installed. On a Mac: pip install wan-mlx; on Linux: pip install 'wan-mlx[cpu]' or 'wan-mlx[cuda13]'"
-)

@@ -136,21 +136,26 @@ def main(argv: list[str] | None = None) -> int:
         return run(build_parser().parse_args(argv))
     except KeyboardInterrupt:
         return fail("interrupted", INTERRUPTED)
-    except (UsageError, ValueError) as error:
-        code, message = USAGE, str(error)
-        caught = error
-    except wan_mlx.WanError as error:
-        code, message = FAILURE, str(error)
-        caught = error
-    except Exception as error:  # a bug or the machine's own failure: still one line, unless --debug
-        code, message = FAILURE, f"{type(error).__name__}: {error} (run again with --debug for the traceback)"
-        caught = error
-    if "--debug" in argv:
-        raise caught
-    return fail(message, code)
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        return fail(*explain(error))
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """One line for the user, and the exit code."""
+    from .types import WanError
+
+    if isinstance(error, UsageError | ValueError):
+        return str(error), USAGE
+    if isinstance(error, WanError | ImportError):
+        return str(error), FAILURE
+    # A bug, or the machine's own failure.
+    return f"{type(error).__name__}: {error} (run again with --debug for the traceback)", FAILURE
 
 
 def run(args: argparse.Namespace) -> int:
+    wan_mlx.check_backend()
     if args.version:
         import mlx.core as mx
 
@@ -174,6 +179,9 @@ def run(args: argparse.Namespace) -> int:
     request = request_from(pipe, args)
     output = Path(args.output or default_output(pipe.preset.name, request))
     describe(pipe, request, output)
+    asked = (*(args.size or pipe.preset.size), args.frames or request.num_frames)
+    if asked != (request.width, request.height, request.num_frames):
+        note(f"          its proportions and length are the source's; {asked[0]}x{asked[1]} was taken as the area")
     if args.dry_run:
         return 0
     generate_to_file(pipe, request, output, args.overwrite)
@@ -227,6 +235,8 @@ def describe(pipe: WanPipeline, request: Request, output: Path) -> None:
 
 def generate_to_file(pipe: WanPipeline, request: Request, output: Path, overwrite: bool) -> None:
     """Run the pipeline and write frames as they are decoded; the file appears when it is whole."""
+    from tqdm.auto import tqdm
+
     from .media import VideoWriter
     from .pipeline import latents_to_numpy
     from .types import Step
@@ -234,12 +244,14 @@ def generate_to_file(pipe: WanPipeline, request: Request, output: Path, overwrit
     started = time.perf_counter()
     step = None
     writer = VideoWriter(output, request.fps, (request.width, request.height), pipe.settings(request), overwrite)
-    with writer:
+    bar = tqdm(total=request.num_frames, desc="writing", leave=False, disable=not pipe.progress, delay=2)
+    with writer, bar:
         for event in pipe.stages(request):
             if isinstance(event, Step):
                 step = event
             elif hasattr(event, "dtype"):
                 writer.write(event)
+                bar.update(len(event))
         writer.latents = latents_to_numpy(step.latents)
     for report in pipe.reports:
         note(f"{report.name:<18}{report.seconds:9.1f} s   peak {report.peak_bytes / 2**30:6.2f} GiB")

@@ -191,3 +191,13 @@ def test_a_process_of_its_own(folder):
     for stage in ("encoding text", "loading transformer", "denoising", "loading VAE", "decoding"):
         assert stage in done.stderr
     assert "peak" in done.stderr
+
+
+def test_missing_backend_is_one_line():
+    blocked = "import sys; sys.modules['mlx'] = None; sys.modules['mlx.core'] = None; "
+    done = subprocess.run(
+        [sys.executable, "-c", blocked + "from wan_mlx.generate import main; sys.exit(main(['--prompt', 'a cat']))"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "wan-mlx[cpu]" in one_line(done.stderr)

@@ -1,15 +1,13 @@
 """CLIP's vision tower and its resize against the official class, transformers and torch: float32, tiny sizes."""
 
-import sys
 import types
-import warnings
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten
-from oracles import official, randomize, relative_error, unmasked_attention
+from oracles import official_clip, official_clip_model, official_features, randomize, relative_error
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import wan_mlx
@@ -35,50 +33,12 @@ def no_gradients():
 
 @pytest.fixture(scope="module")
 def clip():
-    """The official module, its CUDA-only attention replaced; of torchvision it uses the normalisation alone."""
-
-    class Transform:
-        def __init__(self, *args, **kwargs):
-            self.args, self.kwargs = args, kwargs
-
-    class Compose(Transform):
-        @property
-        def transforms(self):
-            return self.args[0]
-
-    class Normalize(Transform):
-        def __call__(self, images):
-            mean, std = (torch.tensor(self.kwargs[name])[:, None, None] for name in ("mean", "std"))
-            return (images - mean) / std
-
-    def module(name, **attributes):
-        made = types.ModuleType(name)
-        vars(made).update(attributes)
-        return made
-
-    bicubic = types.SimpleNamespace(BICUBIC="bicubic")
-    transforms = dict(
-        Compose=Compose, Normalize=Normalize, Resize=Transform, ToTensor=Transform, InterpolationMode=bicubic
-    )
-    root = official("modules.t5").__file__.rsplit("/", 1)[0]
-    with pytest.MonkeyPatch.context() as patch:
-        # The packages' own __init__ imports much that is not needed; transformers must not meet the bare torchvision.
-        patch.setitem(sys.modules, "wan.modules.animate", module("wan.modules.animate", __path__=[f"{root}/animate"]))
-        patch.setitem(sys.modules, "torchvision", module("torchvision"))
-        patch.setitem(sys.modules, "torchvision.transforms", module("torchvision.transforms", **transforms))
-        loaded = official("modules.animate.clip")
-        patch.setattr(loaded, "flash_attention", unmasked_attention)
-        yield loaded
+    return official_clip()
 
 
 @pytest.fixture(scope="module")
-def reference(clip):
-    """The official wrapper around a tiny network, both towers of it."""
-    wrapper = object.__new__(clip.CLIPModel)
-    wrapper.dtype = torch.float32
-    wrapper.model, wrapper.transforms = clip.clip_xlm_roberta_vit_h_14(return_transforms=True, **SIZES, **TEXT_SIZES)
-    randomize(wrapper.model.eval(), seed=1)
-    return wrapper
+def reference():
+    return official_clip_model(1, **SIZES, **TEXT_SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +46,6 @@ def official_file(reference, tmp_path_factory):
     path = tmp_path_factory.mktemp("clip") / OFFICIAL_FILES["image_encoder"][0]
     torch.save(reference.model.state_dict(), path)
     return path
-
-
-def official_features(wrapper, images: np.ndarray) -> torch.Tensor:
-    """(N, H, W, 3) → (N, L, D), each image given as the official tasks give it: a video (3, 1, H, W)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch.cuda.amp.autocast
-        return wrapper.visual([torch.from_numpy(image).permute(2, 0, 1)[:, None] for image in images])
 
 
 def pictures(*shape: int, seed: int = 0) -> np.ndarray:

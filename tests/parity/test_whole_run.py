@@ -3,9 +3,17 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import sentencepiece
 import tiny
-from oracles import official, relative_error, torch, unmasked_attention
+from oracles import (
+    official,
+    official_frames,
+    official_latents,
+    official_text,
+    relative_error,
+    torch,
+    unmasked_attention,
+)
+from test_vae import scale
 
 from wan_mlx.configs import NEGATIVE_PROMPT, VAEConfig
 from wan_mlx.generate import main
@@ -24,43 +32,15 @@ def folder(modules, tmp_path_factory):
     return tiny.write_official_folder(tmp_path_factory.mktemp("official") / "Wan2.1-tiny", modules)
 
 
-def official_text(modules, text: str) -> torch.Tensor:
-    """Padded to 512 with a mask, encoded, trimmed to the real length."""
-    spm = sentencepiece.SentencePieceProcessor(model_proto=tiny.sentencepiece_model())
-    ids = [*spm.encode(text), 1][:512]
-    padded = torch.tensor([ids + [0] * (512 - len(ids))])
-    mask = (torch.arange(512)[None] < len(ids)).long()
-    return modules["text_encoder"](padded, mask)[0, : len(ids)]
-
-
-def official_latents(modules, monkeypatch, solver: str, shape: tuple) -> torch.Tensor:
-    """Two passes per step, the official solver, float32."""
+def official_run(modules, monkeypatch, solver: str, shape: tuple) -> torch.Tensor:
+    """Latents of the official text to video."""
     monkeypatch.setattr(official("modules.model"), "flash_attention", unmasked_attention)
-    if solver == "unipc":
-        scheduler = official("utils.fm_solvers_unipc").FlowUniPCMultistepScheduler(shift=1)
-        scheduler.set_timesteps(STEPS, device="cpu", shift=SHIFT)
-    else:
-        solvers = official("utils.fm_solvers")
-        scheduler = solvers.FlowDPMSolverMultistepScheduler(shift=1)
-        scheduler.set_timesteps(sigmas=solvers.get_sampling_sigmas(STEPS, SHIFT), device="cpu")
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
-    context, negative = official_text(modules, PROMPT), official_text(modules, NEGATIVE_PROMPT)
-    seq_len = shape[1] * shape[2] * shape[3] // 4
-    model = modules["transformer"]
-    for t in scheduler.timesteps:
-        cond = model([latents], torch.stack([t]), [context], seq_len)[0]
-        uncond = model([latents], torch.stack([t]), [negative], seq_len)[0]
-        velocity = uncond + GUIDANCE * (cond - uncond)
-        latents = scheduler.step(velocity[None], t, latents[None], return_dict=False)[0][0]
-    return latents
-
-
-def official_frames(modules, latents: torch.Tensor) -> np.ndarray:
-    """Decoded, clamped, and rounded to uint8 as the official ``cache_video`` does."""
-    config = VAEConfig()
-    scale = [torch.tensor(config.mean), 1.0 / torch.tensor(config.std)]
-    video = modules["vae"].decode(latents[None], scale)[0].clamp(-1, 1)
-    return ((video + 1) / 2 * 255).type(torch.uint8).movedim(0, -1).numpy()
+    tokenizer, seq_len = tiny.sentencepiece_model(), shape[1] * shape[2] * shape[3] // 4
+    texts = [official_text(modules["text_encoder"], tokenizer, text) for text in (PROMPT, NEGATIVE_PROMPT)]
+    return official_latents(
+        lambda latents, t, text: modules["transformer"]([latents], t, [text], seq_len)[0],
+        texts, shape, steps=STEPS, shift=SHIFT, guidance=GUIDANCE, seed=SEED, solver=solver,
+    )  # fmt: skip
 
 
 def generate(folder, output, *extra) -> int:
@@ -72,8 +52,8 @@ def generate(folder, output, *extra) -> int:
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
 def test_every_pixel_within_two_levels(modules, folder, tmp_path, monkeypatch, solver):
-    want_latents = official_latents(modules, monkeypatch, solver, (16, 3, 4, 6))
-    want = official_frames(modules, want_latents)
+    want_latents = official_run(modules, monkeypatch, solver, (16, 3, 4, 6))
+    want = official_frames(modules["vae"], scale(VAEConfig()), want_latents)
     assert want.shape == (9, 32, 48, 3) and want.std() > 10  # a picture, not a flat field
     assert generate(folder, tmp_path / "out.npz", "--solver", solver) == 0
     with np.load(tmp_path / "out.npz") as got:
