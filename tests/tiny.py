@@ -51,6 +51,8 @@ def networks(seed: int = 0, kind: str = "t2v") -> dict[str, torch.nn.Module]:
         dit = diffusers_transformer(kind)
     for offset, module in enumerate((text, vae, dit)):
         randomize(module.eval().requires_grad_(False), seed + offset)
+    # A text is a few rows among 500 of zeros: at this strength it moves the picture, so that guidance can be tested.
+    text.norm.weight.mul_(30)
     modules = {"text_encoder": text, "vae": vae, "transformer": dit}
     if kind in ("i2v", "flf2v"):
         modules["image_encoder"] = official_clip_model(seed + 3, **CLIP)

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -224,9 +225,9 @@ class WanPipeline:
             scheduler = make_scheduler(request.solver, request.steps, request.shift)
             steps = denoise(with_condition(model, conditioning), conditioning, scheduler, request.guidance_scale)
             for step in self._bar("denoising")(steps, total=request.steps):
+                step = without_references(step, conditioning.trim_latents)
                 latents = step.latents
                 yield step
-        latents = latents[:, conditioning.trim_latents :]
         del model, conditioning, scheduler, steps, step
         yield from self.decode(latents)
 
@@ -279,6 +280,11 @@ def with_condition(model: Transformer, conditioning: Conditioning) -> Model:
     if conditioning.vace_context is not None:
         return partial(model, vace_context=conditioning.vace_context, vace_scale=conditioning.context_scale)
     return partial(model, condition=conditioning.condition, image_features=conditioning.image_features)
+
+
+def without_references(step: Step, count: int) -> Step:
+    """The step of the video alone, without the first ``count`` latent frames."""
+    return replace(step, latents=step.latents[:, count:], denoised=step.denoised[:, count:])
 
 
 def latents_to_numpy(latents: mx.array) -> np.ndarray:

@@ -32,14 +32,14 @@ def folder(modules, tmp_path_factory):
     return tiny.write_official_folder(tmp_path_factory.mktemp("official") / "Wan2.1-tiny", modules)
 
 
-def official_run(modules, monkeypatch, solver: str, shape: tuple) -> torch.Tensor:
+def official_run(modules, monkeypatch, solver: str, shape: tuple, guidance: float = GUIDANCE) -> torch.Tensor:
     """Latents of the official text to video."""
     monkeypatch.setattr(official("modules.model"), "flash_attention", unmasked_attention)
     tokenizer, seq_len = tiny.sentencepiece_model(), shape[1] * shape[2] * shape[3] // 4
     texts = [official_text(modules["text_encoder"], tokenizer, text) for text in (PROMPT, NEGATIVE_PROMPT)]
     return official_latents(
         lambda latents, t, text: modules["transformer"]([latents], t, [text], seq_len)[0],
-        texts, shape, steps=STEPS, shift=SHIFT, guidance=GUIDANCE, seed=SEED, solver=solver,
+        texts, shape, steps=STEPS, shift=SHIFT, guidance=guidance, seed=SEED, solver=solver,
     )  # fmt: skip
 
 
@@ -55,10 +55,13 @@ def test_every_pixel_within_two_levels(modules, folder, tmp_path, monkeypatch, s
     want_latents = official_run(modules, monkeypatch, solver, (16, 3, 4, 6))
     want = official_frames(modules["vae"], scale(VAEConfig()), want_latents)
     assert want.shape == (9, 32, 48, 3) and want.std() > 10  # a picture, not a flat field
+    unguided = official_run(modules, monkeypatch, solver, (16, 3, 4, 6), guidance=1.0)
+    assert relative_error(unguided, want_latents) > 0.05  # the texts matter, so a wrong guidance would show
     assert generate(folder, tmp_path / "out.npz", "--solver", solver) == 0
     with np.load(tmp_path / "out.npz") as got:
         assert relative_error(got["latents"], want_latents) < 1e-4
         assert np.abs(got["frames"].astype(int) - want.astype(int)).max() <= 2
+        assert (got["frames"] == want).mean() > 0.95  # rounded down as the official code does, not to the nearest
 
 
 def test_official_command_line_gives_the_same_video(folder, tmp_path):

@@ -38,7 +38,7 @@ NEGATIVE = {
 TASKS = {"t2v": "t2i-14B", "i2v": "i2v-14B", "flf2v": "flf2v-14B", "vace": "vace-1.3B"}
 SCALE = scale(VAEConfig())
 
-FIRST, LAST = noise_image(50, 90), noise_image(50, 90, seed=1)  # of other proportions than the area
+FIRST, LAST = noise_image(75, 50), noise_image(75, 50, seed=1)  # upright, unlike the area
 REFERENCES = [noise_image(41, 29, seed=2), noise_image(23, 77, seed=3)]
 
 
@@ -176,7 +176,7 @@ def check(path, want_latents: torch.Tensor, want: np.ndarray) -> None:
         errors = relative_error(got["latents"], want_latents), np.abs(got["frames"].astype(int) - want).max()
         print(f"{got['frames'].shape}: latents {errors[0]:.1e}, pixels {errors[1]}, std {want.std():.0f}")
         assert got["frames"].shape == want.shape and errors[1] <= 2
-        assert errors[0] < 2e-3
+        assert errors[0] < 1e-4
 
 
 def check_same(ours, theirs) -> None:
@@ -225,7 +225,9 @@ def test_text_to_image(models, tmp_path, monkeypatch):
     assert generate_officially("t2i-14B", folder, tmp_path / "cat.png", frame_num=1) == 0
     with Image.open(tmp_path / "cat.png") as image:
         assert image.format == "PNG" and image.mode == "RGB" and image.n_frames == 1
-        assert want.std() > 5 and np.abs(np.asarray(image).astype(int) - want[0]).max() <= 2
+        got = np.asarray(image)
+    assert want.std() > 5 and np.abs(got.astype(int) - want[0]).max() <= 2
+    assert (got == want[0]).mean() > 0.95  # rounded to the nearest, as the official code does with stills
 
 
 SOURCES = {
@@ -239,9 +241,9 @@ SOURCES = {
 @pytest.mark.parametrize(
     "task, kind, size, video, sampling",
     [
-        ("i2v-14B", "i2v", "832*480", "832x464, 81 frames", "40 steps, shift 3, guidance 5"),
-        ("i2v-14B", "i2v", "1280*720", "1280x704, 81 frames", "40 steps, shift 5, guidance 5"),
-        ("flf2v-14B", "flf2v", "1280*720", "1280x704, 81 frames", "50 steps, shift 16, guidance 5"),
+        ("i2v-14B", "i2v", "832*480", "512x768, 81 frames", "40 steps, shift 3, guidance 5"),
+        ("i2v-14B", "i2v", "1280*720", "768x1168, 81 frames", "40 steps, shift 5, guidance 5"),
+        ("flf2v-14B", "flf2v", "1280*720", "768x1168, 81 frames", "50 steps, shift 16, guidance 5"),
         ("vace-1.3B", "vace", "832*480", "96x64, 13 frames", "50 steps, shift 16, guidance 5"),
         ("t2i-14B", "t2v", "1024*1024", "1024x1024, 1 frames", "50 steps, shift 5, guidance 5"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..configs import PRESETS
 from ..types import WeightsError
-from .checkpoint import OFFICIAL_FILES
+from .checkpoint import DIFFUSERS_FILES, OFFICIAL_FILES
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ def resolve(model: str | Path) -> Path:
 def _download(repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", *(name for names in OFFICIAL_FILES.values() for name in names)]
+    layouts = (OFFICIAL_FILES, DIFFUSERS_FILES)
+    wanted = ["*.json", "*.safetensors", *(name for layout in layouts for names in layout.values() for name in names)]
     log.info("fetching %s from the hub", repo)
     try:
         return Path(snapshot_download(repo, allow_patterns=wanted))
