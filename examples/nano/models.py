@@ -119,6 +119,7 @@ def build_tokenizer(path: Path) -> None:
     for piece in pieces:
         proto.pieces.add(piece=piece, score=-5.0)  # equal scores: the fewest pieces win
     proto.trainer_spec.vocab_size = len(proto.pieces)
+    proto.normalizer_spec.normalization_rule_tsv = ""  # the rules are compiled in; the file is gone
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(proto.SerializeToString())
 
