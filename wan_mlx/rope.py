@@ -27,7 +27,8 @@ def rope_table(grid: tuple[int, int, int], head_dim: int) -> tuple[mx.array, mx.
         head_dim: channels of one head.
 
     Returns:
-        two float32 arrays (L, 1, head_dim / 2), one angle per pair of channels, tokens in (time, height, width) order.
+        cosines (L, 1, head_dim / 2, 1) and signed sines (L, 1, head_dim / 2, 2), float32: for every pair of channels
+        (a, b) its angle's cosine, and (-sine, sine). Tokens are in (time, height, width) order.
     """
     angles = []
     for axis, dim in enumerate(axis_dims(head_dim)):
@@ -36,24 +37,25 @@ def rope_table(grid: tuple[int, int, int], head_dim: int) -> tuple[mx.array, mx.
         shape = [1, 1, 1, dim // 2]
         shape[axis] = grid[axis]
         angles.append(np.broadcast_to(angle.reshape(shape), (*grid, dim // 2)))
-    angle = np.concatenate(angles, axis=-1).reshape(-1, 1, head_dim // 2)
-    cos, sin = mx.array(np.cos(angle).astype(np.float32)), mx.array(np.sin(angle).astype(np.float32))
-    mx.eval(cos, sin)
-    return cos, sin
+    angle = np.concatenate(angles, axis=-1).reshape(-1, 1, head_dim // 2, 1)
+    sin = np.concatenate([-np.sin(angle), np.sin(angle)], axis=-1)
+    tables = mx.array(np.cos(angle).astype(np.float32)), mx.array(sin.astype(np.float32))
+    mx.eval(tables)
+    return tables
 
 
 @mx.compile
-def _rotate(even, odd, even_scale, odd_scale, cos, sin):
-    a = even.astype(mx.float32) * even_scale
-    b = odd.astype(mx.float32) * odd_scale
-    return (a * cos - b * sin).astype(even.dtype), (a * sin + b * cos).astype(even.dtype)
+def _rotate(x, swapped, scale, swapped_scale, cos, sin):
+    a = x.astype(mx.float32) * scale
+    b = swapped.astype(mx.float32) * swapped_scale
+    return (a * cos + b * sin).astype(x.dtype)
 
 
 def scale_and_rotate(x: mx.array, scale: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
     """Apply the query/key norm's weight and the rotation in one pass, in float32 inside.
 
-    Wan rotates neighbouring channels (0,1), (2,3), ...; the result is laid out as two halves (all first members,
-    then all second members). Queries and keys are permuted alike, so their products are unchanged.
+    Wan rotates neighbouring channels: (a, b) becomes (a cos - b sin, b cos + a sin), the pair times the cosine plus
+    the swapped pair times (-sin, sin). The swap is a view, so nothing is copied.
 
     Args:
         x: (B, L, heads, head_dim).
@@ -63,5 +65,5 @@ def scale_and_rotate(x: mx.array, scale: mx.array, table: tuple[mx.array, mx.arr
     Returns:
         (B, L, heads, head_dim) in x's dtype.
     """
-    pair = _rotate(x[..., 0::2], x[..., 1::2], scale[..., 0::2], scale[..., 1::2], *table)
-    return mx.concatenate(pair, axis=-1)
+    pairs, scales = x.reshape(*x.shape[:-1], -1, 2), scale.reshape(*scale.shape[:-1], -1, 2)
+    return _rotate(pairs, pairs[..., ::-1], scales, scales[..., ::-1], *table).reshape(x.shape)
