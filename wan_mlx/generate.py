@@ -1,7 +1,4 @@
-"""``python -m wan_mlx.generate``: arguments → Request → file.
-
-Our own flags follow the Python API; every flag of the official ``generate.py`` is accepted too, with its meaning.
-"""
+"""``python -m wan_mlx.generate``: arguments → Request → file."""
 
 from __future__ import annotations
 
@@ -15,118 +12,13 @@ from typing import TYPE_CHECKING
 
 import wan_mlx
 
+from .arguments import MODEL_HELP, NO_MEANING, NOT_YET, UsageError, build_parser
+
 if TYPE_CHECKING:
     from .pipeline import WanPipeline
     from .types import Request
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
-
-DESCRIPTION = "Make a video with a Wan2.1 model, on Apple silicon or any other MLX backend."
-
-EXAMPLES = """\
-examples:
-  python -m wan_mlx.generate --model nano --prompt "a red circle moves right on a blue background" --output demo.mp4
-  python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompt "a cat boxing" --output cat.mp4
-  python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompt "a cat boxing" --frames 1 --output cat.png
-  python -m wan_mlx.generate --task t2v-1.3B --size 832*480 --ckpt_dir ./Wan2.1-T2V-1.3B --prompt "a cat boxing"
-"""
-
-MODEL_HELP = """\
-which model? give --model one of
-  nano                     bundled: shapes moving on plain backgrounds, 128x128, in seconds
-  a folder                 ./Wan2.1-T2V-1.3B, downloaded from the hub
-  Wan-AI/Wan2.1-T2V-1.3B   text to video, 480p (17.5 GB to download)
-  Wan-AI/Wan2.1-T2V-14B    text to video, 480p and 720p (69 GB to download)
-  Wan-AI/Wan2.1-I2V-14B-480P, -I2V-14B-720P, -FLF2V-14B-720P, -VACE-1.3B, -VACE-14B   from pictures and videos"""
-
-# Flags of the official generate.py that mean nothing on one Mac. Each is accepted, with one line saying so.
-NO_MEANING = {
-    "offload_model": "weights are always dropped as soon as a stage is done",
-    "t5_cpu": "the text encoder is always streamed from disk",
-    "t5_fsdp": "there is one GPU",
-    "dit_fsdp": "there is one GPU",
-    "ulysses_size": "there is one GPU",
-    "ring_size": "there is one GPU",
-}
-# Flags of what wan_mlx does not have yet: refused, so that nothing asked is silently left out.
-NOT_YET = ("use_prompt_extend", "quantize", "memory")
-
-
-class UsageError(Exception):
-    """Raised by the parser instead of exiting, so that every usage error is one line."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(message)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)[x*×](\d+)", text.strip().lower())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected WIDTHxHEIGHT in pixels, such as 832x480")
-    return int(match[1]), int(match[2])
-
-
-def build_parser() -> Parser:
-    parser = Parser(
-        prog="python -m wan_mlx.generate",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    what = parser.add_argument_group("what to make")
-    what.add_argument("--prompt", help="what the video should show")
-    what.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid (default: the model's own)")
-    what.add_argument("--size", type=parse_size, metavar="WxH", help="pixels, multiples of 16 (default: the model's)")
-    what.add_argument("--frames", "--frame_num", type=int, metavar="N", help="4n+1 (default 81: five seconds)")
-    what.add_argument("--output", "--save_file", metavar="FILE", help=".mp4 .gif .webp .png .npz (default: by prompt)")
-    what.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-
-    sources = parser.add_argument_group("from which pictures or videos")
-    sources.add_argument("--image", "--first_frame", metavar="FILE", help="first frame (i2v, flf2v)")
-    sources.add_argument("--last-image", "--last_frame", metavar="FILE", help="last frame (flf2v)")
-    sources.add_argument("--src_video", metavar="FILE", help="video to edit or follow (vace)")
-    sources.add_argument("--src_mask", metavar="FILE", help="what to generate anew in it, white (vace)")
-    sources.add_argument("--src_ref_images", metavar="FILES", help="pictures of what should appear, a,b,c (vace)")
-    sources.add_argument("--context-scale", type=float, default=1.0, metavar="S", help="strength of the source (vace)")
-
-    model = parser.add_argument_group("with which model")
-    model.add_argument("--model", "--ckpt_dir", metavar="MODEL", help="nano (bundled), a model folder, or a hub id")
-    model.add_argument("--task", help="take the sampling defaults of this official task, such as t2v-1.3B")
-    model.add_argument("--dtype", default="bfloat16", help="of transformer and text encoder: bfloat16, float32")
-
-    defaults = "Defaults are the model's own; for t2v-1.3B: 50 steps, shift 5, guidance 5."
-    how = parser.add_argument_group("how to sample", defaults)
-    how.add_argument("--steps", "--sample_steps", type=int, metavar="N", help="sampling steps")
-    how.add_argument("--guidance", "--sample_guide_scale", type=float, metavar="G", help="guidance scale; 1 is off")
-    how.add_argument("--shift", "--sample_shift", type=float, metavar="S", help="shift of the sigma schedule")
-    how.add_argument("--solver", "--sample_solver", default="unipc", help="unipc (default), dpm++ or euler")
-    how.add_argument("--seed", "--base_seed", type=int, metavar="N", help="same seed, same video (default: drawn)")
-
-    run = parser.add_argument_group("how to run")
-    run.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
-    run.add_argument("--quiet", action="store_true", help="no progress bars")
-    run.add_argument("--debug", action="store_true", help="show a traceback when something fails")
-    run.add_argument("--version", action="store_true", help="show versions and stop")
-
-    official = parser.add_argument_group("accepted for the official command lines; without effect here")
-    official.add_argument("--offload_model", metavar="BOOL", help=argparse.SUPPRESS)
-    official.add_argument("--ulysses_size", metavar="N", help=argparse.SUPPRESS)
-    official.add_argument("--ring_size", metavar="N", help=argparse.SUPPRESS)
-    for flag in ("t5_fsdp", "t5_cpu", "dit_fsdp"):
-        official.add_argument(f"--{flag}", action="store_true", default=None, help=argparse.SUPPRESS)
-    official.description = " ".join(f"--{flag}" for flag in NO_MEANING)
-
-    later = parser.add_argument_group("not there yet")
-    later.add_argument("--quantize", metavar="MODE", help=argparse.SUPPRESS)
-    later.add_argument("--memory", metavar="SIZE", help=argparse.SUPPRESS)
-    later.add_argument("--use_prompt_extend", action="store_true", default=None, help=argparse.SUPPRESS)
-    for flag in ("prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang"):
-        later.add_argument(f"--{flag}", help=argparse.SUPPRESS)
-    later.description = " ".join(f"--{flag}" for flag in NOT_YET)
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
