@@ -7,28 +7,39 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from .guidance import Model, guided_velocity
+from .caching import StepCache
+from .guidance import Guidance, Model, guided_velocity, plain_passes
 from .schedulers import Scheduler
 from .types import Conditioning, SamplingError, Step
 
 
-def denoise(model: Model, conditioning: Conditioning, scheduler: Scheduler, guidance_scale: float) -> Iterator[Step]:
+def denoise(
+    model: Model,
+    conditioning: Conditioning,
+    scheduler: Scheduler,
+    guidance: Guidance,
+    cache: StepCache | None = None,
+) -> Iterator[Step]:
     """Walk from noise to clean latents, yielding a `Step` after each step, evaluated.
 
     Args:
-        model: (latents float32 (1, t, h, w, C), timestep, context) → velocity.
+        model: (latents float32 (1, t, h, w, C), timestep, context) → velocity; `Transformer`'s ``through`` and
+            ``skip_layers`` are given only where a cache or the guidance uses them.
         conditioning: noise to start from, and the texts.
         scheduler: solver with its sigma grid; its history changes as the loop goes.
-        guidance_scale: 1 turns guidance off.
+        guidance: which passes a step makes, and how they are combined.
+        cache: decides which forwards are not computed; its state changes as the loop goes. None: all are.
 
     Raises:
         SamplingError: the latents stopped being finite; says at which step.
     """
     latents = conditioning.noise
     total = len(scheduler.timesteps)
+    cache = cache or StepCache(total)
     for index, timestep in enumerate(scheduler.timesteps.tolist()):
         started = time.perf_counter()
-        velocity = guided_velocity(model, latents, float(timestep), conditioning, guidance_scale)
+        computed = cache.computed if index else 0
+        velocity = guided_velocity(model, latents, float(timestep), conditioning, guidance, index, total, cache)
         latents = scheduler.step(index, velocity, latents)
         mx.eval(latents, scheduler.denoised)
         if not mx.isfinite(latents).all().item():
@@ -43,5 +54,7 @@ def denoise(model: Model, conditioning: Conditioning, scheduler: Scheduler, guid
             sigma=float(scheduler.sigmas[index]),
             latents=latents,
             denoised=scheduler.denoised,
+            forwards=cache.computed - computed,
+            passes=plain_passes(conditioning, guidance),
             seconds=time.perf_counter() - started,
         )

@@ -5,45 +5,126 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from functools import lru_cache
 from queue import SimpleQueue
 
 import mlx.core as mx
 
+from .caching import COND, UNCOND, StepCache
 from .types import Conditioning
 
-# (latents, timestep, context) → velocity
-Model = Callable[[mx.array, float, mx.array], mx.array]
+# (latents, timestep, context, through=..., skip_layers=...) → velocity; the last two as `Transformer` takes them.
+Model = Callable[..., mx.array]
+
+# Where the uncond pass leaves out layers: after the first tenth, as in the tools that made it common for Wan.
+SKIP_RANGE = (0.1, 1.0)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the two passes make one velocity. Ranges are fractions of the steps: the step i of n is in (a, b) if
+    ``a <= i / n < b``.
+
+    Attributes:
+        scale: 1 turns guidance off.
+        range: where guidance is on; elsewhere one pass, with the prompt, is made (arXiv 2404.07724).
+        zero_star: CFG-Zero* (arXiv 2503.18886): before it is subtracted, the velocity without the prompt is scaled to
+            be the projection of the one with it.
+        zero_steps: the velocity is zero at this many first steps, where no pass is made.
+        skip_layers: skip-layer guidance: blocks left out of the pass without the prompt.
+        skip_range: where they are left out.
+    """
+
+    scale: float = 1.0
+    range: tuple[float, float] = (0.0, 1.0)
+    zero_star: bool = False
+    zero_steps: int = 0
+    skip_layers: tuple[int, ...] = ()
+    skip_range: tuple[float, float] = SKIP_RANGE
+
+    def passes(self, index: int, total: int) -> tuple[int, ...]:
+        """The passes of step ``index`` of ``total``: none, `COND`, or both."""
+        if index < self.zero_steps:
+            return ()
+        return (COND, UNCOND) if self.scale != 1.0 and _within(self.range, index, total) else (COND,)
+
+    def skipped(self, branch: int, index: int, total: int) -> tuple[int, ...]:
+        """The layers left out of a pass."""
+        return self.skip_layers if branch == UNCOND and _within(self.skip_range, index, total) else ()
+
+    def combine(self, cond: mx.array, uncond: mx.array) -> mx.array:
+        """``uncond + scale * (cond - uncond)``, float32 (1, t, h, w, C)."""
+        if self.zero_star:
+            uncond = projection(cond, uncond) * uncond
+        return uncond + self.scale * (cond - uncond)
+
+
+def projection(cond: mx.array, uncond: mx.array) -> mx.array:
+    """The factor that brings ``uncond`` nearest to ``cond``: <cond, uncond> / (|uncond|^2 + 1e-8), one per sample."""
+    axes = tuple(range(1, cond.ndim))
+    along = (cond * uncond).sum(axes, keepdims=True)
+    return along / ((uncond * uncond).sum(axes, keepdims=True) + 1e-8)
 
 
 def guided_velocity(
-    model: Model, latents: mx.array, timestep: float, conditioning: Conditioning, scale: float
+    model: Model,
+    latents: mx.array,
+    timestep: float,
+    conditioning: Conditioning,
+    guidance: Guidance,
+    index: int,
+    total: int,
+    cache: StepCache,
 ) -> mx.array:
-    """``uncond + scale * (cond - uncond)``, float32 (1, t, h, w, C).
+    """The velocity of step ``index`` of ``total``, float32 (1, t, h, w, C).
 
-    Without a negative context, or at scale 1 where the two passes would cancel to ``cond``, one pass is made.
+    Without a negative context one pass is made, whatever the guidance says.
     """
+    passes = guidance.passes(index, total)
+    if conditioning.negative_context is None:
+        passes = tuple(branch for branch in passes if branch == COND)
+    contexts = {COND: conditioning.context, UNCOND: conditioning.negative_context}
 
-    def velocity(context: mx.array) -> mx.array:
-        result = model(latents, timestep, context).astype(mx.float32)
+    def velocity(branch: int) -> mx.array:
+        def forward(**hooks) -> mx.array:
+            if skipped := guidance.skipped(branch, index, total):
+                hooks["skip_layers"] = skipped
+            return model(latents, timestep, contexts[branch], **hooks).astype(mx.float32)
+
+        result = cache.velocity(branch, forward)
         mx.eval(result)  # the other pass must not hold this one's arrays
         return result
 
-    if conditioning.negative_context is None or scale == 1.0:
-        return velocity(conditioning.context)
-    if mx.default_device().type == mx.DeviceType.cpu:
-        cond, uncond = _at_once(velocity, conditioning.context, conditioning.negative_context)
+    cache.begin_step(index, latents, passes)
+    if not passes:
+        result = mx.zeros_like(latents)
+    elif len(passes) == 1:
+        result = velocity(COND)
+    elif mx.default_device().type == mx.DeviceType.cpu:
+        result = guidance.combine(*_at_once(velocity, COND, UNCOND))
     else:
-        cond, uncond = velocity(conditioning.context), velocity(conditioning.negative_context)
-    return uncond + scale * (cond - uncond)
+        result = guidance.combine(velocity(COND), velocity(UNCOND))
+    cache.end_step()
+    return result
 
 
-def _at_once(velocity: Callable[[mx.array], mx.array], *contexts: mx.array) -> tuple[mx.array, mx.array]:
+def plain_passes(conditioning: Conditioning, guidance: Guidance) -> int:
+    """The passes of each step if guidance were on at all steps, or off at all."""
+    return 2 if guidance.scale != 1.0 and conditioning.negative_context is not None else 1
+
+
+def _within(span: tuple[float, float], index: int, total: int) -> bool:
+    # The margin is for fractions such as 0.7, of which ten are not quite seven.
+    return span[0] * total - 1e-6 <= index < span[1] * total - 1e-6
+
+
+def _at_once(velocity: Callable[[int], mx.array], *branches: int) -> tuple[mx.array, mx.array]:
     """Both passes on the CPU, where MLX computes on one core per thread; to the same values as one after the other."""
     second: Future[mx.array] = Future()
-    _second_thread().put((second, velocity, contexts[1]))
+    _second_thread().put((second, velocity, branches[1]))
     try:
-        return velocity(contexts[0]), second.result()
+        return velocity(branches[0]), second.result()
     finally:
         wait([second])  # Ctrl-C must not end the process under a thread that computes
 

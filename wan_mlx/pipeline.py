@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from . import __version__
 from .configs import PRESETS, TEXT_LEN, Preset, TransformerConfig
 from .denoise import denoise
-from .guidance import Model
+from .guidance import Guidance, Model
 from .media import to_uint8
 from .schedulers import SOLVERS, make_scheduler
 from .sources import Source
@@ -223,7 +223,8 @@ class WanPipeline:
         latents = None
         with self._stage("denoise"):
             scheduler = make_scheduler(request.solver, request.steps, request.shift)
-            steps = denoise(with_condition(model, conditioning), conditioning, scheduler, request.guidance_scale)
+            guidance = Guidance(request.guidance_scale)
+            steps = denoise(with_condition(model, conditioning), conditioning, scheduler, guidance)
             for step in self._bar("denoising")(steps, total=request.steps):
                 step = without_references(step, conditioning.trim_latents)
                 latents = step.latents

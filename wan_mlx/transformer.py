@@ -6,7 +6,7 @@ weights' dtype; the time path, modulation, norms' statistics, the patch embeddin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -180,6 +180,15 @@ class ForwardPass:
     pace: Pacer
     for_blocks: tuple
 
+    @property
+    def modulation(self) -> mx.array:
+        """The time projection that modulates the blocks, float32 (B, 6, D)."""
+        return self.for_blocks[0]
+
+
+# (tokens before the blocks, this pass, run the blocks) → tokens after the blocks. It runs them, or knows better.
+Through = Callable[[mx.array, ForwardPass, Callable[[mx.array], mx.array]], mx.array]
+
 
 class Transformer(nn.Module):
     """The diffusion transformer of every Wan2.1 model; VACE adds blocks around it (`wan_mlx.vace`)."""
@@ -209,6 +218,8 @@ class Transformer(nn.Module):
         context: mx.array,
         condition: mx.array | None = None,
         image_features: mx.array | None = None,
+        through: Through | None = None,
+        skip_layers: Collection[int] = (),
     ) -> mx.array:
         """Predict the velocity (noise minus clean latents).
 
@@ -218,6 +229,8 @@ class Transformer(nn.Module):
             context: (B, text_len, text_dim), text embeddings zero-padded to ``text_len`` rows; the zero rows count.
             condition: (B, t, h, w, in_dim - out_dim), for image-conditioned models.
             image_features: CLIP features, for image-conditioned models.
+            through: called in place of the blocks, with the means to run them.
+            skip_layers: numbers of the blocks to leave out, from 0.
 
         Returns:
             float32 (B, t, h, w, out_dim).
@@ -229,8 +242,14 @@ class Transformer(nn.Module):
         if condition is not None:
             latents = mx.concatenate([latents, condition.astype(latents.dtype)], axis=-1)
         x, this_pass = self.enter(latents, timestep, context, image_features)
-        for block in self.blocks:
-            x = block(x, *this_pass.for_blocks)
+
+        def run_blocks(x):
+            for layer, block in enumerate(self.blocks):
+                if layer not in skip_layers:
+                    x = block(x, *this_pass.for_blocks)
+            return x
+
+        x = run_blocks(x) if through is None else through(x, this_pass, run_blocks)
         return self.leave(x, this_pass)
 
     def enter(

@@ -131,7 +131,8 @@ class Step:
 
     ``index`` counts from 0 to ``total - 1``; ``timestep`` is in [0, 1000] and ``sigma`` in [0, 1] (both
     before the step); ``latents`` is float32 (1, t, h, w, C) after it; ``denoised`` is the solver's current
-    estimate of the clean latents, same shape.
+    estimate of the clean latents, same shape. ``forwards`` are those computed,
+    of the ``passes`` that a run without caches and with guidance all along makes.
     """
 
     index: int
@@ -140,6 +141,8 @@ class Step:
     sigma: float
     latents: mx.array
     denoised: mx.array
+    forwards: int = 0
+    passes: int = 0
     seconds: float = 0.0
 
 

@@ -6,13 +6,13 @@ Follows the official ``wan/modules/vace_model.py``. Parameter names are the offi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import mlx.core as mx
 
 from .configs import TransformerConfig
 from .layers import Linear, gated_add
-from .transformer import Block, Transformer
+from .transformer import Block, Through, Transformer
 
 
 class VaceBlock(Block):
@@ -40,6 +40,8 @@ class VaceTransformer(Transformer):
         context: mx.array,
         vace_context: mx.array,
         vace_scale: float = 1.0,
+        through: Through | None = None,
+        skip_layers: Collection[int] = (),
     ) -> mx.array:
         """Predict the velocity (noise minus clean latents).
 
@@ -49,6 +51,8 @@ class VaceTransformer(Transformer):
             context: (B, text_len, text_dim), text embeddings zero-padded to ``text_len`` rows; the zero rows count.
             vace_context: (B, t, h, w, vace_in_dim), latents of the control video and its mask.
             vace_scale: strength of the hints; 0 is the transformer without VACE.
+            through: called in place of the blocks, VACE's included, with the means to run them.
+            skip_layers: numbers of the transformer's blocks to leave out, from 0; their hints stay.
 
         Returns:
             float32 (B, t, h, w, out_dim).
@@ -61,17 +65,23 @@ class VaceTransformer(Transformer):
         if vace_context.shape != expected:
             raise ValueError(f"vace_context has shape {vace_context.shape}, expected {expected} for these latents")
         x, this_pass = self.enter(latents, timestep, context, None)
-        control, _ = self.patchify(vace_context, self.vace_patch_embedding)
-        control = self.vace_blocks[0].before_proj(control) + x
-        this_pass.pace(control)
-        scale, hinted = mx.array(vace_scale, dtype=mx.float32), iter(self.vace_blocks)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, *this_pass.for_blocks)
-            if layer in self.config.vace_layers:
-                # The official code makes all hints first and keeps them. Control tokens do not depend on the blocks
-                # before, so a hint can be made where it is added, and no block runs while one is held.
-                vace_block = next(hinted)
-                control = vace_block(control, *this_pass.for_blocks)
-                x = gated_add(x, vace_block.after_proj(control), scale)
-                this_pass.pace(x)
+
+        def run_blocks(x):
+            control, _ = self.patchify(vace_context, self.vace_patch_embedding)
+            control = self.vace_blocks[0].before_proj(control) + x
+            this_pass.pace(control)
+            scale, hinted = mx.array(vace_scale, dtype=mx.float32), iter(self.vace_blocks)
+            for layer, block in enumerate(self.blocks):
+                if layer not in skip_layers:
+                    x = block(x, *this_pass.for_blocks)
+                if layer in self.config.vace_layers:
+                    # The official code makes all hints first and keeps them. Control tokens do not depend on the blocks
+                    # before, so a hint can be made where it is added, and no block runs while one is held.
+                    vace_block = next(hinted)
+                    control = vace_block(control, *this_pass.for_blocks)
+                    x = gated_add(x, vace_block.after_proj(control), scale)
+                    this_pass.pace(x)
+            return x
+
+        x = run_blocks(x) if through is None else through(x, this_pass, run_blocks)
         return self.leave(x, this_pass)

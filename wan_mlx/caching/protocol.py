@@ -1,0 +1,101 @@
+"""What every step cache shares: a state for each pass, counting, resumption. This class itself caches nothing."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+# The two passes of guidance. Their states are apart: on the CPU both run at once.
+COND, UNCOND = 0, 1
+NAMES = ("cond", "uncond")
+
+# forward(through=...) → velocity; see `wan_mlx.transformer.Through`.
+Forward = Callable[..., mx.array]
+
+
+@dataclass
+class Branch:
+    """What a cache knows of one pass: arrays, and numbers (float64, so that a resumed run decides alike)."""
+
+    arrays: dict[str, mx.array] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+    computed: int = 0
+
+
+class StepCache:
+    """Decides at which steps the transformer is not run, and what stands for it.
+
+    A step is ``begin_step``, then ``velocity`` once for each of its passes, in any order or at once, then
+    ``end_step``. Step 0 starts afresh.
+
+    Attributes:
+        steps: number of sampling steps.
+    """
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self._reset()
+
+    def _reset(self) -> None:
+        self.branches = (Branch(), Branch())
+
+    @property
+    def computed(self) -> int:
+        """Forwards whose blocks were run so far."""
+        return sum(branch.computed for branch in self.branches)
+
+    def begin_step(self, index: int, latents: mx.array, passes: Sequence[int]) -> None:
+        """Get ready for step ``index``, which makes these passes over ``latents``."""
+        if index == 0:
+            self._reset()
+        self.index, self.latents, self.passes = index, latents, passes
+
+    def velocity(self, branch: int, forward: Forward) -> mx.array:
+        """The velocity of one pass, float32 (1, t, h, w, C), by ``forward`` or without it."""
+        self.branches[branch].computed += 1
+        return forward()
+
+    def end_step(self) -> None:
+        """All passes of the step are made."""
+        self.latents = None
+
+    def state(self) -> dict[str, mx.array]:
+        """Everything that later steps look back on: arrays by name. Empty if nothing is cached."""
+        found = {}
+        for name, branch in zip(NAMES, self.branches, strict=True):
+            found |= {f"{name}.array.{key}": array for key, array in branch.arrays.items()}
+            numbers = {**branch.numbers, "computed": float(branch.computed)}
+            found |= {f"{name}.number.{key}": _pack(value) for key, value in numbers.items()}
+        return found
+
+    def load_state(self, state: Mapping[str, mx.array]) -> None:
+        """Go on as if the steps before had just been made: bit for bit.
+
+        Raises:
+            ValueError: ``state`` is not what `state` gives.
+        """
+        self._reset()
+        try:
+            for key, array in state.items():
+                name, kind, entry = key.split(".", 2)
+                branch = self.branches[NAMES.index(name)]
+                if kind == "array":
+                    branch.arrays[entry] = array
+                else:
+                    branch.numbers[entry] = _unpack(array)
+            for branch in self.branches:
+                branch.computed = int(branch.numbers.pop("computed"))
+        except (KeyError, ValueError, struct.error) as error:
+            raise ValueError(f"the state of a {type(self).__name__} is not whole: {error!r}") from error
+
+
+def _pack(value: float) -> mx.array:
+    """A float64 as its bytes: MLX has no float64 on a GPU, and a rounded sum might decide another way."""
+    return mx.array(list(struct.pack("<d", value)), dtype=mx.uint8)
+
+
+def _unpack(array: mx.array) -> float:
+    return struct.unpack("<d", bytes(array.tolist()))[0]
