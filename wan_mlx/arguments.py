@@ -36,7 +36,7 @@ NO_MEANING = {
     "ring_size": "there is one GPU",
 }
 # Flags of what wan_mlx does not have yet: refused, so that nothing asked is silently left out.
-NOT_YET = ("use_prompt_extend", "quantize", "memory")
+NOT_YET = ("use_prompt_extend", "memory")
 
 
 class UsageError(Exception):
@@ -94,6 +94,12 @@ def add_model(parser: Parser) -> None:
     model.add_argument("--model", "--ckpt_dir", metavar="MODEL", help="nano (bundled), a model folder, or a hub id")
     model.add_argument("--task", help="take the sampling defaults of this official task, such as t2v-1.3B")
     model.add_argument("--dtype", default="bfloat16", help="of transformer and text encoder: bfloat16, float32")
+    model.add_argument(
+        "--quantize",
+        metavar="MODE",
+        help="keep transformer and text encoder in few bits: q8 q6 q5 q4 q3 (q4-g32 for another group), "
+        "mxfp8 mxfp4 nvfp4 (default: as the weights are stored; none unpacks them)",
+    )
 
 
 def add_sampling(parser: Parser) -> None:
@@ -126,7 +132,6 @@ def add_official(parser: Parser) -> None:
 
 def add_not_yet(parser: Parser) -> None:
     later = parser.add_argument_group("not there yet")
-    later.add_argument("--quantize", metavar="MODE", help=argparse.SUPPRESS)
     later.add_argument("--memory", metavar="SIZE", help=argparse.SUPPRESS)
     later.add_argument("--use_prompt_extend", action="store_true", default=None, help=argparse.SUPPRESS)
     for flag in ("prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang"):

@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.output:
         check_output(args.output, args.overwrite)  # before a download or an hour of work
-    pipe = WanPipeline.from_pretrained(args.model, args.dtype, preset=args.task, progress=not args.quiet)
+    pipe = WanPipeline.from_pretrained(
+        args.model, args.dtype, args.quantize, preset=args.task, progress=not args.quiet
+    )
     request = request_from(pipe, args)
     output = Path(args.output or default_output(pipe.preset.name, request))
     describe(pipe, request, output)
@@ -117,7 +119,8 @@ def default_output(model: str, request: Request) -> str:
 
 def describe(pipe: WanPipeline, request: Request, output: Path) -> None:
     guidance = "off" if request.guidance_scale == 1 else f"{request.guidance_scale:g}"
-    note(f"model     {pipe.checkpoint.path} ({pipe.preset.name} defaults, {pipe.dtype})")
+    note(f"model     {pipe.checkpoint.path} ({pipe.preset.name} defaults, {pipe.dtype}"
+         f"{f', {pipe.quantize}' if pipe.quantize else ''})")  # fmt: skip
     note(f"prompt    {request.prompt}")
     note(f"video     {request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps")
     note(f"sampling  {request.solver}, {request.steps} steps, shift {request.shift:g}, guidance {guidance}, "

@@ -32,6 +32,7 @@ from .weights.checkpoint import Checkpoint, open_checkpoint
 from .weights.hub import resolve
 from .weights.load import open_component, transformer_config
 from .weights.networks import (
+    check_quantize,
     load_image_encoder,
     load_text_encoder,
     load_transformer,
@@ -39,6 +40,7 @@ from .weights.networks import (
     no_progress,
     parse_dtype,
 )
+from .weights.quantize import check_mode
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +59,17 @@ class WanPipeline:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: str = "bfloat16", preset: Preset | None = None, progress: bool = True
+        self,
+        checkpoint: Checkpoint,
+        dtype: str = "bfloat16",
+        preset: Preset | None = None,
+        progress: bool = True,
+        quantize: str | None = None,
     ):
         parse_dtype(dtype)
+        check_quantize(checkpoint, quantize)
         self.checkpoint = checkpoint
-        self.dtype = dtype
+        self.dtype, self.quantize = dtype, quantize
         self.config = _transformer_config(checkpoint)
         self.preset = preset or (find_preset(checkpoint.model) if checkpoint.model else preset_for(self.config))
         self.progress = progress
@@ -91,7 +99,10 @@ class WanPipeline:
             model: "nano" (comes with the package); a folder (official or Diffusers layout, or written by
                 ``weights_convert.py``); a hub id such as "Wan-AI/Wan2.1-T2V-1.3B"; or a preset's name.
             dtype: of the transformer and the text encoder: "bfloat16" or "float32". The VAE is float32.
-            quantize, memory: not available yet; must be None.
+            quantize: keep the blocks of transformer and text encoder in few bits: "q8", "q6", "q5", "q4" or "q3"
+                (groups of 64; "q4-g32" for others), "mxfp8", "mxfp4", "nvfp4". None takes the weights as they are
+                stored, "none" unpacks those stored packed.
+            memory: not available yet; must be None.
             preset: name in `PRESETS` to take the sampling defaults from, instead of the nearest one.
             progress: show progress bars.
 
@@ -99,10 +110,10 @@ class WanPipeline:
             ValueError: an argument is wrong, or the model's task is not supported.
             WeightsError: the folder is incomplete, or a file is not what it should be.
         """
-        for name, value in (("quantize", quantize), ("memory", memory)):
-            if value is not None:
-                raise ValueError(f"{name}={value!r}: not available yet; leave it out")
-        return cls(open_checkpoint(resolve(model)), dtype, find_preset(preset) if preset else None, progress)
+        if memory is not None:
+            raise ValueError(f"memory={memory!r}: not available yet; leave it out")
+        check_mode(quantize)
+        return cls(open_checkpoint(resolve(model)), dtype, find_preset(preset) if preset else None, progress, quantize)
 
     def __call__(self, prompt: str, callback: Callable[[Step], Any] | None = None, **options: Any) -> Video:
         """Make a video.
@@ -205,6 +216,7 @@ class WanPipeline:
             "checkpoint": self.checkpoint.path.name,
             **request.settings(),
             "dtype": self.dtype,
+            **({"quantize": self.quantize} if self.quantize else {}),
             "versions": {"wan_mlx": __version__, "mlx": mx.__version__},
         }
 
@@ -219,7 +231,7 @@ class WanPipeline:
             mx.eval([array for array in vars(conditioning).values() if isinstance(array, mx.array)])
         yield conditioning
         with self._stage("load transformer"):
-            model = load_transformer(self.checkpoint, self.dtype, self._bar("loading transformer"))
+            model = load_transformer(self.checkpoint, self.dtype, self._bar("loading transformer"), self.quantize)
         latents = None
         with self._stage("denoise"):
             scheduler = make_scheduler(request.solver, request.steps, request.shift)
@@ -235,7 +247,7 @@ class WanPipeline:
     def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
         """Texts → embeddings zero-padded to (1, 512, text_dim), in one pass over the encoder's weights."""
         tokenizer = Tokenizer(self.checkpoint.files["tokenizer"])
-        encoder = load_text_encoder(self.checkpoint, self.dtype, self._bar("encoding text"))
+        encoder = load_text_encoder(self.checkpoint, self.dtype, self._bar("encoding text"), self.quantize)
         contexts = [pad_context(e, TEXT_LEN) for e in encoder([tokenizer(text) for text in texts])]
         mx.eval(contexts)
         return contexts

@@ -13,7 +13,7 @@ from wan_mlx.layers import Pacer
 from wan_mlx.rope import rope_table, scale_and_rotate
 from wan_mlx.transformer import Transformer
 from wan_mlx.weights.layouts import canonical_keys, recognise
-from wan_mlx.weights.load import dtype_of
+from wan_mlx.weights.parameters import dtype_of
 
 BOUND = 2e-5
 TINY = dict(dim=48, ffn_dim=80, num_heads=2, num_layers=3, freq_dim=32, text_dim=24)

@@ -17,8 +17,9 @@ from wan_mlx.types import WeightsError
 from wan_mlx.vace import VaceTransformer
 from wan_mlx.weights.checkpoint import DIFFUSERS_FILES, open_checkpoint
 from wan_mlx.weights.layouts import canonical_keys, recognise
-from wan_mlx.weights.load import ComponentWeights, check_keys, dtype_of, parameter_shapes, transformer_config
+from wan_mlx.weights.load import ComponentWeights, check_keys, parameter_shapes, transformer_config
 from wan_mlx.weights.networks import load_transformer
+from wan_mlx.weights.parameters import dtype_of
 from wan_mlx.weights.reader import TensorInfo
 
 BOUND = 2e-5

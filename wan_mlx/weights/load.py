@@ -1,14 +1,14 @@
-"""From weight files to networks: strict about keys and shapes, read one tensor at a time, cast as each wants.
+"""What a weight file holds under the official names: strict about keys and shapes.
 
-A network is loaded whole (`load_module`) or one block at a time (`stream_blocks`). Sizes come from the weights' own
-shapes; config.json only adds what shapes cannot tell and must not contradict them.
+Sizes come from the weights' own shapes; config.json only adds what shapes cannot tell and must not contradict them.
+How a tensor becomes a parameter of a network is in `parameters`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,15 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
-from ..transformer import FLOAT32_PARAMETERS
+from ..quantized import Packing
 from ..types import WeightsError
 from .layouts import canonical_keys, recognise
+from .quantize import Quantization
 from .reader import WeightsFile, open_weights
 
+SAFETENSORS_NAMES = {
+    mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint8: "U8", mx.uint32: "U32"
+}  # fmt: skip
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 MLX_LAYOUT = "mlx"
 
@@ -33,39 +37,78 @@ class ComponentWeights:
 
     Attributes:
         component: "transformer", "text_encoder", "vae" or "image_encoder".
-        shapes: name → shape of every tensor, known without reading any.
+        shapes: name → shape of every tensor, known without reading any; of packed ones, the matrix's.
+        quantization: what is stored packed, and how; None if nothing is.
     """
 
     def __init__(self, file: WeightsFile):
         self.file = file
-        self.layout = recognise(file.tensors)
+        self.quantization = Quantization.from_metadata(file.metadata, file.path)
+        self.layout = recognise(self._without_scales())
         self.component = self.layout.component
         # Written by weights_convert.py; never guessed, since (96, 3, 3, 3, 3) is the same shape in both layouts.
         self.channels_last = file.metadata.get("layout") == MLX_LAYOUT
         self.sources = {
             name: (source,) if isinstance(source, str) else source
-            for name, source in canonical_keys(self.layout, file.tensors).items()
+            for name, source in canonical_keys(self.layout, self._without_scales()).items()
         }
         self.shapes = {name: self._shape(name) for name in self.sources}
+        self._check_packed()
 
     @property
     def path(self) -> Path:
         return self.file.path
 
     def read(self, name: str) -> mx.array:
-        """The tensor in our layout and its stored dtype; lazy wherever the file allows it."""
+        """The tensor in our layout and its stored dtype, float32 if it is packed; lazy wherever the file allows it."""
+        if self.quantization is not None and name in self.quantization.packings:
+            return self.quantization.packings[name].unpack(self.packed(name), mx.float32)
         parts = [self.file.read(source) for source in self.sources[name]]
         array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
         if not self.channels_last and array.ndim >= 4:
             array = mx.moveaxis(array, 1, -1)
         return array.reshape(self.shapes[name])
 
+    def packed(self, name: str) -> dict[str, mx.array]:
+        """The arrays of a tensor that is stored packed: weight, scales and, in affine modes, biases."""
+        stem = name.removesuffix("weight")
+        return {key: self.file.read(stem + key) for key in self.quantization.packings[name].shapes(self.shapes[name])}
+
     def rows(self, name: str, indices: np.ndarray) -> mx.array:
         """Rows of a 2-D tensor, read without the rest."""
         (source,) = self.sources[name]
         return self.file.rows(source, indices)
 
+    def _without_scales(self) -> list[str]:
+        """The file's keys without those that belong to a packed weight."""
+        packed = self.quantization.packings if self.quantization else ()
+        belonging = {name.removesuffix("weight") + key for name in packed for key in ("scales", "biases")}
+        return [key for key in self.file.tensors if key not in belonging]
+
+    def _check_packed(self) -> None:
+        """Every packed tensor must have the shapes and dtypes its packing gives it."""
+        for name, packing in (self.quantization.packings if self.quantization else {}).items():
+            if name not in self.shapes:
+                raise WeightsError(f"{self.path}: its quantization entry names {name}, which it does not hold")
+            stem = name.removesuffix("weight")
+            try:
+                wanted = packing.shapes(self.shapes[name])
+            except ValueError as error:
+                raise WeightsError(f"{self.path}: {name} cannot be packed so: {error}") from None
+            for key, (shape, dtype) in wanted.items():
+                info = self.file.tensors.get(stem + key)
+                expected = shape, SAFETENSORS_NAMES[dtype]
+                if info is None or (info.shape, info.dtype) != expected:
+                    found = "is missing" if info is None else f"is {info.dtype} {info.shape}"
+                    raise WeightsError(
+                        f"{self.path}: {stem + key} {found}; {packing.name} of {self.shapes[name]} needs "
+                        f"{expected[1]} {expected[0]}"
+                    )
+
     def _shape(self, name: str) -> tuple[int, ...]:
+        packing = self.quantization and self.quantization.packings.get(name)
+        if packing:
+            return self._shape_of_packed(name, packing)
         shapes = [self.file.tensors[source].shape for source in self.sources[name]]
         shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
         if self.channels_last:
@@ -81,9 +124,10 @@ class ComponentWeights:
         return shape
 
 
-def dtype_of(component: str, name: str, dtype: mx.Dtype) -> mx.Dtype:
-    """The dtype to keep a parameter in: ``dtype``, or float32 where rounding it would show."""
-    return mx.float32 if component == "transformer" and re.match(FLOAT32_PARAMETERS, name) else dtype
+    def _shape_of_packed(self, name: str, packing: Packing) -> tuple[int, int]:
+        """Shape of the matrix; wrong ones are left for `_check_packed` to name."""
+        rows, columns = (*self.file.tensors[self.sources[name][0]].shape, 0, 0)[:2]
+        return rows, columns * 32 // packing.bits
 
 
 def check_keys(weights: ComponentWeights, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -111,55 +155,6 @@ def _some(names: list[str], most: int = 5) -> str:
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name → shape of every parameter; nothing is computed."""
     return {name: tuple(array.shape) for name, array in tree_flatten(module.parameters())}
-
-
-def load_module(
-    module: nn.Module,
-    weights: ComponentWeights,
-    dtype: mx.Dtype,
-    progress: Callable[[Iterable[str]], Iterable[str]],
-    unread: Mapping[str, tuple[int, ...]] | None = None,
-) -> nn.Module:
-    """Fill ``module`` and return it, every tensor read and cast on the CPU, one at a time.
-
-    ``unread``: name → shape of what the file must hold too, though ``module`` has no use for it; it is not read.
-    No GPU work is submitted: on Apple silicon it would wait on the file, and macOS ends GPU work that waits.
-    """
-    unread = unread or {}
-    check_keys(weights, {**parameter_shapes(module), **unread})
-    arrays = {}
-    for name in progress([name for name in weights.shapes if name not in unread]):
-        with mx.stream(mx.cpu):
-            arrays[name] = weights.read(name).astype(dtype_of(weights.component, name, dtype))
-            mx.eval(arrays[name])
-    module.load_weights(list(arrays.items()))
-    return module.eval()
-
-
-def stream_blocks(
-    make_block: Callable[[], nn.Module], weights: ComponentWeights, count: int, dtype: mx.Dtype
-) -> Iterator[nn.Module]:
-    """Yield the loaded blocks in order; while one computes, the next is read on a CPU stream of its own.
-
-    At most two blocks are resident, and a block is resident before it is yielded. The caller evaluates what it
-    computed with a block before it asks for the next.
-    """
-    block = make_block()
-    dtypes = {name: dtype_of(weights.component, name, dtype) for name in parameter_shapes(block)}
-    io = mx.new_stream(mx.cpu)
-
-    def start_reading(index: int) -> list[tuple[str, mx.array]]:
-        with mx.stream(io):
-            arrays = [(name, weights.read(f"blocks.{index}.{name}").astype(kept)) for name, kept in dtypes.items()]
-        mx.async_eval([array for _, array in arrays])
-        return arrays
-
-    arrays = start_reading(0)
-    for index in range(count):
-        mx.eval([array for _, array in arrays])
-        block.load_weights(arrays)  # drops the block before it
-        arrays = start_reading(index + 1) if index + 1 < count else []
-        yield block
 
 
 def open_component(path: str | Path, component: str) -> ComponentWeights:

@@ -20,13 +20,13 @@ from .load import (
     ComponentWeights,
     check_keys,
     image_encoder_config,
-    load_module,
     open_component,
-    stream_blocks,
     text_encoder_config,
     transformer_config,
     vae_config,
 )
+from .parameters import Parameters, load_module, stream_blocks
+from .quantize import QUANTIZED
 
 # Wraps an iteration as ``tqdm`` does: progress(items, total=...) → items.
 Progress = Callable[..., Iterable]
@@ -57,12 +57,30 @@ def _open(path: str | Path | Checkpoint, component: str) -> tuple[ComponentWeigh
     if isinstance(path, Checkpoint):
         if component not in path.files:
             raise WeightsError(f"{path.path} holds no {component}, only {', '.join(path.files)}")
-        return open_component(path.files[component], component), path.configs.get(component, {})
+        weights = open_component(path.files[component], component)
+        said = path.configs.get("quantization", {})
+        said = said.get(component) if isinstance(said, dict) else said
+        found = weights.quantization and weights.quantization.mode
+        if said != found:
+            raise WeightsError(
+                f"{path.path}: config.json says that its {component}'s quantisation is {said or 'none'}, "
+                f"but the file's is {found or 'none'}"
+            )
+        return weights, path.configs.get(component, {})
     return open_component(path, component), {}
 
 
+def check_quantize(checkpoint: Checkpoint, quantize: str | None) -> None:
+    """Raise ValueError, before any weights are read, if a part of ``checkpoint`` cannot be quantised so."""
+    for component in QUANTIZED:
+        Parameters(_open(checkpoint, component)[0], mx.float32, quantize)
+
+
 def load_transformer(
-    path: str | Path | Checkpoint, dtype: str | mx.Dtype = "bfloat16", progress: Progress = no_progress
+    path: str | Path | Checkpoint,
+    dtype: str | mx.Dtype = "bfloat16",
+    progress: Progress = no_progress,
+    quantize: str | None = None,
 ) -> Transformer:
     """Load the diffusion transformer, a `VaceTransformer` if the weights are VACE's.
 
@@ -70,14 +88,17 @@ def load_transformer(
         path: model folder, or the transformer's own file (then heads are taken to be 128 wide).
         dtype: of the wide arrays: "bfloat16", "float16" or "float32"; the time path stays float32.
         progress: wraps the iteration over tensors.
+        quantize: pack the blocks' matrices as they are read: "q8", "q6", "q5", "q4", "q3" (also with a group, as in
+            "q4-g32"), "mxfp8", "mxfp4" or "nvfp4". None takes the weights as stored; "none" unpacks packed ones.
 
     Raises:
         WeightsError: the file is not a whole Wan2.1 transformer.
+        ValueError: an unknown dtype or mode, or the weights are packed in another mode already.
     """
     weights, config = _open(path, "transformer")
     config = transformer_config(weights, config)
     network = VaceTransformer if config.model_type == "vace" else Transformer
-    return load_module(network(config), weights, parse_dtype(dtype), progress)
+    return load_module(network(config), Parameters(weights, parse_dtype(dtype), quantize), progress)
 
 
 def load_vae(path: str | Path | Checkpoint, dtype: str | mx.Dtype = "float32", progress: Progress = no_progress) -> VAE:
@@ -87,7 +108,7 @@ def load_vae(path: str | Path | Checkpoint, dtype: str | mx.Dtype = "float32", p
         WeightsError: the file is not a whole Wan2.1 VAE.
     """
     weights, config = _open(path, "vae")
-    return load_module(VAE(vae_config(weights, config)), weights, parse_dtype(dtype), progress)
+    return load_module(VAE(vae_config(weights, config)), Parameters(weights, parse_dtype(dtype)), progress)
 
 
 def load_image_encoder(
@@ -109,30 +130,35 @@ def load_image_encoder(
         raise ValueError("bfloat16 is too coarse for CLIP; give float32 or float16")
     weights, config = _open(path, "image_encoder")
     config = image_encoder_config(weights, config)
-    return load_module(ImageEncoder(config), weights, dtype, progress, unread=last_block_shapes(config))
+    return load_module(ImageEncoder(config), Parameters(weights, dtype), progress, unread=last_block_shapes(config))
 
 
 def load_text_encoder(
-    path: str | Path | Checkpoint, dtype: str | mx.Dtype = "bfloat16", progress: Progress = no_progress
+    path: str | Path | Checkpoint,
+    dtype: str | mx.Dtype = "bfloat16",
+    progress: Progress = no_progress,
+    quantize: str | None = None,
 ) -> TextEncoder:
     """Open the umT5 encoder from a model folder or its own file.
 
     Its blocks are read from the file as they are needed and never all resident; ``progress`` wraps that iteration.
+    ``quantize`` is as for `load_transformer`.
 
     Raises:
         WeightsError: the file is not a whole umT5 encoder.
-        ValueError: float16, whose range umT5 exceeds.
+        ValueError: float16, whose range umT5 exceeds; or ``quantize`` does not suit.
     """
     weights, config = _open(path, "text_encoder")
     config, dtype = text_encoder_config(weights, config), parse_dtype(dtype)
     if dtype == mx.float16:
         raise ValueError("umT5 overflows float16; give bfloat16 or float32")
     check_keys(weights, parameter_shapes(config))
+    parameters = Parameters(weights, dtype, quantize)
     return TextEncoder(
         config,
         embed=lambda ids: weights.rows("token_embedding.weight", ids).astype(dtype),
         blocks=lambda: progress(
-            stream_blocks(lambda: EncoderBlock(config), weights, config.num_layers, dtype), total=config.num_layers
+            stream_blocks(lambda index: EncoderBlock(config), parameters, config.num_layers), total=config.num_layers
         ),
         norm_weight=weights.read("norm.weight").astype(dtype),
         dtype=dtype,

@@ -1,0 +1,196 @@
+"""Packed linears: what each mode loses, what is packed, and that it is the same however it is loaded."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from wan_mlx.layers import Linear
+from wan_mlx.quantized import MODE_NAMES, Packing, QuantizedLinear
+from wan_mlx.types import WeightsError
+from wan_mlx.weights.convert import convert
+from wan_mlx.weights.hub import resolve
+from wan_mlx.weights.load import open_component
+from wan_mlx.weights.networks import load_text_encoder, load_transformer
+from wan_mlx.weights.parameters import Parameters, stream_blocks
+from wan_mlx.weights.quantize import plan_quantization
+
+# Relative error on Gaussian weights, and how far a mode may be from it.
+ERRORS = {
+    **{"q8": 0.0054, "q8-g32": 0.0049, "q8-g128": 0.0060, "q6": 0.022, "q5": 0.044, "q4": 0.092, "q4-g32": 0.082},
+    **{"q3": 0.19, "mxfp8": 0.0267, "mxfp4": 0.116, "nvfp4": 0.095},
+}
+NANO = resolve("nano")
+
+
+def gaussian(*shape, seed=0):
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def relative(a, b):
+    return (mx.linalg.norm((a - b).astype(mx.float32)) / mx.linalg.norm(b.astype(mx.float32))).item()
+
+
+def packed(weight, bias, mode):
+    """A layer over ``weight`` packed."""
+    layer = QuantizedLinear(weight.shape[1], weight.shape[0], bias is not None, Packing.parse(mode))
+    layer.load_weights([*layer.packing.pack(weight).items(), *([("bias", bias)] if bias is not None else [])])
+    return layer
+
+
+@pytest.mark.parametrize("mode", ERRORS)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_mode_loses_what_its_bits_cost(mode, dtype):
+    weight = gaussian(64, 256)
+    layer = packed(weight, None, mode)
+    rounding = 0.0017 if dtype == mx.bfloat16 else 0  # of a bfloat16 itself
+    assert relative(layer.unpacked(dtype), weight) == pytest.approx(np.hypot(ERRORS[mode], rounding), rel=0.05)
+    assert layer.unpacked(dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("mode", MODE_NAMES)
+@pytest.mark.parametrize("rows", [3, 300])
+def test_a_packed_linear_multiplies_by_what_it_unpacks(mode, rows):
+    x, weight, bias = gaussian(1, rows, 128), gaussian(32, 128, seed=1), gaussian(32, seed=2)
+    layer = packed(weight, bias, mode)
+    want = x @ layer.unpacked(mx.float32).T + bias
+    assert relative(layer(x), want) < 1e-6
+    assert relative(layer._multiply_packed(x) + bias, want) < 1e-3  # what a GPU does with few rows
+    assert layer(x.astype(mx.bfloat16)).dtype == layer._multiply_packed(x.astype(mx.bfloat16)).dtype == mx.bfloat16
+
+
+def test_packing_names_round_trip():
+    for name in (*MODE_NAMES, "q4-g32", "q8-g128"):
+        assert Packing.parse(name).name == name
+    assert Packing.parse("q4-g64").name == "q4"
+    for name in ("q7", "q2", "q4-g16", "Q8", "q8 ", "int8", ""):
+        with pytest.raises(ValueError, match="expected one of q8, q6"):
+            Packing.parse(name)
+
+
+def test_only_the_matrices_of_the_blocks_are_packed():
+    weights = open_component(NANO / "transformer.safetensors", "transformer")
+    names = set(plan_quantization("transformer", "q8", weights.shapes).packings)
+    attention = [f"{kind}_attn.{layer}" for kind in ("self", "cross") for layer in "qkvo"]
+    assert names == {f"blocks.{i}.{layer}.weight" for i in range(6) for layer in (*attention, "ffn.0", "ffn.2")}
+    text = open_component(NANO / "text_encoder.safetensors", "text_encoder")
+    layers = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate.0", "ffn.fc1", "ffn.fc2")
+    names = set(plan_quantization("text_encoder", "q8", text.shapes).packings)
+    assert names == {f"blocks.{i}.{layer}.weight" for i in range(2) for layer in layers}
+
+
+def parameters_of(model):
+    return dict(tree_flatten(model.parameters()))
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and mx.array_equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("quantize", [None, "q4"])
+def test_streamed_blocks_equal_resident_ones(quantize):
+    model = load_transformer(NANO, "bfloat16", quantize=quantize)
+    assert isinstance(model.blocks[1].ffn[2], QuantizedLinear if quantize else Linear)
+    weights = open_component(NANO / "transformer.safetensors", "transformer")
+    parameters = Parameters(weights, mx.bfloat16, quantize)
+    held = []
+    for index, block in enumerate(stream_blocks(lambda i: type(model.blocks[i])(model.config), parameters, 6)):
+        same(parameters_of(block), parameters_of(model.blocks[index]))
+        assert not any(parameters_of(earlier) for earlier in held)  # two resident at most: this one and the next
+        held.append(block)
+    assert len(held) == 6
+
+
+def test_rows_are_reordered_the_same_in_every_form():
+    order = mx.array(np.random.default_rng(0).permutation(256))
+    weights = open_component(NANO / "transformer.safetensors", "transformer")
+    name = "blocks.0.self_attn.q.weight"
+    for quantize in (None, "q4", "mxfp8"):
+        plain = Parameters(weights, mx.float32, quantize)
+        reordered = Parameters(weights, mx.float32, quantize, row_order=lambda n: order if n == name else None)
+        for (key, a), (_, b) in zip(*(p.finish(p.start([name])) for p in (plain, reordered)), strict=True):
+            assert mx.array_equal(a[order], b) and not mx.array_equal(a, b), key
+
+
+@pytest.mark.parametrize("mode", ["q8", "nvfp4"])
+def test_a_quantised_folder_is_the_same_bits_as_quantising_at_load(tmp_path, mode):
+    folder = convert(NANO, tmp_path / mode, quantize=mode)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization"] == {"transformer": mode, "text_encoder": mode}
+    same(parameters_of(load_transformer(folder)), parameters_of(load_transformer(NANO, quantize=mode)))
+    ids = [[5, 9, 40, 1]]
+    at_load, kept = load_text_encoder(NANO, quantize=mode)(ids)[0], load_text_encoder(folder)(ids)[0]
+    assert mx.array_equal(at_load, kept) and not mx.array_equal(kept, load_text_encoder(NANO)(ids)[0])
+    again = convert(folder, tmp_path / "again")
+    assert (again / "transformer.safetensors").read_bytes() == (folder / "transformer.safetensors").read_bytes()
+    size = (folder / "transformer.safetensors").stat().st_size / (NANO / "transformer.safetensors").stat().st_size
+    assert size < (0.75 if mode == "q8" else 0.55)
+
+
+def test_unpacking_a_quantised_folder(tmp_path):
+    folder = convert(NANO, tmp_path / "q6", quantize="q6")
+    unpacked, packed = load_transformer(folder, quantize="none"), load_transformer(folder)
+    assert isinstance(unpacked.blocks[0].ffn[0], Linear)
+    assert mx.array_equal(unpacked.blocks[0].ffn[0].weight, packed.blocks[0].ffn[0].unpacked(mx.bfloat16))
+
+
+def test_a_quantised_folder_is_not_quantised_again(tmp_path):
+    folder = convert(NANO, tmp_path / "q6", quantize="q6")
+    for load in (load_transformer, load_text_encoder):
+        with pytest.raises(ValueError, match="already quantised as q6, so quantize='q4' is not possible"):
+            load(folder, quantize="q4")
+    load_transformer(folder, quantize="q6")
+
+
+def test_sizes_that_a_group_does_not_divide():
+    with pytest.raises(ValueError, match="multiple of 64, but blocks.0.ffn.2.weight has 80"):
+        plan_quantization("transformer", "q4", {"blocks.0.ffn.0.weight": (80, 64), "blocks.0.ffn.2.weight": (64, 80)})
+
+
+@pytest.fixture(scope="module")
+def q8_folder(tmp_path_factory):
+    return convert(NANO, tmp_path_factory.mktemp("q8") / "q8", quantize="q8")
+
+
+def damaged(q8_folder, tmp_path, change):
+    """A copy of the folder, its transformer's header changed."""
+    folder = shutil.copytree(q8_folder, tmp_path / "damaged")
+    path = folder / "transformer.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    entry = json.loads(header["__metadata__"]["quantization"])
+    change(header, entry)
+    if "quantization" in header["__metadata__"]:
+        header["__metadata__"]["quantization"] = json.dumps(entry)
+    encoded = json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + length :])
+    return folder
+
+
+LAYER = "blocks.3.ffn.0.weight"
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda h, e: e["packings"].update({LAYER: "q4"}), r"it has other shapes|needs F16"),
+        (lambda h, e: e["packings"].update({LAYER: "q8-g32"}), r"blocks.3.ffn.0.scales is F16 \(640, 4\); q8-g32 of"),
+        (lambda h, e: e["packings"].update({LAYER: "mxfp8"}), r"blocks.3.ffn.0.scales is F16"),
+        (lambda h, e: e["packings"].update({LAYER: "q1"}), r"quantization entry is damaged .*'q1'"),
+        (lambda h, e: e["packings"].update({"blocks.9.ffn.0.weight": "q8"}), r"names blocks.9.ffn.0.weight"),
+        (lambda h, e: e["packings"].pop(LAYER), r"keys that Wan2.1 does not have: blocks.3.ffn.0.scales"),
+        (lambda h, e: e.pop("packings"), r"quantization entry is damaged"),
+        (lambda h, e: h["__metadata__"].pop("quantization"), r"keys that Wan2.1 does not have"),
+        (lambda h, e: e.update(mode="q4"), r"config.json says .* is q8, but the file's is q4"),
+        (lambda h, e: h.update({"x": h.pop("blocks.3.ffn.0.biases")}), r"does not have: x"),
+    ],
+)
+def test_a_packed_file_that_contradicts_itself_is_refused(q8_folder, tmp_path, change, says):
+    with pytest.raises(WeightsError, match=says):
+        load_transformer(damaged(q8_folder, tmp_path, change))

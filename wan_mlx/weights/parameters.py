@@ -1,0 +1,210 @@
+"""The one way from a stored tensor to a parameter of a module: unpacked or kept packed, changed, cast, reordered.
+
+`Parameters` knows what becomes of each tensor of one network. `load_module` loads a network whole and `stream_blocks`
+one block at a time; both read through it, so a block is the same bits either way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..layers import Linear
+from ..quantized import QuantizedLinear
+from ..transformer import FLOAT32_PARAMETERS
+from ..types import WeightsError
+from .load import ComponentWeights, check_keys, parameter_shapes
+from .quantize import EXPAND, Quantization, check_mode, plan_quantization
+
+# Name of a parameter → the order its rows (axis 0) are wanted in, or None for the order they are stored in.
+RowOrder = Callable[[str], "mx.array | None"]
+# What is done to a weight before it is cast or packed, in float32.
+Change = Callable[[mx.array], mx.array]
+
+
+def dtype_of(component: str, name: str, dtype: mx.Dtype) -> mx.Dtype:
+    """The dtype to keep a parameter in: ``dtype``, or float32 where rounding it would show."""
+    return mx.float32 if component == "transformer" and re.match(FLOAT32_PARAMETERS, name) else dtype
+
+
+class Parameters:
+    """The parameters of one network, as its modules want them.
+
+    Args:
+        weights: where they are stored.
+        dtype: to compute in; those of `FLOAT32_PARAMETERS` stay float32.
+        quantize: a mode to pack the blocks' matrices in; "none" to unpack what is stored packed; None to take
+            everything as it is stored.
+        changes: name → what is done to that weight on the way.
+        row_order: fixed permutations of rows, applied last.
+
+    Raises:
+        ValueError: no such mode, it does not suit the sizes, or the weights are packed in another one already.
+    """
+
+    def __init__(
+        self,
+        weights: ComponentWeights,
+        dtype: mx.Dtype,
+        quantize: str | None = None,
+        changes: Mapping[str, Change] | None = None,
+        row_order: RowOrder | None = None,
+    ):
+        self.weights, self.dtype = weights, dtype
+        self.changes = changes or {}
+        self.row_order = row_order or (lambda name: None)
+        stored = weights.quantization
+        if stored is None and quantize is not None:
+            check_mode(quantize)
+        if stored is not None and quantize not in (None, EXPAND, stored.mode):
+            raise ValueError(
+                f"{weights.path}: already quantised as {stored.mode}, so quantize={quantize!r} is not possible; "
+                f"leave it out, or convert the original weights"
+            )
+        if quantize == EXPAND or (stored is None and quantize is None):
+            self.quantization = Quantization(EXPAND)
+        else:
+            self.quantization = stored or plan_quantization(weights.component, quantize, weights.shapes)
+
+    @property
+    def component(self) -> str:
+        return self.weights.component
+
+    def fit(self, module: nn.Module, prefix: str = "") -> nn.Module:
+        """Put packed layers into ``module`` where its weights are packed; ``prefix`` is what its names begin with."""
+        for name, packing in self.quantization.packings.items():
+            if not name.startswith(prefix):
+                continue
+            *path, last, _ = name[len(prefix) :].split(".")
+            parent = module
+            for part in path:
+                parent = parent[int(part)] if part.isdigit() else parent[part]
+            index = int(last) if last.isdigit() else last
+            layer = parent[index]
+            if not isinstance(layer, Linear):
+                raise WeightsError(f"{self.weights.path}: {name} is packed, but a {type(layer).__name__} cannot be")
+            rows, columns = layer.weight.shape
+            parent[index] = QuantizedLinear(columns, rows, "bias" in layer, packing)
+        return module
+
+    def start(self, names: Iterable[str]) -> dict[str, dict[str, mx.array]]:
+        """Lazy arrays of what is stored, on the current stream, as far as the CPU should go; `finish` takes them.
+
+        Nothing but reading, casting and reordering happens here, so nothing that a GPU should do.
+        """
+        return {name: self._start(name) for name in names}
+
+    def finish(self, started: dict[str, dict[str, mx.array]]) -> list[tuple[str, mx.array]]:
+        """What `start` returned, with the rest done: name → array pairs, resident.
+
+        Merging and packing run on the default device, one parameter at a time, after what they take was read: on
+        Apple silicon GPU work would otherwise wait on the file, and macOS ends GPU work that waits.
+        """
+        mx.eval(list(started.values()))
+        finished = []
+        for name in list(started):
+            arrays = started.pop(name)
+            if self._has_work(name):
+                arrays = self._work(name, arrays)
+                mx.eval(arrays)
+            finished += arrays.items()
+        return finished
+
+    def _has_work(self, name: str) -> bool:
+        """Whether more is to be done than the CPU does while reading."""
+        return name in self.changes or self._is_stored_packed(name) != (name in self.quantization.packings)
+
+    def _is_stored_packed(self, name: str) -> bool:
+        stored = self.weights.quantization
+        return stored is not None and name in stored.packings
+
+    def _start(self, name: str) -> dict[str, mx.array]:
+        if self._is_stored_packed(name):
+            stem = name.removesuffix("weight")
+            arrays = {stem + key: array for key, array in self.weights.packed(name).items()}
+        else:
+            arrays = {name: self.weights.read(name)}
+        if self._has_work(name):
+            return arrays
+        if name not in self.quantization.packings:
+            arrays = {name: arrays[name].astype(dtype_of(self.component, name, self.dtype))}
+        return self._reordered(name, arrays)
+
+    def _work(self, name: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        stem = name.removesuffix("weight")
+        kept = dtype_of(self.component, name, self.dtype)
+        if self._is_stored_packed(name):
+            parts = {key.removeprefix(stem): array for key, array in arrays.items()}
+            changed = name in self.changes
+            array = self.weights.quantization.packings[name].unpack(parts, mx.float32 if changed else kept)
+        else:
+            array = arrays[name]
+        if name in self.changes:
+            array = self.changes[name](array.astype(mx.float32))
+        if name in self.quantization.packings:
+            packed = self.quantization.packings[name].pack(array)
+            return self._reordered(name, {stem + key: part for key, part in packed.items()})
+        return self._reordered(name, {name: array.astype(kept)})
+
+    def _reordered(self, name: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        order = self.row_order(name)
+        return arrays if order is None else {key: array[order] for key, array in arrays.items()}
+
+
+def load_module(
+    module: nn.Module,
+    parameters: Parameters,
+    progress: Callable[[Iterable[str]], Iterable[str]],
+    unread: Mapping[str, tuple[int, ...]] | None = None,
+) -> nn.Module:
+    """Fill ``module`` and return it, one tensor at a time, each resident before the next is read.
+
+    ``unread``: name → shape of what the file must hold too, though ``module`` has no use for it; it is not read.
+    """
+    unread = unread or {}
+    check_keys(parameters.weights, {**parameter_shapes(module), **unread})
+    parameters.fit(module)
+    arrays = []
+    for name in progress([name for name in parameters.weights.shapes if name not in unread]):
+        with mx.stream(mx.cpu):
+            started = parameters.start([name])
+        arrays += parameters.finish(started)
+    module.load_weights(arrays)
+    return module.eval()
+
+
+def stream_blocks(
+    make_block: Callable[[int], nn.Module], parameters: Parameters, count: int, prefix: str = "blocks"
+) -> Iterator[nn.Module]:
+    """Yield the loaded blocks ``{prefix}.0``, ``{prefix}.1``, … in order; while one computes, the next is being read.
+
+    At most two blocks are resident: reading has a CPU stream of its own, a block is resident before it is yielded, and
+    is emptied when the next is asked for. The caller evaluates what it computed with a block before that.
+
+    Args:
+        make_block: index → a block, not loaded and not quantised.
+        parameters: where its parameters come from; checked against the whole network's before (`check_keys`).
+        count: how many there are.
+        prefix: of their names.
+    """
+    io = mx.new_stream(mx.cpu)
+
+    def start_reading(index: int):
+        block, place = make_block(index), f"{prefix}.{index}."
+        with mx.stream(io):
+            started = parameters.start([place + name for name in parameter_shapes(block)])
+        mx.async_eval(list(started.values()))
+        return parameters.fit(block, place), place, started
+
+    following = start_reading(0) if count else None
+    for index in range(count):
+        block, place, started = following
+        arrays = parameters.finish(started)
+        block.load_weights([(name.removeprefix(place), array) for name, array in arrays])
+        del arrays, started
+        following = start_reading(index + 1) if index + 1 < count else None
+        yield block.eval()
+        block.clear()  # whoever still holds it holds no weights

@@ -1,0 +1,89 @@
+"""What is quantised, and how: a mode's name → the packing of every weight."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ..quantized import MODE_NAMES, Packing
+from ..types import WeightsError
+
+# The matrices of the blocks, which are nearly all of the bytes. What stands outside the blocks, norms and modulation
+# stay as they are: few bytes, and every token of every step passes through them.
+QUANTIZED = {
+    "transformer": r"(?:vace_)?blocks\.\d+\.(?:(?:self|cross)_attn\.\w+|ffn\.[02]|(?:before|after)_proj)\.weight",
+    "text_encoder": r"blocks\.\d+\.(?:attn\.[qkvo]|ffn\.(?:gate\.0|fc1|fc2))\.weight",
+}
+NOT_MATRICES = r".*\.norm\w*\.weight"
+# What a file's own quantisation is expanded by.
+EXPAND = "none"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How one network is quantised.
+
+    Attributes:
+        mode: as users type it.
+        packings: weight's name → packing; what is not in it stays as it is.
+    """
+
+    mode: str
+    packings: Mapping[str, Packing] = field(default_factory=dict)
+
+    def to_metadata(self) -> dict[str, str]:
+        """As it stands in a safetensors file; `from_metadata` reads it back."""
+        packings = {name: packing.name for name, packing in self.packings.items()}
+        return {"quantization": json.dumps({"mode": self.mode, "packings": packings})}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], path) -> Quantization | None:
+        """What a file says of itself; None if it holds nothing packed.
+
+        Raises:
+            WeightsError: the entry is damaged.
+        """
+        if "quantization" not in metadata:
+            return None
+        try:
+            entry = json.loads(metadata["quantization"])
+            return cls(str(entry["mode"]), {str(k): Packing.parse(v) for k, v in entry["packings"].items()})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise WeightsError(f"{path}: its quantization entry is damaged ({error}); convert it again") from None
+
+
+def check_mode(mode: str | None) -> None:
+    """Raise ValueError if ``mode`` is no quantisation that users can ask for."""
+    if mode is not None and mode not in (EXPAND, *MODE_NAMES):
+        try:
+            Packing.parse(mode)
+        except ValueError:
+            raise ValueError(
+                f"quantize is {mode!r}, expected one of {', '.join(MODE_NAMES)}, affine modes also with a group as in "
+                f"q4-g32 (32, 64 or 128), or {EXPAND}"
+            ) from None
+
+
+def plan_quantization(component: str, mode: str, shapes: Mapping[str, tuple[int, ...]]) -> Quantization:
+    """The packing of every weight of a ``component`` whose parameters have these ``shapes``.
+
+    Raises:
+        ValueError: unknown mode, or a matrix whose inputs are no multiple of its group.
+    """
+    check_mode(mode)
+    packings = {name: Packing.parse(mode) for name in quantizable(component, shapes)}
+    for name, packing in packings.items():
+        if shapes[name][1] % packing.group_size:
+            raise ValueError(
+                f"quantize={mode!r} needs matrices whose inputs are a multiple of {packing.group_size}, "
+                f"but {name} has {shapes[name][1]}"
+            )
+    return Quantization(mode, packings)
+
+
+def quantizable(component: str, names: Iterable[str]) -> list[str]:
+    """The names of the matrices that quantisation packs."""
+    pattern = QUANTIZED.get(component, r"(?!)")
+    return [name for name in names if re.fullmatch(pattern, name) and not re.fullmatch(NOT_MATRICES, name)]
