@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
 
@@ -19,6 +19,8 @@ def denoise(
     scheduler: Scheduler,
     guidance: Guidance,
     cache: StepCache | None = None,
+    first: int = 0,
+    state: Mapping[str, mx.array] | None = None,
 ) -> Iterator[Step]:
     """Walk from noise to clean latents, yielding a `Step` after each step, evaluated.
 
@@ -29,19 +31,33 @@ def denoise(
         scheduler: solver with its sigma grid; its history changes as the loop goes.
         guidance: which passes a step makes, and how they are combined.
         cache: decides which forwards are not computed; its state changes as the loop goes. None: all are.
+        first, state: go on at step ``first`` with the `Step.state` of the step before it, as if there had been no
+            break, bit for bit.
 
     Raises:
         SamplingError: the latents stopped being finite; says at which step.
+        ValueError: ``state`` is not what step ``first`` of this solver needs.
     """
     latents = conditioning.noise
     total = len(scheduler.timesteps)
     cache = cache or StepCache(total)
-    for index, timestep in enumerate(scheduler.timesteps.tolist()):
+    if first:
+        latents = state["latents"]
+        scheduler.load_state(first, part_of(state, "solver"))
+        cache.load_state(part_of(state, "cache"))
+    for index in range(first, total):
+        timestep = int(scheduler.timesteps[index])
         started = time.perf_counter()
         computed = cache.computed if index else 0
         velocity = guided_velocity(model, latents, float(timestep), conditioning, guidance, index, total, cache)
         latents = scheduler.step(index, velocity, latents)
-        mx.eval(latents, scheduler.denoised)
+        state = {
+            "latents": latents,
+            "denoised": scheduler.denoised,
+            **named("solver", scheduler.state()),
+            **named("cache", cache.state()),
+        }
+        mx.eval(state)
         if not mx.isfinite(latents).all().item():
             raise SamplingError(
                 f"the latents are not finite (NaN or infinite) after step {index + 1} of {total} at timestep "
@@ -57,4 +73,15 @@ def denoise(
             forwards=cache.computed - computed,
             passes=plain_passes(conditioning, guidance),
             seconds=time.perf_counter() - started,
+            state=state,
         )
+
+
+def named(owner: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The arrays of one part of the loop's state, under names that tell whose they are: "solver.x0_1"."""
+    return {f"{owner}.{name}": array for name, array in arrays.items()}
+
+
+def part_of(state: Mapping[str, mx.array], owner: str) -> dict[str, mx.array]:
+    """What `named` put into the state for ``owner``."""
+    return {name.removeprefix(f"{owner}."): a for name, a in state.items() if name.startswith(f"{owner}.")}

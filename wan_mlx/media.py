@@ -99,9 +99,11 @@ class VideoWriter:
         size: (width, height) in pixels.
         settings: anything JSON can hold; `read_settings` reads it back from the file.
         overwrite: replace an existing file.
+        folder: where the unfinished file is, on the same file system; beside ``path`` if None.
 
     Attributes:
         latents: set it before the block ends to have it in an ``.npz``.
+        when_whole: set it to have it called with the finished file's path before that is moved to its place.
 
     Raises:
         ValueError: as `check_output`; or the settings are not JSON; or the format cannot hold the size or the settings.
@@ -114,9 +116,12 @@ class VideoWriter:
         size: tuple[int, int],
         settings: dict[str, Any],
         overwrite: bool = False,
+        folder: Path | None = None,
     ):
         self.path, self.fps, self.size, self.overwrite = check_output(path, overwrite), fps, size, overwrite
+        self.folder = self.path.parent if folder is None else folder
         self.latents: np.ndarray | None = None
+        self.when_whole: Callable[[Path], None] | None = None
         self._ending = self.path.suffix.lower()
         self._text = _settings_text(settings)
         if not 0 < fps <= MAX_FPS:
@@ -127,7 +132,7 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         self._count = 0
         # Beside the target, so that the last move stays on one file system and is atomic.
-        self._temporary = self.path.with_name(f".wan_mlx-{secrets.token_hex(8)}{self._ending}")
+        self._temporary = self.folder / f".wan_mlx-{secrets.token_hex(8)}{self._ending}"
         if self._ending == ".mp4":
             self._encoder = _FFmpeg(self._temporary, self.fps, self.size, self._text)
         else:
@@ -154,8 +159,10 @@ class VideoWriter:
             if self._count == 0:
                 raise ValueError(f"no frames were written to {self.path}, expected at least 1")
             self._encoder.finish(self.latents)
+            if self.when_whole is not None:
+                self.when_whole(self._temporary)
             if not self.overwrite and os.path.lexists(self.path):  # somebody else's, since we checked
-                kept = self._temporary.with_name(self._temporary.name.lstrip("."))
+                kept = self.path.with_name(self._temporary.name.lstrip("."))
                 os.replace(self._temporary, kept)
                 raise ValueError(f"output {self.path} appeared during the run; it was kept, and this video is {kept}")
             os.replace(self._temporary, self.path)

@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,13 @@ from .configs import PRESETS, TEXT_LEN, Preset, TransformerConfig
 from .denoise import denoise
 from .guidance import Guidance, Model
 from .media import to_uint8
-from .schedulers import SOLVERS, make_scheduler
+from .schedulers import SOLVERS, Scheduler, make_scheduler
 from .sources import Source
 from .tasks import TASKS, fit_sources
 from .text_encoder import pad_context
 from .tokenizer import Tokenizer
 from .transformer import Transformer
-from .types import Conditioning, Request, StageReport, Step, Video
+from .types import Conditioning, Request, RunState, StageReport, Step, Video
 from .weights.checkpoint import Checkpoint, open_checkpoint
 from .weights.hub import resolve
 from .weights.load import open_component, transformer_config
@@ -75,6 +75,7 @@ class WanPipeline:
         self.progress = progress
         self.latent_channels = self.config.out_dim
         self.reports: list[StageReport] = []
+        self._kept: dict[str, Any] | None = None  # what stays loaded within `keep_loaded`
         if self.preset.task != self.config.model_type:
             raise ValueError(
                 f"{checkpoint.path} holds a {self.config.model_type} model, "
@@ -120,7 +121,8 @@ class WanPipeline:
 
         Args:
             prompt: what it should show.
-            callback: called with each `Step` as it ends.
+            callback: called with each `Step` as it ends. If it returns False, sampling stops there and the video is
+                the estimate of that step, `Step.denoised`; its settings then say ``stopped_after``.
             options: as for `request`: negative_prompt, width, height, num_frames, steps, guidance_scale, shift,
                 solver, seed, and the task's sources. What is left out or None takes the preset's default.
 
@@ -129,19 +131,24 @@ class WanPipeline:
             SamplingError: the latents stopped being finite.
         """
         request = self.request(prompt, **options)
-        frames, step = [], None
-        for event in self.stages(request):
-            if isinstance(event, Step):
-                step = event
-                if callback is not None:
-                    callback(step)
-            elif isinstance(event, np.ndarray):
-                frames.append(event)
+        settings = self.settings(request)
+        frames, latents = [], None
+        with closing(self.stages(request)) as events:
+            for event in events:
+                if isinstance(event, Step):
+                    latents = event.latents
+                    if callback is not None and callback(event) is False and event.index + 1 < event.total:
+                        latents, settings["stopped_after"] = event.denoised, event.index + 1
+                        break
+                elif isinstance(event, np.ndarray):
+                    frames.append(event)
+        if not frames:
+            frames = list(self.decode(latents))
         return Video(
             frames=np.concatenate(frames),
-            latents=latents_to_numpy(step.latents),
+            latents=latents_to_numpy(latents),
             fps=request.fps,
-            settings=self.settings(request),
+            settings=settings,
             stages=self.reports,
         )
 
@@ -220,35 +227,81 @@ class WanPipeline:
             "versions": {"wan_mlx": __version__, "mlx": mx.__version__},
         }
 
-    def stages(self, request: Request) -> Iterator[Event]:
+    def stages(self, request: Request, resume: RunState | None = None) -> Iterator[Event]:
         """Run the stages in order and yield what each gives: Conditioning, Steps, decoded frames.
 
         The caller may stop at any point; what was loaded is then dropped.
+
+        Args:
+            resume: what an earlier run of the same request had reached: it goes on from there, bit for bit, and
+                yields the step reached once more, with ``seconds`` 0.
         """
         self.reports = []
-        with self._stage("conditioning"):
-            conditioning = TASKS[request.task].condition(request, self)
-            mx.eval([array for array in vars(conditioning).values() if isinstance(array, mx.array)])
-        yield conditioning
-        with self._stage("load transformer"):
-            model = load_transformer(self.checkpoint, self.dtype, self._bar("loading transformer"), self.quantize)
-        latents = None
-        with self._stage("denoise"):
-            scheduler = make_scheduler(request.solver, request.steps, request.shift)
-            guidance = Guidance(request.guidance_scale)
-            steps = denoise(with_condition(model, conditioning), conditioning, scheduler, guidance)
-            for step in self._bar("denoising")(steps, total=request.steps):
-                step = without_references(step, conditioning.trim_latents)
-                latents = step.latents
-                yield step
-        del model, conditioning, scheduler, steps, step
+        if resume is None:
+            with self._stage("conditioning"):
+                resume = RunState(TASKS[request.task].condition(request, self))
+                mx.eval(resume.conditioning.arrays())
+        yield resume.conditioning
+        trim = resume.conditioning.trim_latents
+        for step in self._denoise(request, resume):
+            latents = without_references(step, trim).latents
+            yield without_references(step, trim)
+        del resume, step
         yield from self.decode(latents)
+
+    def _denoise(self, request: Request, reached: RunState) -> Iterator[Step]:
+        """The step reached and those that are left, for which alone the transformer is loaded."""
+        scheduler = make_scheduler(request.solver, request.steps, request.shift)
+        if reached.steps:
+            yield step_reached(scheduler, reached)
+        if reached.steps == request.steps:
+            return
+        with self._stage("load transformer"):
+            model = with_condition(self._load("transformer"), reached.conditioning)
+        with self._stage("denoise"):
+            steps = denoise(
+                model,
+                reached.conditioning,
+                scheduler,
+                Guidance(request.guidance_scale),
+                first=reached.steps,
+                state=reached.state,
+            )
+            yield from self._bar("denoising")(steps, total=request.steps, initial=reached.steps)
+
+    @contextmanager
+    def keep_loaded(self) -> Iterator[None]:
+        """Within this block transformer and VAE stay loaded from one video to the next, and texts stay encoded."""
+        if self._kept is not None:
+            yield
+            return
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+            mx.clear_cache()
+
+    def _load(self, network: str) -> Any:
+        """The transformer or the VAE: loaded now, or kept since it was."""
+        kept = {} if self._kept is None else self._kept
+        if network not in kept:
+            if network == "transformer":
+                bar = self._bar("loading transformer")
+                kept[network] = load_transformer(self.checkpoint, self.dtype, bar, self.quantize)
+            else:
+                kept[network] = load_vae(self.checkpoint, progress=self._bar("loading VAE"))
+        return kept[network]
 
     def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
         """Texts → embeddings zero-padded to (1, 512, text_dim), in one pass over the encoder's weights."""
-        tokenizer = Tokenizer(self.checkpoint.files["tokenizer"])
-        encoder = load_text_encoder(self.checkpoint, self.dtype, self._bar("encoding text"), self.quantize)
-        contexts = [pad_context(e, TEXT_LEN) for e in encoder([tokenizer(text) for text in texts])]
+        known = {} if self._kept is None else self._kept.setdefault("texts", {})
+        if new := [text for text in dict.fromkeys(texts) if text not in known]:
+            tokenizer = Tokenizer(self.checkpoint.files["tokenizer"])
+            encoder = load_text_encoder(self.checkpoint, self.dtype, self._bar("encoding text"), self.quantize)
+            known.update(zip(new, encoder([tokenizer(text) for text in new]), strict=True))
+            mx.eval([known[text] for text in new])
+        contexts = [pad_context(known[text], TEXT_LEN) for text in texts]
         mx.eval(contexts)
         return contexts
 
@@ -260,13 +313,13 @@ class WanPipeline:
 
     def encode_videos(self, videos: Sequence[Iterable[mx.array]]) -> list[mx.array]:
         """Videos in chunks of frames in [-1, 1] → normalised latents (1, t, h, w, C) each."""
-        vae = load_vae(self.checkpoint, progress=self._bar("loading VAE"))
+        vae = self._load("vae")
         return [vae.encode_chunks(self._bar("encoding video")(video)) for video in videos]
 
     def decode(self, latents: mx.array) -> Iterator[np.ndarray]:
         """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time."""
         with self._stage("decode"):
-            vae = load_vae(self.checkpoint, progress=self._bar("loading VAE"))
+            vae = self._load("vae")
             still = latents.shape[1] == 1  # the official code rounds stills and truncates videos
             for frames in self._bar("decoding")(vae.decode(latents), total=latents.shape[1]):
                 yield to_uint8(frames[0], rounding=still)
@@ -293,6 +346,13 @@ def with_condition(model: Transformer, conditioning: Conditioning) -> Model:
     if conditioning.vace_context is not None:
         return partial(model, vace_context=conditioning.vace_context, vace_scale=conditioning.context_scale)
     return partial(model, condition=conditioning.condition, image_features=conditioning.image_features)
+
+
+def step_reached(scheduler: Scheduler, reached: RunState) -> Step:
+    """The last step of ``reached``, as `denoise` yielded it; it took no time now."""
+    index, state = reached.steps - 1, reached.state
+    timestep, sigma = float(scheduler.timesteps[index]), float(scheduler.sigmas[index])
+    return Step(index, len(scheduler.timesteps), timestep, sigma, state["latents"], state["denoised"], state=state)
 
 
 def without_references(step: Step, count: int) -> Step:

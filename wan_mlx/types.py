@@ -108,6 +108,10 @@ class Conditioning:
     context_scale: float = 1.0
     trim_latents: int = 0
 
+    def arrays(self) -> dict[str, mx.array]:
+        """The fields that hold an array, by name."""
+        return {name: value for name, value in vars(self).items() if hasattr(value, "dtype")}
+
 
 class Encoders(Protocol):
     """What a task may ask of the pipeline; each call loads one stage's weights and drops them."""
@@ -132,7 +136,8 @@ class Step:
     ``index`` counts from 0 to ``total - 1``; ``timestep`` is in [0, 1000] and ``sigma`` in [0, 1] (both
     before the step); ``latents`` is float32 (1, t, h, w, C) after it; ``denoised`` is the solver's current
     estimate of the clean latents, same shape. ``forwards`` are those computed,
-    of the ``passes`` that a run without caches and with guidance all along makes.
+    of the ``passes`` that a run without caches and with guidance all along makes. ``state`` is all that `denoise` needs
+    to go on after this step: latents (with VACE's reference frames), the estimate, what solver and cache look back on.
     """
 
     index: int
@@ -144,6 +149,16 @@ class Step:
     forwards: int = 0
     passes: int = 0
     seconds: float = 0.0
+    state: dict[str, mx.array] = field(default_factory=dict)
+
+
+@dataclass
+class RunState:
+    """How far a run has come: its conditioning, how many steps are done, and `Step.state` of the last of them."""
+
+    conditioning: Conditioning
+    steps: int = 0
+    state: dict[str, mx.array] = field(default_factory=dict)
 
 
 @dataclass

@@ -32,7 +32,7 @@ from .quantize import QUANTIZED
 Progress = Callable[..., Iterable]
 
 
-def no_progress(items: Iterable, total: int | None = None) -> Iterable:
+def no_progress(items: Iterable, total: int | None = None, initial: int = 0) -> Iterable:
     """The silent `Progress`."""
     return items
 
