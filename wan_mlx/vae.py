@@ -1,8 +1,8 @@
 """The causal 3D VAE of Wan2.1: video ↔ latents.
 
-Follows the official ``wan/modules/vae.py``, but one frame at a time, which causality makes equal: layers take and give
-single frames (1, H, W, C), and ``CausalCache`` holds the frames they look back to. Parameter names are the official
-checkpoint's, so lists keep the numbering of its ``nn.Sequential``, with None where a layer has no parameters.
+Follows the official ``wan/modules/vae.py``, but a few frames at a time, which causality makes equal: layers take and
+give consecutive frames (n, H, W, C), and ``CausalCache`` holds the frames they look back to. Parameter names are the
+official checkpoint's, so lists keep the numbering of its ``nn.Sequential``, with None where a layer has no parameters.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from .configs import VAEConfig
 
 # The one attention head is 384 wide, which no fused kernel takes: this many scores at a time (64 MB in float32).
 SCORES_AT_ONCE = 1 << 24
+# Small frames are computed several at a time, which the GPU does faster; up to so many bytes, since several temporaries
+# of this size live at once.
+FRAMES_BYTES = 160_000_000
 
 
 class CausalCache:
@@ -33,8 +36,23 @@ class CausalCache:
         return self.frames.get(id(layer), ())
 
     def keep(self, layer: nn.Module, *frames: mx.array) -> None:
-        """Replace the frames kept by ``layer``."""
-        self.frames[id(layer)] = frames
+        """Replace the frames kept by ``layer``, each copied if it is a part of something larger."""
+        self.frames[id(layer)] = tuple(mx.contiguous(frame) for frame in frames)
+        mx.async_eval(*self.frames[id(layer)])  # a copy not yet made keeps alive what it is a copy of
+
+    def look_back(self, layer: nn.Module, x: mx.array) -> list[mx.array]:
+        """The next frames x (n, H, W, C) as a layer that sees each with the two before it needs them.
+
+        Returns three arrays (n, H, W, C): frame by frame two before, one before, and ``x`` itself. Zeros stand before
+        the first frame. The last two frames are kept.
+        """
+        before = self.get(layer) or (mx.zeros_like(x[:1]),) * 2
+        if len(x) == 1:
+            self.keep(layer, before[1], x)
+            return [*before, x]
+        self.keep(layer, x[-2:-1], x[-1:])
+        frames = mx.concatenate([*before, x])
+        return [frames[k : k + len(x)] for k in range(3)]
 
 
 class RMSNorm(nn.Module):
@@ -59,18 +77,24 @@ class Conv(nn.Module):
 
 
 class CausalConv(Conv):
-    """3x3x3 over a frame and the two before it, which are zero at the start of the video."""
+    """3x3x3 over each frame and the two before it, which are zero at the start of the video."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__(in_dim, out_dim, 3, 3, 3)
 
-    def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
-        before = cache.get(self) or (mx.zeros_like(x),) * 2
-        cache.keep(self, before[1], x)
-        # One 2D convolution per frame, summed: what Metal makes of such a 3D convolution anyway, without the copy of
+    def __call__(self, x: mx.array, cache: CausalCache, residual: mx.array | None = None) -> mx.array:
+        """Frames (n, H, W, C) → (n, H, W, out_dim), plus ``residual`` of that shape if there is one."""
+        frames = cache.look_back(self, x)
+        # One 2D convolution per tap, summed: what Metal makes of such a 3D convolution anyway, without the copy of
         # three frames into one array, and a quarter faster than cuDNN's 3D convolution.
-        taps = (mx.conv2d(frame, self.weight[:, k], padding=1) for k, frame in enumerate((*before, x)))
-        return sum(taps) + self.bias
+        taps = [mx.conv2d(frame, self.weight[:, k], padding=1) for k, frame in enumerate(frames)]
+        return add(*taps, self.bias) if residual is None else add(*taps, self.bias, residual)
+
+
+@mx.compile
+def add(*terms: mx.array) -> mx.array:
+    """Sum in one pass."""
+    return sum(terms[1:], terms[0])
 
 
 class PointConv(Conv):
@@ -117,13 +141,13 @@ class ResidualBlock(nn.Module):
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
         y = conv1(silu(norm1(x)), cache)
         mx.eval(y)  # everything that one evaluation computes is alive at once: one convolution at a time
-        y = conv2(silu(norm2(y)), cache) + (self.shortcut(x) if "shortcut" in self else x)
+        y = conv2(silu(norm2(y)), cache, residual=self.shortcut(x) if "shortcut" in self else x)
         mx.eval(y)
         return y
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention with one head among the pixels of a frame."""
+    """Self-attention with one head among the pixels of each frame."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -132,9 +156,9 @@ class AttentionBlock(nn.Module):
         self.proj = PointConv(dim, dim, rank=2)
 
     def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
-        _, h, w, c = x.shape
-        q, k, v = self.to_qkv(self.norm(x)).reshape(1, 1, h * w, 3 * c).split(3, axis=-1)
-        rows = max(1, SCORES_AT_ONCE // (h * w))
+        n, h, w, c = x.shape
+        q, k, v = self.to_qkv(self.norm(x)).reshape(n, 1, h * w, 3 * c).split(3, axis=-1)
+        rows = max(1, SCORES_AT_ONCE // (n * h * w))
         parts = []
         for row in range(0, h * w, rows):
             parts.append(mx.fast.scaled_dot_product_attention(q[:, :, row : row + rows], k, v, scale=c**-0.5))
@@ -152,7 +176,7 @@ class Downsample(nn.Module):
             self.time_conv = TimeConv(dim, dim)
 
     def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
-        """(1, H, W, C) → (1, H/2, W/2, C), or nothing while the second frame of a pair is missing."""
+        """(n, H, W, C) → (m, H/2, W/2, C): as many frames or, in time, one for the first frame and each two after."""
         conv = self.resample[1]
         # Padded below and on the right only.
         x = mx.conv_general(x, conv.weight, stride=2, padding=([0, 0], [1, 1])) + conv.bias
@@ -160,12 +184,15 @@ class Downsample(nn.Module):
         if "time_conv" not in self:
             yield x
             return
-        seen = (*cache.get(self), x)
-        if len(seen) == 2:  # the last frame of the pair before, and the first of this one
-            cache.keep(self, *seen)
-            return
-        cache.keep(self, x)
-        yield self.time_conv(*seen) if len(seen) == 3 else x
+        frames = [*cache.get(self), *mx.split(x, len(x))]
+        if not cache.get(self):  # the first frame stands for itself
+            yield frames[0]
+        # Pairs: each is seen with the frame before it. What waits for its second frame is kept.
+        pairs = (len(frames) - 1) // 2
+        cache.keep(self, *frames[2 * pairs :])
+        if pairs:
+            taps = (frames[k : k + 2 * pairs : 2] for k in range(3))
+            yield self.time_conv(*(mx.concatenate(tap) if pairs > 1 else tap[0] for tap in taps))
 
 
 class Upsample(nn.Module):
@@ -178,9 +205,9 @@ class Upsample(nn.Module):
             self.time_conv = TimeConv(dim, 2 * dim)
 
     def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
-        """(1, H, W, C) → one or two (1, 2H, 2W, C/2)."""
-        for frame in self._in_time(x, cache):
-            yield self._in_space(frame)  # not held here: it is as large as the frames that follow from it
+        """(n, H, W, C) → (m, 2H, 2W, C/2), a few frames at a time."""
+        for frames in in_batches(self._in_time(x, cache), scale=2):  # four times the pixels, half as wide
+            yield self._in_space(frames)  # not held here: it is as large as the frames that follow from it
 
     def _in_space(self, x):
         conv = self.resample[1]
@@ -190,20 +217,27 @@ class Upsample(nn.Module):
 
     def _in_time(self, x, cache):
         if "time_conv" not in self:
-            return [x]
-        before = cache.get(self)
-        if not before:
+            return x
+        if not cache.get(self):
             # The first frame is not doubled, and the second finds zeros before it instead of the first.
-            cache.keep(self, *(mx.zeros_like(x),) * 2)
-            return [x]
-        cache.keep(self, before[1], x)
-        return self.time_conv(*before, x).split(2, axis=-1)
+            cache.keep(self, *(mx.zeros_like(x[:1]),) * 2)
+            return x[:1] if len(x) == 1 else mx.concatenate([x[:1], self._in_time(x[1:], cache)])
+        y = self.time_conv(*cache.look_back(self, x))
+        n, h, w, c = x.shape
+        return y.reshape(n, h, w, 2, c).transpose(0, 3, 1, 2, 4).reshape(2 * n, h, w, c)
+
+
+def in_batches(x: mx.array, scale: int = 1) -> Iterator[mx.array]:
+    """Frames (n, H, W, C) in pieces of at most ``FRAMES_BYTES`` each when they have grown ``scale`` times."""
+    count = max(1, FRAMES_BYTES // (scale * x[0].nbytes))
+    for start in range(0, len(x), count):
+        yield x[start : start + count]
 
 
 def repeat_pixels(x: mx.array) -> mx.array:
-    """Nearest-neighbour doubling: (1, H, W, C) → (1, 2H, 2W, C)."""
-    _, h, w, c = x.shape
-    return mx.broadcast_to(x.reshape(1, h, 1, w, 1, c), (1, h, 2, w, 2, c)).reshape(1, 2 * h, 2 * w, c)
+    """Nearest-neighbour doubling: (n, H, W, C) → (n, 2H, 2W, C)."""
+    n, h, w, c = x.shape
+    return mx.broadcast_to(x.reshape(n, h, 1, w, 1, c), (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
 
 
 def middle_blocks(dim: int) -> list[nn.Module]:
@@ -219,9 +253,9 @@ def apply_head(head: Sequence, x: mx.array, cache: CausalCache) -> mx.array:
 
 
 def flow(layers: Sequence[Callable], frames: Iterable[mx.array], cache: CausalCache) -> Iterator[mx.array]:
-    """Send ``frames``, each (1, H, W, C), through ``layers``; resampling makes none, one or two of each.
+    """Send ``frames``, pieces (n, H, W, C) of a video, through ``layers``; resampling changes how many there are.
 
-    Each frame goes all the way before the next one starts, so that few large frames exist at a time.
+    Each piece goes all the way before the next one starts, so that few large frames exist at a time.
     """
     for x in frames:
         for i, layer in enumerate(layers):
@@ -234,7 +268,7 @@ def flow(layers: Sequence[Callable], frames: Iterable[mx.array], cache: CausalCa
 
 
 class Encoder(nn.Module):
-    """Frames (1, H, W, 3) → latent frames (1, h, w, 2 * z_dim), before the last 1x1x1 convolution."""
+    """Frames (n, H, W, 3) → latent frames (m, h, w, 2 * z_dim), before the last 1x1x1 convolution."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -250,13 +284,14 @@ class Encoder(nn.Module):
         self.head = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 2 * config.z_dim)]
 
     def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
-        """Encode the next frame: a latent frame comes out after frames 1, 5, 9, ..."""
+        """Encode the next frames: a latent frame comes out after frames 1, 5, 9, ..."""
         layers = [self.conv1, *self.downsamples, *self.middle, partial(apply_head, self.head)]
-        return flow(layers, [x], cache)
+        # The first layer makes frames of 3 channels `dim` channels wide.
+        return flow(layers, in_batches(x, scale=len(self.conv1.bias) // 3), cache)
 
 
 class Decoder(nn.Module):
-    """Latent frames (1, h, w, z_dim), after the first 1x1x1 convolution → frames (1, H, W, 3)."""
+    """Latent frames (n, h, w, z_dim), after the first 1x1x1 convolution → frames (m, H, W, 3)."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -274,7 +309,7 @@ class Decoder(nn.Module):
         self.head = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 3)]
 
     def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
-        """Decode the next latent frame: the first gives one frame, every other four."""
+        """Decode the next latent frames: the first gives one frame, every other four."""
         layers = [self.conv1, *self.middle, *self.upsamples, partial(apply_head, self.head)]
         return flow(layers, [x], cache)
 
@@ -368,11 +403,8 @@ class VAE(nn.Module):
         return self._decode_frames(latents)
 
     def _encode_chunk(self, chunk, cache):
-        x = chunk.astype(self.encoder.conv1.weight.dtype)
-        for i in range(x.shape[1]):
-            # Copied, because the cache keeps it and a slice would keep the whole chunk.
-            encoded = list(self.encoder(mx.contiguous(x[:, i]), cache))
-        (moments,) = encoded
+        x = chunk[0].astype(self.encoder.conv1.weight.dtype)
+        (moments,) = self.encoder(x, cache)
         mean = self.conv1(moments).astype(mx.float32)[..., : self.config.z_dim]
         latents = (mean - mx.array(self.config.mean)) / mx.array(self.config.std)
         mx.eval(latents)
@@ -383,7 +415,7 @@ class VAE(nn.Module):
         for i in range(latents.shape[1]):
             z = latents[:, i].astype(mx.float32) * mx.array(self.config.std) + mx.array(self.config.mean)
             z = self.conv2(z.astype(self.conv2.weight.dtype))
-            frames = mx.stack(list(self.decoder(z, cache)), axis=1)
+            frames = mx.concatenate(list(self.decoder(z, cache)))[None]
             frames = mx.clip(frames.astype(mx.float32), -1.0, 1.0)
             mx.eval(frames)
             yield frames
