@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 
 from wan_mlx.configs import PRESETS, TextEncoderConfig, TransformerConfig
 from wan_mlx.types import WeightsError
+from wan_mlx.weights.fp8 import without_scales
 from wan_mlx.weights.layouts import LAYOUTS, canonical_keys, recognise
 from wan_mlx.weights.load import check_keys
 
@@ -194,8 +195,11 @@ def transformer_case(layout: str, build: Callable, config: TransformerConfig) ->
 
 
 def comfyui_fp8() -> Shapes:
-    extra = {"scaled_fp8": (0,), "blocks.0.ffn.0.scale_input": (), "blocks.0.ffn.0.input_scale": ()}
-    return prefixed("diffusion_model.", official_transformer(T2V) | extra)
+    """As stored, what `fp8` takes away left out."""
+    layer = "blocks.0.ffn.0"
+    scales = {"scaled_fp8": (0,), f"{layer}.scale_input": (), f"{layer}.scale_weight": (), f"{layer}.input_scale": ()}
+    shapes = prefixed("diffusion_model.", official_transformer(T2V) | scales)
+    return {key: shapes[key] for key in without_scales(shapes)}
 
 
 def diffusers_i2v_published() -> Shapes:
@@ -203,7 +207,7 @@ def diffusers_i2v_published() -> Shapes:
 
 
 def comfyui_text_encoder() -> Shapes:
-    return hf_text_encoder() | {"spiece_model": (4548313,), "scaled_fp8": (0,)}
+    return hf_text_encoder() | {"spiece_model": (4548313,)}
 
 
 def untied_text_encoder() -> Shapes:
@@ -225,14 +229,14 @@ CASES = {
         lambda: prefixed("model.diffusion_model.", official_transformer(I2V)),
         lambda: official_transformer(I2V),
     ),
-    "comfyui fp8": Case("official transformer", comfyui_fp8, lambda: official_transformer(T2V), 3),
+    "comfyui fp8": Case("official transformer", comfyui_fp8, lambda: official_transformer(T2V)),
     "diffusers i2v published": Case(
         "diffusers transformer", diffusers_i2v_published, lambda: official_transformer(I2V), 40
     ),
     "official umT5": Case("official text_encoder", official_text_encoder, official_text_encoder),
     "hf umT5": Case("huggingface text_encoder", hf_text_encoder, official_text_encoder, 1),
     "hf umT5 without shared": Case("huggingface text_encoder", untied_text_encoder, official_text_encoder),
-    "comfyui umT5": Case("huggingface text_encoder", comfyui_text_encoder, official_text_encoder, 3),
+    "comfyui umT5": Case("huggingface text_encoder", comfyui_text_encoder, official_text_encoder, 2),
     "gguf umT5": Case("gguf text_encoder", gguf_text_encoder, official_text_encoder),
     "official vae": Case("official vae", official_vae, official_vae),
     "diffusers vae": Case("diffusers vae", diffusers_vae, official_vae),

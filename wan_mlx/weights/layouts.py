@@ -1,9 +1,8 @@
 """How published Wan2.1 checkpoints name their tensors, as data: anchored patterns → the official names.
 
 A canonical name is the official module's own parameter name, without the prefix some files put before it. Every key of
-a file is renamed by one rule or ignored by name; nothing else passes. Scales of quantised files (``scale_weight``,
-``weight_scale``, ``comfy_quant``) have no rule on purpose: the reader folds them into their weight, and one that is
-left over is an error rather than a wrong picture.
+a file is renamed by one rule or ignored by name; nothing else passes. The scales of fp8 files have no rule on purpose:
+`fp8` folds them into their weights before, and one that is left over is an error rather than a wrong picture.
 
 Shapes agree between the layouts too, except in Hugging Face's CLIP: q, k and v are three tensors to stack along axis 0,
 and the class embedding (D,) and position embedding (N, D) lack leading axes of size 1.
@@ -150,17 +149,11 @@ def _some(keys: list[str], most: int = 5) -> str:
 
 _END = r"(weight|bias)"
 
-_FP8 = (
-    Ignored(r"scaled_fp8", "marks a file of scaled fp8 tensors"),
-    Ignored(r".+\.(?:scale_input|input_scale)", "scale for fp8 activations; activations are not quantised here"),
-)
-
 _TRANSFORMER_OFFICIAL = Layout(
     "official",
     "transformer",
     anchors=("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.modulation"),
     prefix=r"(?:model\.)?diffusion_model\.",
-    ignored=_FP8,
     rules=(
         Rule(rf"(?:vace_)?patch_embedding\.{_END}"),
         Rule(rf"(?:text|time)_embedding\.[02]\.{_END}"),
@@ -186,7 +179,6 @@ _TRANSFORMER_DIFFUSERS = Layout(
     "transformer",
     anchors=("patch_embedding.weight", "condition_embedder.time_proj.weight", "blocks.0.attn1.to_q.weight"),
     ignored=(
-        *_FP8,
         Ignored(r"blocks\.\d+\.attn2\.norm_added_q\.weight", "left by a conversion; image features meet no such norm"),
     ),
     rules=(
@@ -224,7 +216,7 @@ _TEXT_OFFICIAL = Layout(
     "official",
     "text_encoder",
     anchors=("token_embedding.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.gate.0.weight"),
-    ignored=(*_FP8, _TOKENIZER),
+    ignored=(_TOKENIZER,),
     rules=(
         Rule(r"token_embedding\.weight"),
         Rule(r"blocks\.\d+\.norm[12]\.weight"),
@@ -244,7 +236,6 @@ _TEXT_HUGGINGFACE = Layout(
         "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
     ),
     ignored=(
-        *_FP8,
         _TOKENIZER,
         # Some versions of transformers leave zeros here, so the original is the one to trust.
         Ignored(r"encoder\.embed_tokens\.weight", "tied to shared.weight", copy_of="shared.weight"),

@@ -21,14 +21,17 @@ from mlx.utils import tree_flatten
 from ..configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from ..quantized import Packing
 from ..types import WeightsError
+from .fp8 import FP8, fold
+from .gguf import GGUFFile
 from .layouts import canonical_keys, recognise
 from .quantize import Quantization
-from .reader import WeightsFile, open_weights
+from .reader import BLOCKS, WeightsFile, open_weights
 
 SAFETENSORS_NAMES = {
     mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint8: "U8", mx.uint32: "U32"
 }  # fmt: skip
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+READABLE = {"F64", "F32", "F16", "BF16", *FP8, *BLOCKS}
 MLX_LAYOUT = "mlx"
 
 
@@ -42,6 +45,7 @@ class ComponentWeights:
     """
 
     def __init__(self, file: WeightsFile):
+        file = fold(file)
         self.file = file
         self.quantization = Quantization.from_metadata(file.metadata, file.path)
         self.layout = recognise(self._without_scales())
@@ -54,6 +58,8 @@ class ComponentWeights:
         }
         self.shapes = {name: self._shape(name) for name in self.sources}
         self._check_packed()
+        if not self.channels_last:
+            self._refuse_integers()
 
     @property
     def path(self) -> Path:
@@ -104,6 +110,24 @@ class ComponentWeights:
                         f"{self.path}: {stem + key} {found}; {packing.name} of {self.shapes[name]} needs "
                         f"{expected[1]} {expected[0]}"
                     )
+
+    def raw(self, name: str) -> tuple[np.ndarray, str] | None:
+        """A 2-D tensor's GGUF blocks as stored, uint8 (rows, bytes of a row), and their type; None if it has none."""
+        source = self.sources[name][0]
+        if len(self.shapes[name]) != 2 or len(self.sources[name]) > 1 or not isinstance(self.file, GGUFFile):
+            return None
+        return (self.file.raw(source), self.stored_dtype(name)) if self.file.has_rows_of_blocks(source) else None
+
+    def stored_dtype(self, name: str) -> str:
+        """The dtype in the file: F32, BF16, F8_E4M3 …, or a GGUF type such as Q4_K."""
+        return self.file.tensors[self.sources[name][0]].dtype
+
+    def _refuse_integers(self) -> None:
+        odd = [name for name in self.sources if self.stored_dtype(name) not in READABLE]
+        if odd:
+            raise WeightsError(
+                f"{self.path}: {_some(odd)} of dtype {self.stored_dtype(odd[0])}; expected floats, fp8 or GGUF blocks"
+            )
 
     def _shape(self, name: str) -> tuple[int, ...]:
         packing = self.quantization and self.quantization.packings.get(name)

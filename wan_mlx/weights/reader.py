@@ -1,8 +1,8 @@
 """One way to read every kind of weight file: what it holds is known from headers, a tensor is read when asked for.
 
 `open_weights` decides the kind by content: safetensors (https://github.com/huggingface/safetensors, "Format"), an index
-JSON over shards, or torch's zip format (`pth`). Another kind is another subclass of `WeightsFile` and a row in
-``_KINDS`` and ``_kind``.
+JSON over shards, torch's zip format (`pth`) or GGUF (`gguf`). Another kind is another subclass of `WeightsFile` and a
+line in `open_weights` and ``_kind``.
 """
 
 from __future__ import annotations
@@ -35,20 +35,27 @@ _NUMPY = {
 }
 # One such tensor makes mx.load refuse the whole file.
 _UNKNOWN_TO_MLX = {"F64", "F8_E5M2"}
+# GGUF's block formats: how many values a block has, and how many bytes.
+BLOCKS = {
+    **{"Q8_0": (32, 34), "Q5_1": (32, 24), "Q5_0": (32, 22), "Q4_1": (32, 20), "Q4_0": (32, 18), "IQ4_NL": (32, 18)},
+    **{"Q6_K": (256, 210), "Q5_K": (256, 176), "Q4_K": (256, 144), "IQ4_XS": (256, 136), "Q3_K": (256, 110)},
+    **{"Q2_K": (256, 84)},
+}
 # How many values at most are read in one piece when a row is not contiguous.
 _PIECE = 2**20
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor; ``dtype`` is safetensors' name for it (F32, BF16, F8_E4M3 …)."""
+    """What a header says of a tensor; ``dtype`` is safetensors' name for it (F32, F8_E4M3 …) or ggml's (Q4_K …)."""
 
     shape: tuple[int, ...]
     dtype: str
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+        values, size = BLOCKS.get(self.dtype) or (1, ITEMSIZE[self.dtype])
+        return math.prod(self.shape) // values * size
 
 
 class WeightsFile:
@@ -82,7 +89,7 @@ class WeightsFile:
         if info.nbytes:
             with self._opened(key) as (file, start):
                 self._fill(values, file, start)
-        if values.size == math.prod(info.shape) and strides == _contiguous(info.shape):
+        if values.size == math.prod(info.shape) and strides == contiguous(info.shape):
             return _to_mlx(values.reshape(info.shape), info.dtype)
         steps = [stride * values.itemsize for stride in strides]
         return _to_mlx(np.lib.stride_tricks.as_strided(values, info.shape, steps).copy(), info.dtype)
@@ -94,11 +101,23 @@ class WeightsFile:
             ValueError: ``indices`` are not a list of row numbers.
             WeightsError: as `read`, or the tensor is not 2-D.
         """
-        info = self._info(key)
-        if len(info.shape) != 2:
-            raise WeightsError(f"{self.path}: rows of {key} were asked for, but its shape is {info.shape}, not 2-D")
+        indices = self._check_rows(key, indices)
+        info = self.tensors[key]
+        wanted, inverse = np.unique(indices, return_inverse=True)
+        values = np.empty((len(wanted), info.shape[1]), _NUMPY[info.dtype])
+        row_stride, stride = self._strides(key)
+        if values.size:
+            with self._opened(key) as (file, start):
+                for target, row in zip(values, wanted.tolist(), strict=True):
+                    self._fill_row(target, file, start + row * row_stride * values.itemsize, stride)
+        return _to_mlx(values[inverse], info.dtype)
+
+    def _check_rows(self, key: str, indices: np.ndarray) -> np.ndarray:
+        shape = self._info(key).shape
+        if len(shape) != 2:
+            raise WeightsError(f"{self.path}: rows of {key} were asked for, but its shape is {shape}, not 2-D")
         indices = np.asarray(indices)
-        height, width = info.shape
+        height = shape[0]
         if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
             raise ValueError(f"indices of shape {indices.shape} and dtype {indices.dtype}; expected 1-D integers")
         if indices.size and not (0 <= indices.min() and indices.max() < height):
@@ -107,14 +126,7 @@ class WeightsFile:
                 if height
                 else f"row indices {indices.min()} to {indices.max()}; {key} has no rows"
             )
-        wanted, inverse = np.unique(indices, return_inverse=True)
-        values = np.empty((len(wanted), width), _NUMPY[info.dtype])
-        row_stride, stride = self._strides(key)
-        if values.size:
-            with self._opened(key) as (file, start):
-                for target, row in zip(values, wanted.tolist(), strict=True):
-                    self._fill_row(target, file, start + row * row_stride * values.itemsize, stride)
-        return _to_mlx(values[inverse], info.dtype)
+        return indices
 
     def nbytes(self, key: str) -> int:
         """Bytes of the tensor as stored."""
@@ -206,7 +218,7 @@ class SafetensorsFile(WeightsFile):
         return arrays
 
     def _strides(self, key: str) -> tuple[int, ...]:
-        return _contiguous(self.tensors[key].shape)
+        return contiguous(self.tensors[key].shape)
 
     @contextmanager
     def _open(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
@@ -260,18 +272,18 @@ class ShardedFile(WeightsFile):
 
 
 def open_weights(path: str | Path) -> WeightsFile:
-    """Open a weight file: .safetensors, an index JSON over shards, or torch's .pth; the content decides, not the name.
+    """Open a weight file: .safetensors, an index JSON over shards, .gguf or torch's .pth; content decides, not name.
 
     Only headers are read, and no code in the file is run.
 
     Raises:
         WeightsError: the file is missing, not one of these, truncated, damaged or hostile; the message is one line.
     """
+    from .gguf import GGUFFile
+
+    kinds = {"safetensors": SafetensorsFile, "torch": TorchFile, "index": ShardedFile, "gguf": GGUFFile}
     path = Path(path)
-    return _KINDS[_kind(path, _head(path))](path)
-
-
-_KINDS = {"safetensors": SafetensorsFile, "torch": TorchFile, "index": ShardedFile}
+    return kinds[_kind(path, _head(path))](path)
 
 
 def _head(path: Path) -> bytes:
@@ -298,7 +310,9 @@ def _head(path: Path) -> bytes:
 
 
 def _kind(path: Path, head: bytes) -> str:
-    """Which of ``_KINDS`` or "index" a file is, by its first bytes."""
+    """What a file is ("safetensors", "torch", "index" or "gguf"), by its first bytes."""
+    if head.startswith(b"GGUF"):
+        return "gguf"
     if head.startswith(b"PK\x03\x04"):
         return "torch"
     # Before the index: the first byte of a header's length may happen to be a brace.
@@ -313,7 +327,7 @@ def _kind(path: Path, head: bytes) -> str:
             f"{path}: a safetensors header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"
         )
     raise WeightsError(
-        f"{path}: {_looks_like(head, text)}; expected safetensors, its index JSON, or a .pth written by torch.save"
+        f"{path}: {_looks_like(head, text)}; expected safetensors, its index JSON, a GGUF, or a .pth by torch.save"
     )
 
 
@@ -322,8 +336,6 @@ def _looks_like(head: bytes, text: bytes) -> str:
         return "a git-lfs pointer, not the file itself (run `git lfs pull`, or download it again)"
     if text[:14].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "an HTML page, not weights (a download that needs a login or another address)"
-    if head.startswith(b"GGUF"):
-        return "a GGUF file"
     if head[257:262] == b"ustar":
         return "a tar archive"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -458,7 +470,7 @@ def _to_mlx(values: np.ndarray, dtype: str) -> mx.array:
     return array
 
 
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
