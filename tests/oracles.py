@@ -5,6 +5,7 @@ The package's own ``__init__`` pulls in CUDA-only and unrelated models, so bare 
 
 import importlib
 import importlib.util
+import re
 import sys
 import types
 import warnings
@@ -155,3 +156,14 @@ def official_frames(vae, scale, latents: torch.Tensor) -> np.ndarray:
     if video.shape[1] == 1:
         video += 0.5
     return video.type(torch.uint8).movedim(0, -1).numpy()
+
+
+def in_halves(name: str, array: np.ndarray, head_dim: int) -> np.ndarray:
+    """A parameter of a transformer with the rows in our order, written out so that the package is not its own judge.
+
+    Of the rows that make rotated queries and keys, each head's even ones come first, then its odd ones.
+    """
+    if not re.search(r"self_attn\.(q|k|norm_q|norm_k)\.", name):
+        return array
+    order = [i for odd in (0, 1) for i in range(odd, head_dim, 2)]
+    return array[[head + i for head in range(0, len(array), head_dim) for i in order]]

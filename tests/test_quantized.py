@@ -14,7 +14,7 @@ from wan_mlx.types import WeightsError
 from wan_mlx.weights.convert import convert
 from wan_mlx.weights.hub import resolve
 from wan_mlx.weights.load import open_component
-from wan_mlx.weights.networks import load_text_encoder, load_transformer
+from wan_mlx.weights.networks import load_text_encoder, load_transformer, transformer_parameters
 from wan_mlx.weights.parameters import Parameters, stream_blocks
 from wan_mlx.weights.quantize import plan_quantization
 
@@ -99,7 +99,7 @@ def test_streamed_blocks_equal_resident_ones(quantize):
     model = load_transformer(NANO, "bfloat16", quantize=quantize)
     assert isinstance(model.blocks[1].ffn[2], QuantizedLinear if quantize else Linear)
     weights = open_component(NANO / "transformer.safetensors", "transformer")
-    parameters = Parameters(weights, mx.bfloat16, quantize)
+    parameters = transformer_parameters(weights, model.config, mx.bfloat16, quantize)
     held = []
     for index, block in enumerate(stream_blocks(lambda i: type(model.blocks[i])(model.config), parameters, 6)):
         same(parameters_of(block), parameters_of(model.blocks[index]))

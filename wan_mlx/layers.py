@@ -57,6 +57,17 @@ class RMSNorm(nn.Module):
         self.weight = mx.ones((dim,))
 
 
+def modulated_norm(x: mx.array, scale: mx.array, shift: mx.array, eps: float) -> mx.array:
+    """LayerNorm times ``scale`` plus ``shift``, float32 (1 or B, 1, D) or (D,), in x's dtype; x is (B, L, D).
+
+    Statistics are float32. One kernel does it all if scale and shift are the same for the whole batch; they are rounded
+    to x's dtype then, since wider ones would widen the result and everything after it.
+    """
+    if scale.size == x.shape[-1]:
+        return mx.fast.layer_norm(x, scale.flatten().astype(x.dtype), shift.flatten().astype(x.dtype), eps)
+    return scale_shift(mx.fast.layer_norm(x, None, None, eps), scale, shift)
+
+
 class AffineNorm(nn.Module):
     """LayerNorm with weight and bias, which stay float32 while the result keeps x's dtype."""
 
@@ -67,7 +78,7 @@ class AffineNorm(nn.Module):
         self.bias = mx.zeros((dim,))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return scale_shift(mx.fast.layer_norm(x, None, None, self.eps), self.weight, self.bias)
+        return modulated_norm(x, self.weight, self.bias, self.eps)
 
 
 class Pacer:

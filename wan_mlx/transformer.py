@@ -15,7 +15,7 @@ import numpy as np
 
 from .attention import attention
 from .configs import TransformerConfig
-from .layers import AffineNorm, Linear, Pacer, RMSNorm, gated_add, gelu_tanh, in_token_chunks, scale_shift
+from .layers import AffineNorm, Linear, Pacer, RMSNorm, gated_add, gelu_tanh, in_token_chunks, modulated_norm
 from .rope import rope_table, scale_and_rotate
 
 # Parameters that stay float32 whatever the dtype of the rest: few bytes, and rounding them shows.
@@ -105,21 +105,19 @@ class Block(nn.Module):
         """x (B, L, D), modulation float32 (B, 6, D), context (B, 512, D) → (B, L, D)."""
         m = self.modulation + modulation
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = (m[:, i : i + 1] for i in range(6))
-        x = gated_add(x, self.self_attn(self._modulated(x, 1 + scale_attn, shift_attn), table, pace), gate_attn)
+        y = modulated_norm(x, 1 + scale_attn, shift_attn, self.eps)
+        x = gated_add(x, self.self_attn(y, table, pace), gate_attn)
         pace(x)
         pairs = self.cross_attn.keys_values(context, image_context)
 
         def tokenwise(x):
             x = x + self.cross_attn(self.norm3(x), pairs, pace)
-            y = self._modulated(x, 1 + scale_ffn, shift_ffn)
+            y = modulated_norm(x, 1 + scale_ffn, shift_ffn, self.eps)
             for layer in self.ffn:
                 y = layer(y)
             return gated_add(x, y, gate_ffn)
 
         return in_token_chunks(tokenwise, x, pace)
-
-    def _modulated(self, x, scale, shift):
-        return scale_shift(mx.fast.layer_norm(x, None, None, self.eps), scale, shift)
 
 
 class Head(nn.Module):

@@ -1,12 +1,13 @@
 """The diffusion transformer against PyTorch, float32, random weights: rope, a block, every kind of model."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from mlx.utils import tree_flatten
-from oracles import official, randomize, relative_error, unmasked_attention
+from oracles import in_halves, official, randomize, relative_error, unmasked_attention
 
 from wan_mlx.configs import TransformerConfig
 from wan_mlx.layers import Pacer
@@ -28,11 +29,13 @@ def channels_last(array: torch.Tensor) -> mx.array:
     return to_mlx(array.movedim(1, -1))
 
 
-def load_state(model: Transformer, state: dict[str, torch.Tensor]) -> None:
+def load_state(model: nn.Module, state: dict[str, torch.Tensor], head_dim: int) -> None:
     """Official names, torch layout → ours. Written out here so that the package's loader is not its own judge."""
     weights = {k: v.detach().float().numpy() for k, v in state.items()}
-    patch = weights["patch_embedding.weight"]
-    weights["patch_embedding.weight"] = patch.transpose(0, 2, 3, 4, 1).reshape(patch.shape[0], -1)
+    weights = {name: in_halves(name, array, head_dim) for name, array in weights.items()}
+    if "patch_embedding.weight" in weights:
+        patch = weights["patch_embedding.weight"]
+        weights["patch_embedding.weight"] = patch.transpose(0, 2, 3, 4, 1).reshape(patch.shape[0], -1)
     assert set(weights) == {k for k, _ in tree_flatten(model.parameters())}
     model.load_weights([(k, mx.array(v)) for k, v in weights.items()], strict=True)
 
@@ -55,7 +58,10 @@ def test_rope_alone(official_model, grid, heads, head_dim):
     spatial = 2 * (head_dim // 6)
     tables = [official_model.rope_params(1024, d) for d in (head_dim - 2 * spatial, spatial, spatial)]
     want = official_model.rope_apply(x, torch.tensor([grid]), torch.cat(tables, dim=1)).numpy()
-    got = np.array(scale_and_rotate(to_mlx(x), mx.ones((heads, head_dim)), rope_table(grid, head_dim)))
+    x, want = (torch.as_tensor(a).movedim(-1, 0) for a in (x, want))
+    x, want = (in_halves("self_attn.q.", a.numpy(), head_dim) for a in (x, want))
+    x, want = (np.moveaxis(a, 0, -1) for a in (x, want))
+    got = np.array(scale_and_rotate(mx.array(x), mx.ones((heads, head_dim)), rope_table(grid, head_dim)))
     assert relative_error(got, want) < 1e-6
 
 
@@ -65,7 +71,7 @@ def test_block_alone(official_model):
     randomize(reference, seed=1)
     model = Transformer(config)
     block = model.blocks[0]
-    block.load_weights([(k, to_mlx(v)) for k, v in reference.state_dict().items()], strict=True)
+    load_state(block, reference.state_dict(), config.head_dim)
     grid, generator = (2, 3, 5), torch.Generator().manual_seed(2)
     x = torch.randn(1, 30, config.dim, generator=generator)
     e = torch.randn(1, 6, config.dim, generator=generator)
@@ -88,7 +94,7 @@ def test_text_to_video_official(official_model, grid, text_tokens):
     reference = official_model.WanModel(model_type="t2v", in_dim=16, out_dim=16, **kept).eval()
     randomize(reference, seed=3)
     model = Transformer(config)
-    load_state(model, reference.state_dict())
+    load_state(model, reference.state_dict(), config.head_dim)
     generator = torch.Generator().manual_seed(4)
     latents = torch.randn(16, *grid, generator=generator)
     context = torch.randn(text_tokens, config.text_dim, generator=generator)
@@ -132,7 +138,7 @@ def test_every_kind_diffusers(kind, batch):
     config = tiny_config(model_type=kind, in_dim=36 if image else 16, image_dim=40)
     reference = diffusers_model(config, seed=5)
     model = Transformer(config)
-    load_state(model, official_state(reference))
+    load_state(model, official_state(reference), config.head_dim)
     generator = torch.Generator().manual_seed(6)
     latents = torch.randn(batch, config.in_dim, 3, 6, 10, generator=generator)
     context = torch.randn(batch, TEXT_LEN, config.text_dim, generator=generator)
@@ -161,7 +167,7 @@ def test_bfloat16_no_further_from_float32_than_diffusers(tmp_path):
 
     def ours(dtype):
         model = Transformer(config)
-        load_state(model, state)
+        load_state(model, state, config.head_dim)
         weights = [(k, v.astype(dtype_of("transformer", k, dtype))) for k, v in tree_flatten(model.parameters())]
         model.load_weights(weights)
         return np.array(model(channels_last(latents), 500.0, to_mlx(context))).transpose(0, 4, 1, 2, 3)
@@ -185,7 +191,7 @@ def test_tokens_in_chunks_equal_whole(monkeypatch):
 
     config = tiny_config()
     model = Transformer(config)
-    load_state(model, official_state(diffusers_model(config, seed=9)))
+    load_state(model, official_state(diffusers_model(config, seed=9)), config.head_dim)
     mx.random.seed(0)
     latents, context = mx.random.normal((1, 3, 6, 10, 16)), mx.random.normal((1, TEXT_LEN, config.text_dim))
     whole = np.array(model(latents, 500.0, context))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import WanVACETransformer3DModel
 from mlx.utils import tree_flatten
-from oracles import randomize, relative_error
+from oracles import in_halves, randomize, relative_error
 
 from wan_mlx.configs import PRESETS, TransformerConfig
 from wan_mlx.transformer import Transformer
@@ -63,6 +63,7 @@ def ours(config: TransformerConfig, reference: WanVACETransformer3DModel, dtype=
         array = state[source].float().numpy()
         if array.ndim == 5:
             array = array.transpose(0, 2, 3, 4, 1).reshape(array.shape[0], -1)
+        array = in_halves(name, array, config.head_dim)
         weights[name] = mx.array(array).astype(dtype_of("transformer", name, dtype))
     model = VaceTransformer(config)
     model.load_weights(list(weights.items()), strict=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from ..configs import TransformerConfig
 from ..image_encoder import ImageEncoder, last_block_shapes
+from ..rope import row_order
 from ..text_encoder import EncoderBlock, TextEncoder, parameter_shapes
 from ..transformer import Transformer
 from ..types import WeightsError
@@ -98,7 +101,15 @@ def load_transformer(
     weights, config = _open(path, "transformer")
     config = transformer_config(weights, config)
     network = VaceTransformer if config.model_type == "vace" else Transformer
-    return load_module(network(config), Parameters(weights, parse_dtype(dtype), quantize), progress)
+    return load_module(network(config), transformer_parameters(weights, config, parse_dtype(dtype), quantize), progress)
+
+
+def transformer_parameters(
+    weights: ComponentWeights, config: TransformerConfig, dtype: mx.Dtype, quantize: str | None = None
+) -> Parameters:
+    """A transformer's parameters as `Transformer` wants them, whole or block by block."""
+    order = partial(row_order, dim=config.dim, head_dim=config.head_dim)
+    return Parameters(weights, dtype, quantize, row_order=order)
 
 
 def load_vae(path: str | Path | Checkpoint, dtype: str | mx.Dtype = "float32", progress: Progress = no_progress) -> VAE:
