@@ -283,11 +283,24 @@ class Encoder(nn.Module):
         self.middle = middle_blocks(widths[-1])
         self.head = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 2 * config.z_dim)]
 
+    @property
+    def local(self) -> list[Callable]:
+        """The first layers, of which every pixel sees only its neighbourhood."""
+        return [self.conv1, *self.downsamples]
+
+    @property
+    def whole(self) -> list[Callable]:
+        """The layers after them, which see whole frames."""
+        return [*self.middle, partial(apply_head, self.head)]
+
+    def batches(self, x: mx.array) -> Iterator[mx.array]:
+        """As many frames at a time as the first layers should get."""
+        # The first layer makes frames of 3 channels `dim` channels wide.
+        return in_batches(x, scale=len(self.conv1.bias) // 3)
+
     def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
         """Encode the next frames: a latent frame comes out after frames 1, 5, 9, ..."""
-        layers = [self.conv1, *self.downsamples, *self.middle, partial(apply_head, self.head)]
-        # The first layer makes frames of 3 channels `dim` channels wide.
-        return flow(layers, in_batches(x, scale=len(self.conv1.bias) // 3), cache)
+        return flow([*self.local, *self.whole], self.batches(x), cache)
 
 
 class Decoder(nn.Module):
@@ -308,10 +321,19 @@ class Decoder(nn.Module):
                 self.upsamples.append(Upsample(out_dim, temporal[i]))
         self.head = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 3)]
 
+    @property
+    def whole(self) -> list[Callable]:
+        """The first layers, which see whole frames."""
+        return [self.conv1, *self.middle]
+
+    @property
+    def local(self) -> list[Callable]:
+        """The layers after them, of which every pixel sees only its neighbourhood."""
+        return [*self.upsamples, partial(apply_head, self.head)]
+
     def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
         """Decode the next latent frames: the first gives one frame, every other four."""
-        layers = [self.conv1, *self.middle, *self.upsamples, partial(apply_head, self.head)]
-        return flow(layers, [x], cache)
+        return flow([*self.whole, *self.local], [x], cache)
 
 
 class VAE(nn.Module):
@@ -373,16 +395,21 @@ class VAE(nn.Module):
             ValueError: a chunk has another shape, or there is none.
         """
         cache = CausalCache()
-        latents = []
+        latents = [self._encode_chunk(chunk, cache) for chunk in self.checked_chunks(chunks)]
+        return mx.stack(latents, axis=1)
+
+    def checked_chunks(self, chunks: Iterable[mx.array]) -> Iterator[mx.array]:
+        """The same chunks; raises ValueError as `encode_chunks` does."""
+        count = 0
         for chunk in chunks:
             self._check_frames(chunk)
-            expected = self.temporal_factor if latents else 1
+            expected = self.temporal_factor if count else 1
             if chunk.shape[1] != expected:
-                raise ValueError(f"chunk {len(latents)} has {chunk.shape[1]} frames, expected {expected}")
-            latents.append(self._encode_chunk(chunk, cache))
-        if not latents:
+                raise ValueError(f"chunk {count} has {chunk.shape[1]} frames, expected {expected}")
+            yield chunk
+            count += 1
+        if not count:
             raise ValueError("no chunk of frames given, expected at least one")
-        return mx.concatenate(latents, axis=1)
 
     def decode(self, latents: mx.array) -> Iterator[mx.array]:
         """Frames of a video, as they are decoded.
@@ -403,22 +430,33 @@ class VAE(nn.Module):
         return self._decode_frames(latents)
 
     def _encode_chunk(self, chunk, cache):
-        x = chunk[0].astype(self.encoder.conv1.weight.dtype)
-        (moments,) = self.encoder(x, cache)
+        (moments,) = self.encoder(chunk[0].astype(self.encoder.conv1.weight.dtype), cache)
+        return self.pack(moments)
+
+    def pack(self, moments: mx.array) -> mx.array:
+        """What the encoder gives (1, h, w, 2C) → a frame of latents float32 (1, h, w, C), normalised."""
         mean = self.conv1(moments).astype(mx.float32)[..., : self.config.z_dim]
         latents = (mean - mx.array(self.config.mean)) / mx.array(self.config.std)
         mx.eval(latents)
-        return latents[:, None]
+        return latents
+
+    def unpack(self, latents: mx.array) -> Iterator[mx.array]:
+        """Normalised latents float32 (1, t, h, w, C) → the frames (1, h, w, C) that the decoder takes."""
+        for i in range(latents.shape[1]):
+            z = latents[:, i].astype(mx.float32) * mx.array(self.config.std) + mx.array(self.config.mean)
+            yield self.conv2(z.astype(self.conv2.weight.dtype))
+
+    def to_frames(self, decoded: Iterable[mx.array]) -> mx.array:
+        """Frames (n, H, W, 3) from the decoder, in pieces → float32 (1, n, H, W, 3), clipped to [-1, 1]."""
+        frames = mx.concatenate(list(decoded))[None]
+        frames = mx.clip(frames.astype(mx.float32), -1.0, 1.0)
+        mx.eval(frames)
+        return frames
 
     def _decode_frames(self, latents):
         cache = CausalCache()
-        for i in range(latents.shape[1]):
-            z = latents[:, i].astype(mx.float32) * mx.array(self.config.std) + mx.array(self.config.mean)
-            z = self.conv2(z.astype(self.conv2.weight.dtype))
-            frames = mx.concatenate(list(self.decoder(z, cache)))[None]
-            frames = mx.clip(frames.astype(mx.float32), -1.0, 1.0)
-            mx.eval(frames)
-            yield frames
+        for z in self.unpack(latents):
+            yield self.to_frames(self.decoder(z, cache))
 
     def _check_frames(self, frames):
         if frames.ndim != 5 or frames.shape[0] != 1 or frames.shape[-1] != 3 or 0 in frames.shape:

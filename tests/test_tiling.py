@@ -1,0 +1,155 @@
+"""Tiles of the VAE: the same video, in less memory."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_map_with_path
+
+import wan_mlx
+from wan_mlx import tiling
+from wan_mlx.configs import VAEConfig
+from wan_mlx.media import to_uint8
+from wan_mlx.vae import VAE, CausalCache, CausalConv, ResidualBlock, flow
+from wan_mlx.weights.hub import resolve
+
+CONFIG = VAEConfig(dim=8, z_dim=4, mean=(0.5, -0.3, 0.0, 1.0), std=(1.0, 2.0, 0.7, 1.5))
+SAME = dict(rtol=0, atol=1e-5)  # of float32 values around 1
+
+
+@pytest.fixture(scope="module")
+def vae():
+    rng = np.random.default_rng(0)
+
+    def fill(path, value):
+        noise = rng.normal(size=value.shape)
+        return mx.array(noise * value[0].size ** -0.5 if value.ndim > 1 else 0.1 * noise + path.endswith("gamma"))
+
+    vae = VAE(CONFIG)
+    return vae.update(tree_map_with_path(lambda p, v: fill(p, v).astype(mx.float32), vae.parameters()))
+
+
+def random(*shape):
+    return mx.array(np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32))
+
+
+def chunks_of(frames):
+    return [frames[:, :1], *(frames[:, i : i + 4] for i in range(1, frames.shape[1], 4))]
+
+
+def decoded(vae, latents, tile, **options):
+    return np.concatenate(list(tiling.decode(vae, latents, tile, **options)), axis=1)
+
+
+@pytest.mark.parametrize("size, tile", [((32, 2), (64, 64)), ((2, 25), (72, 1000)), ((9, 9), (64, 64))])
+def test_tiled_decode_equals_whole(vae, size, tile):
+    latents = random(1, 2, *size, 4)
+    np.testing.assert_allclose(decoded(vae, latents, tile), decoded(vae, latents, None), **SAME)
+
+
+@pytest.mark.parametrize("size, tile", [((24, 2), (64, 64)), ((2, 17), (72, 1000)), ((9, 9), (64, 64))])
+def test_tiled_encode_equals_whole(vae, size, tile):
+    chunks = chunks_of(random(1, 5, *(8 * n for n in size), 3))
+    whole = tiling.encode(vae, chunks, None)
+    assert np.array_equal(whole, vae.encode_chunks(chunks)) and whole.shape == (1, 2, *size, 4)
+    np.testing.assert_allclose(tiling.encode(vae, iter(chunks), tile), whole, **SAME)
+
+
+@pytest.mark.parametrize("direction", ["decoder", "encoder"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_margins_are_as_wide_as_the_convolutions_reach(vae, direction, stage):
+    """NaN spreads as far as convolutions reach: from outside a stage's span never into the core, from inside it does.
+
+    Random values could not show this: what reaches through a dozen convolutions is too little to see.
+    """
+    layers, length, core = getattr(vae, direction).local, 48, (24, 26)
+    spans = getattr(tiling, f"_{direction}_spans")(core, tiling._convolutions(layers), length)
+    start, end = spans[stage - 1][1] if stage else spans[0][0]  # what the stage is given, before it resamples
+    right, rest = spans[-1][1], [layer for group in tiling._stages(layers)[stage:] for layer in group]
+    into = max(0, stage - 1)
+    rows, columns = (n << into if direction == "decoder" else n << (3 - into) for n in (length, 1))
+    conv = {CausalConv: lambda x: x, ResidualBlock: lambda x: x.residual[2]}.get(type(rest[0]), lambda x: x.resample[1])
+
+    def reached(row):
+        """Which rows of the core a NaN in this row of the stage's input reaches."""
+        x = np.zeros((1, rows, columns, conv(rest[0]).weight.shape[-1]), np.float32)
+        x[:, row] = np.nan
+        (y,) = flow(rest, [mx.array(x)], CausalCache())
+        return np.isnan(np.array(y)).any(axis=(0, 2, 3))[slice(*right)]
+
+    assert not reached(start - 1).any() and not reached(end).any()
+    # Each halving takes pixels in pairs, but of the last pair only one is read.
+    spare = 2 ** (4 - max(1, stage)) - 1 if direction == "encoder" else 0
+    assert reached(start)[0] and reached(end - 1 - spare)[-1]
+
+
+def test_a_still_and_frames_in_order(vae):
+    latents = random(1, 3, 2, 9, 4)
+    shapes = [frames.shape for frames in tiling.decode(vae, latents, (64, 64))]
+    assert shapes == [frames.shape for frames in vae.decode(latents)] == [(1, n, 16, 72, 3) for n in (1, 4, 4)]
+    np.testing.assert_allclose(decoded(vae, latents[:, :1], (64, 64)), decoded(vae, latents[:, :1], None), **SAME)
+
+
+def test_finish_and_progress(vae):
+    seen = []
+
+    def progress(items, total):
+        seen.append(total)
+        return items
+
+    latents = random(1, 2, 2, 17, 4)
+    pixels = decoded(vae, latents, (72, 72), finish=lambda x: to_uint8(x, rounding=False), progress=progress)
+    assert pixels.dtype == np.uint8 and seen == [2 * 2]
+    assert np.array_equal(pixels, to_uint8(mx.array(decoded(vae, latents, (72, 72))), rounding=False))
+
+
+def peak(run):
+    """Peak of MLX's memory above what was held before, in bytes."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    run()
+    return mx.get_peak_memory() - before
+
+
+def test_tiles_take_less_memory(vae):
+    latents, frames = random(1, 2, 48, 2, 4), random(1, 5, 384, 16, 3)
+    mx.eval(latents, frames)
+    small, whole = (peak(lambda tile=tile: decoded(vae, latents, tile)) for tile in ((80, 80), None))
+    assert small < 0.5 * whole
+    small, whole = (peak(lambda tile=tile: tiling.encode(vae, chunks_of(frames), tile)) for tile in ((80, 80), None))
+    assert small < 0.6 * whole
+
+
+def test_nano_shows_no_seam():
+    """A pattern through nano's own VAE: what differs is float rounding, at the tiles' borders no more than inside."""
+    vae = wan_mlx.load_vae(resolve("nano"))
+    rows, columns = np.mgrid[:16, :384]
+    picture = np.stack([np.sin((rows * (1 + c) + columns * (3 - c)) / 10) for c in range(3)], axis=-1)
+    frame = mx.array(picture[None, None].astype(np.float32))
+    latents = vae.encode(frame)
+    np.testing.assert_allclose(tiling.encode(vae, [frame], (64, 64)), latents, rtol=0, atol=1e-4)
+    whole, tiled = (decoded(vae, latents, tile) for tile in (None, (64, 64)))
+    assert whole.std() > 0.2  # a picture, not grey
+    error = np.abs(tiled - whole)
+    assert 10 * np.log10(4 / max(1e-20, (error**2).mean())) > 100  # dB, of a range of 2
+    borders = np.concatenate([error[:, :, :, x - 2 : x + 2] for x in range(64, 384, 64)])
+    assert borders.max() <= error.max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "given, parsed",
+    [(None, "auto"), ("auto", "auto"), ("off", "off"), ("256", (256, 256)), ("384x256", (384, 256)),
+     ("384*256", (384, 256)), ((64, 72), (64, 72))],
+)  # fmt: skip
+def test_parse_tiling(given, parsed):
+    assert tiling.parse_tiling(given) == parsed
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [("on", "expected auto, off, or"), ("250x256", "nearest to 250: 248"), ("32", "nearest to 32: 64"),
+     ((1, 2, 3), "expected auto"), ("", "expected auto")],
+)  # fmt: skip
+def test_refusals(given, message):
+    with pytest.raises(ValueError, match=message):
+        tiling.parse_tiling(given)
