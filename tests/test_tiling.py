@@ -136,6 +136,20 @@ def test_nano_shows_no_seam():
     assert borders.max() <= error.max() < 1e-4
 
 
+def test_the_pipeline_decodes_in_tiles(monkeypatch):
+    """``vae_tiling`` reaches the VAE, and the frames stay within a level: pixels are truncated."""
+    asked, latents = [], random(1, 1, 2, 24, 16)
+    decoder_tiles = tiling.decoder_tiles
+    monkeypatch.setattr(tiling, "decoder_tiles", lambda *args: asked.append(args[-1]) or decoder_tiles(*args))
+    frames = {}
+    for option in (None, "off", "64x64", "auto"):
+        pipe = wan_mlx.WanPipeline.from_pretrained("nano", progress=False, vae_tiling=option)
+        frames[option] = np.concatenate(list(pipe.decode(latents))).astype(int)
+    assert asked == [(64, 64)]
+    assert np.array_equal(frames[None], frames["off"]) and np.array_equal(frames[None], frames["auto"])
+    assert frames["off"].shape == (1, 16, 192, 3) and np.abs(frames["64x64"] - frames["off"]).max() <= 1
+
+
 @pytest.mark.parametrize(
     "given, parsed",
     [(None, "auto"), ("auto", "auto"), ("off", "off"), ("256", (256, 256)), ("384x256", (384, 256)),
@@ -148,8 +162,8 @@ def test_parse_tiling(given, parsed):
 @pytest.mark.parametrize(
     "given, message",
     [("on", "expected auto, off, or"), ("250x256", "nearest to 250: 248"), ("32", "nearest to 32: 64"),
-     ((1, 2, 3), "expected auto"), ("", "expected auto")],
+     ((1, 2, 3), "expected auto"), ("1x2x3", "expected auto")],
 )  # fmt: skip
 def test_refusals(given, message):
     with pytest.raises(ValueError, match=message):
-        tiling.parse_tiling(given)
+        wan_mlx.WanPipeline.from_pretrained("nano", vae_tiling=given)

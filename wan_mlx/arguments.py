@@ -114,6 +114,12 @@ def add_sampling(parser: Parser) -> None:
 
 def add_run(parser: Parser) -> None:
     run = parser.add_argument_group("how to run")
+    run.add_argument(
+        "--vae-tiling",
+        metavar="WxH",
+        help="decode and encode in tiles of at most so many pixels (384x384): the same video, less memory, more time; "
+        "off: never (default: auto, where memory asks for it)",
+    )
     run.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     run.add_argument("--quiet", action="store_true", help="no progress bars")
     run.add_argument("--debug", action="store_true", help="show a traceback when something fails")

@@ -68,7 +68,12 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         check_output(args.output, args.overwrite)  # before a download or an hour of work
     pipe = WanPipeline.from_pretrained(
-        args.model, args.dtype, args.quantize, preset=args.task, progress=not args.quiet
+        args.model,
+        args.dtype,
+        args.quantize,
+        preset=args.task,
+        progress=not args.quiet,
+        vae_tiling=args.vae_tiling,
     )
     request = request_from(pipe, args)
     output = Path(args.output or default_output(pipe.preset.name, request))

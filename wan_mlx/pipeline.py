@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm.auto import tqdm
 
-from . import __version__
+from . import __version__, tiling
 from .configs import PRESETS, TEXT_LEN, Preset, TransformerConfig
 from .denoise import denoise
 from .guidance import Guidance, Model
@@ -25,6 +25,7 @@ from .schedulers import SOLVERS, Scheduler, make_scheduler
 from .sources import Source
 from .tasks import TASKS, fit_sources
 from .text_encoder import pad_context
+from .tiling import parse_tiling
 from .tokenizer import Tokenizer
 from .transformer import Transformer
 from .types import Conditioning, Request, RunState, StageReport, Step, Video
@@ -65,8 +66,10 @@ class WanPipeline:
         preset: Preset | None = None,
         progress: bool = True,
         quantize: str | None = None,
+        vae_tiling: str | tuple[int, int] | None = None,
     ):
         parse_dtype(dtype)
+        self.vae_tiling = parse_tiling(vae_tiling)
         check_quantize(checkpoint, quantize)
         self.checkpoint = checkpoint
         self.dtype, self.quantize = dtype, quantize
@@ -93,6 +96,7 @@ class WanPipeline:
         memory: str | None = None,
         preset: str | None = None,
         progress: bool = True,
+        vae_tiling: str | tuple[int, int] | None = None,
     ) -> WanPipeline:
         """Open a model.
 
@@ -106,6 +110,8 @@ class WanPipeline:
             memory: not available yet; must be None.
             preset: name in `PRESETS` to take the sampling defaults from, instead of the nearest one.
             progress: show progress bars.
+            vae_tiling: decode and encode in tiles of at most this size, (width, height) in pixels or "384x256": the
+                same video in less memory and more time; "off" never, "auto" (or None) where memory asks for it.
 
         Raises:
             ValueError: an argument is wrong, or the model's task is not supported.
@@ -114,7 +120,9 @@ class WanPipeline:
         if memory is not None:
             raise ValueError(f"memory={memory!r}: not available yet; leave it out")
         check_mode(quantize)
-        return cls(open_checkpoint(resolve(model)), dtype, find_preset(preset) if preset else None, progress, quantize)
+        parse_tiling(vae_tiling)  # before a download
+        found = find_preset(preset) if preset else None
+        return cls(open_checkpoint(resolve(model)), dtype, found, progress, quantize, vae_tiling)
 
     def __call__(self, prompt: str, callback: Callable[[Step], Any] | None = None, **options: Any) -> Video:
         """Make a video.
@@ -314,15 +322,20 @@ class WanPipeline:
     def encode_videos(self, videos: Sequence[Iterable[mx.array]]) -> list[mx.array]:
         """Videos in chunks of frames in [-1, 1] → normalised latents (1, t, h, w, C) each."""
         vae = self._load("vae")
-        return [vae.encode_chunks(self._bar("encoding video")(video)) for video in videos]
+        return [tiling.encode(vae, self._bar("encoding video")(video), self._tile()) for video in videos]
 
     def decode(self, latents: mx.array) -> Iterator[np.ndarray]:
         """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time."""
         with self._stage("decode"):
             vae = self._load("vae")
             still = latents.shape[1] == 1  # the official code rounds stills and truncates videos
-            for frames in self._bar("decoding")(vae.decode(latents), total=latents.shape[1]):
-                yield to_uint8(frames[0], rounding=still)
+            finish = partial(to_uint8, rounding=still)
+            for frames in tiling.decode(vae, latents, self._tile(), finish, self._bar("decoding")):
+                yield frames[0]
+
+    def _tile(self) -> tuple[int, int] | None:
+        """The VAE's largest tile (width, height) in pixels, or None for whole frames."""
+        return None if self.vae_tiling in ("auto", "off") else self.vae_tiling
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
