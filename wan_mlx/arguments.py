@@ -55,6 +55,23 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def parse_range(text: str) -> tuple[float, float]:
+    match = re.fullmatch(r"([\d.]+)-([\d.]+)", text.strip())
+    try:
+        return float(match[1]), float(match[2])
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no range; expected FROM-TO in fractions of the steps, such as 0.1-0.9"
+        ) from None
+
+
+def parse_skip(text: str) -> tuple[tuple[int, ...], tuple[float, float] | None]:
+    layers, colon, span = text.partition(":")
+    if not re.fullmatch(r"\d+(,\d+)*", layers):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected layers and where to skip them, such as 9,10:0.1-0.9")
+    return tuple(int(layer) for layer in layers.split(",")), parse_range(span) if colon else None
+
+
 def build_parser() -> Parser:
     """The whole command line; a group of flags is one function below."""
     parser = Parser(
@@ -64,7 +81,7 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for add in (add_what, add_sources, add_model, add_sampling, add_run, add_official, add_not_yet):
+    for add in (add_what, add_sources, add_model, add_sampling, add_fewer_forwards, add_run, add_official, add_not_yet):
         add(parser)
     return parser
 
@@ -110,6 +127,18 @@ def add_sampling(parser: Parser) -> None:
     how.add_argument("--shift", "--sample_shift", type=float, metavar="S", help="shift of the sigma schedule")
     how.add_argument("--solver", "--sample_solver", default="unipc", help="unipc (default), dpm++ or euler")
     how.add_argument("--seed", "--base_seed", type=int, metavar="N", help="same seed, same video (default: drawn)")
+
+
+def add_fewer_forwards(parser: Parser) -> None:
+    fewer = parser.add_argument_group("how to guide, and how to leave out work")
+    fewer.add_argument("--cache", metavar="NAME", help="step cache: teacache, magcache, easycache, each with its "
+                       "threshold after a colon (easycache:0.05), or none (default)")  # fmt: skip
+    fewer.add_argument("--guidance-range", type=parse_range, default=(0.0, 1.0), metavar="A-B",
+                       help="guidance only in this part of the steps, such as 0-0.6 (default 0-1)")  # fmt: skip
+    fewer.add_argument("--cfg-zero", nargs="?", type=int, const=True, metavar="STEPS",
+                       help="CFG-Zero*: scaled guidance, and STEPS first steps without motion")  # fmt: skip
+    fewer.add_argument("--slg", type=parse_skip, default=((), None), metavar="LAYERS[:A-B]",
+                       help="skip-layer guidance, such as 9 or 9,10:0.1-0.9 (default part 0.1-1)")  # fmt: skip
 
 
 def add_run(parser: Parser) -> None:

@@ -75,6 +75,8 @@ def denoise(
             seconds=time.perf_counter() - started,
             state=state,
         )
+        if cache.large:
+            state.clear()
 
 
 def named(owner: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:

@@ -113,6 +113,11 @@ def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:
         src_mask=args.src_mask,
         src_ref_images=args.src_ref_images.split(",") if args.src_ref_images else (),
         context_scale=args.context_scale,
+        cache=args.cache,
+        guidance_range=args.guidance_range,
+        cfg_zero=args.cfg_zero,
+        skip_layers=args.slg[0],
+        skip_range=args.slg[1] or (0.1, 1.0),
     )
 
 
@@ -130,7 +135,24 @@ def describe(pipe: WanPipeline, request: Request, output: Path) -> None:
     note(f"video     {request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps")
     note(f"sampling  {request.solver}, {request.steps} steps, shift {request.shift:g}, guidance {guidance}, "
          f"seed {request.seed}")  # fmt: skip
+    for line in extras(request):
+        note(line)
     note(f"output    {output}")
+
+
+def extras(request: Request) -> list[str]:
+    """Lines on what departs from plain guidance and from computing every forward."""
+    lines = []
+    if request.cache != "none":
+        lines.append(f"cache     {request.cache}")
+    if request.guidance_range != (0.0, 1.0):
+        lines.append("          guidance only from {:g} to {:g} of the steps".format(*request.guidance_range))
+    if request.cfg_zero is not None:
+        lines.append(f"          CFG-Zero*, {request.cfg_zero} first steps without motion")
+    if request.skip_layers:
+        layers = ", ".join(map(str, request.skip_layers))
+        lines.append("          layers {} skipped from {:g} to {:g} of the steps".format(layers, *request.skip_range))
+    return lines
 
 
 def generate_to_file(pipe: WanPipeline, request: Request, output: Path, overwrite: bool) -> None:
@@ -155,6 +177,8 @@ def generate_to_file(pipe: WanPipeline, request: Request, output: Path, overwrit
         writer.latents = latents_to_numpy(step.latents)
     for report in pipe.reports:
         note(f"{report.name:<18}{report.seconds:9.1f} s   peak {report.peak_bytes / 2**30:6.2f} GiB")
+    if pipe.forwards:
+        note(f"{'forwards':<18}{pipe.forwards[0]:9} of {pipe.forwards[1]}")
     note(f"{'total':<18}{time.perf_counter() - started:9.1f} s")
     print(output)
 

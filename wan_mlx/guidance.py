@@ -12,19 +12,16 @@ from queue import SimpleQueue
 import mlx.core as mx
 
 from .caching import COND, UNCOND, StepCache
-from .types import Conditioning
+from .types import Conditioning, Request
 
 # (latents, timestep, context, through=..., skip_layers=...) → velocity; the last two as `Transformer` takes them.
 Model = Callable[..., mx.array]
 
-# Where the uncond pass leaves out layers: after the first tenth, as in the tools that made it common for Wan.
-SKIP_RANGE = (0.1, 1.0)
-
 
 @dataclass(frozen=True)
 class Guidance:
-    """How the two passes make one velocity. Ranges are fractions of the steps: the step i of n is in (a, b) if
-    ``a <= i / n < b``.
+    """How the two passes make one velocity. Ranges are fractions of the steps, as in Diffusers' guiders: (a, b) of n
+    steps is from step ``a * n`` to before step ``b * n``, both rounded down.
 
     Attributes:
         scale: 1 turns guidance off.
@@ -41,7 +38,19 @@ class Guidance:
     zero_star: bool = False
     zero_steps: int = 0
     skip_layers: tuple[int, ...] = ()
-    skip_range: tuple[float, float] = SKIP_RANGE
+    skip_range: tuple[float, float] = (0.1, 1.0)
+
+    @classmethod
+    def of(cls, request: Request) -> Guidance:
+        """What a request asks for."""
+        return cls(
+            scale=request.guidance_scale,
+            range=request.guidance_range,
+            zero_star=request.cfg_zero is not None,
+            zero_steps=request.cfg_zero or 0,
+            skip_layers=request.skip_layers,
+            skip_range=request.skip_range,
+        )
 
     def passes(self, index: int, total: int) -> tuple[int, ...]:
         """The passes of step ``index`` of ``total``: none, `COND`, or both."""
@@ -58,6 +67,34 @@ class Guidance:
         if self.zero_star:
             uncond = projection(cond, uncond) * uncond
         return uncond + self.scale * (cond - uncond)
+
+
+def zero_steps_of(task: str) -> int:
+    """How many first steps CFG-Zero* leaves at zero by default: the authors' scripts take two of Wan's text to video,
+    and one where the first frame is given."""
+    return 1 if task in ("i2v", "flf2v") else 2
+
+
+def check_guidance(request: Request, num_layers: int) -> None:
+    """Raise ValueError if the guidance options contradict each other, the steps or the model's ``num_layers``."""
+    plain = Guidance(request.guidance_scale)
+    if request.guidance_scale == 1.0:
+        for name, default in (("guidance_range", plain.range), ("cfg_zero", None), ("skip_layers", ())):
+            if getattr(request, name) != default:
+                raise ValueError(f"{name} is {getattr(request, name)}, but guidance is off at scale 1; "
+                                 "give a scale above 1, or leave it out")  # fmt: skip
+    for name in ("guidance_range", "skip_range"):
+        span = getattr(request, name)
+        if len(span) != 2 or not 0 <= span[0] < span[1] <= 1:
+            raise ValueError(f"{name} is {span}, expected two fractions of the steps, 0 <= from < to <= 1")
+        used = name == "guidance_range" or request.skip_layers
+        if used and not any(_within(span, index, request.steps) for index in range(request.steps)):
+            raise ValueError(f"{name} {span} holds none of the {request.steps} steps; widen it, or leave it out")
+    if request.cfg_zero is not None and not 0 <= request.cfg_zero < request.steps:
+        raise ValueError(f"cfg_zero is {request.cfg_zero} steps, expected 0 to {request.steps - 1} of {request.steps}")
+    wrong = [layer for layer in request.skip_layers if not 0 <= layer < num_layers]
+    if wrong:
+        raise ValueError(f"skip_layers names layer {wrong[0]}, expected 0 to {num_layers - 1}")
 
 
 def projection(cond: mx.array, uncond: mx.array) -> mx.array:
@@ -115,8 +152,8 @@ def plain_passes(conditioning: Conditioning, guidance: Guidance) -> int:
 
 
 def _within(span: tuple[float, float], index: int, total: int) -> bool:
-    # The margin is for fractions such as 0.7, of which ten are not quite seven.
-    return span[0] * total - 1e-6 <= index < span[1] * total - 1e-6
+    first, end = (int(fraction * total + 1e-6) for fraction in span)  # 0.29 of 100 is a little below 29
+    return first <= index < end
 
 
 def _at_once(velocity: Callable[[int], mx.array], *branches: int) -> tuple[mx.array, mx.array]:

@@ -17,9 +17,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from . import __version__, tiling
+from .caching import make_cache, resolve_cache
 from .configs import PRESETS, TEXT_LEN, Preset, TransformerConfig
 from .denoise import denoise
-from .guidance import Guidance, Model
+from .guidance import Guidance, Model, check_guidance, zero_steps_of
 from .media import to_uint8
 from .schedulers import SOLVERS, Scheduler, make_scheduler
 from .sources import Source
@@ -57,6 +58,8 @@ class WanPipeline:
         preset: the released model whose sampling defaults are used.
         config: sizes of the transformer, from its weights.
         reports: seconds and peak memory of each stage of the latest run.
+        forwards: of the latest run, the transformer's forwards computed, and how many a run without step cache and
+            with guidance all along makes; None before its first step.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class WanPipeline:
         self.latent_channels = self.config.out_dim
         self.reports: list[StageReport] = []
         self._kept: dict[str, Any] | None = None  # what stays loaded within `keep_loaded`
+        self.forwards: tuple[int, int] | None = None
         if self.preset.task != self.config.model_type:
             raise ValueError(
                 f"{checkpoint.path} holds a {self.config.model_type} model, "
@@ -178,6 +182,11 @@ class WanPipeline:
         src_mask: Source | None = None,
         src_ref_images: Sequence[Source] = (),
         context_scale: float = 1.0,
+        cache: str | None = None,
+        guidance_range: tuple[float, float] = (0.0, 1.0),
+        cfg_zero: bool | int | None = None,
+        skip_layers: Sequence[int] = (),
+        skip_range: tuple[float, float] = (0.1, 1.0),
     ) -> Request:
         """Fill in the preset's defaults and check every value.
 
@@ -195,6 +204,12 @@ class WanPipeline:
             image, last_image: first frame (i2v, flf2v) and last frame (flf2v): a path, PIL image or uint8 (H, W, 3).
             src_video, src_mask, src_ref_images: what VACE edits, where (white), and after which pictures.
             context_scale: strength of VACE's hints.
+            cache: a step cache, which leaves out forwards: "teacache:0.08", "magcache", "easycache:0.05"; see
+                `wan_mlx.caching.FORMS`. None or "none" computes all.
+            guidance_range: the part of the steps where guidance is on; elsewhere one pass is made instead of two.
+            cfg_zero: CFG-Zero*, True or the number of first steps at which the velocity is zero.
+            skip_layers, skip_range: skip-layer guidance: blocks left out of the pass without the prompt, and in which
+                part of the steps.
 
         Raises:
             ValueError: a value is wrong; names the nearest valid one. A source is missing, or not for this model.
@@ -220,8 +235,14 @@ class WanPipeline:
             src_mask=src_mask,
             src_ref_images=tuple(src_ref_images),
             context_scale=context_scale,
+            guidance_range=tuple(guidance_range),
+            cfg_zero=zero_steps_of(self.preset.task) if cfg_zero is True else None if cfg_zero is False else cfg_zero,
+            skip_layers=tuple(skip_layers),
+            skip_range=tuple(skip_range),
         )
         check_request(request)
+        check_guidance(request, self.config.num_layers)
+        request = replace(request, cache=resolve_cache(cache, request.steps, self.preset.name, self.config))
         return fit_sources(request)
 
     def settings(self, request: Request) -> dict[str, Any]:
@@ -232,6 +253,7 @@ class WanPipeline:
             **request.settings(),
             "dtype": self.dtype,
             **({"quantize": self.quantize} if self.quantize else {}),
+            **({"forwards": list(self.forwards)} if self.forwards else {}),
             "versions": {"wan_mlx": __version__, "mlx": mx.__version__},
         }
 
@@ -244,7 +266,7 @@ class WanPipeline:
             resume: what an earlier run of the same request had reached: it goes on from there, bit for bit, and
                 yields the step reached once more, with ``seconds`` 0.
         """
-        self.reports = []
+        self.reports, self.forwards = [], None
         if resume is None:
             with self._stage("conditioning"):
                 resume = RunState(TASKS[request.task].condition(request, self))
@@ -267,15 +289,19 @@ class WanPipeline:
         with self._stage("load transformer"):
             model = with_condition(self._load("transformer"), reached.conditioning)
         with self._stage("denoise"):
+            cache = make_cache(request.cache, request.steps, self.preset.name)
             steps = denoise(
                 model,
                 reached.conditioning,
                 scheduler,
-                Guidance(request.guidance_scale),
+                Guidance.of(request),
+                cache,
                 first=reached.steps,
                 state=reached.state,
             )
-            yield from self._bar("denoising")(steps, total=request.steps, initial=reached.steps)
+            for step in self._bar("denoising")(steps, total=request.steps, initial=reached.steps):
+                self.forwards = (cache.computed, step.passes * step.total)
+                yield step
 
     @contextmanager
     def keep_loaded(self) -> Iterator[None]:

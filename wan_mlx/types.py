@@ -47,6 +47,10 @@ class Request:
     Sources are paths, PIL images or numpy arrays (see `wan_mlx.sources`), and None where the task has no use for them:
     ``image`` and ``last_image`` of i2v and flf2v; ``src_video``, ``src_mask`` (white is what to generate) and
     ``src_ref_images`` of VACE, with ``context_scale``, the strength of its hints.
+
+    ``cache`` is a step cache with all its settings (`wan_mlx.caching.resolve_cache`). ``guidance_range``,
+    ``skip_layers`` and ``skip_range`` are as in `wan_mlx.guidance.Guidance`; ``cfg_zero`` is None for ordinary
+    guidance, or CFG-Zero*'s number of first steps without motion.
     """
 
     prompt: str
@@ -67,6 +71,11 @@ class Request:
     src_mask: Source | None = None
     src_ref_images: tuple[Source, ...] = ()
     context_scale: float = 1.0
+    cache: str = "none"
+    guidance_range: tuple[float, float] = (0.0, 1.0)
+    cfg_zero: int | None = None
+    skip_layers: tuple[int, ...] = ()
+    skip_range: tuple[float, float] = (0.1, 1.0)
 
     def settings(self) -> dict[str, Any]:
         """Every field as JSON takes it: a source is its path or, of one in memory, its kind, size and SHA-256."""
@@ -135,9 +144,10 @@ class Step:
 
     ``index`` counts from 0 to ``total - 1``; ``timestep`` is in [0, 1000] and ``sigma`` in [0, 1] (both
     before the step); ``latents`` is float32 (1, t, h, w, C) after it; ``denoised`` is the solver's current
-    estimate of the clean latents, same shape. ``forwards`` are those computed,
-    of the ``passes`` that a run without caches and with guidance all along makes. ``state`` is all that `denoise` needs
-    to go on after this step: latents (with VACE's reference frames), the estimate, what solver and cache look back on.
+    estimate of the clean latents, same shape. ``forwards`` are those computed, of the ``passes`` that a run without
+    step cache and with guidance all along makes. ``state`` is all that `denoise` needs to go on after this step:
+    latents (with VACE's reference frames), the estimate, what solver and cache look back on. Where the cache is
+    large, the state is emptied when the next step is asked for.
     """
 
     index: int

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from .choice import FORMS, kept_bytes, make_cache, resolve_cache
+from .easycache import EasyCache
+from .magcache import MagCache
 from .protocol import COND, UNCOND, StepCache
+from .teacache import TeaCache
 
-__all__ = ["COND", "UNCOND", "StepCache"]
+__all__ = [
+    "COND", "FORMS", "UNCOND", "EasyCache", "MagCache", "StepCache", "TeaCache",
+    "kept_bytes", "make_cache", "resolve_cache",
+]  # fmt: skip

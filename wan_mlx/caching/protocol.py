@@ -33,7 +33,10 @@ class StepCache:
 
     Attributes:
         steps: number of sampling steps.
+        large: whether it keeps arrays the size of activations, of which nobody should hold an old copy.
     """
+
+    large = False
 
     def __init__(self, steps: int):
         self.steps = steps

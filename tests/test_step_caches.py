@@ -1,0 +1,398 @@
+"""Step caches: off at threshold 0, the published number of forwards, a state for each pass, resumption."""
+
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from wan_mlx.caching import (
+    COND,
+    UNCOND,
+    EasyCache,
+    MagCache,
+    StepCache,
+    TeaCache,
+    kept_bytes,
+    make_cache,
+    resolve_cache,
+)
+from wan_mlx.caching.constants import MAGCACHE, TEACACHE
+from wan_mlx.configs import PRESETS, TransformerConfig
+from wan_mlx.denoise import denoise
+from wan_mlx.guidance import Guidance
+from wan_mlx.schedulers import make_scheduler
+from wan_mlx.transformer import Transformer
+from wan_mlx.types import Conditioning
+from wan_mlx.vace import VaceTransformer
+
+STEPS, SHIFT, SCALE = 14, 5.0, 4.0
+SIZES = dict(dim=32, ffn_dim=48, num_heads=2, num_layers=3, freq_dim=16, text_dim=8, text_len=4)
+GRID = (1, 1, 4, 4, 16)
+MAG = dict(threshold=0.4, most_skips=2, retention=0.2, ratios=MAGCACHE["t2v-1.3B"].ratios)
+TEA = dict(threshold=0.8, mode="plain", coefficients=(0.0, 0.0, 0.0, 1.0, 0.02))
+CACHES = {
+    "teacache": lambda **change: TeaCache(STEPS, **{**TEA, **change}),
+    "magcache": lambda **change: MagCache(STEPS, **{**MAG, **change}),
+    "easycache": lambda **change: EasyCache(STEPS, **{"threshold": 0.5, "first": 3, **change}),
+}
+
+
+def random_array(seed: int, *shape) -> mx.array:
+    return mx.array(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+
+
+def randomized(module):
+    weights = [
+        (name, random_array(index, *array.shape) / max(1, array.shape[-1]) ** 0.5 + ("norm" in name))
+        for index, (name, array) in enumerate(tree_flatten(module.parameters()))
+    ]
+    module.load_weights(weights)
+    mx.eval(module.parameters())  # on the CPU each pass has a thread, and an array is computed where it was made
+    return module
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomized(Transformer(TransformerConfig(**SIZES)))
+
+
+@pytest.fixture(scope="module")
+def vace():
+    network = randomized(VaceTransformer(TransformerConfig("vace", **SIZES, vace_layers=(0, 2), vace_in_dim=20)))
+    context = random_array(5, *GRID[:-1], 20)
+    mx.eval(context)
+    return lambda *args, **hooks: network(*args, vace_context=context, **hooks)
+
+
+def conditioning() -> Conditioning:
+    texts = (random_array(seed, 1, SIZES["text_len"], SIZES["text_dim"]) for seed in (2, 3))
+    return Conditioning(random_array(1, *GRID), *texts)
+
+
+def walk(model, cache=None, guidance=None, steps=STEPS):
+    scheduler = make_scheduler("unipc", steps, SHIFT)
+    return list(denoise(model, conditioning(), scheduler, guidance or Guidance(SCALE), cache))
+
+
+def latents(*args, **options) -> np.ndarray:
+    return np.array(walk(*args, **options)[-1].latents)
+
+
+def both_passes(model, cache, index, x, timestep, order=(COND, UNCOND)) -> dict[int, mx.array]:
+    """One step, as the sampling loop makes it, its passes in this order."""
+    contexts = {COND: conditioning().context, UNCOND: conditioning().negative_context}
+    cache.begin_step(index, x, (COND, UNCOND))
+    of = {branch: cache.velocity(branch, partial(model, x, timestep, contexts[branch])) for branch in order}
+    cache.end_step()
+    return of
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_threshold_0_gives_the_same_bytes_as_off(model, name):
+    cache = CACHES[name](threshold=0.0)
+    assert np.array_equal(latents(model, cache), latents(model))
+    assert cache.computed == 2 * STEPS
+
+
+@pytest.mark.parametrize("kind", ["model", "vace"])
+@pytest.mark.parametrize("name", CACHES)
+def test_some_forwards_are_left_out(request, kind, name):
+    network, cache = request.getfixturevalue(kind), CACHES[name]()
+    steps = walk(network, cache)
+    assert STEPS // 2 < cache.computed < 2 * STEPS - 4
+    assert cache.computed == sum(step.forwards for step in steps)
+    assert {step.passes for step in steps} == {2}
+    assert not np.array_equal(np.array(steps[-1].latents), latents(network))
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_one_pass_without_guidance(model, name):
+    cache = CACHES[name]()
+    steps = walk(model, cache, Guidance(1.0))
+    assert cache.branches[UNCOND].computed == 0 and not cache.branches[UNCOND].arrays
+    assert cache.computed < STEPS and {step.passes for step in steps} == {1}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_passes_are_apart_in_any_order(model, name):
+    """What a cache gives does not depend on which pass comes first: their states share nothing."""
+    timesteps = make_scheduler("unipc", STEPS, SHIFT).timesteps.tolist()
+
+    def run(order):
+        cache, found = CACHES[name](), []
+        for index, timestep in enumerate(timesteps):
+            x = random_array(index, *GRID) * 0.1 + conditioning().noise
+            of = both_passes(model, cache, index, x, timestep, order)
+            found += [np.array(of[COND]), np.array(of[UNCOND])]
+        assert cache.computed < 2 * STEPS
+        return np.stack(found)
+
+    first = run((COND, UNCOND))
+    assert np.array_equal(first, run((UNCOND, COND)))
+    assert not np.array_equal(first[0::2], first[1::2])
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_can_be_used_again(model, name):
+    cache = CACHES[name]()
+    assert np.array_equal(latents(model, cache), latents(model, cache))
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7, STEPS - 1])
+@pytest.mark.parametrize("name", CACHES)
+def test_resumed_equals_uninterrupted(model, name, stop, tmp_path):
+    whole = CACHES[name]()
+    want = walk(model, whole)
+    before = CACHES[name]()
+    steps = denoise(model, conditioning(), make_scheduler("unipc", STEPS, SHIFT), Guidance(SCALE), before)
+    state = [next(steps) for _ in range(stop)][-1].state
+    mx.save_safetensors(str(tmp_path / "state.safetensors"), state)
+    after, scheduler = CACHES[name](), make_scheduler("unipc", STEPS, SHIFT)
+    state = mx.load(str(tmp_path / "state.safetensors"))
+    mx.eval(state)
+    got = list(denoise(model, conditioning(), scheduler, Guidance(SCALE), after, first=stop, state=state))
+    assert [step.forwards for step in got] == [step.forwards for step in want[stop:]]
+    assert np.array_equal(np.array(got[-1].latents), np.array(want[-1].latents))
+    assert after.computed == whole.computed
+
+
+def test_old_residuals_are_not_held(model):
+    """A step's state is emptied when the next is asked for, or every `Step` that somebody keeps would hold one."""
+    steps = walk(model, CACHES["magcache"]())
+    assert not any(step.state for step in steps)
+    assert all(step.state for step in walk(model))
+
+
+def test_a_state_of_something_else_is_refused():
+    with pytest.raises(ValueError, match="MagCache is not whole"):
+        CACHES["magcache"]().load_state({"latents": mx.zeros(3)})
+    with pytest.raises(ValueError, match="StepCache is not whole"):
+        StepCache(4).load_state({})
+
+
+PUBLISHED = [
+    ("t2v-1.3B", 50, "magcache:0.12:2:0.2", 50),
+    ("t2v-1.3B", 50, "magcache", 50),
+    ("t2v-1.3B", 50, "magcache:0.12:4", 42),
+    ("t2v-14B", 50, "magcache:0.24:6:0.2", 36),
+    ("t2v-14B", 50, "magcache", 36),
+    ("i2v-14B-480P", 40, "magcache:0.12:4", 34),
+    ("i2v-14B-480P", 40, "magcache:0.24:6", 30),
+    ("i2v-14B-720P", 40, "magcache:0.24:6", 28),
+]
+
+
+@pytest.mark.parametrize("preset, steps, text, computed", PUBLISHED)
+def test_magcache_computes_as_many_forwards_as_published(model, preset, steps, text, computed):
+    cache = make_cache(resolve_cache(text, steps, preset, PRESETS[preset].transformer), steps, preset)
+    walk(model, cache, steps=steps)
+    assert cache.computed == computed
+
+
+@pytest.mark.parametrize("steps", [10, 30, 50, 77])
+def test_magcache_stretches_its_ratios_to_other_numbers_of_steps(steps):
+    ratios = np.array([1.0, 1.0, *MAG["ratios"]])
+    for branch in range(2):
+        got = MagCache(steps, **MAG).ratios[branch]
+        places = [int(np.round(index * 49 / (steps - 1))) for index in range(steps)]
+        assert np.array_equal(got, ratios[branch::2][places])
+        assert got[0] == 1.0 and got[-1] == ratios[98 + branch]
+
+
+def test_one_step_takes_the_last_ratio():
+    assert MagCache(1, **MAG).ratios[0].tolist() == [MAG["ratios"][-2]]
+
+
+class TestAgainstAPlainStatement:
+    """Every decision and every value, bit for bit, of the cond pass: the methods written down once more, as loops."""
+
+    def run(self, model, cache):
+        computed = []
+        scheduler = make_scheduler("unipc", STEPS, SHIFT)
+        for step in denoise(model, conditioning(), scheduler, Guidance(1.0), cache):
+            computed.append(step.forwards == 1)
+        return computed, np.array(step.latents)
+
+    def replay(self, model, decide):
+        """The loop with a residual cache; decide(index, this_pass) → whether to compute."""
+        scheduler, x = make_scheduler("unipc", STEPS, SHIFT), conditioning().noise
+        computed, residual = [], None
+        for index, timestep in enumerate(scheduler.timesteps.tolist()):
+            tokens, this_pass = model.enter(x, float(timestep), conditioning().context, None)
+            computed.append(decide(index, this_pass))
+            if computed[-1]:
+                after = tokens
+                for block in model.blocks:
+                    after = block(after, *this_pass.for_blocks)
+                residual = after - tokens
+            x = scheduler.step(index, model.leave(tokens + residual, this_pass), x)
+        return computed, np.array(x)
+
+    @pytest.mark.parametrize("mode", ["plain", "ret"])
+    def test_teacache(self, model, mode):
+        error, before = 0.0, None
+        a, b, c, d, e = TEA["coefficients"]
+        head, tail = {"plain": (1, 1), "ret": (5, 0)}[mode]
+
+        def decide(index, this_pass):
+            nonlocal error, before
+            signal = this_pass.time if mode == "plain" else this_pass.modulation
+            compute = True
+            if head <= index < STEPS - tail:
+                x = (mx.abs(signal - before).mean() / mx.abs(before).mean()).item()
+                error += a * x**4 + b * x**3 + c * x**2 + d * x + e
+                compute = error >= TEA["threshold"]
+            if compute:
+                error = 0.0
+            before = signal
+            return compute
+
+        want, far = self.replay(model, decide)
+        got, near = self.run(model, CACHES["teacache"](mode=mode))
+        assert got == want and 4 < sum(want) < STEPS - 2
+        assert np.abs(near - far).max() < 1e-4 * np.abs(far).max()
+
+    def test_magcache(self, model):
+        ratio, error, skips = 1.0, 0.0, 0
+        ratios = CACHES["magcache"]().ratios[COND]
+
+        def decide(index, this_pass):
+            nonlocal ratio, error, skips
+            compute = True
+            if 2 * index >= int(2 * STEPS * MAG["retention"]):
+                ratio, skips = ratio * ratios[index], skips + 1
+                error += abs(1 - ratio)
+                compute = not (error < MAG["threshold"] and skips <= MAG["most_skips"])
+            if compute:
+                ratio, error, skips = 1.0, 0.0, 0
+            return compute
+
+        want, far = self.replay(model, decide)
+        got, near = self.run(model, CACHES["magcache"]())
+        assert got == want and 4 < sum(want) < STEPS - 2
+        assert np.abs(near - far).max() < 1e-4 * np.abs(far).max()
+
+    def test_easycache(self, model):
+        scheduler, x = make_scheduler("unipc", STEPS, SHIFT), conditioning().noise
+        want, error, rate = [], 0.0, None
+        previous = at = output = offset = None
+        size = lambda array: mx.abs(array).mean().item()  # noqa: E731
+        for index, timestep in enumerate(scheduler.timesteps.tolist()):
+            compute = True
+            if 3 <= index < STEPS - 1:
+                error += rate * size(x - previous) / size(output)
+                compute = error >= 0.5
+            if compute:
+                error = 0.0
+                velocity = model(x, float(timestep), conditioning().context)
+                if output is not None:
+                    rate = size(velocity - output) / size(x - at)
+                output, at, offset = velocity, x, velocity - x
+            else:
+                velocity = x + offset
+            want.append(compute)
+            previous, x = x, scheduler.step(index, velocity, x)
+        got, near = self.run(model, CACHES["easycache"]())
+        assert got == want and 4 < sum(want) < STEPS - 2
+        assert np.array_equal(near, np.array(x))
+
+
+def test_easycache_lets_the_prompt_decide_for_both(model):
+    cache = CACHES["easycache"]()
+    for step in walk(model, cache):
+        assert step.forwards in (0, 2)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_pass_that_was_not_made_before_is_computed(model, name):
+    """Guidance that begins late: the pass without the prompt has nothing to look back on."""
+    for start in range(4, 9):
+        cache = CACHES[name]()
+        steps = walk(model, cache, Guidance(SCALE, range=(start / STEPS, 1.0)))
+        assert steps[start].forwards >= 1 and np.isfinite(np.array(steps[-1].latents)).all()
+
+
+def test_every_model_with_magcache_has_teacache_too():
+    assert MAGCACHE.keys() == TEACACHE.keys() == {
+        name for name, preset in PRESETS.items() if preset.repo and preset.task != "flf2v"
+    }
+
+
+class TestChoice:
+    def resolve(self, text, steps=50, preset="t2v-1.3B", config=None):
+        return resolve_cache(text, steps, preset, config or PRESETS[preset].transformer)
+
+    @pytest.mark.parametrize(
+        "text, full",
+        [
+            (None, "none"),
+            ("none", "none"),
+            ("teacache", "teacache:0.08:plain"),
+            ("teacache:0.05", "teacache:0.05:plain"),
+            ("TeaCache:0.05:ret", "teacache:0.05:ret"),
+            ("magcache", "magcache:0.12:2:0.2"),
+            ("magcache:0.2:4", "magcache:0.2:4:0.2"),
+            ("magcache:0:4:0.5", "magcache:0.0:4:0.5"),
+            ("easycache", "easycache:0.05:10"),
+            ("easycache:0.1:5", "easycache:0.1:5"),
+        ],
+    )
+    def test_what_is_left_out_is_filled_in(self, text, full):
+        assert self.resolve(text) == full
+        assert self.resolve(full) == full  # so a run can be repeated from its settings
+        cache = make_cache(full, 50, "t2v-1.3B")
+        assert type(cache).__name__.lower().removesuffix("stepcache") == full.split(":")[0].replace("none", "")
+
+    def test_easycache_starts_after_a_quarter_of_few_steps(self):
+        assert self.resolve("easycache", steps=12) == "easycache:0.05:3"
+        assert self.resolve("easycache", preset="nano", steps=40) == "easycache:0.05:10"
+
+    @pytest.mark.parametrize(
+        "text, says",
+        [
+            ("tecache:0.1", "unknown cache 'tecache:0.1'.*nearest: teacache"),
+            ("teacache:much", "threshold is 'much', expected a number from 0"),
+            ("teacache:-0.1", "threshold is '-0.1'"),
+            ("teacache:nan", "threshold is 'nan'"),
+            ("teacache:0.1:fast", "mode is 'fast', expected plain or ret"),
+            ("magcache:0.1:0", "count of steps is '0'"),
+            ("magcache:0.1:2.5", "count of steps is '2.5'"),
+            ("magcache:0.1:2:1.5", "retention is '1.5', expected a share"),
+            ("easycache:0.1:3:4", "has 3 settings"),
+            ("none:1", "settings to none"),
+        ],
+    )
+    def test_wrong_settings(self, text, says):
+        with pytest.raises(ValueError, match=says):
+            self.resolve(text)
+
+    @pytest.mark.parametrize("name", CACHES)
+    def test_few_steps_are_refused(self, name):
+        with pytest.raises(ValueError, match=f"{name} makes no sense with 9 steps, expected at least 10"):
+            self.resolve(name, steps=9)
+        assert self.resolve(name, steps=10).startswith(name)
+
+    @pytest.mark.parametrize("name", ["teacache", "magcache"])
+    def test_models_without_constants_are_refused(self, name):
+        for preset in ("nano", "flf2v-14B-720P"):
+            with pytest.raises(ValueError, match=f"no published constants for {preset}.*easycache needs none"):
+                self.resolve(name, preset=preset)
+        with pytest.raises(ValueError, match=r"for t2v-1.3B \(dim 1536, 30 layers\), not for .* \(dim 32, 3 layers\)"):
+            self.resolve(name, config=TransformerConfig(**SIZES))
+        assert self.resolve("easycache", preset="flf2v-14B-720P")
+
+    def test_vace_14b_takes_the_ratios_of_its_text_to_video_model(self):
+        assert MAGCACHE["vace-14B"].ratios == MAGCACHE["t2v-14B"].ratios != MAGCACHE["t2v-1.3B"].ratios
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_memory_is_what_was_said(model, name):
+    cache = CACHES[name]()
+    for _ in denoise(model, conditioning(), make_scheduler("unipc", STEPS, SHIFT), Guidance(SCALE), cache):
+        kept = [array for branch in cache.branches for key, array in branch.arrays.items() if key != "signal"]
+        values = int(np.prod(GRID))
+        said = kept_bytes(f"{name}:1", tokens=4, dim=32, latent_values=values, itemsize=4, passes=2)
+        assert sum(array.nbytes for array in kept) <= said
+    assert sum(array.nbytes for array in kept) == said

@@ -1,0 +1,130 @@
+"""``--cache``: from what the user wrote to a step cache, or to a reason why not."""
+
+from __future__ import annotations
+
+import difflib
+import math
+
+from ..configs import PRESETS, TransformerConfig
+from .constants import MAGCACHE, TEACACHE
+from .easycache import EasyCache
+from .magcache import MagCache
+from .protocol import StepCache
+from .teacache import TeaCache
+
+NAMES = ("none", "teacache", "magcache", "easycache")
+FORMS = "none, teacache[:THRESHOLD[:plain|ret]], magcache[:THRESHOLD[:MOST_SKIPS[:RETENTION]]] or "\
+        "easycache[:THRESHOLD[:FIRST_STEPS]]"  # fmt: skip
+# A cache needs steps that resemble each other; with fewer than these they do not (Wan2GP#659).
+FEWEST_STEPS = 10
+EASYCACHE_THRESHOLD = 0.05
+EASYCACHE_FIRST = 10  # of 40 or 50 steps; a quarter of fewer
+
+
+def resolve_cache(text: str | None, steps: int, model: str, config: TransformerConfig) -> str:
+    """``text`` with every setting filled in, for `make_cache`.
+
+    Args:
+        text: in the form `FORMS`; None or "none" for no cache.
+        steps: number of sampling steps.
+        model: the preset's name, whose constants are taken.
+        config: the transformer's; it must be the preset's, or the constants would be another model's.
+
+    Raises:
+        ValueError: not that form, a setting out of range, too few steps, or a model without constants.
+    """
+    name, *given = (text or "none").strip().lower().split(":")
+    if name not in NAMES:
+        nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown cache {text!r}, expected {FORMS}; nearest: {nearest}")
+    if name == "none":
+        if given:
+            raise ValueError(f"cache {text!r} gives settings to none; expected {FORMS}")
+        return name
+    if steps < FEWEST_STEPS:
+        raise ValueError(
+            f"{name} makes no sense with {steps} steps, expected at least {FEWEST_STEPS}: with few steps, each changes "
+            "too much to be left out; leave the cache out"
+        )
+    defaults, kinds = _settings(name, steps, model, config)
+    if len(given) > len(defaults):
+        raise ValueError(f"cache {text!r} has {len(given)} settings, expected {FORMS}")
+    settings = list(defaults)
+    for place, (word, kind) in enumerate(zip(given, kinds, strict=False)):
+        settings[place] = kind(word, text)
+    return ":".join([name, *(repr(value) if isinstance(value, float) else str(value) for value in settings)])
+
+
+def make_cache(resolved: str, steps: int, model: str) -> StepCache:
+    """A fresh cache, of what `resolve_cache` gave for the same steps and preset."""
+    name, *settings = resolved.split(":")
+    if name == "teacache":
+        return TeaCache.of(model, steps, float(settings[0]), settings[1])
+    if name == "magcache":
+        return MagCache.of(model, steps, float(settings[0]), int(settings[1]), float(settings[2]))
+    if name == "easycache":
+        return EasyCache(steps, float(settings[0]), int(settings[1]))
+    return StepCache(steps)
+
+
+def kept_bytes(resolved: str, tokens: int, dim: int, latent_values: int, itemsize: int, passes: int) -> int:
+    """The most memory that a cache holds between steps.
+
+    Args:
+        resolved: what `resolve_cache` gave.
+        tokens, dim: L and D.
+        latent_values: t * h * w * C.
+        itemsize: bytes of a value in the transformer's dtype.
+        passes: 2 with guidance, else 1.
+    """
+    name = resolved.split(":")[0]
+    if name in ("teacache", "magcache"):
+        return passes * tokens * dim * itemsize
+    return 4 * latent_values * (passes + 3) if name == "easycache" else 0
+
+
+def _settings(name: str, steps: int, model: str, config: TransformerConfig) -> tuple[tuple, tuple]:
+    """The default of each setting, and what reads it."""
+    if name == "easycache":
+        return (EASYCACHE_THRESHOLD, min(EASYCACHE_FIRST, math.ceil(steps / 4))), (_threshold, _count)
+    table = TEACACHE if name == "teacache" else MAGCACHE
+    if model not in table:
+        raise ValueError(f"{name} has no published constants for {model}, only for {', '.join(table)}; "
+                         "easycache needs none")  # fmt: skip
+    published, sizes = PRESETS[model].transformer, "dim {0.dim}, {0.num_layers} layers"
+    if (config.dim, config.num_layers) != (published.dim, published.num_layers):
+        raise ValueError(f"{name} has constants for {model} ({sizes.format(published)}), not for this model "
+                         f"({sizes.format(config)}); easycache needs none")  # fmt: skip
+    row = table[model]
+    if name == "teacache":
+        return (row.threshold, row.mode), (_threshold, _mode)
+    return (row.threshold, row.most_skips, row.retention), (_threshold, _count, _share)
+
+
+def _threshold(word: str, text: str) -> float:
+    return _number(word, text, "threshold", "a number from 0 (off) up, such as 0.1", lambda v: v >= 0)
+
+
+def _share(word: str, text: str) -> float:
+    return _number(word, text, "retention", "a share from 0 to 1, such as 0.2", lambda v: 0 <= v <= 1)
+
+
+def _count(word: str, text: str) -> int:
+    value = _number(word, text, "count of steps", "a whole number from 1 up", lambda v: v >= 1 and v == int(v))
+    return int(value)
+
+
+def _number(word, text, what, expected, valid) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and valid(value)):
+        raise ValueError(f"cache {text!r}: the {what} is {word!r}, expected {expected}")
+    return value
+
+
+def _mode(word: str, text: str) -> str:
+    if word not in ("plain", "ret"):
+        raise ValueError(f"cache {text!r}: the mode is {word!r}, expected plain or ret")
+    return word

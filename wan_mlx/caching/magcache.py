@@ -1,0 +1,53 @@
+"""MagCache (arXiv 2506.09045): skip while the known magnitude of the residual has drifted little."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..transformer import ForwardPass
+from .constants import MAGCACHE
+from .protocol import Branch
+from .residual import ResidualCache
+
+
+class MagCache(ResidualCache):
+    """Follows Zehong-Ma's ``MagCache4Wan2.1``. What is skipped depends on the number of steps, not on the video.
+
+    Args:
+        steps: number of sampling steps.
+        threshold: 0 never skips.
+        most_skips: steps in a row that may be skipped.
+        retention: share of the run, at its start, that is always computed, in [0, 1].
+        ratios: see `MagCacheConstants`; of another number of steps, they are stretched to the nearest.
+    """
+
+    def __init__(self, steps: int, threshold: float, most_skips: int, retention: float, ratios: tuple[float, ...]):
+        super().__init__(steps, threshold)
+        self.most_skips = most_skips
+        self.first = int(2 * steps * retention)  # counted in forwards, two a step
+        self.ratios = [stretched(np.array([1.0, *ratios[branch::2]]), steps) for branch in range(2)]
+
+    @classmethod
+    def of(cls, model: str, steps: int, threshold: float, most_skips: int, retention: float) -> MagCache:
+        """With the constants of a preset."""
+        return cls(steps, threshold, most_skips, retention, MAGCACHE[model].ratios)
+
+    def skips(self, branch: int, own: Branch, this_pass: ForwardPass) -> bool:
+        if 2 * self.index + branch < self.first:
+            return False
+        ratio = own.numbers.get("ratio", 1.0) * float(self.ratios[branch][self.index])
+        own.numbers["ratio"] = ratio
+        own.numbers["skips"] = own.numbers.get("skips", 0.0) + 1
+        own.numbers["error"] = own.numbers.get("error", 0.0) + abs(1 - ratio)
+        return own.numbers["error"] < self.threshold and own.numbers["skips"] <= self.most_skips
+
+    def computed_again(self, own: Branch) -> None:
+        own.numbers.update(ratio=1.0, skips=0.0, error=0.0)
+
+
+def stretched(values: np.ndarray, count: int) -> np.ndarray:
+    """``count`` of the values, evenly spaced from the first to the last, each the nearest (halves to even)."""
+    if count == 1:
+        return values[-1:]
+    scale = (len(values) - 1) / (count - 1)
+    return values[np.round(np.arange(count) * scale).astype(int)]
