@@ -22,6 +22,7 @@ MODEL_HELP = """\
 which model? give --model one of
   nano                     bundled: shapes moving on plain backgrounds, 128x128, in seconds
   a folder                 ./Wan2.1-T2V-1.3B, downloaded from the hub
+  owner/name:path/file     one file of a repository on the hub
   Wan-AI/Wan2.1-T2V-1.3B   text to video, 480p (17.5 GB to download)
   Wan-AI/Wan2.1-T2V-14B    text to video, 480p and 720p (69 GB to download)
   Wan-AI/Wan2.1-I2V-14B-480P, -I2V-14B-720P, -FLF2V-14B-720P, -VACE-1.3B, -VACE-14B   from pictures and videos"""
@@ -109,6 +110,7 @@ def add_sources(parser: Parser) -> None:
 def add_model(parser: Parser) -> None:
     model = parser.add_argument_group("with which model")
     model.add_argument("--model", "--ckpt_dir", metavar="MODEL", help="nano (bundled), a model folder, or a hub id")
+    model.add_argument("--source", metavar="HUB", default="huggingface", help="huggingface (default) or modelscope")
     model.add_argument("--task", help="take the sampling defaults of this official task, such as t2v-1.3B")
     model.add_argument("--dtype", default="bfloat16", help="of transformer and text encoder: bfloat16, float32")
     model.add_argument(

@@ -110,7 +110,9 @@ class Preset:
     """One released model: where it is published, its sizes, and how it wants to be sampled.
 
     ``repo`` is empty for the model that comes with the package. ``sampling`` is the default; ``sampling_480p``
-    replaces it when the area is at most 832x480.
+    replaces it when the area is at most 832x480. ``diffusers`` is the same model's repository in Diffusers' layout,
+    ``comfyui`` its transformer's file in `COMFYUI_TRANSFORMERS`, ``gguf`` the repository of its GGUF quantisations; ""
+    where none is known.
     """
 
     name: str
@@ -125,6 +127,9 @@ class Preset:
     negative_prompt: str = NEGATIVE_PROMPT
     text_encoder: TextEncoderConfig = field(default=TextEncoderConfig())
     vae: VAEConfig = field(default=VAEConfig())
+    diffusers: str = ""
+    comfyui: str = ""
+    gguf: str = ""
 
     def sampling_for(self, width: int, height: int) -> Sampling:
         """Defaults for an output of ``width`` x ``height`` pixels."""
@@ -143,6 +148,18 @@ _DIT_VACE_14B = TransformerConfig(
 )
 _I2V_NEGATIVE = CAMERA_SHAKE + NEGATIVE_PROMPT
 
+# ComfyUI's single files, as names that ``--model`` takes: of each model a transformer, and these for all models.
+_COMFYUI = "Comfy-Org/Wan_2.1_ComfyUI_repackaged:split_files"
+COMFYUI_TRANSFORMERS = f"{_COMFYUI}/diffusion_models"
+COMFYUI_PARTS = {
+    "text_encoder": f"{_COMFYUI}/text_encoders/umt5_xxl_fp16.safetensors",
+    "vae": f"{_COMFYUI}/vae/wan_2.1_vae.safetensors",
+    "image_encoder": f"{_COMFYUI}/clip_vision/clip_vision_h.safetensors",
+    "tokenizer": "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/spiece.model",
+}
+# The text encoder's GGUF quantisations; the other parts beside a GGUF transformer are ComfyUI's.
+GGUF_TEXT_ENCODERS = "city96/umt5-xxl-encoder-gguf"
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
@@ -151,23 +168,43 @@ PRESETS: dict[str, Preset] = {
             size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0),
             negative_prompt="",
         ),
-        Preset("t2v-1.3B", "t2v", "Wan-AI/Wan2.1-T2V-1.3B", _DIT_1_3B),
-        Preset("t2v-14B", "t2v", "Wan-AI/Wan2.1-T2V-14B", _DIT_14B, size=(1280, 720)),
+        Preset(
+            "t2v-1.3B", "t2v", "Wan-AI/Wan2.1-T2V-1.3B", _DIT_1_3B,
+            diffusers="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", comfyui="wan2.1_t2v_1.3B_fp16.safetensors",
+            gguf="samuelchristlie/Wan2.1-T2V-1.3B-GGUF",
+        ),
+        Preset(
+            "t2v-14B", "t2v", "Wan-AI/Wan2.1-T2V-14B", _DIT_14B, size=(1280, 720),
+            diffusers="Wan-AI/Wan2.1-T2V-14B-Diffusers", comfyui="wan2.1_t2v_14B_fp16.safetensors",
+            gguf="city96/Wan2.1-T2V-14B-gguf",
+        ),
         Preset(
             "i2v-14B-480P", "i2v", "Wan-AI/Wan2.1-I2V-14B-480P", _DIT_I2V,
             sampling=Sampling(steps=40), sampling_480p=Sampling(steps=40, shift=3.0), negative_prompt=_I2V_NEGATIVE,
+            diffusers="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", comfyui="wan2.1_i2v_480p_14B_fp16.safetensors",
+            gguf="city96/Wan2.1-I2V-14B-480P-gguf",
         ),
         Preset(
             "i2v-14B-720P", "i2v", "Wan-AI/Wan2.1-I2V-14B-720P", _DIT_I2V, size=(1280, 720),
             sampling=Sampling(steps=40), sampling_480p=Sampling(steps=40, shift=3.0), negative_prompt=_I2V_NEGATIVE,
+            diffusers="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", comfyui="wan2.1_i2v_720p_14B_fp16.safetensors",
+            gguf="city96/Wan2.1-I2V-14B-720P-gguf",
         ),
         Preset(
             "flf2v-14B-720P", "flf2v", "Wan-AI/Wan2.1-FLF2V-14B-720P", _DIT_FLF2V, size=(1280, 720),
             sampling=Sampling(shift=16.0), negative_prompt=SCENE_CUT + _I2V_NEGATIVE,
+            diffusers="Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", comfyui="wan2.1_flf2v_720p_14B_fp16.safetensors",
+            gguf="city96/Wan2.1-FLF2V-14B-720P-gguf",
         ),
-        Preset("vace-1.3B", "vace", "Wan-AI/Wan2.1-VACE-1.3B", _DIT_VACE_1_3B, sampling=Sampling(shift=16.0)),
         Preset(
-            "vace-14B", "vace", "Wan-AI/Wan2.1-VACE-14B", _DIT_VACE_14B, size=(1280, 720), sampling=Sampling(shift=16.0)
+            "vace-1.3B", "vace", "Wan-AI/Wan2.1-VACE-1.3B", _DIT_VACE_1_3B, sampling=Sampling(shift=16.0),
+            diffusers="Wan-AI/Wan2.1-VACE-1.3B-diffusers", comfyui="wan2.1_vace_1.3B_fp16.safetensors",
+        ),
+        Preset(
+            "vace-14B", "vace", "Wan-AI/Wan2.1-VACE-14B", _DIT_VACE_14B, size=(1280, 720),
+            sampling=Sampling(shift=16.0),
+            diffusers="Wan-AI/Wan2.1-VACE-14B-diffusers", comfyui="wan2.1_vace_14B_fp16.safetensors",
+            gguf="QuantStack/Wan2.1_14B_VACE-GGUF",
         ),
     )
 }  # fmt: skip

@@ -64,9 +64,15 @@ def run(args: argparse.Namespace) -> int:
 
     from .media import check_output
     from .pipeline import WanPipeline
+    from .weights.hub import survey
 
     if args.output:
         check_output(args.output, args.overwrite)  # before a download or an hour of work
+    download = survey(args.model, args.source)
+    if download:
+        note(f"download  {download}")
+        if args.dry_run and download.missing:
+            return 0
     pipe = WanPipeline.from_pretrained(
         args.model,
         args.dtype,
@@ -74,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         preset=args.task,
         progress=not args.quiet,
         vae_tiling=args.vae_tiling,
+        source=args.source,
     )
     request = request_from(pipe, args)
     output = Path(args.output or default_output(pipe.preset.name, request))

@@ -31,7 +31,7 @@ from .tokenizer import Tokenizer
 from .transformer import Transformer
 from .types import Conditioning, Request, RunState, StageReport, Step, Video
 from .weights.checkpoint import Checkpoint, open_checkpoint
-from .weights.hub import resolve
+from .weights.hub import preset_of, resolve
 from .weights.load import open_component, transformer_config
 from .weights.networks import (
     check_quantize,
@@ -101,12 +101,14 @@ class WanPipeline:
         preset: str | None = None,
         progress: bool = True,
         vae_tiling: str | tuple[int, int] | None = None,
+        source: str = "huggingface",
     ) -> WanPipeline:
         """Open a model.
 
         Args:
             model: "nano" (comes with the package); a folder (official or Diffusers layout, or written by
-                ``weights_convert.py``); a hub id such as "Wan-AI/Wan2.1-T2V-1.3B"; or a preset's name.
+                ``weights_convert.py``); a preset's name; a hub id such as "Wan-AI/Wan2.1-T2V-1.3B", or one file of
+                such a repository, "owner/name:path/to/file". What is not here is downloaded.
             dtype: of the transformer and the text encoder: "bfloat16" or "float32". The VAE is float32.
             quantize: keep the blocks of transformer and text encoder in few bits: "q8", "q6", "q5", "q4" or "q3"
                 (groups of 64; "q4-g32" for others), "mxfp8", "mxfp4", "nvfp4". None takes the weights as they are
@@ -116,17 +118,21 @@ class WanPipeline:
             progress: show progress bars.
             vae_tiling: decode and encode in tiles of at most this size, (width, height) in pixels or "384x256": the
                 same video in less memory and more time; "off" never, "auto" (or None) where memory asks for it.
+            source: hub to download from: "huggingface", or "modelscope" (an extra).
 
         Raises:
             ValueError: an argument is wrong, or the model's task is not supported.
-            WeightsError: the folder is incomplete, or a file is not what it should be.
+            WeightsError: the folder is incomplete, a file is not what it should be, or the download failed.
         """
         if memory is not None:
             raise ValueError(f"memory={memory!r}: not available yet; leave it out")
         check_mode(quantize)
         parse_tiling(vae_tiling)  # before a download
         found = find_preset(preset) if preset else None
-        return cls(open_checkpoint(resolve(model)), dtype, found, progress, quantize, vae_tiling)
+        checkpoint = open_checkpoint(resolve(model, source, progress))
+        if found is None and checkpoint.model is None:
+            found = preset_of(model)  # two models of the same sizes differ in their defaults
+        return cls(checkpoint, dtype, found, progress, quantize, vae_tiling)
 
     def __call__(self, prompt: str, callback: Callable[[Step], Any] | None = None, **options: Any) -> Video:
         """Make a video.

@@ -46,10 +46,10 @@ DIFFUSERS_NAMES = {
     },
 }
 MLX_FILES = {
-    "transformer": ("transformer.safetensors",),
-    "text_encoder": ("text_encoder.safetensors",),
-    "vae": ("vae.safetensors",),
-    "image_encoder": ("image_encoder.safetensors",),
+    **{
+        component: (f"{component}.safetensors.index.json", f"{component}.safetensors")
+        for component in ("transformer", "text_encoder", "vae", "image_encoder")
+    },
     "tokenizer": ("tokenizer.model",),
 }
 MLX_FORMAT = "wan_mlx"
