@@ -6,7 +6,7 @@ weights' dtype; the time path, modulation, norms' statistics, the patch embeddin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,6 +18,8 @@ from .configs import TransformerConfig
 from .layers import AffineNorm, Linear, Pacer, RMSNorm, gated_add, gelu_tanh, in_token_chunks, modulated_norm
 from .rope import rope_table, scale_and_rotate
 
+# Attributes that are lists of blocks, of all transformers.
+BLOCK_LISTS = ("blocks", "vace_blocks")
 # Parameters that stay float32 whatever the dtype of the rest: few bytes, and rounding them shows.
 FLOAT32_PARAMETERS = r"(^|.*\.)(time_\w+|\w*patch_embedding|head|modulation|norm\w*|emb_pos)(\..*|$)"
 
@@ -199,7 +201,9 @@ class Transformer(nn.Module):
         self.text_embedding = [Linear(config.text_dim, dim), gelu_tanh, Linear(dim, dim)]
         self.time_embedding = [Linear(config.freq_dim, dim), nn.silu, Linear(dim, dim)]
         self.time_projection = [nn.silu, Linear(dim, 6 * dim)]
-        self.blocks = [Block(config) for _ in range(config.num_layers)]
+        # Reads the blocks where they are not resident: (their names, in order) → the blocks, each valid until the next.
+        self.stream: Callable[[Sequence[str]], Iterator[Block]] | None = None
+        self.blocks = [self.new_block(f"blocks.{i}") for i in range(config.num_layers)]
         self.head = Head(config)
         if config.has_image_branch:
             self.img_emb = ImageEmbedding(config)
@@ -242,13 +246,32 @@ class Transformer(nn.Module):
         x, this_pass = self.enter(latents, timestep, context, image_features)
 
         def run_blocks(x):
-            for layer, block in enumerate(self.blocks):
-                if layer not in skip_layers:
-                    x = block(x, *this_pass.for_blocks)
+            layers = (layer for layer in range(self.config.num_layers) if layer not in skip_layers)
+            for _, block in self.each_block([f"blocks.{layer}" for layer in layers]):
+                x = self.done(block(x, *this_pass.for_blocks))
             return x
 
         x = run_blocks(x) if through is None else through(x, this_pass, run_blocks)
         return self.leave(x, this_pass)
+
+    def new_block(self, name: str) -> Block:
+        """A block for the parameters whose names begin with ``name``, not loaded."""
+        return Block(self.config)
+
+    def each_block(self, names: Sequence[str]) -> Iterator[tuple[str, Block]]:
+        """Names and blocks in order, resident or as they are read."""
+        if self.stream is not None:
+            yield from zip(names, self.stream(names), strict=True)
+            return
+        for name in names:
+            kind, index = name.split(".")
+            yield name, self[kind][int(index)]
+
+    def done(self, *arrays: mx.array) -> mx.array:
+        """To be called with all that was computed with a block; returns the last array."""
+        if self.stream is not None:
+            mx.eval(arrays)  # the block is emptied when the next one is asked for
+        return arrays[-1]
 
     def enter(
         self, latents: mx.array, timestep: float | Sequence[float], context: mx.array, image_features: mx.array | None

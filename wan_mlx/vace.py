@@ -31,7 +31,12 @@ class VaceTransformer(Transformer):
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
         self.vace_patch_embedding = Linear(math.prod(config.patch_size) * config.vace_in_dim, config.dim)
-        self.vace_blocks = [VaceBlock(config, first=n == 0) for n in range(len(config.vace_layers))]
+        self.vace_blocks = [self.new_block(f"vace_blocks.{n}") for n in range(len(config.vace_layers))]
+
+    def new_block(self, name: str) -> Block:
+        if name.startswith("blocks."):
+            return super().new_block(name)
+        return VaceBlock(self.config, first=name == "vace_blocks.0")
 
     def __call__(
         self,
@@ -68,20 +73,31 @@ class VaceTransformer(Transformer):
 
         def run_blocks(x):
             control, _ = self.patchify(vace_context, self.vace_patch_embedding)
-            control = self.vace_blocks[0].before_proj(control) + x
-            this_pass.pace(control)
-            scale, hinted = mx.array(vace_scale, dtype=mx.float32), iter(self.vace_blocks)
-            for layer, block in enumerate(self.blocks):
-                if layer not in skip_layers:
-                    x = block(x, *this_pass.for_blocks)
-                if layer in self.config.vace_layers:
-                    # The official code makes all hints first and keeps them. Control tokens do not depend on the blocks
-                    # before, so a hint can be made where it is added, and no block runs while one is held.
-                    vace_block = next(hinted)
-                    control = vace_block(control, *this_pass.for_blocks)
-                    x = gated_add(x, vace_block.after_proj(control), scale)
-                    this_pass.pace(x)
+            start, scale = x, mx.array(vace_scale, dtype=mx.float32)
+            for name, block in self.each_block(self._order(skip_layers)):
+                if name.startswith("blocks."):
+                    x = self.done(block(x, *this_pass.for_blocks))
+                    continue
+                if "before_proj" in block:
+                    control, start = block.before_proj(control) + start, None
+                    this_pass.pace(control)
+                # The official code makes all hints first and keeps them. Control tokens do not depend on the blocks
+                # before, so a hint can be made where it is added, and no block runs while one is held.
+                control = block(control, *this_pass.for_blocks)
+                x = gated_add(x, block.after_proj(control), scale)
+                this_pass.pace(x)
+                self.done(control, x)
             return x
 
         x = run_blocks(x) if through is None else through(x, this_pass, run_blocks)
         return self.leave(x, this_pass)
+
+    def _order(self, skip_layers: Collection[int]) -> list[str]:
+        """Names of the blocks in the order they are run in."""
+        names, hints = [], iter(range(len(self.config.vace_layers)))
+        for layer in range(self.config.num_layers):
+            if layer not in skip_layers:
+                names.append(f"blocks.{layer}")
+            if layer in self.config.vace_layers:
+                names.append(f"vace_blocks.{next(hints)}")
+        return names

@@ -28,7 +28,7 @@ from .load import (
     transformer_config,
     vae_config,
 )
-from .parameters import Parameters, load_module, stream_blocks
+from .parameters import Parameters, load_module, load_streamed, stream_blocks
 from .quantize import QUANTIZED
 
 # Wraps an iteration as ``tqdm`` does: progress(items, total=...) → items.
@@ -84,6 +84,7 @@ def load_transformer(
     dtype: str | mx.Dtype = "bfloat16",
     progress: Progress = no_progress,
     quantize: str | None = None,
+    stream: bool = False,
 ) -> Transformer:
     """Load the diffusion transformer, a `VaceTransformer` if the weights are VACE's.
 
@@ -93,6 +94,7 @@ def load_transformer(
         progress: wraps the iteration over tensors.
         quantize: pack the blocks' matrices as they are read: "q8", "q6", "q5", "q4", "q3" (also with a group, as in
             "q4-g32"), "mxfp8", "mxfp4" or "nvfp4". None takes the weights as stored; "none" unpacks packed ones.
+        stream: keep no blocks but read each when a forward pass comes to it, at most two being resident.
 
     Raises:
         WeightsError: the file is not a whole Wan2.1 transformer.
@@ -101,7 +103,8 @@ def load_transformer(
     weights, config = _open(path, "transformer")
     config = transformer_config(weights, config)
     network = VaceTransformer if config.model_type == "vace" else Transformer
-    return load_module(network(config), transformer_parameters(weights, config, parse_dtype(dtype), quantize), progress)
+    load = load_streamed if stream else load_module
+    return load(network(config), transformer_parameters(weights, config, parse_dtype(dtype), quantize), progress)
 
 
 def transformer_parameters(
@@ -169,7 +172,10 @@ def load_text_encoder(
         config,
         embed=lambda ids: weights.rows("token_embedding.weight", ids).astype(dtype),
         blocks=lambda: progress(
-            stream_blocks(lambda index: EncoderBlock(config), parameters, config.num_layers), total=config.num_layers
+            stream_blocks(
+                [f"blocks.{i}" for i in range(config.num_layers)], lambda place: EncoderBlock(config), parameters
+            ),
+            total=config.num_layers,
         ),
         norm_weight=weights.read("norm.weight").astype(dtype),
         dtype=dtype,

@@ -7,14 +7,15 @@ one block at a time; both read through it, so a block is the same bits either wa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..layers import Linear
 from ..quantized import QuantizedLinear
-from ..transformer import FLOAT32_PARAMETERS
+from ..transformer import BLOCK_LISTS, FLOAT32_PARAMETERS, Transformer
 from ..types import WeightsError
 from .load import ComponentWeights, check_keys, parameter_shapes
 from .quantize import EXPAND, Quantization, check_mode, plan_quantization
@@ -73,10 +74,13 @@ class Parameters:
     def component(self) -> str:
         return self.weights.component
 
-    def fit(self, module: nn.Module, prefix: str = "") -> nn.Module:
-        """Put packed layers into ``module`` where its weights are packed; ``prefix`` is what its names begin with."""
+    def fit(self, module: nn.Module, prefix: str = "", without: Collection[str] = ()) -> nn.Module:
+        """Put packed layers into ``module`` where its weights are packed.
+
+        ``prefix`` is what its names begin with; of those, it has not the ones ``without`` which it is.
+        """
         for name, packing in self.quantization.packings.items():
-            if not name.startswith(prefix):
+            if not name.startswith(prefix) or name in without:
                 continue
             *path, last, _ = name[len(prefix) :].split(".")
             parent = module
@@ -166,7 +170,7 @@ def load_module(
     """
     unread = unread or {}
     check_keys(parameters.weights, {**parameter_shapes(module), **unread})
-    parameters.fit(module)
+    parameters.fit(module, without=unread)
     arrays = []
     for name in progress([name for name in parameters.weights.shapes if name not in unread]):
         with mx.stream(mx.cpu):
@@ -177,34 +181,71 @@ def load_module(
 
 
 def stream_blocks(
-    make_block: Callable[[int], nn.Module], parameters: Parameters, count: int, prefix: str = "blocks"
+    places: Sequence[str], make_block: Callable[[str], nn.Module], parameters: Parameters
 ) -> Iterator[nn.Module]:
-    """Yield the loaded blocks ``{prefix}.0``, ``{prefix}.1``, … in order; while one computes, the next is being read.
+    """Yield loaded blocks in the order of ``places``; while one computes, the next is being read.
 
     At most two blocks are resident: reading has a CPU stream of its own, a block is resident before it is yielded, and
     is emptied when the next is asked for. The caller evaluates what it computed with a block before that.
 
     Args:
-        make_block: index → a block, not loaded and not quantised.
+        places: what the names of each block's parameters begin with, such as "blocks.0".
+        make_block: place → a block, not loaded and not quantised.
         parameters: where its parameters come from; checked against the whole network's before (`check_keys`).
-        count: how many there are.
-        prefix: of their names.
     """
-    io = mx.new_stream(mx.cpu)
+    io = _reading_stream()
 
-    def start_reading(index: int):
-        block, place = make_block(index), f"{prefix}.{index}."
+    def start_reading(place: str):
+        block, prefix = make_block(place), f"{place}."
         with mx.stream(io):
-            started = parameters.start([place + name for name in parameter_shapes(block)])
+            started = parameters.start([prefix + name for name in parameter_shapes(block)])
         mx.async_eval(list(started.values()))
-        return parameters.fit(block, place), place, started
+        return parameters.fit(block, prefix), prefix, started
 
-    following = start_reading(0) if count else None
-    for index in range(count):
-        block, place, started = following
+    following = start_reading(places[0]) if places else None
+    for index in range(len(places)):
+        block, prefix, started = following
         arrays = parameters.finish(started)
-        block.load_weights([(name.removeprefix(place), array) for name, array in arrays])
+        block.load_weights([(name.removeprefix(prefix), array) for name, array in arrays])
         del arrays, started
-        following = start_reading(index + 1) if index + 1 < count else None
+        following = start_reading(places[index + 1]) if index + 1 < len(places) else None
         yield block.eval()
         block.clear()  # whoever still holds it holds no weights
+
+
+_streams = threading.local()
+
+
+def _reading_stream() -> mx.Stream:
+    """This thread's stream for reading: a stream is a thread of the system's that MLX never ends."""
+    if not hasattr(_streams, "io"):
+        _streams.io = mx.new_stream(mx.cpu)
+    return _streams.io
+
+
+class StreamedBlocks:
+    """A transformer's blocks, read from the file each time a pass comes to them (`Transformer.stream`).
+
+    Called with places, it yields their blocks as `stream_blocks` does. One pass at a time: on the CPU guidance makes
+    both passes at once, but two would hold four blocks, and the second waits here until the first is through.
+    """
+
+    def __init__(self, make_block: Callable[[str], nn.Module], parameters: Parameters):
+        self.make_block, self.parameters = make_block, parameters
+        self._one_pass = threading.Lock()
+
+    def __call__(self, places: Sequence[str]) -> Iterator[nn.Module]:
+        with self._one_pass:
+            yield from stream_blocks(places, self.make_block, self.parameters)
+
+
+def load_streamed(model: Transformer, parameters: Parameters, progress: Callable[[Iterable[str]], Iterable[str]]):
+    """Fill all of ``model`` but its blocks, which are streamed from now on; returns it."""
+    shapes = parameter_shapes(model)
+    check_keys(parameters.weights, shapes)
+    in_blocks = {name: shape for name, shape in shapes.items() if name.split(".")[0] in BLOCK_LISTS}
+    for name in BLOCK_LISTS:
+        if name in model:
+            model[name] = []
+    model.stream = StreamedBlocks(model.new_block, parameters)
+    return load_module(model, parameters, progress, unread=in_blocks)

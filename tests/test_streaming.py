@@ -1,0 +1,123 @@
+"""A transformer whose blocks are read at every pass computes the same bits as one that is resident."""
+
+import threading
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from wan_mlx.caching import StepCache
+from wan_mlx.configs import TransformerConfig
+from wan_mlx.guidance import Guidance, guided_velocity
+from wan_mlx.transformer import Transformer
+from wan_mlx.types import Conditioning, WeightsError
+from wan_mlx.vace import VaceTransformer
+from wan_mlx.weights.load import parameter_shapes
+from wan_mlx.weights.networks import load_transformer
+from wan_mlx.weights.parameters import StreamedBlocks
+
+SIZES = dict(dim=256, ffn_dim=192, num_heads=2, num_layers=4, freq_dim=32, text_dim=64, image_dim=96)
+CONFIGS = {
+    "t2v": TransformerConfig("t2v", **SIZES),
+    "i2v": TransformerConfig("i2v", **SIZES, in_dim=36),
+    "flf2v": TransformerConfig("flf2v", **SIZES, in_dim=36),
+    "vace": TransformerConfig("vace", **SIZES, vace_layers=(0, 2)),
+}
+
+
+def network(kind):
+    return (VaceTransformer if kind == "vace" else Transformer)(CONFIGS[kind])
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Random weights of a kind of transformer, as ``weights_convert.py`` would write them."""
+    folder, rng = tmp_path_factory.mktemp("streaming"), np.random.default_rng(0)
+
+    def write(kind):
+        path = folder / f"{kind}.safetensors"
+        if not path.exists():
+            arrays = {
+                name: mx.array(rng.normal(size=shape).astype(np.float32) * shape[-1] ** -0.5)
+                for name, shape in parameter_shapes(network(kind)).items()
+            }
+            mx.save_safetensors(str(path), arrays, {"layout": "mlx"})
+        return path
+
+    return write
+
+
+def inputs(kind):
+    def random(*shape):
+        return mx.array(np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32))
+
+    extra = {
+        "i2v": lambda: dict(condition=random(1, 2, 4, 6, 20), image_features=random(1, 257, 96)),
+        "flf2v": lambda: dict(condition=random(1, 2, 4, 6, 20), image_features=random(2, 257, 96)),
+        "vace": lambda: dict(vace_context=random(1, 2, 4, 6, 96)),
+    }
+    return (random(1, 2, 4, 6, 16), 500.0, random(1, 512, 64)), extra.get(kind, dict)()
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, quantize, skip_layers",
+    [("t2v", "float32", None, ()), ("t2v", "bfloat16", "q4", ()), ("t2v", "float32", None, (1, 2)),
+     ("i2v", "bfloat16", None, ()), ("flf2v", "float32", "q8", ()), ("vace", "bfloat16", None, ()),
+     ("vace", "float32", "mxfp8", (0, 2))],
+)  # fmt: skip
+def test_streamed_equals_resident(file, kind, dtype, quantize, skip_layers):
+    resident, streamed = (
+        load_transformer(file(kind), dtype, quantize=quantize, stream=stream) for stream in (False, True)
+    )
+    args, kwargs = inputs(kind)
+    want = resident(*args, **kwargs, skip_layers=skip_layers)
+    for _ in range(2):
+        assert mx.array_equal(streamed(*args, **kwargs, skip_layers=skip_layers), want)
+    assert mx.isfinite(want).all() and want.std() > 0.01
+    held = {name.split(".")[0] for name, _ in tree_flatten(streamed.parameters())}
+    assert "head" in held and not held & {"blocks", "vace_blocks"}
+
+
+def test_blocks_are_read_anew_at_every_pass_and_only_those_that_run(file, monkeypatch):
+    asked = []
+    new_block = VaceTransformer.new_block
+    model = load_transformer(file("vace"), "float32", stream=True)
+    model.stream.make_block = lambda place: asked.append(place) or new_block(model, place)
+    args, kwargs = inputs("vace")
+    order = ["blocks.0", "vace_blocks.0", "blocks.1", "blocks.2", "vace_blocks.1", "blocks.3"]
+    mx.eval(model(*args, **kwargs))
+    assert asked == order
+    mx.eval(model(*args, **kwargs, skip_layers=(1, 2)))
+    assert asked[6:] == [name for name in order if name not in ("blocks.1", "blocks.2")]
+
+
+def test_passes_that_run_at_once_take_turns(file, monkeypatch):
+    """Both passes of guidance on the CPU: bits as resident, never more than one pass among the blocks."""
+    inside, most = [], []
+    call = StreamedBlocks.__call__
+
+    def watched(self, places):
+        for block in call(self, places):
+            if threading.get_ident() not in inside:
+                inside.append(threading.get_ident())
+            most.append(len(inside))
+            yield block
+        inside.remove(threading.get_ident())
+
+    monkeypatch.setattr(StreamedBlocks, "__call__", watched)
+    (latents, timestep, context), _ = inputs("t2v")
+    conditioning = Conditioning(latents, context, negative_context=mx.array(np.array(context) * 0.5))
+    models = [load_transformer(file("t2v"), "float32", stream=stream) for stream in (False, True)]
+    velocities = [
+        guided_velocity(model, latents, timestep, conditioning, Guidance(3.0), 0, 1, StepCache(1)) for model in models
+    ]
+    assert mx.array_equal(*velocities) and len(most) == 2 * 4 and max(most) == 1
+
+
+def test_what_a_block_lacks_is_said_before_anything_runs(file, tmp_path):
+    arrays = mx.load(str(file("t2v")))
+    del arrays["blocks.3.ffn.0.bias"]
+    mx.save_safetensors(str(tmp_path / "short.safetensors"), arrays, {"layout": "mlx"})
+    with pytest.raises(WeightsError, match=r"lacks blocks\.3\.ffn\.0\.bias"):
+        load_transformer(tmp_path / "short.safetensors", stream=True)
