@@ -127,7 +127,7 @@ def add_sampling(parser: Parser) -> None:
     how.add_argument("--steps", "--sample_steps", type=int, metavar="N", help="sampling steps")
     how.add_argument("--guidance", "--sample_guide_scale", type=float, metavar="G", help="guidance scale; 1 is off")
     how.add_argument("--shift", "--sample_shift", type=float, metavar="S", help="shift of the sigma schedule")
-    how.add_argument("--solver", "--sample_solver", default="unipc", help="unipc (default), dpm++ or euler")
+    how.add_argument("--solver", "--sample_solver", help="unipc (default), dpm++, euler, or dmd")
     how.add_argument("--seed", "--base_seed", type=int, metavar="N", help="same seed, same video (default: drawn)")
 
 
@@ -135,6 +135,8 @@ def add_fewer_forwards(parser: Parser) -> None:
     fewer = parser.add_argument_group("how to guide, and how to leave out work")
     fewer.add_argument("--cache", metavar="NAME", help="step cache: teacache, magcache, easycache, each with its "
                        "threshold after a colon (easycache:0.05), or none (default)")  # fmt: skip
+    fewer.add_argument("--recipe", metavar="NAME", help="for distilled models and LoRAs; sets steps, solver, shift and "
+                       "guidance: lightx2v-4step, fastwan-3step, causvid, rcm")  # fmt: skip
     fewer.add_argument("--guidance-range", type=parse_range, default=(0.0, 1.0), metavar="A-B",
                        help="guidance only in this part of the steps, such as 0-0.6 (default 0-1)")  # fmt: skip
     fewer.add_argument("--cfg-zero", nargs="?", type=int, const=True, metavar="STEPS",

@@ -38,7 +38,7 @@ def denoise(
         SamplingError: the latents stopped being finite; says at which step.
         ValueError: ``state`` is not what step ``first`` of this solver needs.
     """
-    latents = conditioning.noise
+    latents = scheduler.start(conditioning.noise)
     total = len(scheduler.timesteps)
     cache = cache or StepCache(total)
     if first:
@@ -46,10 +46,10 @@ def denoise(
         scheduler.load_state(first, part_of(state, "solver"))
         cache.load_state(part_of(state, "cache"))
     for index in range(first, total):
-        timestep = int(scheduler.timesteps[index])
+        timestep = float(scheduler.timesteps[index])
         started = time.perf_counter()
         computed = cache.computed if index else 0
-        velocity = guided_velocity(model, latents, float(timestep), conditioning, guidance, index, total, cache)
+        velocity = guided_velocity(model, latents, timestep, conditioning, guidance, index, total, cache)
         latents = scheduler.step(index, velocity, latents)
         state = {
             "latents": latents,
@@ -61,12 +61,12 @@ def denoise(
         if not mx.isfinite(latents).all().item():
             raise SamplingError(
                 f"the latents are not finite (NaN or infinite) after step {index + 1} of {total} at timestep "
-                f"{timestep}; try --dtype float32, or check that the weights are whole"
+                f"{timestep:g}; try --dtype float32, or check that the weights are whole"
             )
         yield Step(
             index=index,
             total=total,
-            timestep=float(timestep),
+            timestep=timestep,
             sigma=float(scheduler.sigmas[index]),
             latents=latents,
             denoised=scheduler.denoised,

@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .media import check_output
     from .pipeline import WanPipeline
+    from .recipes import recipe_notes
     from .weights.hub import survey
 
     if args.output:
@@ -85,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     request = request_from(pipe, args)
     output = Path(args.output or default_output(pipe.preset.name, request))
     describe(pipe, request, output)
+    for line in recipe_notes([(pipe.checkpoint.path, {}), (pipe.checkpoint.files["transformer"], {})], request.recipe):
+        note(f"          {line}")
     asked = (*(args.size or pipe.preset.size), args.frames or request.num_frames)
     if asked != (request.width, request.height, request.num_frames):
         note(f"          its proportions and length are the source's; {asked[0]}x{asked[1]} was taken as the area")
@@ -125,6 +128,7 @@ def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:
         cfg_zero=args.cfg_zero,
         skip_layers=args.slg[0],
         skip_range=args.slg[1] or (0.1, 1.0),
+        recipe=args.recipe,
     )
 
 
@@ -150,6 +154,8 @@ def describe(pipe: WanPipeline, request: Request, output: Path) -> None:
 def extras(request: Request) -> list[str]:
     """Lines on what departs from plain guidance and from computing every forward."""
     lines = []
+    if request.recipe:
+        lines.append(f"          by the recipe {request.recipe}")
     if request.cache != "none":
         lines.append(f"cache     {request.cache}")
     if request.guidance_range != (0.0, 1.0):

@@ -11,8 +11,9 @@ import numpy as np
 BLOCK = 16  # PyTorch turns uniform numbers into normal ones sixteen at a time
 
 
-def normal(shape: Sequence[int], seed: int) -> np.ndarray:
-    """Normal numbers, float32 ``shape``: ``torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))``.
+def normal(shape: Sequence[int], seed: int, earlier: int = 0) -> np.ndarray:
+    """Normal numbers, float32 ``shape``: ``torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))``,
+    called once more after ``earlier`` calls for the same shape.
 
     Follows ATen's ``normal_fill`` and ``normal_distribution``; logarithm and sine may round differently, by less
     than 1e-6. Only the low 32 bits of the seed count, as in PyTorch.
@@ -25,11 +26,15 @@ def normal(shape: Sequence[int], seed: int) -> np.ndarray:
     # RandomState, not Generator: its stream is mt19937 seeded as PyTorch seeds it, and frozen for good.
     draws = np.random.RandomState(seed & 0xFFFFFFFF)
     n = math.prod(shape)
-    return (_by_blocks if n >= BLOCK else _by_pairs)(draws, n).reshape(shape)
+    if n < BLOCK:  # here PyTorch goes on in the middle of a pair
+        return _by_pairs(draws, n * (earlier + 1))[n * earlier :].reshape(shape)
+    for _ in range(earlier):
+        draws.randint(0, 2**32, n + (BLOCK if n % BLOCK else 0), dtype=np.uint32)
+    return _by_blocks(draws, n).reshape(shape)
 
 
-def latent_noise(latent_shape: tuple[int, int, int], channels: int, seed: int) -> mx.array:
-    """Noise to start from, float32 (1, t, h, w, C).
+def latent_noise(latent_shape: tuple[int, int, int], channels: int, seed: int, earlier: int = 0) -> mx.array:
+    """Noise to start from, float32 (1, t, h, w, C), or to add later.
 
     Drawn as PyTorch would draw (C, t, h, w), so that a seed gives the same video here and there.
 
@@ -37,11 +42,12 @@ def latent_noise(latent_shape: tuple[int, int, int], channels: int, seed: int) -
         latent_shape: (t, h, w).
         channels: C.
         seed: in [0, 2**64).
+        earlier: how many times noise of this shape was drawn from the seed before.
 
     Raises:
         ValueError: the seed is out of range.
     """
-    noise = normal((channels, *latent_shape), seed)
+    noise = normal((channels, *latent_shape), seed, earlier)
     return mx.array(np.ascontiguousarray(np.moveaxis(noise, 0, -1)))[None]
 
 

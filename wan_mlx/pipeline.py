@@ -22,7 +22,8 @@ from .configs import PRESETS, TEXT_LEN, Preset, TransformerConfig
 from .denoise import denoise
 from .guidance import Guidance, Model, check_guidance, zero_steps_of
 from .media import to_uint8
-from .schedulers import SOLVERS, Scheduler, make_scheduler
+from .recipes import find_recipe, scheduler_for
+from .schedulers import SOLVERS, Scheduler
 from .sources import Source
 from .tasks import TASKS, fit_sources
 from .text_encoder import pad_context
@@ -162,6 +163,8 @@ class WanPipeline:
                     frames.append(event)
         if not frames:
             frames = list(self.decode(latents))
+        if self.forwards:
+            settings["forwards"] = list(self.forwards)
         return Video(
             frames=np.concatenate(frames),
             latents=latents_to_numpy(latents),
@@ -180,7 +183,7 @@ class WanPipeline:
         steps: int | None = None,
         guidance_scale: float | None = None,
         shift: float | None = None,
-        solver: str = "unipc",
+        solver: str | None = None,
         seed: int | None = None,
         image: Source | None = None,
         last_image: Source | None = None,
@@ -193,6 +196,7 @@ class WanPipeline:
         cfg_zero: bool | int | None = None,
         skip_layers: Sequence[int] = (),
         skip_range: tuple[float, float] = (0.1, 1.0),
+        recipe: str | None = None,
     ) -> Request:
         """Fill in the preset's defaults and check every value.
 
@@ -205,7 +209,7 @@ class WanPipeline:
             steps: at least 1.
             guidance_scale: 1 turns guidance off.
             shift: of the sigma schedule, > 0.
-            solver: "unipc", "dpm++" or "euler".
+            solver: "unipc" (None), "dpm++", "euler" or "dmd".
             seed: >= 0; None or negative draws one.
             image, last_image: first frame (i2v, flf2v) and last frame (flf2v): a path, PIL image or uint8 (H, W, 3).
             src_video, src_mask, src_ref_images: what VACE edits, where (white), and after which pictures.
@@ -216,12 +220,17 @@ class WanPipeline:
             cfg_zero: CFG-Zero*, True or the number of first steps at which the velocity is zero.
             skip_layers, skip_range: skip-layer guidance: blocks left out of the pass without the prompt, and in which
                 part of the steps.
+            recipe: how to sample a distilled model or LoRA, a name in `wan_mlx.recipes.RECIPES`: it sets steps, noise
+                levels, solver, shift and guidance together.
 
         Raises:
             ValueError: a value is wrong; names the nearest valid one. A source is missing, or not for this model.
         """
         width, height = width or self.preset.size[0], height or self.preset.size[1]
         defaults = self.preset.sampling_for(width, height)
+        if recipe is not None:
+            bound = find_recipe(recipe).fill(steps=steps, guidance_scale=guidance_scale, shift=shift, solver=solver)
+            steps, guidance_scale, shift, solver = bound.values()
         request = Request(
             prompt=prompt,
             negative_prompt=self.preset.negative_prompt if negative_prompt is None else negative_prompt,
@@ -231,7 +240,7 @@ class WanPipeline:
             steps=defaults.steps if steps is None else steps,
             guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
             shift=defaults.shift if shift is None else shift,
-            solver=solver,
+            solver="unipc" if solver is None else solver,
             seed=secrets.randbelow(MAX_RANDOM_SEED) if seed is None or seed < 0 else seed,
             fps=self.preset.fps,
             task=self.preset.task,
@@ -245,6 +254,7 @@ class WanPipeline:
             cfg_zero=zero_steps_of(self.preset.task) if cfg_zero is True else None if cfg_zero is False else cfg_zero,
             skip_layers=tuple(skip_layers),
             skip_range=tuple(skip_range),
+            recipe=recipe,
         )
         check_request(request)
         check_guidance(request, self.config.num_layers)
@@ -259,7 +269,6 @@ class WanPipeline:
             **request.settings(),
             "dtype": self.dtype,
             **({"quantize": self.quantize} if self.quantize else {}),
-            **({"forwards": list(self.forwards)} if self.forwards else {}),
             "versions": {"wan_mlx": __version__, "mlx": mx.__version__},
         }
 
@@ -287,7 +296,7 @@ class WanPipeline:
 
     def _denoise(self, request: Request, reached: RunState) -> Iterator[Step]:
         """The step reached and those that are left, for which alone the transformer is loaded."""
-        scheduler = make_scheduler(request.solver, request.steps, request.shift)
+        scheduler = scheduler_for(request)
         if reached.steps:
             yield step_reached(scheduler, reached)
         if reached.steps == request.steps:

@@ -50,7 +50,8 @@ class Request:
 
     ``cache`` is a step cache with all its settings (`wan_mlx.caching.resolve_cache`). ``guidance_range``,
     ``skip_layers`` and ``skip_range`` are as in `wan_mlx.guidance.Guidance`; ``cfg_zero`` is None for ordinary
-    guidance, or CFG-Zero*'s number of first steps without motion.
+    guidance, or CFG-Zero*'s number of first steps without motion. ``recipe`` names the noise levels of a distilled
+    model (`wan_mlx.recipes`).
     """
 
     prompt: str
@@ -76,6 +77,7 @@ class Request:
     cfg_zero: int | None = None
     skip_layers: tuple[int, ...] = ()
     skip_range: tuple[float, float] = (0.1, 1.0)
+    recipe: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """Every field as JSON takes it: a source is its path or, of one in memory, its kind, size and SHA-256."""

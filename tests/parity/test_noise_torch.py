@@ -21,6 +21,14 @@ def test_stream(shape, seed):
     assert np.abs(got - randn(shape, seed)).max() <= 1e-6
 
 
+@pytest.mark.parametrize("shape", [(1,), (5,), (15,), (16,), (17,), (31,), (2880,), (16, 2, 3, 5)], ids=str)
+def test_later_draws_of_the_same_generator(shape):
+    generator = torch.Generator("cpu").manual_seed(42)
+    for earlier in range(4):
+        want = torch.randn(shape, generator=generator).numpy()
+        assert np.abs(normal(shape, 42, earlier) - want).max() <= 1e-6
+
+
 @pytest.mark.parametrize("latent_shape", [(1, 2, 2), (3, 4, 6), (2, 3, 5)])
 def test_latents_are_drawn_channels_first(latent_shape):
     got = np.array(latent_noise(latent_shape, 16, 42))

@@ -44,7 +44,7 @@ def reference(name: str, steps: int, shift: float):
 
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ["unipc", "dpm++", "euler"])
 def test_every_step(name, steps, shift):
     theirs, ours = reference(name, steps, shift), make_scheduler(name, steps, shift)
     assert ours.sigmas.dtype == np.float32 and ours.sigmas.shape == (steps + 1,)
@@ -112,7 +112,7 @@ def test_a_scheduler_can_be_used_again(name):
 
 
 def test_last_step_lands_on_the_clean_estimate():
-    for name in ("unipc", "dpm++", "euler"):
+    for name in SOLVERS:
         scheduler, sample = make_scheduler(name, 1, 5.0), mx.array(noise())
         assert relative_error(scheduler.step(0, mx.tanh(sample), sample), scheduler.denoised) <= 1e-6
 
@@ -140,7 +140,8 @@ class TestWrongUse:
         state = {"x0_1": mx.zeros(3)}
         with pytest.raises(ValueError, match=r"expected \['sample', 'x0_1', 'x0_2'\] for UniPC"):
             make_scheduler("unipc", 6, 5.0).load_state(2, state)
-        with pytest.raises(ValueError, match=r"expected \[\] for Euler"):
-            make_scheduler("euler", 6, 5.0).load_state(2, state)
+        for name in ("euler", "dmd"):
+            with pytest.raises(ValueError, match=r"expected \[\] for (Euler|DMD)"):
+                make_scheduler(name, 6, 5.0).load_state(2, state)
         with pytest.raises(ValueError, match="step 7, expected 0 to 6"):
             make_scheduler("dpm++", 6, 5.0).load_state(7, state)

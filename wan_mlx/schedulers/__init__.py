@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import difflib
 
+from .dmd import DMD
 from .dpmpp import DPMSolverPP
 from .euler import Euler
-from .schedule import Scheduler, sigma_schedule
+from .schedule import Grid, Scheduler, sigma_schedule
 from .unipc import UniPC
 
-__all__ = ["SOLVERS", "DPMSolverPP", "Euler", "Scheduler", "UniPC", "make_scheduler", "sigma_schedule"]
+__all__ = ["DMD", "SOLVERS", "DPMSolverPP", "Euler", "Grid", "Scheduler", "UniPC", "make_scheduler", "sigma_schedule"]
 
-SOLVERS: dict[str, type[Scheduler]] = {"unipc": UniPC, "dpm++": DPMSolverPP, "euler": Euler}
+SOLVERS: dict[str, type[Scheduler]] = {"unipc": UniPC, "dpm++": DPMSolverPP, "euler": Euler, "dmd": DMD}
 
 
-def make_scheduler(name: str, steps: int, shift: float) -> Scheduler:
-    """The solver called ``name`` over ``steps`` steps of a grid shifted by ``shift``.
+def make_scheduler(name: str, steps: int, shift: float, grid: Grid | None = None, seed: int = 0) -> Scheduler:
+    """The solver called ``name`` over ``steps`` steps of a grid shifted by ``shift``, or over ``grid``.
 
     Raises:
         ValueError: unknown name, fewer than one step, or a shift that is not above 0.
@@ -23,4 +24,4 @@ def make_scheduler(name: str, steps: int, shift: float) -> Scheduler:
     if name not in SOLVERS:
         nearest = difflib.get_close_matches(str(name), SOLVERS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown solver {name!r}, expected one of {', '.join(SOLVERS)}; nearest: {nearest}")
-    return SOLVERS[name](steps, shift)
+    return SOLVERS[name](steps, shift, grid, seed)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -17,8 +18,11 @@ def _shifted(steps: int, shift: float, sigma_max: float) -> np.ndarray:
         raise ValueError(f"steps is {steps}, expected at least 1")
     if not (shift > 0 and math.isfinite(shift)):
         raise ValueError(f"shift is {shift}, expected a finite number above 0, such as 5")
-    even = np.linspace(sigma_max, 0.0, steps + 1)[:-1]
-    return shift * even / (1 + (shift - 1) * even)
+    return _shift(np.linspace(sigma_max, 0.0, steps + 1)[:-1], shift)
+
+
+def _shift(sigma, shift: float):
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def sigma_schedule(steps: int, shift: float, sigma_max: float) -> np.ndarray:
@@ -41,6 +45,40 @@ def timestep_schedule(steps: int, shift: float, sigma_max: float) -> np.ndarray:
     return (_shifted(steps, shift, sigma_max) * NUM_TRAIN_TIMESTEPS).astype(np.int64)
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Noise levels of a distilled model, which walks the few that it was trained at.
+
+    ``sigmas``: float32 (steps + 1,), the last 0. ``timesteps``: float64 (steps,), what the model is told.
+    """
+
+    sigmas: np.ndarray
+    timesteps: np.ndarray
+
+    @classmethod
+    def of(cls, sigmas: Sequence[float], timesteps: Sequence[float]) -> Grid:
+        """From the levels before each step."""
+        return cls(np.array([*sigmas, 0.0], dtype=np.float32), np.array(timesteps, dtype=np.float64))
+
+    @classmethod
+    def shifted(cls, places: Sequence[int], shift: float) -> Grid:
+        """``places`` count 1000 even levels, before the shift; the model is told the shifted level, not rounded."""
+        sigmas = [_shift(place / NUM_TRAIN_TIMESTEPS, shift) for place in places]
+        return cls.of(sigmas, [sigma * NUM_TRAIN_TIMESTEPS for sigma in sigmas])
+
+    @classmethod
+    def nearest(cls, timesteps: Sequence[int], shift: float) -> Grid:
+        """The model is told ``timesteps``; the level of each is the nearest of the 1000 shifted ones."""
+        levels = _shift(np.arange(NUM_TRAIN_TIMESTEPS, 0, -1) / NUM_TRAIN_TIMESTEPS, shift)
+        return cls.of([levels[np.abs(levels * NUM_TRAIN_TIMESTEPS - t).argmin()] for t in timesteps], timesteps)
+
+    @classmethod
+    def trigonometric(cls, angles: Sequence[float]) -> Grid:
+        """From angles of TrigFlow, where a sample is cos * clean + sin * noise: sin / (sin + cos)."""
+        sigmas = [math.sin(angle) / (math.sin(angle) + math.cos(angle)) for angle in angles]
+        return cls.of(sigmas, [sigma * NUM_TRAIN_TIMESTEPS for sigma in sigmas])
+
+
 def log_snr(sigma: np.float32) -> np.float32:
     """``log((1 - sigma) / sigma)``, float32; both ends are stated, so that no logarithm of 0 is taken."""
     if sigma == 0:
@@ -56,9 +94,14 @@ class Scheduler:
     Call ``step`` with index 0, 1, ... in order; index 0 starts afresh. The model at ``index`` is given
     ``timesteps[index]``.
 
+    Args:
+        steps, shift: of the grid.
+        grid: another grid; then steps and shift are its own, and not read.
+        seed: for solvers that draw noise on the way.
+
     Attributes:
         sigmas: numpy float32 (steps + 1,), the noise level before each step, then 0.
-        timesteps: numpy int64 (steps,).
+        timesteps: numpy int64 (steps,), float64 of a `Grid`.
         denoised: float32, the estimate of the clean sample made at the latest step; None before the first.
     """
 
@@ -66,12 +109,17 @@ class Scheduler:
     # name of each array that later steps look back on → the first step that needs it
     history_from: Mapping[str, int] = {}
 
-    def __init__(self, steps: int, shift: float):
-        self.sigmas = sigma_schedule(steps, shift, self.sigma_max)
-        self.timesteps = timestep_schedule(steps, shift, self.sigma_max)
+    def __init__(self, steps: int, shift: float, grid: Grid | None = None, seed: int = 0):
+        self.sigmas = sigma_schedule(steps, shift, self.sigma_max) if grid is None else grid.sigmas
+        self.timesteps = timestep_schedule(steps, shift, self.sigma_max) if grid is None else grid.timesteps
+        self.seed = seed
         self.denoised: mx.array | None = None
         self.history: dict[str, mx.array] = {}
         self.next_index = 0
+
+    def start(self, noise: mx.array) -> mx.array:
+        """What to start from, given noise."""
+        return noise
 
     def step(self, index: int, velocity: mx.array, sample: mx.array) -> mx.array:
         """Go from ``sigmas[index]`` to ``sigmas[index + 1]``.

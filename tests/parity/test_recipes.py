@@ -1,0 +1,235 @@
+"""Recipes of distilled models: whole trajectories against the published loops, restated in torch; wrong use; hints."""
+
+import json
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from oracles import relative_error, torch
+from test_schedulers import fake_model
+
+import wan_mlx
+from wan_mlx.caching import StepCache
+from wan_mlx.denoise import denoise
+from wan_mlx.generate import main
+from wan_mlx.guidance import Guidance
+from wan_mlx.noise import latent_noise
+from wan_mlx.recipes import RECIPES, find_recipe, recipe_notes, scheduler_for, suggest_recipe
+from wan_mlx.schedulers import Grid, make_scheduler
+from wan_mlx.types import Conditioning, Request
+
+SHAPE, SEED, BOUND = (16, 3, 4, 5), 42, 1e-5
+
+
+def request(recipe: str, steps: int | None = None) -> Request:
+    filled = find_recipe(recipe).fill(steps=steps, guidance_scale=None, shift=None, solver=None)
+    return Request("a", "", 40, 32, 9, seed=SEED, recipe=recipe, **filled)
+
+
+def ours(recipe: str, steps: int | None = None) -> list[np.ndarray]:
+    """Latents (C, t, h, w) after every step of the loop, and the timesteps that the model was given."""
+    told = []
+
+    def model(latents, timestep, context):
+        told.append(timestep)
+        return mx.array(np.moveaxis(fake_model(np.moveaxis(np.array(latents), -1, 1), timestep), 1, -1))
+
+    asked = request(recipe, steps)
+    conditioning = Conditioning(latent_noise(SHAPE[1:], SHAPE[0], SEED), mx.zeros((1, 2, 3)))
+    walk = denoise(model, conditioning, scheduler_for(asked), Guidance(asked.guidance_scale), StepCache(asked.steps))
+    return [np.moveaxis(np.array(step.latents)[0], -1, 0) for step in walk], told
+
+
+def theirs(velocity_step, sigmas, timesteps, start=lambda x, sigmas: x):
+    """The published loop in float64: ``velocity_step(x, v, sigma, next sigma, draw)`` where ``draw()`` is noise."""
+    generator = torch.Generator().manual_seed(SEED)
+
+    def draw():
+        return torch.randn(SHAPE, generator=generator)
+
+    x, states = start(draw().double(), sigmas), []
+    for index, timestep in enumerate(timesteps):
+        v = torch.from_numpy(fake_model(x.float().numpy()[None], timestep))[0].double()
+        x = velocity_step(x, v, sigmas[index], sigmas[index + 1], draw)
+        states.append(x)
+    return states
+
+
+def euler(x, v, sigma, following, draw):
+    clean = x - sigma * v
+    return clean + following * v
+
+
+def renoise(x, v, sigma, following, draw):
+    clean = x - sigma * v
+    return clean if following == 0 else (1 - following) * clean + following * draw()
+
+
+def compare(recipe, loop, steps=None):
+    (got, told), (want, timesteps) = ours(recipe, steps), loop
+    assert len(got) == len(want) and np.allclose(told, timesteps, rtol=1e-6)
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert relative_error(a, b) <= BOUND, f"after step {index}"
+
+
+def test_lightx2v():
+    """1000 even levels, shifted by 5 in float32 as LightX2V does, of which four are walked; Euler."""
+    levels = torch.linspace(1.0, 0.0, 1001)[:-1]
+    levels = 5 * levels / (1 + 4 * levels)
+    sigmas = [levels[1000 - place].item() for place in (1000, 750, 500, 250)]
+    assert np.allclose(sigmas, [1.0, 0.9375, 0.8333, 0.625], atol=1e-4)
+    timesteps = [1000 * sigma for sigma in sigmas]
+    compare("lightx2v-4step", (theirs(euler, [*sigmas, 0.0], timesteps), timesteps))
+
+
+def test_fastwan():
+    """Diffusers' flow-matching grid at shift 8, of which FastVideo takes the level nearest to each timestep."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    grid = FlowMatchEulerDiscreteScheduler(shift=8.0)
+    timesteps = [1000, 757, 522]
+    sigmas = [grid.sigmas[(grid.timesteps - t).abs().argmin()].item() for t in timesteps]
+    assert np.allclose(sigmas, [1.0, 0.757, 0.522], atol=1e-3)
+    compare("fastwan-3step", (theirs(renoise, [*sigmas, 0.0], timesteps), timesteps))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_rcm(steps):
+    """TrigFlow's angles turned into noise levels in float64; the start is scaled to the first."""
+    angles = torch.tensor([math.atan(80), *[1.5, 1.4, 1.0][: steps - 1], 0], dtype=torch.float64)
+    sigmas = (torch.sin(angles) / (torch.cos(angles) + torch.sin(angles))).tolist()
+    timesteps = [1000 * sigma for sigma in sigmas[:-1]]
+    states = theirs(renoise, sigmas, timesteps, start=lambda x, sigmas: x * sigmas[0])
+    compare("rcm", (states, timesteps), steps)
+
+
+def test_causvid_is_unipc_on_its_own_grid():
+    scheduler = scheduler_for(request("causvid", 12))
+    assert type(scheduler).__name__ == "UniPC" and len(scheduler.timesteps) == 12
+    assert np.array_equal(scheduler.sigmas, make_scheduler("unipc", 12, 8.0).sigmas)
+
+
+@pytest.mark.parametrize("recipe", ["fastwan-3step", "rcm"])
+def test_resumed_draws_the_same_noise(recipe):
+    """A run that goes on at any step ends as the run without a break: the noise depends on seed and step alone."""
+    want, _ = ours(recipe)
+
+    def model(latents, timestep, context):
+        return mx.array(np.moveaxis(fake_model(np.moveaxis(np.array(latents), -1, 1), timestep), 1, -1))
+
+    conditioning = Conditioning(latent_noise(SHAPE[1:], SHAPE[0], SEED), mx.zeros((1, 2, 3)))
+    whole = list(denoise(model, conditioning, scheduler_for(request(recipe)), Guidance()))
+    for first in range(1, len(whole)):
+        rest = denoise(
+            model, conditioning, scheduler_for(request(recipe)), Guidance(), first=first, state=whole[first - 1].state
+        )
+        assert mx.array_equal(list(rest)[-1].latents, whole[-1].latents)
+    assert relative_error(np.moveaxis(np.array(whole[-1].latents)[0], -1, 0), want[-1]) == 0
+
+
+def test_every_step_draws_other_noise():
+    draws = [np.array(latent_noise(SHAPE[1:], SHAPE[0], SEED, earlier)) for earlier in range(3)]
+    assert all(np.abs(a - b).mean() > 0.5 for a, b in zip(draws, draws[1:], strict=False))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_whole(name):
+    recipe = RECIPES[name]
+    for steps in (recipe.steps, *recipe.other_steps):
+        scheduler = scheduler_for(request(name, steps))
+        assert len(scheduler.timesteps) == steps == len(scheduler.sigmas) - 1
+        assert scheduler.sigmas[-1] == 0 and (np.diff(scheduler.sigmas) < 0).all()
+
+
+class TestWrongUse:
+    @pytest.mark.parametrize(
+        "given, says",
+        [
+            (dict(steps=8), "steps is 8, but the recipe lightx2v-4step is made for 4; leave one of the two out"),
+            (dict(shift=3.0), "shift is 3.0, but the recipe .* made for 5.0"),
+            (dict(guidance_scale=5.0), "guidance_scale is 5.0, but the recipe .* made for 1.0"),
+            (dict(solver="unipc"), "solver is unipc, but the recipe .* made for euler"),
+        ],
+    )
+    def test_what_contradicts_the_recipe(self, given, says):
+        nothing = dict(steps=None, guidance_scale=None, shift=None, solver=None)
+        with pytest.raises(ValueError, match=says):
+            RECIPES["lightx2v-4step"].fill(**nothing | given)
+        assert RECIPES["lightx2v-4step"].fill(**nothing | dict(steps=4, shift=5.0))["solver"] == "euler"
+
+    def test_other_steps(self):
+        with pytest.raises(ValueError, match="steps is 3, .* made for 4 or 5 or .* or 12"):
+            request("causvid", 3)
+
+    def test_unknown_name_gives_the_nearest(self):
+        with pytest.raises(ValueError, match="unknown recipe 'lightx2v'.*nearest: lightx2v-4step"):
+            find_recipe("lightx2v")
+
+
+SUGGESTED = {
+    "wan2.1_t2v_14b_lora_rank64_lightx2v_4step.safetensors": "lightx2v-4step",
+    "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors": "lightx2v-4step",
+    "lightx2v/Wan2.1-I2V-14B-480P-StepDistill-CfgDistill-Lightx2v": "lightx2v-4step",
+    "Wan2.1-T2V-14B-StepDistill-CfgDistill": "lightx2v-4step",
+    "FastVideo/FastWan2.1-T2V-1.3B-Diffusers": "fastwan-3step",
+    "Wan21_CausVid_14B_T2V_lora_rank32.safetensors": "causvid",
+    "Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32.safetensors": "causvid",
+    "rCM_Wan2.1_T2V_1.3B_480p.pt": "rcm",
+    "Wan-AI/Wan2.1-T2V-1.3B": None,
+    "Wan2.1-T2V-14B/diffusion_pytorch_model-00001-of-00006.safetensors": None,
+    "arcmage_style.safetensors": None,
+    "breakfast-wander.safetensors": None,
+}
+
+
+@pytest.mark.parametrize("path, name", SUGGESTED.items())
+def test_suggestion_by_name(path, name):
+    suggested = suggest_recipe(path)
+    assert (suggested and suggested.name) == name
+
+
+def test_suggestion_by_metadata():
+    assert suggest_recipe("lora.safetensors", {"modelspec.title": "CausVid 14B"}).name == "causvid"
+    assert suggest_recipe("lora.safetensors", {"ss_output_name": "my_cat", "ss_network_dim": "32"}) is None
+    training_data = json.dumps({"tag": "a lightx2v video " * 50})
+    assert suggest_recipe("lora.safetensors", {"ss_tag_frequency": training_data}) is None
+
+
+def test_a_suggestion_is_a_line_and_no_more():
+    notes = recipe_notes([("a/Wan21_CausVid_lora.safetensors", {}), ("b/CausVid", {})], None)
+    assert len(notes) == 1
+    assert all(word in notes[0] for word in ("--recipe causvid", "9 steps", "unipc", "shift 8", "strength 0.5"))
+    assert recipe_notes([("CausVid.safetensors", {})], "causvid") == []
+
+
+class TestCommandLine:
+    def run(self, capsys, *extra):
+        code = main(["--model", "nano", "--prompt", "a red circle", "--seed", "1", "--dry-run", *extra])
+        return code, capsys.readouterr().err
+
+    def test_a_recipe_binds_everything(self, capsys):
+        code, error = self.run(capsys, "--recipe", "fastwan-3step")
+        assert code == 0
+        assert "dmd, 3 steps, shift 8, guidance off" in error and "by the recipe fastwan-3step" in error
+
+    def test_contradiction_is_usage(self, capsys):
+        code, error = self.run(capsys, "--recipe", "fastwan-3step", "--steps", "20")
+        assert code == 2 and "steps is 20" in error
+
+    def test_cache_with_few_steps_is_usage(self, capsys):
+        code, error = self.run(capsys, "--recipe", "lightx2v-4step", "--cache", "easycache")
+        assert code == 2 and "easycache makes no sense with 4 steps" in error
+
+
+def test_video_says_its_recipe():
+    pipe = wan_mlx.WanPipeline.from_pretrained("nano", dtype="float32", progress=False)
+    video = pipe("a red circle", width=32, height=32, num_frames=1, seed=3, recipe="rcm", steps=2)
+    again = pipe("a red circle", width=32, height=32, num_frames=1, seed=3, recipe="rcm", steps=2)
+    assert video.settings["recipe"] == "rcm" and video.settings["forwards"] == [2, 2]
+    assert np.array_equal(video.latents, again.latents)
+
+
+def test_grid_of_given_levels():
+    grid = Grid.of([1.0, 0.5], [1000, 400])
+    assert grid.sigmas.tolist() == [1.0, 0.5, 0.0] and grid.timesteps.tolist() == [1000.0, 400.0]

@@ -1,0 +1,140 @@
+"""How distilled models and LoRAs want to be sampled: steps, noise levels, solver, shift and guidance in one name."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .schedulers import Grid, Scheduler, make_scheduler
+from .types import Request
+
+# LoRA files name what they are in their metadata, under one of many keys; longer values are training data.
+LONGEST_HINT = 400
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to sample a distilled model.
+
+    Attributes:
+        steps: default number of steps.
+        other_steps: further numbers that work.
+        grid: number of steps → noise levels; None for the solver's own.
+        strength: of the LoRA, if the distillation comes as one.
+        hints: pattern of names of files that want this recipe.
+        about: what it is for, for the command line.
+    """
+
+    name: str
+    about: str
+    solver: str
+    steps: int
+    shift: float
+    grid: Callable[[int], Grid] | None
+    hints: str
+    other_steps: tuple[int, ...] = ()
+    guidance_scale: float = 1.0
+    strength: float = 1.0
+
+    def fill(self, **given: Any) -> dict[str, Any]:
+        """``given`` steps, shift, solver and guidance_scale, with the recipe's where None.
+
+        Raises:
+            ValueError: a value that the recipe does not allow.
+        """
+        filled = {}
+        for name, value in given.items():
+            ours = getattr(self, name)
+            allowed = (ours, *self.other_steps) if name == "steps" else (ours,)
+            filled[name] = ours if value is None else value
+            if filled[name] not in allowed:
+                raise ValueError(f"{name} is {value}, but the recipe {self.name} is made for "
+                                 f"{' or '.join(map(str, sorted(allowed)))}; leave one of the two out")  # fmt: skip
+        return filled
+
+
+# Angles of the second, third and fourth step; the first is arctan(80).
+RCM_ANGLES = (math.atan(80), 1.5, 1.4, 1.0)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        # LightX2V, models/schedulers/wan/step_distill/scheduler.py and configs/distill/wan21.
+        Recipe(
+            "lightx2v-4step", "lightx2v's step- and guidance-distilled 14B models and LoRAs",
+            solver="euler", steps=4, shift=5.0, grid=lambda steps: Grid.shifted((1000, 750, 500, 250), 5.0),
+            hints=r"lightx2v|step_?distill|cfg_?distill",
+        ),
+        # FastVideo, configs/pipelines/wan.py (FastWan2_1_T2V_480P_Config) and pipelines/stages/denoising.py.
+        Recipe(
+            "fastwan-3step", "FastVideo's DMD-distilled FastWan2.1, made for 832x448 and 61 frames",
+            solver="dmd", steps=3, shift=8.0, grid=lambda steps: Grid.nearest((1000, 757, 522), 8.0),
+            hints=r"(?<![a-z])fast_?wan",
+        ),
+        # LightX2V, configs/causvid; strength and steps as Kijai published the LoRA: 0.5 with 4 to 9, 0.3 with about 12.
+        Recipe(
+            "causvid", "the CausVid LoRA on a 1.3B or 14B model, at strength 0.5, or 0.3 with 12 steps",
+            solver="unipc", steps=9, shift=8.0, grid=None, strength=0.5,
+            hints=r"causvid", other_steps=(4, 5, 6, 7, 8, 10, 11, 12),
+        ),
+        # NVlabs/rcm, rcm/inference/wan2pt1_t2v_rcm_infer.py. The angles take the place of a shift.
+        Recipe(
+            "rcm", "NVIDIA's rCM-distilled Wan2.1, in 1 to 4 steps",
+            solver="dmd", steps=4, shift=1.0, grid=lambda steps: Grid.trigonometric(RCM_ANGLES[:steps]),
+            hints=r"\brcm\b", other_steps=(1, 2, 3),
+        ),
+    )
+}  # fmt: skip
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by name.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in RECIPES:
+        nearest = difflib.get_close_matches(str(name), RECIPES, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown recipe {name!r}, expected one of {', '.join(RECIPES)}; nearest: {nearest}")
+    return RECIPES[name]
+
+
+def scheduler_for(request: Request) -> Scheduler:
+    """The solver that a request asks for, on its grid."""
+    grid = find_recipe(request.recipe).grid if request.recipe else None
+    return make_scheduler(
+        request.solver, request.steps, request.shift, grid and grid(request.steps), seed=request.seed
+    )
+
+
+def suggest_recipe(path: str | Path, metadata: Mapping[str, Any] | None = None) -> Recipe | None:
+    """The recipe that a checkpoint or LoRA seems to want, by its name, its folder's, or its safetensors metadata.
+
+    A guess, for a line to the user: nothing is applied on its account.
+    """
+    path = Path(path)
+    said = [value for value in (metadata or {}).values() if isinstance(value, str) and len(value) <= LONGEST_HINT]
+    text = " ".join([path.parent.name, path.name, *said]).lower()
+    text = re.sub(r"[-_.\s]+", "_", text).replace("_", " ")
+    squeezed = text.replace(" ", "_")
+    return next((r for r in RECIPES.values() if re.search(r.hints, squeezed) or re.search(r.hints, text)), None)
+
+
+def recipe_notes(files: Iterable[tuple[str | Path, Mapping[str, Any]]], chosen: str | None) -> list[str]:
+    """A line for each recipe that one of the files, (path, metadata), seems to want and that is not the chosen one."""
+    notes, said = [], {chosen}
+    for path, metadata in files:
+        recipe = suggest_recipe(path, metadata)
+        if recipe and recipe.name not in said:
+            said.add(recipe.name)
+            strength = f", LoRA strength {recipe.strength:g}" if recipe.strength != 1 else ""
+            notes.append(
+                f"{Path(path).name} looks distilled: --recipe {recipe.name} samples it as published ({recipe.steps} "
+                f"steps, {recipe.solver}, shift {recipe.shift:g}, guidance off{strength})"
+            )
+    return notes

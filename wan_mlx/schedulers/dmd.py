@@ -1,0 +1,27 @@
+"""DMD: to the clean estimate, and back to the next level with fresh noise."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..noise import latent_noise
+from .schedule import Scheduler
+
+
+class DMD(Scheduler):
+    """Sampling of models distilled by distribution matching: ``(1 - sigma_next) * clean + sigma_next * noise``.
+
+    Follows FastVideo's ``DmdDenoisingStage`` and NVlabs' ``wan2pt1_t2v_rcm_infer.py``. Samples are (1, t, h, w, C).
+    The noise of step ``index`` is what ``torch.randn`` of (C, t, h, w) gives the time ``index + 1`` after the starting
+    noise, from the same CPU generator: it depends on the seed and the index alone, so that a run can be resumed.
+    """
+
+    def start(self, noise: mx.array) -> mx.array:
+        return noise if self.sigmas[0] == 1 else float(self.sigmas[0]) * noise
+
+    def _advance(self, index: int, velocity: mx.array, sample: mx.array) -> mx.array:
+        sigma = float(self.sigmas[index + 1])
+        if sigma == 0:
+            return self.denoised
+        noise = latent_noise(sample.shape[1:-1], sample.shape[-1], self.seed, earlier=index + 1)
+        return (1 - sigma) * self.denoised + sigma * noise
