@@ -119,6 +119,13 @@ def add_model(parser: Parser) -> None:
         help="keep transformer and text encoder in few bits: q8 q6 q5 q4 q3 (q4-g32 for another group), "
         "mxfp8 mxfp4 nvfp4 (default: as the weights are stored; none unpacks them)",
     )
+    model.add_argument(
+        "--lora",
+        metavar="FILE[:STRENGTH]",
+        action="append",
+        default=[],
+        help="merge a LoRA into the transformer, as in style.safetensors:0.8; may be given again",
+    )
 
 
 def add_sampling(parser: Parser) -> None:

@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
         vae_tiling=args.vae_tiling,
         source=args.source,
+        loras=args.lora,
     )
     request = request_from(pipe, args)
     output = Path(args.output or default_output(pipe.preset.name, request))
@@ -142,6 +143,8 @@ def describe(pipe: WanPipeline, request: Request, output: Path) -> None:
     guidance = "off" if request.guidance_scale == 1 else f"{request.guidance_scale:g}"
     note(f"model     {pipe.checkpoint.path} ({pipe.preset.name} defaults, {pipe.dtype}"
          f"{f', {pipe.quantize}' if pipe.quantize else ''})")  # fmt: skip
+    for path, strength in pipe.loras:
+        note(f"lora      {path} at {strength:g}")
     note(f"prompt    {request.prompt}")
     note(f"video     {request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps")
     note(f"sampling  {request.solver}, {request.steps} steps, shift {request.shift:g}, guidance {guidance}, "

@@ -12,14 +12,28 @@ import mlx.nn as nn
 TOKENS_AT_ONCE = 8192
 
 
+# What a linear layer may keep beside its weights, of LoRAs that are not merged: `with_side`.
+SIDE_KEYS = ("lora_a", "lora_b", "lora_dense")
+
+
 class Linear(nn.Linear):
-    """``nn.Linear``, not initialised at random."""
+    """``nn.Linear``, not initialised at random; adds what LoRAs beside its weights give."""
 
     def __init__(self, in_dim: int, out_dim: int, bias: bool = True):
         nn.Module.__init__(self)
         self.weight = mx.zeros((out_dim, in_dim))
         if bias:
             self.bias = mx.zeros((out_dim,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return with_side(self, x, super().__call__(x))
+
+
+def with_side(layer: nn.Module, x: mx.array, y: mx.array) -> mx.array:
+    """``y``, a linear layer's result for ``x``, plus what LoRAs kept beside its weights add."""
+    if "lora_a" in layer:
+        y = y + (x @ layer.lora_a.T) @ layer.lora_b.T
+    return y + x @ layer.lora_dense.T if "lora_dense" in layer else y
 
 
 class Embedding(nn.Embedding):

@@ -31,10 +31,13 @@ from .tiling import parse_tiling
 from .tokenizer import Tokenizer
 from .transformer import Transformer
 from .types import Conditioning, Request, RunState, StageReport, Step, Video
+from .weights.beside import set_loras
 from .weights.checkpoint import Checkpoint, open_checkpoint
 from .weights.hub import preset_of, resolve
 from .weights.load import open_component, transformer_config
+from .weights.lora import LoraChoice, describe_lora, normalise_loras
 from .weights.networks import (
+    check_loras,
     check_quantize,
     load_image_encoder,
     load_text_encoder,
@@ -58,6 +61,7 @@ class WanPipeline:
     Attributes:
         preset: the released model whose sampling defaults are used.
         config: sizes of the transformer, from its weights.
+        loras: path and strength of each LoRA in use; `set_loras` changes them.
         reports: seconds and peak memory of each stage of the latest run.
         forwards: of the latest run, the transformer's forwards computed, and how many a run without step cache and
             with guidance all along makes; None before its first step.
@@ -71,6 +75,7 @@ class WanPipeline:
         progress: bool = True,
         quantize: str | None = None,
         vae_tiling: str | tuple[int, int] | None = None,
+        loras: Iterable[LoraChoice] | LoraChoice | None = None,
     ):
         parse_dtype(dtype)
         self.vae_tiling = parse_tiling(vae_tiling)
@@ -82,6 +87,9 @@ class WanPipeline:
         self.progress = progress
         self.latent_channels = self.config.out_dim
         self.reports: list[StageReport] = []
+        self.loras = normalise_loras(loras)
+        check_loras(checkpoint, self.loras)
+        self._merge_loras = True
         self._kept: dict[str, Any] | None = None  # what stays loaded within `keep_loaded`
         self.forwards: tuple[int, int] | None = None
         if self.preset.task != self.config.model_type:
@@ -103,6 +111,7 @@ class WanPipeline:
         progress: bool = True,
         vae_tiling: str | tuple[int, int] | None = None,
         source: str = "huggingface",
+        loras: Iterable[LoraChoice] | LoraChoice | None = None,
     ) -> WanPipeline:
         """Open a model.
 
@@ -120,6 +129,8 @@ class WanPipeline:
             vae_tiling: decode and encode in tiles of at most this size, (width, height) in pixels or "384x256": the
                 same video in less memory and more time; "off" never, "auto" (or None) where memory asks for it.
             source: hub to download from: "huggingface", or "modelscope" (an extra).
+            loras: LoRA files to merge into the transformer as it is loaded: each a path, "path:strength" or
+                (path, strength). Quantised weights keep them beside, as `set_loras` does.
 
         Raises:
             ValueError: an argument is wrong, or the model's task is not supported.
@@ -129,11 +140,33 @@ class WanPipeline:
             raise ValueError(f"memory={memory!r}: not available yet; leave it out")
         check_mode(quantize)
         parse_tiling(vae_tiling)  # before a download
-        found = find_preset(preset) if preset else None
+        found, loras = find_preset(preset) if preset else None, normalise_loras(loras)
         checkpoint = open_checkpoint(resolve(model, source, progress))
         if found is None and checkpoint.model is None:
             found = preset_of(model)  # two models of the same sizes differ in their defaults
-        return cls(checkpoint, dtype, found, progress, quantize, vae_tiling)
+        return cls(checkpoint, dtype, found, progress, quantize, vae_tiling, loras)
+
+    def set_loras(self, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
+        """Use these LoRAs, in place of those before, from the next video on; none restores the model exactly.
+
+        They are kept beside the transformer's weights, so that within `keep_loaded` they can be swapped without
+        loading it again (but once, if LoRAs are merged into it).
+
+        Args:
+            loras: as for `from_pretrained`.
+
+        Raises:
+            ValueError: an entry is no LoRA.
+            WeightsError: a file does not suit the model; then nothing has changed.
+        """
+        loras = normalise_loras(loras)
+        check_loras(self.checkpoint, loras)
+        kept = (self._kept or {}).get("transformer")
+        if kept is not None and kept.lora_state.merged:
+            del self._kept["transformer"]
+        elif kept is not None:
+            set_loras(kept, loras)
+        self.loras, self._merge_loras = loras, False
 
     def __call__(self, prompt: str, callback: Callable[[Step], Any] | None = None, **options: Any) -> Video:
         """Make a video.
@@ -269,6 +302,7 @@ class WanPipeline:
             **request.settings(),
             "dtype": self.dtype,
             **({"quantize": self.quantize} if self.quantize else {}),
+            **({"loras": [describe_lora(path, strength) for path, strength in self.loras]} if self.loras else {}),
             "versions": {"wan_mlx": __version__, "mlx": mx.__version__},
         }
 
@@ -337,7 +371,9 @@ class WanPipeline:
         if network not in kept:
             if network == "transformer":
                 bar = self._bar("loading transformer")
-                kept[network] = load_transformer(self.checkpoint, self.dtype, bar, self.quantize)
+                kept[network] = load_transformer(
+                    self.checkpoint, self.dtype, bar, self.quantize, loras=self.loras, merge=self._merge_loras
+                )
             else:
                 kept[network] = load_vae(self.checkpoint, progress=self._bar("loading VAE"))
         return kept[network]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from .layers import with_side
+
 # Scales and biases are float16 whatever the layer computes in: with bfloat16's eight bits, those of a q8 weight would
 # lose as much as packing the weight itself does (relative error 0.0092 instead of 0.0057), and GGUF's are float16.
 SCALES = mx.float16
@@ -110,7 +112,13 @@ class QuantizedLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         few = x.size <= FEW_ROWS * x.shape[-1] and mx.default_device() != mx.cpu  # slow on the CPU whatever the rows
         y = self._multiply_packed(x) if few else x @ self.unpacked(x.dtype).T
-        return y + self.bias if "bias" in self else y
+        return with_side(self, x, y + self.bias if "bias" in self else y)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        rows, columns = self.weight.shape
+        return rows, columns * 32 // self.packing.bits
 
     def unpacked(self, dtype: mx.Dtype) -> mx.array:
         """The weights (outputs, inputs); part of the graph of one call, freed with it."""

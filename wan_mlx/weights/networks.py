@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..transformer import Transformer
 from ..types import WeightsError
 from ..vace import VaceTransformer
 from ..vae import VAE
+from .beside import set_loras
 from .checkpoint import Checkpoint, open_checkpoint
 from .load import (
     DTYPES,
@@ -28,6 +30,7 @@ from .load import (
     transformer_config,
     vae_config,
 )
+from .lora import LoraChoice, normalise_loras, open_loras
 from .parameters import Parameters, load_module, load_streamed, stream_blocks
 from .quantize import QUANTIZED
 
@@ -79,12 +82,22 @@ def check_quantize(checkpoint: Checkpoint, quantize: str | None) -> None:
         Parameters(_open(checkpoint, component)[0], mx.float32, quantize)
 
 
+def check_loras(checkpoint: Checkpoint, loras: Iterable[LoraChoice]) -> None:
+    """Raise WeightsError, before any weights are read, if a LoRA does not suit the transformer of ``checkpoint``."""
+    if loras:
+        weights, config = _open(checkpoint, "transformer")
+        patch = math.prod(transformer_config(weights, config).patch_size)
+        open_loras(normalise_loras(loras), weights.shapes, patch)
+
+
 def load_transformer(
     path: str | Path | Checkpoint,
     dtype: str | mx.Dtype = "bfloat16",
     progress: Progress = no_progress,
     quantize: str | None = None,
     stream: bool = False,
+    loras: Iterable[LoraChoice] | LoraChoice | None = None,
+    merge: bool = True,
 ) -> Transformer:
     """Load the diffusion transformer, a `VaceTransformer` if the weights are VACE's.
 
@@ -95,24 +108,37 @@ def load_transformer(
         quantize: pack the blocks' matrices as they are read: "q8", "q6", "q5", "q4", "q3" (also with a group, as in
             "q4-g32"), "mxfp8", "mxfp4" or "nvfp4". None takes the weights as stored; "none" unpacks packed ones.
         stream: keep no blocks but read each when a forward pass comes to it, at most two being resident.
+        loras: LoRA files, each a path, "path:strength" or (path, strength).
+        merge: merge them into the weights. Packed and streamed weights keep them beside, and with False all do.
 
     Raises:
-        WeightsError: the file is not a whole Wan2.1 transformer.
+        WeightsError: the file is not a whole Wan2.1 transformer, or a LoRA does not suit it.
         ValueError: an unknown dtype or mode, or the weights are packed in another mode already.
     """
     weights, config = _open(path, "transformer")
     config = transformer_config(weights, config)
     network = VaceTransformer if config.model_type == "vace" else Transformer
-    load = load_streamed if stream else load_module
-    return load(network(config), transformer_parameters(weights, config, parse_dtype(dtype), quantize), progress)
+    load, beside = load_streamed if stream else load_module, stream or not merge
+    parameters = transformer_parameters(weights, config, parse_dtype(dtype), quantize, None if beside else loras)
+    model = load(network(config), parameters, progress)
+    if beside and loras:
+        set_loras(model, loras)
+    return model
 
 
 def transformer_parameters(
-    weights: ComponentWeights, config: TransformerConfig, dtype: mx.Dtype, quantize: str | None = None
+    weights: ComponentWeights,
+    config: TransformerConfig,
+    dtype: mx.Dtype,
+    quantize: str | None = None,
+    loras: Iterable[LoraChoice] | LoraChoice | None = None,
+    merge: bool = True,
 ) -> Parameters:
-    """A transformer's parameters as `Transformer` wants them, whole or block by block."""
+    """A transformer's parameters as `Transformer` wants them, whole or block by block; see `load_transformer`."""
     order = partial(row_order, dim=config.dim, head_dim=config.head_dim)
-    return Parameters(weights, dtype, quantize, row_order=order)
+    opened = open_loras(normalise_loras(loras), weights.shapes, math.prod(config.patch_size))
+    opened.report_unused()
+    return Parameters(weights, dtype, quantize, opened, merge, row_order=order)
 
 
 def load_vae(path: str | Path | Checkpoint, dtype: str | mx.Dtype = "float32", progress: Progress = no_progress) -> VAE:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,17 +20,29 @@ from ..quantized import QuantizedLinear
 from ..transformer import BLOCK_LISTS, FLOAT32_PARAMETERS, Transformer
 from ..types import WeightsError
 from .load import ComponentWeights, check_keys, parameter_shapes
+from .lora import Loras
 from .quantize import EXPAND, Quantization, check_mode, plan_quantization
 
 # Name of a parameter → the order its rows (axis 0) are wanted in, or None for the order they are stored in.
 RowOrder = Callable[[str], "mx.array | None"]
-# What is done to a weight before it is cast or packed, in float32.
-Change = Callable[[mx.array], mx.array]
 
 
 def dtype_of(component: str, name: str, dtype: mx.Dtype) -> mx.Dtype:
     """The dtype to keep a parameter in: ``dtype``, or float32 where rounding it would show."""
     return mx.float32 if component == "transformer" and re.match(FLOAT32_PARAMETERS, name) else dtype
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is a linear layer's weight, beside which a LoRA can stay."""
+    return name.endswith(".weight") and len(shape) == 2
+
+
+def locate(module: nn.Module, name: str) -> tuple[Any, str | int]:
+    """Where the layer stands whose weight is called ``name``: what holds it, and its key there."""
+    *path, last, _ = name.split(".")
+    for part in path:
+        module = module[int(part) if part.isdigit() else part]
+    return module, int(last) if last.isdigit() else last
 
 
 class Parameters:
@@ -39,7 +53,9 @@ class Parameters:
         dtype: to compute in; those of `FLOAT32_PARAMETERS` stay float32.
         quantize: a mode to pack the blocks' matrices in; "none" to unpack what is stored packed; None to take
             everything as it is stored.
-        changes: name → what is done to that weight on the way.
+        loras: changes to apply on the way.
+        merge: whether to merge them into the weights. Otherwise, and with matrices that are packed, which merging
+            would round again, they are kept beside the matrices as low-rank factors.
         row_order: fixed permutations of rows, applied last.
 
     Raises:
@@ -51,11 +67,11 @@ class Parameters:
         weights: ComponentWeights,
         dtype: mx.Dtype,
         quantize: str | None = None,
-        changes: Mapping[str, Change] | None = None,
+        loras: Loras | None = None,
+        merge: bool = True,
         row_order: RowOrder | None = None,
     ):
         self.weights, self.dtype = weights, dtype
-        self.changes = changes or {}
         self.row_order = row_order or (lambda name: None)
         stored = weights.quantization
         if stored is None and quantize is not None:
@@ -69,29 +85,40 @@ class Parameters:
             self.quantization = Quantization(EXPAND)
         else:
             self.quantization = stored or plan_quantization(weights.component, quantize, weights.shapes)
+        self.use(loras or Loras(), merge)
+
+    def use(self, loras: Loras, merge: bool) -> None:
+        """Change by these LoRAs what is read from now on, in place of those before."""
+        self.loras = loras
+        self.beside = {
+            name
+            for name in loras.names
+            if is_matrix(name, self.weights.shapes[name]) and (not merge or name in self.quantization.packings)
+        }
+        self.merged = loras.names - self.beside
 
     @property
     def component(self) -> str:
         return self.weights.component
 
     def fit(self, module: nn.Module, prefix: str = "", without: Collection[str] = ()) -> nn.Module:
-        """Put packed layers into ``module`` where its weights are packed.
+        """Put packed layers into ``module`` where its weights are packed, and room for LoRAs where they stay beside.
 
         ``prefix`` is what its names begin with; of those, it has not the ones ``without`` which it is.
         """
         for name, packing in self.quantization.packings.items():
-            if not name.startswith(prefix) or name in without:
-                continue
-            *path, last, _ = name[len(prefix) :].split(".")
-            parent = module
-            for part in path:
-                parent = parent[int(part)] if part.isdigit() else parent[part]
-            index = int(last) if last.isdigit() else last
-            layer = parent[index]
-            if not isinstance(layer, Linear):
-                raise WeightsError(f"{self.weights.path}: {name} is packed, but a {type(layer).__name__} cannot be")
-            rows, columns = layer.weight.shape
-            parent[index] = QuantizedLinear(columns, rows, "bias" in layer, packing)
+            if name.startswith(prefix) and name not in without:
+                parent, index = locate(module, name[len(prefix) :])
+                layer = parent[index]
+                if not isinstance(layer, Linear):
+                    raise WeightsError(f"{self.weights.path}: {name} is packed, but a {type(layer).__name__} cannot be")
+                rows, columns = layer.weight.shape
+                parent[index] = QuantizedLinear(columns, rows, "bias" in layer, packing)
+        for name in self.beside:
+            if name.startswith(prefix) and name not in without:
+                parent, index = locate(module, name[len(prefix) :])
+                for key, shape in self.loras.side_shapes(name).items():
+                    parent[index][key] = mx.zeros(shape)
         return module
 
     def start(self, names: Iterable[str]) -> dict[str, dict[str, mx.array]]:
@@ -113,13 +140,17 @@ class Parameters:
             arrays = started.pop(name)
             if self._has_work(name):
                 arrays = self._work(name, arrays)
-                mx.eval(arrays)
+            if name in self.beside:
+                kept = dtype_of(self.component, name, self.dtype)
+                side = self.loras.beside(name, kept, self.row_order(name))
+                arrays |= {name.removesuffix("weight") + key: array for key, array in side.items()}
+            mx.eval(arrays)
             finished += arrays.items()
         return finished
 
     def _has_work(self, name: str) -> bool:
         """Whether more is to be done than the CPU does while reading."""
-        return name in self.changes or self._is_stored_packed(name) != (name in self.quantization.packings)
+        return name in self.merged or self._is_stored_packed(name) != (name in self.quantization.packings)
 
     def _is_stored_packed(self, name: str) -> bool:
         stored = self.weights.quantization
@@ -142,12 +173,12 @@ class Parameters:
         kept = dtype_of(self.component, name, self.dtype)
         if self._is_stored_packed(name):
             parts = {key.removeprefix(stem): array for key, array in arrays.items()}
-            changed = name in self.changes
+            changed = name in self.merged
             array = self.weights.quantization.packings[name].unpack(parts, mx.float32 if changed else kept)
         else:
             array = arrays[name]
-        if name in self.changes:
-            array = self.changes[name](array.astype(mx.float32))
+        if name in self.merged:
+            array = self.loras.apply(name, array.astype(mx.float32))
         if name in self.quantization.packings:
             packed = self.quantization.packings[name].pack(array)
             return self._reordered(name, {stem + key: part for key, part in packed.items()})
@@ -177,7 +208,17 @@ def load_module(
             started = parameters.start([name])
         arrays += parameters.finish(started)
     module.load_weights(arrays)
+    module.lora_state = LoraState(bool(parameters.merged), parameters.row_order)
     return module.eval()
+
+
+@dataclass
+class LoraState:
+    """What `set_loras` must know of a loaded network: whether LoRAs are merged in, the order of rows, originals."""
+
+    merged: bool
+    row_order: RowOrder
+    originals: dict[str, mx.array] = field(default_factory=dict)
 
 
 def stream_blocks(
