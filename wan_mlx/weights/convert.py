@@ -75,7 +75,7 @@ def convert(
         parameters = Parameters(weights, kept, quantize if component in QUANTIZED else None)
         if parameters.quantization.packings:
             config.setdefault("quantization", {})[component] = parameters.quantization.mode
-        _write(parameters, partial / MLX_FILES[component][0], progress)
+        _write(parameters, partial / MLX_FILES[component][-1], progress)
     shutil.copyfile(checkpoint.files["tokenizer"], partial / MLX_FILES["tokenizer"][0])
     (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, out)  # the folder appears when it is whole
