@@ -454,7 +454,12 @@ def test_a_pipeline_swaps_loras_without_loading_again(nano_loras, monkeypatch):
     from wan_mlx import pipeline
 
     loads = []
-    monkeypatch.setattr(pipeline, "load_transformer", lambda *args, **options: loads.append(args) or load_transformer(*args, **options))
+
+    def load(*args, **options):
+        loads.append(args)
+        return load_transformer(*args, **options)
+
+    monkeypatch.setattr(pipeline, "load_transformer", load)
     pipe = wan_mlx.WanPipeline.from_pretrained("nano", "float32", progress=False)
     with pipe.keep_loaded():
         plain = sampled(pipe)
