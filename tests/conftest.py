@@ -1,9 +1,25 @@
-"""Fixtures of crafted weight files."""
+"""Fixtures of crafted weight files, and a cache folder of the tests' own."""
 
 import json
+from itertools import count
 
 import pytest
 from crafted import TWO, TWO_DATA, entry, write_pth, write_safetensors
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folders(tmp_path_factory):
+    """Encoded prompts of the tests are kept apart from the user's; processes that tests start inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("WAN_MLX_CACHE", str(folder / "shared"))
+        yield (str(folder / str(number)) for number in count())
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(cache_folders, monkeypatch):
+    """And apart from other tests'."""
+    monkeypatch.setenv("WAN_MLX_CACHE", next(cache_folders))
 
 
 @pytest.fixture

@@ -161,6 +161,7 @@ def add_run(parser: Parser) -> None:
         "off: never (default: auto, where memory asks for it)",
     )
     run.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
+    run.add_argument("--no-prompt-cache", action="store_true", help="encode prompts anew, and keep none on disk")
     run.add_argument("--quiet", action="store_true", help="no progress bars")
     run.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     run.add_argument("--version", action="store_true", help="show versions and stop")

@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         vae_tiling=args.vae_tiling,
         source=args.source,
         loras=args.lora,
+        prompt_cache=not args.no_prompt_cache,
     )
     request = request_from(pipe, args)
     output = Path(args.output or default_output(pipe.preset.name, request))

@@ -22,6 +22,7 @@ from .configs import PRESETS, TEXT_LEN, Preset, TransformerConfig
 from .denoise import denoise
 from .guidance import Guidance, Model, check_guidance, zero_steps_of
 from .media import to_uint8
+from .prompt_cache import PromptCache
 from .recipes import find_recipe, scheduler_for
 from .schedulers import SOLVERS, Scheduler
 from .sources import Source
@@ -76,8 +77,10 @@ class WanPipeline:
         quantize: str | None = None,
         vae_tiling: str | tuple[int, int] | None = None,
         loras: Iterable[LoraChoice] | LoraChoice | None = None,
+        prompt_cache: bool = True,
     ):
         parse_dtype(dtype)
+        self.prompt_cache = prompt_cache
         self.vae_tiling = parse_tiling(vae_tiling)
         check_quantize(checkpoint, quantize)
         self.checkpoint = checkpoint
@@ -112,6 +115,7 @@ class WanPipeline:
         vae_tiling: str | tuple[int, int] | None = None,
         source: str = "huggingface",
         loras: Iterable[LoraChoice] | LoraChoice | None = None,
+        prompt_cache: bool = True,
     ) -> WanPipeline:
         """Open a model.
 
@@ -131,6 +135,7 @@ class WanPipeline:
             source: hub to download from: "huggingface", or "modelscope" (an extra).
             loras: LoRA files to merge into the transformer as it is loaded: each a path, "path:strength" or
                 (path, strength). Quantised weights keep them beside, as `set_loras` does.
+            prompt_cache: keep encoded prompts on disk (`wan_mlx.prompt_cache`), to encode each only once.
 
         Raises:
             ValueError: an argument is wrong, or the model's task is not supported.
@@ -144,7 +149,7 @@ class WanPipeline:
         checkpoint = open_checkpoint(resolve(model, source, progress))
         if found is None and checkpoint.model is None:
             found = preset_of(model)  # two models of the same sizes differ in their defaults
-        return cls(checkpoint, dtype, found, progress, quantize, vae_tiling, loras)
+        return cls(checkpoint, dtype, found, progress, quantize, vae_tiling, loras, prompt_cache)
 
     def set_loras(self, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
         """Use these LoRAs, in place of those before, from the next video on; none restores the model exactly.
@@ -379,16 +384,33 @@ class WanPipeline:
         return kept[network]
 
     def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
-        """Texts → embeddings zero-padded to (1, 512, text_dim), in one pass over the encoder's weights."""
+        """Texts → embeddings zero-padded to (1, 512, text_dim), in one pass over the encoder's weights.
+
+        Texts whose embeddings are on disk are not encoded; if all are, the encoder is not opened.
+        """
         known = {} if self._kept is None else self._kept.setdefault("texts", {})
+        cache = self._prompt_cache()
+        for text in texts:
+            if cache and text not in known and (kept := cache.get(text)) is not None:
+                known[text] = kept
         if new := [text for text in dict.fromkeys(texts) if text not in known]:
             tokenizer = Tokenizer(self.checkpoint.files["tokenizer"])
             encoder = load_text_encoder(self.checkpoint, self.dtype, self._bar("encoding text"), self.quantize)
             known.update(zip(new, encoder([tokenizer(text) for text in new]), strict=True))
             mx.eval([known[text] for text in new])
+            for text in new if cache else ():
+                cache.put(text, known[text])
         contexts = [pad_context(known[text], TEXT_LEN) for text in texts]
         mx.eval(contexts)
         return contexts
+
+    def _prompt_cache(self) -> PromptCache | None:
+        if not self.prompt_cache:
+            return None
+        files = self.checkpoint.files
+        config = self.checkpoint.configs.get("text_encoder")
+        settings = {"dtype": str(self.dtype), "quantize": self.quantize, "config": config}
+        return PromptCache([files["text_encoder"], files["tokenizer"]], settings)
 
     def encode_images(self, images: mx.array) -> mx.array:
         """Images (N, H, W, 3) in [-1, 1] → CLIP features (N, 257, image_dim)."""
