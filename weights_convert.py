@@ -10,13 +10,16 @@ from tqdm import tqdm
 
 from wan_mlx import WanError
 from wan_mlx.weights.convert import convert
+from wan_mlx.weights.hub import survey
+from wan_mlx.weights.networks import no_progress
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 (failure) or 2 (usage)."""
+    """Run the command line and return its exit code: 0, 1 (failure), 2 (usage) or 130 (interrupted)."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("source", help="model folder: official, Diffusers', or an MLX folder")
+    parser.add_argument("source", help="what --model takes: a folder or file, a preset such as t2v-1.3B, a hub id")
     parser.add_argument("out", help="folder to write; must not exist")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is an MLX folder")
     parser.add_argument("--dtype", default="bfloat16", help="of transformer and text encoder (default bfloat16)")
     parser.add_argument("--vae-dtype", default="float32", help="of the VAE (default float32)")
     parser.add_argument(
@@ -26,10 +29,26 @@ def main(argv: list[str] | None = None) -> int:
         "mxfp8 mxfp4 nvfp4",
     )
     parser.add_argument("--model", help="preset whose sampling defaults to record, such as t2v-1.3B")
+    parser.add_argument("--source", dest="hub", default="huggingface", help="hub: huggingface (default) or modelscope")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
     try:
-        progress = partial(tqdm, leave=False)
-        out = convert(args.source, args.out, args.dtype, args.vae_dtype, args.model, progress, args.quantize)
+        if (download := survey(args.source, args.hub)) and download.missing:
+            print(f"download  {download}", file=sys.stderr)
+        out = convert(
+            args.source,
+            args.out,
+            args.dtype,
+            args.vae_dtype,
+            args.model,
+            no_progress if args.quiet else partial(tqdm, desc="converting", leave=False),
+            args.quantize,
+            args.overwrite,
+            args.hub,
+        )
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written, a download goes on where it was", file=sys.stderr)
+        return 130
     except (ValueError, WanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -5,7 +5,13 @@ import json
 import re
 import threading
 from collections import Counter
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub
+from huggingface_hub import constants
+
+from wan_mlx.weights import download
 
 COMMIT = "c0ffee" * 6 + "beef"
 LARGE = (".safetensors", ".pth", ".gguf", ".model", ".mp4")  # kept in LFS: etag is the SHA-256, GET is redirected
@@ -51,6 +57,23 @@ class Hub(ThreadingHTTPServer):
         return [
             h.get("range") for m, p, h in self.requests if m == "GET" and p.startswith("/cdn/") and p.endswith(path)
         ]
+
+
+@contextmanager
+def serving(repos, monkeypatch, tmp_path):
+    """A `Hub` that huggingface_hub takes for its own, with an empty cache in ``tmp_path``."""
+    hub = Hub(repos)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(download, "WAITS", (0,))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield hub
+    hub.close()
+    huggingface_hub.close_session()
 
 
 def etag_of(path, data):

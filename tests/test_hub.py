@@ -11,12 +11,12 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import COMMIT, Hub
+from hub_server import COMMIT, serving
 from huggingface_hub import constants
 
 from wan_mlx.configs import COMFYUI_PARTS, COMFYUI_TRANSFORMERS, PRESETS
 from wan_mlx.types import WeightsError
-from wan_mlx.weights import download, hub
+from wan_mlx.weights import disk, download, hub
 from wan_mlx.weights.hub import Location, cached, is_cached, parse_location, preset_of, remote_size, resolve, survey
 
 REPO = "Wan-AI/Wan2.1-T2V-1.3B"
@@ -98,19 +98,8 @@ def server(monkeypatch, tmp_path):
         "someone/mlx": files_of(MLX),
         "city96/Wan2.1-T2V-14B-gguf": files_of(GGUF),
     }
-    server = Hub(repos)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(download, "WAITS", (0,))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    yield server
-    server.close()
-    huggingface_hub.close_session()
+    with serving(repos, monkeypatch, tmp_path) as server:
+        yield server
 
 
 @pytest.fixture
@@ -261,7 +250,7 @@ def test_a_wrong_size_is_an_error(server, one_file):
 
 
 def test_no_room_is_said_before_anything_is_fetched(server, monkeypatch):
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5000))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5000))
     with pytest.raises(WeightsError, match=r"needs \d+.\d KB more in .*cache, which has 5.0 KB free; .*HF_HOME"):
         resolve(REPO)
     assert not server.got()
@@ -425,7 +414,7 @@ def test_modelscope(fake_modelscope, tmp_path, monkeypatch):
     assert survey(REPO, "modelscope").total == sum(len(fake_modelscope.files[path]) for path in needed)
     assert resolve(REPO, "modelscope") == tmp_path / "ms" and fake_modelscope.calls == [(REPO, needed)]
     assert resolve(f"{REPO}:{BIG}", "modelscope") == tmp_path / "ms" / BIG
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5000))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5000))
     with pytest.raises(WeightsError, match="5.0 KB free; .*MODELSCOPE_CACHE"):
         resolve(REPO, "modelscope")
     monkeypatch.undo()

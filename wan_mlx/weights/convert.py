@@ -1,18 +1,30 @@
-"""Any checkpoint that loads → one MLX folder: our names, our layout, one file per network, ready to be read."""
+"""Any checkpoint that loads → one MLX folder: our names, our layout, blocks in the order they are needed.
+
+The folder: config.json (sizes, dtypes, where it comes from, SHA-256 of every file), each network as one safetensors
+file or as shards with an index, tokenizer.model, and README.md, which says how to run it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
-import shutil
-from dataclasses import asdict
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from .. import __version__
+from ..configs import PRESETS
+from ..types import WeightsError
 from .checkpoint import MLX_FILES, MLX_FORMAT, Checkpoint, open_checkpoint
+from .disk import free_space, gigabytes, new_folder
+from .hub import parse_location, preset_of, resolve
 from .load import (
     MLX_LAYOUT,
     SAFETENSORS_NAMES,
@@ -25,6 +37,14 @@ from .load import (
 from .networks import Progress, no_progress, parse_dtype
 from .parameters import Parameters, dtype_of
 from .quantize import QUANTIZED
+
+# Key → shape and dtype of a tensor that is to be written.
+Specs = dict[str, tuple[tuple[int, ...], mx.Dtype]]
+
+SHARD_BYTES = 4 * 10**9
+BLOCK = re.compile(r"(vace_blocks|blocks)\.(\d+)\.")
+# Of a source's file: how many pieces of what size are hashed, at even distances.
+SAMPLES, SAMPLE_BYTES = 256, 2**16
 
 CONFIG_OF = {
     "transformer": transformer_config,
@@ -42,30 +62,48 @@ def convert(
     model: str | None = None,
     progress: Progress = no_progress,
     quantize: str | None = None,
+    overwrite: bool = False,
+    hub: str = "huggingface",
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write ``source`` as an MLX folder.
+    """Write ``source`` as an MLX folder; it appears when it is whole, and after Ctrl-C or a failure nothing is left.
 
     Args:
-        source: a model folder in any layout that loads.
+        source: whatever `WanPipeline.from_pretrained` takes: a folder, a preset's name, a hub id …
         out: a folder that does not exist yet.
         dtype: of transformer and text encoder; the transformer's time path, norms and head stay float32.
         vae_dtype: of the VAE. The image encoder stays as it is.
         model: name of the preset whose sampling defaults the folder should use; recorded in its config.json.
-        progress: wraps the iteration over tensors.
+        progress: wraps the iteration over tensors; a download shows a bar of its own.
         quantize: mode to pack the blocks of transformer and text encoder in, as for `load_transformer`.
+        overwrite: replace ``out`` if it is an MLX folder; anything else is never removed.
+        hub: to download from, "huggingface" or "modelscope".
+        shard_bytes: a network larger than this is split, never within a block.
 
     Raises:
         ValueError: ``out`` exists, or ``quantize`` is no mode, or not possible for these weights.
-        WeightsError: ``source`` cannot be loaded.
+        WeightsError: ``source`` cannot be loaded, or there is no room for the folder.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    out = Path(out)
-    if out.exists():
-        raise ValueError(f"{out} exists already; give a new folder, or remove it first")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    config = {"format": MLX_FORMAT, "version": 1, "model": model or checkpoint.model}
+    out = Path(out).expanduser()
+    _check_out(out, overwrite)
+    if model is not None and model not in PRESETS:
+        raise ValueError(f"model is {model!r}, expected one of {', '.join(PRESETS)}")
+    if isinstance(source, Checkpoint):
+        checkpoint, name = source, source.path.name
+    else:
+        checkpoint = open_checkpoint(resolve(source, hub, progress is not no_progress))
+        location = None if Path(source).expanduser().exists() else parse_location(source)
+        name = str(location) if location else checkpoint.path.resolve().name
+        model = model or checkpoint.model or getattr(preset_of(source), "name", None)
+    config: dict[str, Any] = {
+        "format": MLX_FORMAT,
+        "version": 1,
+        "wan_mlx": __version__,
+        "model": model or checkpoint.model,
+        "source": {"name": name, "layouts": {}, "fingerprints": {}},
+        "dtypes": {},
+    }
+    networks = []
     for component, config_of in CONFIG_OF.items():
         if component not in checkpoint.files:
             continue
@@ -75,38 +113,133 @@ def convert(
         parameters = Parameters(weights, kept, quantize if component in QUANTIZED else None)
         if parameters.quantization.packings:
             config.setdefault("quantization", {})[component] = parameters.quantization.mode
-        _write(parameters, partial / MLX_FILES[component][-1], progress)
-    shutil.copyfile(checkpoint.files["tokenizer"], partial / MLX_FILES["tokenizer"][0])
-    (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, out)  # the folder appears when it is whole
+        networks.append(Network(parameters, {name: _kept(parameters, name) for name in weights.shapes}, shard_bytes))
+        config["dtypes"][component] = networks[-1].dtypes()
+        config["source"]["layouts"][component] = weights.layout.name
+        config["source"]["fingerprints"][component] = fingerprint(weights.file.files)
+    tokenizer = checkpoint.files["tokenizer"].read_bytes()
+    needed, free = sum(network.nbytes for network in networks) + len(tokenizer), free_space(out.parent)
+    if needed > free:
+        raise WeightsError(f"{out} needs {gigabytes(needed)}, and its disk has {gigabytes(free)} free")
+    with new_folder(out) as folder:
+        steps = iter(progress([name for network in networks for name in network.kept]))
+        config["files"] = {MLX_FILES["tokenizer"][0]: hashlib.sha256(tokenizer).hexdigest()}
+        for network in networks:
+            config["files"] |= network.write(folder, steps)
+        next(steps, None)
+        (folder / MLX_FILES["tokenizer"][0]).write_bytes(tokenizer)
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_card(out.name, config, needed), encoding="utf-8")
     return out
 
 
-def _write(parameters: Parameters, path: Path, progress: Progress) -> None:
-    """Write one safetensors file a tensor at a time, so that an 11 GB text encoder converts in little memory."""
-    header, offset = {"__metadata__": {"layout": MLX_LAYOUT, "component": parameters.component}}, 0
-    if parameters.quantization.packings:
-        header["__metadata__"] |= parameters.quantization.to_metadata()
-    kept = {name: _kept(parameters, name) for name in parameters.weights.shapes}
-    for arrays in kept.values():
-        for key, (shape, dtype) in arrays.items():
-            end = offset + math.prod(shape) * dtype.size
-            header[key] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": (offset, end)}
-            offset = end
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # data begins on a multiple of eight bytes
-    with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in progress(kept):
+def _check_out(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{out} exists already; give a new folder, or --overwrite (overwrite=True) to replace it")
+    try:
+        ours = json.loads((out / "config.json").read_bytes()).get("format") == MLX_FORMAT
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{out} is no MLX folder, so it is not replaced; give a new folder")
+
+
+@dataclass
+class Network:
+    """One network that is to be written.
+
+    Attributes:
+        parameters: what is written.
+        kept: parameter → the tensors it is stored as.
+        shard_bytes: most bytes of one file, unless a block alone has more.
+    """
+
+    parameters: Parameters
+    kept: dict[str, Specs]
+    shard_bytes: int = SHARD_BYTES
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(self._size, self.kept))
+
+    def _size(self, name: str) -> int:
+        return sum(math.prod(shape) * dtype.size for shape, dtype in self.kept[name].values())
+
+    def dtypes(self) -> dict[str, int]:
+        """Dtype → how many tensors have it."""
+        names = [SAFETENSORS_NAMES[dtype] for specs in self.kept.values() for _, dtype in specs.values()]
+        return {name: names.count(name) for name in sorted(set(names))}
+
+    def shards(self) -> list[list[str]]:
+        """The names of each file in the order they are stored: blocks last, in order, none of them torn apart."""
+        groups: dict[tuple, list[str]] = {}
+        for place, name in enumerate(self.kept):
+            block = BLOCK.match(name)
+            # What is not of a block comes first, each tensor a group of its own; the hints are computed before blocks.
+            groups.setdefault((1, block[1] == "blocks", int(block[2])) if block else (0, False, place), []).append(name)
+        shards, room = [[]], self.shard_bytes
+        for _, names in sorted(groups.items()):
+            size = sum(map(self._size, names))
+            if size > room and shards[-1]:
+                shards.append([])
+                room = self.shard_bytes
+            shards[-1] += names
+            room -= size
+        return shards
+
+    def write(self, folder: Path, steps: Iterator[str]) -> dict[str, str]:
+        """Write the network's files, ``steps`` advanced once per parameter, and return name → SHA-256."""
+        component, shards = self.parameters.component, self.shards()
+        index, single = MLX_FILES[component]
+        if len(shards) == 1:
+            return {single: self._write_shard(folder / single, shards[0], steps)}
+        digests, owners = {}, {}
+        for number, names in enumerate(shards, 1):
+            file = f"{component}-{number:05d}-of-{len(shards):05d}.safetensors"
+            digests[file] = self._write_shard(folder / file, names, steps)
+            owners |= {key: file for name in names for key in self.kept[name]}
+        text = json.dumps({"metadata": {"total_size": self.nbytes}, "weight_map": owners}, indent=1) + "\n"
+        (folder / index).write_text(text, encoding="utf-8")
+        return digests
+
+    def _write_shard(self, path: Path, names: list[str], steps: Iterator[str]) -> str:
+        """Write one safetensors file a tensor at a time, so that an 11 GB text encoder converts in little memory."""
+        metadata = {"layout": MLX_LAYOUT, "component": self.parameters.component}
+        if self.parameters.quantization.packings:
+            metadata |= self.parameters.quantization.to_metadata()
+        header, offset = {"__metadata__": metadata}, 0
+        for name in names:
+            for key, (shape, dtype) in self.kept[name].items():
+                end = offset + math.prod(shape) * dtype.size
+                header[key] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": (offset, end)}
+                offset = end
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)  # data begins on a multiple of eight bytes
+        digest = hashlib.sha256()
+        try:
+            with open(path, "wb") as file:
+                for data in chain((len(encoded).to_bytes(8, "little"), encoded), self._values(names, steps)):
+                    file.write(data)
+                    digest.update(data)
+        except OSError as error:
+            raise WeightsError(f"{path} cannot be written ({error.strerror or error})") from error
+        return digest.hexdigest()
+
+    def _values(self, names: list[str], steps: Iterator[str]) -> Iterator[memoryview]:
+        """The bytes of each tensor of ``names``, read, changed and cast only now."""
+        for name in names:
+            next(steps)
             with mx.stream(mx.cpu):
-                started = parameters.start([name])
-            for key, array in parameters.finish(started):
+                started = self.parameters.start([name])
+            arrays = dict(self.parameters.finish(started))
+            for key, (_, dtype) in self.kept[name].items():
                 with mx.stream(mx.cpu):
-                    array = array.astype(kept[name][key][1])
-                    file.write(memoryview(np.array(array.flatten().view(mx.uint8))))
+                    yield memoryview(np.array(arrays.pop(key).astype(dtype).flatten().view(mx.uint8)))
 
 
-def _kept(parameters: Parameters, name: str) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+def _kept(parameters: Parameters, name: str) -> Specs:
     """Key → shape and dtype of what is stored for one parameter.
 
     As it would be loaded, but no wider than the source, which would add bytes and no precision.
@@ -119,3 +252,59 @@ def _kept(parameters: Parameters, name: str) -> dict[str, tuple[tuple[int, ...],
     stored = weights.file.tensors[weights.sources[name][0]].dtype
     narrow = next((d for d, s in SAFETENSORS_NAMES.items() if s == stored and d.size == 2), wanted)
     return {name: (weights.shapes[name], narrow if wanted == mx.float32 else wanted)}
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """A cheap mark of some files' content: SHA-256 of each one's size and of 64 KiB at 256 even distances.
+
+    Two files with the same mark are the same in practice, unless one was changed in a few places only; the whole is
+    not read, which for 69 GB would take longer than converting them.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{size} ".encode())
+        last = max(0, size - SAMPLE_BYTES)
+        with open(path, "rb", buffering=0) as file:
+            for place in sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}):
+                file.seek(place)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _card(name: str, config: Mapping[str, Any], nbytes: int) -> str:
+    """The folder's README.md, with the hub's front matter."""
+    model = PRESETS.get(config["model"] or "")
+    kind = model.task if model else config["transformer"]["model_type"]
+    sources = {"i2v": " --image first.png", "flf2v": " --image first.png --last-image last.png",
+               "vace": " --src_video in.mp4"}  # fmt: skip
+    packed = config.get("quantization", {})
+    precision = ", ".join(
+        f"{component} {packed.get(component) or '/'.join(dtypes)}" for component, dtypes in config["dtypes"].items()
+    )
+    tag = {"t2v": "text-to-video", "i2v": "image-to-video", "flf2v": "image-to-video"}.get(kind, "video-to-video")
+    base = f"base_model: {model.repo}\n" if model and model.repo else ""
+    return f"""---
+library_name: mlx
+pipeline_tag: {tag}
+{base}tags: [mlx, wan_mlx, wan2.1]
+---
+# {name}
+
+{model.name if model else kind}, a Wan2.1 model, in the form that [wan_mlx](https://pypi.org/project/wan-mlx/) reads
+fastest: {gigabytes(nbytes)}, {precision}. Converted from `{config["source"]["name"]}` by wan_mlx {__version__}.
+
+```sh
+pip install wan-mlx
+python -m wan_mlx.generate --model ./{name}{sources.get(kind, "")} --prompt "a cat boxing" --output cat.mp4
+```
+
+```python
+import wan_mlx
+pipe = wan_mlx.WanPipeline.from_pretrained("./{name}")
+pipe("a cat boxing").save("cat.mp4")
+```
+
+`config.json` has the sizes, and the SHA-256 of every file. The weights are under the licence of what they were
+converted from.
+"""

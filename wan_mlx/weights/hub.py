@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from ..configs import COMFYUI_TRANSFORMERS, PRESETS, Preset
 from ..types import WeightsError
 from . import modelscope
 from .checkpoint import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES
+from .disk import free_space, gigabytes
 from .download import RemoteFile, bytes_here, fetch_files, one_line
 
 log = logging.getLogger(__name__)
@@ -399,18 +399,3 @@ def explain(error: Exception, location: Location) -> WeightsError:
     else:
         text = f"could not be fetched from {hub}: {type(error).__name__}: {one_line(error)}"
     return WeightsError(f"{location} is no file or folder here, and {text}")
-
-
-def free_space(folder: Path) -> int:
-    """Free bytes on the disk of a folder, which need not exist yet."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def gigabytes(count: int) -> str:
-    """1234567890 → "1.2 GB" (10⁹ bytes, as hubs and disks count), small sizes in MB or KB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= size * 0.995:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"

@@ -147,7 +147,6 @@ class ComponentWeights:
             return (shape[0], math.prod(shape[1:]))  # a convolution whose stride is its kernel is a matmul
         return shape
 
-
     def _shape_of_packed(self, name: str, packing: Packing) -> tuple[int, int]:
         """Shape of the matrix; wrong ones are left for `_check_packed` to name."""
         rows, columns = (*self.file.tensors[self.sources[name][0]].shape, 0, 0)[:2]

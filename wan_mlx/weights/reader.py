@@ -128,6 +128,11 @@ class WeightsFile:
             )
         return indices
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors, this one or its shards."""
+        return [self.path]
+
     def nbytes(self, key: str) -> int:
         """Bytes of the tensor as stored."""
         return self._info(key).nbytes
@@ -261,6 +266,10 @@ class ShardedFile(WeightsFile):
         agreed = {k: v for k, v in metadata[0].items() if all(m.get(k) == v for m in metadata)}
         super().__init__(path, {key: shards[name].tensors[key] for key, name in owners.items()}, agreed)
         self._shards = {key: shards[name] for key, name in owners.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({shard.path for shard in self._shards.values()})
 
     def read(self, key: str) -> mx.array:
         self._info(key)
