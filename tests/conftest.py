@@ -1,8 +1,9 @@
-"""Fixtures of crafted weight files, and a cache folder of the tests' own."""
+"""Fixtures of crafted weight files and of a tiny model, and a cache folder of the tests' own."""
 
 import json
 from itertools import count
 
+import pico as tiny_model
 import pytest
 from crafted import TWO, TWO_DATA, entry, write_pth, write_safetensors
 
@@ -46,3 +47,16 @@ def sharded(tmp_path):
 @pytest.fixture
 def pth(tmp_path):
     return lambda *args, **kwargs: write_pth(tmp_path / "model.pth", *args, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory):
+    """The folder of a model that makes a video in a second, without torch."""
+    return tiny_model.write(tmp_path_factory.mktemp("pico") / "pico")
+
+
+@pytest.fixture(scope="session")
+def flags(pico):
+    """A command line, but for its --output, of three steps and three latent frames."""
+    return ["--model", str(pico), "--prompt", "a red circle", "--size", "16x16", "--frames", "9", "--steps", "3",
+            "--seed", "3", "--dtype", "float32", "--quiet"]  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import Any
 
 DESCRIPTION = "Make a video with a Wan2.1 model, on Apple silicon or any other MLX backend."
 
@@ -15,6 +16,7 @@ examples:
   python -m wan_mlx.generate --model nano --prompt "a red circle moves right on a blue background" --output demo.mp4
   python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompt "a cat boxing" --output cat.mp4
   python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompt "a cat boxing" --frames 1 --output cat.png
+  python -m wan_mlx.generate --resume cat.mp4
   python -m wan_mlx.generate --task t2v-1.3B --size 832*480 --ckpt_dir ./Wan2.1-T2V-1.3B --prompt "a cat boxing"
 """
 
@@ -38,6 +40,11 @@ NO_MEANING = {
 }
 # Flags of what wan_mlx does not have yet: refused, so that nothing asked is silently left out.
 NOT_YET = ("use_prompt_extend", "memory")
+
+# Values that are paths: what they mean depends on the folder that the command is run in.
+PATH_FLAGS = ("model", "image", "last_image", "src_video", "src_mask", "src_ref_images", "output")
+# What may differ from the first command when a run goes on: it has no part in what the video shows.
+FREE_ON_RESUME = ("resume", "overwrite", "dry_run", "quiet", "debug", "version")
 
 
 class UsageError(Exception):
@@ -85,6 +92,19 @@ def build_parser() -> Parser:
     for add in (add_what, add_sources, add_model, add_sampling, add_fewer_forwards, add_run, add_official, add_not_yet):
         add(parser)
     return parser
+
+
+def given_flags(argv: list[str]) -> dict[str, Any]:
+    """The flags that a command line gives, without those left to their defaults."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(argv))
+
+
+def flag_names() -> dict[str, str]:
+    """Attribute of the parsed arguments → the flag that sets it."""
+    return {action.dest: action.option_strings[0] for action in build_parser()._actions}
 
 
 def add_what(parser: Parser) -> None:
@@ -154,6 +174,7 @@ def add_fewer_forwards(parser: Parser) -> None:
 
 def add_run(parser: Parser) -> None:
     run = parser.add_argument_group("how to run")
+    run.add_argument("--resume", metavar="FILE", help="go on with the run that was making FILE, where it was cut")
     run.add_argument(
         "--vae-tiling",
         metavar="WxH",

@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import wan_mlx
 
-from .arguments import MODEL_HELP, NO_MEANING, NOT_YET, UsageError, build_parser
+from .arguments import MODEL_HELP, NO_MEANING, NOT_YET, UsageError, build_parser, given_flags
 
 if TYPE_CHECKING:
+    from .interrupt import Interrupts
     from .pipeline import WanPipeline
+    from .run_folder import RunFolder
     from .types import Request
 
-USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+USAGE, FAILURE, SUSPECT, INTERRUPTED = 2, 1, 3, 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 (failure), 2 (usage) or 130 (interrupted)."""
+    """Run the command line and return its exit code.
+
+    0; 1: failed; 2: wrong usage; 3: the video was written, but it is black, flat or saturated; 130: interrupted.
+    """
+    from .interrupt import Interrupts, Stopped
+
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return run(build_parser().parse_args(argv))
+        args = build_parser().parse_args(argv)
+        with Interrupts() as interrupts:
+            return resume(args, given_flags(argv), interrupts) if args.resume else run(args, interrupts)
+    except Stopped as stopped:
+        return fail(f"interrupted{stopped.go_on}", stopped.code)
     except KeyboardInterrupt:
         return fail("interrupted", INTERRUPTED)
     except Exception as error:
@@ -46,7 +59,7 @@ def explain(error: Exception) -> tuple[str, int]:
     return f"{type(error).__name__}: {error} (run again with --debug for the traceback)", FAILURE
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
     wan_mlx.check_backend()
     if args.version:
         import mlx.core as mx
@@ -63,8 +76,9 @@ def run(args: argparse.Namespace) -> int:
             note(f"--{flag} has no effect here: {reason}")
 
     from .media import check_output
-    from .pipeline import WanPipeline
     from .recipes import recipe_notes
+    from .records import make_record
+    from .run_folder import RunFolder
     from .weights.hub import survey
 
     if args.output:
@@ -74,17 +88,7 @@ def run(args: argparse.Namespace) -> int:
         note(f"download  {download}")
         if args.dry_run and download.missing:
             return 0
-    pipe = WanPipeline.from_pretrained(
-        args.model,
-        args.dtype,
-        args.quantize,
-        preset=args.task,
-        progress=not args.quiet,
-        vae_tiling=args.vae_tiling,
-        source=args.source,
-        loras=args.lora,
-        prompt_cache=not args.no_prompt_cache,
-    )
+    pipe = pipeline_from(args)
     request = request_from(pipe, args)
     output = Path(args.output or default_output(pipe.preset.name, request))
     describe(pipe, request, output)
@@ -95,8 +99,100 @@ def run(args: argparse.Namespace) -> int:
         note(f"          its proportions and length are the source's; {asked[0]}x{asked[1]} was taken as the area")
     if args.dry_run:
         return 0
-    generate_to_file(pipe, request, output, args.overwrite)
-    return 0
+    with RunFolder(output) as folder:
+        refuse_unfinished(folder, args.overwrite)
+        with keeping(folder):
+            folder.begin(make_record(pipe, request, vars(args)))
+            return generate_to_file(pipe, request, folder, args.overwrite, interrupts)
+
+
+def resume(args: argparse.Namespace, given: dict[str, object], interrupts: Interrupts) -> int:
+    """``--resume FILE``: go on with the run that was making FILE; its flags are those it was started with."""
+    wan_mlx.check_backend()
+
+    from .records import check_given, check_identity, flags_of, request_of
+    from .run_folder import ENDING, RunFolder
+
+    output = Path(args.resume.removesuffix(ENDING) if args.resume.endswith(ENDING) else args.resume)
+    folder = RunFolder(output)
+    if not folder.path.is_dir():
+        if output.is_file():
+            note(f"{output} is complete; there is nothing to go on with")
+            print(output)
+            return 0
+        raise ValueError(f"there is no unfinished run of {output}: {folder.path} does not exist")
+    with folder:
+        record = folder.record()
+        if folder.is_finished() or (record is None and output.is_file()):
+            folder.delete()
+            note(f"{output} is complete; there is nothing to go on with")
+            print(output)
+            return 0
+        if record is None:
+            raise ValueError(f"the run of {output} was cut before it began; start it again without --resume")
+        check_given(given, record)
+        stored = flags_of(record, build_parser().parse_args([]))
+        for name in given:
+            setattr(stored, name, getattr(args, name))
+        pipe, request = pipeline_from(stored), request_of(record)
+        for difference in check_identity(record, pipe, folder):
+            note(difference)
+        describe(pipe, request, output)
+        note(f"goes on   {folder.steps_done} of {request.steps} steps are done")
+        if args.dry_run:
+            return 0
+        with keeping(folder):
+            return generate_to_file(pipe, request, folder, stored.overwrite, interrupts)
+
+
+@contextmanager
+def keeping(folder: RunFolder) -> Iterator[None]:
+    """If the run in this block ends before its time, say how to go on with it; one without a step leaves nothing."""
+    from .interrupt import Stopped
+
+    try:
+        yield
+    except BaseException as error:
+        stopped = isinstance(error, Stopped)
+        if not folder.steps_done and not (stopped and folder.state() is not None):
+            folder.delete()
+            raise
+        how = f"{folder.steps_done} steps are kept; go on with: {resume_command(folder)}"
+        if stopped:
+            error.go_on = f"; {how}"
+        else:
+            note(how)
+        raise
+
+
+def resume_command(folder: RunFolder) -> str:
+    return f"python -m wan_mlx.generate --resume {shlex.quote(str(folder.output))}"
+
+
+def refuse_unfinished(folder: RunFolder, overwrite: bool) -> None:
+    """An earlier run's hour of work is not thrown away unasked."""
+    if folder.state() is not None and not overwrite:
+        raise ValueError(
+            f"there is an unfinished run of {folder.output}: go on with --resume {shlex.quote(str(folder.output))}, "
+            "or start anew with --overwrite"
+        )
+
+
+def pipeline_from(args: argparse.Namespace) -> WanPipeline:
+    """The model that the flags name; opened, not loaded."""
+    from .pipeline import WanPipeline
+
+    return WanPipeline.from_pretrained(
+        args.model,
+        args.dtype,
+        args.quantize,
+        preset=args.task,
+        progress=not args.quiet,
+        vae_tiling=args.vae_tiling,
+        source=args.source,
+        loras=args.lora,
+        prompt_cache=not args.no_prompt_cache,
+    )
 
 
 def refuse_what_is_not_there(args: argparse.Namespace) -> None:
@@ -172,32 +268,22 @@ def extras(request: Request) -> list[str]:
     return lines
 
 
-def generate_to_file(pipe: WanPipeline, request: Request, output: Path, overwrite: bool) -> None:
-    """Run the pipeline and write frames as they are decoded; the file appears when it is whole."""
-    from tqdm.auto import tqdm
+def generate_to_file(
+    pipe: WanPipeline, request: Request, folder: RunFolder, overwrite: bool, interrupts: Interrupts
+) -> int:
+    """Make the video that ``folder`` is for, from where it is; returns the exit code."""
+    from .runner import make_file
 
-    from .media import VideoWriter
-    from .pipeline import latents_to_numpy
-    from .types import Step
-
-    started = time.perf_counter()
-    step = None
-    writer = VideoWriter(output, request.fps, (request.width, request.height), pipe.settings(request), overwrite)
-    bar = tqdm(total=request.num_frames, desc="writing", leave=False, disable=not pipe.progress, delay=2)
-    with writer, bar:
-        for event in pipe.stages(request):
-            if isinstance(event, Step):
-                step = event
-            elif hasattr(event, "dtype"):
-                writer.write(event)
-                bar.update(len(event))
-        writer.latents = latents_to_numpy(step.latents)
+    result = make_file(pipe, request, folder, overwrite, interrupts)
     for report in pipe.reports:
         note(f"{report.name:<18}{report.seconds:9.1f} s   peak {report.peak_bytes / 2**30:6.2f} GiB")
     if pipe.forwards:
         note(f"{'forwards':<18}{pipe.forwards[0]:9} of {pipe.forwards[1]}")
-    note(f"{'total':<18}{time.perf_counter() - started:9.1f} s")
-    print(output)
+    note(f"{'total':<18}{result.seconds:9.1f} s")
+    print(result.path)
+    if result.complaint:
+        return fail(f"{result.path} was written, but {result.complaint}", SUSPECT)
+    return 0
 
 
 def note(message: str) -> None:

@@ -66,6 +66,7 @@ class WanPipeline:
         reports: seconds and peak memory of each stage of the latest run.
         forwards: of the latest run, the transformer's forwards computed, and how many a run without step cache and
             with guidance all along makes; None before its first step.
+        stage: the one that is running, as it will be called in ``reports``.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class WanPipeline:
         self.loras = normalise_loras(loras)
         check_loras(checkpoint, self.loras)
         self._merge_loras = True
+        self.stage: str | None = None
         self._kept: dict[str, Any] | None = None  # what stays loaded within `keep_loaded`
         self.forwards: tuple[int, int] | None = None
         if self.preset.task != self.config.model_type:
@@ -321,6 +323,7 @@ class WanPipeline:
                 yields the step reached once more, with ``seconds`` 0.
         """
         self.reports, self.forwards = [], None
+        open_component(self.checkpoint.files["vae"], "vae")  # a damaged file is not for after an hour's work to find
         if resume is None:
             with self._stage("conditioning"):
                 resume = RunState(TASKS[request.task].condition(request, self))
@@ -441,10 +444,12 @@ class WanPipeline:
         """Time a stage, note its peak memory, and give freed memory back when it ends."""
         mx.clear_cache()
         mx.reset_peak_memory()
+        self.stage = name
         started = time.perf_counter()
         try:
             yield
         finally:
+            self.stage = None
             self.reports.append(StageReport(name, time.perf_counter() - started, mx.get_peak_memory()))
             mx.clear_cache()
             log.info("%s: %.1f s, peak %.2f GiB", name, self.reports[-1].seconds, self.reports[-1].peak_bytes / 2**30)

@@ -1,0 +1,96 @@
+"""A bad run does not pass for a good one, and a good one is not called bad."""
+
+import shutil
+from collections import namedtuple
+
+import numpy as np
+import pytest
+
+import wan_mlx
+from wan_mlx.generate import main
+from wan_mlx.guards import FrameStatistics, check_disk, is_out_of_memory
+from wan_mlx.types import WanError
+
+
+def complaint(*chunks: np.ndarray) -> str | None:
+    statistics = FrameStatistics()
+    for frames in chunks:
+        statistics.add(frames)
+    return statistics.complaint()
+
+
+def shape_on(background, colour) -> np.ndarray:
+    """A small square of one colour on a plain background, uint8 (2, 128, 128, 3)."""
+    frames = np.full((2, 128, 128, 3), background, np.uint8)
+    frames[:, 50:80, 50:80] = colour
+    return frames
+
+
+@pytest.mark.parametrize("background", [(0, 0, 0), (255, 255, 255), (0, 0, 255), (128, 128, 128), (0, 255, 0)])
+@pytest.mark.parametrize("colour", [(255, 0, 0), (255, 255, 0), (0, 128, 0)])
+def test_shapes_on_plain_backgrounds_pass(background, colour):
+    assert complaint(shape_on(background, colour)) is None
+
+
+def test_a_dark_or_pale_picture_passes():
+    ramp = np.linspace(0, 12, 64).astype(np.uint8)[None, None, :, None] * np.ones((1, 64, 1, 3), np.uint8)
+    assert complaint(ramp) is None and complaint(255 - ramp) is None
+
+
+def test_bad_videos_are_called_what_they_are():
+    random = np.random.default_rng(0)
+    assert "black" in complaint(np.zeros((3, 32, 32, 3), np.uint8), random.integers(0, 4, (2, 32, 32, 3), np.uint8))
+    assert "flat" in complaint(random.integers(127, 130, (3, 32, 32, 3), np.uint8))
+    blown_up = np.clip(random.normal(127, 5000, (3, 32, 32, 3)), 0, 255).astype(np.uint8)
+    assert "saturated" in complaint(blown_up)
+    assert complaint(np.zeros((3, 32, 32, 3), np.uint8), shape_on(0, 255)[:, :32, :32] + 0, blown_up[:1] // 2) is None
+
+
+def test_a_bad_video_is_kept_and_reported(tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.setattr("wan_mlx.pipeline.to_uint8", lambda frames, rounding: np.zeros(frames.shape, np.uint8))
+    assert main([*flags, "--output", str(tmp_path / "a.npz")]) == 3
+    said = capsys.readouterr()
+    assert "the video is black" in said.err and "doctor" in said.err and said.out.strip() == str(tmp_path / "a.npz")
+    assert not np.load(tmp_path / "a.npz")["frames"].any() and not (tmp_path / "a.npz.wan").exists()
+
+
+def test_not_finite_keeps_the_last_good_state(tmp_path, monkeypatch, capsys, flags):
+    from wan_mlx import denoise
+
+    velocity = denoise.guided_velocity
+
+    def poisoned(*args):
+        return velocity(*args) * (np.nan if args[5] == 1 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(denoise, "guided_velocity", poisoned)
+        assert main([*flags, "--output", str(tmp_path / "a.npz")]) == 1
+    error = capsys.readouterr().err
+    assert "after step 2 of 3" in error and "1 steps are kept" in error
+    assert (tmp_path / "a.npz.wan/step-0001.safetensors").is_file() and not (tmp_path / "a.npz").exists()
+
+
+def test_low_disk_is_seen_before_the_run(tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1 << 20))
+    monkeypatch.setattr(wan_mlx.WanPipeline, "stages", lambda *args: pytest.fail("it ran"))
+    assert main([*flags, "--output", str(tmp_path / "a.npz")]) == 1
+    assert "0.00 GB free, the run needs about" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(WanError, match="2000.07 GB"):
+        check_disk(tmp_path, 2 * 10**12)
+
+
+@pytest.mark.parametrize(
+    "text, is_one",
+    [
+        ("[malloc] Unable to allocate 12345 bytes.", True),
+        ("[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed buffer size", True),
+        ("cudaMallocAsync(&data, size, stream) failed: out of memory", True),
+        ("[METAL] Command buffer execution failed: Insufficient Memory (kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+         True),
+        ("[conv] Invalid input array with 3 dimensions.", False),
+    ],
+)  # fmt: skip
+def test_out_of_memory_is_recognised(text, is_one):
+    assert is_out_of_memory(RuntimeError(text)) is is_one
+    assert not is_out_of_memory(ValueError(text))

@@ -1,0 +1,90 @@
+"""Ctrl-C, once and twice, by real signals to a real process: exit code, what is kept, and that nothing else is left."""
+
+import os
+import signal
+
+import pytest
+from held import Held, processes_naming, run
+
+from wan_mlx.interrupt import Interrupts, Stopped
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, flags):
+    path = tmp_path_factory.mktemp("whole") / "whole.mp4"
+    assert run(*flags, "--output", str(path))[0] == 0
+    return path.read_bytes()
+
+
+def check_resumable(tmp_path, whole, code, errors, kept_steps):
+    assert code == 130
+    output = tmp_path / "a.mp4"
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: interrupted; ") and "Traceback" not in errors
+    assert f"{kept_steps} steps are kept; go on with: python -m wan_mlx.generate --resume {output}" in last
+    assert os.listdir(tmp_path) == ["a.mp4.wan"] and not processes_naming(str(tmp_path))
+    assert run("--resume", str(output), "--quiet")[0] == 0
+    assert output.read_bytes() == whole and os.listdir(tmp_path) == ["a.mp4"]
+
+
+@pytest.mark.parametrize("where, kept_steps", [("step", 2), ("frame", 3)])
+def test_once_finishes_what_is_at_work(tmp_path, flags, whole, where, kept_steps):
+    held = Held(where, 1, *flags, "--output", str(tmp_path / "a.mp4"))
+    held.process.send_signal(signal.SIGINT)
+    held.wait_for("Ctrl-C again stops at once")
+    held.go_on()
+    code, errors = held.finish()
+    if where == "frame":  # the one at work, too
+        assert len((tmp_path / "a.mp4.wan/frames.index").read_text().splitlines()) == 2
+    check_resumable(tmp_path, whole, code, errors, kept_steps)
+
+
+@pytest.mark.parametrize("where, kept_steps", [("step", 1), ("frame", 3)])
+def test_twice_stops_at_once(tmp_path, flags, whole, where, kept_steps):
+    held = Held(where, 1, *flags, "--output", str(tmp_path / "a.mp4"))
+    held.process.send_signal(signal.SIGINT)
+    held.wait_for("Ctrl-C again stops at once")
+    held.process.send_signal(signal.SIGINT)
+    code, errors = held.finish()  # it was still held
+    check_resumable(tmp_path, whole, code, errors, kept_steps)
+
+
+def test_under_ffmpeg(tmp_path, flags, whole):
+    held = Held("ffmpeg", 1, *flags, "--output", str(tmp_path / "a.mp4"))
+    assert any("ffmpeg" in line for line in processes_naming(str(tmp_path)))
+    held.process.send_signal(signal.SIGINT)
+    check_resumable(tmp_path, whole, *held.finish(), kept_steps=3)
+
+
+def test_terminated(tmp_path, flags):
+    held = Held("step", 0, *flags, "--output", str(tmp_path / "a.mp4"))
+    held.process.terminate()
+    code, errors = held.finish()
+    assert code == 128 + signal.SIGTERM and "--resume" in errors  # the texts are encoded
+    assert not processes_naming(str(tmp_path))
+
+
+class TestInterrupts:
+    def test_patience(self):
+        before = signal.getsignal(signal.SIGINT)
+        with Interrupts() as interrupts:
+            interrupts.check()
+            interrupts.patient = lambda: True
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupts.asked
+            with pytest.raises(Stopped) as stopped:
+                interrupts.check()
+            assert stopped.value.code == 130
+        assert signal.getsignal(signal.SIGINT) is before
+
+    def test_no_patience(self):
+        with Interrupts(), pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def test_ignored_stays_ignored(self):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with Interrupts():
+                os.kill(os.getpid(), signal.SIGHUP)  # nohup's
+        finally:
+            signal.signal(signal.SIGHUP, before)

@@ -1,0 +1,294 @@
+"""What a run leaves behind is whole or not there, belongs to one process, and goes on only as the same run."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from held import Held, processes_naming, run
+
+from wan_mlx.generate import main
+from wan_mlx.media import ENDINGS
+from wan_mlx.run_folder import BusyError, RunFolder, fingerprint
+from wan_mlx.types import Conditioning, Step
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, flags):
+    """The bytes of an uninterrupted run's file, by ending; each is made when it is first asked for."""
+    made = {}
+
+    def of(ending: str) -> bytes:
+        if ending not in made:
+            path = tmp_path_factory.mktemp("whole") / f"whole{ending}"
+            assert main([*flags, "--output", str(path)]) == 0
+            made[ending] = path.read_bytes()
+        return made[ending]
+
+    return of
+
+
+def step(index: int, total: int = 5) -> Step:
+    state = {"latents": mx.full((1, 2, 2), index), "solver.x": mx.array([0.1 * index])}
+    return Step(index, total, 1000.0, 1.0, state["latents"], state["latents"], state=state)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with RunFolder(tmp_path / "a.mp4") as folder:
+        folder.begin({"settings": {"prompt": "猫"}})
+        yield folder
+
+
+class TestFolder:
+    def test_state_comes_back_bit_for_bit(self, folder):
+        conditioning = Conditioning(
+            mx.random.normal((1, 2, 2, 2, 3)), mx.random.normal((1, 4, 8)).astype(mx.bfloat16), context_scale=1 / 3
+        )
+        assert folder.state() is None
+        folder.save_conditioning(conditioning)
+        assert folder.state().steps == 0
+        for index in range(3):
+            folder.save_step(step(index))
+        state = folder.state()
+        assert state.steps == folder.steps_done == 3 and state.conditioning.context_scale == 1 / 3
+        assert state.conditioning.negative_context is None and state.conditioning.trim_latents == 0
+        for name, array in conditioning.arrays().items():
+            got = getattr(state.conditioning, name)
+            assert got.dtype == array.dtype and mx.array_equal(got, array)
+        assert all(mx.array_equal(state.state[name], array) for name, array in step(2).state.items())
+        assert folder.record() == {"settings": {"prompt": "猫"}}
+
+    def test_two_steps_are_kept_and_the_earlier_one_serves(self, folder):
+        folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))
+        for index in range(4):
+            folder.save_step(step(index))
+        paths = sorted(folder.path.glob("step-*"))
+        assert [path.name for path in paths] == ["step-0003.safetensors", "step-0004.safetensors"]
+        os.truncate(paths[1], paths[1].stat().st_size - 3)
+        assert folder.state().steps == 3
+
+    def test_a_new_run_clears_what_was_there(self, folder):
+        folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))
+        folder.save_step(step(0))
+        folder.open_frames(2, 2).add(np.zeros((1, 2, 2, 3), np.uint8))
+        (folder.path / ".wan_mlx-0123.mp4").write_bytes(b"half a video")
+        folder.begin({})
+        assert sorted(path.name for path in folder.path.iterdir()) == ["lock", "run.json"]
+        folder.delete()
+        assert not folder.path.exists()
+
+    def test_frames_that_are_not_whole_are_dropped(self, folder):
+        chunks = [np.full((n, 4, 6, 3), n * 7, np.uint8) for n in (1, 4, 4)]
+        store = folder.open_frames(4, 6)
+        for chunk in chunks:
+            store.add(chunk)
+        raw, index = store.raw.read_bytes(), store.index.read_bytes()
+
+        def read_again(raw_bytes: bytes, index_bytes: bytes) -> int:
+            store.raw.write_bytes(raw_bytes)
+            store.index.write_bytes(index_bytes)
+            again = folder.open_frames(4, 6)
+            for got, want in zip(again, chunks, strict=False):
+                assert np.array_equal(got, want)
+            assert again.raw.stat().st_size == again.count * 72 if again.count else not again.raw.exists()
+            return again.count
+
+        assert read_again(raw, index) == 9
+        assert read_again(raw + b"more", index) == 9
+        assert read_again(raw[:-1], index) == 5
+        assert read_again(raw, index[:-1]) == 5  # the line had not all come to the disk
+        assert read_again(raw[:-1] + b"\0", index) == 5  # nor had the pixels
+        assert read_again(b"\0" + raw[1:], index) == 0
+        assert read_again(b"", index) == 0
+        assert read_again(raw, b"nonsense\n") == 0
+
+    def test_one_process_at_a_time(self, folder):
+        with pytest.raises(BusyError, match=f"process {os.getpid()}.* is making .*a.mp4"), RunFolder(folder.output):
+            pass
+
+    def test_the_lock_goes_with_its_folder(self, tmp_path):
+        """A run that deletes its folder does not leave another one locking a file that is gone."""
+        first = RunFolder(tmp_path / "a.mp4")
+        with first:
+            first.delete()
+            with RunFolder(tmp_path / "a.mp4") as second:
+                second.begin({})
+                with pytest.raises(BusyError), RunFolder(tmp_path / "a.mp4"):
+                    pass
+
+    def test_somebody_elses_file_stays(self, folder):
+        (folder.path / "notes.txt").write_text("mine")
+        folder.delete()
+        assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
+
+
+class TestFingerprint:
+    def test_tells_files_apart(self, tmp_path):
+        data = np.random.default_rng(0).bytes(3 << 20)
+        path = tmp_path / "a"
+        path.write_bytes(data)
+        known = fingerprint(path)
+        assert known["size"] == 3 << 20 and fingerprint(path) == known
+        for position in (0, len(data) - 1):
+            path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+            assert fingerprint(path) != known
+        path.write_bytes(data[:-1])
+        assert fingerprint(path) != known
+
+    def test_an_index_stands_for_its_shards(self, tmp_path):
+        for name in "ab":
+            (tmp_path / name).write_bytes(name.encode())
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"x": "a", "y": "b", "z": "a"}}))
+        known = fingerprint(index)
+        assert known["size"] == 2
+        (tmp_path / "b").write_bytes(b"c")
+        assert fingerprint(index) != known
+
+
+def cut(monkeypatch, after: int) -> None:
+    """Let the machine fail while frame chunk number ``after`` is put away."""
+    from wan_mlx.run_folder import FrameStore
+
+    add, count = FrameStore.add, iter(range(1_000_000))
+
+    def failing(self, frames):
+        if next(count) == after:
+            raise RuntimeError("the machine failed")
+        add(self, frames)
+
+    monkeypatch.setattr(FrameStore, "add", failing)
+
+
+class TestResume:
+    @pytest.mark.parametrize("ending", ENDINGS)
+    def test_every_format_has_the_same_bytes(self, tmp_path, monkeypatch, capsys, flags, whole, ending):
+        output = tmp_path / f"a{ending}"
+        with monkeypatch.context() as patch:
+            cut(patch, after=1)
+            assert main([*flags, "--output", str(output)]) == 1
+        assert f"3 steps are kept; go on with: python -m wan_mlx.generate --resume {output}" in capsys.readouterr().err
+        assert not output.exists()
+        assert main(["--resume", str(output), "--quiet"]) == 0
+        assert output.read_bytes() == whole(ending)
+        assert os.listdir(tmp_path) == [output.name]
+
+    def test_what_can_be_asked_of_an_unfinished_run(self, tmp_path, pico, monkeypatch, capsys, flags, whole):
+        output = tmp_path / "a.npz"
+        with monkeypatch.context() as patch:
+            cut(patch, after=1)
+            assert main([*flags, "--output", str(output)]) == 1
+
+        def error_of(*arguments, code):
+            capsys.readouterr()
+            assert main([*arguments]) == code
+            return capsys.readouterr().err.strip().splitlines()[-1]
+
+        # The same command again, which would throw it away.
+        error = error_of(*flags, "--output", str(output), code=2)
+        assert error == (f"error: there is an unfinished run of {output}: go on with --resume {output}, or start anew "
+                         "with --overwrite")  # fmt: skip
+        # Other settings.
+        error = error_of("--resume", str(output), "--steps", "4", "--prompt", "a cat", "--size", "16x16", code=2)
+        assert "--prompt is a red circle, a cat was given" in error
+        assert "--steps is 3, 4 was given" in error and "--size" not in error
+        # Weights that changed meanwhile, and are still needed.
+        record = json.loads((tmp_path / "a.npz.wan/run.json").read_text())
+        for name, code in (("transformer", 0), ("vae", 1)):
+            changed = json.loads(json.dumps(record))
+            changed["weights"][name]["size"] += 1
+            (tmp_path / "a.npz.wan/run.json").write_text(json.dumps(changed))
+            error = error_of("--resume", str(output), "--dry-run", code=code)
+            assert ("not the file that the run was begun with" in error) == (code == 1)
+        # Another version of MLX is said aloud.
+        record["machine"]["mlx"] = "0.1"
+        (tmp_path / "a.npz.wan/run.json").write_text(json.dumps(record))
+        capsys.readouterr()
+        # The same settings, said in other words, and the folder's own name.
+        assert main(["--resume", f"{output}.wan", "--model", str(pico), "--frame_num", "9", "--base_seed", "3",
+                     "--quiet"]) == 0  # fmt: skip
+        assert "begun with mlx 0.1" in capsys.readouterr().err
+        with np.load(output) as got:
+            assert got["frames"].shape == (9, 16, 16, 3)
+        assert output.read_bytes() == whole(".npz")
+        assert error_of("--resume", str(output), code=0).endswith("is complete; there is nothing to go on with")
+
+    def test_overwrite_starts_anew(self, tmp_path, monkeypatch, flags, whole):
+        output = tmp_path / "a.npz"
+        with monkeypatch.context() as patch:
+            cut(patch, after=1)
+            assert main([*flags, "--seed", "4", "--output", str(output)]) == 1
+        assert main([*flags, "--output", str(output), "--overwrite"]) == 0
+        assert output.read_bytes() == whole(".npz") and os.listdir(tmp_path) == ["a.npz"]
+
+    def test_nothing_to_resume(self, tmp_path, capsys):
+        assert main(["--resume", str(tmp_path / "a.mp4")]) == 2
+        assert "there is no unfinished run" in capsys.readouterr().err
+
+    def test_cut_between_the_file_and_its_folders_end(self, tmp_path, monkeypatch, flags, whole):
+        output = tmp_path / "a.npz"
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "delete", lambda self: None)
+            assert main([*flags, "--output", str(output)]) == 0
+        assert (tmp_path / "a.npz.wan/finished.json").is_file()
+        assert main(["--resume", str(output)]) == 0
+        assert output.read_bytes() == whole(".npz") and os.listdir(tmp_path) == ["a.npz"]
+
+    def test_kill_9_everywhere(self, tmp_path, flags, whole):
+        """In a step, while a state is being written, while decoding, and under ffmpeg: one run, killed four times."""
+        output = str(tmp_path / "a.mp4")
+        places = [("step", 1), ("saving", 0), ("frame", 1), ("ffmpeg", 1)]
+        arguments = [*flags, "--output", output]
+        for where, number in places:
+            held = Held(where, number, *arguments)
+            if where == "frame":  # a second process on the same output
+                code, error = run("--resume", output)
+                assert code == 1 and f"another process (process {held.process.pid}) is making {output}" in error
+            held.process.kill()
+            assert held.finish()[0] == -signal.SIGKILL
+            arguments = ["--resume", output, "--quiet"]
+        assert main(arguments) == 0
+        assert Path(output).read_bytes() == whole(".mp4")
+        assert os.listdir(tmp_path) == ["a.mp4"] and not processes_naming(str(tmp_path))
+
+
+def generate(*arguments: str, kill_after: float | None = None) -> int:
+    """The exit code of a process of its own, which is killed if it has not ended after so many seconds."""
+    command = [sys.executable, "-m", "wan_mlx.generate", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = process.communicate(timeout=kill_after)[1]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), said
+    return process.returncode
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(tmp_path):
+    """50 kills over runs of the bundled model: every run completes, to the same bytes."""
+    flags = ["--model", "nano", "--prompt", "a green square moves up on a black background", "--seed", "1", "--quiet"]
+    whole = tmp_path / "whole.mp4"
+    started = time.monotonic()
+    assert generate(*flags, "--output", str(whole)) == 0
+    seconds = time.monotonic() - started
+    chance, kills, runs = random.Random(50), 0, 0
+    while kills < 50:
+        output = tmp_path / f"{runs}.mp4"
+        while not output.exists() or output.with_name(f"{output.name}.wan").exists():
+            begun = output.with_name(f"{output.name}.wan").joinpath("run.json").exists() or output.exists()
+            command = ["--resume", str(output), "--quiet"] if begun else [*flags, "--output", str(output)]
+            kills += generate(*command, kill_after=chance.uniform(0.3, seconds / 2) if kills < 50 else None) != 0
+        assert output.read_bytes() == whole.read_bytes()
+        runs += 1
+    assert sorted(os.listdir(tmp_path)) == sorted(["whole.mp4", *(f"{i}.mp4" for i in range(runs))])
+    print(f"{kills} kills over {runs} runs, each {seconds:.0f} s uninterrupted")

@@ -1,0 +1,71 @@
+"""Ctrl-C, once and twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+SAYING = b"\nstopping as soon as this step is done; Ctrl-C again stops at once\n"
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was stopped from outside, by signal ``signum``.
+
+    ``go_on`` says how to go on with it, where there is something to go on with.
+    """
+
+    def __init__(self, signum: int = signal.SIGINT):
+        super().__init__(signum)
+        self.signum = signum
+        self.go_on = ""
+
+    @property
+    def code(self) -> int:
+        """The exit code that shells expect: 130 for Ctrl-C."""
+        return 128 + self.signum
+
+
+class Interrupts:
+    """Within a ``with`` block Ctrl-C does not cut through whatever runs.
+
+    Where ``patient()`` says so, the first one only asks: call `check` wherever it is good to stop. A second one, or
+    the first elsewhere, raises `Stopped` at once, and so do SIGTERM and SIGHUP; one more ends the process there and
+    then. In a thread other than the main one nothing is changed, as Python wants it.
+    """
+
+    def __init__(self):
+        self.asked = False
+        self.patient: Callable[[], bool] = lambda: False
+        self._raised = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup, or a shell's background job
+                    self._before[signum] = signal.signal(signum, self._arrived)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}
+
+    def check(self) -> None:
+        """Raise `Stopped` if it was asked for: here is a good place."""
+        if self.asked and not self._raised:
+            self._raised = True
+            raise Stopped()
+
+    def _arrived(self, signum: int, frame) -> None:
+        if self._raised:
+            os._exit(128 + signum)
+        if signum == signal.SIGINT and not self.asked and self.patient():
+            self.asked = True
+            os.write(2, SAYING)  # print() may be at work where this cuts in
+            return
+        self._raised = True
+        raise Stopped(signum)

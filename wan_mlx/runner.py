@@ -1,0 +1,120 @@
+"""One request to one file: kept as it goes, continued where it was cut, looked at when it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .guards import WHAT_TO_TRY, FrameStatistics, check_disk, disk_needed
+from .interrupt import Interrupts
+from .media import VideoWriter
+from .run_folder import FrameStore, RunFolder
+from .types import Conditioning, Request, Step
+
+if TYPE_CHECKING:
+    from .pipeline import WanPipeline
+
+
+@dataclass
+class Result:
+    """What became of a request.
+
+    Attributes:
+        path: the video.
+        seconds: of this process's part.
+        complaint: what is wrong with the video, if anything looks wrong.
+    """
+
+    path: Path
+    seconds: float
+    complaint: str | None = None
+
+
+def make_file(
+    pipe: WanPipeline,
+    request: Request,
+    folder: RunFolder,
+    overwrite: bool = False,
+    interrupts: Interrupts | None = None,
+    on_event: Callable[[Any], None] | None = None,
+) -> Result:
+    """Make the video ``folder.output`` and delete ``folder``, which is locked and has begun or goes on.
+
+    Args:
+        overwrite: replace the output if it exists.
+        interrupts: asked for after each step and each decoded latent frame.
+        on_event: called with each event of `WanPipeline.stages` once it is kept.
+
+    Raises:
+        Stopped: it was asked for; what is done is kept.
+        SamplingError: the latents stopped being finite; the state before that is kept.
+        WanError: too little disk, or the file could not be written.
+    """
+    started = time.perf_counter()
+    interrupts = interrupts or Interrupts()
+    check_disk(folder.path, disk_needed(request, pipe.latent_channels))
+    VideoWriter(folder.output, request.fps, (request.width, request.height), folder.record()["settings"], overwrite)
+    frames = folder.open_frames(request.height, request.width)
+    if frames.count < request.num_frames:
+        _sample(pipe, request, folder, frames, interrupts, on_event)
+    complaint = _write(pipe, request, folder, frames, overwrite, interrupts)
+    folder.delete()
+    if complaint:
+        complaint = f"{complaint}; {WHAT_TO_TRY}"
+    return Result(folder.output, time.perf_counter() - started, complaint)
+
+
+def _sample(
+    pipe: WanPipeline,
+    request: Request,
+    folder: RunFolder,
+    store: FrameStore,
+    interrupts: Interrupts,
+    on_event: Callable[[Any], None] | None,
+) -> None:
+    # A step or a latent frame is worth waiting for; loading is not.
+    interrupts.patient = lambda: pipe.stage in ("denoise", "decode")
+    state = folder.state()
+    steps_before, seen = (0, 0) if state is None else (state.steps, 0)
+    known = state is not None
+    with closing(pipe.stages(request, state)) as events:
+        del state  # with every step the arrays it holds become old
+        for event in events:
+            if isinstance(event, Conditioning):
+                if not known:
+                    folder.save_conditioning(event)
+            elif isinstance(event, Step):
+                if event.index >= steps_before:
+                    folder.save_step(event, {"forwards": pipe.forwards})
+            else:  # decoding starts at the first frame, some may be kept already
+                seen += len(event)
+                if seen > store.count:
+                    store.add(event[len(event) - (seen - store.count) :])
+            if on_event is not None:
+                on_event(event)
+            del event
+            interrupts.check()
+
+
+def _write(
+    pipe: WanPipeline, request: Request, folder: RunFolder, store: FrameStore, overwrite: bool, interrupts: Interrupts
+) -> str | None:
+    """From kept frames to the file; returns what is wrong with them, if anything."""
+    from .pipeline import latents_to_numpy
+
+    settings = folder.record()["settings"] | folder.notes()
+    size = (request.width, request.height)
+    statistics = FrameStatistics()
+    with VideoWriter(folder.output, request.fps, size, settings, overwrite, folder.path) as writer:
+        for frames in store:
+            statistics.add(frames)
+            writer.write(frames)
+            interrupts.check()
+        state = folder.state()
+        writer.latents = latents_to_numpy(state.state["latents"][:, state.conditioning.trim_latents :])
+        writer.when_whole = folder.mark_finished
+    return statistics.complaint()
