@@ -15,12 +15,14 @@ import torch.nn.functional as F
 import world
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResample, WanResidualBlock
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 PAD, EOS, UNK = 0, 1, 2
 TEXT_LEN = 512  # rows the pipeline pads a caption's encoding to
 SHORT_LEN = 32  # rows kept in training: the caption and one row for all the padding
 SHIFT = 3.0
+IMAGE_DIM = 80
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 # --- VAE -------------------------------------------------------------------------------------------------------
@@ -150,11 +152,12 @@ def new_text_encoder(vocab_size: int) -> UMT5EncoderModel:
     return UMT5EncoderModel(config)
 
 
-def new_transformer() -> WanTransformer3DModel:
-    model = WanTransformer3DModel(
+def new_transformer(**changes) -> WanTransformer3DModel:
+    sizes = dict(
         num_attention_heads=2, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=128, freq_dim=256,
         ffn_dim=640, num_layers=6,
     )  # fmt: skip
+    model = WanTransformer3DModel(**{**sizes, **changes})
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
@@ -166,21 +169,59 @@ def new_transformer() -> WanTransformer3DModel:
     return model
 
 
+def new_i2v_transformer(start: WanTransformer3DModel) -> WanTransformer3DModel:
+    """Half as deep as ``start``, whose first, middle and last blocks it begins with."""
+    model = new_transformer(in_channels=36, image_dim=IMAGE_DIM, added_kv_proj_dim=256, num_layers=3)
+    source, state = start.state_dict(), model.state_dict()
+    for name, value in state.items():
+        of = re.sub(r"^blocks\.(\d+)", lambda match: f"blocks.{(0, 2, 5)[int(match[1])]}", name)
+        if of in source and source[of].shape == value.shape:
+            value.copy_(source[of])
+    state["patch_embedding.weight"][:, :16] = source["patch_embedding.weight"]
+    model.load_state_dict(state)
+    return model
+
+
+def new_image_encoder() -> CLIPVisionModel:
+    """Two blocks, of which Wan uses the first: 257 tokens, heads 80 wide, as in ViT-H/14."""
+    config = CLIPVisionConfig(
+        hidden_size=IMAGE_DIM, intermediate_size=4 * IMAGE_DIM, num_hidden_layers=2, num_attention_heads=1,
+        image_size=224, patch_size=14, hidden_act="gelu",
+    )  # fmt: skip
+    return CLIPVisionModel(config)
+
+
+def encode_image(encoder: CLIPVisionModel, image: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, 3, H, W) → features (B, 257, IMAGE_DIM), resized as wan_mlx does it."""
+    mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    pixels = F.interpolate(image.float() / 255, size=(224, 224), mode="bicubic", align_corners=False)
+    states = encoder(pixel_values=(pixels - mean) / std, output_hidden_states=True).hidden_states
+    assert len(states) == 3, f"{len(states)} hidden states, expected the embedding's and both blocks'"
+    return states[-2]
+
+
 class ShortText:
     """Cross-attention over a short context that stands for one zero-padded to 512 rows.
 
     All padding rows have the same key and value, so one of them with log(count) added to its score weighs as much
     as all: the same result at a sixteenth of the rows. ``bias`` (B, 1, 1, SHORT_LEN) is set before each forward.
+    Rows before the last SHORT_LEN are an image's and have keys and values of their own.
     """
 
     bias: torch.Tensor
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        image, text = encoder_hidden_states[:, :-SHORT_LEN], encoder_hidden_states[:, -SHORT_LEN:]
         q = attn.norm_q(attn.to_q(hidden_states))
-        k = attn.norm_k(attn.to_k(encoder_hidden_states))
-        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, attn.to_v(encoder_hidden_states)))
+        k = attn.norm_k(attn.to_k(text))
+        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, attn.to_v(text)))
         weights = ((q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5 + self.bias).softmax(-1)
-        return attn.to_out[0]((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        seen = weights.to(v.dtype) @ v
+        if attn.add_k_proj is not None:
+            k = attn.norm_added_k(attn.add_k_proj(image)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            v = attn.add_v_proj(image).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            seen = seen + F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype)).to(seen.dtype)
+        return attn.to_out[0](seen.transpose(1, 2).flatten(2))
 
 
 def use_short_text(model: WanTransformer3DModel) -> ShortText:
@@ -201,8 +242,11 @@ def encode_text(encoder: UMT5EncoderModel, ids: torch.Tensor) -> tuple[torch.Ten
 
 
 @torch.no_grad()
-def sample(model, short: ShortText, encoder, ids, noise, steps: int = 20, guidance: float = 3.0):
-    """Latents from ``noise`` (B, 16, t, h, w) by Euler's method on the official sigma grid; ``ids`` (B, SHORT_LEN)."""
+def sample(model, short: ShortText, encoder, ids, noise, steps: int = 20, guidance: float = 3.0, given=None):
+    """Latents from ``noise`` (B, 16, t, h, w) by Euler's method on the official sigma grid; ``ids`` (B, SHORT_LEN).
+
+    ``given``: for image to video, the condition (B, 20, t, h, w) and the features (B, 257, IMAGE_DIM).
+    """
     empty = torch.full_like(ids, PAD)
     empty[:, 0] = EOS
     context, bias = encode_text(encoder, torch.cat([ids, empty]))
@@ -210,8 +254,11 @@ def sample(model, short: ShortText, encoder, ids, noise, steps: int = 20, guidan
     sigmas = np.linspace(0.999, 0, steps + 1)
     sigmas = SHIFT * sigmas / (1 + (SHIFT - 1) * sigmas)
     x = noise.float()
+    condition, features = (None, None) if given is None else (torch.cat([part, part]) for part in given)
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         t = torch.full((2 * len(x),), float(math.floor(1000 * sigma)), device=x.device)
-        v, empty_v = model(torch.cat([x, x]), t, context, return_dict=False)[0].float().chunk(2)
+        both = torch.cat([x, x])
+        both = both if condition is None else torch.cat([both, condition], 1)
+        v, empty_v = model(both, t, context, features, return_dict=False)[0].float().chunk(2)
         x = x + (following - sigma) * (empty_v + guidance * (v - empty_v))
     return x

@@ -70,6 +70,7 @@ class Scene:
     height: int = 128
     frames: int = 17
     seed: int = 0
+    given: bool = False  # the first frame is: it must not tell the motion, so things start anywhere, at any size
 
 
 # --- what is held out, and what is drawn -----------------------------------------------------------------------
@@ -80,7 +81,9 @@ def held_out(colour: str, kind: str, motion: str, background: str) -> bool:
     return hashlib.sha256(f"{colour}/{kind}/{motion}/{background}".encode()).digest()[0] < 32
 
 
-def sample_scene(rng: np.random.Generator, size: tuple[int, int, int] = SIZES[0], held: bool = False) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, size: tuple[int, int, int] = SIZES[0], held: bool = False, given: bool = False
+) -> Scene:
     """A random scene of ``size`` (width, height, frames); with ``held``, one shape in a held-out combination."""
     width, height, frames = size
     background = _pick(rng, tuple(BACKGROUNDS))
@@ -88,7 +91,7 @@ def sample_scene(rng: np.random.Generator, size: tuple[int, int, int] = SIZES[0]
         while True:
             thing = _thing(rng, MOTIONS, digits=0.0)
             if held_out(thing.colour, thing.kind, thing.motion, background):
-                return Scene((thing,), background, width, height, frames, int(rng.integers(2**31)))
+                return Scene((thing,), background, width, height, frames, int(rng.integers(2**31)), given)
             background = _pick(rng, tuple(BACKGROUNDS))
     if rng.random() < 0.13:  # two things, each in its own half, so that they never meet
         pools = (("right", "left"), ("up", "down", "bounce"))[
@@ -98,19 +101,35 @@ def sample_scene(rng: np.random.Generator, size: tuple[int, int, int] = SIZES[0]
         things = (_free(rng, motions, background), _free(rng, motions, background))
     else:
         things = (_free(rng, MOTIONS, background),)
-    return Scene(things, background, width, height, frames, int(rng.integers(2**31)))
+    return Scene(things, background, width, height, frames, int(rng.integers(2**31)), given)
 
 
 def held_out_prompts(count: int = 96) -> list[tuple[str, Scene]]:
     """``count`` prompts with their scenes: held-out combinations in a fixed order, every fourth in Chinese."""
-    names = itertools.product(COLOURS, SHAPES, MOTIONS, BACKGROUNDS)
-    chosen = sorted((c for c in names if held_out(*c)), key=lambda c: hashlib.sha256("/".join(c).encode()).digest())
     prompts = []
-    for index, (colour, kind, motion, background) in enumerate(chosen[:count]):
+    for index, (colour, kind, motion, background) in enumerate(_held_out_combinations()[:count]):
         scene = Scene((Thing(kind, colour, motion),), background, seed=index)
         rng = np.random.default_rng(1000 + index)
         prompts.append((caption(scene, rng, "zh" if index % 4 == 3 else "en", complete=True), scene))
     return prompts
+
+
+def held_out_images(count: int = 16, size: tuple[int, int, int] = SIZES[0]) -> list[tuple[str, Scene]]:
+    """``count`` prompts for a model that is given the first frame of their scenes, as `held_out_prompts`.
+
+    Start at another place in the order, so that all motions are asked: one prompt in two names nothing but the motion.
+    """
+    prompts = []
+    for index, (colour, kind, motion, background) in enumerate(_held_out_combinations()[200 : 200 + count]):
+        scene = Scene((Thing(kind, colour, motion),), background, *size, seed=index, given=True)
+        rng = np.random.default_rng(3000 + index)
+        prompts.append((instruction(scene, rng, "zh" if index % 4 == 3 else "en", complete=True), scene))
+    return prompts
+
+
+def _held_out_combinations() -> list[tuple[str, ...]]:
+    names = itertools.product(COLOURS, SHAPES, MOTIONS, BACKGROUNDS)
+    return sorted((c for c in names if held_out(*c)), key=lambda c: hashlib.sha256("/".join(c).encode()).digest())
 
 
 def _free(rng: np.random.Generator, motions: tuple[str, ...], background: str) -> Thing:
@@ -150,12 +169,15 @@ def trajectory(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             half = int(split) ^ index
             low[axis], high[axis] = half * high[axis] / 2, (half + 1) * high[axis] / 2
             radius = min(radius, (high - low).min() / 2 - MARGIN) * rng.uniform(0.85, 1)
-        paths.append(_path(rng, thing, low, high, radius, scene.frames))
+        paths.append(_path(rng, thing, low, high, radius, scene.frames, scene.given))
     return tuple(np.stack(part).astype(np.float32) for part in zip(*paths, strict=True))
 
 
-def _path(rng, thing: Thing, low, high, radius: float, frames: int):
-    """One thing inside the rectangle ``low``..``high``."""
+def _path(rng, thing: Thing, low, high, radius: float, frames: int, given: bool):
+    """One thing inside the rectangle ``low``..``high``; with ``given`` its beginning does not tell the motion."""
+    shortest = 0.45 if given else 0.75  # of the room there is to travel
+    if given:
+        radius *= rng.uniform(1.0, 1.8) if thing.motion in ("grow", "shrink") else rng.uniform(0.7, 1.0)
     clock = np.linspace(0, 1, frames)
     largest = min(
         radius * (1.15 if thing.motion == "grow" or thing.motion == "shrink" else 1), (high - low).min() / 2 - 1
@@ -164,11 +186,11 @@ def _path(rng, thing: Thing, low, high, radius: float, frames: int):
     step = np.array(DIRECTIONS.get(thing.motion, (0, 0)), float)
     travel = np.zeros((frames, 2))
     if step.any():
-        length = min(rng.uniform(0.75, 1) * room[step != 0].min(), 4.6 * (frames - 1))
+        length = min(rng.uniform(shortest, 1) * room[step != 0].min(), 4.6 * (frames - 1))
         travel = clock[:, None] * step * length
     elif thing.motion == "bounce":  # falls for half a second, rises for half a second
         fall = np.abs((np.arange(frames) / 8) % 2 - 1)
-        travel[:, 1] = (1 - fall) ** 2 * rng.uniform(0.75, 1) * room[1]
+        travel[:, 1] = (1 - fall) ** 2 * rng.uniform(shortest, 1) * room[1]
     extent = travel.max(0) - travel.min(0)
     free = np.maximum(room - extent, 0)
     # In-place motions prefer the middle; what travels may start anywhere it fits.
@@ -180,7 +202,9 @@ def _path(rng, thing: Thing, low, high, radius: float, frames: int):
         radii = largest * (grow if thing.motion == "grow" else grow[::-1])
     angles = np.full(frames, rng.uniform(-0.12, 0.12))
     if thing.motion == "spin":
-        angles = rng.uniform(0, 2 * np.pi) + np.arange(frames) * rng.uniform(0.17, 0.22)
+        angles = (0 if given and rng.random() < 0.5 else rng.uniform(0, 2 * np.pi)) + np.arange(frames) * rng.uniform(
+            0.17, 0.22
+        )
     return start + travel, radii, angles
 
 
@@ -323,6 +347,21 @@ def caption(scene: Scene, rng: np.random.Generator, language: str = "en", comple
             text = _slip_in(text, rng)
         text += _pick(rng, ("", "", "", "." if language == "en" else "。"))
     return text
+
+
+def instruction(scene: Scene, rng: np.random.Generator, language: str = "en", complete: bool = False) -> str:
+    """What a model that is given the first frame is told: like `caption`, but often the motion alone."""
+    if len(scene.things) == 2 or rng.random() < 0.3:
+        return caption(scene, rng, language, complete)
+    thing = scene.things[0]
+    words = (_say_en if language == "en" else _say_zh)(thing, rng, rng.random() < 0.4)
+    if rng.random() < 0.5:
+        return words["f"] if language == "zh" or rng.random() < 0.5 else words["g"]
+    if language == "zh":
+        return _pick(rng, ("一个{n}{f}", "{n}{f}")).format(**words)
+    return re.sub(
+        r"\ba (?=[aeiou])", "an ", _pick(rng, ("a {n} {f}", "the {n} {f}", "the {n} {g}", "{n} {g}")).format(**words)
+    )
 
 
 def _say_en(thing: Thing, rng, anonymous: bool) -> dict[str, str]:
