@@ -3,6 +3,7 @@
 import shutil
 from collections import namedtuple
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ import wan_mlx
 from wan_mlx.generate import main
 from wan_mlx.guards import FrameStatistics, check_disk, is_out_of_memory
 from wan_mlx.types import WanError
+from wan_mlx.vae import VAE
 
 
 def complaint(*chunks: np.ndarray) -> str | None:
@@ -94,3 +96,61 @@ def test_low_disk_is_seen_before_the_run(tmp_path, monkeypatch, capsys, flags):
 def test_out_of_memory_is_recognised(text, is_one):
     assert is_out_of_memory(RuntimeError(text)) is is_one
     assert not is_out_of_memory(ValueError(text))
+
+
+class TestDecodeOutOfMemory:
+    """As on a machine with too little memory for whole frames, or for all but the smallest tiles."""
+
+    @pytest.fixture
+    def pipe(self, pico):
+        return wan_mlx.WanPipeline.from_pretrained(pico, dtype="float32", progress=False)
+
+    @pytest.fixture
+    def latents(self):
+        return mx.random.normal((1, 2, 2, 22, 16), key=mx.random.key(0))  # 176x16 pixels
+
+    def test_tiles_go_on_where_whole_frames_failed(self, pipe, latents, monkeypatch, caplog):
+        want = list(pipe.decode(latents))
+        decode = VAE.decode
+
+        def one_frame_only(self, latents):
+            yield next(decode(self, latents))
+            raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
+
+        monkeypatch.setattr(VAE, "decode", one_frame_only)
+        got = list(pipe.decode(latents))
+        assert "again in tiles of 128x128" in caplog.text
+        assert [frames.shape[0] for frames in got] == [1, 4]
+        differences = [np.abs(a.astype(int) - b).max() for a, b in zip(got, want, strict=True)]
+        assert max(differences) <= 1
+
+    def test_smaller_and_smaller(self, pipe, latents, monkeypatch):
+        tried = []
+
+        def decode(vae, latents, tile, *rest):
+            tried.append(tile)
+            raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
+
+        monkeypatch.setattr("wan_mlx.tiling.decode", decode)
+        with pytest.raises(RuntimeError, match="Unable to allocate"):
+            list(pipe.decode(latents))
+        assert tried == [None, (128, 128), (64, 64)]
+        pipe.vae_tiling = "off"
+        with pytest.raises(RuntimeError, match="Unable to allocate"):
+            list(pipe.decode(latents))
+        assert tried[3:] == [None]
+
+    def test_another_error_is_not_tried_again(self, pipe, latents, monkeypatch):
+        monkeypatch.setattr("wan_mlx.tiling.decode", lambda *rest: (_ for _ in [1 / 0]))
+        with pytest.raises(ZeroDivisionError):
+            list(pipe.decode(latents))
+
+
+def test_out_of_memory_says_what_to_do(tmp_path, monkeypatch, capsys, flags):
+    def fail(self, *args):
+        raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
+
+    monkeypatch.setattr("wan_mlx.denoise.guided_velocity", fail)
+    assert main([*flags, "--output", str(tmp_path / "a.npz")]) == 1
+    error = capsys.readouterr().err
+    assert "out of memory" in error and "--quantize" in error and "--debug" not in error

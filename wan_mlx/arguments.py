@@ -44,7 +44,9 @@ NOT_YET = ("use_prompt_extend", "memory")
 # Values that are paths: what they mean depends on the folder that the command is run in.
 PATH_FLAGS = ("model", "image", "last_image", "src_video", "src_mask", "src_ref_images", "output")
 # What may differ from the first command when a run goes on: it has no part in what the video shows.
-FREE_ON_RESUME = ("resume", "overwrite", "dry_run", "quiet", "debug", "version")
+FREE_ON_RESUME = (
+    "resume", "overwrite", "dry_run", "quiet", "debug", "version", "memory", "vae_tiling", "no_prompt_cache",
+)  # fmt: skip
 
 
 class UsageError(Exception):

@@ -49,7 +49,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def explain(error: Exception) -> tuple[str, int]:
     """One line for the user, and the exit code."""
+    from .guards import LESS_MEMORY, is_out_of_memory
     from .types import WanError
+
+    if is_out_of_memory(error):
+        return f"out of memory ({error}); {LESS_MEMORY}", FAILURE
 
     if isinstance(error, UsageError | ValueError):
         return str(error), USAGE

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 from .types import Request, WanError
@@ -54,6 +53,7 @@ class FrameStatistics:
 WHAT_TO_TRY = (
     "try --dtype float32, check that the weights are whole and of this model, and run python -m wan_mlx.doctor"
 )
+LESS_MEMORY = "try --memory with less than this machine has, --quantize q8 or q4, a smaller --size or fewer --frames"
 
 
 def disk_needed(request: Request, latent_channels: int) -> int:
@@ -80,8 +80,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     words = ("out of memory", "unable to allocate", "attempting to allocate", "insufficient memory", "outofmemory")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in text for word in words))
-
-
-def give_memory_back() -> None:
-    """Drop what MLX keeps for reuse."""
-    mx.clear_cache()

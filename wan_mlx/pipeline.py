@@ -20,6 +20,7 @@ from . import __version__, tiling
 from .caching import make_cache, resolve_cache
 from .configs import PRESETS, TEXT_LEN, Preset, TransformerConfig
 from .denoise import denoise
+from .guards import is_out_of_memory
 from .guidance import Guidance, Model, check_guidance, zero_steps_of
 from .media import to_uint8
 from .prompt_cache import PromptCache
@@ -432,8 +433,33 @@ class WanPipeline:
             vae = self._load("vae")
             still = latents.shape[1] == 1  # the official code rounds stills and truncates videos
             finish = partial(to_uint8, rounding=still)
-            for frames in tiling.decode(vae, latents, self._tile(), finish, self._bar("decoding")):
-                yield frames[0]
+            tile, given = self._tile(), 0
+            while True:
+                done = 0
+                try:
+                    for frames in tiling.decode(vae, latents, tile, finish, self._bar("decoding")):
+                        done += 1
+                        if done > given:  # after running out of memory it starts again; tiles make the same frames
+                            given = done
+                            yield frames[0]
+                    return
+                except (RuntimeError, MemoryError) as error:
+                    tile = self._smaller_tile(tile, latents, error)
+                mx.clear_cache()
+
+    @property
+    def tiled(self) -> bool:
+        """Whether videos are decoded in tiles, whose frames all come at the end."""
+        return self._tile() is not None
+
+    def _smaller_tile(self, tile: tuple[int, int] | None, latents: mx.array, error: Exception) -> tuple[int, int]:
+        """The tile to try when memory did not last; raises ``error`` if it is another one, or none is left to try."""
+        _, _, height, width, _ = latents.shape
+        smaller = tiling.smaller_tile(tile, (8 * width, 8 * height))
+        if not is_out_of_memory(error) or self.vae_tiling == "off" or smaller is None:
+            raise error
+        log.warning("decoding ran out of memory; again in tiles of %dx%d", *smaller)
+        return smaller
 
     def _tile(self) -> tuple[int, int] | None:
         """The VAE's largest tile (width, height) in pixels, or None for whole frames."""

@@ -76,8 +76,8 @@ def _sample(
     interrupts: Interrupts,
     on_event: Callable[[Any], None] | None,
 ) -> None:
-    # A step or a latent frame is worth waiting for; loading is not.
-    interrupts.patient = lambda: pipe.stage in ("denoise", "decode")
+    # A step or a latent frame is worth waiting for; loading is not, nor the one result of all tiles.
+    interrupts.patient = lambda: pipe.stage == "denoise" or (pipe.stage == "decode" and not pipe.tiled)
     state = folder.state()
     steps_before, seen = (0, 0) if state is None else (state.steps, 0)
     known = state is not None

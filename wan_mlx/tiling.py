@@ -24,6 +24,7 @@ from .vae import VAE, CausalCache, Downsample, ResidualBlock, Upsample, flow
 # Pixels (or, before scaling, latents) from, and up to but without.
 Span = tuple[int, int]
 SMALLEST_TILE = 64  # pixels: below it, a tile is mostly margin
+RETRIES = (512, 384, 256, 128, SMALLEST_TILE)  # sides to try, one after the other, where memory did not last
 
 
 def parse_tiling(text: str | tuple[int, int] | None) -> str | tuple[int, int]:
@@ -48,6 +49,12 @@ def parse_tiling(text: str | tuple[int, int] | None) -> str | tuple[int, int]:
                 f"{nearest}"
             )
     return tuple(sides)
+
+
+def smaller_tile(tile: tuple[int, int] | None, size: tuple[int, int]) -> tuple[int, int] | None:
+    """The next tile to try (None is the whole frame) for a video of ``size``, both (width, height) in pixels."""
+    now = [min(pair) for pair in zip(tile or size, size, strict=True)]
+    return next(((side, side) for side in RETRIES if side <= max(now) * 3 // 4), None)
 
 
 def decode(
