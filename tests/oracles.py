@@ -129,11 +129,22 @@ def official_text(encoder, tokenizer: bytes, text: str) -> torch.Tensor:
 
 
 def official_latents(
-    velocity, texts, shape: tuple, *, steps: int, shift: float, guidance: float, seed: int, solver: str = "unipc"
+    velocity,
+    texts,
+    shape: tuple,
+    *,
+    steps: int,
+    shift: float,
+    guidance: float,
+    seed: int,
+    solver: str = "unipc",
+    begin: int = 0,
+    source: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Two passes per step, the official solver, float32: latents of ``shape`` (C, t, h, w).
 
     ``velocity``: (latents, timestep (1,), text) → velocity, as latents; ``texts``: what to show, what to avoid.
+    ``source``: latents to put under the noise of step ``begin``, which is the first, as Diffusers does.
     """
     if solver == "unipc":
         scheduler = official("utils.fm_solvers_unipc").FlowUniPCMultistepScheduler(shift=1)
@@ -143,7 +154,11 @@ def official_latents(
         scheduler = solvers.FlowDPMSolverMultistepScheduler(shift=1)
         scheduler.set_timesteps(sigmas=solvers.get_sampling_sigmas(steps, shift), device="cpu")
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    for t in scheduler.timesteps:
+    if source is not None:
+        scheduler.set_begin_index(begin)
+        noise, first = latents[None], scheduler.timesteps[begin : begin + 1]
+        latents = scheduler.add_noise(source[None], noise, first)[0]
+    for t in scheduler.timesteps[begin:]:
         cond, uncond = (velocity(latents, t[None], text) for text in texts)
         guided = uncond + guidance * (cond - uncond)
         latents = scheduler.step(guided[None], t, latents[None], return_dict=False)[0][0]

@@ -123,6 +123,8 @@ def add_sources(parser: Parser) -> None:
     sources = parser.add_argument_group("from which pictures or videos")
     sources.add_argument("--image", "--first_frame", metavar="FILE", help="first frame (i2v, flf2v)")
     sources.add_argument("--last-image", "--last_frame", metavar="FILE", help="last frame (flf2v)")
+    sources.add_argument("--video", metavar="FILE", help="video to start from instead of noise (t2v)")
+    sources.add_argument("--strength", type=float, metavar="S", help="0 keeps that video, 1 replaces it (default 0.7)")
     sources.add_argument("--src_video", metavar="FILE", help="video to edit or follow (vace)")
     sources.add_argument("--src_mask", metavar="FILE", help="what to generate anew in it, white (vace)")
     sources.add_argument("--src_ref_images", metavar="FILES", help="pictures of what should appear, a,b,c (vace)")

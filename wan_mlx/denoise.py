@@ -27,7 +27,7 @@ def denoise(
     Args:
         model: (latents float32 (1, t, h, w, C), timestep, context) → velocity; `Transformer`'s ``through`` and
             ``skip_layers`` are given only where a cache or the guidance uses them.
-        conditioning: noise to start from, and the texts.
+        conditioning: what to start from, and the texts.
         scheduler: solver with its sigma grid; its history changes as the loop goes.
         guidance: which passes a step makes, and how they are combined.
         cache: decides which forwards are not computed; its state changes as the loop goes. None: all are.
@@ -38,7 +38,8 @@ def denoise(
         SamplingError: the latents stopped being finite; says at which step.
         ValueError: ``state`` is not what step ``first`` of this solver needs.
     """
-    latents = scheduler.start(conditioning.noise)
+    latents = scheduler.start(conditioning.noise, conditioning.source_latents)
+    mx.eval(latents)  # two threads may be about to read it
     total = len(scheduler.timesteps)
     cache = cache or StepCache(total)
     if first:

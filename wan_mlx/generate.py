@@ -98,9 +98,11 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
     describe(pipe, request, output)
     for line in recipe_notes([(pipe.checkpoint.path, {}), (pipe.checkpoint.files["transformer"], {})], request.recipe):
         note(f"          {line}")
-    asked = (*(args.size or pipe.preset.size), args.frames or request.num_frames)
-    if asked != (request.width, request.height, request.num_frames):
-        note(f"          its proportions and length are the source's; {asked[0]}x{asked[1]} was taken as the area")
+    asked = args.size or pipe.preset.size
+    if asked != (request.width, request.height):
+        note(f"          its proportions are the source's; {asked[0]}x{asked[1]} was taken as the area")
+    if (args.frames or request.num_frames) != request.num_frames:
+        note(f"          its length is the source's; {args.frames} frames were asked for")
     if args.dry_run:
         return 0
     with RunFolder(output) as folder:
@@ -231,6 +233,8 @@ def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:
         skip_layers=args.slg[0],
         skip_range=args.slg[1] or (0.1, 1.0),
         recipe=args.recipe,
+        video=args.video,
+        strength=args.strength,
     )
 
 
@@ -252,6 +256,8 @@ def describe(pipe: WanPipeline, request: Request, output: Path) -> None:
          f"seed {request.seed}")  # fmt: skip
     for line in extras(request):
         note(line)
+    if request.video is not None:
+        note(f"start     {request.video}, strength {request.strength:g}: the last {request.steps_made} of the steps")
     note(f"output    {output}")
 
 

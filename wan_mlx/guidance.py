@@ -88,8 +88,8 @@ def check_guidance(request: Request, num_layers: int) -> None:
         if len(span) != 2 or not 0 <= span[0] < span[1] <= 1:
             raise ValueError(f"{name} is {span}, expected two fractions of the steps, 0 <= from < to <= 1")
         used = name == "guidance_range" or request.skip_layers
-        if used and not any(_within(span, index, request.steps) for index in range(request.steps)):
-            raise ValueError(f"{name} {span} holds none of the {request.steps} steps; widen it, or leave it out")
+        if used and not any(_within(span, index, request.steps_made) for index in range(request.steps_made)):
+            raise ValueError(f"{name} {span} holds none of the {request.steps_made} steps; widen it, or leave it out")
     if request.cfg_zero is not None and not 0 <= request.cfg_zero < request.steps:
         raise ValueError(f"cfg_zero is {request.cfg_zero} steps, expected 0 to {request.steps - 1} of {request.steps}")
     wrong = [layer for layer in request.skip_layers if not 0 <= layer < num_layers]

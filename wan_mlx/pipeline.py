@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 # What `WanPipeline.stages` yields: the conditioning, then each step, then decoded frames uint8 (n, H, W, 3).
 Event = Conditioning | Step | np.ndarray
 MAX_RANDOM_SEED = 2**31
+DEFAULT_STRENGTH = 0.7  # of video to video
 
 
 class WanPipeline:
@@ -238,6 +239,8 @@ class WanPipeline:
         skip_layers: Sequence[int] = (),
         skip_range: tuple[float, float] = (0.1, 1.0),
         recipe: str | None = None,
+        video: Source | None = None,
+        strength: float | None = None,
     ) -> Request:
         """Fill in the preset's defaults and check every value.
 
@@ -263,6 +266,10 @@ class WanPipeline:
                 part of the steps.
             recipe: how to sample a distilled model or LoRA, a name in `wan_mlx.recipes.RECIPES`: it sets steps, noise
                 levels, solver, shift and guidance together.
+            video: what a text-to-video model starts from instead of noise alone: its first ``num_frames`` at 16 per
+                second, cut to the size.
+            strength: above 0 (the video as it was) to 1 (nothing of it is left): the last ``strength * steps`` steps
+                are made. 0.7 if there is a video.
 
         Raises:
             ValueError: a value is wrong; names the nearest valid one. A source is missing, or not for this model.
@@ -296,10 +303,12 @@ class WanPipeline:
             skip_layers=tuple(skip_layers),
             skip_range=tuple(skip_range),
             recipe=recipe,
+            video=video,
+            strength=(1.0 if video is None else DEFAULT_STRENGTH) if strength is None else strength,
         )
         check_request(request)
         check_guidance(request, self.config.num_layers)
-        request = replace(request, cache=resolve_cache(cache, request.steps, self.preset.name, self.config))
+        request = replace(request, cache=resolve_cache(cache, request.steps_made, self.preset.name, self.config))
         return fit_sources(request)
 
     def settings(self, request: Request) -> dict[str, Any]:
@@ -342,12 +351,12 @@ class WanPipeline:
         scheduler = scheduler_for(request)
         if reached.steps:
             yield step_reached(scheduler, reached)
-        if reached.steps == request.steps:
+        if reached.steps == len(scheduler.timesteps):
             return
         with self._stage("load transformer"):
             model = with_condition(self._load("transformer"), reached.conditioning)
         with self._stage("denoise"):
-            cache = make_cache(request.cache, request.steps, self.preset.name)
+            cache = make_cache(request.cache, request.steps_made, self.preset.name)
             steps = denoise(
                 model,
                 reached.conditioning,
@@ -357,7 +366,7 @@ class WanPipeline:
                 first=reached.steps,
                 state=reached.state,
             )
-            for step in self._bar("denoising")(steps, total=request.steps, initial=reached.steps):
+            for step in self._bar("denoising")(steps, total=len(scheduler.timesteps), initial=reached.steps):
                 self.forwards = (cache.computed, step.passes * step.total)
                 yield step
 
@@ -547,6 +556,16 @@ def check_request(request: Request) -> None:
         raise ValueError(f"guidance is {request.guidance_scale}, expected a finite number")
     if request.solver not in SOLVERS:
         raise ValueError(f"unknown solver {request.solver!r}, expected one of {', '.join(SOLVERS)}")
+    if not 0 < request.strength <= 1:
+        nearest = "1" if request.strength > 1 else f"{1 / request.steps:g}"
+        raise ValueError(f"strength is {request.strength}, expected above 0 and up to 1; nearest: {nearest}")
+    if request.begin == request.steps:
+        raise ValueError(
+            f"strength {request.strength:g} of {request.steps} steps is not one step; "
+            f"nearest: strength {1 / request.steps:.2g}"
+        )
+    if request.strength != 1 and request.video is None:
+        raise ValueError(f"strength is {request.strength:g}, but there is no video to start from; give a video")
 
 
 def _transformer_config(checkpoint: Checkpoint) -> TransformerConfig:

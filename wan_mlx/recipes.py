@@ -108,7 +108,7 @@ def scheduler_for(request: Request) -> Scheduler:
     """The solver that a request asks for, on its grid."""
     grid = find_recipe(request.recipe).grid if request.recipe else None
     return make_scheduler(
-        request.solver, request.steps, request.shift, grid and grid(request.steps), seed=request.seed
+        request.solver, request.steps, request.shift, grid and grid(request.steps), request.seed, request.begin
     )
 
 

@@ -46,7 +46,8 @@ class Request:
 
     Sources are paths, PIL images or numpy arrays (see `wan_mlx.sources`), and None where the task has no use for them:
     ``image`` and ``last_image`` of i2v and flf2v; ``src_video``, ``src_mask`` (white is what to generate) and
-    ``src_ref_images`` of VACE, with ``context_scale``, the strength of its hints.
+    ``src_ref_images`` of VACE, with ``context_scale``, the strength of its hints; ``video`` of t2v, what it starts
+    from, with ``strength`` in (0, 1], the share of the steps that are made on it.
 
     ``cache`` is a step cache with all its settings (`wan_mlx.caching.resolve_cache`). ``guidance_range``,
     ``skip_layers`` and ``skip_range`` are as in `wan_mlx.guidance.Guidance`; ``cfg_zero`` is None for ordinary
@@ -78,6 +79,8 @@ class Request:
     skip_layers: tuple[int, ...] = ()
     skip_range: tuple[float, float] = (0.1, 1.0)
     recipe: str | None = None
+    video: Source | None = None
+    strength: float = 1.0
 
     def settings(self) -> dict[str, Any]:
         """Every field as JSON takes it: a source is its path or, of one in memory, its kind, size and SHA-256."""
@@ -85,7 +88,10 @@ class Request:
 
         return {
             **vars(self),
-            **{name: describe(getattr(self, name)) for name in ("image", "last_image", "src_video", "src_mask")},
+            **{
+                name: describe(getattr(self, name))
+                for name in ("image", "last_image", "src_video", "src_mask", "video")
+            },
             "src_ref_images": [describe(source) for source in self.src_ref_images],
         }
 
@@ -94,12 +100,23 @@ class Request:
         """``(t, h, w)`` of the latents."""
         return (self.num_frames - 1) // 4 + 1, self.height // 8, self.width // 8
 
+    @property
+    def begin(self) -> int:
+        """How many steps of the grid are left out: none, unless a video is there to start from."""
+        return self.steps - self.steps_made
+
+    @property
+    def steps_made(self) -> int:
+        """How many steps of the grid are made: all, unless a video is there to start from."""
+        return round(self.strength * self.steps)
+
 
 @dataclass
 class Conditioning:
     """What a task hands to the sampling loop.
 
     ``noise``: float32 (1, t, h, w, C), the start of sampling.
+    ``source_latents``: as ``noise``: the video to start from under this noise; None where noise is all there is.
     ``context`` and ``negative_context``: (1, 512, text_dim), text embeddings zero-padded to 512 rows;
     ``negative_context`` is None when guidance is off.
     ``condition``: float32 (1, t, h, w, 4 + C), i2v and flf2v: 4 mask channels, 1 where frames are given, then latents.
@@ -113,6 +130,7 @@ class Conditioning:
     noise: mx.array
     context: mx.array
     negative_context: mx.array | None = None
+    source_latents: mx.array | None = None
     condition: mx.array | None = None
     image_features: mx.array | None = None
     vace_context: mx.array | None = None

@@ -68,6 +68,22 @@ def test_every_step(name, steps, shift):
     assert np.abs(want.numpy() - noise()).max() > 1
 
 
+@pytest.mark.parametrize("steps, begin", [(2, 1), (4, 1), (10, 3), (20, 8), (20, 19), (50, 15)])
+@pytest.mark.parametrize("name", ["unipc", "dpm++", "euler"])
+def test_beginning_later(name, steps, begin):
+    """The references at ``set_begin_index(begin)``: the rest of the same grid, first order at its start."""
+    theirs, ours = reference(name, steps, 5.0), make_scheduler(name, steps, 5.0, begin=begin)
+    theirs.set_begin_index(begin)
+    whole = make_scheduler(name, steps, 5.0)
+    assert np.array_equal(ours.sigmas, whole.sigmas[begin:]) and np.array_equal(ours.timesteps, whole.timesteps[begin:])
+    sample, want = mx.array(noise()), torch.from_numpy(noise())
+    for index, timestep in enumerate(ours.timesteps.tolist()):
+        velocity = torch.from_numpy(fake_model(want.numpy(), timestep))
+        want = theirs.step(velocity, theirs.timesteps[begin + index], want, return_dict=False)[0]
+        sample = ours.step(index, mx.array(fake_model(np.array(sample), timestep)), sample)
+        assert relative_error(sample, want) <= BOUND, f"sample after step {index}"
+
+
 @pytest.mark.parametrize("steps", range(1, 101))
 def test_grid_for_every_number_of_steps(steps):
     for name in ("unipc", "dpm++"):
@@ -126,6 +142,11 @@ class TestWrongUse:
     def test_steps_and_shift(self, steps, shift):
         with pytest.raises(ValueError, match="expected"):
             sigma_schedule(steps, shift, 1.0)
+
+    @pytest.mark.parametrize("begin", [-1, 4, 9])
+    def test_no_step_left(self, begin):
+        with pytest.raises(ValueError, match=f"begins at step {begin} of 4, expected 0 to 3"):
+            make_scheduler("unipc", 4, 5.0, begin=begin)
 
     def test_step_out_of_order(self):
         scheduler, sample = make_scheduler("unipc", 3, 5.0), mx.array(noise())

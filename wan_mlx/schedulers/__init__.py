@@ -15,13 +15,17 @@ __all__ = ["DMD", "SOLVERS", "DPMSolverPP", "Euler", "Grid", "Scheduler", "UniPC
 SOLVERS: dict[str, type[Scheduler]] = {"unipc": UniPC, "dpm++": DPMSolverPP, "euler": Euler, "dmd": DMD}
 
 
-def make_scheduler(name: str, steps: int, shift: float, grid: Grid | None = None, seed: int = 0) -> Scheduler:
+def make_scheduler(
+    name: str, steps: int, shift: float, grid: Grid | None = None, seed: int = 0, begin: int = 0
+) -> Scheduler:
     """The solver called ``name`` over ``steps`` steps of a grid shifted by ``shift``, or over ``grid``.
 
+    The first ``begin`` steps are left out.
+
     Raises:
-        ValueError: unknown name, fewer than one step, or a shift that is not above 0.
+        ValueError: unknown name, fewer than one step, no step left, or a shift that is not above 0.
     """
     if name not in SOLVERS:
         nearest = difflib.get_close_matches(str(name), SOLVERS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown solver {name!r}, expected one of {', '.join(SOLVERS)}; nearest: {nearest}")
-    return SOLVERS[name](steps, shift, grid, seed)
+    return SOLVERS[name](steps, shift, grid, seed, begin)

@@ -16,8 +16,10 @@ class DMD(Scheduler):
     noise, from the same CPU generator: it depends on the seed and the index alone, so that a run can be resumed.
     """
 
-    def start(self, noise: mx.array) -> mx.array:
-        return noise if self.sigmas[0] == 1 else float(self.sigmas[0]) * noise
+    def start(self, noise: mx.array, source: mx.array | None = None) -> mx.array:
+        if source is not None or self.sigmas[0] == 1:
+            return super().start(noise, source)
+        return float(self.sigmas[0]) * noise
 
     def _advance(self, index: int, velocity: mx.array, sample: mx.array) -> mx.array:
         sigma = float(self.sigmas[index + 1])

@@ -98,10 +98,12 @@ class Scheduler:
         steps, shift: of the grid.
         grid: another grid; then steps and shift are its own, and not read.
         seed: for solvers that draw noise on the way.
+        begin: how many of the first steps are left out, as for a sample that is already less noisy. Index 0 is then
+            the grid's step ``begin``, taken at first order as every start is.
 
     Attributes:
-        sigmas: numpy float32 (steps + 1,), the noise level before each step, then 0.
-        timesteps: numpy int64 (steps,), float64 of a `Grid`.
+        sigmas: numpy float32 (steps - begin + 1,), the noise level before each step, then 0.
+        timesteps: numpy int64 (steps - begin,), float64 of a `Grid`.
         denoised: float32, the estimate of the clean sample made at the latest step; None before the first.
     """
 
@@ -109,23 +111,28 @@ class Scheduler:
     # name of each array that later steps look back on → the first step that needs it
     history_from: Mapping[str, int] = {}
 
-    def __init__(self, steps: int, shift: float, grid: Grid | None = None, seed: int = 0):
+    def __init__(self, steps: int, shift: float, grid: Grid | None = None, seed: int = 0, begin: int = 0):
         self.sigmas = sigma_schedule(steps, shift, self.sigma_max) if grid is None else grid.sigmas
         self.timesteps = timestep_schedule(steps, shift, self.sigma_max) if grid is None else grid.timesteps
+        if not 0 <= begin < len(self.timesteps):
+            raise ValueError(f"sampling begins at step {begin} of {steps}, expected 0 to {steps - 1}")
+        self.sigmas, self.timesteps = self.sigmas[begin:], self.timesteps[begin:]
         self.seed = seed
         self.denoised: mx.array | None = None
         self.history: dict[str, mx.array] = {}
         self.next_index = 0
 
-    def start(self, noise: mx.array) -> mx.array:
-        """What to start from, given noise."""
-        return noise
+    def start(self, noise: mx.array, source: mx.array | None = None) -> mx.array:
+        """What to start from, given noise and, where there is one, the clean sample to put under it."""
+        if source is None:
+            return noise
+        return float(self.sigmas[0]) * noise + float(1 - self.sigmas[0]) * source
 
     def step(self, index: int, velocity: mx.array, sample: mx.array) -> mx.array:
         """Go from ``sigmas[index]`` to ``sigmas[index + 1]``.
 
         Args:
-            index: 0 to steps - 1, one after the other.
+            index: from 0 to the last step, one after the other.
             velocity: float32, the model's output for ``sample``; same shape.
             sample: float32, what the previous step returned.
 

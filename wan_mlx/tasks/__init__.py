@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..types import Conditioning, Encoders, Request
 from . import flf2v, i2v, t2v, vace
 
-SOURCES = ("image", "last_image", "src_video", "src_mask", "src_ref_images")
+SOURCES = ("image", "last_image", "src_video", "src_mask", "src_ref_images", "video")
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Task:
     """
 
     condition: Callable[[Request, Encoders], Conditioning]
-    takes: tuple[str, ...] = ()
-    fit: Callable[[Request], Request] = lambda request: request
+    takes: tuple[str, ...]
+    fit: Callable[[Request], Request]
 
 
 TASKS: dict[str, Task] = {
-    "t2v": Task(t2v.condition),
+    "t2v": Task(t2v.condition, ("video",), t2v.fit),
     "i2v": Task(i2v.condition, ("image",), i2v.fit),
     "flf2v": Task(flf2v.condition, ("image", "last_image"), flf2v.fit),
     "vace": Task(vace.condition, ("src_video", "src_mask", "src_ref_images"), vace.fit),
@@ -43,8 +43,9 @@ def fit_sources(request: Request) -> Request:
     """
     task = TASKS[request.task]
     for name in SOURCES:
-        if getattr(request, name) not in (None, ()) and name not in task.takes:
-            takes = f"takes {', '.join(task.takes)}" if task.takes else "takes a prompt alone"
-            users = [other for other, row in TASKS.items() if name in row.takes]
-            raise ValueError(f"{name} was given to a {request.task} model, which {takes}; it is for {', '.join(users)}")
+        source = getattr(request, name)
+        given = len(source) > 0 if isinstance(source, tuple) else source is not None
+        if given and name not in task.takes:
+            takes, users = ", ".join(task.takes), ", ".join(other for other, row in TASKS.items() if name in row.takes)
+            raise ValueError(f"{name} was given to a {request.task} model, which takes {takes}; it is for {users}")
     return task.fit(request)

@@ -1,15 +1,47 @@
-"""Text to video: noise and two texts, which every other task starts from."""
+"""Text to video: noise and two texts, which every other task starts from. A video may be given to start from, too.
+
+The official code has no video to video; this follows Diffusers' ``WanVideoToVideoPipeline``, on the official sigma
+grid. Unlike there the source is sampled at the model's rate and cropped, not squeezed, and the number of steps is
+rounded, not truncated.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+
 from ..noise import latent_noise
+from ..sources import Clip, cover, in_chunks, open_video, to_float
 from ..types import Conditioning, Encoders, Request
+
+
+def fit(request: Request) -> Request:
+    """The request at the length of the video it starts from, if there is one and it is shorter.
+
+    Raises:
+        ValueError: the video cannot be read, or something is asked for that needs a run from noise alone.
+    """
+    if request.video is None:
+        return request
+    if request.begin and request.cache.startswith("magcache"):
+        raise ValueError(
+            "magcache has constants for runs from noise alone, not from a video; use teacache or easycache"
+        )
+    if request.begin and request.cfg_zero is not None:
+        raise ValueError("cfg_zero leaves the first steps from noise at zero; a run from a video does not make them")
+    available = len(at_rate(open_video(request.video), request.fps, request.num_frames))
+    return replace(request, num_frames=(available - 1) // 4 * 4 + 1)
 
 
 def condition(request: Request, encoders: Encoders, extra_latents: int = 0) -> Conditioning:
     """Encode prompt and negative prompt in one pass over the text encoder's weights, and draw the noise.
 
     ``extra_latents``: latent frames of noise beyond those of the video.
+
+    Raises:
+        ValueError: the video to start from cannot be read.
     """
     texts = [request.prompt]
     if request.guidance_scale != 1.0:
@@ -20,4 +52,24 @@ def condition(request: Request, encoders: Encoders, extra_latents: int = 0) -> C
         noise=latent_noise((t + extra_latents, h, w), encoders.latent_channels, request.seed),
         context=context,
         negative_context=negative[0] if negative else None,
+        source_latents=_source_latents(request, encoders),
     )
+
+
+def at_rate(clip: Clip, fps: float, most: int) -> list[int]:
+    """Numbers of the frames to show at ``fps`` frames per second, from the start, at most ``most`` and at least one."""
+    count = max(1, min(most, int(float(clip.times[-1, 1]) * fps + 0.5)))
+    # What stands in the middle of a frame's time: rounding of the times cannot reach it where the rates agree.
+    middles = (np.arange(count) + 0.5) / fps
+    return np.searchsorted(clip.times[:, 1], middles, side="right").clip(max=clip.num_frames - 1).tolist()
+
+
+def _source_latents(request: Request, encoders: Encoders) -> mx.array | None:
+    # At full strength nothing of the video is left, and it is not read.
+    if request.video is None or request.begin == 0:
+        return None
+    clip = open_video(request.video)
+    numbers = at_rate(clip, request.fps, request.num_frames)
+    frames = (to_float(cover(frame, request.height, request.width)) for frame in clip.read(numbers))
+    (latents,) = encoders.encode_videos([in_chunks(frames)])
+    return latents
