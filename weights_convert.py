@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
         "--quantize",
         metavar="MODE",
         help="keep the blocks of transformer and text encoder in few bits: q8 q6 q5 q4 q3 (q4-g32 for another group), "
-        "mxfp8 mxfp4 nvfp4",
+        "mxfp8 mxfp4 nvfp4; none unpacks packed weights, nearest packs every GGUF type in the form that comes nearest "
+        "(default: as stored, and Q8_0 Q5_0 Q5_1 Q4_0 Q4_1 stay packed as they are)",
     )
     parser.add_argument("--model", help="preset whose sampling defaults to record, such as t2v-1.3B")
     parser.add_argument("--source", dest="hub", default="huggingface", help="hub: huggingface (default) or modelscope")

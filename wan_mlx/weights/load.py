@@ -23,8 +23,9 @@ from ..quantized import Packing
 from ..types import WeightsError
 from .fp8 import FP8, fold
 from .gguf import GGUFFile
+from .gguf_packing import EXACT, NEARLY_EXACT, PACKED_AGAIN, repack
 from .layouts import canonical_keys, recognise
-from .quantize import Quantization
+from .quantize import Quantization, quantizable
 from .reader import BLOCKS, WeightsFile, open_weights
 
 SAFETENSORS_NAMES = {
@@ -41,7 +42,9 @@ class ComponentWeights:
     Attributes:
         component: "transformer", "text_encoder", "vae" or "image_encoder".
         shapes: name → shape of every tensor, known without reading any; of packed ones, the matrix's.
-        quantization: what is stored packed, and how; None if nothing is.
+        quantization: what is stored packed in MLX's forms, and how; None if nothing is.
+        packable: packing of each matrix that `packed` can give as it is stored: those, and some of GGUF's blocks.
+        nearest: packing of the other matrices stored in GGUF's blocks that comes nearest.
     """
 
     def __init__(self, file: WeightsFile):
@@ -58,6 +61,13 @@ class ComponentWeights:
         }
         self.shapes = {name: self._shape(name) for name in self.sources}
         self._check_packed()
+        self.packable = dict(self.quantization.packings) if self.quantization else {}
+        self.nearest: dict[str, Packing] = {}
+        for name, kind in self._blocks().items():
+            if kind in EXACT:
+                self.packable[name] = Packing.parse(EXACT[kind][0])
+            else:
+                self.nearest[name] = Packing.parse(PACKED_AGAIN.get(kind) or NEARLY_EXACT[kind][0])
         if not self.channels_last:
             self._refuse_integers()
 
@@ -76,9 +86,23 @@ class ComponentWeights:
         return array.reshape(self.shapes[name])
 
     def packed(self, name: str) -> dict[str, mx.array]:
-        """The arrays of a tensor that is stored packed: weight, scales and, in affine modes, biases."""
+        """Weight, scales and, in affine modes, biases of a matrix in `packable`, or that is `repackable`.
+
+        Raises:
+            WeightsError: blocks of a GGUF file hold scales that are not finite.
+        """
+        blocks = self.raw(name)
+        if blocks is not None:
+            try:
+                return repack(*blocks)
+            except WeightsError as error:
+                raise WeightsError(f"{self.path}: {name}: {error}") from None
         stem = name.removesuffix("weight")
         return {key: self.file.read(stem + key) for key in self.quantization.packings[name].shapes(self.shapes[name])}
+
+    def repackable(self, name: str) -> bool:
+        """Whether `packed` gives the integers of a matrix as they are stored, if not its scales."""
+        return name in self.packable or self.stored_dtype(name) in NEARLY_EXACT
 
     def rows(self, name: str, indices: np.ndarray) -> mx.array:
         """Rows of a 2-D tensor, read without the rest."""
@@ -110,6 +134,16 @@ class ComponentWeights:
                         f"{self.path}: {stem + key} {found}; {packing.name} of {self.shapes[name]} needs "
                         f"{expected[1]} {expected[0]}"
                     )
+
+    def _blocks(self) -> dict[str, str]:
+        """The matrices that quantisation packs and that are stored in GGUF's blocks, and the type of each."""
+        if not isinstance(self.file, GGUFFile):
+            return {}
+        return {
+            name: self.stored_dtype(name)
+            for name in quantizable(self.component, self.sources)
+            if self.file.has_rows_of_blocks(self.sources[name][0])
+        }
 
     def raw(self, name: str) -> tuple[np.ndarray, str] | None:
         """A 2-D tensor's GGUF blocks as stored, uint8 (rows, bytes of a row), and their type; None if it has none."""

@@ -21,7 +21,7 @@ from ..transformer import BLOCK_LISTS, FLOAT32_PARAMETERS, Transformer
 from ..types import WeightsError
 from .load import ComponentWeights, check_keys, parameter_shapes
 from .lora import Loras
-from .quantize import EXPAND, Quantization, check_mode, plan_quantization
+from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
 
 # Name of a parameter → the order its rows (axis 0) are wanted in, or None for the order they are stored in.
 RowOrder = Callable[[str], "mx.array | None"]
@@ -51,8 +51,9 @@ class Parameters:
     Args:
         weights: where they are stored.
         dtype: to compute in; those of `FLOAT32_PARAMETERS` stay float32.
-        quantize: a mode to pack the blocks' matrices in; "none" to unpack what is stored packed; None to take
-            everything as it is stored.
+        quantize: a mode to pack the blocks' matrices in; "none" to unpack what is stored packed; "nearest" to pack what
+            is stored in GGUF's blocks in the form that comes nearest; None to keep packed what is packed, or can be
+            without a change.
         loras: changes to apply on the way.
         merge: whether to merge them into the weights. Otherwise, and with matrices that are packed, which merging
             would round again, they are kept beside the matrices as low-rank factors.
@@ -73,18 +74,14 @@ class Parameters:
     ):
         self.weights, self.dtype = weights, dtype
         self.row_order = row_order or (lambda name: None)
-        stored = weights.quantization
-        if stored is None and quantize is not None:
-            check_mode(quantize)
-        if stored is not None and quantize not in (None, EXPAND, stored.mode):
-            raise ValueError(
-                f"{weights.path}: already quantised as {stored.mode}, so quantize={quantize!r} is not possible; "
-                f"leave it out, or convert the original weights"
-            )
-        if quantize == EXPAND or (stored is None and quantize is None):
-            self.quantization = Quantization(EXPAND)
-        else:
-            self.quantization = stored or plan_quantization(weights.component, quantize, weights.shapes)
+        self.quantization = _quantization(weights, quantize)
+        packings = self.quantization.packings
+        # Those that are packed as they are stored; the others are packed from their numbers, or not at all.
+        self.as_stored = {
+            name
+            for name, packing in packings.items()
+            if weights.packable.get(name, weights.nearest.get(name)) == packing and weights.repackable(name)
+        }
         self.use(loras or Loras(), merge)
 
     def use(self, loras: Loras, merge: bool) -> None:
@@ -150,43 +147,51 @@ class Parameters:
 
     def _has_work(self, name: str) -> bool:
         """Whether more is to be done than the CPU does while reading."""
-        return name in self.merged or self._is_stored_packed(name) != (name in self.quantization.packings)
-
-    def _is_stored_packed(self, name: str) -> bool:
-        stored = self.weights.quantization
-        return stored is not None and name in stored.packings
+        return name in self.merged or (name in self.quantization.packings and name not in self.as_stored)
 
     def _start(self, name: str) -> dict[str, mx.array]:
-        if self._is_stored_packed(name):
-            stem = name.removesuffix("weight")
-            arrays = {stem + key: array for key, array in self.weights.packed(name).items()}
-        else:
-            arrays = {name: self.weights.read(name)}
         if self._has_work(name):
-            return arrays
-        if name not in self.quantization.packings:
-            arrays = {name: arrays[name].astype(dtype_of(self.component, name, self.dtype))}
+            return {name: self.weights.read(name)}
+        if name in self.as_stored:
+            arrays = {name.removesuffix("weight") + key: array for key, array in self.weights.packed(name).items()}
+        else:
+            arrays = {name: self.weights.read(name).astype(dtype_of(self.component, name, self.dtype))}
         return self._reordered(name, arrays)
 
     def _work(self, name: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-        stem = name.removesuffix("weight")
-        kept = dtype_of(self.component, name, self.dtype)
-        if self._is_stored_packed(name):
-            parts = {key.removeprefix(stem): array for key, array in arrays.items()}
-            changed = name in self.merged
-            array = self.weights.quantization.packings[name].unpack(parts, mx.float32 if changed else kept)
-        else:
-            array = arrays[name]
+        array = arrays[name]
         if name in self.merged:
             array = self.loras.apply(name, array.astype(mx.float32))
         if name in self.quantization.packings:
             packed = self.quantization.packings[name].pack(array)
-            return self._reordered(name, {stem + key: part for key, part in packed.items()})
-        return self._reordered(name, {name: array.astype(kept)})
+            arrays = {name.removesuffix("weight") + key: part for key, part in packed.items()}
+        else:
+            arrays = {name: array.astype(dtype_of(self.component, name, self.dtype))}
+        return self._reordered(name, arrays)
 
     def _reordered(self, name: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         order = self.row_order(name)
         return arrays if order is None else {key: array[order] for key, array in arrays.items()}
+
+
+def _quantization(weights: ComponentWeights, quantize: str | None) -> Quantization:
+    """What to pack, and how."""
+    check_mode(quantize)
+    if quantize == EXPAND:
+        return Quantization(EXPAND)
+    if weights.quantization is None:
+        if quantize == NEAREST:
+            return keep_packings(weights.packable | weights.nearest)
+        if quantize is None:
+            return keep_packings(weights.packable)
+        return plan_quantization(weights.component, quantize, weights.shapes)
+    stored = weights.quantization.mode
+    if quantize not in (None, NEAREST, stored):
+        raise ValueError(
+            f"{weights.path}: already quantised as {stored}, so quantize={quantize!r} is not possible; "
+            "leave it out, or convert the original weights"
+        )
+    return weights.quantization
 
 
 def load_module(

@@ -17,8 +17,8 @@ QUANTIZED = {
     "text_encoder": r"blocks\.\d+\.(?:attn\.[qkvo]|ffn\.(?:gate\.0|fc1|fc2))\.weight",
 }
 NOT_MATRICES = r".*\.norm\w*\.weight"
-# What a file's own quantisation is expanded by.
-EXPAND = "none"
+# Besides the modes: to unpack whatever is packed, and to pack what GGUF's blocks hold in the form that comes nearest.
+EXPAND, NEAREST = "none", "nearest"
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,20 @@ class Quantization:
 
 def check_mode(mode: str | None) -> None:
     """Raise ValueError if ``mode`` is no quantisation that users can ask for."""
-    if mode is not None and mode not in (EXPAND, *MODE_NAMES):
+    if mode is not None and mode not in (EXPAND, NEAREST, *MODE_NAMES):
         try:
             Packing.parse(mode)
         except ValueError:
             raise ValueError(
                 f"quantize is {mode!r}, expected one of {', '.join(MODE_NAMES)}, affine modes also with a group as in "
-                f"q4-g32 (32, 64 or 128), or {EXPAND}"
+                f"q4-g32 (32, 64 or 128), {NEAREST} for GGUF files, or {EXPAND}"
             ) from None
+
+
+def keep_packings(packings: Mapping[str, Packing]) -> Quantization:
+    """As the weights are stored, or nearly so: the mode is named after what is packed."""
+    names = sorted({packing.name for packing in packings.values()})
+    return Quantization("+".join(names) or EXPAND, packings)
 
 
 def plan_quantization(component: str, mode: str, shapes: Mapping[str, tuple[int, ...]]) -> Quantization:
