@@ -101,7 +101,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def allowed(self, repo) -> bool:
         hub = self.server
-        if repo not in hub.repos:
+        if self.headers.get("Authorization") == "Bearer hf_expired":
+            self.answer(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+        elif repo not in hub.repos:
             self.answer(401, {"X-Error-Code": "RepoNotFound"})
         elif repo in hub.private and self.headers.get("Authorization") != f"Bearer {hub.private[repo]}":
             self.answer(401, {"X-Error-Code": "RepoNotFound"})

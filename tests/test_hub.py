@@ -287,6 +287,19 @@ def test_what_went_wrong_is_one_line(server, fault, message):
     assert "\n" not in str(error.value) and REPO in str(error.value)
 
 
+def test_a_refused_token_is_said(server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    with pytest.raises(WeightsError, match="refuses your token .401.; give a token that may read it"):
+        resolve(REPO)
+
+
+def test_a_bar_shows_bytes_unless_quiet(server, capsys):
+    resolve("someone/mlx")
+    assert capsys.readouterr().err == ""
+    resolve(REPO, progress=True)
+    assert f"fetching {REPO}" in capsys.readouterr().err
+
+
 def test_a_token_is_sent(server, monkeypatch):
     server.private[REPO] = "hf_secret"
     monkeypatch.setenv("HF_TOKEN", "hf_secret")

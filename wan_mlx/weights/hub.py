@@ -388,7 +388,9 @@ def explain(error: Exception, location: Location) -> WeightsError:
         text = f"has no revision {location.revision or 'main'} on {hub}"
     elif isinstance(error, errors.EntryNotFoundError):
         text = f"lacks on {hub} a file that its listing names; try again later"
-    elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
+    elif status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
+        text = f"cannot be fetched: {hub} refuses your token (401); {give}"
+    elif isinstance(error, errors.RepositoryNotFoundError) or status == 404:
         text = f"was not found on {hub} ({status}): check the name, or, if it is private, {give}"
     elif status == 403:
         text = f"is forbidden on {hub} (403): {give}"

@@ -440,4 +440,3 @@ class _PeftConfig:
         if alpha is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
-
