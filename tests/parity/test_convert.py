@@ -23,6 +23,7 @@ from wan_mlx.weights.convert import SAMPLES, convert, fingerprint
 from wan_mlx.weights.reader import open_weights
 from weights_convert import main
 
+SMALL_SHARD = 20_000  # bytes
 VIDEO = dict(width=32, height=32, num_frames=5, steps=2, seed=1, shift=5, guidance_scale=5)
 
 
@@ -92,7 +93,7 @@ def test_command_line(official_folder, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def sharded(official_folder, tmp_path_factory):
     """Split as a model of many gigabytes is."""
-    return convert(official_folder, tmp_path_factory.mktemp("convert") / "sharded", "float32", shard_bytes=20_000)
+    return convert(official_folder, tmp_path_factory.mktemp("convert") / "sharded", "float32", shard_bytes=SMALL_SHARD)
 
 
 def block_of(key: str) -> int:
@@ -108,10 +109,12 @@ def test_blocks_lie_in_order_and_no_file_ends_within_one(sharded, component):
     order = [number for file in blocks for number in file]
     assert order == sorted(order) and set(order) == {-1, 0, 1}, "each block once, in one piece"
     assert not any(set(a) & set(b) - {-1} for a, b in zip(blocks, blocks[1:], strict=False))
+    sizes = [sum(info.nbytes for info in open_weights(file).tensors.values()) for file in files]
+    for size, file in zip(sizes, files, strict=True):
+        units = {block_of(key) if block_of(key) >= 0 else key for key in open_weights(file).tensors}
+        assert size <= SMALL_SHARD or len(units) == 1
     index = json.loads((sharded / f"{component}.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(
-        open_weights(file).nbytes(key) for file in files for key in open_weights(file).tensors
-    )
+    assert index["metadata"]["total_size"] == sum(sizes)
 
 
 def header_of(file) -> bytes:
