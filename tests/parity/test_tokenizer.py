@@ -14,6 +14,7 @@ from transformers import T5Tokenizer
 
 from wan_mlx.configs import NEGATIVE_PROMPT
 from wan_mlx.tokenizer import EXTRA_IDS, Tokenizer, clean
+from wan_mlx.weights.spiece import read_tokenizer
 
 TEXTS = [
     *SENTENCES, NEGATIVE_PROMPT, "", " ", "a", "A Cat  Boxing\n\ton a\r\nstage ", "cat\u3000on\u00a0a\u2009stage\x85",
@@ -106,6 +107,17 @@ def test_same_ids_as_transformers_5(folder, model):
     assert compared > 10
 
 
+def test_tokenizer_json_gives_the_same_ids(folder, model, tmp_path):
+    """transformers 5 saves nothing else. Its own, made anew from the folder, names another unknown id."""
+    T5Tokenizer.from_pretrained(folder, extra_ids=EXTRA_IDS).save_pretrained(tmp_path)
+    ours = Tokenizer(model)
+    for path in (folder / "tokenizer.json", tmp_path):
+        rebuilt = Tokenizer(read_tokenizer(path))
+        assert (rebuilt.eos_id, rebuilt.unk_id, rebuilt.special_ids) == (ours.eos_id, ours.unk_id, ours.special_ids)
+        for text in [*TEXTS, *UNKNOWN, *SPECIAL, *LONG, *random_texts(300)]:
+            assert rebuilt(text) == ours(text), (path, text)
+
+
 def charsmap(model: bytes) -> bytes:
     """The normalisation table inside a model: field 2 of its normalizer_spec, which follows the rule's name."""
     spec = sentencepiece.SentencePieceNormalizer(model_proto=model).serialized_normalizer_spec()
@@ -119,7 +131,7 @@ def charsmap(model: bytes) -> bytes:
             return spec[at + 1 : at + 1 + length]
 
 
-def test_same_ids_as_t5_with_normalisation():
+def test_same_ids_as_t5_with_normalisation(tmp_path):
     """A model as T5's: nmt_nfkc, no <s>, <unk> at 2, no byte fallback."""
     model = sentencepiece_model(
         normalization_rule_name="nmt_nfkc", bos_id=-1, unk_id=2, byte_fallback=False, user_defined_symbols=[],
@@ -129,7 +141,9 @@ def test_same_ids_as_t5_with_normalisation():
     vocab = [(spm.id_to_piece(i), spm.get_score(i)) for i in range(spm.get_piece_size())]
     vocab += [(f"<extra_id_{n}>", 0.0) for n in reversed(range(EXTRA_IDS))]
     theirs = T5Tokenizer(vocab=vocab, extra_ids=EXTRA_IDS, _spm_precompiled_charsmap=charsmap(model))
-    ours = Tokenizer(model)
+    theirs.save_pretrained(tmp_path)
+    ours, rebuilt = Tokenizer(model), Tokenizer(read_tokenizer(tmp_path))
     for text in [*TEXTS, *UNKNOWN, *LONG, "Å ㎏ ①② x² ﷺ", "a\u200b\u200bb c\u200b"]:
         assert ours(text) == theirs(clean(text), truncation=True, max_length=512).input_ids, text
+        assert rebuilt(text) == ours(text), text
         assert ours(text, 10_000) == [*spm.encode(clean(text)), 1], text
