@@ -133,7 +133,10 @@ def add_sources(parser: Parser) -> None:
 
 def add_model(parser: Parser) -> None:
     model = parser.add_argument_group("with which model")
-    model.add_argument("--model", "--ckpt_dir", metavar="MODEL", help="nano (bundled), a model folder, or a hub id")
+    model.add_argument("--model", "--ckpt_dir", metavar="MODEL", help="nano (bundled), a folder, a file, or a hub id")
+    for part in ("transformer", "text-encoder", "vae", "image-encoder", "tokenizer"):
+        given = "where --model is one file, or instead of what it has" if part == "transformer" else "likewise"
+        model.add_argument(f"--{part}", metavar="PATH", help=f"file, or folder that has it: {given}")
     model.add_argument("--source", metavar="HUB", default="huggingface", help="huggingface (default) or modelscope")
     model.add_argument("--task", help="take the sampling defaults of this official task, such as t2v-1.3B")
     model.add_argument("--dtype", default="bfloat16", help="of transformer and text encoder: bfloat16, float32")

@@ -198,6 +198,11 @@ def pipeline_from(args: argparse.Namespace) -> WanPipeline:
         source=args.source,
         loras=args.lora,
         prompt_cache=not args.no_prompt_cache,
+        transformer=args.transformer,
+        text_encoder=args.text_encoder,
+        vae=args.vae,
+        image_encoder=args.image_encoder,
+        tokenizer=args.tokenizer,
     )
 
 
@@ -248,6 +253,8 @@ def describe(pipe: WanPipeline, request: Request, output: Path) -> None:
     guidance = "off" if request.guidance_scale == 1 else f"{request.guidance_scale:g}"
     note(f"model     {pipe.checkpoint.path} ({pipe.preset.name} defaults, {pipe.dtype}"
          f"{f', {pipe.quantize}' if pipe.quantize else ''})")  # fmt: skip
+    for line in origins(pipe):
+        note(f"          {line}")
     for path, strength in pipe.loras:
         note(f"lora      {path} at {strength:g}")
     note(f"prompt    {request.prompt}")
@@ -259,6 +266,22 @@ def describe(pipe: WanPipeline, request: Request, output: Path) -> None:
     if request.video is not None:
         note(f"start     {request.video}, strength {request.strength:g}: the last {request.steps_made} of the steps")
     note(f"output    {output}")
+
+
+def origins(pipe: WanPipeline) -> list[str]:
+    """Parts that were given apart, and which other defaults would suit the same weights."""
+    from .pipeline import of_same_shapes
+
+    base = pipe.checkpoint.path
+    lines = [
+        f"{part.replace('_', ' ')} from {file}"
+        for part, file in pipe.checkpoint.files.items()
+        if file != base and base not in file.parents
+    ]
+    if pipe.guessed_preset:
+        for other in of_same_shapes(pipe.preset):
+            lines.append(f"{other.name} has weights of the same shapes; --task {other.name} takes its defaults")
+    return lines
 
 
 def extras(request: Request) -> list[str]:

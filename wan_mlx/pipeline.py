@@ -34,7 +34,7 @@ from .tokenizer import Tokenizer
 from .transformer import Transformer
 from .types import Conditioning, Request, RunState, StageReport, Step, Video
 from .weights.beside import set_loras
-from .weights.checkpoint import Checkpoint, open_checkpoint
+from .weights.checkpoint import PARTS, Checkpoint, open_checkpoint
 from .weights.hub import preset_of, resolve
 from .weights.load import open_component, transformer_config
 from .weights.lora import LoraChoice, describe_lora, normalise_loras
@@ -49,6 +49,7 @@ from .weights.networks import (
     parse_dtype,
 )
 from .weights.quantize import check_mode
+from .weights.spiece import read_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class WanPipeline:
 
     Attributes:
         preset: the released model whose sampling defaults are used.
+        guessed_preset: whether it was chosen by the weights' shapes, no name being known.
         config: sizes of the transformer, from its weights.
         loras: path and strength of each LoRA in use; `set_loras` changes them.
         reports: seconds and peak memory of each stage of the latest run.
@@ -89,6 +91,7 @@ class WanPipeline:
         self.checkpoint = checkpoint
         self.dtype, self.quantize = dtype, quantize
         self.config = _transformer_config(checkpoint)
+        self.guessed_preset = preset is None and checkpoint.model is None
         self.preset = preset or (find_preset(checkpoint.model) if checkpoint.model else preset_for(self.config))
         self.progress = progress
         self.latent_channels = self.config.out_dim
@@ -120,12 +123,18 @@ class WanPipeline:
         source: str = "huggingface",
         loras: Iterable[LoraChoice] | LoraChoice | None = None,
         prompt_cache: bool = True,
+        transformer: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
+        image_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None,
     ) -> WanPipeline:
         """Open a model.
 
         Args:
-            model: "nano" (comes with the package); a folder (official or Diffusers layout, or written by
-                ``weights_convert.py``); a preset's name; a hub id such as "Wan-AI/Wan2.1-T2V-1.3B", or one file of
+            model: "nano" (comes with the package); a folder (official, Diffusers' or ComfyUI's layout, written by
+                ``weights_convert.py``, or single files); the transformer's own file (safetensors, GGUF or .pth), the
+                other parts given apart; a preset's name; a hub id such as "Wan-AI/Wan2.1-T2V-1.3B", or one file of
                 such a repository, "owner/name:path/to/file". What is not here is downloaded.
             dtype: of the transformer and the text encoder: "bfloat16" or "float32". The VAE is float32.
             quantize: keep the blocks of transformer and text encoder in few bits: "q8", "q6", "q5", "q4" or "q3"
@@ -141,6 +150,8 @@ class WanPipeline:
             loras: LoRA files to merge into the transformer as it is loaded: each a path, "path:strength" or
                 (path, strength). Quantised weights keep them beside, as `set_loras` does.
             prompt_cache: keep encoded prompts on disk (`wan_mlx.prompt_cache`), to encode each only once.
+            transformer, text_encoder, vae, image_encoder, tokenizer: a file in any format that is read, or a folder
+                that has it, to use instead of what ``model`` has.
 
         Raises:
             ValueError: an argument is wrong, or the model's task is not supported.
@@ -151,7 +162,9 @@ class WanPipeline:
         check_mode(quantize)
         parse_tiling(vae_tiling)  # before a download
         found, loras = find_preset(preset) if preset else None, normalise_loras(loras)
-        checkpoint = open_checkpoint(resolve(model, source, progress))
+        parts = dict(zip(PARTS, (transformer, text_encoder, vae, image_encoder, tokenizer), strict=True))
+        given = {part: resolve(place, source, progress) for part, place in parts.items() if place is not None}
+        checkpoint = open_checkpoint(resolve(model, source, progress), given)
         if found is None and checkpoint.model is None:
             found = preset_of(model)  # two models of the same sizes differ in their defaults
         return cls(checkpoint, dtype, found, progress, quantize, vae_tiling, loras, prompt_cache)
@@ -408,7 +421,7 @@ class WanPipeline:
             if cache and text not in known and (kept := cache.get(text)) is not None:
                 known[text] = kept
         if new := [text for text in dict.fromkeys(texts) if text not in known]:
-            tokenizer = Tokenizer(self.checkpoint.files["tokenizer"])
+            tokenizer = Tokenizer(read_tokenizer(self.checkpoint.files["tokenizer"]))
             encoder = load_text_encoder(self.checkpoint, self.dtype, self._bar("encoding text"), self.quantize)
             known.update(zip(new, encoder([tokenizer(text) for text in new]), strict=True))
             mx.eval([known[text] for text in new])
@@ -531,8 +544,13 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+def of_same_shapes(preset: Preset) -> list[Preset]:
+    """The other released models whose weights have the very shapes of this one's, so that a file cannot tell."""
+    return [p for p in PRESETS.values() if p.transformer == preset.transformer and p is not preset]
+
+
 def preset_for(config: TransformerConfig) -> Preset:
-    """The published model of the same kind whose width is nearest."""
+    """The published model of the same kind whose width is nearest; of several, the first in `PRESETS`."""
     same = [p for p in PRESETS.values() if p.repo and p.transformer.model_type == config.model_type]
     return min(same, key=lambda preset: abs(preset.transformer.dim - config.dim))
 

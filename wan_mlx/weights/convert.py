@@ -37,6 +37,7 @@ from .load import (
 from .networks import Progress, no_progress, parse_dtype
 from .parameters import Parameters, dtype_of
 from .quantize import QUANTIZED
+from .spiece import read_tokenizer
 
 # Key → shape and dtype of a tensor that is to be written.
 Specs = dict[str, tuple[tuple[int, ...], mx.Dtype]]
@@ -117,7 +118,7 @@ def convert(
         config["dtypes"][component] = networks[-1].dtypes()
         config["source"]["layouts"][component] = weights.layout.name
         config["source"]["fingerprints"][component] = fingerprint(weights.file.files)
-    tokenizer = checkpoint.files["tokenizer"].read_bytes()
+    tokenizer = read_tokenizer(checkpoint.files["tokenizer"])
     needed, free = sum(network.nbytes for network in networks) + len(tokenizer), free_space(out.parent)
     if needed > free:
         raise WeightsError(f"{out} needs {gigabytes(needed)}, and its disk has {gigabytes(free)} free")

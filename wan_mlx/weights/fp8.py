@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -46,6 +47,10 @@ class Fp8File(WeightsFile):
         super().__init__(file.path, {key: file.tensors[key] for key in kept}, file.metadata)
         self.file = file
         self.scales = {key: _read_scale(file, key, scale) for key, scale in scales.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        return self.file.files
 
     def read(self, key: str) -> mx.array:
         self._info(key)

@@ -19,7 +19,7 @@ from ..types import WeightsError
 from ..vace import VaceTransformer
 from ..vae import VAE
 from .beside import set_loras
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, find_part
 from .load import (
     DTYPES,
     ComponentWeights,
@@ -57,23 +57,23 @@ def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
 
 
 def _open(path: str | Path | Checkpoint, component: str) -> tuple[ComponentWeights, Mapping[str, Any]]:
-    """The component's weights and configuration, from a model folder or from its own file."""
-    if not isinstance(path, Checkpoint) and Path(path).is_dir():
-        path = open_checkpoint(path)
+    """The component's weights and configuration, from a model, its folder, or the component's own folder or file."""
     if isinstance(path, Checkpoint):
         if component not in path.files:
             raise WeightsError(f"{path.path} holds no {component}, only {', '.join(path.files)}")
-        weights = open_component(path.files[component], component)
+        file, config = path.files[component], path.configs.get(component, {})
         said = path.configs.get("quantization", {})
         said = said.get(component) if isinstance(said, dict) else said
-        found = weights.quantization and weights.quantization.mode
-        if said != found:
-            raise WeightsError(
-                f"{path.path}: config.json says that its {component}'s quantisation is {said or 'none'}, "
-                f"but the file's is {found or 'none'}"
-            )
-        return weights, path.configs.get(component, {})
-    return open_component(path, component), {}
+    else:
+        file, config, said = find_part(Path(path).expanduser(), component)
+    weights = open_component(file, component)
+    found = weights.quantization and weights.quantization.mode
+    if said != found:
+        raise WeightsError(
+            f"{file.parent}: config.json says that its {component}'s quantisation is {said or 'none'}, "
+            f"but the file's is {found or 'none'}"
+        )
+    return weights, config
 
 
 def check_quantize(checkpoint: Checkpoint, quantize: str | None) -> None:
@@ -102,7 +102,7 @@ def load_transformer(
     """Load the diffusion transformer, a `VaceTransformer` if the weights are VACE's.
 
     Args:
-        path: model folder, or the transformer's own file (then heads are taken to be 128 wide).
+        path: model folder, or the transformer's own folder or file (without config.json, heads are 128 wide).
         dtype: of the wide arrays: "bfloat16", "float16" or "float32"; the time path stays float32.
         progress: wraps the iteration over tensors.
         quantize: pack the blocks' matrices as they are read: "q8", "q6", "q5", "q4", "q3" (also with a group, as in
@@ -158,7 +158,7 @@ def load_image_encoder(
     """Load CLIP's vision tower from a model folder or its own file; the last block and the text tower stay unread.
 
     Args:
-        path: model folder, or the encoder's own file (then heads are taken to be 80 wide).
+        path: model folder, or the encoder's own folder or file (without config.json, heads are 80 wide).
         dtype: of the weights: "float32", or "float16" as the official file has them; computed in float32 either way.
         progress: wraps the iteration over tensors.
 
