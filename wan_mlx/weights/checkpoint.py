@@ -35,7 +35,7 @@ DIFFUSERS_FILES = {
     "text_encoder": ("text_encoder/model.safetensors.index.json", "text_encoder/model.safetensors"),
     "vae": ("vae/diffusion_pytorch_model.safetensors",),
     "image_encoder": ("image_encoder/model.safetensors",),
-    "tokenizer": ("tokenizer/spiece.model",),
+    "tokenizer": ("tokenizer/spiece.model", "tokenizer/tokenizer.json"),  # transformers 5 saves the second alone
 }
 # What Diffusers and transformers call the entries of config.json that shapes cannot tell.
 DIFFUSERS_NAMES = {
