@@ -48,8 +48,8 @@ class Held:
         self._said = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        line = self.process.stdout.readline()
-        assert line == "holding\n", line + self.finish()[1]
+        while (line := self.process.stdout.readline()) != "holding\n":
+            assert line, self.finish()[1]  # it ended without
 
     def _read(self) -> None:
         while text := os.read(self.process.stderr.fileno(), 4096).decode("utf-8", "replace"):

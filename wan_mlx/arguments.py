@@ -17,6 +17,7 @@ examples:
   python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompt "a cat boxing" --output cat.mp4
   python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompt "a cat boxing" --frames 1 --output cat.png
   python -m wan_mlx.generate --resume cat.mp4
+  python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompts cats.jsonl
   python -m wan_mlx.generate --task t2v-1.3B --size 832*480 --ckpt_dir ./Wan2.1-T2V-1.3B --prompt "a cat boxing"
 """
 
@@ -46,6 +47,7 @@ PATH_FLAGS = ("model", "image", "last_image", "src_video", "src_mask", "src_ref_
 # What may differ from the first command when a run goes on: it has no part in what the video shows.
 FREE_ON_RESUME = (
     "resume", "overwrite", "dry_run", "quiet", "debug", "version", "memory", "vae_tiling", "no_prompt_cache",
+    "prompts", "report",
 )  # fmt: skip
 
 
@@ -112,11 +114,13 @@ def flag_names() -> dict[str, str]:
 def add_what(parser: Parser) -> None:
     what = parser.add_argument_group("what to make")
     what.add_argument("--prompt", help="what the video should show")
+    what.add_argument("--prompts", metavar="FILE", help="many requests: a JSON object a line, with any flags as keys")
     what.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid (default: the model's own)")
     what.add_argument("--size", type=parse_size, metavar="WxH", help="pixels, multiples of 16 (default: the model's)")
     what.add_argument("--frames", "--frame_num", type=int, metavar="N", help="4n+1 (default 81: five seconds)")
     what.add_argument("--output", "--save_file", metavar="FILE", help=".mp4 .gif .webp .png .npz (default: by prompt)")
     what.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    what.add_argument("--report", metavar="FILE", help="of --prompts: what became of each line (FILE.report.jsonl)")
 
 
 def add_sources(parser: Parser) -> None:

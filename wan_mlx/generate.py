@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import wan_mlx
 
@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         with Interrupts() as interrupts:
+            if args.prompts:
+                return batch(args, argv, interrupts)
             return resume(args, given_flags(argv), interrupts) if args.resume else run(args, interrupts)
     except Stopped as stopped:
         return fail(f"interrupted{stopped.go_on}", stopped.code)
@@ -70,11 +72,7 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
 
         print(f"wan_mlx {wan_mlx.__version__}, mlx {mx.__version__}, python {sys.version.split()[0]}")
         return 0
-    refuse_what_is_not_there(args)
-    if args.model is None:
-        raise UsageError(MODEL_HELP)
-    if args.prompt is None:
-        raise UsageError("--prompt is missing: say what the video should show")
+    check_flags(args)
     for flag, reason in NO_MEANING.items():
         if getattr(args, flag) is not None:
             note(f"--{flag} has no effect here: {reason}")
@@ -110,6 +108,20 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
         with keeping(folder):
             folder.begin(make_record(pipe, request, vars(args)))
             return generate_to_file(pipe, request, folder, args.overwrite, interrupts)
+
+
+def batch(args: argparse.Namespace, argv: list[str], interrupts: Interrupts) -> int:
+    """``--prompts FILE``: the other flags are the defaults of every line."""
+    wan_mlx.check_backend()
+
+    from .batch import run_batch
+
+    if args.resume:
+        raise UsageError("--resume does not go with --prompts: the same command again goes on with the batch")
+    for flag in ("prompt", "output"):
+        if getattr(args, flag) is not None:
+            raise UsageError(f"--{flag} does not go with --prompts: it belongs into the lines of {args.prompts}")
+    return run_batch(args, argv, interrupts)
 
 
 def resume(args: argparse.Namespace, given: dict[str, object], interrupts: Interrupts) -> int:
@@ -152,21 +164,24 @@ def resume(args: argparse.Namespace, given: dict[str, object], interrupts: Inter
 
 
 @contextmanager
-def keeping(folder: RunFolder) -> Iterator[None]:
-    """If the run in this block ends before its time, say how to go on with it; one without a step leaves nothing."""
+def keeping(folder: RunFolder, quietly: bool = False) -> Iterator[None]:
+    """If the run in this block ends before its time, say how to go on with it (unless ``quietly``).
+
+    A run without a step leaves nothing.
+    """
     from .interrupt import Stopped
 
     try:
         yield
     except BaseException as error:
         stopped = isinstance(error, Stopped)
-        if not folder.steps_done and not (stopped and folder.state() is not None):
+        if not folder.steps_done and not (stopped and folder.is_unfinished):
             folder.delete()
             raise
         how = f"{folder.steps_done} steps are kept; go on with: {resume_command(folder)}"
         if stopped:
             error.go_on = f"; {how}"
-        else:
+        elif not quietly:
             note(how)
         raise
 
@@ -177,21 +192,19 @@ def resume_command(folder: RunFolder) -> str:
 
 def refuse_unfinished(folder: RunFolder, overwrite: bool) -> None:
     """An earlier run's hour of work is not thrown away unasked."""
-    if folder.state() is not None and not overwrite:
+    if folder.is_unfinished and not overwrite:
         raise ValueError(
             f"there is an unfinished run of {folder.output}: go on with --resume {shlex.quote(str(folder.output))}, "
             "or start anew with --overwrite"
         )
 
 
-def pipeline_from(args: argparse.Namespace) -> WanPipeline:
-    """The model that the flags name; opened, not loaded."""
-    from .pipeline import WanPipeline
-
-    return WanPipeline.from_pretrained(
-        args.model,
-        args.dtype,
-        args.quantize,
+def pipeline_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `WanPipeline.from_pretrained` is to be given."""
+    return dict(
+        model=args.model,
+        dtype=args.dtype,
+        quantize=args.quantize,
         preset=args.task,
         progress=not args.quiet,
         vae_tiling=args.vae_tiling,
@@ -206,10 +219,22 @@ def pipeline_from(args: argparse.Namespace) -> WanPipeline:
     )
 
 
-def refuse_what_is_not_there(args: argparse.Namespace) -> None:
+def pipeline_from(args: argparse.Namespace) -> WanPipeline:
+    """The model that the flags name; opened, not loaded."""
+    from .pipeline import WanPipeline
+
+    return WanPipeline.from_pretrained(**pipeline_options(args))
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse what is not there, and what says too little."""
     for flag in NOT_YET:
         if getattr(args, flag) is not None:
             raise UsageError(f"--{flag} is not supported yet")
+    if args.model is None:
+        raise UsageError(MODEL_HELP)
+    if args.prompt is None:
+        raise UsageError("--prompt is missing: say what the video should show")
 
 
 def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ def make_record(pipe: WanPipeline, request: Request, flags: Mapping[str, Any]) -
     fields["src_ref_images"] = [_absolute(name) for name in fields["src_ref_images"]]
     sources = [fields[name] for name in SOURCE_FIELDS] + fields["src_ref_images"]
     record = {
-        "flags": {name: _normal(name, value) for name, value in flags.items()} | {"seed": request.seed},
+        "flags": _normal_flags(flags) | {"seed": request.seed},
         "request": fields,
         "settings": pipe.settings(request),
         "weights": {name: fingerprint(path) for name, path in _weights(pipe).items()},
@@ -81,7 +81,24 @@ def check_given(given: Mapping[str, Any], record: Mapping[str, Any]) -> None:
             stored = [record["request"]["width"], record["request"]["height"]]
         if json.loads(json.dumps(_normal(name, value))) != stored:
             differences.append(f"{flag_names()[name]} is {_said(stored)}, {_said(value)} was given")
-    if differences:
+    _refuse(differences)
+
+
+def check_same(flags: Mapping[str, Any], record: Mapping[str, Any], free: Collection[str]) -> None:
+    """Raise ValueError, naming each difference, if these are not the flags that the run was begun with.
+
+    Those in ``free`` may differ.
+    """
+    stored = record["flags"]
+    _refuse(
+        f"--{name} is {_said(stored.get(name))}, {_said(value)} was given"
+        for name, value in _normal_flags(flags).items()
+        if name not in free and value != stored.get(name)
+    )
+
+
+def _refuse(differences: Iterable[str]) -> None:
+    if differences := list(differences):
         raise ValueError(
             f"the run has other settings: {'; '.join(differences)}; leave them out to go on with it, or start anew "
             "with --overwrite instead of --resume"
@@ -115,6 +132,10 @@ def check_identity(record: Mapping[str, Any], pipe: WanPipeline, folder: RunFold
 def _weights(pipe: WanPipeline) -> dict[str, Path]:
     """Every file that the run reads weights from."""
     return {**pipe.checkpoint.files, **{f"lora {i}": path for i, (path, _) in enumerate(pipe.loras)}}
+
+
+def _normal_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps({name: _normal(name, value) for name, value in flags.items()}))
 
 
 def _normal(name: str, value: Any) -> Any:

@@ -130,6 +130,11 @@ class RunFolder:
         return self._last_step()[2]
 
     @property
+    def is_unfinished(self) -> bool:
+        """Whether there is something to go on with: at least what was encoded."""
+        return (self.path / "run.json").is_file() and (self.path / "conditioning.safetensors").is_file()
+
+    @property
     def steps_done(self) -> int:
         """How many steps are kept, without reading them."""
         return max((_count_of(path) for path in self._step_paths()), default=0)

@@ -1,0 +1,164 @@
+"""Many requests from one file: strict about every line, the model loaded once, and going on where it was cut."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from held import Held
+
+from wan_mlx.generate import main
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def command(flags):
+    """The flags of every line, and the file."""
+    flags = [*flags[:2], *flags[4:], "--no-prompt-cache", "--prompts", "batch.jsonl"]
+    return [*flags, "--frames", "1", "--steps", "1"]
+
+
+def write(*lines) -> None:
+    with open("batch.jsonl", "w", encoding="utf-8") as file:
+        for line in lines:
+            file.write((line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)) + "\n")
+
+
+def report(name: str = "batch.report.jsonl") -> list[dict]:
+    with open(name, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ('{"prompt": "a"', ["no JSON"]),
+        ("[1]", ["JSON list", "an object"]),
+        ({"promt": "a"}, ["'promt'", "nearest: 'prompt'"]),
+        ({"prompt": "a", "framess": 5}, ["'framess'", "nearest: 'frames'"]),
+        ({"prompt": "a", "quiet": True}, ["unknown key 'quiet'"]),
+        ({"prompt": "a", "frames": 6}, ["frames is 6", "nearest: 5"]),
+        ({"prompt": "a", "frames": "many"}, ["--frames", "many"]),
+        ({"prompt": "a", "steps": True}, ["'steps' is true", "a value"]),
+        ({"prompt": "a", "t5_cpu": 3}, ["'t5_cpu' is 3", "true or false"]),
+        ({"prompt": "a", "solver": "unipcc"}, ["unipcc"]),
+        ({"prompt": "a", "output": "a.avi"}, [".avi", ".mp4"]),
+        ({"prompt": "a", "output": "first.npz"}, ["first.npz", "line 1"]),
+        ({"prompt": "a", "output": "taken.npz"}, ["taken.npz exists"]),
+        ({"prompt": "a", "image": "b.png"}, ["image was given to a t2v model"]),
+        ({"steps": 3}, ["--prompt is missing"]),
+        ('{"prompt": "a", "prompt": "b"}', ["'prompt' is given twice"]),
+    ],
+)
+def test_a_wrong_line_is_named_before_anything_runs(command, capsys, line, says):
+    with open("taken.npz", "wb") as file:
+        file.write(b"mine")
+    write({"prompt": "fine", "output": "first.npz"}, "", line)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: batch.jsonl line 3: ") and len(error.splitlines()) == 1, error
+    assert all(word in error for word in says), error
+    assert sorted(os.listdir()) == ["batch.jsonl", "taken.npz"]
+
+
+def test_wrong_command(command, capsys):
+    for extra, says in ((["--prompt", "x"], "--prompt does not go"), (["--resume", "x"], "the same command again")):
+        assert main([*command, *extra]) == 2
+        assert says in capsys.readouterr().err
+    assert main(command) == 2 and "cannot be read" in capsys.readouterr().err
+    write("", " ")
+    assert main(command) == 2 and "holds no request" in capsys.readouterr().err
+
+
+def test_requests_are_those_of_single_commands(command, flags, capsys, monkeypatch):
+    """One load of each network, and one pass over the text encoder, for all of them."""
+    from wan_mlx import pipeline
+
+    write(
+        {"prompt": "一只猫", "output": "a.npz"},
+        {"prompt": "b", "negative-prompt": "c", "base_seed": 4, "sample_steps": 2, "save_file": "b.npz"},
+        {"prompt": "-d", "size": [32, 16], "cfg-zero": True, "steps": 4, "shift": None},
+    )
+    loads = []
+    with monkeypatch.context() as patch:
+        for name in ("load_transformer", "load_vae", "load_text_encoder"):
+            load = getattr(pipeline, name)
+            patch.setattr(pipeline, name, lambda *a, load=load, **k: loads.append(load.__name__) or load(*a, **k))
+        assert main([*command, "--report", "r.jsonl"]) == 0
+    assert sorted(loads) == ["load_text_encoder", "load_transformer", "load_vae"]
+    assert capsys.readouterr().out.split() == ["a.npz", "b.npz", "batch_0003.png"]
+    assert [(entry["line"], entry["status"], entry["seed"]) for entry in report("r.jsonl")] == [
+        (1, "done", 3), (2, "done", 4), (3, "done", 3)
+    ]  # fmt: skip
+    single = [*flags[:2], *flags[4:], "--frames", "1"]
+    assert main([*single, "--prompt", "b", "--negative-prompt", "c", "--seed", "4", "--steps", "2", "--output",
+                 "alone.npz"]) == 0  # fmt: skip
+    with np.load("alone.npz") as alone, np.load("b.npz") as batch:
+        assert np.array_equal(alone["latents"], batch["latents"])
+    assert sorted(os.listdir()) == ["a.npz", "alone.npz", "b.npz", "batch.jsonl", "batch_0003.png", "r.jsonl"]
+
+
+def test_one_failure_does_not_stop_the_others(command, capsys, monkeypatch):
+    from wan_mlx import denoise
+
+    velocity, count = denoise.guided_velocity, iter(range(9))
+
+    def failing(*args):
+        if next(count) == 0:
+            raise RuntimeError("the first one fails")
+        return velocity(*args)
+
+    write({"prompt": "a", "output": "a.npz"}, {"prompt": "b", "output": "b.npz"})
+    with monkeypatch.context() as patch:
+        patch.setattr(denoise, "guided_velocity", failing)
+        assert main(command) == 1
+    first, second = report()
+    assert first["status"] == "failed" and "the first one fails" in first["error"] and second["status"] == "done"
+    assert sorted(os.listdir()) == ["b.npz", "batch.jsonl", "batch.report.jsonl"]
+    # Again: what is complete is left alone, even its time of change, and the other is made.
+    before = os.stat("b.npz").st_mtime_ns
+    assert main(command) == 0
+    assert [entry["status"] for entry in report()] == ["skipped", "done"] and os.stat("b.npz").st_mtime_ns == before
+    # A line that asks for something else now does not lose what is there.
+    write({"prompt": "another", "output": "a.npz"})
+    assert main(command) == 2 and "a.npz exists" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0 and [entry["status"] for entry in report()] == ["done"]
+
+
+def test_a_drawn_seed_is_no_difference(command):
+    command = [*command, "--seed", "-1"]
+    write({"prompt": "a", "output": "a.npz"})
+    assert main(command) == 0
+    seed = report()[0]["seed"]
+    assert main(command) == 0
+    assert [(entry["status"], entry["seed"]) for entry in report()] == [("skipped", seed)]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_the_same_command_goes_on(command, how):
+    command = [*command, "--steps", "2"]
+    write(*({"prompt": name, "output": f"{name}.npz"} for name in "ab"))
+    assert main(command) == 0
+    want = [Path(f"{name}.npz").read_bytes() for name in "ab"]
+    for name in "ab":
+        os.unlink(f"{name}.npz")
+    held = Held("step", 3, *command)
+    held.process.send_signal(how)
+    if how == signal.SIGINT:
+        held.wait_for("Ctrl-C again")
+        held.go_on()
+    code, errors = held.finish()
+    if how == signal.SIGINT:
+        assert code == 130 and errors.strip().splitlines()[-1] == "error: interrupted; go on with the same command"
+        assert [entry["status"] for entry in report()] == ["done", "interrupted"]
+    assert os.path.isdir("b.npz.wan")
+    assert main(command) == 0
+    assert [entry["status"] for entry in report()] == ["skipped", "done"]
+    assert [Path(f"{name}.npz").read_bytes() for name in "ab"] == want
+    assert not os.path.exists("b.npz.wan")

@@ -1,0 +1,273 @@
+"""``--prompts file.jsonl``: many requests, one a line, with the model kept loaded and all texts encoded together."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import generate
+from .arguments import FREE_ON_RESUME, Parser, UsageError, build_parser
+from .interrupt import Interrupts, Stopped
+from .media import check_output, read_settings
+from .records import check_same, make_record, request_of
+from .run_folder import RunFolder
+from .runner import Result, make_file
+from .types import Request
+
+if TYPE_CHECKING:
+    from .pipeline import WanPipeline
+
+# Flags of the whole batch, which no line can set for itself.
+OF_THE_BATCH = ("prompts", "report", "resume", "version", "help", "debug", "quiet", "dry_run", "overwrite")
+# What the same request may say differently of itself once it is made.
+NOT_COMPARED = ("versions", "forwards")
+
+
+@dataclass
+class Job:
+    """A line of the file: its number, its flags with those of the command line, and what they come to."""
+
+    line: int
+    args: argparse.Namespace
+    output: Path
+    pipe: WanPipeline = field(repr=False)
+    request: Request = field(repr=False)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the seed is drawn, so that any is the one asked for."""
+        return self.args.seed is None or self.args.seed < 0
+
+
+def run_batch(args: argparse.Namespace, argv: list[str], interrupts: Interrupts) -> int:
+    """Make what the file asks for, and a report of it; returns the exit code.
+
+    All lines are checked before the first is begun. Videos of one model are made one after the other, in the order of
+    the lines. What is complete is skipped, what was cut goes on, and what fails does not stop the rest.
+
+    Raises:
+        UsageError: a line is wrong; says which, and what is nearest.
+    """
+    jobs = read_jobs(Path(args.prompts), argv, args.overwrite)
+    generate.note(f"batch     {len(jobs)} requests, {len({id(job.pipe) for job in jobs})} models")
+    if args.dry_run:
+        for job in jobs:
+            generate.note(f"line {job.line}: {job.output}: {job.request.prompt}")
+        return 0
+    path = Path(args.report or Path(args.prompts).with_suffix(".report.jsonl"))
+    with path.open("w", encoding="utf-8") as file:
+        report = Report(file)
+        for pipe in dict.fromkeys(job.pipe for job in jobs):
+            _run_jobs([job for job in jobs if job.pipe is pipe], report, interrupts, len(jobs), args)
+    generate.note(f"batch     {report.said()}; see {path}")
+    return report.code()
+
+
+class Report:
+    """A line of JSON for each request, written as soon as it is over."""
+
+    def __init__(self, file):
+        self.file, self.counts = file, {}
+
+    def add(self, job: Job, status: str, **rest: Any) -> None:
+        entry = {"line": job.line, "status": status, "output": str(job.output), "seed": job.request.seed, **rest}
+        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.file.flush()
+        self.counts[status] = self.counts.get(status, 0) + 1
+
+    def said(self) -> str:
+        return ", ".join(f"{count} {status}" for status, count in self.counts.items())
+
+    def code(self) -> int:
+        if "failed" in self.counts:
+            return generate.FAILURE
+        return generate.SUSPECT if "suspect" in self.counts else 0
+
+
+def _run_jobs(
+    jobs: list[Job], report: Report, interrupts: Interrupts, total: int, args: argparse.Namespace
+) -> None:
+    """Make the videos of one model."""
+    pipe, left = jobs[0].pipe, []
+    for job in jobs:
+        if not job.args.overwrite and is_made(job):
+            report.add(job, "skipped", reason="complete")
+        else:
+            left.append(job)
+    with pipe.keep_loaded():
+        _encode_texts(pipe, left)
+        for job in left:
+            done = sum(report.counts.values())
+            generate.note(f"\n[{done + 1}/{total}] line {job.line}: {job.output}: {job.request.prompt}")
+            started = time.perf_counter()
+            try:
+                result = _make(job, interrupts)
+            except Stopped as stopped:
+                report.add(job, "interrupted", seconds=round(time.perf_counter() - started, 1))
+                stopped.go_on = "; go on with the same command"
+                raise
+            except Exception as error:
+                if args.debug:
+                    raise
+                said, _ = generate.explain(error)
+                report.add(job, "failed", error=said, seconds=round(time.perf_counter() - started, 1))
+                generate.note(f"error: line {job.line}: {said}")
+            else:
+                said = {"complaint": result.complaint} if result.complaint else {}
+                peak = max((stage.peak_bytes for stage in pipe.reports), default=0)
+                rest = {"seconds": round(result.seconds, 1), "peak_gib": round(peak / 2**30, 2)}
+                report.add(job, "suspect" if said else "done", **said, **rest)
+                print(job.output, flush=True)
+
+
+def _encode_texts(pipe: WanPipeline, jobs: list[Job]) -> None:
+    """All texts in one pass over the text encoder, which are then at hand for each request."""
+    texts = []
+    for job in jobs:
+        if not RunFolder(job.output).is_unfinished:
+            texts += [job.request.prompt] + [job.request.negative_prompt] * (job.request.guidance_scale != 1)
+    try:
+        if texts:
+            pipe.encode_text(list(dict.fromkeys(texts)))
+    except Exception as error:  # whose it is will be seen when each is encoded alone
+        generate.note(f"the texts could not be encoded together: {error}")
+
+
+def _make(job: Job, interrupts: Interrupts) -> Result:
+    """Make one video, or go on with it."""
+    with RunFolder(job.output) as folder:
+        record = folder.record()
+        if folder.is_finished():
+            folder.delete()
+            return Result(job.output, 0.0)
+        if record is None or job.args.overwrite or not folder.is_unfinished:
+            check_output(job.output, job.args.overwrite)
+            with generate.keeping(folder, quietly=True):
+                folder.begin(make_record(job.pipe, job.request, vars(job.args)))
+                return make_file(job.pipe, job.request, folder, job.args.overwrite, interrupts)
+        free = {*FREE_ON_RESUME, *OF_THE_BATCH, *(("seed",) if job.draws else ())}
+        check_same(vars(job.args), record, free)
+        job.request = request_of(record)
+        with generate.keeping(folder, quietly=True):
+            return make_file(job.pipe, job.request, folder, job.args.overwrite, interrupts)
+
+
+def is_made(job: Job) -> bool:
+    """Whether the output is there and says of itself that it is what the line asks for."""
+    if not job.output.is_file() or RunFolder(job.output).path.exists():
+        return False
+    try:
+        made = read_settings(job.output)
+    except ValueError:
+        return False
+    asked = json.loads(json.dumps(job.pipe.settings(job.request)))
+    free = {*NOT_COMPARED, *(("seed",) if job.draws else ())}
+    if all(made.get(name) == value for name, value in asked.items() if name not in free):
+        job.request = Request(**{**vars(job.request), "seed": made["seed"]})
+        return True
+    return False
+
+
+def read_jobs(path: Path, argv: list[str], overwrite: bool) -> list[Job]:
+    """The requests of the file, checked.
+
+    Raises:
+        UsageError: the file cannot be read, or a line of it is wrong.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts {path} cannot be read: {error}") from error
+    parser, pipes, jobs = build_parser(), {}, []
+    outputs: dict[Path, int] = {}
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        try:
+            args = parser.parse_args([*argv, *line_flags(parser, text)])
+            job = _job(number, args, path, pipes)
+            if job.output in outputs:
+                raise UsageError(f"output {job.output} is that of line {outputs[job.output]}, too")
+            if not is_made(job):  # then it is skipped
+                unfinished = RunFolder(job.output).is_unfinished
+                check_output(job.output, overwrite or unfinished)
+        except (UsageError, ValueError) as error:
+            raise UsageError(f"{path} line {number}: {error}") from error
+        outputs[job.output] = number
+        jobs.append(job)
+    if not jobs:
+        raise UsageError(f"--prompts {path} holds no request; expected one JSON object a line, such as "
+                         '{"prompt": "a cat boxing", "seed": 1}')  # fmt: skip
+    return jobs
+
+
+def _job(number: int, args: argparse.Namespace, path: Path, pipes: dict[str, WanPipeline]) -> Job:
+    generate.check_flags(args)
+    options = generate.pipeline_options(args)
+    key = json.dumps(options, default=str, sort_keys=True)
+    if key not in pipes:
+        pipes[key] = generate.pipeline_from(args)
+    request = generate.request_from(pipes[key], args)
+    output = args.output or f"{path.stem}_{number:04d}{'.png' if request.num_frames == 1 else '.mp4'}"
+    return Job(number, args, Path(output), pipes[key], request)
+
+
+def line_flags(parser: Parser, text: str) -> list[str]:
+    """A line of the file, a JSON object of flags and their values, as arguments.
+
+    Raises:
+        UsageError: it is no such thing; names the nearest flag.
+    """
+    try:
+        line = json.loads(text, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"is no JSON: {error}") from error
+    if not isinstance(line, dict):
+        raise UsageError(f"is a JSON {type(line).__name__}, expected an object such as " '{"prompt": "a cat"}')
+    actions = {
+        name: action
+        for action in parser._actions
+        if action.dest not in OF_THE_BATCH
+        for option in action.option_strings
+        for name in (option.lstrip("-"), option.lstrip("-").replace("-", "_"))
+    }
+    arguments = []
+    for key, value in line.items():
+        if key not in actions:
+            near = difflib.get_close_matches(key, actions, n=1, cutoff=0.0)[0]
+            raise UsageError(f"unknown key {key!r}; nearest: {near!r}")
+        arguments += _arguments(actions[key], key, value)
+    return arguments
+
+
+def _arguments(action: argparse.Action, key: str, value: Any) -> list[str]:
+    """A flag with its value as a command line has it; none for null and false."""
+    flag = action.option_strings[0]
+    if value is None or (value is False and action.nargs in (0, "?")):
+        return []
+    if value is True and action.nargs in (0, "?"):
+        return [flag]
+    if isinstance(value, list) and isinstance(action, argparse._AppendAction):
+        return [f"{flag}={entry}" for entry in value]
+    if isinstance(value, list):
+        value = ("x" if key == "size" else ",").join(map(str, value))
+    if isinstance(value, bool | Mapping) or action.nargs == 0:
+        expected = "true or false" if action.nargs == 0 else "a value"
+        raise UsageError(f"{key!r} is {json.dumps(value)}, expected {expected}")
+    return [f"{flag}={value}"]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; a key that is given twice would be ignored once."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise UsageError(f"the key {key!r} is given twice")
+        found[key] = value
+    return found
