@@ -410,7 +410,7 @@ class TestHtml:
 
     def test_caption_is_escaped(self):
         page = Video(moving_picture(1, 16, 16), None, settings={"prompt": "</pre><script>alert(1)</script> & 猫"})
-        caption = page._repr_html_().split("</video>")[1]
+        caption = page._repr_html_().split("<figcaption>")[1]
         assert "<script>" not in caption and "&lt;script&gt;alert(1)" in caption and "&amp; 猫" in caption
 
     def test_any_settings(self):

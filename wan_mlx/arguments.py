@@ -43,7 +43,7 @@ NO_MEANING = {
 NOT_YET = ("use_prompt_extend", "memory")
 
 # Values that are paths: what they mean depends on the folder that the command is run in.
-PATH_FLAGS = ("model", "image", "last_image", "src_video", "src_mask", "src_ref_images", "output")
+PATH_FLAGS = ("model", "image", "last_image", "src_video", "src_mask", "src_ref_images", "video", "output")
 # What may differ from the first command when a run goes on: it has no part in what the video shows.
 FREE_ON_RESUME = (
     "resume", "overwrite", "dry_run", "quiet", "debug", "version", "memory", "vae_tiling", "no_prompt_cache",
@@ -118,6 +118,7 @@ def add_what(parser: Parser) -> None:
     what.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid (default: the model's own)")
     what.add_argument("--size", type=parse_size, metavar="WxH", help="pixels, multiples of 16 (default: the model's)")
     what.add_argument("--frames", "--frame_num", type=int, metavar="N", help="4n+1 (default 81: five seconds)")
+    what.add_argument("--num-images", type=int, metavar="N", help="N stills with N seeds (with --frames 1)")
     what.add_argument("--output", "--save_file", metavar="FILE", help=".mp4 .gif .webp .png .npz (default: by prompt)")
     what.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     what.add_argument("--report", metavar="FILE", help="of --prompts: what became of each line (FILE.report.jsonl)")

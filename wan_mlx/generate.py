@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,8 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
     from .weights.hub import survey
 
     if args.output:
-        check_output(args.output, args.overwrite)  # before a download or an hour of work
+        # Before a download or an hour of work; of a series the names are not known yet.
+        check_output(args.output, args.overwrite or args.num_images is not None)
     download = survey(args.model, args.source)
     if download:
         note(f"download  {download}")
@@ -93,7 +94,10 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
     pipe = pipeline_from(args)
     request = request_from(pipe, args)
     output = Path(args.output or default_output(pipe.preset.name, request))
-    describe(pipe, request, output)
+    jobs = outputs_of(request, output, args.num_images)
+    for _, path in jobs:
+        check_output(path, args.overwrite)
+    describe(pipe, request, *(path for _, path in jobs))
     for line in recipe_notes([(pipe.checkpoint.path, {}), (pipe.checkpoint.files["transformer"], {})], request.recipe):
         note(f"          {line}")
     asked = args.size or pipe.preset.size
@@ -103,11 +107,15 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
         note(f"          its length is the source's; {args.frames} frames were asked for")
     if args.dry_run:
         return 0
-    with RunFolder(output) as folder:
-        refuse_unfinished(folder, args.overwrite)
-        with keeping(folder):
-            folder.begin(make_record(pipe, request, vars(args)))
-            return generate_to_file(pipe, request, folder, args.overwrite, interrupts)
+    codes = []
+    with pipe.keep_loaded() if len(jobs) > 1 else nullcontext():
+        for request, path in jobs:
+            with RunFolder(path) as folder:
+                refuse_unfinished(folder, args.overwrite)
+                with keeping(folder):
+                    folder.begin(make_record(pipe, request, vars(args)))
+                    codes.append(generate_to_file(pipe, request, folder, args.overwrite, interrupts))
+    return max(codes)
 
 
 def batch(args: argparse.Namespace, argv: list[str], interrupts: Interrupts) -> int:
@@ -156,7 +164,7 @@ def resume(args: argparse.Namespace, given: dict[str, object], interrupts: Inter
         for difference in check_identity(record, pipe, folder):
             note(difference)
         describe(pipe, request, output)
-        note(f"goes on   {folder.steps_done} of {request.steps} steps are done")
+        note(f"goes on   {folder.steps_done} of {request.steps_made} steps are done")
         if args.dry_run:
             return 0
         with keeping(folder):
@@ -239,13 +247,15 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:
     width, height = args.size or (None, None)
-    frames = 1 if args.frames is None and args.task == "t2i-14B" else args.frames
+    still = args.task == "t2i-14B" or (args.num_images or 1) > 1
+    if args.task == "t2i-14B" and args.frames not in (None, 1):
+        raise UsageError(f"--task t2i-14B makes stills, but --frames is {args.frames}; nearest: 1")
     return pipe.request(
         args.prompt,
         negative_prompt=args.negative_prompt,
         width=width,
         height=height,
-        num_frames=frames,
+        num_frames=1 if still and args.frames is None else args.frames,
         steps=args.steps,
         guidance_scale=args.guidance,
         shift=args.shift,
@@ -274,7 +284,15 @@ def default_output(model: str, request: Request) -> str:
     return f"{model}_{request.width}x{request.height}_{words}_{datetime.now():%Y%m%d_%H%M%S}{ending}"
 
 
-def describe(pipe: WanPipeline, request: Request, output: Path) -> None:
+def outputs_of(request: Request, output: Path, num_images: int | None) -> list[tuple[Request, Path]]:
+    """Each still of ``--num-images`` and its file: "cat.png" becomes "cat_seed42.png", "cat_seed43.png", ..."""
+    if num_images is None:
+        return [(request, output)]
+    requests = request.series(num_images)
+    return [(one, output.with_name(f"{output.stem}_seed{one.seed}{output.suffix}")) for one in requests]
+
+
+def describe(pipe: WanPipeline, request: Request, *outputs: Path) -> None:
     guidance = "off" if request.guidance_scale == 1 else f"{request.guidance_scale:g}"
     note(f"model     {pipe.checkpoint.path} ({pipe.preset.name} defaults, {pipe.dtype}"
          f"{f', {pipe.quantize}' if pipe.quantize else ''})")  # fmt: skip
@@ -290,7 +308,8 @@ def describe(pipe: WanPipeline, request: Request, output: Path) -> None:
         note(line)
     if request.video is not None:
         note(f"start     {request.video}, strength {request.strength:g}: the last {request.steps_made} of the steps")
-    note(f"output    {output}")
+    for output in outputs:
+        note(f"output    {output}")
 
 
 def origins(pipe: WanPipeline) -> list[str]:

@@ -192,13 +192,18 @@ def save_video(
 
 
 def video_html(frames: np.ndarray, fps: float, settings: dict[str, Any]) -> str:
-    """HTML that plays frames, uint8 (T, H, W, 3), inline, with the settings as a caption beneath."""
+    """HTML that plays frames, uint8 (T, H, W, 3), inline, or shows the only one, with the settings beneath."""
+    kind, ending = ("image/png", ".png") if len(frames) == 1 else ("video/mp4", ".mp4")
     with tempfile.TemporaryDirectory() as folder:
-        data = save_video(Path(folder) / "video.mp4", frames, fps, {}).read_bytes()
-    source = f"data:video/mp4;base64,{base64.b64encode(data).decode('ascii')}"
+        data = save_video(Path(folder) / f"video{ending}", frames, fps, {}).read_bytes()
+    source = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+    tag = (
+        f'<img style="max-width:100%" src="{source}">'
+        if len(frames) == 1
+        else f'<video controls loop autoplay muted playsinline style="max-width:100%" src="{source}"></video>'
+    )
     return (
-        f'<figure style="margin:0"><video controls loop autoplay muted playsinline style="max-width:100%" '
-        f'src="{source}"></video><figcaption><pre style="white-space:pre-wrap">'
+        f'<figure style="margin:0">{tag}<figcaption><pre style="white-space:pre-wrap">'
         f"{html.escape(_settings_text(settings, indent=1))}</pre></figcaption></figure>"
     )
 

@@ -205,7 +205,29 @@ class WanPipeline:
             ValueError: an option is wrong.
             SamplingError: the latents stopped being finite.
         """
-        request = self.request(prompt, **options)
+        return self._make(self.request(prompt, **options), callback)
+
+    def images(
+        self, prompt: str, num_images: int = 1, callback: Callable[[Step], Any] | None = None, **options: Any
+    ) -> list[Video]:
+        """Make stills of one prompt, with the seeds ``seed``, ``seed + 1``, ...: the model is loaded once.
+
+        Args:
+            prompt, callback, options: as for a video; ``num_frames`` is 1.
+            num_images: how many.
+
+        Returns:
+            a `Video` of one frame each, the same as if it had been made alone with its seed.
+
+        Raises:
+            ValueError: an option is wrong.
+            SamplingError: the latents stopped being finite.
+        """
+        requests = self.request(prompt, **{"num_frames": 1, **options}).series(num_images)
+        with self.keep_loaded():
+            return [self._make(request, callback) for request in requests]
+
+    def _make(self, request: Request, callback: Callable[[Step], Any] | None) -> Video:
         settings = self.settings(request)
         frames, latents = [], None
         with closing(self.stages(request)) as events:
@@ -573,6 +595,8 @@ def check_request(request: Request) -> None:
         raise ValueError(f"shift is {request.shift}, expected a number above 0")
     if not np.isfinite(request.guidance_scale):
         raise ValueError(f"guidance is {request.guidance_scale}, expected a finite number")
+    if request.seed >= 2**64:
+        raise ValueError(f"seed is {request.seed}, expected 0 to {2**64 - 1}; nearest: {2**64 - 1}")
     if request.solver not in SOLVERS:
         raise ValueError(f"unknown solver {request.solver!r}, expected one of {', '.join(SOLVERS)}")
     if not 0 < request.strength <= 1:

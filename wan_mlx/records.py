@@ -13,7 +13,7 @@ import mlx.core as mx
 from . import __version__
 from .arguments import FREE_ON_RESUME, PATH_FLAGS, flag_names
 from .run_folder import RunFolder, fingerprint
-from .types import Request, WanError
+from .types import SOURCE_FIELDS, Request, WanError
 from .weights.hub import BUNDLED
 from .weights.lora import normalise_loras
 
@@ -25,7 +25,6 @@ REQUEST_FIELDS = {
     "prompt": "prompt", "negative_prompt": "negative_prompt", "frames": "num_frames", "steps": "steps",
     "guidance": "guidance_scale", "shift": "shift", "solver": "solver", "seed": "seed",
 }  # fmt: skip
-SOURCE_FIELDS = ("image", "last_image", "src_video", "src_mask")
 # What each kept file makes superfluous: these weights may be gone or different when the run goes on.
 ENCODERS = ("text_encoder", "image_encoder", "tokenizer")
 
@@ -113,7 +112,7 @@ def check_identity(record: Mapping[str, Any], pipe: WanPipeline, folder: RunFold
     """
     state = folder.state()
     done = set() if state is None else {*ENCODERS}
-    if folder.steps_done == record["request"]["steps"]:
+    if folder.steps_done == request_of(record).steps_made:
         done |= {name for name in _weights(pipe) if name == "transformer" or name.startswith("lora")}
     for name, path in _weights(pipe).items():
         if name not in done and record["weights"].get(name) != fingerprint(path):

@@ -16,7 +16,7 @@ Inside the package arrays are channels last: video ``(B, T, H, W, 3)`` in [-1, 1
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from .sources import Source
+
+
+# Fields of a `Request` that hold one source each; src_ref_images holds several.
+SOURCE_FIELDS = ("image", "last_image", "src_video", "src_mask", "video")
 
 
 class WanError(Exception):
@@ -88,12 +92,23 @@ class Request:
 
         return {
             **vars(self),
-            **{
-                name: describe(getattr(self, name))
-                for name in ("image", "last_image", "src_video", "src_mask", "video")
-            },
+            **{name: describe(getattr(self, name)) for name in SOURCE_FIELDS},
             "src_ref_images": [describe(source) for source in self.src_ref_images],
         }
+
+    def series(self, count: int) -> list[Request]:
+        """``count`` stills of this request, with the seeds from its own on, each as it would be asked for alone.
+
+        Raises:
+            ValueError: it is not for a still, ``count`` is below 1, or the seeds run out.
+        """
+        if count < 1:
+            raise ValueError(f"num_images is {count}, expected at least 1")
+        if count > 1 and self.num_frames != 1:
+            raise ValueError(f"num_images is {count}, but {self.num_frames} frames are a video; nearest: 1 frame")
+        if self.seed + count > 2**64:
+            raise ValueError(f"seed is {self.seed}, expected room for {count} seeds; nearest: {2**64 - count}")
+        return [replace(self, seed=self.seed + number) for number in range(count)]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

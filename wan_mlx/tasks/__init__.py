@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..types import Conditioning, Encoders, Request
+from ..types import SOURCE_FIELDS, Conditioning, Encoders, Request
 from . import flf2v, i2v, t2v, vace
-
-SOURCES = ("image", "last_image", "src_video", "src_mask", "src_ref_images", "video")
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def fit_sources(request: Request) -> Request:
         ValueError: a source is missing, cannot be read, or is not for this task.
     """
     task = TASKS[request.task]
-    for name in SOURCES:
+    for name in (*SOURCE_FIELDS, "src_ref_images"):
         source = getattr(request, name)
         given = len(source) > 0 if isinstance(source, tuple) else source is not None
         if given and name not in task.takes:
