@@ -98,7 +98,8 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
     for _, path in jobs:
         check_output(path, args.overwrite)
     describe(pipe, request, *(path for _, path in jobs))
-    for line in recipe_notes([(pipe.checkpoint.path, {}), (pipe.checkpoint.files["transformer"], {})], request.recipe):
+    distilled = [pipe.checkpoint.path, pipe.checkpoint.files["transformer"], *(path for path, _ in pipe.loras)]
+    for line in recipe_notes(distilled, request.recipe):
         note(f"          {line}")
     asked = args.size or pipe.preset.size
     if asked != (request.width, request.height):

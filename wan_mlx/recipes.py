@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .schedulers import Grid, Scheduler, make_scheduler
-from .types import Request
+from .types import Request, WanError
+from .weights.reader import open_weights
 
 # LoRA files name what they are in their metadata, under one of many keys; longer values are training data.
 LONGEST_HINT = 400
@@ -125,11 +126,11 @@ def suggest_recipe(path: str | Path, metadata: Mapping[str, Any] | None = None) 
     return next((r for r in RECIPES.values() if re.search(r.hints, squeezed) or re.search(r.hints, text)), None)
 
 
-def recipe_notes(files: Iterable[tuple[str | Path, Mapping[str, Any]]], chosen: str | None) -> list[str]:
-    """A line for each recipe that one of the files, (path, metadata), seems to want and that is not the chosen one."""
+def recipe_notes(paths: Iterable[str | Path], chosen: str | None) -> list[str]:
+    """A line for each recipe that one of these checkpoints and LoRAs seems to want and that is not the chosen one."""
     notes, said = [], {chosen}
-    for path, metadata in files:
-        recipe = suggest_recipe(path, metadata)
+    for path in paths:
+        recipe = suggest_recipe(path, _metadata(Path(path)))
         if recipe and recipe.name not in said:
             said.add(recipe.name)
             strength = f", LoRA strength {recipe.strength:g}" if recipe.strength != 1 else ""
@@ -138,3 +139,13 @@ def recipe_notes(files: Iterable[tuple[str | Path, Mapping[str, Any]]], chosen: 
                 f"steps, {recipe.solver}, shift {recipe.shift:g}, guidance off{strength})"
             )
     return notes
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    """What a safetensors file says of itself; nothing of other files, or of one that cannot be read."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        return open_weights(path).metadata
+    except WanError:  # said when the file is opened in earnest
+        return {}

@@ -197,10 +197,18 @@ def test_suggestion_by_metadata():
 
 
 def test_a_suggestion_is_a_line_and_no_more():
-    notes = recipe_notes([("a/Wan21_CausVid_lora.safetensors", {}), ("b/CausVid", {})], None)
+    notes = recipe_notes(["a/Wan21_CausVid_lora.safetensors", "b/CausVid"], None)
     assert len(notes) == 1
     assert all(word in notes[0] for word in ("--recipe causvid", "9 steps", "unipc", "shift 8", "strength 0.5"))
-    assert recipe_notes([("CausVid.safetensors", {})], "causvid") == []
+    assert recipe_notes(["CausVid.safetensors"], "causvid") == []
+
+
+def test_notes_read_the_metadata_of_a_file(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    mx.save_safetensors(str(path), {"a": mx.zeros(3)}, {"modelspec.title": "FastWan 14B"})
+    assert "--recipe fastwan-3step" in recipe_notes([path], None)[0]
+    path.write_bytes(b"damaged")
+    assert recipe_notes([path], None) == []
 
 
 class TestCommandLine:

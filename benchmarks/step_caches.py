@@ -1,0 +1,106 @@
+"""What a step cache saves and what it costs: forwards computed, seconds, and PSNR against the run without.
+
+    python benchmarks/step_caches.py nano --steps 30 --caches easycache:0.05,easycache:0.1
+    python benchmarks/step_caches.py FOLDER --json step_caches.json
+
+The model stays loaded; each cache makes the same videos (prompts times seeds) as the run without one. The number of
+forwards of TeaCache and MagCache, and with it the time, does not depend on the weights, so a folder of random ones
+(``random_checkpoint.py``) tells the speed at real sizes; PSNR means something only for a trained model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from real_size import machine
+
+from wan_mlx import WanPipeline
+
+CANDIDATES = (
+    "teacache:0.05", "teacache:0.08", "teacache:0.1", "teacache:0.2", "magcache", "magcache:0.12:4", "magcache:0.24:6",
+    "easycache:0.05", "easycache:0.1", "easycache:0.2",
+)  # fmt: skip
+PROMPTS = ("a red circle moves right on a blue background", "a yellow star spins on a grey background")
+
+
+def psnr(videos: list[np.ndarray], others: list[np.ndarray]) -> float:
+    """Of uint8 frames, in dB, over all videos together; infinite if all are equal."""
+    pairs = zip(videos, others, strict=True)
+    error = np.mean([np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2) for a, b in pairs])
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def available(pipe: WanPipeline, options: dict) -> list[str]:
+    """The candidates that this model and number of steps allow, each once."""
+    found, reasons = {}, set()
+    for cache in CANDIDATES:
+        try:
+            found.setdefault(pipe.request(PROMPTS[0], cache=cache, **options).cache, cache)
+        except ValueError as error:
+            reasons.add(str(error))
+    print("\n".join(sorted(reasons)))
+    return list(found.values())
+
+
+def runs(pipe: WanPipeline, cache: str, prompts: list[str], seeds: range, options: dict) -> dict:
+    """Frames, and totals over prompts and seeds."""
+    frames, seconds, computed, asked = [], 0.0, 0, 0
+    for prompt in prompts:
+        for seed in seeds:
+            video = pipe(prompt, seed=seed, cache=cache, **options)
+            frames.append(video.frames)
+            seconds += next(stage.seconds for stage in video.stages if stage.name == "denoise")
+            computed, asked = computed + pipe.forwards[0], asked + pipe.forwards[1]
+    count = len(frames)
+    return {"frames": frames, "seconds": seconds / count, "computed": computed / count, "forwards": asked / count}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="nano, a folder, or a hub id")
+    parser.add_argument("--task", help="preset whose constants and defaults are used")
+    parser.add_argument("--size", help="such as 832x480 (default: the model's)")
+    parser.add_argument("--frames", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--caches", help="with commas between (default: all that the model allows)")
+    parser.add_argument("--prompt", action="append", help="again for more (default: two that nano knows)")
+    parser.add_argument("--seeds", type=int, default=1, help="how many for each prompt")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    width, height = (int(n) for n in args.size.split("x")) if args.size else (None, None)
+    options = {"width": width, "height": height, "num_frames": args.frames, "steps": args.steps}
+    pipe = WanPipeline.from_pretrained(args.model, args.dtype, preset=args.task, progress=False)
+    prompts, seeds = args.prompt or list(PROMPTS), range(1, args.seeds + 1)
+    caches = args.caches.split(",") if args.caches else available(pipe, options)
+    rows = []
+    with pipe.keep_loaded():
+        pipe(prompts[0], seed=1, **{**options, "steps": 2})  # load, and compile what is compiled once
+        full = None
+        for cache in ["none", *caches]:
+            got = runs(pipe, cache, prompts, seeds, options)
+            full = full or got
+            row = {
+                "cache": pipe.request(prompts[0], cache=cache, **options).cache,
+                "computed": got["computed"],
+                "forwards": got["forwards"],
+                "seconds": got["seconds"],
+                "speedup": full["seconds"] / got["seconds"],
+                "psnr": psnr(full["frames"], got["frames"]),
+            }
+            rows.append(row)
+            print("{cache:<26}{computed:6g} of {forwards:<6g}{seconds:9.2f} s{speedup:8.2f}x{psnr:9.2f} dB"
+                  .format(**row), flush=True)  # fmt: skip
+    if args.json:
+        request = pipe.request(prompts[0], **options)
+        size = {"width": request.width, "height": request.height, "frames": request.num_frames, "steps": request.steps}
+        report = {"machine": machine(), "model": args.model, "dtype": args.dtype, **size, "prompts": prompts,
+                  "seeds": args.seeds, "rows": rows}  # fmt: skip
+        args.json.write_text(json.dumps(report, indent=1).replace("Infinity", "null"))
+
+
+if __name__ == "__main__":
+    main()
