@@ -201,6 +201,11 @@ def test_magcache_stretches_its_ratios_to_other_numbers_of_steps(steps):
         assert got[0] == 1.0 and got[-1] == ratios[98 + branch]
 
 
+def test_magcache_of_a_run_that_starts_late_takes_the_later_ratios():
+    whole, late = MagCache(20, **MAG), MagCache(12, **MAG, left_out=8)
+    assert np.array_equal(late.ratios[COND], whole.ratios[COND][8:])
+
+
 def test_one_step_takes_the_last_ratio():
     assert MagCache(1, **MAG).ratios[0].tolist() == [MAG["ratios"][-2]]
 

@@ -90,8 +90,9 @@ def check_guidance(request: Request, num_layers: int) -> None:
         used = name == "guidance_range" or request.skip_layers
         if used and not any(_within(span, index, request.steps_made) for index in range(request.steps_made)):
             raise ValueError(f"{name} {span} holds none of the {request.steps_made} steps; widen it, or leave it out")
-    if request.cfg_zero is not None and not 0 <= request.cfg_zero < request.steps:
-        raise ValueError(f"cfg_zero is {request.cfg_zero} steps, expected 0 to {request.steps - 1} of {request.steps}")
+    if request.cfg_zero is not None and not 0 <= request.cfg_zero < request.steps_made:
+        most = request.steps_made - 1
+        raise ValueError(f"cfg_zero is {request.cfg_zero} steps, expected 0 to {most} of {request.steps_made}")
     wrong = [layer for layer in request.skip_layers if not 0 <= layer < num_layers]
     if wrong:
         raise ValueError(f"skip_layers names layer {wrong[0]}, expected 0 to {num_layers - 1}")

@@ -392,7 +392,8 @@ class WanPipeline:
         with self._stage("load transformer"):
             model = with_condition(self._load("transformer"), reached.conditioning)
         with self._stage("denoise"):
-            cache = make_cache(request.cache, request.steps_made, self.preset.name)
+            left_out = request.steps - request.steps_made
+            cache = make_cache(request.cache, request.steps_made, self.preset.name, left_out)
             steps = denoise(
                 model,
                 reached.conditioning,

@@ -55,13 +55,16 @@ def resolve_cache(text: str | None, steps: int, model: str, config: TransformerC
     return ":".join([name, *(repr(value) if isinstance(value, float) else str(value) for value in settings)])
 
 
-def make_cache(resolved: str, steps: int, model: str) -> StepCache:
-    """A fresh cache, of what `resolve_cache` gave for the same steps and preset."""
+def make_cache(resolved: str, steps: int, model: str, left_out: int = 0) -> StepCache:
+    """A fresh cache, of what `resolve_cache` gave for the same steps and preset.
+
+    ``left_out``: steps at the start of the grid that are not made, because the run starts from a video.
+    """
     name, *settings = resolved.split(":")
     if name == "teacache":
         return TeaCache.of(model, steps, float(settings[0]), settings[1])
     if name == "magcache":
-        return MagCache.of(model, steps, float(settings[0]), int(settings[1]), float(settings[2]))
+        return MagCache.of(model, steps, float(settings[0]), int(settings[1]), float(settings[2]), left_out)
     if name == "easycache":
         return EasyCache(steps, float(settings[0]), int(settings[1]))
     return StepCache(steps)

@@ -19,18 +19,30 @@ class MagCache(ResidualCache):
         most_skips: steps in a row that may be skipped.
         retention: share of the run, at its start, that is always computed, in [0, 1].
         ratios: see `MagCacheConstants`; of another number of steps, they are stretched to the nearest.
+        left_out: steps before the first, of which the ratios tell too.
     """
 
-    def __init__(self, steps: int, threshold: float, most_skips: int, retention: float, ratios: tuple[float, ...]):
+    def __init__(
+        self,
+        steps: int,
+        threshold: float,
+        most_skips: int,
+        retention: float,
+        ratios: tuple[float, ...],
+        left_out: int = 0,
+    ):
         super().__init__(steps, threshold)
         self.most_skips = most_skips
         self.first = int(2 * steps * retention)  # counted in forwards, two a step
-        self.ratios = [stretched(np.array([1.0, *ratios[branch::2]]), steps) for branch in range(2)]
+        of_pass = [np.array([1.0, *ratios[branch::2]]) for branch in range(2)]
+        self.ratios = [stretched(values, left_out + steps)[left_out:] for values in of_pass]
 
     @classmethod
-    def of(cls, model: str, steps: int, threshold: float, most_skips: int, retention: float) -> MagCache:
+    def of(
+        cls, model: str, steps: int, threshold: float, most_skips: int, retention: float, left_out: int = 0
+    ) -> MagCache:
         """With the constants of a preset."""
-        return cls(steps, threshold, most_skips, retention, MAGCACHE[model].ratios)
+        return cls(steps, threshold, most_skips, retention, MAGCACHE[model].ratios, left_out)
 
     def skips(self, branch: int, own: Branch, this_pass: ForwardPass) -> bool:
         if 2 * self.index + branch < self.first:
