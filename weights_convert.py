@@ -9,8 +9,9 @@ from functools import partial
 from tqdm import tqdm
 
 from wan_mlx import WanError
+from wan_mlx.weights.checkpoint import PARTS
 from wan_mlx.weights.convert import convert
-from wan_mlx.weights.hub import survey
+from wan_mlx.weights.hub import Places
 from wan_mlx.weights.networks import no_progress
 
 
@@ -30,12 +31,18 @@ def main(argv: list[str] | None = None) -> int:
         "(default: as stored, and Q8_0 Q5_0 Q5_1 Q4_0 Q4_1 stay packed as they are)",
     )
     parser.add_argument("--model", help="preset whose sampling defaults to record, such as t2v-1.3B")
+    for part in PARTS:
+        parser.add_argument(
+            f"--{part.replace('_', '-')}", metavar="PATH", help="what to take instead of what SOURCE has"
+        )
     parser.add_argument("--source", dest="hub", default="huggingface", help="hub: huggingface (default) or modelscope")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
+    parts = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
     try:
-        if (download := survey(args.source, args.hub)) and download.missing:
-            print(f"download  {download}", file=sys.stderr)
+        for download in Places(args.source, parts).survey(args.hub):
+            if download.missing:
+                print(f"download  {download}", file=sys.stderr)
         out = convert(
             args.source,
             args.out,
@@ -46,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             args.quantize,
             args.overwrite,
             args.hub,
+            parts=parts,
         )
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written, a download goes on where it was", file=sys.stderr)

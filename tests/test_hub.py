@@ -17,7 +17,9 @@ from huggingface_hub import constants
 from wan_mlx.configs import COMFYUI_PARTS, COMFYUI_TRANSFORMERS, PRESETS
 from wan_mlx.types import WeightsError
 from wan_mlx.weights import disk, download, hub
-from wan_mlx.weights.hub import Location, cached, is_cached, parse_location, preset_of, remote_size, resolve, survey
+from wan_mlx.weights.hub import Places, cached, is_cached, preset_of, remote_size, resolve, resolve_loras, survey
+from wan_mlx.weights.hub_names import Location, parse_location
+from wan_mlx.weights.lora import normalise_loras
 
 REPO = "Wan-AI/Wan2.1-T2V-1.3B"
 BIG = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -146,6 +148,34 @@ def test_one_file_of_a_repository(server, name):
     assert path.name == "wan2.1-t2v-14b-Q4_K_M.gguf"
     assert path.read_bytes() == server.repos["city96/Wan2.1-T2V-14B-gguf"][path.name]
     assert set(server.got()) == {path.name} and preset_of(name).name == "t2v-14B"
+
+
+def test_parts_given_apart_are_not_fetched_twice(server, tmp_path):
+    """A model of one repository, its text encoder from another, its VAE from this machine, a LoRA from a third."""
+    vae = tmp_path / "vae.safetensors"
+    vae.write_bytes(b"here")
+    server.repos["a/loras"] = {"style.safetensors": b"low rank", "other.safetensors": b"no"}
+    loras = [(Path("a/loras:style.safetensors"), 0.8), (vae, 0.5)]
+    places = Places(REPO, {"text_encoder": "someone/mlx", "vae": vae}, loras)
+    told = places.survey()
+    assert [str(download.location) for download in told] == [REPO, "someone/mlx", "a/loras:style.safetensors"]
+    assert not server.got()
+    here = places.resolve()
+    assert here.parts["vae"] == vae and here.loras[1] == (vae, 0.5)
+    assert here.loras[0][0].read_bytes() == b"low rank" and here.loras[0][1] == 0.8
+    fetched = {path for path, needed in OFFICIAL.items() if needed} - {BIG, "Wan2.1_VAE.pth"}
+    assert set(server.got()) == fetched | {"text_encoder.safetensors", "style.safetensors"}
+    assert written(here.model).keys() == fetched
+    assert written(here.parts["text_encoder"]).keys() == {"config.json", "text_encoder.safetensors"}
+    assert sum(download.missing for download in places.survey()) == 0
+
+
+def test_loras_of_a_hub(server, monkeypatch):
+    server.repos["a/loras"] = {"style.safetensors": b"low rank"}
+    address = normalise_loras("https://huggingface.co/a/loras/resolve/main/style.safetensors:0.7")
+    ((path, strength),) = resolve_loras(address)
+    assert path.read_bytes() == b"low rank" and strength == 0.7
+    assert resolve_loras(normalise_loras("a/missing.safetensors")) == [(Path("a/missing.safetensors"), 1.0)]
 
 
 def test_sizes_are_told_before_and_what_is_here_is_subtracted(server):

@@ -141,7 +141,7 @@ def add_model(parser: Parser) -> None:
     model.add_argument("--model", "--ckpt_dir", metavar="MODEL", help="nano (bundled), a folder, a file, or a hub id")
     for part in ("transformer", "text-encoder", "vae", "image-encoder", "tokenizer"):
         given = "where --model is one file, or instead of what it has" if part == "transformer" else "likewise"
-        model.add_argument(f"--{part}", metavar="PATH", help=f"file, or folder that has it: {given}")
+        model.add_argument(f"--{part}", metavar="PATH", help=f"file, folder or repository that has it: {given}")
     model.add_argument("--source", metavar="HUB", default="huggingface", help="huggingface (default) or modelscope")
     model.add_argument("--task", help="take the sampling defaults of this official task, such as t2v-1.3B")
     model.add_argument("--dtype", default="bfloat16", help="of transformer and text encoder: bfloat16, float32")
@@ -157,7 +157,8 @@ def add_model(parser: Parser) -> None:
         metavar="FILE[:STRENGTH]",
         action="append",
         default=[],
-        help="merge a LoRA into the transformer, as in style.safetensors:0.8; may be given again",
+        help="merge a LoRA into the transformer, as in style.safetensors:0.8 or owner/name:style.safetensors:0.8; "
+        "may be given again",
     )
 
 

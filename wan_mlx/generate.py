@@ -81,16 +81,12 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
     from .recipes import recipe_notes
     from .records import make_record
     from .run_folder import RunFolder
-    from .weights.hub import survey
 
     if args.output:
         # Before a download or an hour of work; of a series the names are not known yet.
         check_output(args.output, args.overwrite or args.num_images is not None)
-    download = survey(args.model, args.source)
-    if download:
-        note(f"download  {download}")
-        if args.dry_run and download.missing:
-            return 0
+    if args.dry_run and tell_downloads(args):
+        return 0
     pipe = pipeline_from(args)
     request = request_from(pipe, args)
     output = Path(args.output or default_output(pipe.preset.name, request))
@@ -229,9 +225,10 @@ def pipeline_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def pipeline_from(args: argparse.Namespace) -> WanPipeline:
-    """The model that the flags name; opened, not loaded."""
+    """The model that the flags name; downloaded if need be, and opened, not loaded."""
     from .pipeline import WanPipeline
 
+    tell_downloads(args)
     return WanPipeline.from_pretrained(**pipeline_options(args))
 
 
@@ -244,6 +241,20 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UsageError(MODEL_HELP)
     if args.prompt is None:
         raise UsageError("--prompt is missing: say what the video should show")
+
+
+def tell_downloads(args: argparse.Namespace) -> bool:
+    """Say what must be fetched before the model can be opened, and how large it is; whether that is anything."""
+    from .weights.checkpoint import PARTS
+    from .weights.hub import Places
+    from .weights.lora import normalise_loras
+
+    parts = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
+    downloads = Places(args.model, parts, normalise_loras(args.lora)).survey(args.source)
+    missing = [download for download in downloads if download.missing]
+    for download in missing:
+        note(f"download  {download}")
+    return bool(missing)
 
 
 def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:

@@ -35,7 +35,7 @@ from .transformer import Transformer
 from .types import Conditioning, Request, RunState, StageReport, Step, Video
 from .weights.beside import set_loras
 from .weights.checkpoint import PARTS, Checkpoint, open_checkpoint
-from .weights.hub import preset_of, resolve
+from .weights.hub import Places, preset_of, resolve_loras
 from .weights.load import open_component, transformer_config
 from .weights.lora import LoraChoice, describe_lora, normalise_loras
 from .weights.networks import (
@@ -148,10 +148,11 @@ class WanPipeline:
                 same video in less memory and more time; "off" never, "auto" (or None) where memory asks for it.
             source: hub to download from: "huggingface", or "modelscope" (an extra).
             loras: LoRA files to merge into the transformer as it is loaded: each a path, "path:strength" or
-                (path, strength). Quantised weights keep them beside, as `set_loras` does.
+                (path, strength); the path may be a repository's file as in ``model``. Quantised weights keep them
+                beside, as `set_loras` does.
             prompt_cache: keep encoded prompts on disk (`wan_mlx.prompt_cache`), to encode each only once.
             transformer, text_encoder, vae, image_encoder, tokenizer: a file in any format that is read, or a folder
-                that has it, to use instead of what ``model`` has.
+                or repository that has it, to use instead of what ``model`` has; that is then not downloaded.
 
         Raises:
             ValueError: an argument is wrong, or the model's task is not supported.
@@ -163,11 +164,12 @@ class WanPipeline:
         parse_tiling(vae_tiling)  # before a download
         found, loras = find_preset(preset) if preset else None, normalise_loras(loras)
         parts = dict(zip(PARTS, (transformer, text_encoder, vae, image_encoder, tokenizer), strict=True))
-        given = {part: resolve(place, source, progress) for part, place in parts.items() if place is not None}
-        checkpoint = open_checkpoint(resolve(model, source, progress), given)
+        places = Places(model, {part: place for part, place in parts.items() if place is not None}, loras)
+        here = places.resolve(source, progress)
+        checkpoint = open_checkpoint(here.model, here.parts)
         if found is None and checkpoint.model is None:
             found = preset_of(model)  # two models of the same sizes differ in their defaults
-        return cls(checkpoint, dtype, found, progress, quantize, vae_tiling, loras, prompt_cache)
+        return cls(checkpoint, dtype, found, progress, quantize, vae_tiling, here.loras, prompt_cache)
 
     def set_loras(self, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
         """Use these LoRAs, in place of those before, from the next video on; none restores the model exactly.
@@ -182,7 +184,7 @@ class WanPipeline:
             ValueError: an entry is no LoRA.
             WeightsError: a file does not suit the model; then nothing has changed.
         """
-        loras = normalise_loras(loras)
+        loras = resolve_loras(normalise_loras(loras), progress=self.progress)
         check_loras(self.checkpoint, loras)
         kept = (self._kept or {}).get("transformer")
         if kept is not None and kept.lora_state.merged:

@@ -105,9 +105,7 @@ class RunFolder:
         arrays = conditioning.arrays()
         rest = {name: value for name, value in vars(conditioning).items() if name not in arrays and value is not None}
         metadata = {"values": json.dumps(rest)}
-        _write(
-            self.path / "conditioning.safetensors", lambda path: mx.save_safetensors(str(path), arrays, metadata)
-        )
+        _write(self.path / "conditioning.safetensors", lambda path: mx.save_safetensors(str(path), arrays, metadata))
 
     def save_step(self, step: Step, notes: Mapping[str, Any] | None = None) -> None:
         """Keep the step's state, with ``notes`` that JSON can hold, and drop those before the last but one."""

@@ -229,6 +229,17 @@ def test_a_hub_id_converts_and_keeps_its_preset(official_folder, tmp_path, monke
     assert np.array_equal(video_of(tmp_path / "mlx").frames, video_of(official_folder).frames)
 
 
+def test_parts_given_apart(official_folder, tmp_path):
+    """A transformer's own file and the rest from elsewhere become one folder."""
+    source = official_folder / "diffusion_pytorch_model.safetensors"
+    given = {"text_encoder": official_folder, "vae": official_folder / "Wan2.1_VAE.pth", "tokenizer": official_folder}
+    flags = [word for part, place in given.items() for word in (f"--{part.replace('_', '-')}", str(place))]
+    assert main([str(source), str(tmp_path / "mlx"), *flags, "--dtype", "float32", "--quiet"]) == 0
+    files = json.loads((tmp_path / "mlx/config.json").read_text())["files"]
+    whole = json.loads((convert(official_folder, tmp_path / "whole", "float32") / "config.json").read_text())["files"]
+    assert files == whole
+
+
 def test_a_failed_conversion_leaves_no_folder(official_folder, tmp_path):
     broken = shutil.copytree(official_folder, tmp_path / "broken")
     (broken / "Wan2.1_VAE.pth").write_bytes(b"PK\x03\x04")

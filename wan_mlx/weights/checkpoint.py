@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..configs import COMFYUI_PARTS
 from ..types import WeightsError
 from .load import ComponentWeights, open_component
 from .reader import open_weights
@@ -287,7 +288,9 @@ def _incomplete(found: Checkpoint, missing: list[str]) -> str:
         lacking = "; ".join(f"{' or '.join(names[part])} ({part})" for part in missing)
         return f"{found.path} is not a complete Wan2.1 folder: missing {lacking}; it holds {_listing(found.path)}"
     flags = " ".join(f"{_flag(part)} FILE" for part in missing)
-    return f"{found.path} holds {_and(list(found.files))}; missing {_and(missing)}: add {flags}"
+    published = ", ".join(COMFYUI_PARTS[part] for part in missing if part in COMFYUI_PARTS)
+    hint = f" (published: {published})" if published else ""
+    return f"{found.path} holds {_and(list(found.files))}; missing {_and(missing)}: add {flags}{hint}"
 
 
 def _flag(part: str) -> str:

@@ -24,7 +24,8 @@ from ..configs import PRESETS
 from ..types import WeightsError
 from .checkpoint import MLX_FILES, MLX_FORMAT, Checkpoint, open_checkpoint
 from .disk import free_space, gigabytes, new_folder
-from .hub import parse_location, preset_of, resolve
+from .hub import Places, preset_of
+from .hub_names import parse_location
 from .load import (
     MLX_LAYOUT,
     SAFETENSORS_NAMES,
@@ -66,6 +67,7 @@ def convert(
     overwrite: bool = False,
     hub: str = "huggingface",
     shard_bytes: int = SHARD_BYTES,
+    parts: Mapping[str, str | Path] | None = None,
 ) -> Path:
     """Write ``source`` as an MLX folder; it appears when it is whole, and after Ctrl-C or a failure nothing is left.
 
@@ -80,6 +82,7 @@ def convert(
         overwrite: replace ``out`` if it is an MLX folder; anything else is never removed.
         hub: to download from, "huggingface" or "modelscope".
         shard_bytes: a network larger than this is split, never within a block.
+        parts: name in `PARTS` → what to take instead of what ``source`` has, as `WanPipeline.from_pretrained` does.
 
     Raises:
         ValueError: ``out`` exists, or ``quantize`` is no mode, or not possible for these weights.
@@ -92,7 +95,8 @@ def convert(
     if isinstance(source, Checkpoint):
         checkpoint, name = source, source.path.name
     else:
-        checkpoint = open_checkpoint(resolve(source, hub, progress is not no_progress))
+        here = Places(source, parts or {}).resolve(hub, progress is not no_progress)
+        checkpoint = open_checkpoint(here.model, here.parts)
         location = None if Path(source).expanduser().exists() else parse_location(source)
         name = str(location) if location else checkpoint.path.resolve().name
         model = model or checkpoint.model or getattr(preset_of(source), "name", None)
@@ -116,7 +120,7 @@ def convert(
             config.setdefault("quantization", {})[component] = parameters.quantization.mode
         networks.append(Network(parameters, {name: _kept(parameters, name) for name in weights.shapes}, shard_bytes))
         config["dtypes"][component] = networks[-1].dtypes()
-        config["source"]["layouts"][component] = weights.layout.name
+        config["source"]["layouts"][component] = MLX_LAYOUT if weights.channels_last else weights.layout.name
         config["source"]["fingerprints"][component] = fingerprint(weights.file.files)
     tokenizer = read_tokenizer(checkpoint.files["tokenizer"])
     needed, free = sum(network.nbytes for network in networks) + len(tokenizer), free_space(out.parent)

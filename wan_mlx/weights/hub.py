@@ -1,61 +1,32 @@
-"""Where a model's name leads: the bundled model, a file or folder on this machine, or a repository on a hub.
+"""Where a model's name leads: the bundled model, a file or folder on this machine, or a download from a hub.
 
-A name is one of
-    nano                                     what comes with the package
-    ./Wan2.1-T2V-1.3B                        what is on this machine
-    t2v-1.3B                                 a preset: the official repository
-    Wan-AI/Wan2.1-T2V-1.3B-Diffusers         a repository: official, Diffusers' or an MLX folder
-    city96/Wan2.1-T2V-14B-gguf:wan2.1-t2v-14b-Q4_K_M.gguf      one file of a repository
-    https://huggingface.co/…/resolve/main/…  the same, as a browser shows it
-and of a repository another revision than main can be given: owner/name@revision.
+What a name may be is told in `hub_names`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from .. import __version__
-from ..configs import COMFYUI_TRANSFORMERS, PRESETS, Preset
+from ..configs import Preset
 from ..types import WeightsError
 from . import modelscope
-from .checkpoint import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES
+from .checkpoint import PARTS
 from .disk import free_space, gigabytes
 from .download import RemoteFile, bytes_here, fetch_files, one_line
+from .hub_names import Location, needed_files, parse_location, preset_at, weights_in
 
 log = logging.getLogger(__name__)
 
 # Models that come with the package, by name.
 BUNDLED = {"nano": Path(__file__).parent.parent / "assets" / "nano"}
 SOURCES = ("huggingface", "modelscope")
-HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[^:]+))?")
-WEIGHT_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt")
-# Beside the weights, each layout's small files.
-CONFIGS = {
-    "MLX": ("config.json",),
-    "Diffusers": ("model_index.json", *(f"{component}/config.json" for component in DIFFUSERS_FILES)),
-    "official": ("config.json",),
-}
-OPTIONAL = ("image_encoder",)  # only models that read images have one
-
-
-@dataclass(frozen=True)
-class Location:
-    """A repository on a hub, or with ``file`` one file in it."""
-
-    repo: str
-    file: str | None = None
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return self.repo + (f"@{self.revision}" if self.revision else "") + (f":{self.file}" if self.file else "")
 
 
 @dataclass(frozen=True)
@@ -89,42 +60,30 @@ class Download:
         return f"{self.location}: {count}, {gigabytes(self.total)}{here}; {to_fetch}, {gigabytes(self.free)} free"
 
 
-def resolve(model: str | Path, source: str = "huggingface", progress: bool = False) -> Path:
+def resolve(
+    model: str | Path, source: str = "huggingface", progress: bool = False, parts: Collection[str] = PARTS
+) -> Path:
     """A folder or file for ``model``: what it names here, or the downloaded repository (or file of one) it names.
 
     Only the files needed are fetched, an interrupted download goes on where it stopped, and free space is checked
     first. ``HF_HOME``, ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` are honoured.
 
     Args:
-        model: see the module's own text.
+        model: a path or a name, see `hub_names`.
         source: "huggingface" or "modelscope" (needs the package of that name).
         progress: show a bar.
+        parts: which of `PARTS` are needed of a whole repository.
 
     Raises:
         ValueError: unknown ``source``, or an address that is not the hub's.
         WeightsError: the download failed, or there is no room for it; says what to do.
     """
-    path = _here(model)
-    if path is not None:
-        return path
-    location = parse_location(model)
-    if location is None:
-        return Path(model).expanduser()  # whoever opens it says that it does not exist
-    download = survey(model, source)
-    if download is None:
-        found = cached(model)
-        log.warning("the hub is out of reach; taking %s from the cache", location)
-        return found
-    if download.missing > download.free:
-        raise WeightsError(
-            f"{location} needs {gigabytes(download.missing)} more in {download.cache}, which has "
-            f"{gigabytes(download.free)} free; make room, or set "
-            f"{'HF_HOME' if source == 'huggingface' else 'MODELSCOPE_CACHE'} to a folder on a larger disk"
-        )
-    return _fetch_from_modelscope(download) if source == "modelscope" else _fetch(download, progress)
+    download = survey(model, source, parts)
+    check_room([download] if download else [])
+    return _take(model, download, progress, parts)
 
 
-def survey(model: str | Path, source: str = "huggingface") -> Download | None:
+def survey(model: str | Path, source: str = "huggingface", parts: Collection[str] = PARTS) -> Download | None:
     """What `resolve` would fetch, from the repository's listing; nothing is downloaded.
 
     Returns:
@@ -136,7 +95,7 @@ def survey(model: str | Path, source: str = "huggingface") -> Download | None:
     """
     if source not in SOURCES:
         raise ValueError(f"source is {source!r}, expected {' or '.join(SOURCES)}")
-    location = None if _here(model) is not None else parse_location(model)
+    location = _remote(model)
     if location is None:
         return None
     if source == "modelscope":
@@ -148,15 +107,84 @@ def survey(model: str | Path, source: str = "huggingface") -> Download | None:
         try:
             listing, commit = _list_files(location)
         except Exception as error:  # huggingface_hub raises a wide family, from its own and from its HTTP client
-            if _is_unreachable(error) and cached(model) is not None:
+            if _is_unreachable(error) and cached(model, parts) is not None:
                 return None
             raise explain(error, location) from error
-    names = [location.file] if location.file else needed_files(listing, str(location))
+    names = [location.file] if location.file else needed_files(listing, location.repo, parts)
     if names[0] not in listing:
-        raise WeightsError(f"{location.repo} holds no file {location.file}; {_weights_in(listing, location)}")
+        raise WeightsError(f"{location.repo} holds no file {location.file}; {weights_in(listing, location.repo)}")
     files = tuple(listing[name] for name in names)
     here = 0 if source == "modelscope" else sum(bytes_here(location.repo, commit, file) for file in files)
     return Download(location, source, commit, files, here, cache)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Everything that a pipeline is opened from, as it was named: a model, parts given apart, LoRAs with strengths."""
+
+    model: str | Path
+    parts: Mapping[str, str | Path]
+    loras: Collection[tuple[Path, float]] = ()
+
+    def _named(self) -> list[tuple[str | Path, Collection[str]]]:
+        """Each place, and which parts are wanted of it if it is a whole repository."""
+        rest = [part for part in PARTS if part not in self.parts]
+        named = [(self.model, rest), *((place, [part]) for part, place in self.parts.items())]
+        return named + [(lora, []) for lora in map(_lora_name, self.loras) if isinstance(lora, str)]
+
+    def survey(self, source: str = "huggingface") -> list[Download]:
+        """What `resolve` would fetch, repository by repository; as the function of that name."""
+        found = [survey(place, source, parts) for place, parts in self._named()]
+        return [download for download in found if download]
+
+    def resolve(self, source: str = "huggingface", progress: bool = False) -> Places:
+        """The same on this machine, after one check that there is room for all of it; as the function of that name."""
+        named = self._named()
+        downloads = [survey(place, source, parts) for place, parts in named]
+        check_room([download for download in downloads if download])
+        taken = {
+            str(place): _take(place, download, progress, parts)
+            for (place, parts), download in zip(named, downloads, strict=True)
+        }
+        loras = [(taken.get(str(_lora_name(lora)), lora[0]), lora[1]) for lora in self.loras]
+        return Places(taken[str(self.model)], {part: taken[str(place)] for part, place in self.parts.items()}, loras)
+
+
+def resolve_loras(
+    loras: Collection[tuple[Path, float]], source: str = "huggingface", progress: bool = False
+) -> list[tuple[Path, float]]:
+    """LoRAs and their strengths, those of a hub downloaded; as `resolve`."""
+    return [(resolve(_lora_name(lora), source, progress), lora[1]) for lora in loras]
+
+
+def _lora_name(lora: tuple[Path, float]) -> str | Path:
+    """A LoRA's path, or text if it is a file on a hub; a Path has made one slash of an address's two."""
+    path = lora[0]
+    text = str(path).replace("https:/", "https://", 1) if str(path).startswith("https:/") else str(path)
+    location = None if path.exists() else parse_location(text)
+    return text if location is not None and location.file else path
+
+
+def check_room(downloads: Collection[Download]) -> None:
+    """Raise WeightsError if the disk has no room for what is missing."""
+    missing = sum(download.missing for download in downloads)
+    for download in downloads:
+        if missing > download.free:
+            names = " and ".join(str(other.location) for other in downloads)
+            variable = "HF_HOME" if download.source == "huggingface" else "MODELSCOPE_CACHE"
+            raise WeightsError(
+                f"{names} needs {gigabytes(missing)} more in {download.cache}, which has {gigabytes(download.free)} "
+                f"free; make room, or set {variable} to a folder on a larger disk"
+            )
+
+
+def _take(place: str | Path, download: Download | None, progress: bool, parts: Collection[str]) -> Path:
+    if download is not None:
+        return _fetch_from_modelscope(download) if download.source == "modelscope" else _fetch(download, progress)
+    if _remote(place) is None:
+        return _here(place) or Path(place).expanduser()  # whoever opens it says that it does not exist
+    log.warning("the hub is out of reach; taking %s from the cache", place)
+    return cached(place, parts)
 
 
 def remote_size(model: str | Path, source: str = "huggingface") -> int:
@@ -165,7 +193,7 @@ def remote_size(model: str | Path, source: str = "huggingface") -> int:
     return download.total if download else 0
 
 
-def cached(model: str | Path) -> Path | None:
+def cached(model: str | Path, parts: Collection[str] = PARTS) -> Path | None:
     """The folder or file of a hub's model if it is in the cache and whole; the network is not touched."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -181,7 +209,7 @@ def cached(model: str | Path) -> Path | None:
             return Path(found)
         folder = Path(found).parents[probe.count("/")]
         names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-        return folder if _is_whole(folder, names) else None
+        return folder if _is_whole(folder, names, parts) else None
     return None
 
 
@@ -191,58 +219,14 @@ def is_cached(model: str | Path) -> bool:
 
 
 def preset_of(model: str | Path) -> Preset | None:
-    """The preset of a model that is one of those published under a known name, whatever its layout."""
-    location = None if _here(model) is not None else parse_location(model)
-    if location is None:
-        return None
-    plain = str(Location(location.repo, location.file))
-    return next(
-        (
-            p
-            for p in PRESETS.values()
-            if location.repo in (p.repo, p.diffusers, p.gguf) or plain == (f"{COMFYUI_TRANSFORMERS}/{p.comfyui}")
-        ),
-        None,
-    )
+    """The preset of a hub's model whose name is known; of what is on this machine the name says nothing."""
+    location = _remote(model)
+    return preset_at(location) if location else None
 
 
-def parse_location(model: str | Path) -> Location | None:
-    """The repository that ``model`` names, or None if it is no such name.
-
-    Raises:
-        ValueError: an address of another site.
-    """
-    if isinstance(model, Path):
-        return None
-    if model in PRESETS and PRESETS[model].repo:
-        return Location(PRESETS[model].repo)
-    if re.match(r"https?://", model):
-        return _parse_url(model)
-    match = HUB_ID.fullmatch(model)
-    if match is None or (match["file"] and _is_unsafe(match["file"])):
-        return None
-    return Location(match["repo"], match["file"], match["revision"])
-
-
-def _parse_url(url: str) -> Location:
-    from huggingface_hub import constants
-
-    parts = urlsplit(url)
-    known = {"huggingface.co", "hf.co", "www.huggingface.co", urlsplit(constants.ENDPOINT).netloc}
-    match = re.fullmatch(
-        r"/(?P<repo>[\w.-]+/[\w.-]+)(/(resolve|blob|tree)/(?P<revision>[^/]+)(/(?P<file>.+))?)?/?", unquote(parts.path)
-    )
-    if parts.netloc not in known or match is None or (match["file"] and _is_unsafe(match["file"])):
-        raise ValueError(
-            f"{url} is no model on {' or '.join(sorted(known))}; give owner/name or owner/name:path/to/file"
-        )
-    if "/tree/" in parts.path and match["file"]:
-        raise ValueError(f"{url} is a folder in a repository; give one file as {match['repo']}:path/to/file")
-    return Location(match["repo"], match["file"], match["revision"])
-
-
-def _is_unsafe(file: str) -> bool:
-    return file.startswith("/") or "\\" in file or any(part in ("", ".", "..") for part in file.split("/"))
+def _remote(model: str | Path) -> Location | None:
+    """What ``model`` names on a hub, unless it names something on this machine."""
+    return None if _here(model) is not None else parse_location(model)
 
 
 def _here(model: str | Path) -> Path | None:
@@ -255,45 +239,10 @@ def _here(model: str | Path) -> Path | None:
         return None
 
 
-def needed_files(names: Iterable[str], repo: str) -> list[str]:
-    """Which of a repository's files a model needs: each network's weights, the tokenizer, and the configurations.
-
-    Raises:
-        WeightsError: a part is missing, or these are single files of which one must be chosen; names them.
-    """
-    names = set(names)
-    if names & set(MLX_FILES["transformer"]):
-        layout, files = "MLX", MLX_FILES
-    elif "model_index.json" in names or "transformer/config.json" in names:
-        layout, files = "Diffusers", DIFFUSERS_FILES
-    elif names & set(OFFICIAL_FILES["transformer"]):
-        layout, files = "official", OFFICIAL_FILES
-    else:
-        raise WeightsError(f"{repo} is no whole Wan2.1 model; {_weights_in(names, Location(repo))}")
-    needed, missing = [name for name in CONFIGS[layout] if name in names], []
-    for component, candidates in files.items():
-        present = [name for name in candidates if name in names]
-        if present:
-            needed += [present[0], *_shards(present[0], names)]
-        elif component not in OPTIONAL:
-            missing.append(f"{' or '.join(candidates)} ({component})")
-    if missing:
-        raise WeightsError(f"{repo} is no whole Wan2.1 model ({layout} layout): it lacks {'; '.join(missing)}")
-    return needed
-
-
-def _shards(index: str, names: set[str]) -> list[str]:
-    """The files beside an index that are named after it: x.safetensors.index.json → x-00001-of-00006.safetensors …"""
-    if not index.endswith(".safetensors.index.json"):
-        return []
-    stem = re.escape(index.removesuffix(".safetensors.index.json"))
-    return sorted(name for name in names if re.fullmatch(stem + r"-\d+-of-\d+\.safetensors", name))
-
-
-def _is_whole(folder: Path, names: set[str]) -> bool:
-    """Whether a folder has every part, and every shard that an index names."""
+def _is_whole(folder: Path, names: set[str], parts: Collection[str]) -> bool:
+    """Whether a folder has every one of ``parts``, and every shard that an index names."""
     try:
-        indexes = [Path(name) for name in needed_files(names, str(folder)) if name.endswith(".index.json")]
+        indexes = [Path(name) for name in needed_files(names, str(folder), parts) if name.endswith(".index.json")]
         shards = [
             (index.parent / shard).as_posix()
             for index in indexes
@@ -302,15 +251,6 @@ def _is_whole(folder: Path, names: set[str]) -> bool:
     except (WeightsError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return names.issuperset(shards)
-
-
-def _weights_in(names: Iterable[str], location: Location) -> str:
-    found = sorted(name for name in names if name.endswith(WEIGHT_ENDINGS))
-    if not found:
-        return "it holds no weight files"
-    return f"give one of its files, as {location.repo}:{found[0]}; it holds {', '.join(found[:6])}" + (
-        f" and {len(found) - 6} more" if len(found) > 6 else ""
-    )
 
 
 def _list_files(location: Location) -> tuple[dict[str, RemoteFile], str]:
