@@ -3,16 +3,20 @@
 from pathlib import Path
 
 import pytest
+import test_layouts
 from oracles import official, torch
 
-from wan_mlx.configs import PRESETS, TextEncoderConfig, VAEConfig
+from wan_mlx.configs import PRESETS, ImageEncoderConfig, TextEncoderConfig, VAEConfig
+from wan_mlx.image_encoder import ImageEncoder, last_block_shapes
 from wan_mlx.text_encoder import parameter_shapes as text_encoder_shapes
 from wan_mlx.transformer import Transformer
 from wan_mlx.types import WeightsError
+from wan_mlx.vace import VaceTransformer
 from wan_mlx.vae import VAE
 from wan_mlx.weights.load import (
     ComponentWeights,
     check_keys,
+    image_encoder_config,
     parameter_shapes,
     text_encoder_config,
     transformer_config,
@@ -24,15 +28,15 @@ from wan_mlx.weights.reader import TensorInfo
 class HeaderOnly:
     """What a weight file's header tells; there is no data behind it."""
 
-    def __init__(self, module: torch.nn.Module):
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
         self.path = Path("published.safetensors")
         self.metadata = {}
-        self.tensors = {name: TensorInfo(tuple(t.shape), "F32") for name, t in module.state_dict().items()}
+        self.tensors = {name: TensorInfo(shape, "F32") for name, shape in shapes.items()}
 
 
 def on_meta(build, *args, **kwargs) -> ComponentWeights:
     with torch.device("meta"):
-        return ComponentWeights(HeaderOnly(build(*args, **kwargs)))
+        return ComponentWeights(HeaderOnly({n: tuple(t.shape) for n, t in build(*args, **kwargs).state_dict().items()}))
 
 
 def official_transformer(name: str) -> ComponentWeights:
@@ -63,6 +67,37 @@ def test_vae():
     weights = on_meta(official("modules.vae2_1").WanVAE_, **sizes)
     assert vae_config(weights, {}) == VAEConfig()
     check_keys(weights, parameter_shapes(VAE(VAEConfig())))
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.repo])
+@pytest.mark.parametrize("layout", ["diffusers", "official"])
+def test_every_released_transformer(name, layout):
+    """Sizes from the file alone; then neither a key too many nor one too few, and every shape."""
+    config = PRESETS[name].transformer
+    shapes = {"diffusers": test_layouts.diffusers_transformer, "official": test_layouts.official_transformer}[layout]
+    weights = ComponentWeights(HeaderOnly(shapes(config)))
+    assert weights.layout.name == layout and transformer_config(weights, {}) == config
+    network = VaceTransformer if config.model_type == "vace" else Transformer
+    check_keys(weights, parameter_shapes(network(config)))
+
+
+def test_huggingface_text_encoder():
+    for shapes in (test_layouts.hf_text_encoder(), test_layouts.gguf_text_encoder()):
+        weights = ComponentWeights(HeaderOnly(shapes))
+        assert text_encoder_config(weights, {}) == TextEncoderConfig()
+        check_keys(weights, text_encoder_shapes(TextEncoderConfig()))
+
+
+def test_diffusers_vae():
+    weights = ComponentWeights(HeaderOnly(test_layouts.diffusers_vae()))
+    assert vae_config(weights, {}) == VAEConfig()
+    check_keys(weights, parameter_shapes(VAE(VAEConfig())))
+
+
+def test_huggingface_image_encoder():
+    weights = ComponentWeights(HeaderOnly(test_layouts.hf_image_encoder()))
+    assert image_encoder_config(weights, {}) == ImageEncoderConfig()
+    check_keys(weights, parameter_shapes(ImageEncoder(ImageEncoderConfig())) | last_block_shapes(ImageEncoderConfig()))
 
 
 def test_the_check_is_strict():

@@ -167,10 +167,12 @@ def _look_at_folder(folder: Path, given: Mapping[str, Path]) -> Checkpoint:
         found = Checkpoint(folder, _find(folder, MLX_FILES), config, config.get("model"), "mlx")
     elif (folder / "model_index.json").is_file() or (folder / "transformer" / "config.json").is_file():
         found = Checkpoint(folder, _find(folder, DIFFUSERS_FILES), _diffusers_configs(folder), None, "diffusers")
-    elif files := _find(folder, OFFICIAL_FILES):
-        found = Checkpoint(folder, files, {"transformer": config}, None, "official")
     else:
-        return _search(folder, given)
+        files = _find(folder, OFFICIAL_FILES)
+        # The transformer's file has the name that Diffusers gives to every network.
+        if files.keys() <= {"transformer"} and "num_heads" not in config:
+            return _search(folder, given)
+        found = Checkpoint(folder, files, {"transformer": config}, None, "official")
     if any(part not in given for part in found.missing()):
         found = _search(folder, given, found)
     return found
