@@ -26,9 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--quantize",
         metavar="MODE",
-        help="keep the blocks of transformer and text encoder in few bits: q8 q6 q5 q4 q3 (q4-g32 for another group), "
-        "mxfp8 mxfp4 nvfp4; none unpacks packed weights, nearest packs every GGUF type in the form that comes nearest "
-        "(default: as stored, and Q8_0 Q5_0 Q5_1 Q4_0 Q4_1 stay packed as they are)",
+        help="keep the blocks of transformer and text encoder in few bits: q8 q6 auto q5 q4 q3 (q4-g32 for another "
+        "group), mxfp8 mxfp4 nvfp4; none unpacks packed weights, nearest packs every GGUF type in the form that comes "
+        "nearest (default: as stored, and Q8_0 Q5_0 Q5_1 Q4_0 Q4_1 stay packed as they are)",
     )
     parser.add_argument("--model", help="preset whose sampling defaults to record, such as t2v-1.3B")
     for part in PARTS:

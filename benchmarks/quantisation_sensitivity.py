@@ -2,10 +2,12 @@
 
     python benchmarks/quantisation_sensitivity.py --model nano --mode q4 --json sensitivity.json
 
-Samples a few prompts unquantised and keeps latents and timesteps along the way. Then packs one layer, one kind of layer
+Samples a few prompts unquantised and keeps latents and timesteps along the way; each counts twice, with the prompt's
+context and with one filled by random rows as strong, as long prompts fill it. Then packs one layer, one kind of layer
 in all blocks, or one block at a time, and takes the relative error (norm of the difference over norm) of the velocity
 of a forward there, averaged. "share" is what the layers hold of all packed bytes; "per share" is the squared error over
-that, by which layers are ranked: errors of independent layers add up in squares.
+that, by which layers are ranked: errors of independent layers add up in squares. Last, whole models in every mode, with
+the bits that a weight takes, scales included.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from wan_mlx.quantized import Packing, QuantizedLinear
 from wan_mlx.types import Conditioning, Step
 from wan_mlx.weights.beside import logical_shapes
 from wan_mlx.weights.parameters import locate
-from wan_mlx.weights.quantize import quantizable
+from wan_mlx.weights.quantize import plan_quantization, quantizable
 
 PROMPTS = (
     "a red circle moves right on a blue background",
@@ -34,6 +37,7 @@ PROMPTS = (
     "一个紫色的圆在灰色背景上变大",
 )
 AT_STEPS = (0, 3, 6, 10)
+MODES = ("q8", "q6", "auto", "q5", "q4-g32", "q4", "q3", "mxfp8", "nvfp4", "mxfp4")
 
 
 def states(pipe: wan_mlx.WanPipeline, prompts: list[str], seed: int) -> list[tuple[mx.array, float, mx.array]]:
@@ -52,6 +56,10 @@ def states(pipe: wan_mlx.WanPipeline, prompts: list[str], seed: int) -> list[tup
                     latents = event.latents
                     if event.index == max(AT_STEPS):
                         break
+    for index, (latents, timestep, context) in enumerate(found.copy()):
+        strength = mx.std(context[:, :4])  # the rows after the prompt are zero
+        rows = mx.random.normal(context.shape, key=mx.random.key(index)) * strength
+        found.append((latents, timestep, rows))
     mx.eval(found)
     return found
 
@@ -64,10 +72,10 @@ def velocities(model, points) -> list[mx.array]:
     return outputs
 
 
-def error_with(model, points, want: list[mx.array], names: list[str], packing: Packing) -> float:
-    """Mean relative error of the velocity while the layers ``names`` are packed."""
+def error_with(model, points, want: list[mx.array], packings: Mapping[str, Packing]) -> float:
+    """Mean relative error of the velocity while these layers are packed."""
     kept = {}
-    for name in names:
+    for name, packing in packings.items():
         parent, index = locate(model, name)
         layer = kept[name] = parent[index]
         packed = QuantizedLinear(*reversed(layer.weight.shape), "bias" in layer, packing)
@@ -77,10 +85,13 @@ def error_with(model, points, want: list[mx.array], names: list[str], packing: P
     for name, layer in kept.items():
         parent, index = locate(model, name)
         parent[index] = layer
-    errors = [
-        (mx.linalg.norm((a - b).flatten()) / mx.linalg.norm(b.flatten())).item() for a, b in zip(got, want, strict=True)
-    ]
-    return sum(errors) / len(errors)
+    errors = [mx.linalg.norm((a - b).flatten()) / mx.linalg.norm(b.flatten()) for a, b in zip(got, want, strict=True)]
+    return sum(error.item() for error in errors) / len(errors)
+
+
+def bits_of(packing: Packing, shape: tuple[int, int]) -> int:
+    """What a packed matrix takes, scales and biases included."""
+    return sum(8 * dtype.size * math.prod(packed) for packed, dtype in packing.shapes(shape).values())
 
 
 def measure(model, points, mode: str) -> dict[str, dict[str, dict[str, float]]]:
@@ -96,11 +107,15 @@ def measure(model, points, mode: str) -> dict[str, dict[str, dict[str, float]]]:
             found[{"kind": kind, "block": block, "layer": f"{block}.{kind}"}[by]].append(name)
         groups[by] = dict(found)
     want = velocities(model, points)
-    table = {}
+    table = {"mode": {}}
+    for recipe in MODES:
+        packings = plan_quantization("transformer", recipe, shapes).packings
+        bits = sum(bits_of(packing, shapes[name]) for name, packing in packings.items()) / total
+        table["mode"][recipe] = {"error": error_with(model, points, want, packings), "bits": bits}
     for by, members in groups.items():
         table[by] = {}
         for label, layers in members.items():
-            error = error_with(model, points, want, layers, packing)
+            error = error_with(model, points, want, dict.fromkeys(layers, packing))
             share = sum(math.prod(shapes[name]) for name in layers) / total
             table[by][label] = {"error": error, "share": share, "per_share": error**2 / share}
     return table
@@ -114,6 +129,8 @@ def markdown(table: dict[str, dict[str, dict[str, float]]], mode: str, most: int
         for label, row in ranked if by != "layer" else ranked[:most]:
             lines.append(f"| {label} | {row['error']:.4f} | {row['share']:.1%} | {row['per_share']:.4f} |")
         lines.append("")
+    lines += ["| mode | bits per weight | error |", "|---|---|---|"]
+    lines += [f"| {mode} | {row['bits']:.2f} | {row['error']:.4f} |" for mode, row in table["mode"].items()]
     return "\n".join(lines)
 
 

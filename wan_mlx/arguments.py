@@ -148,7 +148,7 @@ def add_model(parser: Parser) -> None:
     model.add_argument(
         "--quantize",
         metavar="MODE",
-        help="keep transformer and text encoder in few bits: q8 q6 q5 q4 q3 (q4-g32 for another group), "
+        help="keep transformer and text encoder in few bits: q8 q6 auto q5 q4 q3 (q4-g32 for another group), "
         "mxfp8 mxfp4 nvfp4; none unpacks packed weights. Default: as they are stored, and of GGUF files Q8_0 Q5_0 Q5_1 "
         "Q4_0 Q4_1 stay packed as they are; nearest packs the other GGUF types too, in the form that comes nearest",
     )

@@ -138,7 +138,8 @@ class WanPipeline:
                 such a repository, "owner/name:path/to/file". What is not here is downloaded.
             dtype: of the transformer and the text encoder: "bfloat16" or "float32". The VAE is float32.
             quantize: keep the blocks of transformer and text encoder in few bits: "q8", "q6", "q5", "q4" or "q3"
-                (groups of 64; "q4-g32" for others), "mxfp8", "mxfp4", "nvfp4". None takes the weights as they are
+                (groups of 64; "q4-g32" for others), "mxfp8", "mxfp4", "nvfp4", or "auto", which gives sensitive layers
+                more bits. None takes the weights as they are
                 stored, "none" unpacks those stored packed. A GGUF's Q8_0, Q5_0, Q5_1, Q4_0 and Q4_1 stay packed with
                 None; "nearest" packs its other types in the form that comes nearest.
             memory: not available yet; must be None.

@@ -106,8 +106,9 @@ def load_transformer(
         dtype: of the wide arrays: "bfloat16", "float16" or "float32"; the time path stays float32.
         progress: wraps the iteration over tensors.
         quantize: pack the blocks' matrices as they are read: "q8", "q6", "q5", "q4", "q3" (also with a group, as in
-            "q4-g32"), "mxfp8", "mxfp4" or "nvfp4". None takes the weights as stored; "none" unpacks packed ones;
-            "nearest" packs all of a GGUF's blocks, of which Q8_0, Q5_0, Q5_1, Q4_0 and Q4_1 stay packed with None too.
+            "q4-g32"), "mxfp8", "mxfp4", "nvfp4", or "auto", which gives sensitive layers more bits. None takes the
+            weights as stored; "none" unpacks packed ones; "nearest" packs all of a GGUF's blocks, of which Q8_0, Q5_0,
+            Q5_1, Q4_0 and Q4_1 stay packed with None too.
         stream: keep no blocks but read each when a forward pass comes to it, at most two being resident.
         loras: LoRA files, each a path, "path:strength" or (path, strength).
         merge: merge them into the weights. Packed and streamed weights keep them beside, and with False all do.

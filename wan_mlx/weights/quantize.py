@@ -17,6 +17,12 @@ QUANTIZED = {
     "text_encoder": r"blocks\.\d+\.(?:attn\.[qkvo]|ffn\.(?:gate\.0|fc1|fc2))\.weight",
 }
 NOT_MATRICES = r".*\.norm\w*\.weight"
+# A mode of several. On nano (benchmarks/quantisation_sensitivity.py) a forward suffers most from what the feed-forward
+# and the attentions' values and outputs lose, and more in the later blocks; queries and keys bear fewer bits. So those
+# get q5, the rest q6, and q8 in the last sixth of the blocks: smaller than q6 throughout, and nearer. The text encoder,
+# which is read once and never resident, gets q8.
+AUTO = "auto"
+QUERIES_KEYS = r".*_attn\.(?:q|k|k_img)\.weight"
 # Besides the modes: to unpack whatever is packed, and to pack what GGUF's blocks hold in the form that comes nearest.
 EXPAND, NEAREST = "none", "nearest"
 
@@ -56,13 +62,13 @@ class Quantization:
 
 def check_mode(mode: str | None) -> None:
     """Raise ValueError if ``mode`` is no quantisation that users can ask for."""
-    if mode is not None and mode not in (EXPAND, NEAREST, *MODE_NAMES):
+    if mode is not None and mode not in (AUTO, EXPAND, NEAREST, *MODE_NAMES):
         try:
             Packing.parse(mode)
         except ValueError:
             raise ValueError(
-                f"quantize is {mode!r}, expected one of {', '.join(MODE_NAMES)}, affine modes also with a group as in "
-                f"q4-g32 (32, 64 or 128), {NEAREST} for GGUF files, or {EXPAND}"
+                f"quantize is {mode!r}, expected one of {AUTO}, {', '.join(MODE_NAMES)}, affine modes also with a "
+                f"group as in q4-g32 (32, 64 or 128), {NEAREST} for GGUF files, or {EXPAND}"
             ) from None
 
 
@@ -79,7 +85,9 @@ def plan_quantization(component: str, mode: str, shapes: Mapping[str, tuple[int,
         ValueError: unknown mode, or a matrix whose inputs are no multiple of its group.
     """
     check_mode(mode)
-    packings = {name: Packing.parse(mode) for name in quantizable(component, shapes)}
+    names = quantizable(component, shapes)
+    modes = _auto(component, names) if mode == AUTO else dict.fromkeys(names, mode)
+    packings = {name: Packing.parse(modes[name]) for name in names}
     for name, packing in packings.items():
         if shapes[name][1] % packing.group_size:
             raise ValueError(
@@ -87,6 +95,21 @@ def plan_quantization(component: str, mode: str, shapes: Mapping[str, tuple[int,
                 f"but {name} has {shapes[name][1]}"
             )
     return Quantization(mode, packings)
+
+
+def _auto(component: str, names: Iterable[str]) -> dict[str, str]:
+    """Each matrix's mode in `AUTO`."""
+    if component != "transformer":
+        return dict.fromkeys(names, "q8")
+    places = {name: re.match(r"(\w+)\.(\d+)", name).groups() for name in names}
+    counts: dict[str, int] = {}
+    for kind, index in places.values():
+        counts[kind] = max(counts.get(kind, 0), int(index) + 1)
+    modes = {}
+    for name, (kind, index) in places.items():
+        in_last_sixth = 6 * int(index) >= 5 * counts[kind]
+        modes[name] = "q5" if re.fullmatch(QUERIES_KEYS, name) else "q8" if in_last_sixth else "q6"
+    return modes
 
 
 def quantizable(component: str, names: Iterable[str]) -> list[str]:
