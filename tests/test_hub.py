@@ -15,6 +15,7 @@ from hub_server import COMMIT, serving
 from huggingface_hub import constants
 
 from wan_mlx.configs import COMFYUI_PARTS, COMFYUI_TRANSFORMERS, PRESETS
+from wan_mlx.interrupt import Stopped
 from wan_mlx.types import WeightsError
 from wan_mlx.weights import disk, download, hub
 from wan_mlx.weights.hub import Places, cached, is_cached, preset_of, remote_size, resolve, resolve_loras, survey
@@ -229,12 +230,13 @@ def test_ctrl_c_keeps_what_has_arrived(server, one_file, monkeypatch):
     def interrupt(jobs, return_when):
         while not survey(one_file).cached:
             pass
-        raise KeyboardInterrupt
+        raise Stopped()
 
     with monkeypatch.context() as patch:
         patch.setattr(download, "wait", interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as stopped:
             resolve(one_file)
+    assert "what has arrived is kept" in stopped.value.go_on
     kept = survey(one_file).cached
     server.requests.clear()
     assert resolve(one_file).read_bytes() == server.repos["a/b"]["big.gguf"]

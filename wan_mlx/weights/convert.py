@@ -296,19 +296,14 @@ pipeline_tag: {tag}
 ---
 # {name}
 
-{model.name if model else kind}, a Wan2.1 model, in the form that [wan_mlx](https://pypi.org/project/wan-mlx/) reads
-fastest: {gigabytes(nbytes)}, {precision}. Converted from `{config["source"]["name"]}` by wan_mlx {__version__}.
+{model.name if model else kind}, a Wan2.1 model, in the form that wan_mlx reads: {gigabytes(nbytes)}, {precision}.
+Converted from `{config["source"]["name"]}` by wan_mlx {__version__}. With wan_mlx installed, beside this folder:
 
 ```sh
-pip install wan-mlx
-python -m wan_mlx.generate --model ./{name}{sources.get(kind, "")} --prompt "a cat boxing" --output cat.mp4
+python -m wan_mlx.generate --model ./{name}{sources.get(kind, "")} --prompt "what it should show" --output out.mp4
 ```
 
-```python
-import wan_mlx
-pipe = wan_mlx.WanPipeline.from_pretrained("./{name}")
-pipe("a cat boxing").save("cat.mp4")
-```
+`--help` tells of size, length, steps and memory. In Python, `wan_mlx.WanPipeline.from_pretrained("./{name}")` opens it.
 
 `config.json` has the sizes, and the SHA-256 of every file. The weights are under the licence of what they were
 converted from.

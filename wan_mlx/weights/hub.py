@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..configs import Preset
+from ..interrupt import Stopped
 from ..types import WeightsError
 from . import modelscope
 from .checkpoint import PARTS
@@ -291,6 +292,9 @@ def _fetch(download: Download, progress: bool) -> Path:
         first = download.files[0]
         if local(first, location.revision) != local(first, commit):
             hf_hub_download(location.repo, first.path, revision=location.revision)  # notes the branch's commit
+    except Stopped as stopped:
+        stopped.go_on = "; what has arrived is kept: the same command goes on from there"
+        raise
     except Exception as error:
         raise explain(error, location) from error
     path = Path(local(first, commit))
