@@ -1,4 +1,7 @@
-"""Convert a published checkpoint into one MLX folder: ``python weights_convert.py SOURCE OUT``."""
+"""Convert a published checkpoint into one MLX folder: ``python weights_convert.py SOURCE OUT``.
+
+``python weights_convert.py --inspect SOURCE`` says what a checkpoint is instead.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,20 @@ from wan_mlx import WanError
 from wan_mlx.weights.checkpoint import PARTS
 from wan_mlx.weights.convert import convert
 from wan_mlx.weights.hub import Places
+from wan_mlx.weights.inspection import inspect_source
 from wan_mlx.weights.networks import no_progress
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (failure), 2 (usage) or 130 (interrupted)."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("source", help="what --model takes: a folder or file, a preset such as t2v-1.3B, a hub id")
-    parser.add_argument("out", help="folder to write; must not exist")
+    parser.add_argument("out", nargs="?", help="folder to write; must not exist")
+    parser.add_argument(
+        "--inspect", action="store_true", help="say what SOURCE is, from its headers, and write nothing"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is an MLX folder")
     parser.add_argument("--dtype", default="bfloat16", help="of transformer and text encoder (default bfloat16)")
     parser.add_argument("--vae-dtype", default="float32", help="of the VAE (default float32)")
@@ -40,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     parts = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
     try:
+        if args.inspect == (args.out is not None):
+            raise ValueError("give SOURCE and OUT, the folder to write; or --inspect and SOURCE alone")
+        if args.inspect:
+            return inspect(args.source, parts, args.hub)
         for download in Places(args.source, parts).survey(args.hub):
             if download.missing:
                 print(f"download  {download}", file=sys.stderr)
@@ -63,6 +76,19 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
     print(out)
     return 0
+
+
+def inspect(source: str, parts: dict[str, str], hub: str) -> int:
+    """Print what a model is, or what of it would have to be downloaded first; 1 if it cannot be loaded."""
+    missing = [download for download in Places(source, parts).survey(hub) if download.missing]
+    if missing:
+        for download in missing:
+            print(f"not on this machine: {download}")
+        return 0
+    here = Places(source, parts).resolve(hub)
+    found = inspect_source(here.model, here.parts)
+    print(*found.lines(), sep="\n")
+    return 0 if found.is_sound else 1
 
 
 if __name__ == "__main__":
