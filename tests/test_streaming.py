@@ -121,3 +121,12 @@ def test_what_a_block_lacks_is_said_before_anything_runs(file, tmp_path):
     mx.save_safetensors(str(tmp_path / "short.safetensors"), arrays, {"layout": "mlx"})
     with pytest.raises(WeightsError, match=r"lacks blocks\.3\.ffn\.0\.bias"):
         load_transformer(tmp_path / "short.safetensors", stream=True)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_fewer_tokens_at_once_change_nothing(file, kind):
+    args, kwargs = inputs(kind)
+    model = load_transformer(file(kind), "float32")
+    whole = model(*args, **kwargs)
+    model.tokens_at_once = 5  # of 12: pieces of 5, 5 and 2
+    np.testing.assert_allclose(model(*args, **kwargs), whole, rtol=0, atol=1e-5 * np.abs(np.array(whole)).max())

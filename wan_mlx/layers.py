@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
 # Everything after self-attention treats tokens one by one, so it runs on this many at a time: the 5.8x wider
-# feed-forward arrays then stay small, and matmuls are still large enough to run at full speed.
+# feed-forward arrays then stay small, and matmuls are still large enough to run at full speed. Where memory is short
+# it is fewer (`wan_mlx.memory`).
 TOKENS_AT_ONCE = 8192
 
 
@@ -100,9 +101,13 @@ class Pacer:
 
     MLX allocates the arrays of whatever is submitted long before the GPU gets there, so a whole block submitted at
     once holds all its temporaries at once. With two pieces in flight memory stays low and the GPU never idles.
+
+    Attributes:
+        tokens_at_once: size of the pieces where tokens are independent (`in_token_chunks`).
     """
 
-    def __init__(self):
+    def __init__(self, tokens_at_once: int = TOKENS_AT_ONCE):
+        self.tokens_at_once = tokens_at_once
         self.running: tuple[mx.array, ...] = ()
 
     def __call__(self, *arrays: mx.array) -> None:
@@ -112,10 +117,14 @@ class Pacer:
         self.running = arrays
 
 
-def in_token_chunks(function: Callable[[mx.array], mx.array], x: mx.array, pace: Pacer) -> mx.array:
-    """``function(x)`` for a function that treats tokens (B, L, D) independently, a slice of tokens at a time."""
+def in_token_chunks(function: Callable[..., mx.array], arrays: Sequence[mx.array], pace: Pacer) -> mx.array:
+    """``function(*arrays)`` for a function that treats tokens (B, L, D) independently, a slice of tokens at a time."""
     parts = []
-    for start in range(0, x.shape[1], TOKENS_AT_ONCE):
-        parts.append(function(x[:, start : start + TOKENS_AT_ONCE]))
+    for start in range(0, arrays[0].shape[1], pace.tokens_at_once):
+        parts.append(function(*(x[:, start : start + pace.tokens_at_once] for x in arrays)))
         pace(parts[-1])
-    return mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+    if len(parts) == 1:
+        return parts[0]
+    whole = mx.concatenate(parts, axis=1)
+    pace(whole)  # or the parts would live until what comes after is computed
+    return whole

@@ -15,7 +15,17 @@ import numpy as np
 
 from .attention import attention
 from .configs import TransformerConfig
-from .layers import AffineNorm, Linear, Pacer, RMSNorm, gated_add, gelu_tanh, in_token_chunks, modulated_norm
+from .layers import (
+    TOKENS_AT_ONCE,
+    AffineNorm,
+    Linear,
+    Pacer,
+    RMSNorm,
+    gated_add,
+    gelu_tanh,
+    in_token_chunks,
+    modulated_norm,
+)
 from .rope import rope_table, scale_and_rotate
 
 # Attributes that are lists of blocks, of all transformers.
@@ -35,19 +45,19 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(config.dim)
         self.norm_k = RMSNorm(config.dim)
 
-    def __call__(self, x: mx.array, table: tuple[mx.array, mx.array], pace: Pacer) -> mx.array:
-        return self.o(attention(*self._queries_keys_values(x, table, pace), pace))
-
-    def _queries_keys_values(self, x, table, pace):
+    def queries_keys_values(self, x: mx.array, table: tuple[mx.array, mx.array], pace: Pacer) -> list[mx.array]:
+        """Normed tokens (B, L, D) → queries, keys and values (B, L, heads, head_dim), as `attention` takes them."""
         arrays = []
         for project, norm in ((self.q, self.norm_q), (self.k, self.norm_k), (self.v, None)):
-            y = project(x)
-            if norm is not None:
-                y = mx.fast.rms_norm(y, None, self.eps)
-            y = _split_heads(y, self.heads)
-            arrays.append(y if norm is None else scale_and_rotate(y, norm.weight.reshape(self.heads, -1), table))
+            arrays.append(self._heads_of(project(x), norm, table))
             pace(arrays[-1])
         return arrays
+
+    def _heads_of(self, x, norm, table):
+        if norm is None:
+            return _split_heads(x, self.heads)
+        x = _split_heads(mx.fast.rms_norm(x, None, self.eps), self.heads)
+        return scale_and_rotate(x, norm.weight.reshape(self.heads, -1), table)
 
 
 class CrossAttention(nn.Module):
@@ -107,19 +117,23 @@ class Block(nn.Module):
         """x (B, L, D), modulation float32 (B, 6, D), context (B, 512, D) → (B, L, D)."""
         m = self.modulation + modulation
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = (m[:, i : i + 1] for i in range(6))
-        y = modulated_norm(x, 1 + scale_attn, shift_attn, self.eps)
-        x = gated_add(x, self.self_attn(y, table, pace), gate_attn)
-        pace(x)
+        # A long video's memory is arrays as wide as x: none is held longer than it is needed, and what can wait for the
+        # pieces below does.
+        heads = self.self_attn.queries_keys_values(modulated_norm(x, 1 + scale_attn, shift_attn, self.eps), table, pace)
+        attended = attention(*heads, pace)
+        del heads
+        pace(attended)
         pairs = self.cross_attn.keys_values(context, image_context)
 
-        def tokenwise(x):
+        def tokenwise(x, attended):
+            x = gated_add(x, self.self_attn.o(attended), gate_attn)
             x = x + self.cross_attn(self.norm3(x), pairs, pace)
             y = modulated_norm(x, 1 + scale_ffn, shift_ffn, self.eps)
             for layer in self.ffn:
                 y = layer(y)
             return gated_add(x, y, gate_ffn)
 
-        return in_token_chunks(tokenwise, x, pace)
+        return in_token_chunks(tokenwise, [x, attended], pace)
 
 
 class Head(nn.Module):
@@ -140,7 +154,7 @@ class Head(nn.Module):
             x = mx.fast.layer_norm(x.astype(mx.float32), None, None, self.eps)
             return self.head(x * (1 + scale) + shift)
 
-        return in_token_chunks(project, x, pace)
+        return in_token_chunks(project, [x], pace)
 
 
 class ImageEmbedding(nn.Module):
@@ -201,6 +215,7 @@ class Transformer(nn.Module):
         self.text_embedding = [Linear(config.text_dim, dim), gelu_tanh, Linear(dim, dim)]
         self.time_embedding = [Linear(config.freq_dim, dim), nn.silu, Linear(dim, dim)]
         self.time_projection = [nn.silu, Linear(dim, 6 * dim)]
+        self.tokens_at_once = TOKENS_AT_ONCE  # where tokens are independent; fewer take less memory
         # Reads the blocks where they are not resident: (their names, in order) → the blocks, each valid until the next.
         self.stream: Callable[[Sequence[str]], Iterator[Block]] | None = None
         self.blocks = [self.new_block(f"blocks.{i}") for i in range(config.num_layers)]
@@ -251,7 +266,9 @@ class Transformer(nn.Module):
                 x = self.done(block(x, *this_pass.for_blocks))
             return x
 
-        x = run_blocks(x) if through is None else through(x, this_pass, run_blocks)
+        tokens = [x]
+        del x  # or it would be held through all the blocks
+        x = run_blocks(tokens.pop()) if through is None else through(tokens.pop(), this_pass, run_blocks)
         return self.leave(x, this_pass)
 
     def new_block(self, name: str) -> Block:
@@ -280,7 +297,7 @@ class Transformer(nn.Module):
         x, grid = self.patchify(latents, self.patch_embedding)
         time, modulation = self.embed_time(timestep)
         text, image = self.embed_context(context, image_features)
-        table, pace = rope_table(grid, self.config.head_dim), Pacer()
+        table, pace = rope_table(grid, self.config.head_dim), Pacer(self.tokens_at_once)
         return x, ForwardPass(grid, time, pace, (modulation, text, image, table, pace))
 
     def leave(self, x: mx.array, this_pass: ForwardPass) -> mx.array:

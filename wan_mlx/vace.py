@@ -89,7 +89,9 @@ class VaceTransformer(Transformer):
                 self.done(control, x)
             return x
 
-        x = run_blocks(x) if through is None else through(x, this_pass, run_blocks)
+        tokens = [x]
+        del x  # or it would be held through all the blocks
+        x = run_blocks(tokens.pop()) if through is None else through(tokens.pop(), this_pass, run_blocks)
         return self.leave(x, this_pass)
 
     def _order(self, skip_layers: Collection[int]) -> list[str]:
