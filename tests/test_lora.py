@@ -386,6 +386,37 @@ def test_a_file_that_does_not_suit_the_model_is_refused(base, tmp_path, change, 
     refused(base, tmp_path, {**GOOD, **change}, says)
 
 
+def test_factors_in_other_dtypes(base, tmp_path):
+    path, arrays = base["t2v"]
+    rng = np.random.default_rng(4)
+    a, b = (random(rng, *shape) for shape in ((RANK, 128), (128, RANK)))
+    for dtype in (mx.float16, mx.bfloat16):
+        stored = {f"blocks.0.self_attn.v.lora_{k}.weight": mx.array(x).astype(dtype) for k, x in (("A", a), ("B", b))}
+        mx.save_safetensors(str(tmp_path / "x.safetensors"), stored)
+        merged = parameters(load_transformer(path, "float32", loras=tmp_path / "x.safetensors"))
+        down, up = (np.array(array.astype(mx.float32)) for array in stored.values())
+        assert close(merged["blocks.0.self_attn.v.weight"], arrays["blocks.0.self_attn.v.weight"] + up @ down)
+    fp8 = {name: ("F8_E4M3", np.array(mx.to_fp8(array.astype(mx.float32)))) for name, array in stored.items()}
+    merged = parameters(load_transformer(path, "float32", loras=write_tensors(tmp_path / "8.safetensors", fp8)))
+    down, up = (np.array(mx.from_fp8(mx.array(x), mx.float32)) for _, x in fp8.values())
+    assert close(merged["blocks.0.self_attn.v.weight"], arrays["blocks.0.self_attn.v.weight"] + up @ down)
+    refused(base, tmp_path, {k: x.astype(np.int32) for k, x in GOOD.items()}, "is I32; expected floats")
+
+
+def write_tensors(path, tensors):
+    """A safetensors file of any dtypes: name → (dtype, numpy array of its bytes)."""
+    header, data = {}, b""
+    for name, (dtype, array) in tensors.items():
+        end = len(data) + array.nbytes
+        header[name], data = (
+            {"dtype": dtype, "shape": array.shape, "data_offsets": [len(data), end]},
+            data + array.tobytes(),
+        )
+    encoded = json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+    return path
+
+
 def test_a_damaged_configuration_is_refused(base, tmp_path):
     refused(base, tmp_path, GOOD, "configuration cannot be read", metadata={"lora_adapter_metadata": "{"})
     refused(base, tmp_path, GOOD, "configuration cannot be read", metadata={"lora_adapter_metadata": "[1]"})

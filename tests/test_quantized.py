@@ -1,5 +1,6 @@
 """Packed linears: what each mode loses, what is packed, and that it is the same however it is loaded."""
 
+import contextlib
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+import wan_mlx
 from wan_mlx.layers import Linear
 from wan_mlx.quantized import MODE_NAMES, Packing, QuantizedLinear
 from wan_mlx.types import WeightsError
@@ -225,3 +227,36 @@ LAYER = "blocks.3.ffn.0.weight"
 def test_a_packed_file_that_contradicts_itself_is_refused(q8_folder, tmp_path, change, says):
     with pytest.raises(WeightsError, match=says):
         load_transformer(damaged(q8_folder, tmp_path, change))
+
+
+# How far one step of the whole pipeline may be from the unquantised one.
+STEP_ERRORS = {"q8": 0.01, "q6": 0.04, "auto": 0.04, "q5": 0.08, "q4-g32": 0.15, "q4": 0.15, "q3": 0.35}
+STEP_ERRORS |= {"mxfp8": 0.05, "mxfp4": 0.25, "nvfp4": 0.2, "none": 0.0}
+
+
+def sampled(quantize):
+    """Latents after one step of a picture."""
+    pipe = wan_mlx.WanPipeline.from_pretrained("nano", "float32", quantize, progress=False)
+    request = pipe.request("a red star spins", width=32, height=32, num_frames=1, steps=1, guidance_scale=1, seed=1)
+    with contextlib.closing(pipe.stages(request)) as events:
+        step = next(event for event in events if isinstance(event, wan_mlx.Step))
+        return step.latents, pipe.settings(request).get("quantize")
+
+
+def test_a_pipeline_in_every_mode():
+    want, _ = sampled(None)
+    for mode, bound in STEP_ERRORS.items():
+        got, said = sampled(mode)
+        error = relative(got.flatten(), want.flatten())
+        assert said == mode and bound / 20 <= error <= bound, (mode, error)
+
+
+def test_q8_videos_are_within_35_db():
+    options = dict(width=48, height=48, num_frames=5, steps=2, guidance_scale=3.0, seed=5)
+    frames = []
+    for quantize in (None, "q8"):
+        pipe = wan_mlx.WanPipeline.from_pretrained("nano", "float32", quantize, progress=False)
+        frames.append(pipe("a red circle moves right on a blue background", **options).frames.astype(np.float64))
+    error = np.mean((frames[0] - frames[1]) ** 2)
+    assert 0 < error and 10 * np.log10(255**2 / error) >= 35
+    assert frames[0].std() > 10

@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..types import WeightsError
+from .fp8 import FP8, fold
 from .layouts import LAYOUTS
 from .reader import WeightsFile, open_weights
 
@@ -44,6 +45,7 @@ ENDINGS = {
     "diff_modulation": r"\.diff_m",
 }
 UNSUPPORTED = {"dora_scale": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "lora_mid": "LoCon with a middle convolution"}
+FLOATS = ("F64", "F32", "F16", "BF16")
 # Names under which a folder holds its LoRA: PEFT's, Diffusers'.
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 PEFT_CONFIG = "adapter_config.json"
@@ -269,7 +271,7 @@ def _file_of(path: Path) -> Path:
 
 
 def _open(path: Path, strength: float, shapes: Mapping[str, tuple[int, ...]], patch: int) -> Lora:
-    file = open_weights(_file_of(path))
+    file = fold(open_weights(_file_of(path)))
     resolver, parts, unknown, unused = _Resolver(shapes), {}, [], []
     for key in file.tensors:
         found = resolver(key)
@@ -283,6 +285,9 @@ def _open(path: Path, strength: float, shapes: Mapping[str, tuple[int, ...]], pa
         setattr(part, role, key)
     if unknown:
         raise WeightsError(_unknown(file, unknown, shapes))
+    odd = [key for key in file.tensors if key not in unused and file.tensors[key].dtype not in (*FLOATS, *FP8)]
+    if odd:
+        raise WeightsError(f"{file.path}: {odd[0]} is {file.tensors[odd[0]].dtype}; expected floats")
     # The scale of a bias's up belongs to the weight's factors.
     config = _PeftConfig.of(file)
     for name, part in parts.items():

@@ -1,0 +1,62 @@
+"""Every matrix of every kind of model is found by the names that Diffusers' own modules give its LoRA."""
+
+import pytest
+import tiny
+from diffusers.loaders import lora_conversion_utils
+
+from wan_mlx.weights.layouts import canonical_keys, recognise
+from wan_mlx.weights.lora import _Resolver
+
+
+def matrices(kind):
+    """Diffusers' module → our parameter, for all that have a matrix or a convolution."""
+    state = tiny.diffusers_transformer(kind).state_dict()
+    ours = {key: name for name, key in canonical_keys(recognise(state), state).items()}
+    return {
+        key.removesuffix(".weight"): ours[key]
+        for key, tensor in state.items()
+        if key.endswith(".weight") and tensor.ndim > 1
+    }, set(ours.values())
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_every_matrix_has_each_of_its_names(kind):
+    modules, parameters = matrices(kind)
+    resolve = _Resolver(dict.fromkeys(parameters))
+    for module, name in modules.items():
+        official = name.removesuffix(".weight")
+        for stem in (
+            f"transformer.{module}", f"base_model.model.{module}", module,
+            f"diffusion_model.{official}", f"pipe.dit.{official}", official,
+            f"lora_unet_{module.replace('.', '_')}", f"lora_unet_{official.replace('.', '_')}",
+            f"lora_unet__{official.replace('.', '_')}", f"lycoris_{official.replace('.', '_')}",
+        ):  # fmt: skip
+            assert resolve(f"{stem}.lora_A.weight") == (name, "down"), stem
+            assert resolve(f"{stem}.lora_up.weight") == (name, "up"), stem
+            assert resolve(f"{stem}.alpha") == (name, "alpha"), stem
+            bias = f"{official}.bias"
+            assert resolve(f"{stem}.diff_b") == ((bias, "diff") if bias in parameters else None), stem
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_diffusers_converter_means_the_same_modules(kind):
+    """Diffusers turns ComfyUI's and musubi's keys into its own: both must lead to the parameter the original names."""
+    import torch
+
+    modules, parameters = matrices(kind)
+    resolve = _Resolver(dict.fromkeys(parameters))
+    blocks = {name.removesuffix(".weight") for name in modules.values() if name.startswith("blocks.")}
+    down, up = torch.zeros(4, 8), torch.zeros(8, 4)
+    comfy, musubi = {}, {}
+    for name in blocks:
+        comfy |= {f"diffusion_model.{name}.lora_down.weight": down, f"diffusion_model.{name}.lora_up.weight": up}
+        joined = f"lora_unet_{name.replace('.', '_')}"
+        musubi |= {f"{joined}.lora_down.weight": down, f"{joined}.lora_up.weight": up}
+        musubi[f"{joined}.alpha"] = torch.ones(())
+    for convert, keys in (
+        (lora_conversion_utils._convert_non_diffusers_wan_lora_to_diffusers, comfy),
+        (lora_conversion_utils._convert_musubi_wan_lora_to_diffusers, musubi),
+    ):
+        ours = {resolve(key) for key in keys if not key.endswith("alpha")}
+        assert ours == {resolve(key) for key in convert(dict(keys))} and None not in ours
+        assert {name for name, _ in ours} == {f"{name}.weight" for name in blocks}
