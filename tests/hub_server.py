@@ -24,6 +24,7 @@ class Hub(ThreadingHTTPServer):
         requests: (method, path, headers) of each request so far.
         cuts: path → how many bytes a GET of it sends before the connection ends, one entry for each GET.
         damage: path → bytes sent instead of the file's.
+        etags: path → etag sent instead of the file's.
         sizes: path → size told on HEAD instead of the file's.
         private: repository → token that may read it; gated: repositories whose files are gated.
         failures: statuses to answer the next requests of a file with.
@@ -36,6 +37,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.requests = repos, []
         self.cuts, self.damage, self.sizes, self.private, self.failures = {}, {}, {}, {}, []
+        self.etags = {}
         self.gated, self.forbidden, self.lost, self.ignore_range = set(), set(), set(), False
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.cdn = f"http://localhost:{self.server_address[1]}/cdn"  # another host, as the real one has
@@ -139,9 +141,10 @@ class Handler(BaseHTTPRequestHandler):
         if path in hub.lost or path not in hub.repos[repo]:
             return self.answer(404, {"X-Error-Code": "EntryNotFound"})
         data = hub.repos[repo][path]
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag_of(path, data)}"'}
+        etag = hub.etags.get(path, etag_of(path, data))
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"'}
         if path.endswith(LARGE):
-            headers |= {"ETag": '"of the pointer"', "X-Linked-Etag": f'"{etag_of(path, data)}"'}
+            headers |= {"ETag": '"of the pointer"', "X-Linked-Etag": f'"{etag}"'}
             headers |= {
                 "X-Linked-Size": str(hub.sizes.get(path, len(data))),
                 "Location": f"{hub.cdn}/{repo}/{path}",

@@ -281,6 +281,19 @@ def test_a_wrong_size_is_an_error(server, one_file):
     assert not is_cached(one_file)
 
 
+@pytest.mark.parametrize("etag", ["../../outside", "", "..", "/etc/x"])
+def test_no_file_is_written_outside_the_cache(server, one_file, etag, tmp_path):
+    server.etags["big.gguf"] = etag
+    with pytest.raises(WeightsError, match="answers with the ETag .* so it is no hub"):
+        resolve(one_file)
+    assert not any(file.is_file() and file.stat().st_size > 10_000 for file in tmp_path.rglob("*"))
+
+
+def test_a_mirror_may_have_etags_of_its_own(server, one_file):
+    server.etags["big.gguf"] = "mirror-7"
+    assert resolve(one_file).read_bytes() == server.repos["a/b"]["big.gguf"]
+
+
 def test_no_room_is_said_before_anything_is_fetched(server, monkeypatch):
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5000))
     with pytest.raises(WeightsError, match=r"needs \d+.\d KB more in .*cache, which has 5.0 KB free; .*HF_HOME"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -101,8 +102,8 @@ def _fetch(repo: str, commit: str, file: RemoteFile, advance: Callable[[int], No
 
     name, url = f"{repo}: {file.path}", hf_hub_url(repo, file.path, revision=commit)
     remote = _persist(lambda: get_hf_file_metadata(url), lambda: 0, name, stop)
-    if not remote.etag:
-        raise WeightsError(f"{name}: {url} answers without an ETag, so it is no hub (HF_ENDPOINT names another?)")
+    if not remote.etag or not re.fullmatch(r"[\w-]+", remote.etag):  # it becomes the name of a file
+        raise WeightsError(f"{name}: {url} answers with the ETag {remote.etag!r}, so it is no hub; see HF_ENDPOINT")
     if remote.size is not None and remote.size != file.size:
         raise WeightsError(f"{name} has {remote.size:,} bytes, expected {file.size:,}, as the hub lists it")
     blob, locks = blob_path(repo, remote.etag), _cache(".locks", repo)
@@ -239,5 +240,5 @@ def _is_transient(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's text that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an error's text that says something, shortened."""
+    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
