@@ -10,6 +10,7 @@ import pytest
 from held import Held
 
 from wan_mlx.generate import main
+from wan_mlx.media import read_settings
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +53,8 @@ def report(name: str = "batch.report.jsonl") -> list[dict]:
         ({"prompt": "a", "output": "first.npz"}, ["first.npz", "line 1"]),
         ({"prompt": "a", "output": "taken.npz"}, ["taken.npz exists"]),
         ({"prompt": "a", "image": "b.png"}, ["image was given to a t2v model"]),
+        ({"prompt": "a", "num_images": 2, "seed": -1}, ["num_images without a seed"]),
+        ({"prompt": "a", "num_images": 2, "seed": 1, "frames": 5}, ["num_images is 2", "5 frames are a video"]),
         ({"steps": 3}, ["--prompt is missing"]),
         ('{"prompt": "a", "prompt": "b"}', ["'prompt' is given twice"]),
     ],
@@ -102,6 +105,17 @@ def test_requests_are_those_of_single_commands(command, flags, capsys, monkeypat
     with np.load("alone.npz") as alone, np.load("b.npz") as batch:
         assert np.array_equal(alone["latents"], batch["latents"])
     assert sorted(os.listdir()) == ["a.npz", "alone.npz", "b.npz", "batch.jsonl", "batch_0003.png", "r.jsonl"]
+
+
+def test_several_stills_of_a_line(command, capsys):
+    write({"prompt": "a cat", "seed": 5, "num_images": 2, "output": "cat.png"}, {"prompt": "b", "output": "b.png"})
+    assert main(command) == 0
+    assert [(entry["output"], entry["line"]) for entry in report()] == [
+        ("cat_seed5.png", 1), ("cat_seed6.png", 1), ("b.png", 2)
+    ]  # fmt: skip
+    assert [read_settings(f"cat_seed{seed}.png")["seed"] for seed in (5, 6)] == [5, 6]
+    assert main(command) == 0  # all are there
+    assert [entry["status"] for entry in report()] == ["skipped"] * 3
 
 
 def test_one_failure_does_not_stop_the_others(command, capsys, monkeypatch):

@@ -191,31 +191,38 @@ def read_jobs(path: Path, argv: list[str], overwrite: bool) -> list[Job]:
             continue
         try:
             args = parser.parse_args([*argv, *line_flags(parser, text)])
-            job = _job(number, args, path, pipes)
-            if job.output in outputs:
-                raise UsageError(f"output {job.output} is that of line {outputs[job.output]}, too")
-            if not is_made(job):  # then it is skipped
-                unfinished = RunFolder(job.output).is_unfinished
-                check_output(job.output, overwrite or unfinished)
+            for job in _jobs(number, args, path, pipes):
+                if job.output in outputs:
+                    raise UsageError(f"output {job.output} is that of line {outputs[job.output]}, too")
+                if not is_made(job):  # then it is skipped
+                    unfinished = RunFolder(job.output).is_unfinished
+                    check_output(job.output, overwrite or unfinished)
+                outputs[job.output] = number
+                jobs.append(job)
         except (UsageError, ValueError) as error:
             raise UsageError(f"{path} line {number}: {error}") from error
-        outputs[job.output] = number
-        jobs.append(job)
     if not jobs:
         raise UsageError(f"--prompts {path} holds no request; expected one JSON object a line, such as "
                          '{"prompt": "a cat boxing", "seed": 1}')  # fmt: skip
     return jobs
 
 
-def _job(number: int, args: argparse.Namespace, path: Path, pipes: dict[str, WanPipeline]) -> Job:
+def _jobs(number: int, args: argparse.Namespace, path: Path, pipes: dict[str, WanPipeline]) -> list[Job]:
+    """What a line asks for: one video, or several stills."""
     generate.check_flags(args)
+    if args.num_images is not None and (args.seed is None or args.seed < 0):
+        raise UsageError("num_images without a seed, which names the files; give one")
     options = generate.pipeline_options(args)
     key = json.dumps(options, default=str, sort_keys=True)
     if key not in pipes:
         pipes[key] = generate.pipeline_from(args)
     request = generate.request_from(pipes[key], args)
     output = args.output or f"{path.stem}_{number:04d}{'.png' if request.num_frames == 1 else '.mp4'}"
-    return Job(number, args, Path(output), pipes[key], request)
+    if args.num_images is None:
+        return [Job(number, args, Path(output), pipes[key], request)]
+    stills = generate.outputs_of(request, Path(output), args.num_images)
+    alone = [argparse.Namespace(**{**vars(args), "seed": still.seed}) for still, _ in stills]
+    return [Job(number, one, file, pipes[key], still) for one, (still, file) in zip(alone, stills, strict=True)]
 
 
 def line_flags(parser: Parser, text: str) -> list[str]:
