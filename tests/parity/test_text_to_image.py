@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 import wan_mlx.pipeline
@@ -16,8 +15,8 @@ SEEDS = (7, 8, 9)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.write_official_folder(tmp_path_factory.mktemp("t2i") / "Wan2.1-tiny", tiny.networks(3))
+def folder(models):
+    return models("t2v")[1]
 
 
 @pytest.fixture(scope="module")

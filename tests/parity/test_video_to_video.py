@@ -32,13 +32,13 @@ SIZE = dict(width=48, height=32)
 
 
 @pytest.fixture(scope="module")
-def networks():
-    return tiny.networks(3)
+def networks(models):
+    return models("t2v")[0]
 
 
 @pytest.fixture(scope="module")
-def folder(networks, tmp_path_factory):
-    return tiny.write_official_folder(tmp_path_factory.mktemp("v2v") / "Wan2.1-tiny", networks)
+def folder(models):
+    return models("t2v")[1]
 
 
 @pytest.fixture(scope="module")

@@ -49,21 +49,6 @@ def no_gradients():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Kind → (the networks, their official folder), made when first asked for."""
-    made = {}
-
-    def make(kind: str):
-        if kind not in made:
-            modules = tiny.networks(5, kind)
-            folder = tmp_path_factory.mktemp(kind) / f"Wan2.1-tiny-{kind}"
-            made[kind] = modules, tiny.write_official_folder(folder, modules, kind)
-        return made[kind]
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """The sources, by name. The video is twice as large as the area and longer than what is asked for."""
     folder = tmp_path_factory.mktemp("sources")
