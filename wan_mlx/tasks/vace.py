@@ -14,7 +14,7 @@ from itertools import repeat
 import mlx.core as mx
 import numpy as np
 
-from ..sources import cover, in_chunks, open_video, read_image, to_float
+from ..sources import Clip, cover, in_chunks, open_video, read_image, to_float
 from ..types import Conditioning, Encoders, Request
 from . import t2v
 
@@ -58,13 +58,19 @@ def fit(request: Request) -> Request:
     """The request at the proportions and length of its source video, if there is one.
 
     Raises:
-        ValueError: there is no source at all, or the video cannot be read, or it is too small.
+        ValueError: there is no source at all, or one cannot be read, or the video is too small, or its mask is of
+            another length.
     """
     if request.src_video is None and request.src_mask is None and not request.src_ref_images:
         raise ValueError("VACE needs a source video, a mask or reference images, none was given")
+    for source in request.src_ref_images:
+        read_image(source)
+    mask = None if request.src_mask is None else open_video(request.src_mask)
     if request.src_video is None:
         return request
     clip = open_video(request.src_video)
+    if mask is not None:
+        _check_lengths(mask, clip)
     shape = (clip.num_frames, clip.height, clip.width)
     width, height, num_frames = output_shape(shape, request.width * request.height, request.num_frames)
     return replace(request, width=width, height=height, num_frames=num_frames)
@@ -123,14 +129,18 @@ def read_source(request: Request) -> tuple[np.ndarray, np.ndarray]:
         mask = np.full((request.num_frames, *size), 255, np.uint8)
     else:
         clip = open_video(request.src_mask)
-        if clip.num_frames not in (1, video.num_frames):
-            raise ValueError(
-                f"mask {clip.name} has {clip.num_frames} frames, expected {video.num_frames} as its video, or one"
-            )
+        _check_lengths(clip, video)
         chosen = numbers if clip.num_frames > 1 else [0]
         mask = np.stack([cover(frame, *size)[..., 0] for frame in clip.read(chosen)])
         mask = np.broadcast_to(mask, (request.num_frames, *size))
     return np.stack([cover(frame, *size) for frame in video.read(numbers)]), mask
+
+
+def _check_lengths(mask: Clip, video: Clip) -> None:
+    if mask.num_frames not in (1, video.num_frames):
+        raise ValueError(
+            f"mask {mask.name} has {mask.num_frames} frames, expected {video.num_frames} as its video, or one"
+        )
 
 
 def spread(times: np.ndarray, count: int) -> list[int]:
