@@ -89,6 +89,28 @@ def test_sixteen_bits_are_scaled(tmp_path, ending):
     assert np.array_equal(got[..., 0], got[..., 2]) and got.max() == 255
 
 
+@pytest.mark.parametrize("pixels", ["rgb48be", "rgba64be", "ya16be"])
+def test_sixteen_bits_of_colour_and_alpha(tmp_path, pixels):
+    """Pillow keeps the high byte of these: within one level of the nearest."""
+    write_video(tmp_path / "a.png", picture()[None], "-frames:v", "1", "-pix_fmt", pixels)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (WIDTH, HEIGHT)
+    want = np.asarray(Image.fromarray(picture()).convert("L").convert("RGB")) if pixels == "ya16be" else picture()
+    assert np.abs(read_image(tmp_path / "a.png").astype(int) - want).max() <= (2 if pixels == "ya16be" else 1)
+
+
+@pytest.mark.parametrize("pixels", ["bgra", "gbrap", "ya8"])
+def test_alpha_of_a_video_is_dropped(tmp_path, pixels):
+    rgba = np.concatenate([film(3), np.full((3, HEIGHT, WIDTH, 1), 9, np.uint8)], axis=-1)
+    codec = "rawvideo" if pixels == "ya8" else "ffv1"
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgba", "-s", f"{WIDTH}x{HEIGHT}", "-r", "16", "-i", "-"]
+    ffmpeg(*raw, "-c:v", codec, "-pix_fmt", pixels, tmp_path / "a.nut", stdin=rgba.tobytes())
+    got = frames_of(open_video(tmp_path / "a.nut"))
+    grey = [np.asarray(Image.fromarray(frame).convert("L").convert("RGB")) for frame in film(3)]
+    want = np.stack(grey) if pixels == "ya8" else film(3)
+    assert np.abs(got.astype(int) - want).max() <= (2 if pixels == "ya8" else 0)
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "CMYK"])
 def test_other_modes(tmp_path, mode):
     image = Image.fromarray(picture()).convert(mode)
