@@ -395,8 +395,7 @@ class WanPipeline:
         with self._stage("load transformer"):
             model = with_condition(self._load("transformer"), reached.conditioning)
         with self._stage("denoise"):
-            left_out = request.steps - request.steps_made
-            cache = make_cache(request.cache, request.steps_made, self.preset.name, left_out)
+            cache = make_cache(request.cache, request.steps_made, self.preset.name, request.begin)
             steps = denoise(
                 model,
                 reached.conditioning,
