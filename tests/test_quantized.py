@@ -163,6 +163,32 @@ def test_a_quantised_folder_is_the_same_bits_as_quantising_at_load(tmp_path, mod
     assert size < {"q8": 0.75, "nvfp4": 0.55, "auto": 0.65}[mode]
 
 
+def test_a_quantised_folder_is_told_and_recorded(tmp_path, capsys):
+    from wan_mlx.generate import main
+
+    folder = convert(NANO, tmp_path / "q6", quantize="q6")
+    pipe = wan_mlx.WanPipeline.from_pretrained(folder)
+    settings = pipe.settings(pipe.request("a red circle"))
+    assert settings["quantized"] == {"transformer": "q6", "text_encoder": "q6"} and "quantize" not in settings
+    for model, arguments in ((folder, []), ("nano", ["--quantize", "q6"])):
+        assert main(["--model", str(model), "--prompt", "a red circle", "--dry-run", *arguments]) == 0
+        assert "bfloat16, transformer q6, text encoder q6)" in capsys.readouterr().err
+    assert "quantized" not in wan_mlx.WanPipeline.from_pretrained("nano").settings(pipe.request("a red circle"))
+
+
+def test_quantising_at_load_never_holds_the_model_unquantised():
+    def nbytes(model):
+        return sum(array.nbytes for array in parameters_of(model).values())
+
+    whole = nbytes(load_transformer(NANO))
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    model = load_transformer(NANO, quantize="q4")
+    peak = mx.get_peak_memory() - before
+    assert nbytes(model) < 0.5 * whole and peak < nbytes(model) + 2**20
+
+
 def test_unpacking_a_quantised_folder(tmp_path):
     folder = convert(NANO, tmp_path / "q6", quantize="q6")
     unpacked, packed = load_transformer(folder, quantize="none"), load_transformer(folder)

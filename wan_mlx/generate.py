@@ -306,8 +306,8 @@ def outputs_of(request: Request, output: Path, num_images: int | None) -> list[t
 
 def describe(pipe: WanPipeline, request: Request, *outputs: Path) -> None:
     guidance = "off" if request.guidance_scale == 1 else f"{request.guidance_scale:g}"
-    note(f"model     {pipe.checkpoint.path} ({pipe.preset.name} defaults, {pipe.dtype}"
-         f"{f', {pipe.quantize}' if pipe.quantize else ''})")  # fmt: skip
+    packed = "".join(f", {component.replace('_', ' ')} {mode}" for component, mode in pipe.quantized.items())
+    note(f"model     {pipe.checkpoint.path} ({pipe.preset.name} defaults, {pipe.dtype}{packed})")
     for line in origins(pipe):
         note(f"          {line}")
     for path, strength in pipe.loras:

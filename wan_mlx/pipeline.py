@@ -40,11 +40,11 @@ from .weights.load import open_component, transformer_config
 from .weights.lora import LoraChoice, describe_lora, normalise_loras
 from .weights.networks import (
     check_loras,
-    check_quantize,
     load_image_encoder,
     load_text_encoder,
     load_transformer,
     load_vae,
+    modes_of,
     no_progress,
     parse_dtype,
 )
@@ -66,6 +66,7 @@ class WanPipeline:
         preset: the released model whose sampling defaults are used.
         guessed_preset: whether it was chosen by the weights' shapes, no name being known.
         config: sizes of the transformer, from its weights.
+        quantized: mode in which the transformer and the text encoder are packed, for those that are.
         loras: path and strength of each LoRA in use; `set_loras` changes them.
         reports: seconds and peak memory of each stage of the latest run.
         forwards: of the latest run, the transformer's forwards computed, and how many a run without step cache and
@@ -87,7 +88,7 @@ class WanPipeline:
         parse_dtype(dtype)
         self.prompt_cache = prompt_cache
         self.vae_tiling = parse_tiling(vae_tiling)
-        check_quantize(checkpoint, quantize)
+        self.quantized = modes_of(checkpoint, quantize)
         self.checkpoint = checkpoint
         self.dtype, self.quantize = dtype, quantize
         self.config = _transformer_config(checkpoint)
@@ -358,6 +359,7 @@ class WanPipeline:
             **request.settings(),
             "dtype": self.dtype,
             **({"quantize": self.quantize} if self.quantize else {}),
+            **({"quantized": self.quantized} if self.quantized else {}),
             **({"loras": [describe_lora(path, strength) for path, strength in self.loras]} if self.loras else {}),
             "versions": {"wan_mlx": __version__, "mlx": mx.__version__},
         }

@@ -76,10 +76,14 @@ def _open(path: str | Path | Checkpoint, component: str) -> tuple[ComponentWeigh
     return weights, config
 
 
-def check_quantize(checkpoint: Checkpoint, quantize: str | None) -> None:
-    """Raise ValueError, before any weights are read, if a part of ``checkpoint`` cannot be quantised so."""
-    for component in QUANTIZED:
-        Parameters(_open(checkpoint, component)[0], mx.float32, quantize)
+def modes_of(checkpoint: Checkpoint, quantize: str | None) -> dict[str, str]:
+    """Component → the mode it will be packed in, those alone that will be; no weights are read.
+
+    Raises:
+        ValueError: a part of ``checkpoint`` cannot be quantised so.
+    """
+    found = {part: Parameters(_open(checkpoint, part)[0], mx.float32, quantize).quantization for part in QUANTIZED}
+    return {component: quantization.mode for component, quantization in found.items() if quantization.packings}
 
 
 def check_loras(checkpoint: Checkpoint, loras: Iterable[LoraChoice]) -> None:
