@@ -63,8 +63,8 @@ def test_one_pass_leaves_nothing_for_the_next(vae):
 def test_frames_one_by_one_equal_several_at_a_time(vae, monkeypatch):
     latents, frames = random(1, 4, 2, 3, 4), random(1, 13, 16, 24, 3)
     several = decoded(vae, latents), vae.encode(frames)
-    for most in (1, 2 * 16 * 24 * 8 * 4):  # one frame at a time everywhere, then at most two of the largest
-        monkeypatch.setattr("wan_mlx.vae.FRAMES_BYTES", most)
+    for most in (1, 2 * 16 * 24 * 8):  # one frame at a time everywhere, then at most two of the largest
+        monkeypatch.setattr("wan_mlx.vae.VALUES_AT_ONCE", most)
         np.testing.assert_allclose(decoded(vae, latents), several[0], atol=1e-5)
         np.testing.assert_allclose(vae.encode(frames), several[1], atol=1e-5)
 

@@ -116,6 +116,11 @@ class Pacer:
         mx.eval(*self.running)
         self.running = arrays
 
+    def submit(self, array: mx.array) -> None:
+        """Submit a piece too small to wait for: the GPU would run dry before the next one is there."""
+        mx.async_eval(array)
+        self.running = (*self.running, array)
+
 
 def in_token_chunks(function: Callable[..., mx.array], arrays: Sequence[mx.array], pace: Pacer) -> mx.array:
     """``function(*arrays)`` for a function that treats tokens (B, L, D) independently, a slice of tokens at a time."""
@@ -126,5 +131,5 @@ def in_token_chunks(function: Callable[..., mx.array], arrays: Sequence[mx.array
     if len(parts) == 1:
         return parts[0]
     whole = mx.concatenate(parts, axis=1)
-    pace(whole)  # or the parts would live until what comes after is computed
+    pace.submit(whole)  # or the parts would live until what comes after is computed
     return whole
