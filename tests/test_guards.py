@@ -9,9 +9,12 @@ import pytest
 
 import wan_mlx
 from wan_mlx.generate import main
-from wan_mlx.guards import FrameStatistics, check_disk, is_out_of_memory
+from wan_mlx.guards import FrameStatistics, check_disk, is_out_of_memory, latents_complaint
+from wan_mlx.media import read_settings
 from wan_mlx.types import WanError
 from wan_mlx.vae import VAE
+
+COMMAND = "python -m wan_mlx.generate --resume"
 
 
 def complaint(*chunks: np.ndarray) -> str | None:
@@ -48,6 +51,13 @@ def test_bad_videos_are_called_what_they_are():
     assert complaint(np.zeros((3, 32, 32, 3), np.uint8), shape_on(0, 255)[:, :32, :32] + 0, blown_up[:1] // 2) is None
 
 
+def test_latents_out_of_proportion():
+    latents = np.random.default_rng(0).standard_normal((16, 2, 4, 4), np.float32)
+    assert latents_complaint(latents) is None and latents_complaint(2.5 * latents) is None
+    assert "grew out of proportion" in latents_complaint(20 * latents)
+    assert "collapsed" in latents_complaint(0.01 * latents + 1)
+
+
 def test_a_bad_video_is_kept_and_reported(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.setattr("wan_mlx.pipeline.to_uint8", lambda frames, rounding: np.zeros(frames.shape, np.uint8))
     assert main([*flags, "--output", str(tmp_path / "a.npz")]) == 3
@@ -64,12 +74,19 @@ def test_not_finite_keeps_the_last_good_state(tmp_path, monkeypatch, capsys, fla
     def poisoned(*args):
         return velocity(*args) * (np.nan if args[5] == 1 else 1)
 
+    output = str(tmp_path / "a.npz")
     with monkeypatch.context() as patch:
         patch.setattr(denoise, "guided_velocity", poisoned)
-        assert main([*flags, "--output", str(tmp_path / "a.npz")]) == 1
+        assert main([*flags, "--dtype", "bfloat16", "--output", output]) == 1
     error = capsys.readouterr().err
-    assert "after step 2 of 3" in error and "1 steps are kept" in error
+    assert "after step 2 of 3" in error and f"1 steps are kept; go on with: {COMMAND} {output} --dtype float32" in error
     assert (tmp_path / "a.npz.wan/step-0001.safetensors").is_file() and not (tmp_path / "a.npz").exists()
+    # In float32 from there, as it was told; nothing else may change.
+    assert main(["--resume", output, "--dtype", "float32", "--steps", "4"]) == 2
+    assert "--steps is 3, 4 was given" in capsys.readouterr().err
+    assert main(["--resume", output, "--dtype", "float32", "--quiet"]) == 0
+    settings = read_settings(tmp_path / "a.npz")
+    assert settings["dtype"] == "bfloat16, float32 from step 2" and settings["steps"] == 3
 
 
 def test_low_disk_is_seen_before_the_run(tmp_path, monkeypatch, capsys, flags):

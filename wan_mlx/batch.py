@@ -152,7 +152,7 @@ def _make(job: Job, interrupts: Interrupts) -> Result:
                 folder.begin(make_record(job.pipe, job.request, vars(job.args)))
                 return make_file(job.pipe, job.request, folder, job.args.overwrite, interrupts)
         free = {*FREE_ON_RESUME, *OF_THE_BATCH, *(("seed",) if job.draws else ())}
-        check_same(vars(job.args), record, free)
+        check_same({**vars(job.args), "seed": job.request.seed}, record, free)
         job.request = request_of(record)
         with generate.keeping(folder, quietly=True):
             return make_file(job.pipe, job.request, folder, job.args.overwrite, interrupts)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import wan_mlx
 
-from .arguments import MODEL_HELP, NO_MEANING, NOT_YET, UsageError, build_parser, given_flags
+from .arguments import FREE_ON_RESUME, MODEL_HELP, NO_MEANING, NOT_YET, UsageError, build_parser, given_flags
 
 if TYPE_CHECKING:
     from .interrupt import Interrupts
@@ -133,7 +133,7 @@ def resume(args: argparse.Namespace, given: dict[str, object], interrupts: Inter
     """``--resume FILE``: go on with the run that was making FILE; its flags are those it was started with."""
     wan_mlx.check_backend()
 
-    from .records import check_given, check_identity, flags_of, request_of
+    from .records import check_given, check_identity, flags_of, request_of, with_dtype
     from .run_folder import ENDING, RunFolder
 
     output = Path(args.resume.removesuffix(ENDING) if args.resume.endswith(ENDING) else args.resume)
@@ -153,11 +153,17 @@ def resume(args: argparse.Namespace, given: dict[str, object], interrupts: Inter
             return 0
         if record is None:
             raise ValueError(f"the run of {output} was cut before it began; start it again without --resume")
-        check_given(given, record)
+        # Other numbers are the way out of NaN, and only there.
+        free = (*FREE_ON_RESUME, "dtype") if folder.was_not_finite else FREE_ON_RESUME
+        check_given(given, record, free)
         stored = flags_of(record, build_parser().parse_args([]))
         for name in given:
             setattr(stored, name, getattr(args, name))
         pipe, request = pipeline_from(stored), request_of(record)
+        if stored.dtype != record["flags"]["dtype"]:
+            record = with_dtype(record, stored.dtype, folder.steps_done)
+            if not args.dry_run:
+                folder.amend(record)
         for difference in check_identity(record, pipe, folder):
             note(difference)
         describe(pipe, request, output)
@@ -184,6 +190,8 @@ def keeping(folder: RunFolder, quietly: bool = False) -> Iterator[None]:
             folder.delete()
             raise
         how = f"{folder.steps_done} steps are kept; go on with: {resume_command(folder)}"
+        if folder.was_not_finite:
+            how += " --dtype float32"
         if stopped:
             error.go_on = f"; {how}"
         elif not quietly:

@@ -12,6 +12,8 @@ from .types import Request, WanError
 # Luma is BT.601 on [0, 255]. A plain background with a small moving shape has a deviation of 5 and more.
 BLACK_LUMA = 4.0  # brightest pixel of the video at most
 FLAT_DEVIATION = 1.0  # standard deviation within every frame at most
+# Normalised latents of a video deviate by about 1; nano's, on a white background, by 2.1.
+LATENTS_DEVIATION = (0.05, 8.0)
 # Share of pixels with a channel at 0 and another pixel's at 255 tells nothing: pure colours are pictures too. Latents
 # that blew up push nearly every channel against a limit, on both sides, from one pixel to the next.
 SATURATED_SHARE = 0.9  # of all channel values at 0 or 255, at least
@@ -48,6 +50,16 @@ class FrameStatistics:
         if share >= SATURATED_SHARE and edges >= SATURATED_EDGES:
             return f"the video is saturated noise ({share:.0%} of its values are 0 or 255)"
         return None
+
+
+def latents_complaint(latents: np.ndarray) -> str | None:
+    """What is wrong with finished latents, normalised: that they collapsed, or grew out of all proportion."""
+    low, high = LATENTS_DEVIATION
+    deviation = float(latents.std())
+    if low <= deviation <= high:
+        return None
+    what = "collapsed" if deviation < low else "grew out of proportion"
+    return f"the latents {what} (they deviate by {deviation:.3g}, expected about 1)"
 
 
 WHAT_TO_TRY = (

@@ -67,11 +67,14 @@ def request_of(record: Mapping[str, Any]) -> Request:
         ) from error
 
 
-def check_given(given: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming each difference, if flags given beside ``--resume`` are not those of the run."""
+def check_given(given: Mapping[str, Any], record: Mapping[str, Any], free: Collection[str] = FREE_ON_RESUME) -> None:
+    """Raise ValueError, naming each difference, if flags given beside ``--resume`` are not those of the run.
+
+    Those in ``free`` may differ.
+    """
     differences = []
     for name, value in given.items():
-        if name in FREE_ON_RESUME:
+        if name in free:
             continue
         stored = record["flags"].get(name)
         if stored is None and name in REQUEST_FIELDS:
@@ -81,6 +84,12 @@ def check_given(given: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         if json.loads(json.dumps(_normal(name, value))) != stored:
             differences.append(f"{flag_names()[name]} is {_said(stored)}, {_said(value)} was given")
     _refuse(differences)
+
+
+def with_dtype(record: Mapping[str, Any], dtype: str, steps_done: int) -> dict[str, Any]:
+    """The record of a run that goes on in another dtype, which its settings then tell."""
+    settings = {**record["settings"], "dtype": f"{record['settings']['dtype']}, {dtype} from step {steps_done + 1}"}
+    return {**record, "flags": {**record["flags"], "dtype": dtype}, "settings": settings}
 
 
 def check_same(flags: Mapping[str, Any], record: Mapping[str, Any], free: Collection[str]) -> None:

@@ -7,6 +7,7 @@ Beside ``cat.mp4`` there is ``cat.mp4.wan`` until the video is complete:
     conditioning.safetensors  texts, images and sources as encoded, and the noise: so no encoder is loaded again
     step-0012.safetensors     `Step.state` after step 12; the last two are kept
     frames.raw, frames.index  decoded frames uint8, and a line per latent frame: how many, and their CRC-32
+    not-finite                if the latents stopped being finite: then another dtype may go on
     finished.json             SHA-256 of the video, just before it is moved to its place
 
 All but the frames appear whole: written under another name, flushed to the disk, renamed. The frames grow, each flushed
@@ -80,6 +81,10 @@ class RunFolder:
     def begin(self, record: dict[str, Any]) -> None:
         """Start anew: drop what an earlier run left, and note what this one is (anything JSON can hold)."""
         self._clear()
+        self.amend(record)
+
+    def amend(self, record: dict[str, Any]) -> None:
+        """Note what the run is from now on."""
         _write(self.path / "run.json", lambda path: path.write_text(json.dumps(record, indent=1), encoding="utf-8"))
 
     def record(self) -> dict[str, Any] | None:
@@ -137,6 +142,14 @@ class RunFolder:
         """How many steps are kept, without reading them."""
         return max((_count_of(path) for path in self._step_paths()), default=0)
 
+    def mark_not_finite(self) -> None:
+        """Note that the step after the last kept one gave NaN or infinite latents."""
+        (self.path / "not-finite").touch()
+
+    @property
+    def was_not_finite(self) -> bool:
+        return (self.path / "not-finite").exists()
+
     # Frames
 
     def open_frames(self, height: int, width: int) -> FrameStore:
@@ -166,7 +179,7 @@ class RunFolder:
             log.warning("%s holds files that are not of wan_mlx, and stays", self.path)
 
     def _clear(self) -> None:
-        last = ("run.json", "finished.json")
+        last = ("not-finite", "run.json", "finished.json")
         ours = [*self.path.glob("*.safetensors"), *self.path.glob("frames.*"), *self.path.glob(".wan_mlx-*")]
         for path in [*ours, *(self.path / name for name in last)]:
             path.unlink(missing_ok=True)

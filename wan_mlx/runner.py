@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .guards import WHAT_TO_TRY, FrameStatistics, check_disk, disk_needed
+from .guards import WHAT_TO_TRY, FrameStatistics, check_disk, disk_needed, latents_complaint
 from .interrupt import Interrupts
 from .media import VideoWriter
 from .run_folder import FrameStore, RunFolder
-from .types import Conditioning, Request, Step
+from .types import Conditioning, Request, SamplingError, Step
 
 if TYPE_CHECKING:
     from .pipeline import WanPipeline
@@ -60,7 +60,11 @@ def make_file(
     VideoWriter(folder.output, request.fps, (request.width, request.height), folder.record()["settings"], overwrite)
     frames = folder.open_frames(request.height, request.width)
     if frames.count < request.num_frames:
-        _sample(pipe, request, folder, frames, interrupts, on_event)
+        try:
+            _sample(pipe, request, folder, frames, interrupts, on_event)
+        except SamplingError:
+            folder.mark_not_finite()
+            raise
     complaint = _write(pipe, request, folder, frames, overwrite, interrupts)
     folder.delete()
     if complaint:
@@ -117,4 +121,4 @@ def _write(
         state = folder.state()
         writer.latents = latents_to_numpy(state.state["latents"][:, state.conditioning.trim_latents :])
         writer.when_whole = folder.mark_finished
-    return statistics.complaint()
+    return statistics.complaint() or latents_complaint(writer.latents)
