@@ -12,6 +12,7 @@ import pytest
 from crafted import bytes_of, refusal
 from crafted_gguf import GGML, SCALES, array, blocks, field, info, write_gguf
 
+from benchmarks.gguf_quantisers import quantise
 from wan_mlx.types import WeightsError
 from wan_mlx.weights.reader import TensorInfo, open_weights
 
@@ -95,6 +96,20 @@ def test_blocks_become_numbers(tmp_path, dtype):
     assert np.array_equal(np.array(file.rows("x", [4, 0, 4])), got[[4, 0, 4]])
     assert file.rows("x", []).shape == (0, 512)
     assert np.array_equal(file.raw("x"), raw)
+
+
+@pytest.mark.parametrize(
+    "dtype, error",
+    [("Q8_0", 0.0053), ("Q6_K", 0.0188), ("Q5_K", 0.038), ("Q5_1", 0.038), ("Q5_0", 0.042), ("Q4_K", 0.078),
+     ("Q4_1", 0.078), ("Q4_0", 0.086), ("IQ4_NL", 0.08), ("Q3_K", 0.155), ("Q2_K", 0.327)],
+)  # fmt: skip
+def test_numbers_come_back_within_the_format(tmp_path, dtype, error):
+    """Normal numbers, written by other code than what reads them; ``error`` is relative, of root mean squares."""
+    values = np.random.default_rng(2).normal(size=(16, 1024)).astype(np.float32)
+    raw = quantise(values, dtype)
+    file = open_weights(write_gguf(tmp_path / "x.gguf", [("x", (16, 1024), dtype, raw)]))
+    got = np.array(file.read("x"))
+    assert 0.9 * error < np.sqrt(((got - values) ** 2).mean() / (values**2).mean()) < 1.1 * error
 
 
 def test_plain_types(tmp_path):
