@@ -60,3 +60,15 @@ def test_diffusers_converter_means_the_same_modules(kind):
         ours = {resolve(key) for key in keys if not key.endswith("alpha")}
         assert ours == {resolve(key) for key in convert(dict(keys))} and None not in ours
         assert {name for name, _ in ours} == {f"{name}.weight" for name in blocks}
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_every_parameter_can_be_a_difference(kind):
+    """As lightx2v's extractor names what it does not split in two factors."""
+    parameters = matrices(kind)[1]
+    resolve = _Resolver(dict.fromkeys(parameters))
+    endings = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}
+    for name in parameters:
+        stem, _, end = name.rpartition(".")
+        key = f"{stem}.{endings[end]}" if end in endings else f"{name}.diff"
+        assert resolve(f"diffusion_model.{key}") == (name, "diff"), key
