@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -15,9 +16,9 @@ import pytest
 from held import Held, processes_naming, run
 
 from wan_mlx.generate import main
-from wan_mlx.media import ENDINGS
+from wan_mlx.media import ENDINGS, read_settings
 from wan_mlx.run_folder import BusyError, RunFolder, fingerprint
-from wan_mlx.types import Conditioning, Step
+from wan_mlx.types import Conditioning, Step, WanError
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,25 @@ class TestFolder:
         assert read_again(b"", index) == 0
         assert read_again(raw, b"nonsense\n") == 0
 
+    def test_a_full_disk_costs_one_step(self, folder):
+        """It stops in the middle of a file, which is as good as not begun."""
+        folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))
+        folder.save_step(step(0))
+        store = folder.open_frames(100, 100)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            large = step(1)
+            large.state["latents"] = mx.zeros((100, 100))
+            with pytest.raises(WanError, match="step-0002.safetensors cannot be written.*GB free"):
+                folder.save_step(large)
+            with pytest.raises(WanError, match="frames.raw cannot be written"):
+                store.add(np.zeros((1, 100, 100, 3), np.uint8))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert folder.state().steps == 1 and not list(folder.path.glob(".wan_mlx-*"))
+        assert folder.open_frames(100, 100).count == 0
+
     def test_one_process_at_a_time(self, folder):
         with pytest.raises(BusyError, match=f"process {os.getpid()}.* is making .*a.mp4"), RunFolder(folder.output):
             pass
@@ -169,6 +189,25 @@ def cut(monkeypatch, after: int) -> None:
 
 
 class TestResume:
+    def test_a_step_cache_goes_on_too(self, tmp_path, monkeypatch, flags):
+        """What it looks back on is kept, and so is the number of forwards that it left out."""
+        command = [*flags, "--steps", "16", "--frames", "5", "--cache", "easycache:0.3"]
+        assert main([*command, "--output", str(tmp_path / "whole.npz")]) == 0
+        settings = read_settings(tmp_path / "whole.npz")
+        assert settings["forwards"][0] < settings["forwards"][1]
+        save, output = RunFolder.save_step, tmp_path / "a.npz"
+
+        def failing(self, step, notes):
+            if step.index == 13:
+                raise RuntimeError("the machine failed")
+            save(self, step, notes)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "save_step", failing)
+            assert main([*command, "--output", str(output)]) == 1
+        assert main(["--resume", str(output)]) == 0
+        assert output.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
     @pytest.mark.parametrize("ending", ENDINGS)
     def test_every_format_has_the_same_bytes(self, tmp_path, monkeypatch, capsys, flags, whole, ending):
         output = tmp_path / f"a{ending}"

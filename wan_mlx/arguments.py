@@ -43,7 +43,9 @@ NO_MEANING = {
 NOT_YET = ("use_prompt_extend", "memory")
 
 # Values that are paths: what they mean depends on the folder that the command is run in.
-PATH_FLAGS = ("model", "image", "last_image", "src_video", "src_mask", "src_ref_images", "video", "output")
+PATH_FLAGS = ("image", "last_image", "src_video", "src_mask", "src_ref_images", "video", "output")
+# Values that are paths if there is something by that name, or else names on a hub.
+MODEL_FLAGS = ("model", "transformer", "text_encoder", "vae", "image_encoder", "tokenizer")
 # What may differ from the first command when a run goes on: it has no part in what the video shows.
 FREE_ON_RESUME = (
     "resume", "overwrite", "dry_run", "quiet", "debug", "version", "memory", "vae_tiling", "no_prompt_cache",

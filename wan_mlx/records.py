@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from . import __version__
-from .arguments import FREE_ON_RESUME, PATH_FLAGS, flag_names
+from .arguments import FREE_ON_RESUME, MODEL_FLAGS, PATH_FLAGS, flag_names
 from .run_folder import RunFolder, fingerprint
 from .types import SOURCE_FIELDS, Request, WanError
 from .weights.hub import BUNDLED
@@ -149,14 +149,21 @@ def _normal_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 def _normal(name: str, value: Any) -> Any:
     """A flag's value, as JSON takes it, such that it means the same in another folder."""
     if name == "lora":
-        return [f"{_absolute(str(path))}:{strength!r}" for path, strength in normalise_loras(value)]
-    if name not in PATH_FLAGS or not isinstance(value, str):
+        return [f"{_absolute_if_here(str(path))}:{strength!r}" for path, strength in normalise_loras(value)]
+    if not isinstance(value, str):
         return value
-    if name == "model" and (value in BUNDLED or not Path(value).expanduser().exists()):
+    if name in MODEL_FLAGS:
+        return _absolute_if_here(value)
+    if name not in PATH_FLAGS:
         return value
     if name == "src_ref_images":
         return ",".join(_absolute(part) for part in value.split(","))
     return _absolute(value)
+
+
+def _absolute_if_here(name: str) -> str:
+    """A file or folder of this machine as an absolute path; the name of a bundled model or on a hub as it is."""
+    return name if name in BUNDLED or not Path(name).expanduser().exists() else _absolute(name)
 
 
 def _absolute(path: str | None) -> str | None:

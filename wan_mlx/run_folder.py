@@ -21,6 +21,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -330,16 +331,28 @@ def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 def _write(path: Path, write) -> None:
     """Let ``write`` make the file under another name, flush it to the disk, and give it its name."""
     temporary = path.with_name(f".wan_mlx-{path.name}")
-    write(temporary)
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
+    try:
+        write(temporary)
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except (OSError, RuntimeError) as error:  # MLX's own writing raises the latter
+        temporary.unlink(missing_ok=True)
+        raise _not_written(path, error) from error
 
 
 def _append(path: Path, data: bytes | memoryview) -> None:
-    with path.open("ab") as file:
-        file.write(data)
-    _flush(path)
+    try:
+        with path.open("ab") as file:
+            file.write(data)
+        _flush(path)
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: Exception) -> WanError:
+    free = shutil.disk_usage(path.parent).free
+    return WanError(f"{path} cannot be written ({error}); the disk has {free / 1e9:.2f} GB free")
 
 
 def _flush(path: Path) -> None:
