@@ -1,5 +1,6 @@
 """The bundled model makes the video that the prompt asks for; what it shows is measured from the pixels."""
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 
 import wan_mlx
+from wan_mlx.types import WeightsError
+from wan_mlx.weights.checkpoint import open_checkpoint
+from wan_mlx.weights.hub import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 STILL = dict(num_frames=1, steps=2, seed=3)  # a single frame: seconds, not a minute
@@ -43,9 +47,24 @@ def test_same_seed_same_bytes(pipe, tmp_path):
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_it_is_small():
-    folder = ROOT / "wan_mlx/assets/nano"
-    assert sum(path.stat().st_size for path in folder.iterdir()) <= 16_000_000
+@pytest.mark.parametrize("name, most", [("nano", 16_000_000), ("nano-i2v", 8_000_000)])
+def test_it_is_small(name, most):
+    assert sum(path.stat().st_size for path in BUNDLED[name].iterdir()) <= most
+
+
+def test_nano_i2v_shares_the_parts_of_nano(tmp_path):
+    checkpoint, nano = (open_checkpoint(BUNDLED[name]) for name in ("nano-i2v", "nano"))
+    assert checkpoint.model == "nano-i2v" and checkpoint.files["vae"] == BUNDLED["nano"] / "vae.safetensors"
+    assert checkpoint.configs["text_encoder"] == nano.configs["text_encoder"]
+    assert checkpoint.configs["transformer"]["model_type"] == "i2v"
+    config = json.loads((BUNDLED["nano-i2v"] / "config.json").read_bytes())
+    for place in ("../nano", "..", "", "/etc", 7):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"parts_from": place}))
+        with pytest.raises(WeightsError, match="expected the name of a folder beside"):
+            open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"parts_from": "nowhere"}))
+    with pytest.raises(WeightsError, match="not a complete Wan2.1 folder"):
+        open_checkpoint(tmp_path)
 
 
 def test_videos_show_what_was_asked(tmp_path):

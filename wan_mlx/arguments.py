@@ -24,6 +24,7 @@ examples:
 MODEL_HELP = """\
 which model? give --model one of
   nano                     bundled: shapes moving on plain backgrounds, 128x128, in seconds
+  nano-i2v                 bundled: the same from a first frame, given with --image
   a folder                 ./Wan2.1-T2V-1.3B, downloaded from the hub
   owner/name:path/file     one file of a repository on the hub
   Wan-AI/Wan2.1-T2V-1.3B   text to video, 480p (17.5 GB to download)
@@ -140,7 +141,8 @@ def add_sources(parser: Parser) -> None:
 
 def add_model(parser: Parser) -> None:
     model = parser.add_argument_group("with which model")
-    model.add_argument("--model", "--ckpt_dir", metavar="MODEL", help="nano (bundled), a folder, a file, or a hub id")
+    model.add_argument("--model", "--ckpt_dir", metavar="MODEL",
+                       help="nano or nano-i2v (bundled), a folder, a file, or a hub id")  # fmt: skip
     for part in ("transformer", "text-encoder", "vae", "image-encoder", "tokenizer"):
         given = "where --model is one file, or instead of what it has" if part == "transformer" else "likewise"
         model.add_argument(f"--{part}", metavar="PATH", help=f"file, folder or repository that has it: {given}")

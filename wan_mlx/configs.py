@@ -109,7 +109,7 @@ class Sampling:
 class Preset:
     """One released model: where it is published, its sizes, and how it wants to be sampled.
 
-    ``repo`` is empty for the model that comes with the package. ``sampling`` is the default; ``sampling_480p``
+    ``repo`` is empty for the models that come with the package. ``sampling`` is the default; ``sampling_480p``
     replaces it when the area is at most 832x480. ``diffusers`` is the same model's repository in Diffusers' layout,
     ``comfyui`` its transformer's file in `COMFYUI_TRANSFORMERS`, ``gguf`` the repository of its GGUF quantisations; ""
     where none is known.
@@ -165,6 +165,14 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         Preset(
             "nano", "t2v", "", TransformerConfig(dim=256, ffn_dim=640, num_heads=2, num_layers=6, text_dim=128),
+            size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0),
+            negative_prompt="",
+        ),
+        Preset(
+            "nano-i2v", "i2v", "",
+            TransformerConfig(
+                "i2v", dim=256, ffn_dim=640, num_heads=2, num_layers=3, in_dim=36, text_dim=128, image_dim=80
+            ),
             size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0),
             negative_prompt="",
         ),

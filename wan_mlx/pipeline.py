@@ -133,10 +133,10 @@ class WanPipeline:
         """Open a model.
 
         Args:
-            model: "nano" (comes with the package); a folder (official, Diffusers' or ComfyUI's layout, written by
-                ``weights_convert.py``, or single files); the transformer's own file (safetensors, GGUF or .pth), the
-                other parts given apart; a preset's name; a hub id such as "Wan-AI/Wan2.1-T2V-1.3B", or one file of
-                such a repository, "owner/name:path/to/file". What is not here is downloaded.
+            model: "nano" or "nano-i2v" (come with the package); a folder (official, Diffusers' or ComfyUI's layout,
+                written by ``weights_convert.py``, or single files); the transformer's own file (safetensors, GGUF or
+                .pth), the other parts given apart; a preset's name; a hub id such as "Wan-AI/Wan2.1-T2V-1.3B", or one
+                file of such a repository, "owner/name:path/to/file". What is not here is downloaded.
             dtype: of the transformer and the text encoder: "bfloat16" or "float32". The VAE is float32.
             quantize: keep the blocks of transformer and text encoder in few bits: "q8", "q6", "q5", "q4" or "q3"
                 (groups of 64; "q4-g32" for others), "mxfp8", "mxfp4", "nvfp4", or "auto", which gives sensitive layers

@@ -19,7 +19,6 @@ def pack(scenes: list[Scene]) -> dict[str, np.ndarray]:
     """Everything ``paint`` needs about scenes of one size, the scene first; missing things have radius 0."""
     things, frames = 2, scenes[0].frames
     count = len(scenes)
-    _, labels = world.handwriting()
     arrays = {
         "centre": np.zeros((count, things, frames, 2)),
         "radius": np.zeros((count, things, frames)),
@@ -32,7 +31,6 @@ def pack(scenes: list[Scene]) -> dict[str, np.ndarray]:
         "light": np.zeros((count, 2)),
         "cloth": np.zeros((count, 1, 5, 5)),
     }
-    samples = [np.flatnonzero(labels == digit) for digit in range(10)]
     for i, scene in enumerate(scenes):
         centre, radius, angle = world.trajectory(scene)
         rng = np.random.default_rng(scene.seed + 1)
@@ -49,7 +47,7 @@ def pack(scenes: list[Scene]) -> dict[str, np.ndarray]:
                 # Turning is invisible on what is round, so there it is marked.
                 arrays["stripe"][i, j] = thing.motion == "spin" and thing.kind in ("circle", "ring")
             else:
-                pool = samples[int(thing.kind[6:])]
+                pool = np.flatnonzero(world.handwriting()[1] == int(thing.kind[6:]))
                 arrays["glyph"][i, j] = len(world.SHAPES) + pool[thing.sample % len(pool)]
     return {name: a if name == "glyph" else a.astype(np.float32) for name, a in arrays.items()}
 
@@ -59,15 +57,20 @@ def upload(packs: list[dict[str, np.ndarray]], device: torch.device | str) -> di
     return {name: torch.as_tensor(np.concatenate([p[name] for p in packs])).to(device) for name in packs[0]}
 
 
-def atlas(device: torch.device | str) -> torch.Tensor:
-    """(6 + 1797, 2, size, size): distance to the outline in radii (positive inside), and ink in [0, 1]."""
-    shapes = torch.as_tensor(world.shape_levels())[:, None]
+def atlas(device: torch.device | str, digits: bool = True) -> torch.Tensor:
+    """(6 + 1797, 2, size, size): distance to the outline in radii (positive inside), and ink in [0, 1].
+
+    Without ``digits`` the six shapes alone, for which scikit-learn is not needed.
+    """
+    levels = torch.as_tensor(world.shape_levels())[:, None]
+    shapes = torch.cat([levels, torch.ones_like(levels)], 1)
+    if not digits:
+        return shapes.to(device)
     ink, _ = world.handwriting()
     ink = F.pad(torch.as_tensor(ink)[:, None], (1, 1, 1, 1))
     ink = F.interpolate(ink, size=(world.GLYPH_SIZE,) * 2, mode="bicubic", align_corners=False).clamp(0, 1)
     # A digit's pixel is a quarter of a radius wide: ink falls from 1 to 0 over about that distance.
-    digits = torch.cat([(ink - 0.36) * 0.26, ink], 1)
-    return torch.cat([torch.cat([shapes, torch.ones_like(shapes)], 1), digits]).to(device)
+    return torch.cat([shapes, torch.cat([(ink - 0.36) * 0.26, ink], 1)]).to(device)
 
 
 def paint(packed: dict[str, torch.Tensor], glyphs: torch.Tensor, width: int, height: int, corner=None, side: int = 0):

@@ -164,7 +164,7 @@ def find_part(place: Path, part: str) -> tuple[Path, dict[str, Any], str | None]
 def _look_at_folder(folder: Path, given: Mapping[str, Path]) -> Checkpoint:
     config = _read_config(folder / "config.json")
     if config.get("format") == MLX_FORMAT:
-        found = Checkpoint(folder, _find(folder, MLX_FILES), config, config.get("model"), "mlx")
+        found = _open_mlx(folder, config)
     elif (folder / "model_index.json").is_file() or (folder / "transformer" / "config.json").is_file():
         found = Checkpoint(folder, _find(folder, DIFFUSERS_FILES), _diffusers_configs(folder), None, "diffusers")
     else:
@@ -176,6 +176,21 @@ def _look_at_folder(folder: Path, given: Mapping[str, Path]) -> Checkpoint:
     if any(part not in given for part in found.missing()):
         found = _search(folder, given, found)
     return found
+
+
+def _open_mlx(folder: Path, config: dict[str, Any]) -> Checkpoint:
+    """An MLX folder; the parts it lacks are those of the folder beside it that its "parts_from" names, if it does."""
+    files, sibling = _find(folder, MLX_FILES), config.get("parts_from")
+    if sibling is not None:
+        if not isinstance(sibling, str) or sibling in ("", ".", "..") or Path(sibling).name != sibling:
+            raise WeightsError(
+                f"{folder / 'config.json'} takes parts from {sibling!r}, expected the name of a folder beside {folder}"
+            )
+        beside = folder.parent / sibling
+        others = _read_config(beside / "config.json")
+        files = {**_find(beside, MLX_FILES), **files}
+        config = {**{part: others.get(part, {}) for part in NETWORKS if part not in config}, **config}
+    return Checkpoint(folder, files, config, config.get("model"), "mlx")
 
 
 def _look_at_file(file: Path) -> Checkpoint:

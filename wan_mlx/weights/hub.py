@@ -1,4 +1,4 @@
-"""Where a model's name leads: the bundled model, a file or folder on this machine, or a download from a hub.
+"""Where a model's name leads: a bundled model, a file or folder on this machine, or a download from a hub.
 
 What a name may be is told in `hub_names`.
 """
@@ -26,7 +26,7 @@ from .hub_names import Location, needed_files, parse_location, preset_at, weight
 log = logging.getLogger(__name__)
 
 # Models that come with the package, by name.
-BUNDLED = {"nano": Path(__file__).parent.parent / "assets" / "nano"}
+BUNDLED = {name: Path(__file__).parent.parent / "assets" / name for name in ("nano", "nano-i2v")}
 SOURCES = ("huggingface", "modelscope")
 
 

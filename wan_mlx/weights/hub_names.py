@@ -1,7 +1,7 @@
 """Names of models on hubs, and which files of a repository a model needs; nothing here touches the network or a disk.
 
 A name is one of
-    nano                                     what comes with the package
+    nano, nano-i2v                           what comes with the package
     ./Wan2.1-T2V-1.3B                        what is on this machine
     t2v-1.3B                                 a preset: the official repository
     Wan-AI/Wan2.1-T2V-1.3B-Diffusers         a repository: official, Diffusers' or an MLX folder
