@@ -27,6 +27,7 @@ _PUBLIC = {
     "load_text_encoder": "weights.networks",
     "load_vae": "weights.networks",
     "load_image_encoder": "weights.networks",
+    "load_taehv": "weights.taehv",
 }
 __all__ = list(_PUBLIC)
 

@@ -1,0 +1,71 @@
+"""TAEHV's published weight files: ``taew2_1.pth``, ``taew2_1.safetensors`` and others of the same layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..taehv import TAEHV, TAEHVConfig
+from ..types import WeightsError
+from .load import parameter_shapes
+from .networks import parse_dtype
+from .reader import WeightsFile, open_weights
+
+WIDTHS = ("decoder.1.weight", "decoder.8.weight", "decoder.14.weight", "decoder.20.weight")
+LATENTS, OUTPUT = "decoder.1.weight", "decoder.22.weight"
+
+
+def load_taehv(path: str | Path, dtype: str | mx.Dtype = "float32") -> TAEHV:
+    """Load TAEHV from its file, safetensors or .pth; widths are read from the weights' shapes.
+
+    Raises:
+        ValueError: unknown ``dtype``.
+        WeightsError: the file is not a whole TAEHV of Wan 2.1's latents; says which it is, where that can be told.
+    """
+    dtype, file = parse_dtype(dtype), open_weights(path)
+    model = TAEHV(_config(file))
+    expected = {name: _torch_shape(shape) for name, shape in parameter_shapes(model).items()}
+    found = {name: _last_frames(name, info.shape, expected) for name, info in file.tensors.items()}
+    problems = [
+        *(f"lacks {name}" for name in expected if name not in found),
+        *(f"holds unexpected {name}" for name in found if name not in expected),
+        *(f"has {name} {found[name]} instead of {expected[name]}" for name in expected.keys() & found.keys()
+          if expected[name] != found[name]),
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise WeightsError(f"{file.path}: is no TAEHV of Wan 2.1: it {', '.join(problems[:3])}{more}")
+    arrays = [(name, _channels_last(file.read(name))[-shape[0] :].astype(dtype)) for name, shape in expected.items()]
+    mx.eval([array for _, array in arrays])
+    model.load_weights(arrays)
+    return model.eval()
+
+
+def _config(file: WeightsFile) -> TAEHVConfig:
+    for name in (*WIDTHS, OUTPUT, "encoder.0.weight"):
+        if name not in file.tensors or len(file.tensors[name].shape) != 4:
+            raise WeightsError(f"{file.path}: is no TAEHV: it has no 4-D {name}; expected taew2_1 of "
+                               "github.com/madebyollin/taehv")  # fmt: skip
+    shapes = {name: file.tensors[name].shape for name in file.tensors}
+    if (shapes[LATENTS][1], shapes[OUTPUT][0]) != (16, 3):
+        raise WeightsError(
+            f"{file.path}: is a TAEHV of {shapes[LATENTS][1]} latent channels and {shapes[OUTPUT][0]} values per "
+            "pixel, expected 16 and 3: taew2_1"
+        )
+    return TAEHVConfig(encoder_width=shapes["encoder.0.weight"][0], widths=tuple(shapes[name][0] for name in WIDTHS))
+
+
+def _last_frames(name: str, shape: tuple[int, ...], expected: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """A layer stored to make more frames of one than the model does gives the last of them, as in the reference."""
+    wanted = expected.get(name)
+    growing = wanted is not None and name.startswith("decoder.") and len(shape) == 4 and shape[2:] == (1, 1)
+    return wanted if growing and shape[1] == wanted[1] and shape[0] in (2 * wanted[0], 4 * wanted[0]) else shape
+
+
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], shape[-1], *shape[1:-1]) if len(shape) == 4 else shape
+
+
+def _channels_last(array: mx.array) -> mx.array:
+    return mx.moveaxis(array, 1, -1) if array.ndim == 4 else array
