@@ -16,6 +16,7 @@ from wan_mlx.caching import (
     TeaCache,
     kept_bytes,
     make_cache,
+    planned_forwards,
     resolve_cache,
 )
 from wan_mlx.caching.constants import MAGCACHE, TEACACHE
@@ -186,9 +187,17 @@ PUBLISHED = [
 
 @pytest.mark.parametrize("preset, steps, text, computed", PUBLISHED)
 def test_magcache_computes_as_many_forwards_as_published(model, preset, steps, text, computed):
-    cache = make_cache(resolve_cache(text, steps, preset, PRESETS[preset].transformer), steps, preset)
+    resolved = resolve_cache(text, steps, preset, PRESETS[preset].transformer)
+    cache = make_cache(resolved, steps, preset)
     walk(model, cache, steps=steps)
-    assert cache.computed == computed
+    assert cache.computed == computed == planned_forwards(resolved, steps, preset, 2)
+
+
+def test_planned_forwards_of_one_pass_and_of_caches_that_decide_on_the_way(model):
+    cache = CACHES["magcache"]()
+    walk(model, cache, Guidance(1.0))
+    assert cache.planned(1) == cache.computed
+    assert planned_forwards("none", 12, "nano", 2) == 24 and planned_forwards("easycache:0.1:3", 12, "nano", 2) is None
 
 
 @pytest.mark.parametrize("steps", [10, 30, 50, 77])

@@ -324,7 +324,7 @@ def describe(pipe: WanPipeline, request: Request, *outputs: Path) -> None:
     note(f"video     {request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps")
     note(f"sampling  {request.solver}, {request.steps} steps, shift {request.shift:g}, guidance {guidance}, "
          f"seed {request.seed}")  # fmt: skip
-    for line in extras(request):
+    for line in extras(request, pipe.preset.name):
         note(line)
     if request.video is not None:
         note(f"start     {request.video}, strength {request.strength:g}: the last {request.steps_made} of the steps")
@@ -348,13 +348,19 @@ def origins(pipe: WanPipeline) -> list[str]:
     return lines
 
 
-def extras(request: Request) -> list[str]:
+def extras(request: Request, model: str) -> list[str]:
     """Lines on what departs from plain guidance and from computing every forward."""
+    from .caching import planned_forwards
+
     lines = []
     if request.recipe:
         lines.append(f"          by the recipe {request.recipe}")
     if request.cache != "none":
-        lines.append(f"cache     {request.cache}")
+        passes = 1 if request.guidance_scale == 1 else 2
+        planned = planned_forwards(request.cache, request.steps_made, model, passes, request.begin)
+        plain = request.guidance_range == (0.0, 1.0) and request.cfg_zero is None
+        known = f", {planned} of {passes * request.steps_made} forwards" if planned and plain else ""
+        lines.append(f"cache     {request.cache}{known}")
     if request.guidance_range != (0.0, 1.0):
         lines.append("          guidance only from {:g} to {:g} of the steps".format(*request.guidance_range))
     if request.cfg_zero is not None:

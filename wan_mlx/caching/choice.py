@@ -70,6 +70,15 @@ def make_cache(resolved: str, steps: int, model: str, left_out: int = 0) -> Step
     return StepCache(steps)
 
 
+def planned_forwards(resolved: str, steps: int, model: str, passes: int, left_out: int = 0) -> int | None:
+    """How many of ``steps * passes`` forwards will be computed, with guidance all along (2 passes) or none (1); None
+    if the cache decides on the way. Arguments as of `make_cache`."""
+    cache = make_cache(resolved, steps, model, left_out)
+    if isinstance(cache, MagCache):
+        return cache.planned(passes)
+    return steps * passes if type(cache) is StepCache else None
+
+
 def kept_bytes(resolved: str, tokens: int, dim: int, latent_values: int, itemsize: int, passes: int) -> int:
     """The most memory that a cache holds between steps.
 

@@ -44,7 +44,19 @@ class MagCache(ResidualCache):
         """With the constants of a preset."""
         return cls(steps, threshold, most_skips, retention, MAGCACHE[model].ratios, left_out)
 
-    def skips(self, branch: int, own: Branch, this_pass: ForwardPass) -> bool:
+    def planned(self, passes: int) -> int:
+        """How many forwards of a run with guidance all along (2 passes) or none (1) will be computed."""
+        computed = 0
+        for branch in range(passes):
+            own = Branch()
+            for index in range(self.steps):
+                self.index = index
+                if not self.skips(branch, own, None) or index == 0:
+                    self.computed_again(own)
+                    computed += 1
+        return computed
+
+    def skips(self, branch: int, own: Branch, this_pass: ForwardPass | None) -> bool:
         if 2 * self.index + branch < self.first:
             return False
         ratio = own.numbers.get("ratio", 1.0) * float(self.ratios[branch][self.index])
