@@ -1,11 +1,14 @@
 """What a step cache saves and what it costs: forwards computed, seconds, and PSNR against the run without.
 
-    python benchmarks/step_caches.py nano --steps 30 --caches easycache:0.05,easycache:0.1
+    python benchmarks/step_caches.py nano --calibrate
     python benchmarks/step_caches.py FOLDER --json step_caches.json
 
 The model stays loaded; each cache makes the same videos (prompts times seeds) as the run without one. The number of
 forwards of TeaCache and MagCache, and with it the time, does not depend on the weights, so a folder of random ones
 (``random_checkpoint.py``) tells the speed at real sizes; PSNR means something only for a trained model.
+
+TeaCache and MagCache need constants, which are published for Wan-AI's models alone. ``--calibrate`` measures them for
+any other model, by one run that computes everything, and prints them as `wan_mlx.caching.constants` holds them.
 """
 
 from __future__ import annotations
@@ -14,10 +17,14 @@ import argparse
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 from real_size import machine
 
-from wan_mlx import WanPipeline
+from wan_mlx import WanPipeline, pipeline
+from wan_mlx.caching import COND
+from wan_mlx.caching.constants import MAGCACHE, TEACACHE, MagCacheConstants, TeaCacheConstants
+from wan_mlx.caching.residual import ResidualCache
 
 CANDIDATES = (
     "teacache:0.05", "teacache:0.08", "teacache:0.1", "teacache:0.2", "magcache", "magcache:0.12:4", "magcache:0.24:6",
@@ -33,6 +40,57 @@ def psnr(videos: list[np.ndarray], others: list[np.ndarray]) -> float:
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
+class Recorder(ResidualCache):
+    """Computes everything, and notes from step to step, for each pass, what the caches would have to know."""
+
+    def __init__(self, steps: int):
+        super().__init__(steps, threshold=1.0)
+        self.ratios: list[list[float]] = [[], []]
+        self.changes: list[tuple[float, float, float]] = []  # of time, of its projection, of what leaves the blocks
+
+    def velocity(self, branch, forward):
+        own = self.branches[branch]
+
+        def through(x, this_pass, run_blocks):
+            after = run_blocks(x)
+            now = {"time": this_pass.time, "projection": this_pass.modulation, "after": after, "residual": after - x}
+            now = {name: array.astype(mx.float32) for name, array in now.items()}
+            if own.arrays:
+                sizes = [mx.linalg.norm(arrays["residual"], axis=-1) for arrays in (now, own.arrays)]
+                self.ratios[branch].append((sizes[0] / sizes[1]).mean().item())
+                if branch == COND:
+                    names = ("time", "projection", "after")
+                    self.changes.append(tuple(relative_change(now[name], own.arrays[name]) for name in names))
+            own.arrays = now
+            own.computed += 1
+            mx.eval(list(now.values()))
+            return after
+
+        return forward(through=through)
+
+
+def relative_change(now: mx.array, before: mx.array) -> float:
+    return (mx.abs(now - before).mean() / mx.abs(before).mean()).item()
+
+
+def calibrate(pipe: WanPipeline, prompt: str, options: dict) -> None:
+    """Measure the constants of a model and enter them under its preset's name, for this process."""
+    request = pipe.request(prompt, **options)
+    recorder = Recorder(request.steps)
+    make_cache, pipeline.make_cache = pipeline.make_cache, lambda *args: recorder
+    try:
+        pipe(prompt, seed=1, **options)
+    finally:
+        pipeline.make_cache = make_cache
+    cond, uncond = (recorder.ratios[branch] or recorder.ratios[COND] for branch in range(2))
+    ratios = tuple(round(value, 5) for pair in zip(cond, uncond, strict=True) for value in pair)
+    changes = np.array(recorder.changes)
+    fits = [tuple(np.polyfit(changes[:, column], changes[:, 2], 4).tolist()) for column in range(2)]
+    MAGCACHE[pipe.preset.name] = MagCacheConstants(0.12, 2, 0.2, ratios)
+    TEACACHE[pipe.preset.name] = TeaCacheConstants(0.1, "plain", *fits)
+    print(MAGCACHE[pipe.preset.name], TEACACHE[pipe.preset.name], sep="\n")
+
+
 def available(pipe: WanPipeline, options: dict) -> list[str]:
     """The candidates that this model and number of steps allow, each once."""
     found, reasons = {}, set()
@@ -41,7 +99,8 @@ def available(pipe: WanPipeline, options: dict) -> list[str]:
             found.setdefault(pipe.request(PROMPTS[0], cache=cache, **options).cache, cache)
         except ValueError as error:
             reasons.add(str(error))
-    print("\n".join(sorted(reasons)))
+    for reason in sorted(reasons):
+        print(reason)
     return list(found.values())
 
 
@@ -69,16 +128,19 @@ def main() -> None:
     parser.add_argument("--caches", help="with commas between (default: all that the model allows)")
     parser.add_argument("--prompt", action="append", help="again for more (default: two that nano knows)")
     parser.add_argument("--seeds", type=int, default=1, help="how many for each prompt")
+    parser.add_argument("--calibrate", action="store_true", help="measure TeaCache's and MagCache's constants first")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     width, height = (int(n) for n in args.size.split("x")) if args.size else (None, None)
     options = {"width": width, "height": height, "num_frames": args.frames, "steps": args.steps}
     pipe = WanPipeline.from_pretrained(args.model, args.dtype, preset=args.task, progress=False)
     prompts, seeds = args.prompt or list(PROMPTS), range(1, args.seeds + 1)
-    caches = args.caches.split(",") if args.caches else available(pipe, options)
     rows = []
     with pipe.keep_loaded():
         pipe(prompts[0], seed=1, **{**options, "steps": 2})  # load, and compile what is compiled once
+        if args.calibrate:
+            calibrate(pipe, prompts[0], options)
+        caches = args.caches.split(",") if args.caches else available(pipe, options)
         full = None
         for cache in ["none", *caches]:
             got = runs(pipe, cache, prompts, seeds, options)
