@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 SCRIPT = """
 import signal, sys
@@ -79,6 +80,16 @@ def processes_naming(text: str) -> list[str]:
     """Command lines of running processes that contain ``text``."""
     listing = subprocess.run(["ps", "-axww", "-o", "command"], capture_output=True, text=True).stdout
     return [line for line in listing.splitlines() if text in line and "-axww" not in line]
+
+
+def wait_for_the_end_of(text: str) -> bool:
+    """Whether no process names ``text`` within ten seconds: ffmpeg ends by itself once who fed it was killed."""
+    deadline = time.monotonic() + 10
+    while processes_naming(text):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def run(*arguments: str) -> tuple[int, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from held import Held, processes_naming, run
+from held import Held, run, wait_for_the_end_of
 
 from wan_mlx.generate import main
 from wan_mlx.media import ENDINGS, read_settings
@@ -296,7 +296,7 @@ class TestResume:
             arguments = ["--resume", output, "--quiet"]
         assert main(arguments) == 0
         assert Path(output).read_bytes() == whole(".mp4")
-        assert os.listdir(tmp_path) == ["a.mp4"] and not processes_naming(str(tmp_path))
+        assert os.listdir(tmp_path) == ["a.mp4"] and wait_for_the_end_of(str(tmp_path))
 
 
 def generate(*arguments: str, kill_after: float | None = None) -> int:

@@ -172,12 +172,17 @@ class RunFolder:
 
     def delete(self) -> None:
         """Remove the folder; what says that there is something to go on with goes before what tells that it is done."""
-        self._clear()
-        (self.path / "lock").unlink(missing_ok=True)
-        try:
-            self.path.rmdir()
-        except OSError:  # somebody put something there: it is theirs
-            log.warning("%s holds files that are not of wan_mlx, and stays", self.path)
+        for _ in range(3):  # an ffmpeg whose process was killed may write a file yet before it sees that
+            self._clear()
+            (self.path / "lock").unlink(missing_ok=True)
+            try:
+                self.path.rmdir()
+                return
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                kept = error
+        log.warning("%s stays: %s", self.path, kept.strerror)  # what is left in it is somebody else's
 
     def _clear(self) -> None:
         last = ("not-finite", "run.json", "finished.json")
