@@ -104,6 +104,14 @@ def open_video(source: Source) -> Clip:
     return _clip_in_memory(str(path), np.stack(frames), np.array(seconds))
 
 
+def at_rate(clip: Clip, fps: float, most: int) -> list[int]:
+    """Numbers of the frames to show at ``fps`` frames per second, from the start, at most ``most`` and at least one."""
+    count = max(1, min(most, int(float(clip.times[-1, 1]) * fps + 0.5)))
+    # What stands in the middle of a frame's time: rounding of the times cannot reach it where the rates agree.
+    middles = (np.arange(count) + 0.5) / fps
+    return np.searchsorted(clip.times[:, 1], middles, side="right").clip(max=clip.num_frames - 1).tolist()
+
+
 def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize so that the picture covers the size, and cut the middle out: uint8 (H, W, 3) → (height, width, 3).
 

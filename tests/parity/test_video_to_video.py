@@ -25,8 +25,8 @@ from wan_mlx.configs import VAEConfig
 from wan_mlx.generate import main
 from wan_mlx.media import read_settings
 from wan_mlx.schedulers import make_scheduler
-from wan_mlx.sources import open_video
-from wan_mlx.tasks import TASKS, t2v
+from wan_mlx.sources import at_rate, open_video
+from wan_mlx.tasks import TASKS
 
 SIZE = dict(width=48, height=32)
 
@@ -133,14 +133,14 @@ def test_frames_at_sixteen_per_second(tmp_path, rate):
     length = round(seconds * rate)
     write_video(tmp_path / "a.mkv", noise_video(length, 16, 16), rate=rate)
     clip = open_video(tmp_path / "a.mkv")
-    numbers = t2v.at_rate(clip, 16, 1000)
+    numbers = at_rate(clip, 16, 1000)
     assert abs(len(numbers) - length / rate * 16) <= 0.6
     want = [min(length - 1, int((k + 0.5) / 16 * rate)) for k in range(len(numbers))]
     assert np.abs(np.array(numbers) - want).max() <= (0 if rate in (16, 8) else 1)
     assert numbers == sorted(numbers) and numbers[0] == int(rate / 32)
     if rate == 16:
         assert numbers == list(range(length))
-    assert t2v.at_rate(clip, 16, 5) == numbers[:5]
+    assert at_rate(clip, 16, 5) == numbers[:5]
 
 
 def test_frames_are_taken_from_the_start_and_cut_to_the_size():

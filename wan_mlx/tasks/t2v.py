@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 
 from ..noise import latent_noise
-from ..sources import Clip, cover, in_chunks, open_video, to_float
+from ..sources import at_rate, cover, in_chunks, open_video, to_float
 from ..types import Conditioning, Encoders, Request
 
 
@@ -54,14 +53,6 @@ def condition(request: Request, encoders: Encoders, extra_latents: int = 0) -> C
         negative_context=negative[0] if negative else None,
         source_latents=_source_latents(request, encoders),
     )
-
-
-def at_rate(clip: Clip, fps: float, most: int) -> list[int]:
-    """Numbers of the frames to show at ``fps`` frames per second, from the start, at most ``most`` and at least one."""
-    count = max(1, min(most, int(float(clip.times[-1, 1]) * fps + 0.5)))
-    # What stands in the middle of a frame's time: rounding of the times cannot reach it where the rates agree.
-    middles = (np.arange(count) + 0.5) / fps
-    return np.searchsorted(clip.times[:, 1], middles, side="right").clip(max=clip.num_frames - 1).tolist()
 
 
 def _source_latents(request: Request, encoders: Encoders) -> mx.array | None:

@@ -1,0 +1,22 @@
+"""Image to video: a picture is the first frame, the prompt says what happens.
+
+python examples/image_to_video.py --image my.jpg --prompt "she turns around and smiles"
+python examples/image_to_video.py --model ./Wan2.1-I2V-14B-720P
+"""
+
+import argparse
+from pathlib import Path
+
+import wan_mlx
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", default="Wan-AI/Wan2.1-I2V-14B-480P", help="a folder, or a hub id of an I2V model")
+parser.add_argument("--image", default=Path(__file__).parent / "sources/first.png")
+parser.add_argument("--prompt", default="a red circle moves right on a blue background")
+parser.add_argument("--output", default="image_to_video.mp4")
+args = parser.parse_args()
+
+pipe = wan_mlx.WanPipeline.from_pretrained(args.model)
+# The video has the picture's proportions; width and height, if given, say how large its area is.
+video = pipe(args.prompt, image=args.image, seed=42)
+print(video.save(args.output), f"{video.frames.shape[2]}x{video.frames.shape[1]}")

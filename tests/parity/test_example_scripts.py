@@ -1,0 +1,80 @@
+"""The scripts of ``examples/``, each run as it stands on tiny weights of its kind of model."""
+
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wan_mlx import configs
+from wan_mlx.media import read_settings
+from wan_mlx.sources import open_video, read_image
+from wan_mlx.types import SOURCE_FIELDS
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = {
+    "text_to_video.py": "t2v", "text_to_image.py": "t2v", "video_to_video.py": "t2v", "image_to_video.py": "i2v",
+    "first_last_frame.py": "flf2v", "vace_inpaint.py": "vace", "vace_extend.py": "vace", "vace_control.py": "vace",
+    "vace_references.py": "vace",
+}  # fmt: skip
+# Fields of the settings that name what a script gave its model.
+GIVEN = {
+    "video_to_video.py": ["video"], "image_to_video.py": ["image"], "first_last_frame.py": ["image", "last_image"],
+    "vace_inpaint.py": ["src_video", "src_mask"], "vace_extend.py": ["src_video", "src_mask"],
+    "vace_control.py": ["src_video"], "vace_references.py": ["src_ref_images"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Small and quick unless a script says otherwise: that it runs is shown, not how well tiny weights paint."""
+    for name, preset in configs.PRESETS.items():
+        sampling = configs.Sampling(2, 3.0, 3.0)
+        quick = replace(preset, size=(32, 32), num_frames=5, sampling=sampling, sampling_480p=None)
+        monkeypatch.setitem(configs.PRESETS, name, quick)
+
+
+def run(monkeypatch, script: Path, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def test_every_script_is_here():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script(name, models, small, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    _, folder = models(SCRIPTS[name])
+    extra = ["--frames", "9"] if name == "vace_extend.py" else []
+    run(monkeypatch, EXAMPLES / name, "--model", folder, *extra)
+    if name == "text_to_image.py":
+        made = [tmp_path / f"stills/seed{seed}.png" for seed in (42, 43, 44)]
+        assert len({path.read_bytes() for path in made}) == 3
+    else:
+        made = [tmp_path / f"{name.removesuffix('.py')}.mp4"]
+        clip = open_video(made[0])
+        assert (clip.num_frames, clip.height, clip.width) == (9 if extra else 5, 32, 32)
+    assert all(str(path.relative_to(tmp_path)) in capsys.readouterr().out for path in made[-1:])
+    settings = read_settings(made[0])
+    assert settings["seed"] == 42 and settings["task"] == SCRIPTS[name]
+    given = [key for key in (*SOURCE_FIELDS, "src_ref_images") if settings[key]]
+    assert given == GIVEN.get(name, [])
+
+
+def test_sources_are_what_the_script_draws(monkeypatch, tmp_path):
+    run(monkeypatch, EXAMPLES / "sources/draw.py", tmp_path)
+    for name in ("first.png", "last.png", "mask.png"):
+        assert np.array_equal(read_image(tmp_path / name), read_image(EXAMPLES / "sources" / name))
+    for name in ("clip.mp4", "guide.mp4"):
+        ours, theirs = (open_video(folder / name) for folder in (tmp_path, EXAMPLES / "sources"))
+        assert ours.num_frames == theirs.num_frames == 17
+        for a, b in zip(ours.read(range(17)), theirs.read(range(17)), strict=True):
+            assert np.abs(a.astype(int) - b).mean() < 2
+    with Image.open(EXAMPLES / "sources/mask.png") as mask:
+        assert set(np.unique(np.asarray(mask))) == {0, 255}
+    assert sum(path.stat().st_size for path in (EXAMPLES / "sources").iterdir()) < 20_000
