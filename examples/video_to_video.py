@@ -3,7 +3,7 @@
     python examples/video_to_video.py
     python examples/video_to_video.py --model Wan-AI/Wan2.1-T2V-1.3B --video my.mp4 --prompt "as a pencil drawing"
 
-With nano the red circle of examples/sources/clip.mp4 turns green and moves on as it did.
+With nano the red circle of examples/sources/clip.mp4 turns green; it moves right, too.
 """
 
 import argparse

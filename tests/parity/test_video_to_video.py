@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +30,7 @@ from wan_mlx.sources import at_rate, open_video
 from wan_mlx.tasks import TASKS
 
 SIZE = dict(width=48, height=32)
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +196,15 @@ def test_command_line(folder, pipe, tmp_path, capsys):
     assert json.dumps(want.settings) and want.settings["video"].startswith("array uint8 (5, 32, 48, 3)")
     assert main([*common, "--output", str(tmp_path / "b.npz"), "--dry-run"]) == 0
     assert "strength 0.7: the last 3 of the steps" in capsys.readouterr().err
+
+
+def test_nano_paints_a_clip_anew():
+    """The red circle of the example clip turns green on the same ground, and is where it was in every frame."""
+    pipe = WanPipeline.from_pretrained("nano", progress=False)
+    start = dict(video=EXAMPLES / "sources/clip.mp4", strength=0.6, num_frames=5, guidance_scale=6.0)
+    frames = pipe("a green circle moves right on a blue background", steps=5, seed=1, **start).frames
+    for frame, centre in zip(frames.astype(int), np.linspace(30, 98, 17), strict=False):  # as sources/draw.py has it
+        y, x = np.nonzero(frame[..., 1] > 110)
+        assert np.hypot(x.mean() - centre, y.mean() - 64) < 10 and 0.5 < len(x) / (np.pi * 18**2) < 1.6
+        red, green, blue = frame[y, x].mean(axis=0)
+        assert green > max(red, blue) + 50 and np.abs(frame[:20].mean(axis=(0, 1)) - (22, 34, 116)).max() < 40
