@@ -163,6 +163,8 @@ def test_what_does_not_fit_is_refused(tmp_path, tensors, metadata, word):
 def test_integers_are_no_weights(tmp_path):
     """int8 without a scale beside it would be cast to a wrong picture."""
     keys = ("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.modulation")
-    tensors = {key: ("F16", CODES) for key in keys} | {"blocks.0.self_attn.k.weight": ("I8", CODES)}
+    tensors = {key: ("F16", CODES.reshape(6, 4, 1, 2, 2) if "patch" in key else CODES) for key in keys} | {
+        "blocks.0.self_attn.k.weight": ("I8", CODES)
+    }
     path = write(tmp_path / "x.safetensors", tensors)
     assert "self_attn.k.weight of dtype I8" in refusal(path, lambda p: ComponentWeights(open_weights(p)))

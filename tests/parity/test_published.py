@@ -215,6 +215,14 @@ def test_gguf_types(states, tmp_path, dtype):
     wan_mlx.load_text_encoder(tmp_path / "y.gguf")
 
 
+def test_gguf_of_four_axes(states, tmp_path):
+    """As stable-diffusion.cpp writes the patch embedding: its outputs and inputs are one axis."""
+    state = states["transformer"]
+    merged = state | {"patch_embedding.weight": state["patch_embedding.weight"].flatten(0, 1)}
+    published.gguf_file(tmp_path / "x.gguf", merged, "F32", PREFIXES[1], arch="")
+    assert_holds(tmp_path / "x.gguf", state)
+
+
 # --- what is refused
 
 

@@ -65,6 +65,7 @@ MLX_FILES = {
 MLX_FORMAT = "wan_mlx"
 NETWORKS = ("transformer", "text_encoder", "vae", "image_encoder")
 PARTS = (*NETWORKS, "tokenizer")
+MAX_CONFIG_BYTES = 4_000_000
 # How deep and how far a folder is searched for weight files.
 _MAX_DEPTH, _MAX_FILES = 3, 5000
 
@@ -344,9 +345,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
+        if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+            raise WeightsError(f"{path} is {size:,} bytes, expected a configuration of at most {MAX_CONFIG_BYTES:,}")
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise WeightsError(f"{path} is not readable JSON: {error}") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise WeightsError(f"{path} is not readable JSON: {str(error)[:200]}") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} holds a {type(config).__name__}, expected a JSON object")
     return config

@@ -34,6 +34,7 @@ SAFETENSORS_NAMES = {
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 READABLE = {"F64", "F32", "F16", "BF16", *FP8, *BLOCKS}
 MLX_LAYOUT = "mlx"
+LARGEST_SIZE = 2**20  # of a dimension, exclusive; umT5's vocabulary has 256,384
 
 
 class ComponentWeights:
@@ -82,7 +83,7 @@ class ComponentWeights:
         parts = [self.file.read(source) for source in self.sources[name]]
         array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
         if not self.channels_last and array.ndim >= 4:
-            array = mx.moveaxis(array, 1, -1)
+            array = mx.moveaxis(array.reshape(self._torch_shape(name)), 1, -1)
         return array.reshape(self.shapes[name])
 
     def packed(self, name: str) -> dict[str, mx.array]:
@@ -167,8 +168,7 @@ class ComponentWeights:
         packing = self.quantization and self.quantization.packings.get(name)
         if packing:
             return self._shape_of_packed(name, packing)
-        shapes = [self.file.tensors[source].shape for source in self.sources[name]]
-        shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
+        shape = self._torch_shape(name)
         if self.channels_last:
             return shape
         if name.endswith(".gamma"):  # (C, 1, 1) or (C, 1, 1, 1), to broadcast over channels-first video
@@ -178,7 +178,22 @@ class ComponentWeights:
         if name in ("cls_embedding", "pos_embedding"):  # Hugging Face drops the axes of size 1 before them
             return (1,) * (3 - len(shape)) + shape
         if name.endswith("patch_embedding.weight"):
+            axes = 4 if self.component == "image_encoder" else 5
+            if len(shape) != axes:
+                raise WeightsError(f"{self.path}: {name} has shape {self._torch_shape(name)}, expected {axes} axes")
             return (shape[0], math.prod(shape[1:]))  # a convolution whose stride is its kernel is a matmul
+        return shape
+
+    def _torch_shape(self, name: str) -> tuple[int, ...]:
+        """The shape as PyTorch has it, of what several tensors are stacked to make."""
+        shapes = [self.file.tensors[source].shape for source in self.sources[name]]
+        shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
+        if self.component == "transformer" and name.endswith("patch_embedding.weight"):
+            # stable-diffusion.cpp's GGUF has four axes at most, and makes one of the first two.
+            bias = self.sources.get(name.removesuffix("weight") + "bias")
+            out = math.prod(self.file.tensors[bias[0]].shape) if bias else 0
+            if shape[1:] == TransformerConfig.patch_size and out and shape[0] % out == 0:
+                return (out, shape[0] // out, *shape[1:])
         return shape
 
     def _shape_of_packed(self, name: str, packing: Packing) -> tuple[int, int]:
@@ -230,26 +245,71 @@ def _count(shapes: Mapping[str, Any], pattern: str) -> int:
     return len({match[1] for match in (re.match(pattern, name) for name in shapes) if match})
 
 
-def _merge(config_class, found: dict[str, Any], config: Mapping[str, Any], path: Path):
-    """``found`` in the weights plus whatever else config.json says; a contradiction is an error."""
-    known = {f.name for f in fields(config_class)}
-    said = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+def _said(config_class, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What config.json says of the fields of ``config_class``, each of the kind it must be; null says nothing."""
+    said = {}
+    for field in fields(config_class):
+        value = config.get(field.name)
+        if value is None:
+            continue
+        if isinstance(field.default, tuple):
+            kinds = (int,) if field.name == "vace_layers" else (int, float)
+            fits = isinstance(value, list | tuple) and all(isinstance(v, kinds) and math.isfinite(v) for v in value)
+            wanted, value = "a list of numbers", tuple(value) if fits else value
+        elif isinstance(field.default, str):
+            fits, wanted = isinstance(value, str), "text"
+        else:
+            kind = (int, float) if isinstance(field.default, float) else (int,)
+            fits = isinstance(value, kind) and not isinstance(value, bool) and 0 < value < LARGEST_SIZE
+            wanted = (
+                "a number above 0" if isinstance(field.default, float) else f"a size from 1 to {LARGEST_SIZE - 1:,}"
+            )
+        if not fits:
+            raise WeightsError(f"{path}: config.json says {field.name} = {str(value)[:60]}, expected {wanted}")
+        said[field.name] = value
+    return said
+
+
+def _merge(config_class, found: dict[str, Any], said: Mapping[str, Any], path: Path):
+    """``found`` in the weights plus whatever else config.json ``said``; a contradiction is an error."""
     for key, value in found.items():
         if key in said and said[key] != value:
             raise WeightsError(f"{path}: config.json says {key} = {said[key]}, but the weights have {value}")
-    return config_class(**{**said, **found})
+        sizes = value if isinstance(value, tuple) else (value,)
+        least = 0 if isinstance(value, tuple) else 1  # a tuple may be of layers, which count from 0
+        if any(type(size) is int and not least <= size < LARGEST_SIZE for size in sizes):
+            raise WeightsError(f"{path}: by its shapes {key} is {value}, which no such network has")
+    merged = config_class(**{**said, **found})
+    dim = getattr(merged, "dim_attn", merged.dim)
+    heads = getattr(merged, "num_heads", 1)
+    if dim % heads:
+        raise WeightsError(f"{path}: {heads} heads do not divide {dim} channels")
+    return merged
 
 
-def _shape_of(weights: ComponentWeights, name: str) -> tuple[int, ...]:
+def _heads(weights: ComponentWeights, said: Mapping[str, Any], dim: int, width: int) -> int:
+    """The number of heads is config.json's, else as many as have the ``width`` of all released models'."""
+    if "num_heads" not in said and dim % width:
+        raise WeightsError(f"{weights.path}: dim {dim} is no multiple of {width} and no config.json gives num_heads")
+    return said.get("num_heads", dim // width)
+
+
+def _shape_of(weights: ComponentWeights, name: str, ndim: int = 2) -> tuple[int, ...]:
     if name not in weights.shapes:
         raise WeightsError(f"{weights.path}: as a {weights.component} it lacks {name}")
-    return weights.shapes[name]
+    shape = weights.shapes[name]
+    if len(shape) != ndim or 0 in shape:
+        raise WeightsError(f"{weights.path}: {name} has shape {shape}, expected {ndim} axes, none of them empty")
+    return shape
 
 
 def transformer_config(weights: ComponentWeights, config: Mapping[str, Any]) -> TransformerConfig:
     """Sizes of a transformer. The number of heads is config.json's, else heads of 128 as in every Wan model."""
+    said = _said(TransformerConfig, config, weights.path)
     dim, text_dim = _shape_of(weights, "text_embedding.0.weight")
-    patch = math.prod(config.get("patch_size", (1, 2, 2)))
+    patch = math.prod(said.get("patch_size", TransformerConfig.patch_size))
+    if patch < 1 or len(said.get("patch_size", "123")) != 3:
+        raise WeightsError(f"{weights.path}: config.json says patch_size = {said['patch_size']}, expected 3 sizes")
     shapes = weights.shapes
     kind = (
         "vace" if "vace_patch_embedding.weight" in shapes
@@ -268,15 +328,12 @@ def transformer_config(weights: ComponentWeights, config: Mapping[str, Any]) -> 
         out_dim=_shape_of(weights, "head.head.weight")[0] // patch,
     )
     if kind in ("i2v", "flf2v"):
-        found["image_dim"] = shapes["img_emb.proj.1.weight"][1]
-    if "num_heads" not in config:
-        if dim % 128:
-            raise WeightsError(f"{weights.path}: dim {dim} is no multiple of 128 and no config.json gives num_heads")
-        found["num_heads"] = dim // 128
+        found["image_dim"] = _shape_of(weights, "img_emb.proj.1.weight")[1]
+    found["num_heads"] = _heads(weights, said, dim, 128)
     if kind == "vace":
-        found["vace_in_dim"] = shapes["vace_patch_embedding.weight"][1] // patch
-        found["vace_layers"] = _vace_layers(weights, config, found["num_layers"])
-    return _merge(TransformerConfig, found, config, weights.path)
+        found["vace_in_dim"] = _shape_of(weights, "vace_patch_embedding.weight")[1] // patch
+        found["vace_layers"] = _vace_layers(weights, said, found["num_layers"])
+    return _merge(TransformerConfig, found, said, weights.path)
 
 
 def _vace_layers(weights: ComponentWeights, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
@@ -294,6 +351,7 @@ def _vace_layers(weights: ComponentWeights, config: Mapping[str, Any], num_layer
 
 def text_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) -> TextEncoderConfig:
     """Sizes of a umT5 encoder; every one shows in the weights' shapes."""
+    said = _said(TextEncoderConfig, config, weights.path)
     vocab, dim = _shape_of(weights, "token_embedding.weight")
     buckets, heads = _shape_of(weights, "blocks.0.pos_embedding.embedding.weight")
     found = dict(
@@ -305,50 +363,49 @@ def text_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) ->
         dim_ffn=_shape_of(weights, "blocks.0.ffn.fc1.weight")[0],
         num_layers=_count(weights.shapes, r"blocks\.(\d+)\."),
     )
-    return _merge(TextEncoderConfig, found, config, weights.path)
+    return _merge(TextEncoderConfig, found, said, weights.path)
 
 
 def image_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) -> ImageEncoderConfig:
     """Sizes of CLIP's vision tower. The number of heads is config.json's, else heads of 80 as in ViT-H/14."""
+    said = _said(ImageEncoderConfig, config, weights.path)
     dim, pixels = _shape_of(weights, "patch_embedding.weight")
     patch = math.isqrt(pixels // 3)
     found = dict(
-        image_size=patch * math.isqrt(_shape_of(weights, "pos_embedding")[1] - 1),
+        image_size=patch * math.isqrt(_shape_of(weights, "pos_embedding", 3)[1] - 1),
         patch_size=patch,
         dim=dim,
         mlp_ratio=_shape_of(weights, "transformer.0.mlp.0.weight")[0] // dim,
         num_layers=_count(weights.shapes, r"transformer\.(\d+)\."),
     )
-    if "num_heads" not in config:
-        if dim % 80:
-            raise WeightsError(f"{weights.path}: dim {dim} is no multiple of 80 and no config.json gives num_heads")
-        found["num_heads"] = dim // 80
-    return _merge(ImageEncoderConfig, found, config, weights.path)
+    found["num_heads"] = _heads(weights, said, dim, 80)
+    return _merge(ImageEncoderConfig, found, said, weights.path)
 
 
 def vae_config(weights: ComponentWeights, config: Mapping[str, Any]) -> VAEConfig:
     """Sizes of a VAE, found by walking the encoder: every stage ends where a ``resample`` stands."""
+    said = _said(VAEConfig, config, weights.path)
     shapes = weights.shapes
-    dim = _shape_of(weights, "encoder.conv1.weight")[0]
+    dim = _shape_of(weights, "encoder.conv1.weight", 5)[0]
     mult, temporal, blocks = [], [], 0
     for index in range(_count(shapes, r"encoder\.downsamples\.(\d+)\.")):
         layer = f"encoder.downsamples.{index}"
         if f"{layer}.resample.1.weight" in shapes:
             temporal.append(f"{layer}.time_conv.weight" in shapes)
-            mult.append(_shape_of(weights, f"{layer}.resample.1.weight")[0] // dim)
+            mult.append(_shape_of(weights, f"{layer}.resample.1.weight", 4)[0] // dim)
         elif not mult:
             blocks += 1
-    mult.append(_shape_of(weights, "encoder.middle.0.residual.2.weight")[0] // dim)
+    mult.append(_shape_of(weights, "encoder.middle.0.residual.2.weight", 5)[0] // dim)
     found = dict(
         dim=dim,
         dim_mult=tuple(mult),
         num_res_blocks=blocks,
         temporal_downsample=tuple(temporal),
-        z_dim=_shape_of(weights, "conv2.weight")[0],
+        z_dim=_shape_of(weights, "conv2.weight", 5)[0],
     )
-    if found["z_dim"] != len(VAEConfig.mean) and "mean" not in config:
+    if found["z_dim"] != len(VAEConfig.mean) and "mean" not in said:
         raise WeightsError(
             f"{weights.path}: a VAE with {found['z_dim']} latent channels, expected Wan2.1's 16 "
             "(Wan2.2-TI2V-5B has its own VAE, which is not supported)"
         )
-    return _merge(VAEConfig, found, config, weights.path)
+    return _merge(VAEConfig, found, said, weights.path)
