@@ -258,7 +258,7 @@ class TestResume:
         with np.load(output) as got:
             assert got["frames"].shape == (9, 16, 16, 3)
         assert output.read_bytes() == whole(".npz")
-        assert error_of("--resume", str(output), code=0).endswith("is complete; there is nothing to go on with")
+        assert error_of("--resume", str(output), code=0).endswith("is there, and no run of it is unfinished")
 
     def test_overwrite_starts_anew(self, tmp_path, monkeypatch, flags, whole):
         output = tmp_path / "a.npz"

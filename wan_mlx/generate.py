@@ -140,7 +140,7 @@ def resume(args: argparse.Namespace, given: dict[str, object], interrupts: Inter
     folder = RunFolder(output)
     if not folder.path.is_dir():
         if output.is_file():
-            note(f"{output} is complete; there is nothing to go on with")
+            note(f"{output} is there, and no run of it is unfinished")
             print(output)
             return 0
         raise ValueError(f"there is no unfinished run of {output}: {folder.path} does not exist")
@@ -148,7 +148,7 @@ def resume(args: argparse.Namespace, given: dict[str, object], interrupts: Inter
         record = folder.record()
         if folder.is_finished() or (record is None and output.is_file()):
             folder.delete()
-            note(f"{output} is complete; there is nothing to go on with")
+            note(f"{output} is there, and no run of it is unfinished")
             print(output)
             return 0
         if record is None:

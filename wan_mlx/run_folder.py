@@ -139,6 +139,11 @@ class RunFolder:
         return (self.path / "run.json").is_file() and (self.path / "conditioning.safetensors").is_file()
 
     @property
+    def size(self) -> int:
+        """Bytes in it."""
+        return sum(path.stat().st_size for path in self.path.iterdir())
+
+    @property
     def steps_done(self) -> int:
         """How many steps are kept, without reading them."""
         return max((_count_of(path) for path in self._step_paths()), default=0)

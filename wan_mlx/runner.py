@@ -56,7 +56,7 @@ def make_file(
     """
     started = time.perf_counter()
     interrupts = interrupts or Interrupts()
-    check_disk(folder.path, disk_needed(request, pipe.latent_channels))
+    check_disk(folder.path, disk_needed(request, pipe.latent_channels) - folder.size)
     VideoWriter(folder.output, request.fps, (request.width, request.height), folder.record()["settings"], overwrite)
     frames = folder.open_frames(request.height, request.width)
     if frames.count < request.num_frames:

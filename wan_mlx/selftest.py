@@ -180,7 +180,7 @@ def store_reference() -> Path:
 
 
 def _nano_weights() -> str:
-    return " ".join(fingerprint(path)["sha256"][:16] for path in sorted(BUNDLED["nano"].iterdir()))
+    return " ".join(fingerprint(path)["sha256"][:16] for path in sorted(BUNDLED["nano"].glob("[!.]*")))
 
 
 def _rate(make, compute, flop, start: int, largest: int = 1 << 14, seconds: float = 0.15) -> float:
