@@ -97,6 +97,11 @@ def test_threshold_0_gives_the_same_bytes_as_off(model, name):
     assert cache.computed == 2 * STEPS
 
 
+def test_threshold_0_is_off_even_where_the_expected_change_is_negative(model):
+    cache = CACHES["teacache"](threshold=0.0, coefficients=(0.0, 0.0, 0.0, 0.0, -0.1))
+    assert np.array_equal(latents(model, cache), latents(model))
+
+
 @pytest.mark.parametrize("kind", ["model", "vace"])
 @pytest.mark.parametrize("name", CACHES)
 def test_some_forwards_are_left_out(request, kind, name):
@@ -159,6 +164,13 @@ def test_resumed_equals_uninterrupted(model, name, stop, tmp_path):
     assert after.computed == whole.computed
 
 
+def test_numbers_survive_bit_for_bit():
+    before, after = CACHES["magcache"](), CACHES["magcache"]()
+    before.branches[UNCOND].numbers["error"], before.branches[UNCOND].computed = 0.1 + 0.2, 7
+    after.load_state(before.state())
+    assert after.branches[UNCOND].numbers == {"error": 0.1 + 0.2} and after.branches[UNCOND].computed == 7
+
+
 def test_old_residuals_are_not_held(model):
     """A step's state is emptied when the next is asked for, or every `Step` that somebody keeps would hold one."""
     steps = walk(model, CACHES["magcache"]())
@@ -213,6 +225,12 @@ def test_magcache_stretches_its_ratios_to_other_numbers_of_steps(steps):
 def test_magcache_of_a_run_that_starts_late_takes_the_later_ratios():
     whole, late = MagCache(20, **MAG), MagCache(12, **MAG, left_out=8)
     assert np.array_equal(late.ratios[COND], whole.ratios[COND][8:])
+
+
+def test_magcache_has_ratios_for_each_pass(model):
+    cache = MagCache(STEPS, threshold=0.3, most_skips=2, retention=0.2, ratios=(1.0, 0.5) * (STEPS - 1))
+    walk(model, cache)
+    assert cache.branches[COND].computed < STEPS == cache.branches[UNCOND].computed
 
 
 def test_one_step_takes_the_last_ratio():
@@ -288,10 +306,13 @@ class TestAgainstAPlainStatement:
         assert got == want and 4 < sum(want) < STEPS - 2
         assert np.abs(near - far).max() < 1e-4 * np.abs(far).max()
 
-    def test_easycache(self, model):
+    @pytest.mark.parametrize("scale", [1.0, SCALE])
+    def test_easycache(self, model, scale):
+        """The pass without the prompt too, which follows the decision but keeps an offset of its own."""
         scheduler, x = make_scheduler("unipc", STEPS, SHIFT), conditioning().noise
+        texts = [conditioning().context, conditioning().negative_context][: 1 if scale == 1.0 else 2]
         want, error, rate = [], 0.0, None
-        previous = at = output = offset = None
+        previous = at = output = offsets = None
         size = lambda array: mx.abs(array).mean().item()  # noqa: E731
         for index, timestep in enumerate(scheduler.timesteps.tolist()):
             compute = True
@@ -300,17 +321,18 @@ class TestAgainstAPlainStatement:
                 compute = error >= 0.5
             if compute:
                 error = 0.0
-                velocity = model(x, float(timestep), conditioning().context)
+                velocities = [model(x, float(timestep), text) for text in texts]
                 if output is not None:
-                    rate = size(velocity - output) / size(x - at)
-                output, at, offset = velocity, x, velocity - x
+                    rate = size(velocities[0] - output) / size(x - at)
+                output, at, offsets = velocities[0], x, [velocity - x for velocity in velocities]
             else:
-                velocity = x + offset
-            want.append(compute)
+                velocities = [x + offset for offset in offsets]
+            want.append(len(texts) if compute else 0)
+            velocity = velocities[0] if scale == 1.0 else velocities[1] + scale * (velocities[0] - velocities[1])
             previous, x = x, scheduler.step(index, velocity, x)
-        got, near = self.run(model, CACHES["easycache"]())
-        assert got == want and 4 < sum(want) < STEPS - 2
-        assert np.array_equal(near, np.array(x))
+        steps = walk(model, CACHES["easycache"](), Guidance(scale))
+        assert [step.forwards for step in steps] == want and 4 < sum(map(bool, want)) < STEPS - 2
+        assert np.array_equal(np.array(steps[-1].latents), np.array(x))
 
 
 def test_easycache_lets_the_prompt_decide_for_both(model):

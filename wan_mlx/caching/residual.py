@@ -32,7 +32,7 @@ class ResidualCache(StepCache):
             own.computed += 1
             own.arrays.pop("residual", None)  # not beside the new one
             after = run_blocks(x)
-            if self.threshold > 0:
+            if self.threshold > 0:  # without a residual nothing is skipped, whatever the error (TeaCache's may be < 0)
                 own.arrays["residual"] = after - x
                 mx.eval(own.arrays["residual"])
             return after

@@ -38,7 +38,7 @@ class TeaCache(ResidualCache):
         signal = this_pass.modulation if self.mode == "ret" else this_pass.time
         before, own.arrays["signal"] = own.arrays.get("signal"), signal
         mx.eval(signal)
-        if before is None or self.index in self.always or self.threshold <= 0:
+        if before is None or self.index in self.always:
             return False
         change = (mx.abs(signal - before).mean() / mx.abs(before).mean()).item()
         own.numbers["error"] = own.numbers.get("error", 0.0) + float(np.polyval(self.coefficients, change))
