@@ -65,6 +65,12 @@ def test_terminated(tmp_path, flags):
 
 
 class TestInterrupts:
+    @pytest.fixture(autouse=True)
+    def as_in_a_terminal(self):
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would have it ignored
+        yield
+        signal.signal(signal.SIGINT, before)
+
     def test_patience(self):
         before = signal.getsignal(signal.SIGINT)
         with Interrupts() as interrupts:

@@ -268,6 +268,19 @@ class TestResume:
         assert main([*flags, "--output", str(output), "--overwrite"]) == 0
         assert output.read_bytes() == whole(".npz") and os.listdir(tmp_path) == ["a.npz"]
 
+    def test_a_series_of_stills_goes_on(self, tmp_path, monkeypatch, capsys, flags):
+        command = [*flags, "--frames", "1", "--num-images", "3", "--output", str(tmp_path / "a.png")]
+        paths = [tmp_path / f"a_seed{seed}.png" for seed in (3, 4, 5)]
+        with monkeypatch.context() as patch:
+            cut(patch, after=1)
+            assert main(command) == 1
+        assert [path.exists() for path in paths] == [True, False, False]
+        before = paths[0].stat().st_mtime_ns
+        assert main(["--resume", str(paths[1])]) == 0 and main(command) == 0
+        assert all(path.exists() for path in paths) and paths[0].stat().st_mtime_ns == before
+        assert capsys.readouterr().out.split()[-3:] == [str(path) for path in paths]
+        assert main([*command, "--steps", "4"]) == 2 and "exists" in capsys.readouterr().err
+
     def test_nothing_to_resume(self, tmp_path, capsys):
         assert main(["--resume", str(tmp_path / "a.mp4")]) == 2
         assert "there is no unfinished run" in capsys.readouterr().err

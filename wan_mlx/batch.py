@@ -7,15 +7,15 @@ import difflib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import generate
 from .arguments import FREE_ON_RESUME, Parser, UsageError, build_parser
 from .interrupt import Interrupts, Stopped
-from .media import check_output, read_settings
-from .records import check_same, make_record, request_of
+from .media import check_output
+from .records import check_same, make_record, request_of, seed_of_made
 from .run_folder import RunFolder
 from .runner import Result, make_file
 from .types import Request
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 # Flags of the whole batch, which no line can set for itself.
 OF_THE_BATCH = ("prompts", "report", "resume", "version", "help", "debug", "quiet", "dry_run", "overwrite")
-# What the same request may say differently of itself once it is made.
-NOT_COMPARED = ("versions", "forwards")
 
 
 @dataclass
@@ -160,18 +158,10 @@ def _make(job: Job, interrupts: Interrupts) -> Result:
 
 def is_made(job: Job) -> bool:
     """Whether the output is there and says of itself that it is what the line asks for."""
-    if not job.output.is_file() or RunFolder(job.output).path.exists():
-        return False
-    try:
-        made = read_settings(job.output)
-    except ValueError:
-        return False
-    asked = json.loads(json.dumps(job.pipe.settings(job.request)))
-    free = {*NOT_COMPARED, *(("seed",) if job.draws else ())}
-    if all(made.get(name) == value for name, value in asked.items() if name not in free):
-        job.request = Request(**{**vars(job.request), "seed": made["seed"]})
-        return True
-    return False
+    seed = seed_of_made(job.pipe, job.request, job.output, job.draws)
+    if seed is not None:
+        job.request = replace(job.request, seed=seed)
+    return seed is not None
 
 
 def read_jobs(path: Path, argv: list[str], overwrite: bool) -> list[Job]:

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
 
     from .media import check_output
     from .recipes import recipe_notes
-    from .records import make_record
+    from .records import make_record, seed_of_made
     from .run_folder import RunFolder
 
     if args.output:
@@ -90,10 +90,13 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
     pipe = pipeline_from(args)
     request = request_from(pipe, args)
     output = Path(args.output or default_output(pipe.preset.name, request))
-    jobs = outputs_of(request, output, args.num_images)
+    jobs, made = outputs_of(request, output, args.num_images), []
+    if args.num_images is not None and not args.overwrite:  # a series goes on where it was cut
+        made = [path for one, path in jobs if seed_of_made(pipe, one, path) is not None]
+        jobs = [(one, path) for one, path in jobs if path not in made]
     for _, path in jobs:
         check_output(path, args.overwrite)
-    describe(pipe, request, *(path for _, path in jobs))
+    describe(pipe, request, *made, *(path for _, path in jobs))
     distilled = [pipe.checkpoint.path, pipe.checkpoint.files["transformer"], *(path for path, _ in pipe.loras)]
     for line in recipe_notes(distilled, request.recipe):
         note(f"          {line}")
@@ -104,6 +107,9 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
         note(f"          its length is the source's; {args.frames} frames were asked for")
     if args.dry_run:
         return 0
+    for path in made:
+        note(f"{path} is made already")
+        print(path)
     codes = []
     with pipe.keep_loaded() if len(jobs) > 1 else nullcontext():
         for request, path in jobs:
@@ -112,7 +118,7 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
                 with keeping(folder):
                     folder.begin(make_record(pipe, request, vars(args)))
                     codes.append(generate_to_file(pipe, request, folder, args.overwrite, interrupts))
-    return max(codes)
+    return max(codes, default=0)
 
 
 def batch(args: argparse.Namespace, argv: list[str], interrupts: Interrupts) -> int:

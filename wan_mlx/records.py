@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from . import __version__
 from .arguments import FREE_ON_RESUME, MODEL_FLAGS, PATH_FLAGS, flag_names
+from .media import read_settings
 from .run_folder import RunFolder, fingerprint
 from .types import SOURCE_FIELDS, Request, WanError
 from .weights.hub import BUNDLED
@@ -25,6 +26,8 @@ REQUEST_FIELDS = {
     "prompt": "prompt", "negative_prompt": "negative_prompt", "frames": "num_frames", "steps": "steps",
     "guidance": "guidance_scale", "shift": "shift", "solver": "solver", "seed": "seed",
 }  # fmt: skip
+# What the same request may say differently of itself once it is made.
+NOT_COMPARED = ("versions", "forwards")
 # What each kept file makes superfluous: these weights may be gone or different when the run goes on.
 ENCODERS = ("text_encoder", "image_encoder", "tokenizer")
 
@@ -45,6 +48,20 @@ def make_record(pipe: WanPipeline, request: Request, flags: Mapping[str, Any]) -
         "machine": {"wan_mlx": __version__, "mlx": mx.__version__, "device": _device()},
     }
     return json.loads(json.dumps(record))
+
+
+def seed_of_made(pipe: WanPipeline, request: Request, output: Path, any_seed: bool = False) -> int | None:
+    """The seed of the video that ``output`` is, if it says of itself that it is what ``request`` asks for, or None."""
+    if not output.is_file() or RunFolder(output).path.exists():
+        return None
+    try:
+        made = read_settings(output)
+    except ValueError:
+        return None
+    asked = json.loads(json.dumps(pipe.settings(request)))
+    free = {*NOT_COMPARED, *(("seed",) if any_seed else ())}
+    same = all(made.get(name) == value for name, value in asked.items() if name not in free)
+    return made["seed"] if same else None
 
 
 def flags_of(record: Mapping[str, Any], defaults: argparse.Namespace) -> argparse.Namespace:
