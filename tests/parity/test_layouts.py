@@ -239,6 +239,7 @@ CASES = {
     "comfyui umT5": Case("huggingface text_encoder", comfyui_text_encoder, official_text_encoder, 2),
     "gguf umT5": Case("gguf text_encoder", gguf_text_encoder, official_text_encoder),
     "official vae": Case("official vae", official_vae, official_vae),
+    "official vae in a wrapper": Case("official vae", lambda: prefixed("model.", official_vae()), official_vae),
     "diffusers vae": Case("diffusers vae", diffusers_vae, official_vae),
     "diffusers vae of 1 resnet": Case("diffusers vae", lambda: diffusers_vae(1), lambda: official_vae(1)),
     "official clip": Case("official image_encoder", open_clip, official_image_encoder, 9),

@@ -282,6 +282,7 @@ _VAE_OFFICIAL = Layout(
         "decoder.upsamples.0.residual.2.weight",
         "conv2.weight",
     ),
+    prefix=r"(?:model|vae|first_stage_model)\.",
     rules=(
         Rule(rf"(?:(?:en|de)coder\.)?conv1\.{_END}"),
         Rule(rf"conv2\.{_END}"),
