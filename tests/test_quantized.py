@@ -87,7 +87,7 @@ def test_only_the_matrices_of_the_blocks_are_packed():
 
 
 def test_auto_gives_sensitive_layers_more_bits():
-    layers = ("self_attn.q", "cross_attn.k_img", "self_attn.v", "cross_attn.v_img", "cross_attn.o", "ffn.2")
+    layers = ("cross_attn.q", "cross_attn.k_img", "self_attn.q", "cross_attn.v_img", "cross_attn.o", "ffn.2")
     names = [f"blocks.{i}.{layer}.weight" for i in range(12) for layer in layers]
     names += ["vace_blocks.0.before_proj.weight", "vace_blocks.5.after_proj.weight", "head.head.weight"]
     packings = plan_quantization("transformer", "auto", dict.fromkeys(names, (64, 64))).packings
@@ -100,17 +100,17 @@ def test_auto_gives_sensitive_layers_more_bits():
     assert {packing.name for packing in text.packings.values()} == {"q8"}
 
 
-def test_auto_is_smaller_than_q6_and_about_as_near():
+def test_auto_lies_between_q6_and_q8():
     """On nano's trained weights: what benchmarks/quantisation_sensitivity.py measures at many points, at one."""
     latents, context = gaussian(1, 3, 8, 8, 16), gaussian(1, 512, 128, seed=1)
     errors, sizes = {}, {}
     want = load_transformer(NANO, "float32")(latents, 700.0, context)
-    for mode in ("q6", "auto", "q5"):
+    for mode in ("q8", "auto", "q6"):
         model = load_transformer(NANO, "float32", quantize=mode)
         errors[mode] = relative(model(latents, 700.0, context).flatten(), want.flatten())
         sizes[mode] = sum(array.nbytes for array in parameters_of(model).values())
-    assert sizes["q5"] < sizes["auto"] < sizes["q6"]
-    assert errors["auto"] < 1.1 * errors["q6"] < 0.8 * errors["q5"], errors
+    assert sizes["q6"] < sizes["auto"] < 1.05 * sizes["q6"] < sizes["q8"]
+    assert errors["q8"] < errors["auto"] < errors["q6"], errors
 
 
 def parameters_of(model):
@@ -160,7 +160,7 @@ def test_a_quantised_folder_is_the_same_bits_as_quantising_at_load(tmp_path, mod
     again = convert(folder, tmp_path / "again")
     assert (again / "transformer.safetensors").read_bytes() == (folder / "transformer.safetensors").read_bytes()
     size = (folder / "transformer.safetensors").stat().st_size / (NANO / "transformer.safetensors").stat().st_size
-    assert size < {"q8": 0.75, "nvfp4": 0.55, "auto": 0.65}[mode]
+    assert size < {"q8": 0.75, "nvfp4": 0.55, "auto": 0.66}[mode]
 
 
 def test_a_quantised_folder_is_told_and_recorded(tmp_path, capsys):

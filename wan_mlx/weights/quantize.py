@@ -17,12 +17,11 @@ QUANTIZED = {
     "text_encoder": r"blocks\.\d+\.(?:attn\.[qkvo]|ffn\.(?:gate\.0|fc1|fc2))\.weight",
 }
 NOT_MATRICES = r".*\.norm\w*\.weight"
-# A mode of several. On nano (benchmarks/quantisation_sensitivity.py) a forward suffers most from what the feed-forward
-# and the attentions' values and outputs lose, and more in the later blocks; queries and keys bear fewer bits. So those
-# get q5, the rest q6, and q8 in the last sixth of the blocks: smaller than q6 throughout, and nearer. The text encoder,
-# which is read once and never resident, gets q8.
+# A mode of several. On nano (benchmarks/quantisation_sensitivity.py) a forward suffers most from what the last blocks
+# lose, and least from the queries and keys of cross-attention. So those blocks get q8, these layers q5, the rest q6.
+# The text encoder, which is read once and never resident, gets q8.
 AUTO = "auto"
-QUERIES_KEYS = r".*_attn\.(?:q|k|k_img)\.weight"
+LEAST_SENSITIVE = r".*\.cross_attn\.(?:q|k|k_img)\.weight"
 # Besides the modes: to unpack whatever is packed, and to pack what GGUF's blocks hold in the form that comes nearest.
 EXPAND, NEAREST = "none", "nearest"
 
@@ -108,7 +107,7 @@ def _auto(component: str, names: Iterable[str]) -> dict[str, str]:
     modes = {}
     for name, (kind, index) in places.items():
         in_last_sixth = 6 * int(index) >= 5 * counts[kind]
-        modes[name] = "q5" if re.fullmatch(QUERIES_KEYS, name) else "q8" if in_last_sixth else "q6"
+        modes[name] = "q5" if re.fullmatch(LEAST_SENSITIVE, name) else "q8" if in_last_sixth else "q6"
     return modes
 
 
