@@ -24,6 +24,7 @@ from test_vae import scale
 from wan_mlx import WanPipeline
 from wan_mlx.configs import VAEConfig
 from wan_mlx.generate import main
+from wan_mlx.guidance import guided_velocity
 from wan_mlx.media import read_settings
 from wan_mlx.schedulers import make_scheduler
 from wan_mlx.sources import at_rate, open_video
@@ -208,3 +209,28 @@ def test_nano_paints_a_clip_anew():
         assert np.hypot(x.mean() - centre, y.mean() - 64) < 10 and 0.5 < len(x) / (np.pi * 18**2) < 1.6
         red, green, blue = frame[y, x].mean(axis=0)
         assert green > max(red, blue) + 50 and np.abs(frame[:20].mean(axis=(0, 1)) - (22, 34, 116)).max() < 40
+
+
+def test_a_run_that_was_cut_goes_on(folder, tmp_path, monkeypatch, capsys):
+    """With the steps that are made counted, not those of the grid, and without the source, which is encoded."""
+    write_video(tmp_path / "source.mkv", source())
+    command = ["--model", str(folder), "--prompt", "a cat", "--size", "48x32", "--frames", "5", "--steps", "4",
+               "--seed", "1", "--dtype", "float32", "--quiet", "--video", str(tmp_path / "source.mkv"), "--strength",
+               "0.75"]  # fmt: skip
+    assert main([*command, "--output", str(tmp_path / "whole.npz")]) == 0
+    calls = iter(range(99))
+
+    def failing(*args):
+        if next(calls) == 2:
+            raise RuntimeError("power cut")
+        return guided_velocity(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wan_mlx.denoise.guided_velocity", failing)
+        assert main([*command, "--output", str(tmp_path / "cut.npz")]) == 1
+    (tmp_path / "source.mkv").unlink()
+    capsys.readouterr()
+    assert main(["--resume", str(tmp_path / "cut.npz")]) == 0
+    assert "2 of 3 steps are done" in capsys.readouterr().err
+    with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "cut.npz") as cut:
+        assert np.array_equal(whole["latents"], cut["latents"]) and np.array_equal(whole["frames"], cut["frames"])
