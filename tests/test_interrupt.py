@@ -4,15 +4,16 @@ import os
 import signal
 
 import pytest
-from held import Held, processes_naming, run
+from held import Held, processes_naming
 
+from wan_mlx.generate import main
 from wan_mlx.interrupt import Interrupts, Stopped
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, flags):
     path = tmp_path_factory.mktemp("whole") / "whole.mp4"
-    assert run(*flags, "--output", str(path))[0] == 0
+    assert main([*flags, "--output", str(path)]) == 0
     return path.read_bytes()
 
 
@@ -23,7 +24,7 @@ def check_resumable(tmp_path, whole, code, errors, kept_steps):
     assert last.startswith("error: interrupted; ") and "Traceback" not in errors
     assert f"{kept_steps} steps are kept; go on with: python -m wan_mlx.generate --resume {output}" in last
     assert os.listdir(tmp_path) == ["a.mp4.wan"] and not processes_naming(str(tmp_path))
-    assert run("--resume", str(output), "--quiet")[0] == 0
+    assert main(["--resume", str(output), "--quiet"]) == 0
     assert output.read_bytes() == whole and os.listdir(tmp_path) == ["a.mp4"]
 
 
