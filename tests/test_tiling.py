@@ -62,7 +62,7 @@ def test_margins_are_as_wide_as_the_convolutions_reach(vae, direction, stage):
     Random values could not show this: what reaches through a dozen convolutions is too little to see.
     """
     layers, length, core = getattr(vae, direction).local, 48, (24, 26)
-    spans = getattr(tiling, f"_{direction}_spans")(core, tiling._convolutions(layers), length)
+    spans = getattr(tiling, f"{direction}_spans")(core, tiling._convolutions(layers), length)
     start, end = spans[stage - 1][1] if stage else spans[0][0]  # what the stage is given, before it resamples
     right, rest = spans[-1][1], [layer for group in tiling._stages(layers)[stage:] for layer in group]
     into = max(0, stage - 1)

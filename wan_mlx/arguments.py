@@ -41,7 +41,7 @@ NO_MEANING = {
     "ring_size": "there is one GPU",
 }
 # Flags of what wan_mlx does not have yet: refused, so that nothing asked is silently left out.
-NOT_YET = ("use_prompt_extend", "memory")
+NOT_YET = ("use_prompt_extend",)
 
 # Values that are paths: what they mean depends on the folder that the command is run in.
 PATH_FLAGS = ("image", "last_image", "src_video", "src_mask", "src_ref_images", "video", "output")
@@ -194,6 +194,13 @@ def add_run(parser: Parser) -> None:
     run = parser.add_argument_group("how to run")
     run.add_argument("--resume", metavar="FILE", help="go on with the run that was making FILE, where it was cut")
     run.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="what MLX may hold, such as 8GB: it decides what stays resident, is streamed from disk or done in tiles "
+        "(default: auto, what this machine has to spare)",
+    )
+    run.add_argument("--plan", action="store_true", help="print each stage's memory and time, and stop; no download")
+    run.add_argument(
         "--vae-tiling",
         metavar="WxH",
         help="decode and encode in tiles of at most so many pixels (384x384): the same video, less memory, more time; "
@@ -218,7 +225,6 @@ def add_official(parser: Parser) -> None:
 
 def add_not_yet(parser: Parser) -> None:
     later = parser.add_argument_group("not there yet")
-    later.add_argument("--memory", metavar="SIZE", help=argparse.SUPPRESS)
     later.add_argument("--use_prompt_extend", action="store_true", default=None, help=argparse.SUPPRESS)
     for flag in ("prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang"):
         later.add_argument(f"--{flag}", help=argparse.SUPPRESS)

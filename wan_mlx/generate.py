@@ -73,6 +73,8 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
         print(f"wan_mlx {wan_mlx.__version__}, mlx {mx.__version__}, python {sys.version.split()[0]}")
         return 0
     check_flags(args)
+    if args.plan:
+        return show_plan(args)
     for flag, reason in NO_MEANING.items():
         if getattr(args, flag) is not None:
             note(f"--{flag} has no effect here: {reason}")
@@ -227,6 +229,7 @@ def pipeline_options(args: argparse.Namespace) -> dict[str, Any]:
         preset=args.task,
         progress=not args.quiet,
         vae_tiling=args.vae_tiling,
+        memory=args.memory,
         source=args.source,
         loras=args.lora,
         prompt_cache=not args.no_prompt_cache,
@@ -253,8 +256,30 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UsageError(f"--{flag} is not supported yet")
     if args.model is None:
         raise UsageError(MODEL_HELP)
-    if args.prompt is None:
+    if args.prompt is None and not args.plan:
         raise UsageError("--prompt is missing: say what the video should show")
+
+
+def show_plan(args: argparse.Namespace) -> int:
+    """``--plan``: print it; 1 if it does not fit."""
+    from .memory import plan
+
+    width, height = args.size or (None, None)
+    found = plan(
+        args.model,
+        width,
+        height,
+        1 if args.frames is None and args.task == "t2i-14B" else args.frames,
+        args.steps,
+        args.memory,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        guidance_scale=args.guidance,
+        vae_tiling=args.vae_tiling,
+        measure=True,
+    )
+    print(found)
+    return 0 if found.fits else FAILURE
 
 
 def tell_downloads(args: argparse.Namespace) -> bool:

@@ -23,6 +23,8 @@ from .denoise import denoise
 from .guards import is_out_of_memory
 from .guidance import Guidance, Model, check_guidance, zero_steps_of
 from .media import to_uint8
+from .memory import Plan, choose, limited_cache, parse_memory, with_advice
+from .peaks import Networks
 from .prompt_cache import PromptCache
 from .recipes import find_recipe, scheduler_for
 from .schedulers import SOLVERS, Scheduler
@@ -47,6 +49,7 @@ from .weights.networks import (
     modes_of,
     no_progress,
     parse_dtype,
+    sizes_of,
 )
 from .weights.quantize import check_mode
 from .weights.spiece import read_tokenizer
@@ -84,8 +87,11 @@ class WanPipeline:
         vae_tiling: str | tuple[int, int] | None = None,
         loras: Iterable[LoraChoice] | LoraChoice | None = None,
         prompt_cache: bool = True,
+        memory: str | int | None = None,
     ):
         parse_dtype(dtype)
+        parse_memory(memory)
+        self.memory = memory
         self.prompt_cache = prompt_cache
         self.vae_tiling = parse_tiling(vae_tiling)
         self.quantized = modes_of(checkpoint, quantize)
@@ -102,6 +108,8 @@ class WanPipeline:
         self._merge_loras = True
         self.stage: str | None = None
         self._kept: dict[str, Any] | None = None  # what stays loaded within `keep_loaded`
+        self._plan: Plan | None = None  # of the latest run
+        self._networks: dict[str | None, Networks] = {}  # by quantisation
         self.forwards: tuple[int, int] | None = None
         if self.preset.task != self.config.model_type:
             raise ValueError(
@@ -143,7 +151,9 @@ class WanPipeline:
                 more bits. None takes the weights as they are
                 stored, "none" unpacks those stored packed. A GGUF's Q8_0, Q5_0, Q5_1, Q4_0 and Q4_1 stay packed with
                 None; "nearest" packs its other types in the form that comes nearest.
-            memory: not available yet; must be None.
+            memory: what MLX may hold, such as "8GB": decides whether the transformer is resident or its blocks are read
+                at every pass, and whether the VAE works in tiles (`plan`). "auto" (or None) is what this machine has
+                to spare.
             preset: name in `PRESETS` to take the sampling defaults from, instead of the nearest one.
             progress: show progress bars.
             vae_tiling: decode and encode in tiles of at most this size, (width, height) in pixels or "384x256": the
@@ -160,8 +170,7 @@ class WanPipeline:
             ValueError: an argument is wrong, or the model's task is not supported.
             WeightsError: the folder is incomplete, a file is not what it should be, or the download failed.
         """
-        if memory is not None:
-            raise ValueError(f"memory={memory!r}: not available yet; leave it out")
+        parse_memory(memory)
         check_mode(quantize)
         parse_tiling(vae_tiling)  # before a download
         found, loras = find_preset(preset) if preset else None, normalise_loras(loras)
@@ -171,7 +180,7 @@ class WanPipeline:
         checkpoint = open_checkpoint(here.model, here.parts)
         if found is None and checkpoint.model is None:
             found = preset_of(model)  # two models of the same sizes differ in their defaults
-        return cls(checkpoint, dtype, found, progress, quantize, vae_tiling, here.loras, prompt_cache)
+        return cls(checkpoint, dtype, found, progress, quantize, vae_tiling, here.loras, prompt_cache, memory)
 
     def set_loras(self, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
         """Use these LoRAs, in place of those before, from the next video on; none restores the model exactly.
@@ -374,6 +383,39 @@ class WanPipeline:
                 yields the step reached once more, with ``seconds`` 0.
         """
         self.reports, self.forwards = [], None
+        plan = self._plan = self.plan(request)
+        plan.check()
+        with limited_cache(plan):
+            yield from self._stages(request, resume)
+
+    def plan(self, request: Request) -> Plan:
+        """How this request keeps within the memory there is: what is resident, streamed or tiled, and its peaks."""
+        passes = 1 if request.guidance_scale == 1 else 2
+
+        def choice(
+            width=request.width,
+            height=request.height,
+            frames=request.num_frames,
+            quantize=self.quantize,
+            memory=self.memory,
+        ) -> Plan:
+            if quantize not in self._networks:
+                self._networks[quantize] = sizes_of(self.checkpoint, parse_dtype(self.dtype), quantize)
+            return choose(
+                self._networks[quantize],
+                f"{self.preset.name} {width}x{height}, {frames} frames",
+                ((frames - 1) // 4 + 1 + len(request.src_ref_images), height // 8, width // 8),
+                passes * request.steps_made,
+                memory,
+                self.vae_tiling,
+                step_cache=request.cache not in (None, "none"),
+                videos=None if request.video is None else 1,
+                kept=self._kept is not None,
+            )
+
+        return with_advice(choice(), choice, (request.width, request.height), request.num_frames, self.quantize)
+
+    def _stages(self, request: Request, resume: RunState | None) -> Iterator[Event]:
         open_component(self.checkpoint.files["vae"], "vae")  # a damaged file is not for after an hour's work to find
         if resume is None:
             with self._stage("conditioning"):
@@ -430,11 +472,14 @@ class WanPipeline:
         if network not in kept:
             if network == "transformer":
                 bar = self._bar("loading transformer")
+                stream = self._plan is not None and self._plan.stream
                 kept[network] = load_transformer(
-                    self.checkpoint, self.dtype, bar, self.quantize, loras=self.loras, merge=self._merge_loras
+                    self.checkpoint, self.dtype, bar, self.quantize, stream, self.loras, self._merge_loras
                 )
             else:
                 kept[network] = load_vae(self.checkpoint, progress=self._bar("loading VAE"))
+        if network == "transformer" and self._plan is not None:
+            kept[network].tokens_at_once = self._plan.tokens_at_once
         return kept[network]
 
     def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
@@ -475,7 +520,8 @@ class WanPipeline:
     def encode_videos(self, videos: Sequence[Iterable[mx.array]]) -> list[mx.array]:
         """Videos in chunks of frames in [-1, 1] → normalised latents (1, t, h, w, C) each."""
         vae = self._load("vae")
-        return [tiling.encode(vae, self._bar("encoding video")(video), self._tile()) for video in videos]
+        tile = self._tile("encode_tile")
+        return [tiling.encode(vae, self._bar("encoding video")(video), tile) for video in videos]
 
     def decode(self, latents: mx.array) -> Iterator[np.ndarray]:
         """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time."""
@@ -511,9 +557,11 @@ class WanPipeline:
         log.warning("decoding ran out of memory; again in tiles of %dx%d", *smaller)
         return smaller
 
-    def _tile(self) -> tuple[int, int] | None:
+    def _tile(self, which: str = "decode_tile") -> tuple[int, int] | None:
         """The VAE's largest tile (width, height) in pixels, or None for whole frames."""
-        return None if self.vae_tiling in ("auto", "off") else self.vae_tiling
+        if isinstance(self.vae_tiling, tuple):
+            return self.vae_tiling
+        return None if self._plan is None else getattr(self._plan, which)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

@@ -166,12 +166,12 @@ class Cut:
 
 def decoder_tiles(vae: VAE, size: tuple[int, int], tile: tuple[int, int]) -> list[Area]:
     """Tiles of a frame of ``size`` (height, width) in latents, for the decoder; ``tile`` as for `decode`."""
-    return _tiles(vae, size, tile, _convolutions(vae.decoder.local), _decoder_spans)
+    return _tiles(vae, size, tile, _convolutions(vae.decoder.local), decoder_spans)
 
 
 def encoder_tiles(vae: VAE, size: tuple[int, int], tile: tuple[int, int]) -> list[Area]:
     """Like `decoder_tiles`, for the encoder."""
-    return _tiles(vae, size, tile, _convolutions(vae.encoder.local), _encoder_spans)
+    return _tiles(vae, size, tile, _convolutions(vae.encoder.local), encoder_spans)
 
 
 def split(length: int, largest: int) -> list[Span]:
@@ -205,7 +205,7 @@ def _grow(span: Span, by: int, length: int) -> Span:
     return max(0, span[0] - by), min(length, span[1] + by)
 
 
-def _decoder_spans(core: Span, convolutions: Sequence[int], length: int) -> list[tuple[Span, Span]]:
+def decoder_spans(core: Span, convolutions: Sequence[int], length: int) -> list[tuple[Span, Span]]:
     """For each stage, the span that it gets and the span of it that is right, in pixels of that stage.
 
     Args:
@@ -223,8 +223,8 @@ def _decoder_spans(core: Span, convolutions: Sequence[int], length: int) -> list
     return spans[::-1]
 
 
-def _encoder_spans(core: Span, convolutions: Sequence[int], length: int) -> list[tuple[Span, Span]]:
-    """Like `_decoder_spans`, towards ``core``."""
+def encoder_spans(core: Span, convolutions: Sequence[int], length: int) -> list[tuple[Span, Span]]:
+    """Like `decoder_spans`, towards ``core``."""
     spans, last = [], len(convolutions) - 1
     right = core
     for stage in range(last, -1, -1):

@@ -38,6 +38,10 @@ class WeightsError(WanError):
     """A weight file that cannot be used: missing, truncated, hostile, or of the wrong keys or shapes."""
 
 
+class MemoryPlanError(WanError):
+    """Nothing fits into the memory there is; says what would."""
+
+
 class SamplingError(WanError):
     """Sampling went wrong: the latents stopped being finite."""
 

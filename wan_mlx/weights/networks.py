@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ..configs import TransformerConfig
 from ..image_encoder import ImageEncoder, last_block_shapes
+from ..peaks import Networks, text_block_bytes, weight_bytes
 from ..rope import row_order
 from ..text_encoder import EncoderBlock, TextEncoder, parameter_shapes
 from ..transformer import Transformer
@@ -211,4 +212,37 @@ def load_text_encoder(
         ),
         norm_weight=weights.read("norm.weight").astype(dtype),
         dtype=dtype,
+    )
+
+
+def config_of(checkpoint: Checkpoint) -> TransformerConfig:
+    """Sizes of the transformer; no weights are read."""
+    return transformer_config(*_open(checkpoint, "transformer"))
+
+
+def sizes_of(checkpoint: Checkpoint, dtype: mx.Dtype, quantize: str | None = None) -> Networks:
+    """What a plan needs to know of a model on this machine; no weights are read.
+
+    Raises:
+        ValueError: ``quantize`` does not suit.
+    """
+    weights, config = _open(checkpoint, "transformer")
+    config = transformer_config(weights, config)
+    packings = transformer_parameters(weights, config, dtype, quantize).quantization.packings
+    stored = {name: sum(weights.file.nbytes(source) for source in keys) for name, keys in weights.sources.items()}
+    text, text_config = _open(checkpoint, "text_encoder")
+    text_config = text_encoder_config(text, text_config)
+    in_blocks = [key for name, keys in text.sources.items() if name.startswith("blocks.") for key in keys]
+    text_packings = Parameters(text, dtype, quantize).quantization.packings
+    vae, said = _open(checkpoint, "vae")
+    images = image_encoder_config(*_open(checkpoint, "image_encoder")) if config.has_image_branch else None
+    return Networks(
+        config,
+        text_config,
+        vae_config(vae, said),
+        images,
+        dtype,
+        weight_bytes(config, dtype, packings, stored),
+        text_block_bytes(text_config, dtype, text_packings),
+        sum(text.file.nbytes(key) for key in in_blocks),
     )

@@ -1,0 +1,252 @@
+"""Plans: what is resident, streamed or tiled in which memory, predicted from sizes alone."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import wan_mlx
+from wan_mlx import memory, peaks, tiling
+from wan_mlx.configs import PRESETS, VAEConfig
+from wan_mlx.generate import main
+from wan_mlx.memory import parse_memory, system_memory
+from wan_mlx.types import MemoryPlanError
+from wan_mlx.vae import VAE
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    "given, size",
+    [("8GB", 8e9), ("8 gib", 8 * GIB), ("1.5GB", 1.5e9), ("900MB", 9e8), (5_000_000_000, 5e9), ("auto", None),
+     (None, None)],
+)  # fmt: skip
+def test_parse_memory(given, size):
+    assert parse_memory(given) == size
+
+
+@pytest.mark.parametrize("given, message", [("8", "expected auto or a size such as 8GB"), ("much", "expected auto"),
+                                            ("8 MB", "expected at least 100MB"), (7, "at least 100MB")])  # fmt: skip
+def test_wrong_memory(given, message):
+    with pytest.raises(ValueError, match=message):
+        parse_memory(given)
+    with pytest.raises(ValueError, match=message):
+        wan_mlx.WanPipeline.from_pretrained("nano", memory=given)
+
+
+MEMINFO = "MemTotal:       24000000 kB\nMemFree:         1000000 kB\nMemAvailable:   20000000 kB\n"
+
+
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+
+
+@pytest.mark.parametrize(
+    "files, free",
+    [
+        ({}, 20000000 * 1024),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                f"{V2}/a/memory.max": "9000\n",
+                f"{V2}/a/memory.current": "5000\n",
+                f"{V2}/a/memory.stat": "anon 1\ninactive_file 700\n",
+                f"{V2}/a/b/memory.max": "max\n",
+            },
+            4700,
+        ),
+        ({f"{V2}/memory.max": "8000\n"}, 8000),
+        (
+            {
+                f"{V1}/memory.limit_in_bytes": "6000\n",
+                f"{V1}/memory.usage_in_bytes": "1000\n",
+                f"{V1}/memory.stat": "total_inactive_file 300\n",
+            },
+            5300,
+        ),
+        ({f"{V1}/memory.limit_in_bytes": "9223372036854771712\n"}, 20000000 * 1024),
+    ],
+)
+def test_system_memory_is_the_least_that_linux_tells(tmp_path, files, free):
+    for name, text in {"proc/meminfo": MEMINFO, **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert system_memory(tmp_path) == free
+
+
+@pytest.mark.parametrize(
+    "info, budget",
+    [
+        ({"max_recommended_working_set_size": 1000, "memory_size": 1500}, 950),
+        ({"free_memory": 1000, "total_memory": 5}, 930),
+        ({"free_memory": "1000"}, 930),
+        ({"total_memory": 1000}, 930),
+        ({"memory_size": 1000}, 700),
+    ],
+)
+def test_auto_leaves_room_on_a_gpu(monkeypatch, info, budget):
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 0)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 0)
+    assert memory.available_memory() == budget
+
+
+def test_auto_counts_what_is_free_here(monkeypatch):
+    monkeypatch.setattr(memory, "system_memory", lambda: 10 * GIB)
+    plan = wan_mlx.plan("t2v-1.3B")
+    assert not plan.chosen and 8.5 * GIB <= plan.budget < 10 * GIB
+    assert wan_mlx.plan("t2v-1.3B", memory="auto").budget == pytest.approx(plan.budget, rel=0.01)
+
+
+def on_a_gpu(monkeypatch):
+    """Predict as for a GPU with fused attention."""
+    monkeypatch.setattr(peaks, "has_fused_kernel", lambda dtype, head_dim: dtype != mx.float32)
+    monkeypatch.setattr(peaks, "on_cpu", lambda: False)
+
+
+@pytest.mark.parametrize(
+    "model, size, budget, stream, most",
+    [("t2v-1.3B", (832, 480), "6.5GiB", False, 6.5), ("t2v-1.3B", (832, 480), "5GB", False, 4.6),
+     ("t2v-1.3B", (832, 480), "3GB", True, 2.8), ("t2v-14B", (832, 480), "6GiB", True, 6),
+     ("t2v-14B", (1280, 720), "10GiB", True, 10), ("t2v-14B", (832, 480), "64GB", False, 33)],
+)  # fmt: skip
+def test_what_the_released_models_need(monkeypatch, model, size, budget, stream, most):
+    on_a_gpu(monkeypatch)
+    plan = wan_mlx.plan(model, *size, 81, memory=budget)
+    assert plan.fits and plan.peak <= most * GIB
+    assert plan.stream == stream
+    assert [row.stage for row in plan.rows] == ["encode text", "denoise", "decode"]
+
+
+def test_quantised_weights_need_less(monkeypatch):
+    on_a_gpu(monkeypatch)
+    plain, q8, q4 = (
+        wan_mlx.plan("t2v-14B", 832, 480, 81, memory="64GB", quantize=mode).rows[1].peak for mode in (None, "q8", "q4")
+    )
+    assert 0.5 < q8 / plain < 0.65 and 0.5 < q4 / q8 < 0.7
+
+
+def test_image_models_have_more_stages():
+    stages = [row.stage for row in wan_mlx.plan("i2v-14B-480P", memory="64GB").rows]
+    assert stages == ["encode text", "encode images", "encode video", "denoise", "decode"]
+    assert [row.stage for row in wan_mlx.plan("vace-1.3B", memory="64GB").rows][1] == "encode video"
+
+
+def test_forwards_and_reads_follow_the_request():
+    def denoise(**options):
+        return next(row for row in wan_mlx.plan("t2v-1.3B", **options).rows if row.stage == "denoise")
+
+    once, guided = denoise(steps=10, guidance_scale=1.0, memory="64GB"), denoise(steps=10, memory="64GB")
+    assert guided.flop == pytest.approx(2 * once.flop) and guided.reads == once.reads  # resident: read once
+    assert once.flop / 1e12 == pytest.approx(2830, rel=1e-3)
+    streamed = denoise(steps=10, memory="3GB")
+    assert 19 * once.reads < streamed.reads < 20 * once.reads and streamed.how.startswith("blocks streamed")
+
+
+@pytest.mark.parametrize("model", ["Wan-AI/Wan2.1-T2V-14B", "Wan-AI/Wan2.1-T2V-14B-Diffusers"])
+def test_a_hub_model_is_planned_before_any_download(monkeypatch, model):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    plan = wan_mlx.plan(model, memory="128GB")
+    assert plan.title.startswith("t2v-14B 1280x720, 81 frames")
+
+
+def test_what_would_fit_fits(monkeypatch):
+    on_a_gpu(monkeypatch)
+    plan = wan_mlx.plan("t2v-14B", 1280, 720, 81, memory="6GB")
+    assert not plan.fits
+    options = dict(option.removeprefix("--").split(" ") for option in plan.advice)
+    assert {"size", "frames", "memory"} <= options.keys()
+    width, height = map(int, options["size"].split("x"))
+    assert wan_mlx.plan("t2v-14B", width, height, 81, memory="6GB").fits
+    assert wan_mlx.plan("t2v-14B", 1280, 720, int(options["frames"]), memory="6GB").fits
+    assert wan_mlx.plan("t2v-14B", 1280, 720, 81, memory=options["memory"]).fits
+    with pytest.raises(MemoryPlanError, match=r"needs about \d+\.\d GiB to denoise, but only 5\.6 GiB are allowed: --"):
+        plan.check()
+
+
+def test_the_command_line_prints_the_plan(capsys, monkeypatch):
+    monkeypatch.setattr("wan_mlx.selftest.rates", lambda: {"matmul bfloat16": 100.0, "matmul float32": 50.0,
+                        "attention bfloat16": 80.0, "convolution float32": 25.0})  # fmt: skip
+    monkeypatch.setattr(memory.peaks, "on_cpu", lambda: False)
+    assert main(["--model", "t2v-1.3B", "--plan", "--memory", "64GB", "--steps", "10"]) == 0
+    printed = capsys.readouterr().out
+    assert "t2v-1.3B 832x480, 81 frames, within 59.6 GiB as asked" in printed and printed.rstrip().endswith("it fits")
+    # 20 forwards: 82.1 TFLOP of matmul at 100 TFLOP/s and 200.9 of attention at 80, and a tenth; decoding 275 at 25.
+    assert f"{20 * memory.DENOISE_EXTRA * (82.1 / 100 + 200.9 / 80):.1f} s" in printed
+    assert f"{275.4 / 25 * memory.DECODE_EXTRA:.1f} s" in printed
+    assert main(["--model", "t2v-14B", "--plan", "--memory", "1GB"]) == 1
+    assert "it does not fit; what would: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options, message", [(dict(width=830), "width is 830"), (dict(num_frames=80), "nearest: 81"),
+                                              (dict(steps=0), "steps is 0")])  # fmt: skip
+def test_wrong_requests(options, message):
+    with pytest.raises(ValueError, match=message):
+        wan_mlx.plan("t2v-1.3B", **options)
+    with pytest.raises(ValueError, match="sizes of someone/else are not known"):
+        wan_mlx.plan("someone/else")
+
+
+STILL = dict(num_frames=1, steps=1, seed=3, width=64, height=128)
+
+
+def test_a_small_budget_streams_and_tiles_to_the_same_video(monkeypatch):
+    prompt = "a red circle moves right on a blue background"
+    whole, small = (wan_mlx.WanPipeline.from_pretrained("nano", progress=False, memory=m) for m in ("4GB", "100MB"))
+    plan = whole.plan(whole.request(prompt, **STILL))
+    assert not plan.stream and plan.decode_tile is None and plan.fits
+    # Nano fits into less than users may ask for, so that it must be told that there is less.
+    room = min(row.peak for row in plan.rows if row.stage != "encode text")
+    monkeypatch.setattr(memory, "parse_memory", lambda given: 4 * 10**9 if given == "4GB" else room)
+    monkeypatch.setattr(memory.Plan, "check", lambda plan: None)
+    plan = small.plan(small.request(prompt, **STILL))
+    assert plan.stream and plan.decode_tile == (64, 64)
+    limit = mx.set_cache_limit(123_000_000)
+    videos = [pipe(prompt, **STILL) for pipe in (whole, small)]
+    assert mx.set_cache_limit(limit) == 123_000_000  # as it was before the runs
+    assert np.array_equal(*(video.latents for video in videos))
+    assert np.abs(np.subtract(*(video.frames.astype(int) for video in videos))).max() <= 1
+
+
+def test_nothing_runs_that_does_not_fit(monkeypatch):
+    pipe = wan_mlx.WanPipeline.from_pretrained("nano", progress=False, memory="700MB")
+    with pytest.raises(MemoryPlanError, match="nano 1280x720, 81 frames needs about .* GiB .*: --frames 1; --mem"):
+        pipe("a red circle", width=1280, height=720, num_frames=81, steps=1)
+    assert pipe.reports == []
+
+
+def test_tiles_get_smaller_and_cost_more(monkeypatch):
+    on_a_gpu(monkeypatch)
+    vae, shape = VAEConfig(), (21, 90, 160)
+    tiles = memory.tile_choices(shape)
+    assert tiles[0] is None and len(tiles) > 10 and all(min(tile) >= tiling.SMALLEST_TILE for tile in tiles[1:])
+    assert peaks.tile_work(vae, shape, None, True) == 1 < peaks.tile_work(vae, shape, (640, 360), True)
+    assert peaks.decode(vae, shape, (256, 256), 4) < 3 * GIB < peaks.decode(vae, shape, None, 4)
+
+
+def test_convolutions_are_those_of_the_network():
+    for config in (VAEConfig(), VAEConfig(dim=8, dim_mult=(1, 2), num_res_blocks=3, temporal_downsample=(True,))):
+        vae = VAE(config)
+        assert peaks.convolutions(config, True) == tiling._convolutions(vae.decoder.local)
+        assert peaks.convolutions(config, False) == tiling._convolutions(vae.encoder.local)
+
+
+@pytest.mark.parametrize("tile", [None, (64, 64)])
+def test_predicted_decode_is_what_is_measured(tile):
+    config = VAEConfig(dim=8)
+    vae, latents = VAE(config), mx.zeros((1, 3, 2, 32, 16))
+    mx.eval(vae.parameters(), latents)
+    mx.clear_cache()
+    before = mx.get_active_memory() - peaks.vae_weights(config, 4)
+    mx.reset_peak_memory()
+    for _ in tiling.decode(vae, latents, tile):
+        pass
+    assert mx.get_peak_memory() - before == pytest.approx(peaks.decode(config, (3, 2, 32), tile, 4), rel=0.25)
+
+
+def test_every_preset_can_be_planned():
+    for name in PRESETS:
+        plan = wan_mlx.plan(name, memory="100GB")
+        assert plan.fits and str(plan).count("\n") == len(plan.rows) + 3

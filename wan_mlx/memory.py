@@ -1,0 +1,506 @@
+"""What fits: a budget of memory → a `Plan` of what is resident, streamed or tiled, with each stage's peak and time.
+
+Made from sizes alone (`wan_mlx.peaks`, `wan_mlx.work`), so it is there before any download. The budget is what MLX may
+hold; Python, its packages and the finished frames come on top, a gigabyte or so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import peaks, work
+from .configs import ImageEncoderConfig, Preset
+from .layers import TOKENS_AT_ONCE
+from .peaks import Networks
+from .tiling import SMALLEST_TILE, parse_tiling
+from .types import MemoryPlanError
+
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+GIB = 2**30
+# Predictions are within a tenth of what is measured, mostly above; a budget is filled up to here.
+FILL = 0.96
+# Of the memory that is there, what "auto" takes: on a Mac the recommended working set leaves room already.
+SHARE_OF_METAL, SHARE_OF_CUDA, SHARE_OF_SYSTEM = 0.95, 0.93, 0.85
+# Transformer resident or streamed, and how many tokens at once, from the fastest to the smallest.
+LADDER = [(False, TOKENS_AT_ONCE), (False, 4096), (False, 2048), (True, TOKENS_AT_ONCE), (True, 4096), (True, 2048),
+          (True, 1024)]  # fmt: skip
+# Of a prompt; umT5 reads at most 512, and the default negative prompt has about as many.
+TEXT_TOKENS = 128
+# What passes over memory cost beside matmul, attention and convolution, as measured.
+DENOISE_EXTRA, DECODE_EXTRA = 1.12, 1.25
+
+
+def parse_memory(memory: str | int | None) -> int | None:
+    """Bytes of "8GB" (10^9), "8GiB" (2^30), "500MB" or a number of bytes; None for "auto" and None.
+
+    Raises:
+        ValueError: none of these.
+    """
+    if memory is None or memory == "auto":
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)\s*", str(memory), re.IGNORECASE)
+    if isinstance(memory, int) and not isinstance(memory, bool):
+        size = memory
+    elif match and match[2].upper() in UNITS:
+        size = round(float(match[1]) * UNITS[match[2].upper()])
+    else:
+        raise ValueError(f"memory is {memory!r}, expected auto or a size such as 8GB")
+    if size < 100_000_000:
+        raise ValueError(f"memory is {memory!r}, expected at least 100MB")
+    return size
+
+
+def available_memory() -> int:
+    """Bytes that MLX may hold on the default device, what it holds now included, with room left for the system."""
+    info = mx.device_info()
+    if mx.default_device().type == mx.DeviceType.gpu:
+        if "max_recommended_working_set_size" in info:
+            return int(SHARE_OF_METAL * info["max_recommended_working_set_size"])
+        if "free_memory" in info or "total_memory" in info:
+            free = int(info.get("free_memory", info.get("total_memory")))
+            return int(SHARE_OF_CUDA * (free + mx.get_cache_memory() + mx.get_active_memory()))
+        if "memory_size" in info:
+            return int(0.7 * int(info["memory_size"]))
+    return int(SHARE_OF_SYSTEM * (system_memory() + mx.get_cache_memory() + mx.get_active_memory()))
+
+
+def system_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory still to be had: what Linux says, or less where a cgroup (v1 or v2) allows less.
+
+    Elsewhere half of what is installed.
+    """
+    found = []
+    meminfo = _read(root / "proc/meminfo")
+    if match := re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE):
+        found.append(int(match[1]) * 1024)
+    own = re.search(r"^0::/(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
+    groups = [root / "sys/fs/cgroup" / own[1].lstrip("/")] if own else []
+    while groups and groups[-1] != root / "sys/fs/cgroup" and groups[-1].parent != groups[-1]:
+        groups.append(groups[-1].parent)
+    for group in groups or [root / "sys/fs/cgroup"]:
+        found.append(_left(group, "memory.max", "memory.current"))
+    found.append(_left(root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
+    left = [size for size in found if size is not None]
+    if left:
+        return max(0, min(left))
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _left(group: Path, limit: str, usage: str) -> int | None:
+    """What a cgroup has left, its file cache counted as free; None if it has no limit."""
+    most, used = _read(group / limit).strip(), _read(group / usage).strip()
+    if not most.isdigit() or int(most) >= 2**60:
+        return None
+    cache = re.search(r"^(?:total_)?inactive_file (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+    return int(most) - (int(used) if used.isdigit() else 0) + (int(cache[1]) if cache else 0)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage of a plan.
+
+    ``how`` says what is resident, streamed or tiled; ``peak`` and ``reads`` are bytes, ``flop`` floating-point
+    operations and ``attention`` those of them that are attention, ``seconds`` None where no rate was measured.
+    """
+
+    stage: str
+    how: str
+    peak: int
+    flop: float
+    reads: int
+    attention: float = 0.0
+    seconds: float | None = None
+
+
+def duration(seconds: float) -> str:
+    """As people read it: "8.1 s", "12:05" (minutes), "3:20:00" (hours)."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run keeps within its memory. Printed, it is a table.
+
+    Attributes:
+        title: model and video.
+        budget: bytes that MLX may hold; ``chosen`` tells whether they were asked for or found.
+        stream: whether the transformer's blocks are read at every pass instead of being resident.
+        tokens_at_once: size of the pieces in which tokens are computed where they are independent.
+        decode_tile, encode_tile: the VAE's tiles (width, height) in pixels; None for whole frames.
+        rows: the stages in order.
+        advice: what would fit, if this does not.
+    """
+
+    title: str
+    budget: int
+    chosen: bool
+    stream: bool
+    tokens_at_once: int
+    decode_tile: tuple[int, int] | None
+    encode_tile: tuple[int, int] | None
+    rows: tuple[Row, ...]
+    advice: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the stage that takes most."""
+        return max(row.peak for row in self.rows)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= FILL * self.budget
+
+    @property
+    def cache_limit(self) -> int:
+        """Bytes of freed memory that MLX may keep for reuse."""
+        return max(100_000_000, self.budget - self.peak)
+
+    def check(self) -> None:
+        """Raise MemoryPlanError, saying what would fit, if this does not."""
+        if not self.fits:
+            worst = max(self.rows, key=lambda row: row.peak)
+            options = "; ".join(self.advice) or "no option makes it fit"
+            raise MemoryPlanError(
+                f"{self.title} needs about {self.peak / GIB:.1f} GiB to {worst.stage}, but only "
+                f"{self.budget / GIB:.1f} GiB are {'allowed' if self.chosen else 'free'}: {options}"
+            )
+
+    def __str__(self) -> str:
+        timed = all(row.seconds is not None for row in self.rows)
+        lines = [
+            f"{self.title}, within {self.budget / GIB:.1f} GiB {'as asked' if self.chosen else 'of this machine'}",
+            f"{'stage':<14}{'how':<42}{'peak GiB':>9}{'TFLOP':>11}{'reads GB':>10}" + f"{'time':>11}" * timed,
+        ]
+        for row in self.rows:
+            seconds = f"{duration(row.seconds):>11}" if timed else ""
+            numbers = f"{row.peak / GIB:>9.2f}{row.flop / 1e12:>11.4g}{row.reads / 1e9:>10.1f}{seconds}"
+            lines.append(f"{row.stage:<14}{row.how:<42}{numbers}")
+        total = f"{duration(sum(row.seconds for row in self.rows)):>11}" if timed else ""
+        lines.append(
+            f"{'whole run':<56}{self.peak / GIB:>9.2f}{sum(row.flop for row in self.rows) / 1e12:>11.4g}"
+            f"{sum(row.reads for row in self.rows) / 1e9:>10.1f}{total}"
+        )
+        options = "; ".join(self.advice) or "nothing"
+        lines.append("it fits" if self.fits else f"it does not fit; what would: {options}")
+        return "\n".join(lines)
+
+
+def choose(
+    nets: Networks,
+    title: str,
+    latent_shape: tuple[int, int, int],
+    forwards: int,
+    memory: str | int | None = None,
+    vae_tiling: str | tuple[int, int] | None = None,
+    step_cache: bool = False,
+    videos: int | None = None,
+    kept: bool = False,
+) -> Plan:
+    """The fastest plan within a budget, or, if there is none, the one that needs least.
+
+    Args:
+        nets: the model.
+        title: what to call it and the video.
+        latent_shape: (t, h, w), reference images included.
+        forwards: of the transformer, in the whole run.
+        memory: as for `parse_memory`.
+        vae_tiling: as for `parse_tiling`.
+        step_cache: whether a step cache keeps residuals.
+        videos: how many videos are encoded; None: one if the model needs it.
+        kept: whether transformer and VAE stay loaded from one video to the next.
+    """
+    asked = parse_memory(memory)
+    budget = available_memory() if asked is None else asked
+    room = FILL * budget
+    tiling, c = parse_tiling(vae_tiling), nets.transformer
+    itemsize = 4  # of the VAE
+    vae_weights = kept * peaks.vae_weights(nets.vae, itemsize)
+
+    def denoise(step) -> int:
+        return peaks.denoise(nets, latent_shape, *step, step_cache) + vae_weights
+
+    stream, tokens_at_once = next((step for step in LADDER if denoise(step) <= room), min(LADDER, key=denoise))
+    held = kept * peaks.load_transformer(nets, stream)
+    tile_for = {}
+    for name, peak in (("decode", peaks.decode), ("encode", peaks.encode)):
+        tiles = [tiling] if isinstance(tiling, tuple) else [None] if tiling == "off" else tile_choices(latent_shape)
+
+        def needs(tile, peak=peak) -> int:
+            return peak(nets.vae, latent_shape, tile, itemsize) + held
+
+        tile_for[name] = next((tile for tile in tiles if needs(tile) <= room), min(tiles, key=needs))
+    if videos is None:
+        videos = {"t2v": 0, "vace": 2}.get(c.model_type, 1)
+    rows = [Row("encode text", "blocks streamed", peaks.encode_text(nets, TEXT_TOKENS) + held,
+                2 * work.text_flop(nets.text_encoder, TEXT_TOKENS), nets.text_stored)]  # fmt: skip
+    if c.has_image_branch:
+        images = work.image_tokens(c) // work.IMAGE_TOKENS
+        rows.append(Row("encode images", "resident", peaks.encode_images(nets) + held,
+                        images * work.image_flop(nets.image_encoder), peaks.encode_images(nets) // 2))  # fmt: skip
+    vae_bytes = peaks.vae_weights(nets.vae, 4)
+    if videos:
+        tile = tile_for["encode"]
+        flop = videos * work.encode_flop(nets.vae, latent_shape) * peaks.tile_work(nets.vae, latent_shape, tile, False)
+        peak = peaks.encode(nets.vae, latent_shape, tile, itemsize) + held
+        rows.append(Row("encode video", _tiled(tile), peak, flop, vae_bytes))
+    parts = {name: forwards * flop for name, flop in work.forward_parts(c, work.seq_len(c, latent_shape)).items()}
+    w = nets.weights
+    reads = w.stored_outside + w.stored_blocks * (forwards if stream else 1)
+    pieces = f", {tokens_at_once} tokens at once" * (tokens_at_once != TOKENS_AT_ONCE)
+    how = ("blocks streamed" if stream else "resident") + pieces
+    attention = sum(flop for name, flop in parts.items() if name.endswith("attention"))
+    rows.append(Row("denoise", how, denoise((stream, tokens_at_once)), sum(parts.values()), reads, attention))
+    tile = tile_for["decode"]
+    flop = work.decode_flop(nets.vae, latent_shape) * peaks.tile_work(nets.vae, latent_shape, tile, True)
+    peak = peaks.decode(nets.vae, latent_shape, tile, itemsize) + held
+    rows.append(Row("decode", _tiled(tile), peak, flop, vae_bytes))
+    return Plan(title, budget, asked is not None, stream, tokens_at_once, tile_for["decode"], tile_for["encode"],
+                tuple(rows))  # fmt: skip
+
+
+def tile_choices(latent_shape: tuple[int, int, int]) -> list[tuple[int, int] | None]:
+    """Whole frames, then tiles (width, height) in pixels from large to small: the more, the more margins."""
+    _, h, w = latent_shape
+    found: list[tuple[int, int] | None] = [None]
+    for count in range(2, 1 + (8 * h // SMALLEST_TILE or 1) * (8 * w // SMALLEST_TILE or 1)):
+        grids = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+        tiles = [(8 * -(-w // columns), 8 * -(-h // rows)) for rows, columns in grids]
+        tiles = [tile for tile in tiles if min(tile) >= SMALLEST_TILE]
+        if tiles:
+            found.append(min(tiles, key=sum))  # the squarest has the least margin
+    return found
+
+
+def _tiled(tile: tuple[int, int] | None) -> str:
+    return "whole frames" if tile is None else f"tiles of {tile[0]}x{tile[1]}"
+
+
+def with_seconds(plan: Plan, nets: Networks, rates: Mapping[str, float], reading: float | None) -> Plan:
+    """The plan with times.
+
+    Args:
+        plan: without.
+        nets: the model it is of.
+        rates: TFLOP/s of "matmul bfloat16", "matmul float32", "attention bfloat16" and "convolution float32".
+        reading: bytes per second from the weights' disk; None leaves reading out.
+    """
+    kind = "float32" if nets.dtype == mx.float32 else "bfloat16"
+    matmul = rates[f"matmul {kind}"] * 1e12
+    # Where attention is not fused it is two matmuls.
+    fused = peaks.has_fused_kernel(nets.dtype, nets.transformer.head_dim)
+    attention = rates["attention bfloat16"] * 1e12 if fused or kind == "bfloat16" else matmul
+    rows = []
+    for row in plan.rows:
+        if row.stage == "denoise":
+            seconds = DENOISE_EXTRA * (row.attention / attention + (row.flop - row.attention) / matmul)
+            # On the CPU both passes of guidance run at once, one core each.
+            seconds /= 2 if peaks.on_cpu() and not plan.stream else 1
+        elif row.stage in ("decode", "encode video"):
+            seconds = DECODE_EXTRA * row.flop / (rates["convolution float32"] * 1e12)
+        else:
+            seconds = row.flop / (matmul if row.stage == "encode text" else rates["matmul float32"] * 1e12)
+        if reading:
+            read = row.reads / reading
+            streamed = row.stage == "encode text" or plan.stream and row.stage == "denoise"
+            seconds = max(seconds, read) if streamed else seconds + read
+        rows.append(replace(row, seconds=seconds))
+    return replace(plan, rows=tuple(rows))
+
+
+def plan(
+    model: str | Path,
+    width: int | None = None,
+    height: int | None = None,
+    num_frames: int | None = None,
+    steps: int | None = None,
+    memory: str | int | None = None,
+    *,
+    dtype: str = "bfloat16",
+    quantize: str | None = None,
+    guidance_scale: float | None = None,
+    vae_tiling: str | tuple[int, int] | None = None,
+    measure: bool = False,
+) -> Plan:
+    """Whether a video can be made in this memory, and how; nothing is downloaded, no weights are read.
+
+    Args:
+        model: a preset's name, a published model's hub id, or a model on this machine (whose own sizes are taken).
+        width, height, num_frames, steps, guidance_scale: None takes the model's defaults.
+        memory: what MLX may hold, such as "8GB"; None or "auto" what this machine has to spare.
+        dtype, quantize, vae_tiling: as for `WanPipeline.from_pretrained`.
+        measure: give times too, from rates measured now, which takes seconds.
+
+    Returns:
+        The `Plan`; print it for a table. `Plan.fits` tells whether, `Plan.advice` what would.
+
+    Raises:
+        ValueError: an argument is wrong, or the model is on a hub and not one of `PRESETS`.
+    """
+    from .weights.checkpoint import Checkpoint
+
+    parse_memory(memory), parse_tiling(vae_tiling)
+    preset, checkpoint = find_model(model)
+    nets = networks(checkpoint if isinstance(checkpoint, Checkpoint) else preset, dtype, quantize)
+    width, height = width or preset.size[0], height or preset.size[1]
+    for name, pixels in (("width", width), ("height", height)):
+        if pixels < 16 or pixels % 16:
+            raise ValueError(f"{name} is {pixels}, expected a positive multiple of 16; nearest: {nearest(pixels, 16)}")
+    frames = preset.num_frames if num_frames is None else num_frames
+    if frames < 1 or frames % 4 != 1:
+        raise ValueError(f"frames is {frames}, expected 4n+1; nearest: {max(1, round((frames - 1) / 4) * 4 + 1)}")
+    defaults = preset.sampling_for(width, height)
+    guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
+    forwards = (defaults.steps if steps is None else steps) * (1 if guidance == 1 else 2)
+    if forwards < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+
+    packed = {quantize: nets}
+
+    def choice(width=width, height=height, frames=frames, quantize=quantize, memory=memory) -> Plan:
+        if quantize not in packed:
+            packed[quantize] = networks(checkpoint or preset, dtype, quantize)
+        title = f"{preset.name} {width}x{height}, {frames} frames"
+        shape = ((frames - 1) // 4 + 1, height // 8, width // 8)
+        return choose(packed[quantize], title, shape, forwards, memory, vae_tiling)
+
+    found = with_advice(choice(), choice, (width, height), frames, quantize)
+    if measure:
+        found = with_seconds(found, nets, *measure_rates(checkpoint))
+    return found
+
+
+def nearest(value: int, step: int) -> int:
+    return max(step, round(value / step) * step)
+
+
+def with_advice(
+    plan: Plan, choice: Callable[..., Plan], size: tuple[int, int], frames: int, quantize: str | None
+) -> Plan:
+    """The plan and, if it does not fit, options that would, each alone.
+
+    Args:
+        plan: as asked for.
+        choice: makes a plan with what is changed: width and height, frames, quantize or memory.
+        size, frames, quantize: what was asked for.
+    """
+    if plan.fits:
+        return plan
+    found = []
+    if quantize is None:
+        for mode in ("q8", "q4"):
+            try:
+                if choice(quantize=mode).fits:
+                    found.append(f"--quantize {mode}")
+                    break
+            except ValueError:  # its sizes do not suit, or it is packed already
+                break
+    for share in (0.75, 0.65, 0.5, 0.35):
+        width, height = (nearest(round(side * share), 16) for side in size)
+        if choice(width=width, height=height).fits:
+            found.append(f"--size {width}x{height}")
+            break
+    for fewer in (61, 49, 33, 17, 5, 1):
+        if fewer < frames and choice(frames=fewer).fits:
+            found.append(f"--frames {fewer}")
+            break
+    if plan.chosen:
+        least = choice(memory=10**8).peak / FILL
+        found.append(f"--memory {least / 1e9 + 0.05:.1f}GB")
+    return replace(plan, advice=tuple(found))
+
+
+def find_model(model: str | Path) -> tuple[Preset, Any]:
+    """The preset of ``model`` and, if it is on this machine, its `Checkpoint`, else None.
+
+    Raises:
+        ValueError: it is on a hub, and its sizes are not known.
+    """
+    from .configs import PRESETS
+    from .pipeline import find_preset, preset_for
+    from .weights.checkpoint import open_checkpoint
+    from .weights.hub import is_cached, preset_of, resolve
+    from .weights.networks import config_of
+
+    if not is_cached(model):
+        preset = PRESETS.get(str(model)) or preset_of(model)
+        if preset is None and not Path(model).expanduser().exists():
+            raise ValueError(f"the sizes of {model} are not known before it is here; known: {', '.join(PRESETS)}")
+        if preset is not None:
+            return preset, None
+    checkpoint = open_checkpoint(resolve(model))
+    config = config_of(checkpoint)
+    return find_preset(checkpoint.model) if checkpoint.model else preset_for(config), checkpoint
+
+
+def networks(model: Any, dtype: str, quantize: str | None) -> Networks:
+    """What is known of a model, a `Preset` or a `Checkpoint`, before its weights are read.
+
+    Raises:
+        ValueError: ``dtype`` or ``quantize`` is none, or does not suit.
+    """
+    from .text_encoder import parameter_shapes as text_encoder_shapes
+    from .transformer import Transformer
+    from .vace import VaceTransformer
+    from .weights.load import parameter_shapes
+    from .weights.networks import parse_dtype, sizes_of
+    from .weights.quantize import EXPAND, NEAREST, check_mode, plan_quantization
+
+    kind = parse_dtype(dtype)
+    if not isinstance(model, Preset):
+        return sizes_of(model, kind, quantize)
+    check_mode(quantize)
+    network = VaceTransformer if model.task == "vace" else Transformer
+    shapes = {"transformer": parameter_shapes(network(model.transformer)),
+              "text_encoder": text_encoder_shapes(model.text_encoder)}  # fmt: skip
+    plain = quantize in (None, EXPAND, NEAREST)
+    packings = {part: {} if plain else plan_quantization(part, quantize, shapes[part]).packings for part in shapes}
+    text_block = peaks.text_block_bytes(model.text_encoder, kind, packings["text_encoder"])
+    stored = peaks.text_block_bytes(model.text_encoder, mx.bfloat16, {}) * model.text_encoder.num_layers
+    weights = peaks.weight_bytes(model.transformer, kind, packings["transformer"])
+    image_encoder = ImageEncoderConfig() if model.transformer.has_image_branch else None
+    return Networks(model.transformer, model.text_encoder, model.vae, image_encoder, kind, weights, text_block, stored)
+
+
+def measure_rates(checkpoint: Any) -> tuple[dict[str, float], float | None]:
+    """TFLOP/s of this machine and, of a model that is here, bytes per second from its file; measured in seconds."""
+    import time
+
+    from .selftest import rates
+
+    reading = None
+    if checkpoint is not None:
+        started, size = time.perf_counter(), 0
+        with open(checkpoint.files["transformer"], "rb", buffering=0) as file:
+            while size < 256_000_000 and (piece := file.read(8_000_000)):
+                size += len(piece)
+        reading = size / (time.perf_counter() - started) if size > 50_000_000 else None
+    return rates(), reading
+
+
+@contextmanager
+def limited_cache(plan: Plan) -> Iterator[None]:
+    """Within this block MLX keeps no more freed memory than the plan has room for."""
+    before = mx.set_cache_limit(plan.cache_limit)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
