@@ -9,6 +9,8 @@ import argparse
 import re
 from typing import Any
 
+from .configs import PRESETS
+
 DESCRIPTION = "Make a video with a Wan2.1 model, on Apple silicon or any other MLX backend."
 
 EXAMPLES = """\
@@ -17,6 +19,7 @@ examples:
   python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompt "a cat boxing" --output cat.mp4
   python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompt "a cat boxing" --frames 1 --output cat.png
   python -m wan_mlx.generate --resume cat.mp4
+  python -m wan_mlx.generate --config cat.mp4 --seed 7 --output cat7.mp4
   python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompts cats.jsonl
   python -m wan_mlx.generate --task t2v-1.3B --size 832*480 --ckpt_dir ./Wan2.1-T2V-1.3B --prompt "a cat boxing"
 """
@@ -50,7 +53,7 @@ MODEL_FLAGS = ("model", "transformer", "text_encoder", "vae", "image_encoder", "
 # What may differ from the first command when a run goes on: it has no part in what the video shows.
 FREE_ON_RESUME = (
     "resume", "overwrite", "dry_run", "quiet", "debug", "version", "memory", "vae_tiling", "no_prompt_cache",
-    "prompts", "report",
+    "prompts", "report", "verbose", "json", "config",
 )  # fmt: skip
 
 
@@ -92,13 +95,23 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="python -m wan_mlx.generate",
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=f"{defaults_table()}\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     for add in (add_what, add_sources, add_model, add_sampling, add_fewer_forwards, add_run, add_official, add_not_yet):
         add(parser)
     return parser
+
+
+def defaults_table() -> str:
+    """What is taken for each model where a flag is left out."""
+    lines = [f"{'defaults of':<18}{'size':<11}{'frames':>6}{'steps':>7}{'shift':>7}{'guidance':>10}"]
+    for preset in PRESETS.values():
+        sampling, size = preset.sampling_for(*preset.size), "x".join(map(str, preset.size))
+        lines.append(f"  {preset.name:<16}{size:<11}{preset.num_frames:>6}{sampling.steps:>7}{sampling.shift:>7g}"
+                     f"{sampling.guidance_scale:>10g}")  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def given_flags(argv: list[str]) -> dict[str, Any]:
@@ -167,7 +180,7 @@ def add_model(parser: Parser) -> None:
 
 
 def add_sampling(parser: Parser) -> None:
-    defaults = "Defaults are the model's own; for t2v-1.3B: 50 steps, shift 5, guidance 5."
+    defaults = "Defaults are the model's own: see the table below."
     how = parser.add_argument_group("how to sample", defaults)
     how.add_argument("--steps", "--sample_steps", type=int, metavar="N", help="sampling steps")
     how.add_argument("--guidance", "--sample_guide_scale", type=float, metavar="G", help="guidance scale; 1 is off")
@@ -208,7 +221,11 @@ def add_run(parser: Parser) -> None:
     )
     run.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     run.add_argument("--no-prompt-cache", action="store_true", help="encode prompts anew, and keep none on disk")
-    run.add_argument("--quiet", action="store_true", help="no progress bars")
+    run.add_argument("--config", metavar="FILE",
+                     help="take the settings of an earlier video or of a .json file; flags beside it win")  # fmt: skip
+    run.add_argument("--quiet", action="store_true", help="say nothing but the result and what went wrong")
+    run.add_argument("--verbose", action="store_true", help="say more: what is read, fetched and chosen")
+    run.add_argument("--json", action="store_true", help="one JSON event a line on stdout, for programs")
     run.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     run.add_argument("--version", action="store_true", help="show versions and stop")
 

@@ -18,13 +18,16 @@ from .media import check_output
 from .records import check_same, make_record, request_of, seed_of_made
 from .run_folder import RunFolder
 from .runner import Result, make_file
+from .terminal import note
+from .terminal import result as tell_result
 from .types import Request
 
 if TYPE_CHECKING:
     from .pipeline import WanPipeline
 
 # Flags of the whole batch, which no line can set for itself.
-OF_THE_BATCH = ("prompts", "report", "resume", "version", "help", "debug", "quiet", "dry_run", "overwrite")
+OF_THE_BATCH = ("prompts", "report", "resume", "version", "help", "debug", "quiet", "verbose", "json", "config",
+                "dry_run", "overwrite")  # fmt: skip
 
 
 @dataclass
@@ -53,17 +56,17 @@ def run_batch(args: argparse.Namespace, argv: list[str], interrupts: Interrupts)
         UsageError: a line is wrong; says which, and what is nearest.
     """
     jobs = read_jobs(Path(args.prompts), argv, args.overwrite)
-    generate.note(f"batch     {len(jobs)} requests, {len({id(job.pipe) for job in jobs})} models")
+    note(f"batch     {len(jobs)} requests, {len({id(job.pipe) for job in jobs})} models")
     if args.dry_run:
         for job in jobs:
-            generate.note(f"line {job.line}: {job.output}: {job.request.prompt}")
+            note(f"line {job.line}: {job.output}: {job.request.prompt}")
         return 0
     path = Path(args.report or Path(args.prompts).with_suffix(".report.jsonl"))
     with path.open("w", encoding="utf-8") as file:
         report = Report(file)
         for pipe in dict.fromkeys(job.pipe for job in jobs):
             _run_jobs([job for job in jobs if job.pipe is pipe], report, interrupts, len(jobs), args)
-    generate.note(f"batch     {report.said()}; see {path}")
+    note(f"batch     {report.said()}; see {path}")
     return report.code()
 
 
@@ -102,7 +105,7 @@ def _run_jobs(
         _encode_texts(pipe, left)
         for job in left:
             done = sum(report.counts.values())
-            generate.note(f"\n[{done + 1}/{total}] line {job.line}: {job.output}: {job.request.prompt}")
+            note(f"\n[{done + 1}/{total}] line {job.line}: {job.output}: {job.request.prompt}")
             started = time.perf_counter()
             try:
                 result = _make(job, interrupts)
@@ -115,13 +118,13 @@ def _run_jobs(
                     raise
                 said, _ = generate.explain(error)
                 report.add(job, "failed", error=said, seconds=round(time.perf_counter() - started, 1))
-                generate.note(f"error: line {job.line}: {said}")
+                note(f"error: line {job.line}: {said}")
             else:
                 said = {"complaint": result.complaint} if result.complaint else {}
                 peak = max((stage.peak_bytes for stage in pipe.reports), default=0)
                 rest = {"seconds": round(result.seconds, 1), "peak_gib": round(peak / 2**30, 2)}
                 report.add(job, "suspect" if said else "done", **said, **rest)
-                print(job.output, flush=True)
+                tell_result(job.output, **said, **rest)
 
 
 def _encode_texts(pipe: WanPipeline, jobs: list[Job]) -> None:
@@ -134,7 +137,7 @@ def _encode_texts(pipe: WanPipeline, jobs: list[Job]) -> None:
         if texts:
             pipe.encode_text(list(dict.fromkeys(texts)))
     except Exception as error:  # whose it is will be seen when each is encoded alone
-        generate.note(f"the texts could not be encoded together: {error}")
+        note(f"the texts could not be encoded together: {error}")
 
 
 def _make(job: Job, interrupts: Interrupts) -> Result:

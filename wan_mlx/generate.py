@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import shlex
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import wan_mlx
 
 from .arguments import FREE_ON_RESUME, MODEL_HELP, NO_MEANING, NOT_YET, UsageError, build_parser, given_flags
+from .terminal import Progress, event, fail, note, result, set_voice
 
 if TYPE_CHECKING:
     from .interrupt import Interrupts
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from .types import Request
 
 USAGE, FAILURE, SUSPECT, INTERRUPTED = 2, 1, 3, 130
+# What ``wan-mlx`` does besides: first argument → module whose ``main`` takes the rest.
+COMMANDS = {"models": ".catalogue", "doctor": ".doctor", "completion": ".completion"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +38,11 @@ def main(argv: list[str] | None = None) -> int:
 
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv and argv[0] in COMMANDS:
+            return importlib.import_module(COMMANDS[argv[0]], __package__).main(argv[1:])
+        argv = with_config(argv)
         args = build_parser().parse_args(argv)
+        set_voice(args)
         with Interrupts() as interrupts:
             if args.prompts:
                 return batch(args, argv, interrupts)
@@ -47,6 +55,16 @@ def main(argv: list[str] | None = None) -> int:
         if "--debug" in argv:
             raise
         return fail(*explain(error))
+
+
+def with_config(argv: list[str]) -> list[str]:
+    """The command line with what ``--config FILE`` says put before it, so that the flags that are there win."""
+    given = given_flags(argv)
+    if "config" not in given:
+        return argv
+    from .replay import config_arguments
+
+    return [*config_arguments(Path(given["config"]), given), *argv]
 
 
 def explain(error: Exception) -> tuple[str, int]:
@@ -149,7 +167,7 @@ def resume(args: argparse.Namespace, given: dict[str, object], interrupts: Inter
     if not folder.path.is_dir():
         if output.is_file():
             note(f"{output} is there, and no run of it is unfinished")
-            print(output)
+            result(output)
             return 0
         raise ValueError(f"there is no unfinished run of {output}: {folder.path} does not exist")
     with folder:
@@ -157,7 +175,7 @@ def resume(args: argparse.Namespace, given: dict[str, object], interrupts: Inter
         if folder.is_finished() or (record is None and output.is_file()):
             folder.delete()
             note(f"{output} is there, and no run of it is unfinished")
-            print(output)
+            result(output)
             return 0
         if record is None:
             raise ValueError(f"the run of {output} was cut before it began; start it again without --resume")
@@ -173,7 +191,7 @@ def resume(args: argparse.Namespace, given: dict[str, object], interrupts: Inter
             if not args.dry_run:
                 folder.amend(record)
         for difference in check_identity(record, pipe, folder):
-            note(difference)
+            note(difference, important=True)
         describe(pipe, request, output)
         note(f"goes on   {folder.steps_done} of {request.steps_made} steps are done")
         if args.dry_run:
@@ -203,7 +221,7 @@ def keeping(folder: RunFolder, quietly: bool = False) -> Iterator[None]:
         if stopped:
             error.go_on = f"; {how}"
         elif not quietly:
-            note(how)
+            note(how, important=True)
         raise
 
 
@@ -227,7 +245,7 @@ def pipeline_options(args: argparse.Namespace) -> dict[str, Any]:
         dtype=args.dtype,
         quantize=args.quantize,
         preset=args.task,
-        progress=not args.quiet,
+        progress=not (args.quiet or args.json),
         vae_tiling=args.vae_tiling,
         memory=args.memory,
         source=args.source,
@@ -408,25 +426,19 @@ def generate_to_file(
     """Make the video that ``folder`` is for, from where it is; returns the exit code."""
     from .runner import make_file
 
-    result = make_file(pipe, request, folder, overwrite, interrupts)
+    tell = Progress(pipe, request)
+    event("start", output=str(folder.output), settings=pipe.settings(request))
+    made = make_file(pipe, request, folder, overwrite, interrupts, tell)
+    tell.stages()
     for report in pipe.reports:
         note(f"{report.name:<18}{report.seconds:9.1f} s   peak {report.peak_bytes / 2**30:6.2f} GiB")
     if pipe.forwards:
         note(f"{'forwards':<18}{pipe.forwards[0]:9} of {pipe.forwards[1]}")
-    note(f"{'total':<18}{result.seconds:9.1f} s")
-    print(result.path)
-    if result.complaint:
-        return fail(f"{result.path} was written, but {result.complaint}", SUSPECT)
+    note(f"{'total':<18}{made.seconds:9.1f} s")
+    result(made.path, seconds=round(made.seconds, 3), complaint=made.complaint)
+    if made.complaint:
+        return fail(f"{made.path} was written, but {made.complaint}", SUSPECT)
     return 0
-
-
-def note(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
-def fail(message: str, code: int) -> int:
-    note(f"error: {message}")
-    return code
 
 
 if __name__ == "__main__":

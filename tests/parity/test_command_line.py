@@ -29,7 +29,7 @@ def run(capsys, folder, *extra, prompt="a cat", output=None):
     output = output or folder.parent / "out.npz"
     code = main(
         ["--model", str(folder), "--prompt", prompt, "--size", "32x32", "--frames", "5", "--steps", "2", "--seed", "1",
-         "--dtype", "float32", "--quiet", "--output", str(output), *extra]
+         "--dtype", "float32", "--output", str(output), *extra]
     )  # fmt: skip
     return code, capsys.readouterr().err
 

@@ -27,7 +27,7 @@ def pipe(folder):
 def run(folder, output, *extra) -> int:
     return main(
         ["--model", str(folder), "--prompt", "a cat boxing", "--size", "48x32", "--steps", "2", "--seed", "7",
-         "--dtype", "float32", "--quiet", "--output", str(output), *extra]
+         "--dtype", "float32", "--output", str(output), *extra]
     )  # fmt: skip
 
 

@@ -1,0 +1,153 @@
+"""The command line beside making videos: JSON events, replayed settings, the list of models, completion, colours."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from wan_mlx import terminal
+from wan_mlx.arguments import build_parser
+from wan_mlx.configs import PRESETS
+from wan_mlx.generate import main
+from wan_mlx.media import read_settings
+
+SMALL = ["--model", "nano", "--prompt", "a red circle moves right", "--size", "32x32", "--frames", "5", "--steps", "2",
+         "--dtype", "float32", "--guidance", "2", "--guidance-range", "0-0.5", "--seed", "3"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def plain_voice():
+    yield
+    terminal.set_voice(build_parser().parse_args([]))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    output = tmp_path_factory.mktemp("made") / "a.npz"
+    assert main([*SMALL, "--output", str(output), "--quiet"]) in (0, 3)
+    return output
+
+
+def test_json_events(tmp_path, capsys):
+    output = tmp_path / "a.npz"
+    code = main([*SMALL, "--output", str(output), "--json"])
+    said = capsys.readouterr()
+    events = [json.loads(line) for line in said.out.splitlines()]
+    kinds = [event["event"] for event in events]
+    assert said.err == ""
+    assert [e["index"] for e in events if e["event"] == "step"] == [0, 1] and kinds.count("result") == 1
+    assert [e["done"] for e in events if e["event"] == "frames"] == [1, 5]
+    assert [e["name"] for e in events if e["event"] == "stage"] == [
+        "conditioning", "load transformer", "denoise", "decode"
+    ]  # fmt: skip
+    start = next(e for e in events if e["event"] == "start")
+    assert start["settings"]["seed"] == 3 and start["output"] == str(output)
+    result = next(e for e in events if e["event"] == "result")
+    assert result["output"] == str(output) and (code == 3) == (result["complaint"] is not None)
+
+
+def test_json_error(capsys):
+    assert main(["--model", "nano", "--prompt", "x", "--steps", "0", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["code"] == 2
+
+
+def test_quiet_says_the_result_alone(made, tmp_path, capsys):
+    assert main(["--config", str(made), "--output", str(tmp_path / "b.npz"), "--quiet"]) in (0, 3)
+    said = capsys.readouterr()
+    assert said.out == f"{tmp_path / 'b.npz'}\n" and all("was written, but" in line for line in said.err.splitlines())
+
+
+def test_config_replays_a_video(made, tmp_path):
+    again, other = tmp_path / "again.npz", tmp_path / "other.npz"
+    assert main(["--config", str(made), "--output", str(again)]) in (0, 3)
+    assert main(["--config", str(made), "--output", str(other), "--seed", "4"]) in (0, 3)
+    first, second, third = (np.load(path)["frames"] for path in (made, again, other))
+    assert np.array_equal(first, second) and not np.array_equal(first, third)
+    ours, theirs = read_settings(made), read_settings(other)
+    assert {key for key in ours if ours[key] != theirs[key]} == {"seed"}
+
+
+def test_config_of_a_json_file(made, tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(read_settings(made) | {"seed": 4}))
+    assert main(["--config", str(path), "--output", str(tmp_path / "b.npz"), "--quiet"]) in (0, 3)
+    assert read_settings(tmp_path / "b.npz")["seed"] == 4
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("[1]", "expected an object"),
+        ("{", "cannot be read"),
+        ('{"promt": "a cat"}', "nearest: 'prompt'"),
+        ('{"prompt": "a cat", "image": {"kind": "array"}}', "in memory"),
+        ('{"prompt": "a cat", "loras": [{"file": "style.safetensors", "strength": 0.8}]}', "--lora"),
+    ],
+)
+def test_config_that_cannot_be_replayed(tmp_path, capsys, text, said):
+    path = tmp_path / "settings.json"
+    path.write_text(text)
+    assert main(["--model", "nano", "--config", str(path)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_models(capsys):
+    assert main(["models", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == list(PRESETS) and rows["nano"]["here"]
+    assert 1.4e9 < rows["t2v-1.3B"]["parameters"] < 1.5e9 and 14e9 < rows["t2v-14B"]["parameters"] < 14.5e9
+    assert main(["models"]) == 0
+    assert "Wan-AI/Wan2.1-VACE-14B" in capsys.readouterr().out
+
+
+def completed(script: str, *words: str) -> list[str]:
+    typed = " ".join(f"'{word}'" for word in words)
+    probe = f"COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _wan_mlx; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    done = subprocess.run(["bash", "-c", f"{script}\n{probe}"], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_bash_completion(capsys):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert completed(script, "wan-mlx", "--sol") == ["--solver"]
+    assert completed(script, "wan-mlx", "mo") == ["models"]
+    assert "unipc" in completed(script, "wan-mlx", "--solver", "")
+    assert completed(script, "wan-mlx", "--model", "vace") == ["vace-1.3B", "vace-14B"]
+
+
+@pytest.mark.parametrize("shell, line", [("zsh", "#compdef wan-mlx"), ("fish", "complete -c wan-mlx -l solver -x")])
+def test_other_completion(capsys, shell, line):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert line in script
+    for action in build_parser()._actions:
+        if action.help != "==SUPPRESS==":
+            assert action.option_strings[0].lstrip("-") in script
+
+
+def test_completion_of_no_such_shell(capsys):
+    assert main(["completion", "tcsh"]) == 2
+    assert "expected one of bash, zsh, fish" in capsys.readouterr().err
+
+
+def test_colours_on_a_terminal_alone(monkeypatch, capsys):
+    terminal.fail("no", 1)
+    terminal.note("model     nano")
+    assert capsys.readouterr().err == "error: no\nmodel     nano\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    terminal.fail("no", 1)
+    assert capsys.readouterr().err.startswith("\033[31merror:")
+    monkeypatch.setenv("NO_COLOR", "1")
+    terminal.fail("no", 1)
+    assert capsys.readouterr().err == "error: no\n"
+
+
+def test_help_shows_every_model_s_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in PRESETS) and "examples:" in said
