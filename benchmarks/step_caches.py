@@ -19,7 +19,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from real_size import machine
+from speed import machine
 
 from wan_mlx import WanPipeline, pipeline
 from wan_mlx.caching import COND
