@@ -286,3 +286,19 @@ def test_q8_videos_are_within_35_db():
     error = np.mean((frames[0] - frames[1]) ** 2)
     assert 0 < error and 10 * np.log10(255**2 / error) >= 35
     assert frames[0].std() > 10
+
+
+@pytest.mark.parametrize("mode", ["q4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_scales_that_are_not_finite_are_refused(tmp_path, mode, stream):
+    folder = convert(NANO, tmp_path / mode, quantize=mode)
+    path, key = folder / "transformer.safetensors", "blocks.4.ffn.0.scales"
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    start = 8 + length + json.loads(data[8 : 8 + length])[key]["data_offsets"][0]
+    data[start : start + 2] = b"\x00\x7e" if mode == "q4" else b"\xff\x01" if mode == "mxfp8" else b"\x7f\x01"
+    path.write_bytes(data)
+    with pytest.raises(WeightsError, match="blocks.4.ffn.0.weight has scales that are not finite"):
+        model = load_transformer(path, stream=stream)
+        for _ in model.each_block([f"blocks.{i}" for i in range(6)]):
+            pass

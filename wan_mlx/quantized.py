@@ -78,6 +78,13 @@ class Packing:
         kept = self.shapes(weight.shape)
         return {key: array.astype(kept[key][1]) for key, array in zip(kept, arrays, strict=True)}
 
+    def are_finite(self, arrays: dict[str, mx.array]) -> mx.array:
+        """Whether all scales and biases are: a bool scalar."""
+        if self.mode == "affine":
+            return mx.isfinite(arrays["scales"]).all() & mx.isfinite(arrays["biases"]).all()
+        # Scales are e8m0, whose NaN is 255, or nvfp4's e4m3, whose NaNs are 127 and 255.
+        return (arrays["scales"] != 255).all() & ((arrays["scales"] != 127).all() if self.mode == "nvfp4" else True)
+
     def unpack(self, arrays: dict[str, mx.array], dtype: mx.Dtype) -> mx.array:
         """The matrix (outputs, inputs) that ``arrays`` hold."""
         scales, biases = arrays["scales"], arrays.get("biases")

@@ -132,6 +132,7 @@ class Parameters:
         Apple silicon GPU work would otherwise wait on the file, and macOS ends GPU work that waits.
         """
         mx.eval(list(started.values()))
+        self._check_scales(started)
         finished = []
         for name in list(started):
             arrays = started.pop(name)
@@ -144,6 +145,19 @@ class Parameters:
             mx.eval(arrays)
             finished += arrays.items()
         return finished
+
+    def _check_scales(self, started: Mapping[str, Mapping[str, mx.array]]) -> None:
+        """Raise WeightsError if something that is packed as stored has a scale that is not finite."""
+        with mx.stream(mx.cpu):
+            good = {}
+            for name, arrays in started.items():
+                if name in self.as_stored and not self._has_work(name):
+                    parts = {key.removeprefix(name.removesuffix("weight")): array for key, array in arrays.items()}
+                    good[name] = self.quantization.packings[name].are_finite(parts)
+            mx.eval(good)
+        bad = [name for name, fine in good.items() if not fine.item()]
+        if bad:
+            raise WeightsError(f"{self.weights.path}: {bad[0]} has scales that are not finite; download it again")
 
     def _has_work(self, name: str) -> bool:
         """Whether more is to be done than the CPU does while reading."""
