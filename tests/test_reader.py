@@ -163,6 +163,7 @@ def test_a_file_that_changes_while_open(two):
         (b'{"\xff":1}', 0, "header"),
         (b'{"x":' * 100_000, 0, "header"),
         (b'{"a\\nb": 1}', 0, "dtype"),
+        ({"a\nb": entry("U8", [0], 0, 0)}, 0, "'a\\nb'"),
     ],
 )
 def test_bad_headers(tmp_path, header, data, word):

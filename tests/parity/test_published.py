@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -10,9 +12,11 @@ import pytest
 from oracles import relative_error, torch
 
 import wan_mlx
-from wan_mlx.generate import main
+from wan_mlx.configs import PRESETS
+from wan_mlx.generate import main, origins
+from wan_mlx.pipeline import preset_for
 from wan_mlx.types import WeightsError
-from wan_mlx.weights.checkpoint import open_checkpoint
+from wan_mlx.weights.checkpoint import Checkpoint, open_checkpoint
 from wan_mlx.weights.load import ComponentWeights
 from wan_mlx.weights.reader import open_weights
 
@@ -302,3 +306,15 @@ def test_command_line_says_where_parts_come_from(comfyui, official_folder, capsy
     assert main(arguments) == 0
     error = capsys.readouterr().err
     assert f"vae from {vae}" in error and "text encoder from" not in error
+
+
+def test_command_line_says_which_defaults_a_file_leaves_open():
+    preset = PRESETS["i2v-14B-480P"]
+    checkpoint = Checkpoint(Path("dit.gguf"), {"transformer": Path("dit.gguf"), "vae": Path("x/vae.safetensors")})
+    pipe = SimpleNamespace(checkpoint=checkpoint, preset=preset, guessed_preset=True)
+    (vae, other) = origins(pipe)
+    assert vae == "vae from x/vae.safetensors"
+    assert other == "i2v-14B-720P has weights of the same shapes; --task i2v-14B-720P takes its defaults"
+    assert preset_for(preset.transformer) is preset
+    pipe.guessed_preset = False
+    assert origins(pipe) == [vae]

@@ -117,7 +117,9 @@ def _formats(file: WeightsFile) -> Iterable[tuple[str, dict]]:
         if match := _FORMAT.fullmatch(key):
             if info.dtype != "U8" or info.nbytes > _MAX_FORMAT_BYTES:
                 raise WeightsError(f"{file.path}: {key} is {info.nbytes:,} bytes of {info.dtype}, expected JSON in U8")
-            yield match[1], _json(file, key, bytes(np.array(file.read(key)).reshape(-1)))
+            with mx.stream(mx.cpu):
+                text = np.array(file.read(key)).tobytes()
+            yield match[1], _json(file, key, text)
 
 
 def _json(file: WeightsFile, what: str, text: str | bytes) -> dict:

@@ -69,6 +69,9 @@ class WeightsFile:
 
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str] | None = None):
         self.path = path
+        odd = next((key for key in tensors if not key.isprintable()), None)
+        if odd is not None:  # every message names keys, on one line
+            raise WeightsError(f"{path}: damaged header (a tensor named {odd[:80]!r})")
         self.tensors = tensors
         self.metadata = metadata or {}
         self._stamp = _stamp(path)
