@@ -15,7 +15,7 @@ from . import generate
 from .arguments import FREE_ON_RESUME, Parser, UsageError, build_parser
 from .interrupt import Interrupts, Stopped
 from .media import check_output
-from .records import check_same, make_record, request_of, seed_of_made
+from .records import check_identity, check_same, make_record, request_of, seed_of_made
 from .run_folder import RunFolder
 from .runner import Result, make_file
 from .terminal import note
@@ -154,6 +154,8 @@ def _make(job: Job, interrupts: Interrupts) -> Result:
                 return make_file(job.pipe, job.request, folder, job.args.overwrite, interrupts)
         free = {*FREE_ON_RESUME, *OF_THE_BATCH, *(("seed",) if job.draws else ())}
         check_same({**vars(job.args), "seed": job.request.seed}, record, free)
+        for difference in check_identity(record, job.pipe, folder):
+            generate.note(difference)
         job.request = request_of(record)
         with generate.keeping(folder, quietly=True):
             return make_file(job.pipe, job.request, folder, job.args.overwrite, interrupts)

@@ -136,15 +136,15 @@ def check_identity(record: Mapping[str, Any], pipe: WanPipeline, folder: RunFold
     Raises:
         WanError: weights or sources that are still needed are not those that the run was begun with.
     """
-    state = folder.state()
-    done = set() if state is None else {*ENCODERS}
+    encoded = folder.is_unfinished
+    done = {*ENCODERS} if encoded else set()
     if folder.steps_done == request_of(record).steps_made:
         done |= {name for name in _weights(pipe) if name == "transformer" or name.startswith("lora")}
     for name, path in _weights(pipe).items():
         if name not in done and record["weights"].get(name) != fingerprint(path):
             raise WanError(f"{path} is not the file that the run was begun with; put that back, or start anew with "
                            "--overwrite instead of --resume")  # fmt: skip
-    for name, known in record["sources"].items() if state is None else ():
+    for name, known in (() if encoded else record["sources"].items()):
         if not Path(name).is_file() or fingerprint(Path(name)) != known:
             raise WanError(f"{name} is not the file that the run was begun with; put that back, or start anew with "
                            "--overwrite instead of --resume")  # fmt: skip
