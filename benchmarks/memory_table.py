@@ -1,0 +1,300 @@
+"""Predicted and measured peaks of every stage, and how well streaming keeps up, at true sizes on this machine.
+
+    python benchmarks/memory_table.py [--folder DIR] [--json memory_table.json]
+
+Writes networks of the released models' sizes with random weights (bfloat16, 47 GB in all), and measures single
+forwards, decodes and encodes, then short whole runs with ``--memory`` as a user gives it. The pictures are noise; bytes
+and seconds are real, though files just written are read from the system's cache. ``--tiny`` shrinks the networks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+import wan_mlx
+from wan_mlx import peaks, tiling
+from wan_mlx.configs import PRESETS, Preset, TextEncoderConfig, VAEConfig
+from wan_mlx.memory import GIB
+from wan_mlx.peaks import Networks, text_block_bytes, weight_bytes
+from wan_mlx.text_encoder import parameter_shapes as text_encoder_shapes
+from wan_mlx.transformer import Transformer
+from wan_mlx.vace import VaceTransformer
+from wan_mlx.vae import VAE
+from wan_mlx.weights.hub import BUNDLED
+from wan_mlx.weights.load import parameter_shapes
+from wan_mlx.weights.networks import load_transformer, load_vae
+from wan_mlx.weights.quantize import plan_quantization
+
+# Forwards: model, width, height, frames, streamed, quantised, tokens at once.
+FORWARDS = [
+    ("t2v-1.3B", 832, 480, 81, False, None, 8192),
+    ("t2v-1.3B", 832, 480, 81, False, None, 2048),
+    ("t2v-1.3B", 832, 480, 81, True, None, 8192),
+    ("t2v-1.3B", 832, 480, 41, False, None, 8192),
+    ("t2v-1.3B", 832, 480, 81, False, "q4", 8192),
+    ("t2v-1.3B", 1280, 720, 81, True, None, 8192),
+    ("vace-1.3B", 832, 480, 81, False, None, 8192),
+    ("t2v-14B", 832, 480, 81, True, None, 8192),
+    ("t2v-14B", 832, 480, 81, True, None, 2048),
+    ("t2v-14B", 1280, 720, 81, True, None, 8192),
+]
+# VAE: decode or encode, width, height, frames, tile.
+VIDEOS = [
+    ("decode", 832, 480, 81, None),
+    ("decode", 832, 480, 81, (416, 240)),
+    ("decode", 1280, 720, 81, (432, 360)),
+    ("decode", 1280, 720, 81, (256, 240)),
+    ("encode", 832, 480, 81, None),
+    ("encode", 832, 480, 81, (416, 240)),
+    ("encode", 1280, 720, 81, (432, 360)),
+]
+# Whole runs: model, width, height, frames, --memory, steps, guidance.
+RUNS = [
+    ("t2v-1.3B", 832, 480, 81, None, 2, 5.0),
+    ("t2v-1.3B", 832, 480, 81, "5GB", 2, 5.0),
+    ("t2v-1.3B", 832, 480, 81, "3GB", 2, 5.0),
+    ("t2v-14B", 832, 480, 81, "6GiB", 1, 1.0),
+    ("t2v-14B", 1280, 720, 81, "10GiB", 1, 1.0),
+]
+PROMPT = "a red circle moves right on a blue background"
+DTYPES = {mx.bfloat16: "BF16", mx.float32: "F32"}
+
+
+def tiny(preset: Preset) -> Preset:
+    """The same kind of model, small enough for a CPU."""
+    small = dict(dim=256, ffn_dim=512, num_heads=2, num_layers=4, text_dim=256)
+    layers = {"vace_layers": (0, 2)} if preset.task == "vace" else {}
+    return replace(
+        preset,
+        transformer=replace(preset.transformer, **small, **layers),
+        text_encoder=TextEncoderConfig(256384, 256, 256, 512, 4, 3),
+        vae=VAEConfig(dim=8),
+    )
+
+
+def write(path: Path, shapes: dict[str, tuple[int, ...]], dtype: mx.Dtype) -> Path:
+    """A safetensors file as ``weights_convert.py`` names things, of one random pattern over and over."""
+    if path.exists():
+        return path
+    values = mx.array(np.random.default_rng(0).normal(size=16_000_001).astype(np.float32) * 0.02).astype(dtype)
+    pattern = np.array(values.view(mx.uint16 if dtype == mx.bfloat16 else mx.uint32)).tobytes()
+    header, end = {"__metadata__": {"layout": "mlx"}}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.size
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    part = path.with_suffix(".part")
+    with open(part, "wb", buffering=0) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for left in range(end, 0, -len(pattern)):
+            piece = memoryview(pattern)[:left]
+            while piece:
+                piece = piece[file.write(piece) :]
+    part.rename(path)
+    return path
+
+
+class Bench:
+    def __init__(self, folder: Path, presets: dict[str, Preset]):
+        self.folder, self.presets = folder, presets
+        self.rows: list[dict] = []
+
+    def file(self, part: str, model: str = "t2v-1.3B") -> Path:
+        """The weights of a network."""
+        preset = self.presets[model]
+        if part == "transformer":
+            return write(self.folder / f"{model}.safetensors", parameter_shapes(network(preset)), mx.bfloat16)
+        if part == "vae":
+            return write(self.folder / "vae.safetensors", parameter_shapes(VAE(preset.vae)), mx.float32)
+        return write(self.folder / "text_encoder.safetensors", text_encoder_shapes(preset.text_encoder), mx.bfloat16)
+
+    def networks(self, model: str, quantize: str | None = None) -> Networks:
+        preset = self.presets[model]
+        shapes = parameter_shapes(network(preset))
+        packings = plan_quantization("transformer", quantize, shapes).packings if quantize else {}
+        stored = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
+        weights = weight_bytes(preset.transformer, mx.bfloat16, packings, stored)
+        block = text_block_bytes(preset.text_encoder, mx.bfloat16, {})
+        text_stored = block * preset.text_encoder.num_layers
+        return Networks(
+            preset.transformer, preset.text_encoder, preset.vae, None, mx.bfloat16, weights, block, text_stored
+        )
+
+    def row(self, what: str, predicted: int, measured: int, seconds: float, **more) -> None:
+        row = {"what": what, "predicted_gib": predicted / GIB, "measured_gib": measured / GIB,
+               "predicted_by_measured": predicted / measured, "seconds": seconds, **more}  # fmt: skip
+        self.rows.append(row)
+        extra = "  ".join(f"{name} {value:.2f}" for name, value in more.items())
+        numbers = f"{predicted / GIB:>8.2f}{measured / GIB:>9.2f}{predicted / measured:>7.2f}{seconds:>9.2f} s"
+        print(f"{what:<58}{numbers}  {extra}", flush=True)
+
+    def forward(self, model, width, height, frames, stream, quantize, tokens_at_once) -> None:
+        """One forward, and of a streamed one what reading and computing take alone."""
+        c, shape = self.presets[model].transformer, ((frames - 1) // 4 + 1, height // 8, width // 8)
+        transformer = load_transformer(self.file("transformer", model), quantize=quantize, stream=stream)
+        transformer.tokens_at_once = tokens_at_once
+        latents = mx.random.normal((1, *shape, c.out_dim), key=mx.random.key(0))
+        context = mx.random.normal((1, c.text_len, c.text_dim), key=mx.random.key(1)).astype(mx.bfloat16)
+        more = {"vace_context": mx.zeros((1, *shape, c.vace_in_dim))} if c.vace_layers else {}
+        mx.eval(latents, context, more)
+
+        def run() -> None:
+            mx.eval(transformer(latents, 500.0, context, **more))
+
+        nets, alone = self.networks(model, quantize), {}
+        if stream:
+            alone["computing"] = self.computing(transformer, run)  # first: it warms up
+            alone["reading"] = self.reading(transformer)
+            alone["GB/s"] = nets.weights.stored_blocks / alone["reading"] / 1e9
+        peak, seconds = measured(run, warm_up=not stream)
+        if stream:
+            alone["by max"] = seconds / max(alone["reading"], alone["computing"])
+        name = f"{model} {width}x{height}x{frames} {'streamed' if stream else 'resident'}"
+        name += f" {quantize}" * bool(quantize) + f" {tokens_at_once} tokens" * (tokens_at_once != 8192)
+        predicted = peaks.denoise(nets, shape, stream, tokens_at_once)
+        wide = math.prod(shape) // 4 * c.dim * 2
+        alone["arrays alive"] = (peak - (predicted_weights(nets, stream))) / wide
+        self.row(name, predicted, peak, seconds, **alone)
+
+    def reading(self, transformer: Transformer) -> float:
+        """Seconds to read all blocks, with nothing computed."""
+        names = [f"blocks.{i}" for i in range(transformer.config.num_layers)]
+        started = time.perf_counter()
+        for _ in transformer.stream(names):
+            pass
+        return time.perf_counter() - started
+
+    def computing(self, transformer: Transformer, run: Callable[[], None]) -> float:
+        """Seconds of a forward that is given one block, already read, for all."""
+        stream, first = transformer.stream, next(transformer.stream(["blocks.0"]))
+        kept = transformer.new_block("blocks.0")
+        kept.update(first.parameters())
+        mx.eval(kept.parameters())
+        transformer.stream = lambda names: (kept for _ in names)
+        _, seconds = measured(run, warm_up=True)
+        transformer.stream = stream
+        return seconds
+
+    def video(self, direction, width, height, frames, tile) -> None:
+        """One decode or encode in float32."""
+        vae, shape = load_vae(self.file("vae")), ((frames - 1) // 4 + 1, height // 8, width // 8)
+        config = vae.config
+        if direction == "decode":
+            latents = mx.random.normal((1, *shape, config.z_dim), key=mx.random.key(0))
+            mx.eval(latents)
+
+            def run() -> None:
+                for _ in tiling.decode(vae, latents, tile, finish=to_bytes):
+                    pass
+        else:
+
+            def run() -> None:
+                mx.eval(tiling.encode(vae, grey(width, height, frames), tile))
+
+        peak, seconds = measured(run, warm_up=False)
+        predicted = getattr(peaks, direction)(config, shape, tile, 4)
+        how = "whole" if tile is None else f"tiles of {tile[0]}x{tile[1]}"
+        self.row(f"{direction} {width}x{height}x{frames} {how}", predicted, peak, seconds)
+
+    def run(self, model, width, height, frames, memory, steps, guidance) -> None:
+        """A whole run, stage by stage as its plan has them."""
+        tokenizer = BUNDLED["nano"] / "tokenizer.model"
+        pipe = wan_mlx.WanPipeline.from_pretrained(
+            self.file("transformer", model), preset=model, memory=memory, progress=False, prompt_cache=False,
+            text_encoder=self.file("text_encoder"), vae=self.file("vae"), tokenizer=tokenizer,
+        )  # fmt: skip
+        request = pipe.request(
+            PROMPT, width=width, height=height, num_frames=frames, steps=steps, guidance_scale=guidance, seed=0
+        )
+        plan = pipe.plan(request)
+        print(plan, flush=True)
+        for _ in pipe.stages(request):
+            pass
+        planned = {row.stage: row for row in plan.rows}
+        names = {"conditioning": "encode text", "denoise": "denoise", "decode": "decode"}
+        title = f"run {model} {width}x{height}x{frames} --memory {memory or 'auto'}"
+        for report in pipe.reports:
+            if report.name in names:
+                row = planned[names[report.name]]
+                self.row(f"{title}: {row.stage}, {row.how}", row.peak, report.peak_bytes, report.seconds)
+        whole = max(report.peak_bytes for report in pipe.reports)
+        self.row(f"{title}: whole", plan.peak, whole, sum(report.seconds for report in pipe.reports))
+
+
+def predicted_weights(nets: Networks, stream: bool) -> int:
+    w = nets.weights
+    return w.outside + 2 * w.largest if stream else w.all
+
+
+def network(preset: Preset) -> Transformer:
+    return (VaceTransformer if preset.task == "vace" else Transformer)(preset.transformer)
+
+
+def measured(run: Callable[[], None], warm_up: bool) -> tuple[int, float]:
+    """Peak bytes and seconds, after one run that does not count if ``warm_up``."""
+    if warm_up:
+        run()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    started = time.perf_counter()
+    run()
+    return mx.get_peak_memory(), time.perf_counter() - started
+
+
+def to_bytes(frames: mx.array) -> np.ndarray:
+    return np.array((frames * 127.5 + 127.5).astype(mx.uint8))
+
+
+def grey(width: int, height: int, frames: int) -> Iterator[mx.array]:
+    """A video in the chunks that the VAE takes."""
+    for count in (1, *[4] * ((frames - 1) // 4)):
+        yield mx.zeros((1, count, height, width, 3))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, help="where to write the weights (default: a temporary folder)")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="", help="cases whose description has this in it, such as decode or 14B")
+    parser.add_argument("--tiny", action="store_true", help="small networks and videos, to try the script")
+    args = parser.parse_args()
+    presets = {name: tiny(preset) if args.tiny else preset for name, preset in PRESETS.items()}
+
+    def sized(case: tuple) -> tuple:
+        """Of a tiny run, 64x32 pixels and 9 frames in place of the case's."""
+        at = next(i for i, value in enumerate(case) if isinstance(value, int))
+        small = (*case[:at], 256, 128, 9, *case[at + 3 :])
+        return tuple((64, 64) if isinstance(value, tuple) else value for value in small) if args.tiny else case
+
+    with tempfile.TemporaryDirectory() as temporary:
+        bench = Bench(args.folder or Path(temporary), presets)
+        bench.folder.mkdir(parents=True, exist_ok=True)
+        print(f"{'':<58}{'foreseen':>8}{'measured':>9}{'ratio':>7}{'time':>11}", flush=True)
+        for kind, cases in ((bench.forward, FORWARDS), (bench.video, VIDEOS), (bench.run, RUNS)):
+            for case in cases:
+                if args.only in f"{kind.__name__} {' '.join(map(str, case))}":
+                    kind(*sized(case))
+                    mx.clear_cache()
+        worst = max(bench.rows, key=lambda row: abs(row["predicted_by_measured"] - 1))
+        print(f"{len(bench.rows)} rows; furthest off: {worst['what']}, {worst['predicted_by_measured']:.2f}")
+        if args.json:
+            info = {key: str(value) for key, value in mx.device_info().items()}
+            machine = {"backend": str(mx.default_device()), "system": platform.platform(), "mlx": mx.__version__}
+            machine |= info
+            args.json.write_text(json.dumps({"machine": machine, "rows": bench.rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
