@@ -525,19 +525,7 @@ def test_a_pipeline_refuses_a_lora_before_it_loads(nano_loras, base, tmp_path):
 def test_the_command_line_takes_loras(nano_loras, tmp_path, capsys):
     from wan_mlx.generate import main
 
-    arguments = [
-        "--model",
-        "nano",
-        "--prompt",
-        "a red circle",
-        "--size",
-        "32x32",
-        "--frames",
-        "1",
-        "--steps",
-        "1",
-        "--quiet",
-    ]
+    arguments = ["--model", "nano", "--prompt", "a red circle", "--size", "32x32", "--frames", "1", "--steps", "1"]
     chosen = ["--lora", f"{nano_loras[0]}:0.8", "--lora", str(nano_loras[1])]
     assert main([*arguments, *chosen, "--dtype", "float32", "--output", str(tmp_path / "a.npz")]) == 0
     assert f"{nano_loras[0]} at 0.8" in capsys.readouterr().err
