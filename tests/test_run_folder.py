@@ -17,6 +17,8 @@ from held import Held, run, wait_for_the_end_of
 
 from wan_mlx.generate import main
 from wan_mlx.media import ENDINGS, read_settings, save_video
+from wan_mlx.pipeline import WanPipeline
+from wan_mlx.records import request_of
 from wan_mlx.run_folder import BusyError, RunFolder, fingerprint
 from wan_mlx.types import Conditioning, Step, WanError
 
@@ -269,6 +271,26 @@ class TestResume:
             assert main([*flags, "--seed", "4", "--output", str(output)]) == 1
         assert main([*flags, "--output", str(output), "--overwrite"]) == 0
         assert output.read_bytes() == whole(".npz") and os.listdir(tmp_path) == ["a.npz"]
+
+    def test_it_goes_on_in_the_same_pieces(self, tmp_path, monkeypatch, caplog, flags, pico):
+        """Memory that is free now, but was not, changes nothing; where it has become too little, that is told."""
+        from wan_mlx import memory
+
+        output = tmp_path / "a.npz"
+        with monkeypatch.context() as patch:
+            cut(patch, after=1)
+            patch.setattr(memory, "LADDER", [(True, 7)])
+            assert main([*flags, "--output", str(output)]) == 1
+        with RunFolder(output) as folder:
+            state = folder.state()
+        assert state.how["tokens_at_once"] == 7 and state.how["stream"] is True
+        pipe = WanPipeline.from_pretrained(pico, dtype="float32", progress=False)
+        plan = pipe.plan(request_of(json.loads((tmp_path / "a.npz.wan/run.json").read_text())))
+        assert plan.tokens_at_once != 7 and not plan.stream
+        followed = plan.as_begun(state.how)
+        assert followed.how | {"peak": 0} == state.how | {"peak": 0} and not caplog.text
+        assert plan.as_begun({**state.how, "peak": 10**15}) is plan and "less memory" in caplog.text
+        assert main(["--resume", str(output)]) == 0
 
     def test_a_series_of_stills_goes_on(self, tmp_path, monkeypatch, capsys, flags):
         command = [*flags, "--frames", "1", "--num-images", "3", "--output", str(tmp_path / "a.png")]

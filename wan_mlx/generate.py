@@ -129,7 +129,7 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
         return 0
     for path in made:
         note(f"{path} is made already")
-        print(path)
+        result(path)
     codes = []
     with pipe.keep_loaded() if len(jobs) > 1 else nullcontext():
         for request, path in jobs:

@@ -6,6 +6,7 @@ hold; Python, its packages and the finished frames come on top, a gigabyte or so
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from .layers import TOKENS_AT_ONCE
 from .peaks import Networks
 from .tiling import SMALLEST_TILE, parse_tiling
 from .types import MemoryPlanError
+
+log = logging.getLogger(__name__)
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 GIB = 2**30
@@ -173,6 +176,24 @@ class Plan:
     def cache_limit(self) -> int:
         """Bytes of freed memory that MLX may keep for reuse."""
         return max(100_000_000, self.budget - self.peak)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The choices that may tell in the last bits of a video, and the peak that goes with them, as JSON has them."""
+        names = ("stream", "tokens_at_once", "decode_tile", "encode_tile", "peak")
+        return {name: list(v) if isinstance(v := getattr(self, name), tuple) else v for name in names}
+
+    def as_begun(self, how: Mapping[str, Any]) -> Plan:
+        """This plan with the choices of the run that goes on, so that it does so bit for bit, if they still fit."""
+        if not how or how == self.how:
+            return self
+        if how["peak"] > FILL * self.budget:
+            log.warning("there is less memory than when the run began: it goes on in smaller pieces, and the last bits "
+                        "may differ")  # fmt: skip
+            return self
+        choices = {name: tuple(value) if isinstance(value, list) else value for name, value in how.items()}
+        del choices["peak"]
+        return replace(self, **choices)
 
     def check(self) -> None:
         """Raise MemoryPlanError, saying what would fit, if this does not."""

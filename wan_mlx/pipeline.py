@@ -383,10 +383,18 @@ class WanPipeline:
                 yields the step reached once more, with ``seconds`` 0.
         """
         self.reports, self.forwards = [], None
-        plan = self._plan = self.plan(request)
+        plan = self.plan(request)
         plan.check()
+        if resume is not None:
+            plan = plan.as_begun(resume.how)
+        self._plan = plan
         with limited_cache(plan):
             yield from self._stages(request, resume)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How the latest run was computed: `Plan.how`, which a resumed run is to follow."""
+        return {} if self._plan is None else self._plan.how
 
     def plan(self, request: Request) -> Plan:
         """How this request keeps within the memory there is: what is resident, streamed or tiled, and its peaks."""

@@ -107,10 +107,11 @@ class RunFolder:
 
     # How far it has come
 
-    def save_conditioning(self, conditioning: Conditioning) -> None:
+    def save_conditioning(self, conditioning: Conditioning, how: Mapping[str, Any] | None = None) -> None:
+        """Keep what was encoded, and `RunState.how`."""
         arrays = conditioning.arrays()
         rest = {name: value for name, value in vars(conditioning).items() if name not in arrays and value is not None}
-        metadata = {"values": json.dumps(rest)}
+        metadata = {"values": json.dumps(rest), "how": json.dumps(how or {})}
         _write(self.path / "conditioning.safetensors", lambda path: mx.save_safetensors(str(path), arrays, metadata))
 
     def save_step(self, step: Step, notes: Mapping[str, Any] | None = None) -> None:
@@ -127,7 +128,8 @@ class RunFolder:
             return None
         arrays, metadata = _load(path)
         done, state, _ = self._last_step()
-        return RunState(Conditioning(**arrays, **json.loads(metadata["values"])), done, state)
+        conditioning = Conditioning(**arrays, **json.loads(metadata["values"]))
+        return RunState(conditioning, done, state, json.loads(metadata["how"]))
 
     def notes(self) -> dict[str, Any]:
         """What `save_step` was given to note at the last step."""

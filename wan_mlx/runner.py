@@ -90,7 +90,7 @@ def _sample(
         for event in events:
             if isinstance(event, Conditioning):
                 if not known:
-                    folder.save_conditioning(event)
+                    folder.save_conditioning(event, pipe.how)
             elif isinstance(event, Step):
                 if event.index >= steps_before:
                     folder.save_step(event, {"forwards": pipe.forwards})

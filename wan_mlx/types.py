@@ -203,11 +203,15 @@ class Step:
 
 @dataclass
 class RunState:
-    """How far a run has come: its conditioning, how many steps are done, and `Step.state` of the last of them."""
+    """How far a run has come: its conditioning, how many steps are done, and `Step.state` of the last of them.
+
+    ``how`` is the `Plan.how` of the run; empty if that does not matter.
+    """
 
     conditioning: Conditioning
     steps: int = 0
     state: dict[str, mx.array] = field(default_factory=dict)
+    how: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
