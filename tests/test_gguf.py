@@ -280,7 +280,7 @@ def test_flipped_bytes_in_a_header(tmp_path):
     path, opened = tmp_path / "damaged.gguf", 0
     tracemalloc.start()
     try:
-        for seed in range(600):
+        for seed in range(300):
             dice, damaged = random.Random(seed), bytearray(whole)
             for _ in range(dice.choice((1, 1, 2, 5))):
                 damaged[dice.randrange(4, 360)] ^= dice.choice((1 << dice.randrange(8), dice.randrange(1, 256)))
@@ -292,7 +292,7 @@ def test_flipped_bytes_in_a_header(tmp_path):
                 opened += 1
             except WeightsError as error:
                 assert "\n" not in str(error)
-        assert 0 < opened < 500 and tracemalloc.get_traced_memory()[1] < 20e6
+        assert 0 < opened < 250 and tracemalloc.get_traced_memory()[1] < 20e6
     finally:
         tracemalloc.stop()
 

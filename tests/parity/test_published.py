@@ -133,6 +133,20 @@ def test_converted_and_taken_apart(comfyui, tmp_path, want):
     assert same(video_of(tmp_path / "mlx/transformer.safetensors", text_encoder=comfyui, vae=comfyui), want)
 
 
+def test_gguf_set_converted(states, comfyui, tmp_path):
+    """Every kind of file the converter takes part by part; unpacked, it is the video of the values that are stored."""
+    from weights_convert import main as convert
+
+    true = published.gguf_file(tmp_path / "dit.gguf", states["transformer"], "Q5_1")
+    text = published.gguf_text_encoder(states["text_encoder"])
+    published.gguf_file(tmp_path / "text.gguf", text, "F32", tokenizer=published.TOKENIZER)
+    parts = ["--text-encoder", str(tmp_path / "text.gguf"), "--vae", str(comfyui), "--dtype", "float32"]
+    out = str(tmp_path / "mlx")
+    assert convert([str(tmp_path / "dit.gguf"), out, *parts, "--quantize", "none", "--quiet"]) == 0
+    plain = published.comfyui_file(tmp_path / "plain/true.safetensors", true)
+    assert same(video_of(out), video_of(plain, text_encoder=tmp_path / "text.gguf", vae=comfyui))
+
+
 def test_packed_parts(comfyui, tmp_path):
     from weights_convert import main as convert
 
