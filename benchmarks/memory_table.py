@@ -179,7 +179,7 @@ class Bench:
     def computing(self, transformer: Transformer, run: Callable[[], None]) -> float:
         """Seconds of a forward that is given one block, already read, for all."""
         stream, first = transformer.stream, next(transformer.stream(["blocks.0"]))
-        kept = transformer.new_block("blocks.0")
+        kept = transformer.new_block(transformer.config, "blocks.0")
         kept.update(first.parameters())
         mx.eval(kept.parameters())
         transformer.stream = lambda names: (kept for _ in names)
@@ -235,7 +235,7 @@ class Bench:
 
 def predicted_weights(nets: Networks, stream: bool) -> int:
     w = nets.weights
-    return w.outside + 2 * w.largest if stream else w.all
+    return w.outside + 2 * w.largest + w.in_flight if stream else w.all
 
 
 def network(preset: Preset) -> Transformer:

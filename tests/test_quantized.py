@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -130,7 +131,8 @@ def test_streamed_blocks_equal_resident_ones(quantize):
     weights = open_component(NANO / "transformer.safetensors", "transformer")
     parameters = transformer_parameters(weights, model.config, mx.bfloat16, quantize)
     held = []
-    for index, block in enumerate(stream_blocks([f"blocks.{i}" for i in range(6)], model.new_block, parameters)):
+    places = [f"blocks.{i}" for i in range(6)]
+    for index, block in enumerate(stream_blocks(places, partial(model.new_block, model.config), parameters)):
         same(parameters_of(block), parameters_of(model.blocks[index]))
         assert not any(parameters_of(earlier) for earlier in held)  # two resident at most: this one and the next
         held.append(block)

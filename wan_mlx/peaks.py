@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from .attention import UNFUSED_SCORES, has_fused_kernel
 from .configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from .rope import row_order
 from .text_encoder import parameter_shapes as text_encoder_shapes
 from .tiling import decoder_spans, encoder_spans, split
 from .transformer import BLOCK_LISTS, Transformer
@@ -33,8 +34,6 @@ TOKENS_ALIVE_IN_PIECES = 3.0
 PIECE_TOKENS, PIECE_WIDE = 3.7, 1.0
 # Latents (L, 64) in float32 in the sampling loop: of the solver's history, both passes, and the step's.
 LATENTS_ALIVE = 10
-# Share of a block's stored bytes in flight while it is read, where reading casts or reorders.
-READ_AHEAD = 0.5
 # Frames of a VAE stage that live at once beside its caches, for each frame of a piece, and once more for pieces of
 # several frames, which are put behind the two before them.
 DECODE_FRAMES, ENCODE_FRAMES, JOINED_FRAMES = 8.4, 8.0, 3.0
@@ -49,7 +48,8 @@ class WeightBytes:
     """Bytes of a network's weights, resident and as stored in its file.
 
     ``outside`` is what no block holds, ``blocks`` all blocks, ``largest`` the largest block; ``unpacked`` is the
-    largest matrix of packed ones when it is unpacked, 0 if none is packed.
+    largest matrix of packed ones when it is unpacked, 0 if none is packed; ``in_flight`` is what reading a block takes
+    beside it, for what is cast or put into another order on the way.
     """
 
     outside: int
@@ -59,6 +59,7 @@ class WeightBytes:
     stored_blocks: int
     stored_largest: int
     unpacked: int = 0
+    in_flight: int = 0
 
     @property
     def all(self) -> int:
@@ -100,6 +101,7 @@ def weight_bytes(
     """
     kept: dict[str, int] = {}
     in_file: dict[str, int] = {}
+    in_flight: dict[str, int] = {}
     unpacked = 0
     network = VaceTransformer if config.model_type == "vace" else Transformer
     for name, shape in parameter_shapes(network(config)).items():
@@ -110,11 +112,14 @@ def weight_bytes(
         else:
             size = math.prod(shape) * dtype_of("transformer", name, dtype).size
         kept[block] = kept.get(block, 0) + size
-        in_file[block] = in_file.get(block, 0) + (stored[name] if stored else 4 * math.prod(shape))
+        as_stored = stored[name] if stored else 4 * math.prod(shape)
+        in_file[block] = in_file.get(block, 0) + as_stored
+        if block and (as_stored != size or row_order(name, config.dim, config.head_dim) is not None):
+            in_flight[block] = in_flight.get(block, 0) + as_stored
     outside, stored_outside = kept.pop(""), in_file.pop("")
     return WeightBytes(
         outside, sum(kept.values()), max(kept.values()), stored_outside, sum(in_file.values()), max(in_file.values()),
-        unpacked,
+        unpacked, max(in_flight.values(), default=0),
     )  # fmt: skip
 
 
@@ -168,7 +173,7 @@ def denoise(
     tables = tokens * c.head_dim // 2 * 3 * 4
     latents = LATENTS_ALIVE * 4 * math.prod(latent_shape) * c.out_dim
     context = 2 * c.text_len * c.text_dim * nets.dtype.size
-    weights = w.outside + 2 * w.largest + round(READ_AHEAD * w.stored_largest) if stream else w.all
+    weights = w.outside + 2 * w.largest + w.in_flight if stream else w.all
     return weights + 2 * w.unpacked + round(passes * alive) + kept + tables + latents + context + overhead()
 
 

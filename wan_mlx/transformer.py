@@ -218,7 +218,7 @@ class Transformer(nn.Module):
         self.tokens_at_once = TOKENS_AT_ONCE  # where tokens are independent; fewer take less memory
         # Reads the blocks where they are not resident: (their names, in order) → the blocks, each valid until the next.
         self.stream: Callable[[Sequence[str]], Iterator[Block]] | None = None
-        self.blocks = [self.new_block(f"blocks.{i}") for i in range(config.num_layers)]
+        self.blocks = [self.new_block(config, f"blocks.{i}") for i in range(config.num_layers)]
         self.head = Head(config)
         if config.has_image_branch:
             self.img_emb = ImageEmbedding(config)
@@ -271,9 +271,10 @@ class Transformer(nn.Module):
         x = run_blocks(tokens.pop()) if through is None else through(tokens.pop(), this_pass, run_blocks)
         return self.leave(x, this_pass)
 
-    def new_block(self, name: str) -> Block:
+    @staticmethod
+    def new_block(config: TransformerConfig, name: str) -> Block:
         """A block for the parameters whose names begin with ``name``, not loaded."""
-        return Block(self.config)
+        return Block(config)
 
     def each_block(self, names: Sequence[str]) -> Iterator[tuple[str, Block]]:
         """Names and blocks in order, resident or as they are read."""

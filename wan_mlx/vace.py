@@ -31,12 +31,13 @@ class VaceTransformer(Transformer):
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
         self.vace_patch_embedding = Linear(math.prod(config.patch_size) * config.vace_in_dim, config.dim)
-        self.vace_blocks = [self.new_block(f"vace_blocks.{n}") for n in range(len(config.vace_layers))]
+        self.vace_blocks = [self.new_block(config, f"vace_blocks.{n}") for n in range(len(config.vace_layers))]
 
-    def new_block(self, name: str) -> Block:
+    @staticmethod
+    def new_block(config: TransformerConfig, name: str) -> Block:
         if name.startswith("blocks."):
-            return super().new_block(name)
-        return VaceBlock(self.config, first=name == "vace_blocks.0")
+            return Transformer.new_block(config, name)
+        return VaceBlock(config, first=name == "vace_blocks.0")
 
     def __call__(
         self,

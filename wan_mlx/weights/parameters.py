@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -307,5 +308,6 @@ def load_streamed(model: Transformer, parameters: Parameters, progress: Callable
     for name in BLOCK_LISTS:
         if name in model:
             model[name] = []
-    model.stream = StreamedBlocks(model.new_block, parameters)
+    # Not a method of the model: it would keep the model alive after its last use.
+    model.stream = StreamedBlocks(partial(type(model).new_block, model.config), parameters)
     return load_module(model, parameters, progress, unread=in_blocks)
