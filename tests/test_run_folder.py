@@ -148,6 +148,23 @@ class TestFolder:
                 with pytest.raises(BusyError), RunFolder(tmp_path / "a.mp4"):
                     pass
 
+    def test_a_lock_on_a_deleted_file_is_none(self, tmp_path, monkeypatch):
+        """The run before ends, and its folder with it, just between our opening of the lock and our locking it."""
+        import fcntl
+
+        flock, path = fcntl.flock, tmp_path / "a.mp4.wan/lock"
+
+        def late(*args):
+            monkeypatch.setattr(fcntl, "flock", flock)
+            path.unlink()
+            flock(*args)
+
+        monkeypatch.setattr(fcntl, "flock", late)
+        with RunFolder(tmp_path / "a.mp4"):
+            assert path.exists()
+            with pytest.raises(BusyError), RunFolder(tmp_path / "a.mp4"):
+                pass
+
     def test_somebody_elses_file_stays(self, folder):
         (folder.path / "notes.txt").write_text("mine")
         folder.delete()

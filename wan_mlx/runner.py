@@ -94,10 +94,10 @@ def _sample(
             elif isinstance(event, Step):
                 if event.index >= steps_before:
                     folder.save_step(event, {"forwards": pipe.forwards})
-            else:  # decoding starts at the first frame, some may be kept already
+            else:  # decoding starts at the first frame, and comes in the same chunks as those that are kept
                 seen += len(event)
                 if seen > store.count:
-                    store.add(event[len(event) - (seen - store.count) :])
+                    store.add(event)
             if on_event is not None:
                 on_event(event)
             del event
