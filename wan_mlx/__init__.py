@@ -1,14 +1,42 @@
-"""wan_mlx: the Wan2.1 video models on Apple silicon, in MLX.
+"""The Wan2.1 video models on Apple silicon, in MLX.
 
-import wan_mlx
-pipe = wan_mlx.WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B")
-video = pipe("a cat boxing")
-video.save("cat.mp4")
+    import wan_mlx
+
+    pipe = wan_mlx.WanPipeline.from_pretrained("nano")         # or "Wan-AI/Wan2.1-T2V-1.3B", a folder, a file
+    video = pipe("a red circle moves right on a blue background", seed=42)
+    video.save("circle.mp4")                                   # .gif .webp .png .npz; a notebook shows `video` itself
+    video.grid()                                               # a contact sheet
+    print(wan_mlx.plan("t2v-14B", memory="16GB"))              # what fits, before anything is downloaded
+
+What is asked for is a `Request`, which `WanPipeline.request` fills with the model's defaults; `WanPipeline.stages`
+yields what comes of it piece by piece: the `Conditioning`, a `Step` for every sampling step, then decoded frames.
+`PRESETS` has the released models with their defaults, and the functions `load_...` give single networks. Wrong
+arguments raise ValueError; what else can go wrong raises a `WanError`. `wan_mlx.types` explains the shapes.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
+    from .configs import PRESETS as PRESETS
+    from .memory import Plan as Plan
+    from .memory import plan as plan
+    from .pipeline import WanPipeline as WanPipeline
+    from .types import Conditioning as Conditioning
+    from .types import MemoryPlanError as MemoryPlanError
+    from .types import Request as Request
+    from .types import SamplingError as SamplingError
+    from .types import Step as Step
+    from .types import Video as Video
+    from .types import WanError as WanError
+    from .types import WeightsError as WeightsError
+    from .weights.networks import load_image_encoder as load_image_encoder
+    from .weights.networks import load_text_encoder as load_text_encoder
+    from .weights.networks import load_transformer as load_transformer
+    from .weights.networks import load_vae as load_vae
+    from .weights.taehv import load_taehv as load_taehv
 
 __version__ = "0.1.0"
 
@@ -35,7 +63,7 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'wan_mlx' has no attribute {name!r}")
     check_backend()

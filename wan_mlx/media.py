@@ -209,6 +209,26 @@ def video_html(frames: np.ndarray, fps: float, settings: dict[str, Any]) -> str:
     )
 
 
+def contact_sheet(frames: np.ndarray, columns: int, count: int, width: int) -> Image.Image:
+    """``count`` of the frames, uint8 (T, H, W, 3), in ``columns``, at most ``width`` pixels wide; see `Video.grid`."""
+    for name, value, least in (("columns", columns, 1), ("count", count, 1), ("width", width, columns)):
+        if value < least:
+            raise ValueError(f"{name} is {value}, expected at least {least}")
+    count = min(count, len(frames))
+    columns = min(columns, count)
+    chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
+    height, full = frames.shape[1:3]
+    cell = min(full, width // columns)
+    size = cell, max(1, round(height * cell / full))
+    sheet = Image.new("RGB", (columns * size[0], -(-count // columns) * size[1]))
+    for place, number in enumerate(chosen):
+        picture = Image.fromarray(frames[number])
+        row, column = divmod(place, columns)
+        picture = picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+        sheet.paste(picture, (column * size[0], row * size[1]))
+    return sheet
+
+
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings that `VideoWriter` put into a file.
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import mlx.core as mx
+    from PIL.Image import Image
 
     from .sources import Source
 
@@ -250,6 +251,24 @@ class Video:
         from .media import save_video
 
         return save_video(path, self.frames, self.fps, self.settings, self.latents, overwrite=overwrite)
+
+    def grid(self, columns: int = 4, count: int = 12, width: int = 1280) -> Image:
+        """A contact sheet: frames at equal distances, row by row, the first and the last among them.
+
+        Args:
+            columns: frames side by side.
+            count: how many frames are shown, or all if there are fewer.
+            width: the most pixels that the sheet is wide; frames are made smaller for it, never larger.
+
+        Returns:
+            a PIL image, which a notebook shows.
+
+        Raises:
+            ValueError: ``columns`` or ``count`` is below 1, or ``width`` leaves a column no pixel.
+        """
+        from .media import contact_sheet
+
+        return contact_sheet(self.frames, columns, count, width)
 
     def _repr_html_(self) -> str:
         from .media import video_html
