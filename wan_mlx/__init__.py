@@ -59,6 +59,8 @@ _PUBLIC = {
     "load_vae": "weights.networks",
     "load_image_encoder": "weights.networks",
     "load_taehv": "weights.taehv",
+    "extend_prompt": "prompt_extend",
+    "PromptExtender": "prompt_extend",
 }
 __all__ = list(_PUBLIC)
 

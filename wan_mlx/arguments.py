@@ -43,17 +43,14 @@ NO_MEANING = {
     "ulysses_size": "there is one GPU",
     "ring_size": "there is one GPU",
 }
-# Flags of what wan_mlx does not have yet: refused, so that nothing asked is silently left out.
-NOT_YET = ("use_prompt_extend",)
-
 # Values that are paths: what they mean depends on the folder that the command is run in.
-PATH_FLAGS = ("image", "last_image", "src_video", "src_mask", "src_ref_images", "video", "output")
+PATH_FLAGS = ("image", "last_image", "src_video", "src_mask", "src_ref_images", "video", "output", "preview", "taehv")
 # Values that are paths if there is something by that name, or else names on a hub.
 MODEL_FLAGS = ("model", "transformer", "text_encoder", "vae", "image_encoder", "tokenizer")
 # What may differ from the first command when a run goes on: it has no part in what the video shows.
 FREE_ON_RESUME = (
     "resume", "overwrite", "dry_run", "quiet", "debug", "version", "memory", "vae_tiling", "no_prompt_cache",
-    "prompts", "report", "verbose", "json", "config",
+    "prompts", "report", "verbose", "json", "config", "preview", "preview_every", "taehv",
 )  # fmt: skip
 
 
@@ -99,7 +96,10 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for add in (add_what, add_sources, add_model, add_sampling, add_fewer_forwards, add_run, add_official, add_not_yet):
+    for add in (
+        add_what, add_prompt_extension, add_sources, add_model, add_sampling, add_fewer_forwards, add_run, add_watching,
+        add_official,
+    ):  # fmt: skip
         add(parser)
     return parser
 
@@ -138,6 +138,19 @@ def add_what(parser: Parser) -> None:
     what.add_argument("--output", "--save_file", metavar="FILE", help=".mp4 .gif .webp .png .npz (default: by prompt)")
     what.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     what.add_argument("--report", metavar="FILE", help="of --prompts: what became of each line (FILE.report.jsonl)")
+
+
+def add_prompt_extension(parser: Parser) -> None:
+    extension = parser.add_argument_group("how to have the prompt written out in detail, as the models like it")
+    extension.add_argument("--extend-prompt", action="store_true", help="by a language model on this machine, before "
+                           "anything else is loaded")  # fmt: skip
+    extension.add_argument("--extend-model", "--prompt_extend_model", dest="prompt_extend_model", metavar="MODEL",
+                           help="any instruct model that mlx-lm runs: hub id or folder (default: "
+                           "mlx-community/Qwen2.5-7B-Instruct-4bit)")  # fmt: skip
+    extension.add_argument("--extend-language", "--prompt_extend_target_lang", dest="prompt_extend_target_lang",
+                           choices=("zh", "en"), help="default: the prompt's own (--use_prompt_extend: zh)")
+    extension.add_argument("--use_prompt_extend", action="store_true", default=None, help=argparse.SUPPRESS)
+    extension.add_argument("--prompt_extend_method", choices=("local_qwen", "dashscope"), help=argparse.SUPPRESS)
 
 
 def add_sources(parser: Parser) -> None:
@@ -230,6 +243,16 @@ def add_run(parser: Parser) -> None:
     run.add_argument("--version", action="store_true", help="show versions and stop")
 
 
+def add_watching(parser: Parser) -> None:
+    watching = parser.add_argument_group("how to watch it come")
+    watching.add_argument("--preview", metavar="FILE", help="what it is becoming, after every step: a small animation "
+                          "FILE.webp, and FILE.png with its frames side by side")  # fmt: skip
+    watching.add_argument("--preview-every", type=int, default=1, metavar="N", help="only after every N steps")
+    watching.add_argument("--taehv", metavar="FILE", help="weights of the tiny autoencoder TAEHV, taew2_1.pth: finer "
+                          "previews")  # fmt: skip
+    watching.add_argument("--draft", action="store_true", help="decode the video with TAEHV, too: fast, less fine")
+
+
 def add_official(parser: Parser) -> None:
     official = parser.add_argument_group("accepted for the official command lines; without effect here")
     official.add_argument("--offload_model", metavar="BOOL", help=argparse.SUPPRESS)
@@ -238,11 +261,3 @@ def add_official(parser: Parser) -> None:
     for flag in ("t5_fsdp", "t5_cpu", "dit_fsdp"):
         official.add_argument(f"--{flag}", action="store_true", default=None, help=argparse.SUPPRESS)
     official.description = " ".join(f"--{flag}" for flag in NO_MEANING)
-
-
-def add_not_yet(parser: Parser) -> None:
-    later = parser.add_argument_group("not there yet")
-    later.add_argument("--use_prompt_extend", action="store_true", default=None, help=argparse.SUPPRESS)
-    for flag in ("prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang"):
-        later.add_argument(f"--{flag}", help=argparse.SUPPRESS)
-    later.description = " ".join(f"--{flag}" for flag in NOT_YET)

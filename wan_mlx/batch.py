@@ -15,6 +15,8 @@ from . import generate
 from .arguments import FREE_ON_RESUME, Parser, UsageError, build_parser
 from .interrupt import Interrupts, Stopped
 from .media import check_output
+from .preview import PreviewFiles, open_previews
+from .prompt_extend import Extension
 from .records import check_identity, check_same, make_record, request_of, seed_of_made
 from .run_folder import RunFolder
 from .runner import Result, make_file
@@ -39,6 +41,8 @@ class Job:
     output: Path
     pipe: WanPipeline = field(repr=False)
     request: Request = field(repr=False)
+    previews: PreviewFiles | None = field(default=None, repr=False)
+    extension: Extension | None = None
 
     @property
     def draws(self) -> bool:
@@ -101,6 +105,7 @@ def _run_jobs(
             report.add(job, "skipped", reason="complete")
         else:
             left.append(job)
+    _extend_prompts(left)
     with pipe.keep_loaded():
         _encode_texts(pipe, left)
         for job in left:
@@ -127,6 +132,15 @@ def _run_jobs(
                 tell_result(job.output, **said, **rest)
 
 
+def _extend_prompts(jobs: list[Job]) -> None:
+    """Write the prompts out where that is asked for, those of one language model together."""
+    new = [job for job in jobs if job.extension and (job.args.overwrite or not RunFolder(job.output).is_unfinished)]
+    for extension in dict.fromkeys(job.extension for job in new):
+        those = [job for job in new if job.extension == extension]
+        for job, request in zip(those, generate.extend(extension, [job.request for job in those]), strict=True):
+            job.request = request
+
+
 def _encode_texts(pipe: WanPipeline, jobs: list[Job]) -> None:
     """All texts in one pass over the text encoder, which are then at hand for each request."""
     texts = []
@@ -142,6 +156,11 @@ def _encode_texts(pipe: WanPipeline, jobs: list[Job]) -> None:
 
 def _make(job: Job, interrupts: Interrupts) -> Result:
     """Make one video, or go on with it."""
+
+    def make() -> Result:
+        on_event = job.previews.watcher(job.request, interrupts) if job.previews else None
+        return make_file(job.pipe, job.request, folder, job.args.overwrite, interrupts, on_event)
+
     with RunFolder(job.output) as folder:
         record = folder.record()
         if folder.is_finished():
@@ -151,19 +170,19 @@ def _make(job: Job, interrupts: Interrupts) -> Result:
             check_output(job.output, job.args.overwrite)
             with generate.keeping(folder, quietly=True):
                 folder.begin(make_record(job.pipe, job.request, vars(job.args)))
-                return make_file(job.pipe, job.request, folder, job.args.overwrite, interrupts)
+                return make()
         free = {*FREE_ON_RESUME, *OF_THE_BATCH, *(("seed",) if job.draws else ())}
         check_same({**vars(job.args), "seed": job.request.seed}, record, free)
         for difference in check_identity(record, job.pipe, folder):
             generate.note(difference)
         job.request = request_of(record)
         with generate.keeping(folder, quietly=True):
-            return make_file(job.pipe, job.request, folder, job.args.overwrite, interrupts)
+            return make()
 
 
 def is_made(job: Job) -> bool:
     """Whether the output is there and says of itself that it is what the line asks for."""
-    seed = seed_of_made(job.pipe, job.request, job.output, job.draws)
+    seed = seed_of_made(job.pipe, job.request, job.output, job.draws, job.extension)
     if seed is not None:
         job.request = replace(job.request, seed=seed)
     return seed is not None
@@ -205,6 +224,7 @@ def read_jobs(path: Path, argv: list[str], overwrite: bool) -> list[Job]:
 def _jobs(number: int, args: argparse.Namespace, path: Path, pipes: dict[str, WanPipeline]) -> list[Job]:
     """What a line asks for: one video, or several stills."""
     generate.check_flags(args)
+    extension = Extension.of(args)
     if args.num_images is not None and (args.seed is None or args.seed < 0):
         raise UsageError("num_images without a seed, which names the files; give one")
     options = generate.pipeline_options(args)
@@ -213,11 +233,15 @@ def _jobs(number: int, args: argparse.Namespace, path: Path, pipes: dict[str, Wa
         pipes[key] = generate.pipeline_from(args)
     request = generate.request_from(pipes[key], args)
     output = args.output or f"{path.stem}_{number:04d}{'.png' if request.num_frames == 1 else '.mp4'}"
-    if args.num_images is None:
-        return [Job(number, args, Path(output), pipes[key], request)]
-    stills = generate.outputs_of(request, Path(output), args.num_images)
-    alone = [argparse.Namespace(**{**vars(args), "seed": still.seed}) for still, _ in stills]
-    return [Job(number, one, file, pipes[key], still) for one, (still, file) in zip(alone, stills, strict=True)]
+    outputs = generate.outputs_of(request, Path(output), args.num_images)
+    files = [file for _, file in outputs]
+    previews = open_previews(pipes[key], args.preview, args.preview_every, files, args.overwrite)
+    if args.num_images is not None:  # each as if it had been asked for alone
+        alone = [argparse.Namespace(**{**vars(args), "seed": still.seed}) for still, _ in outputs]
+    else:
+        alone = [args]
+    jobs = zip(alone, outputs, strict=True)
+    return [Job(number, one, file, pipes[key], request, previews, extension) for one, (request, file) in jobs]
 
 
 def line_flags(parser: Parser, text: str) -> list[str]:

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import wan_mlx
 
-from .arguments import FREE_ON_RESUME, MODEL_HELP, NO_MEANING, NOT_YET, UsageError, build_parser, given_flags
+from .arguments import FREE_ON_RESUME, MODEL_HELP, NO_MEANING, UsageError, build_parser, given_flags
 from .terminal import Progress, event, fail, note, result, set_voice
 
 if TYPE_CHECKING:
     from .interrupt import Interrupts
     from .pipeline import WanPipeline
+    from .preview import PreviewFiles
+    from .prompt_extend import Extension
     from .run_folder import RunFolder
     from .types import Request
 
@@ -98,6 +100,8 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
             note(f"--{flag} has no effect here: {reason}")
 
     from .media import check_output
+    from .preview import open_previews
+    from .prompt_extend import Extension
     from .recipes import recipe_notes
     from .records import make_record, seed_of_made
     from .run_folder import RunFolder
@@ -107,16 +111,19 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
         check_output(args.output, args.overwrite or args.num_images is not None)
     if args.dry_run and tell_downloads(args):
         return 0
+    extension = Extension.of(args)
     pipe = pipeline_from(args)
     request = request_from(pipe, args)
     output = Path(args.output or default_output(pipe.preset.name, request))
     jobs, made = outputs_of(request, output, args.num_images), []
     if args.num_images is not None and not args.overwrite:  # a series goes on where it was cut
-        made = [path for one, path in jobs if seed_of_made(pipe, one, path) is not None]
+        made = [path for one, path in jobs if seed_of_made(pipe, one, path, extension=extension) is not None]
         jobs = [(one, path) for one, path in jobs if path not in made]
     for _, path in jobs:
         check_output(path, args.overwrite)
+    previews = open_previews(pipe, args.preview, args.preview_every, [path for _, path in jobs], args.overwrite)
     describe(pipe, request, *made, *(path for _, path in jobs))
+    tell_watching(pipe, previews)
     distilled = [pipe.checkpoint.path, pipe.checkpoint.files["transformer"], *(path for path, _ in pipe.loras)]
     for line in recipe_notes(distilled, request.recipe):
         note(f"          {line}")
@@ -126,10 +133,14 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
     if (args.frames or request.num_frames) != request.num_frames:
         note(f"          its length is the source's; {args.frames} frames were asked for")
     if args.dry_run:
+        if extension:
+            note(f"extend    the prompt by {extension.model or 'the default language model'}")
         return 0
     for path in made:
         note(f"{path} is made already")
         result(path)
+    if extension and jobs:
+        jobs = list(zip(extend(extension, [one for one, _ in jobs]), (path for _, path in jobs), strict=True))
     codes = []
     with pipe.keep_loaded() if len(jobs) > 1 else nullcontext():
         for request, path in jobs:
@@ -137,8 +148,19 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
                 refuse_unfinished(folder, args.overwrite)
                 with keeping(folder):
                     folder.begin(make_record(pipe, request, vars(args)))
-                    codes.append(generate_to_file(pipe, request, folder, args.overwrite, interrupts))
+                    codes.append(generate_to_file(pipe, request, folder, args.overwrite, interrupts, previews))
     return max(codes, default=0)
+
+
+def extend(extension: Extension, requests: list[Request]) -> list[Request]:
+    """The requests with their prompts written out, and what they came to said."""
+    note(f"extend    the prompt by {extension.model or 'the default language model'}")
+    requests = extension(requests)
+    for request in requests:
+        if request.original_prompt is not None:
+            note(f"prompt    {request.prompt}")
+            note(f"          written out by {request.extended_by} from: {request.original_prompt}")
+    return requests
 
 
 def batch(args: argparse.Namespace, argv: list[str], interrupts: Interrupts) -> int:
@@ -159,6 +181,7 @@ def resume(args: argparse.Namespace, given: dict[str, object], interrupts: Inter
     """``--resume FILE``: go on with the run that was making FILE; its flags are those it was started with."""
     wan_mlx.check_backend()
 
+    from .preview import open_previews
     from .records import check_given, check_identity, flags_of, request_of, with_dtype
     from .run_folder import ENDING, RunFolder
 
@@ -192,12 +215,14 @@ def resume(args: argparse.Namespace, given: dict[str, object], interrupts: Inter
                 folder.amend(record)
         for difference in check_identity(record, pipe, folder):
             note(difference, important=True)
+        previews = open_previews(pipe, stored.preview, stored.preview_every, [output], stored.overwrite)
         describe(pipe, request, output)
+        tell_watching(pipe, previews)
         note(f"goes on   {folder.steps_done} of {request.steps_made} steps are done")
         if args.dry_run:
             return 0
         with keeping(folder):
-            return generate_to_file(pipe, request, folder, stored.overwrite, interrupts)
+            return generate_to_file(pipe, request, folder, stored.overwrite, interrupts, previews)
 
 
 @contextmanager
@@ -251,6 +276,8 @@ def pipeline_options(args: argparse.Namespace) -> dict[str, Any]:
         source=args.source,
         loras=args.lora,
         prompt_cache=not args.no_prompt_cache,
+        taehv=args.taehv,
+        draft=args.draft,
         transformer=args.transformer,
         text_encoder=args.text_encoder,
         vae=args.vae,
@@ -269,9 +296,6 @@ def pipeline_from(args: argparse.Namespace) -> WanPipeline:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse what is not there, and what says too little."""
-    for flag in NOT_YET:
-        if getattr(args, flag) is not None:
-            raise UsageError(f"--{flag} is not supported yet")
     if args.model is None:
         raise UsageError(MODEL_HELP)
     if args.prompt is None and not args.plan:
@@ -381,6 +405,14 @@ def describe(pipe: WanPipeline, request: Request, *outputs: Path) -> None:
         note(f"output    {output}")
 
 
+def tell_watching(pipe: WanPipeline, previews: PreviewFiles | None) -> None:
+    if previews:
+        often = f"every {previews.every} steps" if previews.every > 1 else "every step"
+        note(f"preview   {previews.path}, {previews.sheet}, after {often}{' by TAEHV' if pipe.taehv else ''}")
+    if pipe.draft:
+        note(f"draft     decoded by {pipe.taehv.name} instead of the VAE")
+
+
 def origins(pipe: WanPipeline) -> list[str]:
     """Parts that were given apart, and which other defaults would suit the same weights."""
     from .pipeline import of_same_shapes
@@ -421,19 +453,27 @@ def extras(request: Request, model: str) -> list[str]:
 
 
 def generate_to_file(
-    pipe: WanPipeline, request: Request, folder: RunFolder, overwrite: bool, interrupts: Interrupts
+    pipe: WanPipeline,
+    request: Request,
+    folder: RunFolder,
+    overwrite: bool,
+    interrupts: Interrupts,
+    previews: PreviewFiles | None = None,
 ) -> int:
     """Make the video that ``folder`` is for, from where it is; returns the exit code."""
     from .runner import make_file
 
     tell = Progress(pipe, request)
     event("start", output=str(folder.output), settings=pipe.settings(request))
-    made = make_file(pipe, request, folder, overwrite, interrupts, tell)
+    on_event = previews.watcher(request, interrupts, tell) if previews else tell
+    made = make_file(pipe, request, folder, overwrite, interrupts, on_event)
     tell.stages()
     for report in pipe.reports:
         note(f"{report.name:<18}{report.seconds:9.1f} s   peak {report.peak_bytes / 2**30:6.2f} GiB")
     if pipe.forwards:
         note(f"{'forwards':<18}{pipe.forwards[0]:9} of {pipe.forwards[1]}")
+    if previews:
+        note(f"{'previews':<18}{previews.seconds:9.1f} s   of denoise, {previews.count} times")
     note(f"{'total':<18}{made.seconds:9.1f} s")
     result(made.path, seconds=round(made.seconds, 3), complaint=made.complaint)
     if made.complaint:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,20 @@ from tqdm.auto import tqdm
 
 from . import __version__, tiling
 from .caching import make_cache, resolve_cache
-from .configs import PRESETS, TEXT_LEN, Preset, TransformerConfig
+from .configs import PRESETS, TEXT_LEN, Preset, TransformerConfig, VAEConfig
 from .denoise import denoise
 from .guards import is_out_of_memory
 from .guidance import Guidance, Model, check_guidance, zero_steps_of
 from .media import to_uint8
 from .memory import Plan, choose, limited_cache, parse_memory, with_advice
 from .peaks import Networks
+from .preview import Previewer, TinyDecoder, is_same_space, latent_map
 from .prompt_cache import PromptCache
+from .prompt_extend import Extension
 from .recipes import find_recipe, scheduler_for
 from .schedulers import SOLVERS, Scheduler
 from .sources import Source
+from .taehv import TAEHV
 from .tasks import TASKS, fit_sources
 from .text_encoder import pad_context
 from .tiling import parse_tiling
@@ -38,7 +41,7 @@ from .types import Conditioning, Request, RunState, StageReport, Step, Video
 from .weights.beside import set_loras
 from .weights.checkpoint import PARTS, Checkpoint, open_checkpoint
 from .weights.hub import Places, preset_of, resolve_loras
-from .weights.load import open_component, transformer_config
+from .weights.load import open_component, transformer_config, vae_config
 from .weights.lora import LoraChoice, describe_lora, normalise_loras
 from .weights.networks import (
     check_loras,
@@ -53,6 +56,7 @@ from .weights.networks import (
 )
 from .weights.quantize import check_mode
 from .weights.spiece import read_tokenizer
+from .weights.taehv import load_taehv
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +79,7 @@ class WanPipeline:
         forwards: of the latest run, the transformer's forwards computed, and how many a run without step cache and
             with guidance all along makes; None before its first step.
         stage: the one that is running, as it will be called in ``reports``.
+        taehv: the file of TAEHV's weights, if it is used; ``draft`` tells whether for the video itself.
     """
 
     def __init__(
@@ -88,6 +93,8 @@ class WanPipeline:
         loras: Iterable[LoraChoice] | LoraChoice | None = None,
         prompt_cache: bool = True,
         memory: str | int | None = None,
+        taehv: str | Path | None = None,
+        draft: bool = False,
     ):
         parse_dtype(dtype)
         parse_memory(memory)
@@ -107,6 +114,8 @@ class WanPipeline:
         check_loras(checkpoint, self.loras)
         self._merge_loras = True
         self.stage: str | None = None
+        self.taehv, self.draft = taehv and Path(taehv), draft
+        self._tiny = tiny_autoencoder(checkpoint, taehv, draft)
         self._kept: dict[str, Any] | None = None  # what stays loaded within `keep_loaded`
         self._plan: Plan | None = None  # of the latest run
         self._networks: dict[str | None, Networks] = {}  # by quantisation
@@ -132,6 +141,8 @@ class WanPipeline:
         source: str = "huggingface",
         loras: Iterable[LoraChoice] | LoraChoice | None = None,
         prompt_cache: bool = True,
+        taehv: str | Path | None = None,
+        draft: bool = False,
         transformer: str | Path | None = None,
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
@@ -163,6 +174,9 @@ class WanPipeline:
                 (path, strength); the path may be a repository's file as in ``model``. Quantised weights keep them
                 beside, as `set_loras` does.
             prompt_cache: keep encoded prompts on disk (`wan_mlx.prompt_cache`), to encode each only once.
+            taehv: weights of TAEHV for Wan 2.1's latents (``taew2_1.pth`` or .safetensors): its decoder makes the
+                previews.
+            draft: decode the video with TAEHV as well: in a fraction of the VAE's time, and a little less fine.
             transformer, text_encoder, vae, image_encoder, tokenizer: a file in any format that is read, or a folder
                 or repository that has it, to use instead of what ``model`` has; that is then not downloaded.
 
@@ -180,7 +194,9 @@ class WanPipeline:
         checkpoint = open_checkpoint(here.model, here.parts)
         if found is None and checkpoint.model is None:
             found = preset_of(model)  # two models of the same sizes differ in their defaults
-        return cls(checkpoint, dtype, found, progress, quantize, vae_tiling, here.loras, prompt_cache, memory)
+        return cls(
+            checkpoint, dtype, found, progress, quantize, vae_tiling, here.loras, prompt_cache, memory, taehv, draft
+        )
 
     def set_loras(self, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
         """Use these LoRAs, in place of those before, from the next video on; none restores the model exactly.
@@ -204,13 +220,21 @@ class WanPipeline:
             set_loras(kept, loras)
         self.loras, self._merge_loras = loras, False
 
-    def __call__(self, prompt: str, callback: Callable[[Step], Any] | None = None, **options: Any) -> Video:
+    def __call__(
+        self,
+        prompt: str,
+        callback: Callable[[Step], Any] | None = None,
+        extend_prompt: bool | str | Path = False,
+        **options: Any,
+    ) -> Video:
         """Make a video.
 
         Args:
             prompt: what it should show.
             callback: called with each `Step` as it ends. If it returns False, sampling stops there and the video is
                 the estimate of that step, `Step.denoised`; its settings then say ``stopped_after``.
+            extend_prompt: have the prompt written out in detail first, in its own language: True for the default
+                language model, or one that mlx-lm runs (`wan_mlx.prompt_extend`).
             options: as for `request`: negative_prompt, width, height, num_frames, steps, guidance_scale, shift,
                 solver, seed, and the task's sources. What is left out or None takes the preset's default.
 
@@ -218,15 +242,20 @@ class WanPipeline:
             ValueError: an option is wrong.
             SamplingError: the latents stopped being finite.
         """
-        return self._make(self.request(prompt, **options), callback)
+        return self._make(*extended([self.request(prompt, **options)], extend_prompt), callback)
 
     def images(
-        self, prompt: str, num_images: int = 1, callback: Callable[[Step], Any] | None = None, **options: Any
+        self,
+        prompt: str,
+        num_images: int = 1,
+        callback: Callable[[Step], Any] | None = None,
+        extend_prompt: bool | str | Path = False,
+        **options: Any,
     ) -> list[Video]:
         """Make stills of one prompt, with the seeds ``seed``, ``seed + 1``, ...: the model is loaded once.
 
         Args:
-            prompt, callback, options: as for a video; ``num_frames`` is 1.
+            prompt, callback, extend_prompt, options: as for a video; ``num_frames`` is 1.
             num_images: how many.
 
         Returns:
@@ -236,7 +265,7 @@ class WanPipeline:
             ValueError: an option is wrong.
             SamplingError: the latents stopped being finite.
         """
-        requests = self.request(prompt, **{"num_frames": 1, **options}).series(num_images)
+        requests = extended(self.request(prompt, **{"num_frames": 1, **options}).series(num_images), extend_prompt)
         with self.keep_loaded():
             return [self._make(request, callback) for request in requests]
 
@@ -370,6 +399,7 @@ class WanPipeline:
             **({"quantize": self.quantize} if self.quantize else {}),
             **({"quantized": self.quantized} if self.quantized else {}),
             **({"loras": [describe_lora(path, strength) for path, strength in self.loras]} if self.loras else {}),
+            **({"draft": self.taehv.name} if self.draft else {}),
             "versions": {"wan_mlx": __version__, "mlx": mx.__version__},
         }
 
@@ -433,7 +463,7 @@ class WanPipeline:
         trim = resume.conditioning.trim_latents
         for step in self._denoise(request, resume):
             latents = without_references(step, trim).latents
-            yield without_references(step, trim)
+            yield replace(without_references(step, trim), previewer=self.preview)
         del resume, step
         yield from self.decode(latents)
 
@@ -531,12 +561,29 @@ class WanPipeline:
         tile = self._tile("encode_tile")
         return [tiling.encode(vae, self._bar("encoding video")(video), tile) for video in videos]
 
+    def preview(self, latents: mx.array) -> np.ndarray:
+        """Small pictures of latents (1, t, h, w, C), such as `Step.denoised`: uint8 (t, h, w, 3).
+
+        Raises:
+            ValueError: no colours are known for this VAE's latents.
+        """
+        return self.previewer(latents)
+
+    @cached_property
+    def previewer(self) -> Previewer:
+        return TinyDecoder(self._tiny) if self._tiny else latent_map(_vae_config(self.checkpoint))
+
     def decode(self, latents: mx.array) -> Iterator[np.ndarray]:
         """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time."""
+        still = latents.shape[1] == 1  # the official code rounds stills and truncates videos
+        finish = partial(to_uint8, rounding=still)
+        if self.draft:
+            with self._stage("decode"):
+                for frames in self._bar("decoding a draft")(self._tiny.decode(latents), total=latents.shape[1]):
+                    yield finish(frames[0])
+            return
         with self._stage("decode"):
             vae = self._load("vae")
-            still = latents.shape[1] == 1  # the official code rounds stills and truncates videos
-            finish = partial(to_uint8, rounding=still)
             tile, given = self._tile(), 0
             while True:
                 done = 0
@@ -554,7 +601,7 @@ class WanPipeline:
     @property
     def tiled(self) -> bool:
         """Whether videos are decoded in tiles, whose frames all come at the end."""
-        return self._tile() is not None
+        return self._tile() is not None and not self.draft
 
     def _smaller_tile(self, tile: tuple[int, int] | None, latents: mx.array, error: Exception) -> tuple[int, int]:
         """The tile to try when memory did not last; raises ``error`` if it is another one, or none is left to try."""
@@ -588,6 +635,11 @@ class WanPipeline:
 
     def _bar(self, description: str):
         return partial(tqdm, desc=description, leave=False) if self.progress else no_progress
+
+
+def extended(requests: list[Request], extend_prompt: bool | str | Path) -> list[Request]:
+    """The requests, their prompts written out if asked for."""
+    return Extension(None if extend_prompt is True else str(extend_prompt))(requests) if extend_prompt else requests
 
 
 def with_condition(model: Transformer, conditioning: Conditioning) -> Model:
@@ -675,3 +727,23 @@ def check_request(request: Request) -> None:
 def _transformer_config(checkpoint: Checkpoint) -> TransformerConfig:
     weights = open_component(checkpoint.files["transformer"], "transformer")
     return transformer_config(weights, checkpoint.configs.get("transformer", {}))
+
+
+def _vae_config(checkpoint: Checkpoint) -> VAEConfig:
+    return vae_config(open_component(checkpoint.files["vae"], "vae"), checkpoint.configs.get("vae", {}))
+
+
+def tiny_autoencoder(checkpoint: Checkpoint, path: str | Path | None, draft: bool) -> TAEHV | None:
+    """TAEHV, which is small enough to stay loaded; None without ``path``.
+
+    Raises:
+        ValueError: it is not for this model's latents, or a draft is asked for without it.
+        WeightsError: the file is no TAEHV.
+    """
+    if path is None:
+        if draft:
+            raise ValueError("draft needs TAEHV's weights; give taew2_1.pth of github.com/madebyollin/taehv as taehv")
+        return None
+    if not is_same_space(_vae_config(checkpoint), VAEConfig()):
+        raise ValueError(f"taehv is for Wan 2.1's latents, but {checkpoint.path} has others; leave it out")
+    return load_taehv(path)

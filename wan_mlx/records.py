@@ -20,6 +20,7 @@ from .weights.lora import normalise_loras
 
 if TYPE_CHECKING:
     from .pipeline import WanPipeline
+    from .prompt_extend import Extension
 
 # Flag → the field of the request that says what it came to, where it was left to the model.
 REQUEST_FIELDS = {
@@ -50,14 +51,21 @@ def make_record(pipe: WanPipeline, request: Request, flags: Mapping[str, Any]) -
     return json.loads(json.dumps(record))
 
 
-def seed_of_made(pipe: WanPipeline, request: Request, output: Path, any_seed: bool = False) -> int | None:
-    """The seed of the video that ``output`` is, if it says of itself that it is what ``request`` asks for, or None."""
+def seed_of_made(
+    pipe: WanPipeline, request: Request, output: Path, any_seed: bool = False, extension: Extension | None = None
+) -> int | None:
+    """The seed of the video that ``output`` is, if it says of itself that it is what ``request`` asks for, or None.
+
+    ``extension``: the request's prompt is yet to be written out.
+    """
     if not output.is_file() or RunFolder(output).path.exists():
         return None
     try:
         made = read_settings(output)
     except ValueError:
         return None
+    if extension:
+        made = extension.undone(made)
     asked = json.loads(json.dumps(pipe.settings(request)))
     free = {*NOT_COMPARED, *(("seed",) if any_seed else ())}
     same = all(made.get(name) == value for name, value in asked.items() if name not in free)
@@ -156,7 +164,8 @@ def check_identity(record: Mapping[str, Any], pipe: WanPipeline, folder: RunFold
 
 def _weights(pipe: WanPipeline) -> dict[str, Path]:
     """Every file that the run reads weights from."""
-    return {**pipe.checkpoint.files, **{f"lora {i}": path for i, (path, _) in enumerate(pipe.loras)}}
+    draft = {"taehv": pipe.taehv} if pipe.draft else {}
+    return {**pipe.checkpoint.files, **{f"lora {i}": path for i, (path, _) in enumerate(pipe.loras)}, **draft}
 
 
 def _normal_flags(flags: Mapping[str, Any]) -> dict[str, Any]:

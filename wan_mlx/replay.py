@@ -19,7 +19,7 @@ FLAGS = {
 }  # fmt: skip
 # What a recipe sets, and what is written of a run without being a setting.
 OF_RECIPE = ("steps", "guidance_scale", "shift", "solver")
-NOT_A_FLAG = ("checkpoint", "fps", "task", "versions", "forwards", "quantized")
+NOT_A_FLAG = ("checkpoint", "fps", "task", "versions", "forwards", "quantized", "original_prompt", "extended_by")
 
 
 def config_arguments(path: Path, given: Mapping[str, Any]) -> list[str]:
@@ -76,6 +76,10 @@ def as_flags(settings: Mapping[str, Any], path: Path, given: Mapping[str, Any]) 
     if (loras := settings.pop("loras", None)) and "lora" not in given:
         names = ", ".join(f"{lora['file']} at {lora['strength']:g}" for lora in loras)
         raise UsageError(f"{path} was made with {names}; give it with --lora FILE:STRENGTH")
+    if draft := settings.pop("draft", None):
+        if "taehv" not in given:
+            raise UsageError(f"{path} is a draft by {draft}; give that with --taehv")
+        flags["draft"] = True
     for name, value in settings.items():
         if name in NOT_A_FLAG or name in bound or value is None:
             continue

@@ -15,7 +15,7 @@ Inside the package arrays are channels last: video ``(B, T, H, W, 3)`` in [-1, 1
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -61,7 +61,8 @@ class Request:
     ``cache`` is a step cache with all its settings (`wan_mlx.caching.resolve_cache`). ``guidance_range``,
     ``skip_layers`` and ``skip_range`` are as in `wan_mlx.guidance.Guidance`; ``cfg_zero`` is None for ordinary
     guidance, or CFG-Zero*'s number of first steps without motion. ``recipe`` names the noise levels of a distilled
-    model (`wan_mlx.recipes`).
+    model (`wan_mlx.recipes`). ``original_prompt`` is the user's own where ``prompt`` was written out by the language
+    model ``extended_by`` (`wan_mlx.prompt_extend`).
     """
 
     prompt: str
@@ -90,6 +91,8 @@ class Request:
     recipe: str | None = None
     video: Source | None = None
     strength: float = 1.0
+    original_prompt: str | None = None
+    extended_by: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """Every field as JSON takes it: a source is its path or, of one in memory, its kind, size and SHA-256."""
@@ -187,7 +190,8 @@ class Step:
     estimate of the clean latents, same shape. ``forwards`` are those computed, of the ``passes`` that a run without
     step cache and with guidance all along makes. ``state`` is all that `denoise` needs to go on after this step:
     latents (with VACE's reference frames), the estimate, what solver and cache look back on. Where the cache is
-    large, the state is emptied when the next step is asked for.
+    large, the state is emptied when the next step is asked for. ``previewer`` makes small pictures of latents
+    (`wan_mlx.preview`), where the steps are a pipeline's.
     """
 
     index: int
@@ -200,6 +204,17 @@ class Step:
     passes: int = 0
     seconds: float = 0.0
     state: dict[str, mx.array] = field(default_factory=dict)
+    previewer: Callable[[mx.array], Any] | None = field(default=None, repr=False)
+
+    def preview(self) -> Any:
+        """The current estimate of the video as small frames, numpy uint8 (t, h, w, 3), a pixel for each latent.
+
+        Raises:
+            ValueError: the step is not of a pipeline, or no colours are known for its VAE's latents.
+        """
+        if self.previewer is None:
+            raise ValueError("only a pipeline's steps have previews; of others: pipe.preview(step.denoised)")
+        return self.previewer(self.denoised)
 
 
 @dataclass

@@ -144,14 +144,14 @@ def test_chunked_decode_is_whole(taehv, small):
     for at_once in (1, 2):
         pieces = decoded(taehv, latents_of(5), at_once=at_once, small=small)
         assert len(pieces) == -(-5 // at_once)
-        assert relative_error(np.concatenate(pieces, axis=1), whole[0]) < 1e-6
+        assert relative_error(np.concatenate(pieces, axis=1), whole[0]) < 1e-5
 
 
 def test_chunked_encode_is_whole(taehv):
     frames = mx.array(frames_of(13))
     whole = taehv.encode(frames, at_once=4)
     for at_once in (1, 3):
-        assert relative_error(taehv.encode(frames, at_once=at_once), whole) < 1e-6
+        assert relative_error(taehv.encode(frames, at_once=at_once), whole) < 1e-5
 
 
 def test_pth_gives_the_same(reference, taehv, tmp_path):

@@ -1,0 +1,72 @@
+"""What previews cost beside a step: time of both at true sizes, on whatever device this runs.
+
+    python benchmarks/preview_cost.py                        # previews alone, and a step's work
+    python benchmarks/preview_cost.py --tflops 15            # of a device whose transformer runs at that rate
+    python benchmarks/preview_cost.py --taehv taew2_1.pth    # with TAEHV, too
+
+Latents are noise, which compresses worst. The rate of a machine is what ``python -m wan_mlx.doctor`` measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from wan_mlx.configs import PRESETS, VAEConfig
+from wan_mlx.media import save_video
+from wan_mlx.preview import TinyDecoder, contact_sheet, enlarge, latent_map
+from wan_mlx.weights.taehv import load_taehv
+from wan_mlx.work import forward_parts, seq_len
+
+CASES = [("t2v-1.3B", (21, 60, 104)), ("t2v-14B", (21, 60, 104)), ("t2v-14B", (21, 90, 160))]
+
+
+def best(function: Callable[[], object], times: int) -> float:
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tflops", type=float, help="of the transformer on this device")
+    parser.add_argument("--taehv", metavar="FILE")
+    parser.add_argument("--times", type=int, default=5)
+    args = parser.parse_args()
+    previewers = {"linear map": latent_map(VAEConfig())}
+    if args.taehv:
+        previewers["TAEHV"] = TinyDecoder(load_taehv(args.taehv))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape in CASES:
+            config = PRESETS[name].transformer
+            step = 2 * sum(forward_parts(config, seq_len(config, shape)).values())  # two passes
+            latents = mx.array(np.random.default_rng(0).normal(size=(1, *shape, 16)).astype(np.float32))
+            mx.eval(latents)
+            for kind, previewer in previewers.items():
+                frames = previewer(latents)
+                map_time = best(lambda: previewer(latents), args.times)  # noqa: B023 - called at once
+
+                def write(frames: np.ndarray = frames) -> None:
+                    save_video(Path(folder) / "a.webp", enlarge(frames), 4, {})
+                    save_video(Path(folder) / "a.png", contact_sheet(frames)[None], 1, {})
+
+                whole = map_time + best(write, args.times)
+                said = f"{name} {shape}: {kind} {map_time * 1e3:.1f} ms, with both files {whole * 1e3:.0f} ms; "
+                said += f"a step is {step / 1e12:.0f} TFLOP"
+                if args.tflops:
+                    seconds = step / args.tflops / 1e12
+                    said += f" = {seconds:.1f} s, of which that is {100 * whole / seconds:.2f} %"
+                print(said)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""Previews: what they show, the files, when they are written, and drafts by TAEHV."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from held import Held, run
+from PIL import Image
+
+import wan_mlx
+from wan_mlx import preview
+from wan_mlx.arguments import UsageError
+from wan_mlx.batch import read_jobs
+from wan_mlx.configs import VAEConfig
+from wan_mlx.generate import main
+from wan_mlx.media import read_settings, save_video
+from wan_mlx.preview import PreviewFiles, contact_sheet, latent_map, read_maps
+from wan_mlx.taehv import TAEHV, TAEHVConfig
+from wan_mlx.types import Step
+from wan_mlx.weights.load import parameter_shapes
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return wan_mlx.WanPipeline.from_pretrained("nano", progress=False)
+
+
+@pytest.fixture(scope="module")
+def pipe(pico):
+    return wan_mlx.WanPipeline.from_pretrained(pico, dtype="float32", progress=False)
+
+
+@pytest.fixture(scope="module")
+def taehv(tmp_path_factory):
+    """A narrow TAEHV with random weights, as its files name them."""
+    rng, config = np.random.default_rng(0), TAEHVConfig(encoder_width=4, widths=(8, 6, 4, 4))
+    arrays = {}
+    for name, shape in parameter_shapes(TAEHV(config)).items():
+        values = rng.normal(size=shape).astype(np.float32) / np.sqrt(np.prod(shape[1:]) or 1)
+        arrays[name] = mx.array(np.moveaxis(values, -1, 1) if len(shape) == 4 else values * 0.1)
+    path = tmp_path_factory.mktemp("taehv") / "taew2_1.safetensors"
+    mx.save_safetensors(str(path), {name: mx.contiguous(array) for name, array in arrays.items()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def wan_space(pico, tmp_path_factory):
+    """The tiny model with the normalisation of Wan 2.1's latents."""
+    folder = tmp_path_factory.mktemp("wan") / "model"
+    shutil.copytree(pico, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["vae"] |= {"mean": list(VAEConfig().mean), "std": list(VAEConfig().std)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def fitting():
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import fit_preview
+    finally:
+        sys.path.pop(0)
+    return fit_preview
+
+
+def test_nano_previews_look_like_its_videos(nano):
+    """Latents of a clip with several colours: correlation of the preview with what the VAE decodes them to."""
+    y, x = np.mgrid[:64, :96]
+    clip = np.zeros((5, 64, 96, 3), np.float32) + np.array([-0.8, -0.8, 0.3])
+    for frame in range(5):
+        clip[frame, (x - 20 - 2 * frame) ** 2 + (y - 30) ** 2 < 150] = [0.8, -0.7, -0.7]
+        clip[frame, 20:50, 60 + frame : 85] = [0.7, 0.7, -0.6]
+    (latents,) = nano.encode_videos([[mx.array(clip[None, :1]), mx.array(clip[None, 1:])]])
+    decoded = np.concatenate(list(nano.decode(latents))) / 127.5 - 1
+    shown = nano.preview(latents)
+    assert shown.shape == (2, 8, 12, 3) and shown.dtype == np.uint8
+    assert fitting().correlation(shown, fitting().shrink(decoded, 8)) >= 0.9
+
+
+def test_nano_i2v_has_the_colours_of_nano(nano):
+    i2v = wan_mlx.WanPipeline.from_pretrained("nano-i2v", progress=False)
+    assert np.array_equal(i2v.previewer.factors, nano.previewer.factors)
+
+
+def test_maps_are_whole_and_say_where_they_come_from():
+    assert set(read_maps()) == {"Wan 2.1", "nano"}
+    for space in read_maps().values():
+        assert np.shape(space["factors"]) == (16, 3) and np.shape(space["bias"]) == (3,)
+        assert "latent_rgb" in space["source"] or "examples/fit_preview.py" in space["source"]
+    wan = read_maps()["Wan 2.1"]
+    assert tuple(wan["mean"]) == VAEConfig().mean and tuple(wan["std"]) == VAEConfig().std
+
+
+def test_the_map_is_that_of_the_latents():
+    assert latent_map(VAEConfig()).factors[6, 1] == np.float32(-0.4059)
+    with pytest.raises(ValueError, match=r"expected those of Wan 2.1 or nano; fit them with"):
+        latent_map(VAEConfig(mean=(0.0,) * 16))
+    z = mx.zeros((1, 1, 1, 2, 16))
+    z[0, 0, 0, 1, 14] = 1.0
+    shown = latent_map(VAEConfig())(z)[0, 0].astype(int)
+    assert np.abs(shown[0] - (np.array([-0.1835, -0.0868, -0.3360]) + 1) * 127.5).max() <= 1
+    assert np.abs(shown[1] - shown[0] - np.array([0.3477, 0.2275, 0.2950]) * 127.5).max() <= 1
+
+
+def test_fit_finds_a_linear_map():
+    rng = np.random.default_rng(0)
+    factors, bias, z = rng.normal(size=(16, 3)), rng.normal(size=3), rng.normal(size=(200, 16))
+    found = fitting().fit(z, z @ factors + bias)
+    assert np.allclose(found[0], factors) and np.allclose(found[1], bias)
+    frames = np.arange(5 * 2 * 4 * 3, dtype=float).reshape(5, 2, 4, 3)
+    small = fitting().shrink(frames, 2)
+    assert small.shape == (2, 1, 2, 3)
+    assert small[0, 0, 1, 0] == frames[0, :, 2:, 0].mean() and small[1, 0, 0, 2] == frames[1:, :, :2, 2].mean()
+
+
+def test_the_first_frame_has_its_own_map():
+    rng = np.random.default_rng(0)
+    scale = 0.1 * np.array([4, 1, 1])[:, None, None, None]
+    latents = [rng.normal(size=(3, 2, 2, 16)) for _ in range(8)]
+    found = preview.LatentMap.of(fitting().fit_both([(z, scale * z[..., :3]) for z in latents]))
+    assert np.allclose(found.factors[:3], 0.1 * np.eye(3), atol=1e-3)
+    assert np.allclose(found.first[0][:3], 0.4 * np.eye(3), atol=1e-3)
+    z = mx.array(np.full((1, 2, 1, 1, 16), 0.5, np.float32))
+    assert found(z)[:, 0, 0, 0].tolist() == [int((0.2 + 1) * 127.5), int((0.05 + 1) * 127.5)]
+
+
+def test_steps_show_what_they_estimate(pipe):
+    seen = []
+    video = pipe("a red circle", width=16, height=32, num_frames=5, steps=2, seed=1,
+                 callback=lambda step: seen.append((step.preview(), step.denoised, step.latents)))  # fmt: skip
+    assert [shown.shape for shown, _, _ in seen] == [(2, 4, 2, 3)] * 2
+    for shown, denoised, latents in seen:
+        assert np.array_equal(shown, pipe.preview(denoised))
+        assert (shown is seen[1][0]) == np.array_equal(shown, pipe.preview(latents))  # only the last is clean
+    assert np.array_equal(seen[1][0], pipe.preview(mx.array(np.moveaxis(video.latents, 0, -1)[None])))
+    with pytest.raises(ValueError, match="only a pipeline's steps"):
+        Step(0, 1, 0.0, 0.0, mx.zeros(1), mx.zeros(1)).preview()
+
+
+def test_files(pico, flags, tmp_path, capsys, monkeypatch):
+    """An animation as long as the video and a sheet; replaced whole after the steps that were asked for."""
+    shown, watched = [], tmp_path / "live.webp"
+    write = PreviewFiles.write
+
+    def writing(self, step, request):
+        write(self, step, request)
+        with Image.open(watched) as animation, Image.open(watched.with_suffix(".png")) as sheet:
+            sizes = animation.size, animation.n_frames, sheet.size
+        shown.append((step.index, read_settings(watched)["preview"], *sizes))
+
+    monkeypatch.setattr(PreviewFiles, "write", writing)
+    command = [*talking(flags), "--output", str(tmp_path / "a.mp4"), "--preview", str(watched)]
+    assert main([*command, "--preview-every", "2"]) == 0
+    # 16x16 pixels are 2x2 latents, twice as large in the animation; 9 frames are 3 latent frames, in two rows.
+    assert shown == [(i, {"step": i + 1, "steps": 3}, (4, 4), 3, (4, 4)) for i in (1, 2)]
+    assert read_settings(watched)["prompt"] == "a red circle"
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "live.png", "live.webp"]
+    with Image.open(watched) as animation:
+        durations = []
+        for index in range(animation.n_frames):
+            animation.seek(index)
+            animation.load()
+            durations.append(animation.info["duration"])
+    assert sum(durations) == round(9 / 16 * 1000)
+    said = capsys.readouterr().err
+    assert f"preview   {watched}, {watched.with_suffix('.png')}, after every 2 steps" in said
+    assert "of denoise, 2 times" in said
+    assert main([*command, "--overwrite"]) == 0  # its own files it may replace
+    assert len(shown) == 5
+
+
+def test_the_video_is_the_same(pico, flags, tmp_path):
+    for name, more in (("a", []), ("b", ["--preview", str(tmp_path / "live.webp")])):
+        assert main([*flags, "--output", str(tmp_path / f"{name}.mp4"), *more]) == 0
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_ctrl_c_leaves_a_preview_of_the_last_step(tmp_path, flags):
+    watched = tmp_path / "live.webp"
+    watching = ["--preview", str(watched), "--preview-every", "9"]
+    held = Held("step", 1, *flags, "--output", str(tmp_path / "a.mp4"), *watching)
+    assert not watched.exists()
+    held.process.send_signal(signal.SIGINT)
+    held.wait_for("Ctrl-C again stops at once")
+    held.go_on()
+    code, errors = held.finish()
+    assert code == 130, errors
+    assert read_settings(watched)["preview"] == {"step": 2, "steps": 3}
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4.wan", "live.png", "live.webp"]
+    assert run("--resume", str(tmp_path / "a.mp4"), "--quiet")[0] == 0  # it goes on watching
+    assert read_settings(watched)["preview"] == {"step": 3, "steps": 3}
+
+
+def test_a_preview_that_cannot_be_written_is_no_reason_to_stop(pico, flags, tmp_path, monkeypatch, caplog):
+    def full(path, *rest):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(preview, "save_video", full)
+    assert main([*flags, "--output", str(tmp_path / "a.mp4"), "--preview", str(tmp_path / "live.webp")]) == 0
+    assert [r.message for r in caplog.records].count(
+        "the preview could not be written: [Errno 28] No space left on device"
+    ) == 1
+    assert os.listdir(tmp_path) == ["a.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--preview", "live.gif"], "nearest: live.webp"),
+        (["--preview", "none/live.webp"], "none does not exist"),
+        (["--preview", "a.webp"], "a.webp would be written over a.png"),
+        (["--preview", "live.webp", "--preview-every", "0"], "expected at least 1"),
+        (["--preview", "mine.webp"], "mine.png exists and is no preview"),
+        (["--draft"], "draft needs TAEHV's weights"),
+    ],
+)
+def test_refused_before_any_work(pico, flags, tmp_path, capsys, monkeypatch, more, said):
+    monkeypatch.chdir(tmp_path)
+    save_video("mine.png", np.zeros((1, 4, 4, 3), np.uint8), 1, {})
+    mine = Path("mine.png").read_bytes()
+    assert main([*flags, "--output", "a.png", *more]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and said in last
+    assert os.listdir() == ["mine.png"] and Path("mine.png").read_bytes() == mine
+
+
+def test_each_line_of_a_batch_may_be_watched(flags, tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"prompt": "a red circle", "steps": 1, "output": str(tmp_path / "a.mp4"),
+                                 "preview": str(tmp_path / "live.webp")}))  # fmt: skip
+    assert main([*without_prompt(flags), "--prompts", str(lines)]) == 0
+    assert read_settings(tmp_path / "live.webp")["preview"] == {"step": 1, "steps": 1}
+    own = {"prompt": "a", "output": str(tmp_path / "c.png"), "preview": str(tmp_path / "c.webp")}
+    lines.write_text(json.dumps(own))
+    with pytest.raises(UsageError, match="line 1: preview .* would be written over"):
+        read_jobs(lines, without_prompt(flags), False)
+
+
+def talking(flags):
+    return [flag for flag in flags if flag != "--quiet"]
+
+
+def without_prompt(flags):
+    index = flags.index("--prompt")
+    return [*flags[:index], *flags[index + 2 :]]
+
+
+def test_contact_sheet():
+    frames = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 4, 3), np.uint8) + 1
+    sheet = contact_sheet(frames)
+    assert sheet.shape == (8, 8, 3)  # two columns of four make the squarest picture
+    assert sheet[0, 0, 0] == 1 and sheet[0, 4, 0] == 2 and sheet[2, 0, 0] == 3 and sheet[7, 7, 0] == 0
+    assert contact_sheet(frames, most=3)[:, 0, 0].tolist()[::2] == [1, 4, 7]
+    assert contact_sheet(frames[:1]).shape == (2, 4, 3)
+
+
+def test_taehv_makes_previews_and_drafts(wan_space, taehv, flags, tmp_path, capsys):
+    pipe = wan_mlx.WanPipeline.from_pretrained(wan_space, dtype="float32", progress=False, taehv=taehv, draft=True)
+    options = dict(width=16, height=32, num_frames=5, steps=1, seed=1)
+    steps = []
+    video = pipe("a red circle", **options, callback=steps.append)
+    tiny = wan_mlx.load_taehv(taehv)
+    latents = mx.array(np.moveaxis(video.latents, 0, -1)[None])
+    wanted = np.concatenate([preview.to_uint8(frames[0]) for frames in tiny.decode(latents)])
+    assert video.frames.shape == (5, 32, 16, 3) and np.array_equal(video.frames, wanted)
+    assert video.settings["draft"] == "taew2_1.safetensors"
+    small = next(tiny.decode(latents, at_once=2, small=True))
+    assert np.array_equal(steps[0].preview(), preview.to_uint8(small[0]))
+    plain = wan_mlx.WanPipeline.from_pretrained(wan_space, dtype="float32", progress=False)
+    assert not np.array_equal(plain("a red circle", **options).frames, video.frames)
+    assert "draft" not in plain.settings(plain.request("x"))
+
+
+def test_a_draft_goes_on_as_a_draft(wan_space, taehv, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(taehv, "tae.safetensors")
+    flags = [*talking(flags), "--model", str(wan_space), "--taehv", "tae.safetensors", "--draft", "--output"]
+    assert main([*flags, "whole.mp4"]) == 0
+    assert "draft     decoded by tae.safetensors instead of the VAE" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(TAEHV, "decode", lambda *_, **__: (_ for _ in ()).throw(OSError("cut")))
+        assert main([*flags, "cut.mp4"]) == 1
+    assert main(["--resume", "cut.mp4", "--quiet"]) == 0
+    assert Path("cut.mp4").read_bytes() == Path("whole.mp4").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(TAEHV, "decode", lambda *_, **__: (_ for _ in ()).throw(OSError("cut")))
+        assert main([*flags, "other.mp4"]) == 1
+    arrays = mx.load("tae.safetensors")
+    arrays["decoder.22.bias"] = arrays["decoder.22.bias"] + 0.25
+    mx.eval(arrays)
+    mx.save_safetensors("tae.safetensors", arrays)
+    assert main(["--resume", "other.mp4", "--quiet"]) == 1
+    assert "tae.safetensors is not the file that the run was begun with" in capsys.readouterr().err
+
+
+def test_taehv_is_for_wan_latents(pico, taehv):
+    with pytest.raises(ValueError, match="taehv is for Wan 2.1's latents"):
+        wan_mlx.WanPipeline.from_pretrained(pico, taehv=taehv)

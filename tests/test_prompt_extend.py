@@ -1,0 +1,313 @@
+"""Prompt extension through a real mlx-lm folder: a tiny Qwen2 with random weights, and its tokenizer, made here."""
+
+import argparse
+import json
+import sys
+import types
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+import wan_mlx
+from wan_mlx import prompt_extend
+from wan_mlx.arguments import build_parser
+from wan_mlx.generate import main
+from wan_mlx.media import read_settings
+from wan_mlx.prompt_extend import Extension, PromptExtender, Sampler, complaint_of, extend_prompt, language_of, tidy
+from wan_mlx.prompt_instructions import INSTRUCTIONS
+from wan_mlx.types import WanError
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONFIG = dict(
+    model_type="qwen2", hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4,
+    num_key_value_heads=2, rms_norm_eps=1e-6, max_position_embeddings=4096, tie_word_embeddings=False,
+)  # fmt: skip
+ANSWER = "a red circle turns slowly on a blue wall"
+
+
+def write_model(folder, ending: float = 2.15, template: str | None = TEMPLATE, seed: int = 0):
+    """``ending``: how ready the model is to end its answer; it says random words of the letters a to h."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=260, special_tokens=specials, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator([ANSWER], trainer)
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said | ({"chat_template": template} if template else {})))
+    vocab = tokenizer.get_vocab()
+    config = CONFIG | {"vocab_size": len(vocab), "eos_token_id": vocab["<|im_end|>"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    rng, dim, wide = np.random.default_rng(seed), CONFIG["hidden_size"], CONFIG["intermediate_size"]
+    arrays = {"model.embed_tokens.weight": rng.normal(size=(len(vocab), dim)), "model.norm.weight": np.ones(dim)}
+    for i in range(CONFIG["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        for name, rows in (("q", dim), ("k", dim // 2), ("v", dim // 2)):
+            arrays[f"{layer}self_attn.{name}_proj.weight"] = rng.normal(size=(rows, dim)) / 6
+            arrays[f"{layer}self_attn.{name}_proj.bias"] = rng.normal(size=rows) / 6
+        arrays[f"{layer}self_attn.o_proj.weight"] = rng.normal(size=(dim, dim)) / 6
+        arrays[f"{layer}mlp.gate_proj.weight"] = rng.normal(size=(wide, dim)) / 6
+        arrays[f"{layer}mlp.up_proj.weight"] = rng.normal(size=(wide, dim)) / 6
+        arrays[f"{layer}mlp.down_proj.weight"] = rng.normal(size=(dim, wide)) / 8
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            arrays[f"{layer}{name}.weight"] = np.ones(dim)
+    # The first channel stays large through all layers: what a token's row says to it is how often it comes.
+    arrays["model.embed_tokens.weight"][:, 0] = 12
+    head = rng.normal(size=(len(vocab), dim)) / 8
+    head[:, 0] = -8
+    for token in "abcdefgh":
+        head[vocab[token], 0] = 2
+    head[vocab["Ġ"], 0] = 2
+    head[vocab["<|im_end|>"], 0] = ending
+    arrays["lm_head.weight"] = head
+    mx.save_safetensors(str(folder / "model.safetensors"), {n: mx.array(a, mx.float32) for n, a in arrays.items()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("lm") / "talks")
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("lm") / "endless", ending=-20)
+
+
+@pytest.fixture(scope="module")
+def silent(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("lm") / "silent", ending=20)
+
+
+def test_the_seed_decides(folder):
+    first, again, other = (extend_prompt("a red circle", folder, seed=seed) for seed in (5, 5, 6))
+    assert first == again and first.prompt != other.prompt
+    assert first.original == "a red circle" and first.model == str(folder) and first.complaint is None
+    assert len(first.prompt) > 1 and set(first.prompt) <= set("abcdefgh ")
+
+
+def test_no_global_state_is_touched_and_memory_returns(folder):
+    extend_prompt("a", folder)  # mlx-lm keeps a few small arrays from its first use on
+    mx.random.seed(11)
+    before = np.array(mx.random.state[0]).tolist(), mx.get_active_memory()
+    with PromptExtender(folder) as extender:
+        extender("a red circle")
+        loaded = mx.get_active_memory() - before[1]
+        assert loaded >= (folder / "model.safetensors").stat().st_size * 0.9
+    assert mx.get_active_memory() <= before[1] + 0.01 * loaded
+    assert np.array(mx.random.state[0]).tolist() == before[0]
+
+
+def test_the_model_is_told_what_the_task_needs(folder, monkeypatch):
+    """Instructions and prompt reach the model through its own template, in the prompt's language or the one asked."""
+    import mlx_lm
+
+    told, generate = [], mlx_lm.stream_generate
+
+    def listening(model, tokenizer, ids, **options):
+        told.append(tokenizer.decode(ids))
+        return generate(model, tokenizer, ids, **options)
+
+    monkeypatch.setattr(mlx_lm, "stream_generate", listening)
+    for prompt, task, language, kind, wanted in [
+        ("a cat boxing", "t2v", None, "text", "en"), ("猫在打拳", "vace", None, "text", "zh"),
+        ("a cat boxing", "i2v", "zh", "image", "zh"), ("猫", "flf2v", "en", "transition", "en"),
+    ]:  # fmt: skip
+        extend_prompt(prompt, folder, language, task=task)
+        assert told[-1] == (
+            f"<|im_start|>system\n{INSTRUCTIONS[kind][wanted]}<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+
+
+def test_instructions_are_there_for_each_kind_and_language():
+    assert set(prompt_extend.KINDS.values()) == set(INSTRUCTIONS)
+    for texts in INSTRUCTIONS.values():
+        assert language_of(texts["zh"]) == "zh" and language_of(texts["en"]) == "en"
+        assert len(texts["zh"]) > 200 and len(texts["en"]) > 600
+
+
+def test_an_endless_answer_leaves_the_prompt(endless, monkeypatch, caplog):
+    monkeypatch.setattr(prompt_extend, "MAX_TOKENS", 20)
+    extended = extend_prompt("a red circle", endless)
+    assert extended.prompt == "a red circle" and extended.complaint == "did not come to an end within 20 tokens"
+    assert f"the prompt stays as it is: {endless}'s answer did not come to an end" in caplog.text
+
+
+def test_an_empty_answer_leaves_the_prompt(silent, caplog):
+    extended = extend_prompt("a red circle", silent)
+    assert extended.prompt == "a red circle" and extended.complaint == "is empty"
+    assert "answer is empty" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "words", ["I'm sorry, but I can't help with that.", "I cannot assist with this request.", "Sorry, no.",
+              "As an AI language model, I", "抱歉，我无法完成", "我不能描述这样的内容", "对不起，"]
+)  # fmt: skip
+def test_a_refusal_leaves_the_prompt(folder, words):
+    with PromptExtender(folder) as extender:
+        extender._generate = lambda *_: (words, True)
+        extended = extender("a red circle")
+    assert extended.prompt == "a red circle" and extended.complaint.startswith("is a refusal (")
+    assert complaint_of("A sorry-looking cat cannot reach the shelf", True) is None
+
+
+def test_tidy():
+    assert tidy('<think>\nhow?\n</think>\n"A cat\n boxes."') == "A cat boxes."
+    assert tidy("“一只猫”") == "一只猫"
+    assert tidy('"Stop" says the sign "now"') == '"Stop" says the sign "now"'
+
+
+def test_sampler():
+    logprobs = mx.log(mx.array([[0.1, 0.5, 0.3, 0.1]]))
+    drawn = [int(sampler(logprobs)[0]) for sampler in [Sampler(3, temperature=1.0, top_p=0.75)] for _ in range(200)]
+    assert set(drawn) == {1, 2} and 90 <= drawn.count(1) <= 160  # of the likeliest, 5 to 3
+    assert {int(sampler(logprobs)[0]) for sampler in [Sampler(0, top_p=0.01)] for _ in range(20)} == {1}
+
+
+def test_what_is_no_model_is_said(folder, tmp_path):
+    with pytest.raises(WanError, match="has no chat template"):
+        extend_prompt("a", write_model(tmp_path / "base", template=None))
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/config.json").write_text('{"model_type": "unheard_of"}')
+    with pytest.raises(WanError, match="odd cannot be loaded: ") as error:
+        extend_prompt("a", tmp_path / "odd")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="language is 'fr', expected one of zh, en"):
+        extend_prompt("a", folder, "fr")
+    with pytest.raises(ValueError, match="unknown task 'x'"):
+        extend_prompt("a", folder, task="x")
+
+
+def test_pipeline(folder, pico):
+    pipe = wan_mlx.WanPipeline.from_pretrained(pico, dtype="float32", progress=False)
+    options = dict(width=16, height=16, num_frames=1, steps=1, seed=5)
+    video = pipe("a red circle", extend_prompt=folder, **options)
+    words = extend_prompt("a red circle", folder, seed=5).prompt
+    assert video.settings["prompt"] == words and video.settings["original_prompt"] == "a red circle"
+    assert video.settings["extended_by"] == str(folder)
+    assert np.array_equal(video.latents, pipe(words, **options).latents)
+    assert pipe("a red circle", **options).settings["original_prompt"] is None
+
+
+def without(flags, name):
+    index = flags.index(name)
+    return [*flags[:index], *flags[index + 2 :]]
+
+
+def test_command_line(folder, flags, tmp_path, capsys):
+    extend = ["--extend-prompt", "--extend-model", str(folder)]
+    output = tmp_path / "a.png"
+    assert main([*flags, *extend, "--dry-run"]) == 0
+    assert f"extend    the prompt by {folder}" in capsys.readouterr().err
+    flags = [flag for flag in flags if flag != "--quiet"] + ["--frames", "1", "--steps", "1"]
+    assert main([*flags, *extend, "--output", str(output)]) == 0
+    words = extend_prompt("a red circle", folder, seed=3).prompt
+    said = capsys.readouterr().err
+    assert f"prompt    {words}\n          written out by {folder} from: a red circle\n" in said
+    settings = read_settings(output)
+    assert (settings["prompt"], settings["original_prompt"]) == (words, "a red circle")
+    again = tmp_path / "again.png"  # the same words, without the language model
+    assert main(["--config", str(output), "--model", flags[1], "--output", str(again), "--quiet"]) == 0
+    assert read_settings(again)["prompt"] == words and read_settings(again)["original_prompt"] is None
+
+
+def test_a_batch_loads_one_model(folder, flags, tmp_path, monkeypatch):
+    loads, enter = [], PromptExtender.__enter__
+    monkeypatch.setattr(PromptExtender, "__enter__", lambda self: loads.append(1) or enter(self))
+    lines = tmp_path / "lines.jsonl"
+    rest = {"frames": 1, "steps": 1, "extend_prompt": True, "extend_model": str(folder)}
+    entries = [{"prompt": p, "seed": i, "output": str(tmp_path / f"{i}.png"), **rest} for i, p in enumerate("ab")]
+    lines.write_text("\n".join(map(json.dumps, entries)))
+    command = [*without(flags, "--prompt"), "--prompts", str(lines)]
+    assert main(command) == 0 and len(loads) == 1
+    for i, prompt in enumerate("ab"):
+        settings = read_settings(tmp_path / f"{i}.png")
+        assert settings["original_prompt"] == prompt
+        assert settings["prompt"] == extend_prompt(prompt, folder, seed=i).prompt
+    loads.clear()
+    assert main(command) == 0 and not loads  # both are made already
+
+
+def parsed(*words) -> argparse.Namespace:
+    return build_parser().parse_args(["--prompt", "a", *words])
+
+
+def test_official_flags():
+    assert Extension.of(parsed()) is None
+    assert Extension.of(parsed("--use_prompt_extend")) == Extension(None, "zh")
+    assert Extension.of(parsed("--extend-prompt")) == Extension(None, None)
+    official = parsed("--use_prompt_extend", "--prompt_extend_method", "local_qwen", "--prompt_extend_model",
+                      "Qwen2.5_14B", "--prompt_extend_target_lang", "en")  # fmt: skip
+    assert Extension.of(official) == Extension("Qwen2.5_14B", "en")
+    assert prompt_extend.choose_model("Qwen2.5_14B", False) == "mlx-community/Qwen2.5-14B-Instruct-4bit"
+    assert prompt_extend.choose_model(None, False) == "mlx-community/Qwen2.5-7B-Instruct-4bit"
+    with pytest.raises(ValueError, match="dashscope is a service on the net, expected local_qwen"):
+        Extension.of(parsed("--use_prompt_extend", "--prompt_extend_method", "dashscope"))
+    with pytest.raises(ValueError, match="expected --extend-prompt, too"):
+        Extension.of(parsed("--extend-model", "x"))
+
+
+@pytest.fixture
+def vision(folder, tmp_path, monkeypatch):
+    """A folder that says it sees, and in place of mlx-vlm a module that notes what it is given."""
+    seen = types.SimpleNamespace(config={"model_type": "sees"})
+
+    def load(path):
+        seen.path = path
+        return types.SimpleNamespace(config=seen.config), "processor"
+
+    def apply_chat_template(processor, config, messages, num_images):
+        assert processor == "processor" and config is seen.config
+        seen.messages, seen.num_images = messages, num_images
+        return "templated"
+
+    def stream_generate(model, processor, prompt, image=None, max_tokens=None, sampler=None):
+        assert prompt == "templated" and isinstance(sampler, Sampler)
+        seen.pictures = [np.asarray(Image.open(path)) for path in image or ()]
+        yield types.SimpleNamespace(text="a red ", finish_reason=None)
+        yield types.SimpleNamespace(text="circle moves", finish_reason="stop")
+
+    fake = types.ModuleType("mlx_vlm")
+    fake.load, fake.apply_chat_template, fake.stream_generate = load, apply_chat_template, stream_generate
+    monkeypatch.setitem(sys.modules, "mlx_vlm", fake)
+    seen.folder = tmp_path / "sees"
+    seen.folder.mkdir()
+    (seen.folder / "config.json").write_text(json.dumps({"model_type": "sees", "vision_config": {}}))
+    return seen
+
+
+def test_a_model_that_sees_is_shown_the_picture(vision):
+    picture = np.full((1000, 500, 3), (200, 30, 30), np.uint8)
+    extended = extend_prompt("it moves", vision.folder, task="flf2v", image=picture, last_image=picture[:100])
+    assert extended.prompt == "a red circle moves" and vision.path == str(vision.folder)
+    assert [shown.shape for shown in vision.pictures] == [(768, 384, 3), (100, 500, 3)] and vision.num_images == 2
+    assert (vision.pictures[0][5, 5] == (200, 30, 30)).all()
+    assert vision.messages[0] == {"role": "system", "content": INSTRUCTIONS["transition"]["en"]}
+    assert prompt_extend.choose_model(None, True) == "mlx-community/Qwen2.5-VL-7B-Instruct-4bit"
+
+
+def test_a_text_model_is_not_shown_the_picture(vision, folder):
+    picture = np.zeros((16, 16, 3), np.uint8)
+    assert extend_prompt("a", folder, task="i2v", image=picture).complaint is None
+    assert not hasattr(vision, "pictures")
+
+
+def test_without_mlx_vlm_it_is_said_what_to_install(vision, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "mlx_vlm", None)
+    with pytest.raises(ImportError, match=r"needs mlx-vlm to see the picture: pip install 'wan-mlx\[vlm\]'"):
+        extend_prompt("a", vision.folder, task="i2v", image=np.zeros((16, 16, 3), np.uint8))
+    assert prompt_extend.choose_model(None, True) == prompt_extend.DEFAULT_MODEL
+    assert "will not see the picture" in caplog.text
