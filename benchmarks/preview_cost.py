@@ -20,7 +20,7 @@ import numpy as np
 
 from wan_mlx.configs import PRESETS, VAEConfig
 from wan_mlx.media import save_video
-from wan_mlx.preview import TinyDecoder, contact_sheet, enlarge, latent_map
+from wan_mlx.preview import TinyDecoder, enlarge, latent_map, sheet_of
 from wan_mlx.weights.taehv import load_taehv
 from wan_mlx.work import forward_parts, seq_len
 
@@ -57,7 +57,7 @@ def main() -> None:
 
                 def write(frames: np.ndarray = frames) -> None:
                     save_video(Path(folder) / "a.webp", enlarge(frames), 4, {})
-                    save_video(Path(folder) / "a.png", contact_sheet(frames)[None], 1, {})
+                    save_video(Path(folder) / "a.png", sheet_of(frames)[None], 1, {})
 
                 whole = map_time + best(write, args.times)
                 said = f"{name} {shape}: {kind} {map_time * 1e3:.1f} ms, with both files {whole * 1e3:.0f} ms; "

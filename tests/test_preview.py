@@ -20,7 +20,7 @@ from wan_mlx.batch import read_jobs
 from wan_mlx.configs import VAEConfig
 from wan_mlx.generate import main
 from wan_mlx.media import read_settings, save_video
-from wan_mlx.preview import PreviewFiles, contact_sheet, latent_map, read_maps
+from wan_mlx.preview import PreviewFiles, latent_map, read_maps, sheet_of
 from wan_mlx.taehv import TAEHV, TAEHVConfig
 from wan_mlx.types import Step
 from wan_mlx.weights.load import parameter_shapes
@@ -177,6 +177,17 @@ def test_files(pico, flags, tmp_path, capsys, monkeypatch):
     assert len(shown) == 5
 
 
+def test_programs_are_told(flags, tmp_path, capsys):
+    watched = tmp_path / "live.webp"
+    flags = [*talking(flags), "--json", "--preview", str(watched), "--preview-every", "2"]
+    assert main([*flags, "--output", str(tmp_path / "a.mp4")]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event for event in events if event["event"] == "preview"] == [
+        {"event": "preview", "animation": str(watched), "sheet": str(watched.with_suffix(".png")), "step": step}
+        for step in (1, 2)
+    ]
+
+
 def test_the_video_is_the_same(pico, flags, tmp_path):
     for name, more in (("a", []), ("b", ["--preview", str(tmp_path / "live.webp")])):
         assert main([*flags, "--output", str(tmp_path / f"{name}.mp4"), *more]) == 0
@@ -253,13 +264,13 @@ def without_prompt(flags):
     return [*flags[:index], *flags[index + 2 :]]
 
 
-def test_contact_sheet():
+def test_sheet():
     frames = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 4, 3), np.uint8) + 1
-    sheet = contact_sheet(frames)
+    sheet = sheet_of(frames)
     assert sheet.shape == (8, 8, 3)  # two columns of four make the squarest picture
     assert sheet[0, 0, 0] == 1 and sheet[0, 4, 0] == 2 and sheet[2, 0, 0] == 3 and sheet[7, 7, 0] == 0
-    assert contact_sheet(frames, most=3)[:, 0, 0].tolist()[::2] == [1, 4, 7]
-    assert contact_sheet(frames[:1]).shape == (2, 4, 3)
+    assert sheet_of(frames[:1]).shape == (2, 4, 3)
+    assert sheet_of(np.zeros((60, 2, 4, 3), np.uint8)).shape == (14, 16, 3)  # 25 of them
 
 
 def test_taehv_makes_previews_and_drafts(wan_space, taehv, flags, tmp_path, capsys):

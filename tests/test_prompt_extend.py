@@ -224,6 +224,14 @@ def test_command_line(folder, flags, tmp_path, capsys):
     assert read_settings(again)["prompt"] == words and read_settings(again)["original_prompt"] is None
 
 
+def test_command_line_says_why_the_prompt_stays(silent, flags, tmp_path, capsys):
+    output = tmp_path / "a.png"
+    flags = [*flags, "--frames", "1", "--steps", "1", "--extend-prompt", "--extend-model", str(silent)]
+    assert main([*flags, "--output", str(output)]) == 0
+    assert capsys.readouterr().err == f"the prompt stays as it is: {silent}'s answer is empty\n"
+    assert read_settings(output)["prompt"] == "a red circle" and read_settings(output)["extended_by"] is None
+
+
 def test_a_batch_loads_one_model(folder, flags, tmp_path, monkeypatch):
     loads, enter = [], PromptExtender.__enter__
     monkeypatch.setattr(PromptExtender, "__enter__", lambda self: loads.append(1) or enter(self))
@@ -263,7 +271,7 @@ def test_official_flags():
 @pytest.fixture
 def vision(folder, tmp_path, monkeypatch):
     """A folder that says it sees, and in place of mlx-vlm a module that notes what it is given."""
-    seen = types.SimpleNamespace(config={"model_type": "sees"})
+    seen = types.SimpleNamespace(config={"model_type": "sees"}, reason="stop")
 
     def load(path):
         seen.path = path
@@ -274,14 +282,13 @@ def vision(folder, tmp_path, monkeypatch):
         seen.messages, seen.num_images = messages, num_images
         return "templated"
 
-    def stream_generate(model, processor, prompt, image=None, max_tokens=None, sampler=None):
-        assert prompt == "templated" and isinstance(sampler, Sampler)
+    def generate(model, processor, prompt, image=None, max_tokens=None, sampler=None):
+        assert prompt == "templated" and isinstance(sampler, Sampler) and max_tokens == prompt_extend.MAX_TOKENS
         seen.pictures = [np.asarray(Image.open(path)) for path in image or ()]
-        yield types.SimpleNamespace(text="a red ", finish_reason=None)
-        yield types.SimpleNamespace(text="circle moves", finish_reason="stop")
+        return types.SimpleNamespace(text="a red circle moves", finish_reason=seen.reason)
 
     fake = types.ModuleType("mlx_vlm")
-    fake.load, fake.apply_chat_template, fake.stream_generate = load, apply_chat_template, stream_generate
+    fake.load, fake.apply_chat_template, fake.generate = load, apply_chat_template, generate
     monkeypatch.setitem(sys.modules, "mlx_vlm", fake)
     seen.folder = tmp_path / "sees"
     seen.folder.mkdir()
@@ -296,6 +303,8 @@ def test_a_model_that_sees_is_shown_the_picture(vision):
     assert [shown.shape for shown in vision.pictures] == [(768, 384, 3), (100, 500, 3)] and vision.num_images == 2
     assert (vision.pictures[0][5, 5] == (200, 30, 30)).all()
     assert vision.messages[0] == {"role": "system", "content": INSTRUCTIONS["transition"]["en"]}
+    vision.reason = "length"
+    assert extend_prompt("it moves", vision.folder, task="i2v", image=picture).prompt == "it moves"
     assert prompt_extend.choose_model(None, True) == "mlx-community/Qwen2.5-VL-7B-Instruct-4bit"
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
     from .memory import Plan as Plan
     from .memory import plan as plan
     from .pipeline import WanPipeline as WanPipeline
+    from .prompt_extend import PromptExtender as PromptExtender
+    from .prompt_extend import extend_prompt as extend_prompt
     from .types import Conditioning as Conditioning
     from .types import MemoryPlanError as MemoryPlanError
     from .types import Request as Request

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
 def extend(extension: Extension, requests: list[Request]) -> list[Request]:
     """The requests with their prompts written out, and what they came to said."""
     note(f"extend    the prompt by {extension.model or 'the default language model'}")
-    requests = extension(requests)
+    requests = extension(requests, partial(note, important=True))
     for request in requests:
         if request.original_prompt is not None:
             note(f"prompt    {request.prompt}")

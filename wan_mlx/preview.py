@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from .configs import VAEConfig
-from .media import check_output, read_settings, save_video, to_uint8
+from .media import check_output, contact_sheet, read_settings, save_video, to_uint8
 from .terminal import event
 from .types import Step, WanError
 
@@ -111,15 +111,11 @@ def read_maps() -> dict[str, dict[str, Any]]:
     return json.loads(MAPS.read_text(encoding="utf-8"))
 
 
-def contact_sheet(frames: np.ndarray, most: int = SHEET_FRAMES) -> np.ndarray:
-    """Up to ``most`` evenly spaced frames, uint8 (T, H, W, 3), row by row in one picture about as wide as high."""
-    chosen = np.linspace(0, len(frames) - 1, min(len(frames), most)).round().astype(int)
-    _, height, width, _ = frames.shape
-    columns = min(len(chosen), max(1, round(math.sqrt(len(chosen) * height / width))))
-    rows = math.ceil(len(chosen) / columns)
-    sheet = np.zeros((rows * columns, height, width, 3), np.uint8)
-    sheet[: len(chosen)] = frames[chosen]
-    return np.concatenate([np.concatenate(list(row), axis=1) for row in sheet.reshape(rows, columns, *sheet.shape[1:])])
+def sheet_of(frames: np.ndarray) -> np.ndarray:
+    """Up to `SHEET_FRAMES` of the frames, uint8 (T, H, W, 3), row by row in one picture about as wide as high."""
+    height, width = frames.shape[1:3]
+    columns = max(1, round(math.sqrt(min(len(frames), SHEET_FRAMES) * height / width)))
+    return np.asarray(contact_sheet(frames, columns, SHEET_FRAMES, columns * width))
 
 
 def enlarge(frames: np.ndarray, factor: int = ENLARGED) -> np.ndarray:
@@ -172,7 +168,7 @@ class PreviewFiles:
         fps = request.fps * len(frames) / request.num_frames
         try:
             save_video(self.path, enlarge(frames), fps, about)
-            save_video(self.sheet, contact_sheet(frames)[None], 1, about)
+            save_video(self.sheet, sheet_of(frames)[None], 1, about)
         except (OSError, WanError) as error:
             if not self._failed:
                 log.warning("the preview could not be written: %s", error)

@@ -216,16 +216,16 @@ class Extension:
                              "are only extended on this machine")  # fmt: skip
         return cls(model, language or (None if args.extend_prompt else "zh"))  # the official default
 
-    def __call__(self, requests: Sequence[Request]) -> list[Request]:
+    def __call__(self, requests: Sequence[Request], tell: Callable[[str], None] = log.warning) -> list[Request]:
         """The requests with longer prompts, by one model that is loaded once and dropped; each by its own seed.
 
-        A request whose prompt stays is the same as before; a warning says why.
+        A request whose prompt stays is the same as before; ``tell`` is told why.
         """
         pictures = [[p for p in (request.image, request.last_image) if p is not None] for request in requests]
         done = []
         with PromptExtender(self.model, self.language, any(pictures)) as extender:
             for request, shown in zip(requests, pictures, strict=True):
-                extended = _told(extender(request.prompt, KINDS[request.task], request.seed, shown))
+                extended = _told(extender(request.prompt, KINDS[request.task], request.seed, shown), tell)
                 if extended.complaint is None:
                     request = replace(
                         request, prompt=extended.prompt, original_prompt=extended.original, extended_by=extended.model
@@ -241,9 +241,9 @@ class Extension:
         return {**settings, "prompt": settings["original_prompt"], "original_prompt": None, "extended_by": None}
 
 
-def _told(extended: Extended) -> Extended:
+def _told(extended: Extended, tell: Callable[[str], None] = log.warning) -> Extended:
     if extended.complaint:
-        log.warning("the prompt stays as it is: %s's answer %s", extended.model, extended.complaint)
+        tell(f"the prompt stays as it is: {extended.model}'s answer {extended.complaint}")
     return extended
 
 
@@ -321,22 +321,20 @@ def _text_model(folder: Path) -> Callable[..., tuple[str, bool]]:
 
 def _vision_model(folder: Path) -> Callable[..., tuple[str, bool]]:
     """(instructions, prompt, sampler, PIL images) → the answer, and whether it came to an end."""
-    from mlx_vlm import apply_chat_template, load, stream_generate
+    from mlx_vlm import apply_chat_template, load
+    from mlx_vlm import generate as answer
 
     model, processor = load(str(folder))
 
     def generate(instructions: str, prompt: str, sampler: Sampler, pictures: Sequence[Any]) -> tuple[str, bool]:
         messages = [{"role": "system", "content": instructions}, {"role": "user", "content": prompt}]
         text = apply_chat_template(processor, model.config, messages, num_images=len(pictures))
-        words, reason = "", None
         with tempfile.TemporaryDirectory() as temporary:
             paths = [str(Path(temporary) / f"{i}.png") for i in range(len(pictures))]
             for picture, path in zip(pictures, paths, strict=True):
                 picture.save(path)
-            parts = stream_generate(model, processor, text, paths or None, max_tokens=MAX_TOKENS, sampler=sampler)
-            for part in parts:
-                words, reason = words + part.text, part.finish_reason
-        return words, reason == "stop"
+            result = answer(model, processor, text, paths, max_tokens=MAX_TOKENS, sampler=sampler)
+        return result.text, result.finish_reason == "stop"
 
     return generate
 
