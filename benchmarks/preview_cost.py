@@ -21,8 +21,10 @@ import numpy as np
 from wan_mlx.configs import PRESETS, VAEConfig
 from wan_mlx.media import save_video
 from wan_mlx.preview import TinyDecoder, enlarge, latent_map, sheet_of
+from wan_mlx.taehv import TAEHVConfig
+from wan_mlx.taehv import decode_flop as taehv_flop
 from wan_mlx.weights.taehv import load_taehv
-from wan_mlx.work import forward_parts, seq_len
+from wan_mlx.work import decode_flop, forward_parts, seq_len
 
 CASES = [("t2v-1.3B", (21, 60, 104)), ("t2v-14B", (21, 60, 104)), ("t2v-14B", (21, 90, 160))]
 
@@ -66,6 +68,10 @@ def main() -> None:
                     seconds = step / args.tflops / 1e12
                     said += f" = {seconds:.1f} s, of which that is {100 * whole / seconds:.2f} %"
                 print(said)
+            for kind, small in (("TAEHV's small decode", True), ("TAEHV's draft", False)):
+                work = taehv_flop(TAEHVConfig(), shape, small)
+                print(f"    {kind}: {work / 1e12:.1f} TFLOP, {100 * work / step:.2f} % of that step; "
+                      f"the VAE's decode: {decode_flop(VAEConfig(), shape) / 1e12:.0f}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -121,6 +121,26 @@ def test_fit_finds_a_linear_map():
     assert small[0, 0, 1, 0] == frames[0, :, 2:, 0].mean() and small[1, 0, 0, 2] == frames[1:, :, :2, 2].mean()
 
 
+def test_fitting_script(tmp_path, monkeypatch, capsys):
+    """Any videos, any model: the map is written beside the others, and found by the model's latents."""
+    rng = np.random.default_rng(0)
+    clips = []
+    for index in range(4):
+        clips.append(str(tmp_path / f"{index}.gif"))
+        colours = rng.integers(0, 255, (5, 1, 1, 3)).astype(np.uint8)
+        save_video(clips[-1], np.broadcast_to(colours, (5, 16, 32, 3)), 8, {})
+    maps = tmp_path / "maps.json"
+    monkeypatch.setattr(fitting(), "MAPS", maps)
+    monkeypatch.setattr(sys, "argv", ["fit_preview.py", "--model", "nano", "--size", "32x16", "--save", "again",
+                                      "--source", "here", "--clips", *clips])  # fmt: skip
+    fitting().main()
+    assert capsys.readouterr().out.startswith("3 clips fitted; on 1 others: correlation ")
+    written = json.loads(maps.read_text())
+    assert list(written) == [*read_maps(), "again"] and written["Wan 2.1"] == read_maps()["Wan 2.1"]
+    assert written["again"]["mean"] == read_maps()["nano"]["mean"] and written["again"]["source"] == "here"
+    assert np.shape(written["again"]["first"]["factors"]) == (16, 3)
+
+
 def test_the_first_frame_has_its_own_map():
     rng = np.random.default_rng(0)
     scale = 0.1 * np.array([4, 1, 1])[:, None, None, None]

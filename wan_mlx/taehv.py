@@ -147,7 +147,7 @@ class TAEHV(nn.Module):
         Args:
             latents: (1, t, h, w, C), normalised as the transformer sees them.
             at_once: how many latent frames are decoded at a time.
-            small: one frame per latent frame, of the latents' own height and width, at about a tenth of the work: what
+            small: one frame per latent frame, of the latents' own height and width, for a quarter of the work: what
                 makes frames larger is left out, as the reference suggests for previews.
 
         Returns:
@@ -200,3 +200,18 @@ def _double(x: mx.array) -> mx.array:
     """Every pixel twice in both directions: (n, H, W, C) → (n, 2H, 2W, C)."""
     n, height, width, dim = x.shape
     return mx.broadcast_to(x[:, :, None, :, None], (n, height, 2, width, 2, dim)).reshape(n, 2 * height, 2 * width, dim)
+
+
+def decode_flop(config: TAEHVConfig, latent_shape: tuple[int, int, int], small: bool = False) -> float:
+    """Floating-point operations of decoding latents (t, h, w); a multiply-add counts as two."""
+    frames, height, width = latent_shape
+    pixels = frames * height * width
+    flop = pixels * 18 * config.z_dim * config.widths[0]
+    for dim, next_dim, grow in zip(config.widths, config.widths[1:], config.grows, strict=False):
+        flop += pixels * 3 * 18 * 4 * dim**2  # three blocks of convolutions 2d -> d, d -> d, d -> d
+        pixels *= 1 if small else 4
+        grow = 1 if small else grow
+        flop += pixels * 2 * dim * dim * grow
+        pixels *= grow
+        flop += pixels * 18 * dim * next_dim
+    return float(flop + pixels * 18 * config.widths[-1] * 3)

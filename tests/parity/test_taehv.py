@@ -8,7 +8,7 @@ from oracles import randomize, relative_error
 from safetensors.torch import save_file
 from torch import nn
 
-from wan_mlx.taehv import TAEHVConfig
+from wan_mlx.taehv import TAEHVConfig, decode_flop
 from wan_mlx.types import WeightsError
 from wan_mlx.weights.load import parameter_shapes
 from wan_mlx.weights.taehv import load_taehv
@@ -152,6 +152,17 @@ def test_chunked_encode_is_whole(taehv):
     whole = taehv.encode(frames, at_once=4)
     for at_once in (1, 3):
         assert relative_error(taehv.encode(frames, at_once=at_once), whole) < 1e-5
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_work_is_what_torch_counts(small):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = Reference(**SIZES, small=small)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.decode(torch.zeros(3, 16, 2, 4))
+    config = TAEHVConfig(encoder_width=SIZES["width"], widths=SIZES["widths"])
+    assert decode_flop(config, (3, 2, 4), small) == counter.get_total_flops()
 
 
 def test_pth_gives_the_same(reference, taehv, tmp_path):
