@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from held import Held, run
+from hub_server import serving
 from PIL import Image
 
 import wan_mlx
@@ -330,6 +331,17 @@ def test_a_draft_goes_on_as_a_draft(wan_space, taehv, flags, tmp_path, monkeypat
     mx.save_safetensors("tae.safetensors", arrays)
     assert main(["--resume", "other.mp4", "--quiet"]) == 1
     assert "tae.safetensors is not the file that the run was begun with" in capsys.readouterr().err
+
+
+def test_taehv_of_a_hub(wan_space, taehv, tmp_path, monkeypatch):
+    repos = {"some/Autoencoders": {"taew2_1.safetensors": taehv.read_bytes(), "other.pth": b"no"}}
+    with serving(repos, monkeypatch, tmp_path) as hub:
+        name = "some/Autoencoders:taew2_1.safetensors"
+        pipe = wan_mlx.WanPipeline.from_pretrained(wan_space, progress=False, taehv=name, draft=True)
+        assert hub.got() == {"taew2_1.safetensors": 1}
+    assert pipe.settings(pipe.request("x"))["draft"] == "taew2_1.safetensors"
+    with pytest.raises(wan_mlx.WeightsError, match="none.pth"):
+        wan_mlx.WanPipeline.from_pretrained(wan_space, taehv=tmp_path / "none.pth")
 
 
 def test_taehv_is_for_wan_latents(pico, taehv):

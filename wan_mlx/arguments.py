@@ -44,9 +44,9 @@ NO_MEANING = {
     "ring_size": "there is one GPU",
 }
 # Values that are paths: what they mean depends on the folder that the command is run in.
-PATH_FLAGS = ("image", "last_image", "src_video", "src_mask", "src_ref_images", "video", "output", "preview", "taehv")
+PATH_FLAGS = ("image", "last_image", "src_video", "src_mask", "src_ref_images", "video", "output", "preview")
 # Values that are paths if there is something by that name, or else names on a hub.
-MODEL_FLAGS = ("model", "transformer", "text_encoder", "vae", "image_encoder", "tokenizer")
+MODEL_FLAGS = ("model", "transformer", "text_encoder", "vae", "image_encoder", "tokenizer", "taehv")
 # What may differ from the first command when a run goes on: it has no part in what the video shows.
 FREE_ON_RESUME = (
     "resume", "overwrite", "dry_run", "quiet", "debug", "version", "memory", "vae_tiling", "no_prompt_cache",
@@ -248,8 +248,8 @@ def add_watching(parser: Parser) -> None:
     watching.add_argument("--preview", metavar="FILE", help="what it is becoming, after every step: a small animation "
                           "FILE.webp, and FILE.png with its frames side by side")  # fmt: skip
     watching.add_argument("--preview-every", type=int, default=1, metavar="N", help="only after every N steps")
-    watching.add_argument("--taehv", metavar="FILE", help="weights of the tiny autoencoder TAEHV, taew2_1.pth: finer "
-                          "previews")  # fmt: skip
+    watching.add_argument("--taehv", metavar="FILE", help="weights of the tiny autoencoder TAEHV, for finer previews: "
+                          "taew2_1.pth, or on the hub lightx2v/Autoencoders:taew2_1.safetensors")  # fmt: skip
     watching.add_argument("--draft", action="store_true", help="decode the video with TAEHV, too: fast, less fine")
 
 

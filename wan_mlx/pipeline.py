@@ -40,7 +40,7 @@ from .transformer import Transformer
 from .types import Conditioning, Request, RunState, StageReport, Step, Video
 from .weights.beside import set_loras
 from .weights.checkpoint import PARTS, Checkpoint, open_checkpoint
-from .weights.hub import Places, preset_of, resolve_loras
+from .weights.hub import Places, preset_of, resolve, resolve_loras
 from .weights.load import open_component, transformer_config, vae_config
 from .weights.lora import LoraChoice, describe_lora, normalise_loras
 from .weights.networks import (
@@ -174,8 +174,8 @@ class WanPipeline:
                 (path, strength); the path may be a repository's file as in ``model``. Quantised weights keep them
                 beside, as `set_loras` does.
             prompt_cache: keep encoded prompts on disk (`wan_mlx.prompt_cache`), to encode each only once.
-            taehv: weights of TAEHV for Wan 2.1's latents (``taew2_1.pth`` or .safetensors): its decoder makes the
-                previews.
+            taehv: weights of TAEHV for Wan 2.1's latents (``taew2_1.pth`` or .safetensors) or their name on a hub, such
+                as "lightx2v/Autoencoders:taew2_1.safetensors": its decoder makes the previews.
             draft: decode the video with TAEHV as well: in a fraction of the VAE's time, and a little less fine.
             transformer, text_encoder, vae, image_encoder, tokenizer: a file in any format that is read, or a folder
                 or repository that has it, to use instead of what ``model`` has; that is then not downloaded.
@@ -191,6 +191,7 @@ class WanPipeline:
         parts = dict(zip(PARTS, (transformer, text_encoder, vae, image_encoder, tokenizer), strict=True))
         places = Places(model, {part: place for part, place in parts.items() if place is not None}, loras)
         here = places.resolve(source, progress)
+        taehv = None if taehv is None else resolve(taehv, source, progress)
         checkpoint = open_checkpoint(here.model, here.parts)
         if found is None and checkpoint.model is None:
             found = preset_of(model)  # two models of the same sizes differ in their defaults

@@ -19,6 +19,9 @@ LATENTS, OUTPUT = "decoder.1.weight", "decoder.22.weight"
 def load_taehv(path: str | Path, dtype: str | mx.Dtype = "float32") -> TAEHV:
     """Load TAEHV from its file, safetensors or .pth; widths are read from the weights' shapes.
 
+    The file of HunyuanVideo's latents (``taehv``) has the very same keys and shapes, and cannot be told from
+    ``taew2_1``: with it all colours are wrong.
+
     Raises:
         ValueError: unknown ``dtype``.
         WeightsError: the file is not a whole TAEHV of Wan 2.1's latents; says which it is, where that can be told.
