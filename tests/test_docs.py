@@ -1,0 +1,332 @@
+"""Every command in README.md, README.zh-CN.md and docs/ runs, and what they say of flags and memory is so.
+
+Commands are read from the files. Each is first given ``--dry-run``, exactly as it stands, in a folder where the models
+it names lie at their true sizes (headers; the data are holes). Then it makes its video, with tiny models by those names
+and few small frames, unless others show all its flags. What is not run is listed here.
+"""
+
+import json
+import re
+import shlex
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+import weights_convert
+from wan_mlx import configs, doctor, generate, memory, peaks, pipeline, selftest, terminal
+from wan_mlx.arguments import build_parser
+from wan_mlx.configs import PRESETS, TransformerConfig
+from wan_mlx.transformer import Transformer
+from wan_mlx.vace import VaceTransformer
+from wan_mlx.weights.hub import BUNDLED
+from wan_mlx.weights.load import parameter_shapes
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "README.zh-CN.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+# They install, or run the tests themselves.
+NOT_RUN = ("pip install", "pytest", "ruff")
+# A name in the pages → the folder here that stands for it; whatever else they name must be a preset, or be here.
+NAMES = {
+    "Wan-AI/Wan2.1-T2V-1.3B": "t2v-1.3B", "./Wan2.1-T2V-1.3B": "t2v-1.3B", "Wan-AI/Wan2.1-T2V-14B": "t2v-14B",
+    "./Wan2.1-T2V-14B": "t2v-14B", "./Wan2.1-T2V-14B-q8": "t2v-14B", "Wan-AI/Wan2.1-I2V-14B-480P": "i2v-14B-480P",
+    "Wan-AI/Wan2.1-FLF2V-14B-720P": "flf2v-14B-720P", "Wan-AI/Wan2.1-VACE-1.3B": "vace-1.3B",
+    "Wan-AI/Wan2.1-VACE-14B": "vace-14B", "city96/Wan2.1-T2V-14B-gguf:wan2.1-t2v-14b-Q4_K_M.gguf": "t2v-14B",
+    "city96/umt5-xxl-encoder-gguf:umt5-xxl-encoder-Q8_0.gguf": "t2v-14B",
+    f"{configs.COMFYUI_TRANSFORMERS}/wan2.1_t2v_1.3B_fp16.safetensors": "t2v-1.3B",
+    configs.COMFYUI_PARTS["text_encoder"]: "t2v-1.3B", configs.COMFYUI_PARTS["vae"]: "t2v-1.3B",
+    **{name: name for name in ("t2v-1.3B", "t2v-14B", "i2v-14B-480P", "nano", "nano-i2v")},
+}  # fmt: skip
+STAND_INS = sorted(set(NAMES.values()))
+SMALL = "--size 16x16 --frames 5 --dtype float32 --overwrite --quiet"
+FOLDERS = ("--model", "--ckpt_dir", "--text-encoder", "--vae")
+
+
+@dataclass(frozen=True)
+class Block:
+    """What stands between two fences, and where."""
+
+    page: str
+    language: str
+    text: str
+
+
+def blocks() -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for match in re.finditer(r"^( *)```(\w*)\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL):
+            found.append(Block(page, match[2], re.sub(f"^{match[1]}", "", match[3], flags=re.MULTILINE)))
+    return found
+
+
+def commands() -> dict[str, tuple[str, ...]]:
+    """Each command once, without what only tells two alike apart → its words."""
+    found: dict[str, tuple[str, ...]] = {}
+    for block in blocks():
+        if block.language != "sh":
+            continue
+        for line in block.text.replace("\\\n", " ").splitlines():
+            line = re.sub(r'^eval "\$\((.*)\)"$', r"\1", line.strip())
+            words = shlex.split(line, comments=True)
+            for command in split(words):
+                text = shlex.join(command)
+                if command and not text.startswith(NOT_RUN):
+                    found.setdefault(re.sub(r"(--(?:prompt|output)) ('.*?'|\S+)", r"\1", text), tuple(command))
+    return found
+
+
+def split(words: list[str]) -> list[list[str]]:
+    found: list[list[str]] = [[]]
+    for word in words:
+        if word == "&&":
+            found.append([])
+        else:
+            found[-1].append(word)
+    return found
+
+
+def covering(commands: dict[str, tuple[str, ...]]) -> set[str]:
+    """As few of the commands as have every flag with every task, the first of all, and all that make no video."""
+    chosen, seen = {next(iter(commands))}, set()
+    for text, words in sorted(commands.items(), key=lambda item: -len(item[1])):
+        tasks = {PRESETS[NAMES[word]].task for word in words if word in NAMES}
+        flags = {(word, task) for word in words if word.startswith("--") for task in tasks or {""}}
+        if flags - seen or "--prompt" not in words:
+            chosen.add(text)
+            seen |= flags
+    return chosen
+
+
+COMMANDS = commands()
+MADE = covering(COMMANDS)
+
+
+def sparse(path: Path, config: TransformerConfig) -> None:
+    """A transformer's file of true size, whose data are a hole in the disk."""
+    network = VaceTransformer if config.model_type == "vace" else Transformer
+    header, end = {"__metadata__": {"layout": "mlx", "component": "transformer"}}, 0
+    for name, shape in parameter_shapes(network(config)).items():
+        begin, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def tiny(path: Path, config: TransformerConfig) -> None:
+    network = VaceTransformer if config.model_type == "vace" else Transformer
+    mx.random.seed(0)
+    arrays = {name: 0.05 * mx.random.normal(shape) for name, shape in parameter_shapes(network(config)).items()}
+    mx.save_safetensors(str(path), arrays, {"layout": "mlx", "component": "transformer"})
+
+
+def write_model(folder: Path, name: str, pico: Path, is_tiny: bool) -> None:
+    """An MLX folder that says it is the preset ``name``."""
+    folder.mkdir(parents=True)
+    for part in ("text_encoder.safetensors", "vae.safetensors", "tokenizer.model"):
+        (folder / part).symlink_to(pico / part)
+    config = json.loads((pico / "config.json").read_text())
+    sizes = PRESETS[name].transformer
+    if is_tiny:
+        sizes = replace(sizes, dim=256, ffn_dim=640, num_heads=2, num_layers=1, text_dim=128, image_dim=80,
+                        vace_layers=(0,) if sizes.vace_layers else ())  # fmt: skip
+    if sizes.has_image_branch:
+        (folder / "image_encoder.safetensors").symlink_to(BUNDLED["nano-i2v"] / "image_encoder.safetensors")
+        config["image_encoder"] = json.loads((BUNDLED["nano-i2v"] / "config.json").read_text())["image_encoder"]
+    (tiny if is_tiny else sparse)(folder / "transformer.safetensors", sizes)
+    (folder / "config.json").write_text(json.dumps({**config, "model": name, "transformer": asdict(sizes)}))
+
+
+def write_lora(path: Path, config: TransformerConfig) -> None:
+    down, up = mx.random.normal((2, config.dim)), 0.1 * mx.random.normal((config.dim, 2))
+    key = "diffusion_model.blocks.0.self_attn.q"
+    mx.save_safetensors(str(path), {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up})
+
+
+@pytest.fixture(scope="module")
+def homes(tmp_path_factory, pico):
+    """Two folders to run commands in, by whether the models there are tiny."""
+    homes = {}
+    for is_tiny in (True, False):
+        home = homes[is_tiny] = tmp_path_factory.mktemp("home")
+        for name in STAND_INS:
+            if is_tiny or not name.startswith("nano"):
+                write_model(home / "models" / name, name, pico, is_tiny)
+        sources = ROOT / "examples/sources"
+        shutil.copytree(sources, home / "examples/sources")
+        for name in ("photo.jpg", "girl.png", "snake.png", "first.png", "last.png"):
+            Image.open(sources / "first.png").convert("RGB").save(home / name)
+        shutil.copy(sources / "mask.png", home)
+        for name, source in (("clip.mp4", "clip.mp4"), ("depth.mp4", "guide.mp4")):
+            shutil.copy(sources / source, home / name)
+        lines = next(block.text for block in blocks() if block.language == "json" and "a cat boxing" in block.text)
+        (home / "cats.jsonl").write_text(lines)
+        for name in ("style", "motion", "causvid", "lightx2v"):
+            big = "t2v-14B" if name == "lightx2v" else "t2v-1.3B"
+            small = replace(PRESETS[big].transformer, dim=256)
+            write_lora(home / f"{name}.safetensors", small if is_tiny else PRESETS[big].transformer)
+        made = ["--model", "t2v-1.3B", "--prompt", "a cat", "--seed", "1", "--steps", "1", "--output", "cat.mp4"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(home)
+            quick = ["--model", str(homes[True] / "models/t2v-1.3B"), *shlex.split(SMALL)]
+            assert generate.main([*made, *quick]) in (0, 3)
+        shutil.copy(home / "cat.mp4", home / "models")
+    return homes
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """The doctor measures nothing and no language model is there: `test_doctor` and `test_prompt_extend` show both."""
+    monkeypatch.setattr(generate, "extend", lambda extension, requests: requests)
+    monkeypatch.setattr(selftest, "_rate", lambda *_, **__: 1.0)
+    monkeypatch.setattr(selftest, "operations", lambda: iter(()))
+    monkeypatch.setattr(selftest, "nano", lambda dtype: selftest.Check(f"nano, {dtype}", "ok", ""))
+    yield
+    terminal.set_voice(build_parser().parse_args([]))
+
+
+def substituted(words: list[str], home: Path, keep_nano: bool) -> list[str]:
+    """With the folders of ``home`` for the models."""
+    found = list(words)
+    for place, word in enumerate(words[1:], start=1):
+        if words[place - 1] in FOLDERS:
+            name = NAMES[word]  # a KeyError: a name in the pages that nothing here stands for
+            if not (keep_nano and name.startswith("nano")):
+                found[place] = str(home / "models" / name)
+    return found
+
+
+def run(words: tuple[str, ...], home: Path, monkeypatch, dry: bool) -> int | None:
+    """The exit code, or None where a dry run makes no sense."""
+    words = list(words)
+    while re.fullmatch(r"\w+=\S+", words[0]):
+        monkeypatch.setenv(*words.pop(0).split("=", 1))
+    if ">" in words:
+        del words[words.index(">") :]
+    program, *rest = words
+    if program == "python":
+        program, *rest = rest if rest[0] != "-m" else rest[1:]
+    if program == "wan_mlx.doctor":
+        return None if dry else doctor.main(rest)
+    if program == "weights_convert.py":
+        return None if dry else weights_convert.main([str(home / "models" / NAMES.get(w, w)) if w in NAMES else w
+                                                      for w in rest] + ["--quiet"])  # fmt: skip
+    assert program in ("wan-mlx", "wan_mlx.generate"), program
+    if rest[0] in generate.COMMANDS or rest[0] in ("--help", "--version") or "--plan" in rest:
+        return None if dry else main(rest)
+    rest = substituted(rest, home, keep_nano=dry)
+    shutil.copy(home / "models/cat.mp4", home)
+    if "--config" in rest:
+        rest += ["--model", str(home / "models/t2v-1.3B")]
+    if dry:
+        return main([*rest, "--dry-run", "--overwrite"])
+    return main([*rest, *shlex.split(SMALL), *smaller(rest)])
+
+
+def smaller(rest: list[str]) -> list[str]:
+    """What more is changed to make it quick: as few steps as there may be, and what needs true sizes."""
+    if "--prompts" in rest or "--resume" in rest:
+        return ["--dry-run"]
+    flags = ["--frames", "1"] if "--num-images" in rest else []
+    if "--slg" in rest:  # there is one block
+        flags += ["--slg", "0:0.1-0.9"]
+    if "--cache" in rest:  # TeaCache and MagCache have constants for the true sizes alone
+        return [*flags, "--cache", "easycache", "--steps", "10"]
+    return flags if "--recipe" in rest else [*flags, "--steps", "2"]
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        return generate.main(arguments)
+    except SystemExit as stopped:  # --help
+        return stopped.code or 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(command, homes, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(pipeline.WanPipeline, "stages", counted(pipeline.WanPipeline.stages, made))
+    for is_dry in (True, False) if command in MADE else (True,):
+        monkeypatch.chdir(homes[not is_dry])
+        code = run(COMMANDS[command], homes[not is_dry], monkeypatch, is_dry)
+        said = capsys.readouterr()
+        # 3: a video was made; what weights of noise paint is likely to be flat.
+        assert code in ((0, None) if is_dry else (0, 3)), said.err
+        assert "has no effect here" not in said.err or "--offload_model" in command
+    words = COMMANDS[command]
+    makes = "--prompt" in words and not {"--plan", "--dry-run"} & set(words)
+    assert bool(made) == (command in MADE and (makes or "--config" in words))
+
+
+def counted(stages, made):
+    def count(self, request, resume=None):
+        made.append(request)
+        return stages(self, request, resume)
+
+    return count
+
+
+def test_the_pages_are_read():
+    assert len(PAGES) == 8 and len(COMMANDS) > 40
+    assert {block.language for block in blocks()} <= {"sh", "python", "json", ""}
+    zh, en = ([b.text for b in blocks() if b.page == page] for page in ("README.zh-CN.md", "README.md"))
+    assert len(zh) == len(en) and [len(text.splitlines()) for text in zh] == [len(text.splitlines()) for text in en]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_runs(page, homes, monkeypatch):
+    monkeypatch.chdir(homes[True])
+    names = {}
+    for block in blocks():
+        if block.page == page and block.language == "python":
+            sampling = configs.Sampling(1, 3.0, 3.0)
+            monkeypatch.setitem(
+                PRESETS, "nano", replace(PRESETS["nano"], size=(16, 16), num_frames=5, sampling=sampling)
+            )
+            exec(block.text.replace('"nano"', repr(str(homes[True] / "models/nano"))), names)
+
+
+def test_every_link_leads_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8")):
+            assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), (page, link)
+
+
+def test_every_flag_is_told():
+    """And none that there is not."""
+    text = (ROOT / "docs/flags.md").read_text(encoding="utf-8")
+    own = text[: text.index("`weights_convert.py` takes")]
+    flags = {flag for action in build_parser()._actions for flag in action.option_strings if flag != "-h"}
+    told = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", own))
+    assert flags - told == set() and told - flags == set()
+
+
+def memory_table(page: str) -> list[tuple[str, ...]]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"^\| ([\w.-]+) \| (\d+)x(\d+) \| (.+) \|$", text, re.MULTILINE)
+
+
+def test_the_memory_table_is_what_plans_say(monkeypatch):
+    """Within a fifth: predictions are refined now and then."""
+    monkeypatch.setattr(peaks, "on_cpu", lambda: False)
+    presets = {name.lower(): name for name in PRESETS}
+    rows = memory_table("README.md")
+    assert len(rows) >= 5 and rows == memory_table("README.zh-CN.md")
+    for row, width, height, told in rows:
+        name, size = presets[row.lower()], (int(width), int(height))
+
+        def plan(room, quantize=None, name=name, size=size):
+            return memory.plan(name, *size, 81, memory=room, quantize=quantize)
+
+        streamed = next(row.peak for row in plan("24GB").rows if row.stage == "denoise")
+        decode = peaks.decode(configs.VAEConfig(), (21, size[1] // 8, size[0] // 8), None, 4)
+        want = [plan("200GB").peak, plan("200GB", "q8").peak, plan("200GB", "q4").peak, max(decode, streamed),
+                plan("100MB").peak]  # fmt: skip
+        got = [float(number.removesuffix(" GiB")) * 2**30 for number in told.split(" | ")]
+        assert got == pytest.approx(want, rel=0.2), name
