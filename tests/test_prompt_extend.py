@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import re
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -222,6 +225,28 @@ def test_command_line(folder, flags, tmp_path, capsys):
     again = tmp_path / "again.png"  # the same words, without the language model
     assert main(["--config", str(output), "--model", flags[1], "--output", str(again), "--quiet"]) == 0
     assert read_settings(again)["prompt"] == words and read_settings(again)["original_prompt"] is None
+
+
+def test_a_run_goes_on_with_its_words(folder, flags, tmp_path, monkeypatch):
+    """However the language model would answer now."""
+    output = tmp_path / "a.mp4"
+    flags = [*flags, "--extend-prompt", "--extend-model", str(folder), "--output", str(output)]
+    with monkeypatch.context() as patch:
+        patch.setattr(wan_mlx.WanPipeline, "decode", lambda *_: (_ for _ in ()).throw(OSError("cut")))
+        assert main(flags) == 1
+    monkeypatch.setattr(PromptExtender, "__enter__", None)
+    assert main(["--resume", str(output)]) == 0
+    settings = read_settings(output)
+    assert settings["original_prompt"] == "a red circle" and settings["extended_by"] == str(folder)
+
+
+def test_mlx_lm_is_imported_here_alone():
+    package = Path(wan_mlx.__file__).parent
+    imports = re.compile(r"(import|from) mlx_(lm|vlm)")
+    users = {path.name for path in package.rglob("*.py") if imports.search(path.read_text("utf-8"))}
+    assert users == {"prompt_extend.py"}
+    names = "import sys, wan_mlx.generate, wan_mlx.prompt_extend; sys.exit('mlx_lm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", names]).returncode == 0
 
 
 def test_command_line_says_why_the_prompt_stays(silent, flags, tmp_path, capsys):

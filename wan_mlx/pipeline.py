@@ -232,8 +232,9 @@ class WanPipeline:
 
         Args:
             prompt: what it should show.
-            callback: called with each `Step` as it ends. If it returns False, sampling stops there and the video is
-                the estimate of that step, `Step.denoised`; its settings then say ``stopped_after``.
+            callback: called with each `Step` as it ends; `Step.preview` shows it. If it returns False, sampling stops
+                there and the video is the estimate of that step, `Step.denoised`; its settings then say
+                ``stopped_after``.
             extend_prompt: have the prompt written out in detail first, in its own language: True for the default
                 language model, or one that mlx-lm runs (`wan_mlx.prompt_extend`).
             options: as for `request`: negative_prompt, width, height, num_frames, steps, guidance_scale, shift,
