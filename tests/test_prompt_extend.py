@@ -287,8 +287,8 @@ def test_official_flags():
     assert Extension.of(official) == Extension("Qwen2.5_14B", "en")
     assert prompt_extend.choose_model("Qwen2.5_14B", False) == "mlx-community/Qwen2.5-14B-Instruct-4bit"
     assert prompt_extend.choose_model(None, False) == "mlx-community/Qwen2.5-7B-Instruct-4bit"
-    with pytest.raises(ValueError, match="dashscope is a service on the net, expected local_qwen"):
-        Extension.of(parsed("--use_prompt_extend", "--prompt_extend_method", "dashscope"))
+    dashscope = parsed("--use_prompt_extend", "--prompt_extend_method", "dashscope")
+    assert Extension.of(dashscope) == Extension(None, "zh")
     with pytest.raises(ValueError, match="expected --extend-prompt, too"):
         Extension.of(parsed("--extend-model", "x"))
 

@@ -99,6 +99,9 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
     for flag, reason in NO_MEANING.items():
         if getattr(args, flag) is not None:
             note(f"--{flag} has no effect here: {reason}")
+    if args.prompt_extend_method == "dashscope":
+        note("--prompt_extend_method dashscope has no effect here: prompts never leave this machine, a model here "
+             "writes them out")  # fmt: skip
 
     from .media import check_output
     from .preview import open_previews

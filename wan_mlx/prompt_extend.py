@@ -204,16 +204,13 @@ class Extension:
         """What the flags ask for; None if nothing.
 
         Raises:
-            ValueError: by a service on the net, or a model or language for an extension that is not asked for.
+            ValueError: a model or language for an extension that is not asked for.
         """
         model, language = args.prompt_extend_model, args.prompt_extend_target_lang
         if not (args.extend_prompt or args.use_prompt_extend):
             if model or language:
                 raise ValueError("--extend-model and --extend-language do nothing alone, expected --extend-prompt, too")
             return None
-        if args.prompt_extend_method == "dashscope":
-            raise ValueError("--prompt_extend_method dashscope is a service on the net, expected local_qwen: prompts "
-                             "are only extended on this machine")  # fmt: skip
         return cls(model, language or (None if args.extend_prompt else "zh"))  # the official default
 
     def __call__(self, requests: Sequence[Request], tell: Callable[[str], None] = log.warning) -> list[Request]:
