@@ -1,7 +1,7 @@
-"""Image to video: a picture is the first frame, the prompt says what happens.
+"""Image to video: a picture is the first frame, the prompt says what happens. By itself with nano-i2v, in the package.
 
-python examples/image_to_video.py --image my.jpg --prompt "she turns around and smiles"
-python examples/image_to_video.py --model ./Wan2.1-I2V-14B-720P
+python examples/image_to_video.py
+python examples/image_to_video.py --model Wan-AI/Wan2.1-I2V-14B-480P --image my.jpg --prompt "she turns and smiles"
 """
 
 import argparse
@@ -10,9 +10,9 @@ from pathlib import Path
 import wan_mlx
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", default="Wan-AI/Wan2.1-I2V-14B-480P", help="a folder, or a hub id of an I2V model")
-parser.add_argument("--image", default=Path(__file__).parent / "sources/first.png")
-parser.add_argument("--prompt", default="a red circle moves right on a blue background")
+parser.add_argument("--model", default="nano-i2v", help="nano-i2v, a folder, or a hub id of an I2V model")
+parser.add_argument("--image", default=Path(__file__).parent / "first_frame.png")
+parser.add_argument("--prompt", default="the yellow star moves up")
 parser.add_argument("--output", default="image_to_video.mp4")
 args = parser.parse_args()
 

@@ -19,9 +19,9 @@ import multiprocessing
 import os
 from pathlib import Path
 
-import evaluate
 import models
 import numpy as np
+import reading
 import render
 import torch
 import world
@@ -223,14 +223,14 @@ def accuracy(vae, tokenizer, workers, args, device) -> dict:
             for piece in (latents * std + mean).split(8):
                 video = models.decode(vae, piece)
                 clips.extend(to_bytes(video).permute(0, 2, 3, 4, 1).cpu().numpy())
-        readings = list(workers.map(evaluate.measure, clips))
-        scores = [evaluate.score(r, scene) for r, (_, scene) in zip(readings, prompts, strict=True)]
+        readings = list(workers.map(reading.measure, clips))
+        scores = [reading.score(r, scene) for r, (_, scene) in zip(readings, prompts, strict=True)]
         name = f"{width}x{height}x{frames}"
-        table[name] = {**evaluate.summarise(scores), "prompts": len(prompts)}
+        table[name] = {**reading.summarise(scores), "prompts": len(prompts)}
         say(f"{name}: {table[name]}")
-        for (prompt, _), reading, right in zip(prompts, readings, scores, strict=True):
+        for (prompt, _), read, right in zip(prompts, readings, scores, strict=True):
             if not all(right.values()) and len(table[name].setdefault("wrong", [])) < 8:
-                table[name]["wrong"].append([prompt, *reading])
+                table[name]["wrong"].append([prompt, *read])
         if index == 0:
             film_strips(args.out / "samples.png", clips[:12])
     return table

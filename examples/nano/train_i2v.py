@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-import evaluate
 import models
 import numpy as np
+import reading
 import render
 import torch
 import world
@@ -127,14 +127,14 @@ def accuracy(vae, text_encoder, tokenizer, workers, glyphs, args, device) -> dic
                 )  # fmt: skip
             for piece in (latents * std + mean).split(8):
                 clips.extend(to_bytes(models.decode(vae, piece)).permute(0, 2, 3, 4, 1).cpu().numpy())
-        readings = list(workers.map(evaluate.measure, clips))
-        scores = [evaluate.score(r, scene) for r, (_, scene) in zip(readings, prompts, strict=True)]
+        readings = list(workers.map(reading.measure, clips))
+        scores = [reading.score(r, scene) for r, (_, scene) in zip(readings, prompts, strict=True)]
         kept = [
             psnr(clip[0], first) for clip, first in zip(clips, image.permute(0, 2, 3, 1).cpu().numpy(), strict=True)
         ]
         name = f"{width}x{height}x{frames}"
         table[name] = {
-            **evaluate.summarise(scores),
+            **reading.summarise(scores),
             "prompts": count,
             "first frame, dB": [round(float(f(kept)), 1) for f in (np.mean, np.min)],
         }

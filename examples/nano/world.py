@@ -104,11 +104,11 @@ def sample_scene(
     return Scene(things, background, width, height, frames, int(rng.integers(2**31)), given)
 
 
-def held_out_prompts(count: int = 96) -> list[tuple[str, Scene]]:
+def held_out_prompts(count: int = 96, size: tuple[int, int, int] = SIZES[0]) -> list[tuple[str, Scene]]:
     """``count`` prompts with their scenes: held-out combinations in a fixed order, every fourth in Chinese."""
     prompts = []
     for index, (colour, kind, motion, background) in enumerate(_held_out_combinations()[:count]):
-        scene = Scene((Thing(kind, colour, motion),), background, seed=index)
+        scene = Scene((Thing(kind, colour, motion),), background, *size, seed=index)
         rng = np.random.default_rng(1000 + index)
         prompts.append((caption(scene, rng, "zh" if index % 4 == 3 else "en", complete=True), scene))
     return prompts
