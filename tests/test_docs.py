@@ -134,7 +134,7 @@ def write_model(folder: Path, name: str, pico: Path, is_tiny: bool) -> None:
     config = json.loads((pico / "config.json").read_text())
     sizes = PRESETS[name].transformer
     if is_tiny:
-        sizes = replace(sizes, dim=256, ffn_dim=640, num_heads=2, num_layers=1, text_dim=128, image_dim=80,
+        sizes = replace(sizes, dim=128, ffn_dim=128, num_heads=1, num_layers=1, text_dim=128, image_dim=80,
                         vace_layers=(0,) if sizes.vace_layers else ())  # fmt: skip
     if sizes.has_image_branch:
         (folder / "image_encoder.safetensors").symlink_to(BUNDLED["nano-i2v"] / "image_encoder.safetensors")
@@ -169,7 +169,7 @@ def homes(tmp_path_factory, pico):
         (home / "cats.jsonl").write_text(lines)
         for name in ("style", "motion", "causvid", "lightx2v"):
             big = "t2v-14B" if name == "lightx2v" else "t2v-1.3B"
-            small = replace(PRESETS[big].transformer, dim=256)
+            small = replace(PRESETS[big].transformer, dim=128)
             write_lora(home / f"{name}.safetensors", small if is_tiny else PRESETS[big].transformer)
         made = ["--model", "t2v-1.3B", "--prompt", "a cat", "--seed", "1", "--steps", "1", "--output", "cat.mp4"]
         with pytest.MonkeyPatch.context() as patch:
