@@ -18,8 +18,7 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from wan_mlx.configs import Preset, TextEncoderConfig
-from wan_mlx.pipeline import find_preset
+from wan_mlx.configs import Preset, TextEncoderConfig, find_preset
 from wan_mlx.text_encoder import parameter_shapes as text_encoder_shapes
 from wan_mlx.transformer import Transformer
 from wan_mlx.vae import VAE

@@ -216,3 +216,27 @@ PRESETS: dict[str, Preset] = {
         ),
     )
 }  # fmt: skip
+
+
+def find_preset(name: str) -> Preset:
+    """A preset by its name, or by the name that the official ``--task`` gives it.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    official = {"i2v-14B": "i2v-14B-720P", "flf2v-14B": "flf2v-14B-720P", "t2i-14B": "t2v-14B"}
+    name = official.get(name, name)
+    if name not in PRESETS:
+        raise ValueError(f"unknown model or task {name!r}; known: {', '.join([*PRESETS, *official])}")
+    return PRESETS[name]
+
+
+def of_same_shapes(preset: Preset) -> list[Preset]:
+    """The other released models whose weights have the very shapes of this one's, so that a file cannot tell."""
+    return [p for p in PRESETS.values() if p.transformer == preset.transformer and p is not preset]
+
+
+def preset_for(config: TransformerConfig) -> Preset:
+    """The published model of the same kind whose width is nearest; of several, the first in `PRESETS`."""
+    same = [p for p in PRESETS.values() if p.repo and p.transformer.model_type == config.model_type]
+    return min(same, key=lambda preset: abs(preset.transformer.dim - config.dim))

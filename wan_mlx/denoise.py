@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 
 from .caching import StepCache
 from .guidance import Guidance, Model, guided_velocity, plain_passes
 from .schedulers import Scheduler
-from .types import Conditioning, SamplingError, Step
+from .types import Conditioning, RunState, SamplingError, Step
 
 
 def denoise(
@@ -88,3 +90,22 @@ def named(owner: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
 def part_of(state: Mapping[str, mx.array], owner: str) -> dict[str, mx.array]:
     """What `named` put into the state for ``owner``."""
     return {name.removeprefix(f"{owner}."): a for name, a in state.items() if name.startswith(f"{owner}.")}
+
+
+def with_condition(model: Model, conditioning: Conditioning) -> Model:
+    """The model with what stays the same at every step filled in: (latents, timestep, context) → velocity."""
+    if conditioning.vace_context is not None:
+        return partial(model, vace_context=conditioning.vace_context, vace_scale=conditioning.context_scale)
+    return partial(model, condition=conditioning.condition, image_features=conditioning.image_features)
+
+
+def step_reached(scheduler: Scheduler, reached: RunState) -> Step:
+    """The last step of ``reached``, as `denoise` yielded it; it took no time now."""
+    index, state = reached.steps - 1, reached.state
+    timestep, sigma = float(scheduler.timesteps[index]), float(scheduler.sigmas[index])
+    return Step(index, len(scheduler.timesteps), timestep, sigma, state["latents"], state["denoised"], state=state)
+
+
+def without_references(step: Step, count: int) -> Step:
+    """The step of the video alone, without the first ``count`` latent frames."""
+    return replace(step, latents=step.latents[:, count:], denoised=step.denoised[:, count:])

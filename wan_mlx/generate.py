@@ -419,7 +419,7 @@ def tell_watching(pipe: WanPipeline, previews: PreviewFiles | None) -> None:
 
 def origins(pipe: WanPipeline) -> list[str]:
     """Parts that were given apart, and which other defaults would suit the same weights."""
-    from .pipeline import of_same_shapes
+    from .configs import of_same_shapes
 
     base = pipe.checkpoint.path
     lines = [

@@ -414,3 +414,8 @@ def _url(path: Path) -> str:
 
 SAVERS = {".gif": _save_gif, ".webp": _save_webp, ".png": _save_png, ".npz": _save_npz}
 READERS = {".mp4": _read_mp4, ".gif": _read_gif, ".webp": _read_webp, ".png": _read_png, ".npz": _read_npz}
+
+
+def latents_to_numpy(latents: mx.array) -> np.ndarray:
+    """(1, t, h, w, C) → numpy float32 (C, t, h, w), PyTorch's layout."""
+    return np.ascontiguousarray(np.moveaxis(np.array(latents[0]), -1, 0))

@@ -455,8 +455,7 @@ def find_model(model: str | Path) -> tuple[Preset, Any]:
     Raises:
         ValueError: it is on a hub, and its sizes are not known.
     """
-    from .configs import PRESETS
-    from .pipeline import find_preset, preset_for
+    from .configs import PRESETS, find_preset, preset_for
     from .weights.checkpoint import open_checkpoint
     from .weights.hub import is_cached, preset_of, resolve
     from .weights.networks import config_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -17,34 +16,31 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from . import __version__, tiling
-from .caching import make_cache, resolve_cache
-from .configs import PRESETS, TEXT_LEN, Preset, TransformerConfig, VAEConfig
-from .denoise import denoise
-from .guards import is_out_of_memory
-from .guidance import Guidance, Model, check_guidance, zero_steps_of
-from .media import to_uint8
+from .caching import make_cache
+from .configs import TEXT_LEN, Preset, find_preset, preset_for
+from .denoise import denoise, step_reached, with_condition, without_references
+from .guidance import Guidance
+from .media import latents_to_numpy, to_uint8
 from .memory import Plan, choose, limited_cache, parse_memory, with_advice
 from .peaks import Networks
-from .preview import Previewer, TinyDecoder, is_same_space, latent_map
+from .preview import Previewer, TinyDecoder, latent_map, tiny_autoencoder
 from .prompt_cache import PromptCache
 from .prompt_extend import Extension
-from .recipes import find_recipe, scheduler_for
-from .schedulers import SOLVERS, Scheduler
-from .sources import Source
-from .taehv import TAEHV
-from .tasks import TASKS, fit_sources
+from .recipes import scheduler_for
+from .requests import build_request
+from .tasks import TASKS
 from .text_encoder import pad_context
 from .tiling import parse_tiling
 from .tokenizer import Tokenizer
-from .transformer import Transformer
 from .types import Conditioning, Request, RunState, StageReport, Step, Video
 from .weights.beside import set_loras
 from .weights.checkpoint import PARTS, Checkpoint, open_checkpoint
 from .weights.hub import Places, preset_of, resolve, resolve_loras
-from .weights.load import open_component, transformer_config, vae_config
+from .weights.load import open_component
 from .weights.lora import LoraChoice, describe_lora, normalise_loras
 from .weights.networks import (
     check_loras,
+    config_of,
     load_image_encoder,
     load_text_encoder,
     load_transformer,
@@ -53,17 +49,15 @@ from .weights.networks import (
     no_progress,
     parse_dtype,
     sizes_of,
+    vae_config_of,
 )
 from .weights.quantize import check_mode
 from .weights.spiece import read_tokenizer
-from .weights.taehv import load_taehv
 
 log = logging.getLogger(__name__)
 
 # What `WanPipeline.stages` yields: the conditioning, then each step, then decoded frames uint8 (n, H, W, 3).
 Event = Conditioning | Step | np.ndarray
-MAX_RANDOM_SEED = 2**31
-DEFAULT_STRENGTH = 0.7  # of video to video
 
 
 class WanPipeline:
@@ -104,7 +98,7 @@ class WanPipeline:
         self.quantized = modes_of(checkpoint, quantize)
         self.checkpoint = checkpoint
         self.dtype, self.quantize = dtype, quantize
-        self.config = _transformer_config(checkpoint)
+        self.config = config_of(checkpoint)
         self.guessed_preset = preset is None and checkpoint.model is None
         self.preset = preset or (find_preset(checkpoint.model) if checkpoint.model else preset_for(self.config))
         self.progress = progress
@@ -295,101 +289,7 @@ class WanPipeline:
             stages=self.reports,
         )
 
-    def request(
-        self,
-        prompt: str,
-        negative_prompt: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        num_frames: int | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        shift: float | None = None,
-        solver: str | None = None,
-        seed: int | None = None,
-        image: Source | None = None,
-        last_image: Source | None = None,
-        src_video: Source | None = None,
-        src_mask: Source | None = None,
-        src_ref_images: Sequence[Source] = (),
-        context_scale: float = 1.0,
-        cache: str | None = None,
-        guidance_range: tuple[float, float] = (0.0, 1.0),
-        cfg_zero: bool | int | None = None,
-        skip_layers: Sequence[int] = (),
-        skip_range: tuple[float, float] = (0.1, 1.0),
-        recipe: str | None = None,
-        video: Source | None = None,
-        strength: float | None = None,
-    ) -> Request:
-        """Fill in the preset's defaults and check every value.
-
-        Args:
-            prompt: not empty.
-            negative_prompt: what to avoid; "" for nothing.
-            width, height: pixels, multiples of 16. Where the task follows the proportions of an image or a source
-                video, they are the area.
-            num_frames: 4n+1; a shorter source video makes it fewer.
-            steps: at least 1.
-            guidance_scale: 1 turns guidance off.
-            shift: of the sigma schedule, > 0.
-            solver: "unipc" (None), "dpm++", "euler" or "dmd".
-            seed: >= 0; None or negative draws one.
-            image, last_image: first frame (i2v, flf2v) and last frame (flf2v): a path, PIL image or uint8 (H, W, 3).
-            src_video, src_mask, src_ref_images: what VACE edits, where (white), and after which pictures.
-            context_scale: strength of VACE's hints.
-            cache: a step cache, which leaves out forwards: "teacache:0.08", "magcache", "easycache:0.05"; see
-                `wan_mlx.caching.FORMS`. None or "none" computes all.
-            guidance_range: the part of the steps where guidance is on; elsewhere one pass is made instead of two.
-            cfg_zero: CFG-Zero*, True or the number of first steps at which the velocity is zero.
-            skip_layers, skip_range: skip-layer guidance: blocks left out of the pass without the prompt, and in which
-                part of the steps.
-            recipe: how to sample a distilled model or LoRA, a name in `wan_mlx.recipes.RECIPES`: it sets steps, noise
-                levels, solver, shift and guidance together.
-            video: what a text-to-video model starts from instead of noise alone: its first ``num_frames`` at 16 per
-                second, cut to the size.
-            strength: above 0 (the video as it was) to 1 (nothing of it is left): the last ``strength * steps`` steps
-                are made. 0.7 if there is a video.
-
-        Raises:
-            ValueError: a value is wrong; names the nearest valid one. A source is missing, or not for this model.
-        """
-        width, height = width or self.preset.size[0], height or self.preset.size[1]
-        defaults = self.preset.sampling_for(width, height)
-        if recipe is not None:
-            bound = find_recipe(recipe).fill(steps=steps, guidance_scale=guidance_scale, shift=shift, solver=solver)
-            steps, guidance_scale, shift, solver = bound.values()
-        request = Request(
-            prompt=prompt,
-            negative_prompt=self.preset.negative_prompt if negative_prompt is None else negative_prompt,
-            width=width,
-            height=height,
-            num_frames=self.preset.num_frames if num_frames is None else num_frames,
-            steps=defaults.steps if steps is None else steps,
-            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
-            shift=defaults.shift if shift is None else shift,
-            solver="unipc" if solver is None else solver,
-            seed=secrets.randbelow(MAX_RANDOM_SEED) if seed is None or seed < 0 else seed,
-            fps=self.preset.fps,
-            task=self.preset.task,
-            image=image,
-            last_image=last_image,
-            src_video=src_video,
-            src_mask=src_mask,
-            src_ref_images=tuple(src_ref_images),
-            context_scale=context_scale,
-            guidance_range=tuple(guidance_range),
-            cfg_zero=zero_steps_of(self.preset.task) if cfg_zero is True else None if cfg_zero is False else cfg_zero,
-            skip_layers=tuple(skip_layers),
-            skip_range=tuple(skip_range),
-            recipe=recipe,
-            video=video,
-            strength=(1.0 if video is None else DEFAULT_STRENGTH) if strength is None else strength,
-        )
-        check_request(request)
-        check_guidance(request, self.config.num_layers)
-        request = replace(request, cache=resolve_cache(cache, request.steps_made, self.preset.name, self.config))
-        return fit_sources(request)
+    request = build_request  # (prompt, **options) → Request
 
     def settings(self, request: Request) -> dict[str, Any]:
         """Everything needed to make the video again, as embedded in its file."""
@@ -573,7 +473,7 @@ class WanPipeline:
 
     @cached_property
     def previewer(self) -> Previewer:
-        return TinyDecoder(self._tiny) if self._tiny else latent_map(_vae_config(self.checkpoint))
+        return TinyDecoder(self._tiny) if self._tiny else latent_map(vae_config_of(self.checkpoint))
 
     def decode(self, latents: mx.array) -> Iterator[np.ndarray]:
         """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time."""
@@ -585,34 +485,14 @@ class WanPipeline:
                     yield finish(frames[0])
             return
         with self._stage("decode"):
-            vae = self._load("vae")
-            tile, given = self._tile(), 0
-            while True:
-                done = 0
-                try:
-                    for frames in tiling.decode(vae, latents, tile, finish, self._bar("decoding")):
-                        done += 1
-                        if done > given:  # after running out of memory it starts again; tiles make the same frames
-                            given = done
-                            yield frames[0]
-                    return
-                except (RuntimeError, MemoryError) as error:
-                    tile = self._smaller_tile(tile, latents, error)
-                mx.clear_cache()
+            decode = tiling.decode if self.vae_tiling == "off" else tiling.decode_in_memory
+            for frames in decode(self._load("vae"), latents, self._tile(), finish, self._bar("decoding")):
+                yield frames[0]
 
     @property
     def tiled(self) -> bool:
         """Whether videos are decoded in tiles, whose frames all come at the end."""
         return self._tile() is not None and not self.draft
-
-    def _smaller_tile(self, tile: tuple[int, int] | None, latents: mx.array, error: Exception) -> tuple[int, int]:
-        """The tile to try when memory did not last; raises ``error`` if it is another one, or none is left to try."""
-        _, _, height, width, _ = latents.shape
-        smaller = tiling.smaller_tile(tile, (8 * width, 8 * height))
-        if not is_out_of_memory(error) or self.vae_tiling == "off" or smaller is None:
-            raise error
-        log.warning("decoding ran out of memory; again in tiles of %dx%d", *smaller)
-        return smaller
 
     def _tile(self, which: str = "decode_tile") -> tuple[int, int] | None:
         """The VAE's largest tile (width, height) in pixels, or None for whole frames."""
@@ -642,110 +522,3 @@ class WanPipeline:
 def extended(requests: list[Request], extend_prompt: bool | str | Path) -> list[Request]:
     """The requests, their prompts written out if asked for."""
     return Extension(None if extend_prompt is True else str(extend_prompt))(requests) if extend_prompt else requests
-
-
-def with_condition(model: Transformer, conditioning: Conditioning) -> Model:
-    """The model with what stays the same at every step filled in: (latents, timestep, context) → velocity."""
-    if conditioning.vace_context is not None:
-        return partial(model, vace_context=conditioning.vace_context, vace_scale=conditioning.context_scale)
-    return partial(model, condition=conditioning.condition, image_features=conditioning.image_features)
-
-
-def step_reached(scheduler: Scheduler, reached: RunState) -> Step:
-    """The last step of ``reached``, as `denoise` yielded it; it took no time now."""
-    index, state = reached.steps - 1, reached.state
-    timestep, sigma = float(scheduler.timesteps[index]), float(scheduler.sigmas[index])
-    return Step(index, len(scheduler.timesteps), timestep, sigma, state["latents"], state["denoised"], state=state)
-
-
-def without_references(step: Step, count: int) -> Step:
-    """The step of the video alone, without the first ``count`` latent frames."""
-    return replace(step, latents=step.latents[:, count:], denoised=step.denoised[:, count:])
-
-
-def latents_to_numpy(latents: mx.array) -> np.ndarray:
-    """(1, t, h, w, C) → numpy float32 (C, t, h, w), PyTorch's layout."""
-    return np.ascontiguousarray(np.moveaxis(np.array(latents[0]), -1, 0))
-
-
-def find_preset(name: str) -> Preset:
-    """A preset by its name, or by the name that the official ``--task`` gives it.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    official = {"i2v-14B": "i2v-14B-720P", "flf2v-14B": "flf2v-14B-720P", "t2i-14B": "t2v-14B"}
-    name = official.get(name, name)
-    if name not in PRESETS:
-        raise ValueError(f"unknown model or task {name!r}; known: {', '.join([*PRESETS, *official])}")
-    return PRESETS[name]
-
-
-def of_same_shapes(preset: Preset) -> list[Preset]:
-    """The other released models whose weights have the very shapes of this one's, so that a file cannot tell."""
-    return [p for p in PRESETS.values() if p.transformer == preset.transformer and p is not preset]
-
-
-def preset_for(config: TransformerConfig) -> Preset:
-    """The published model of the same kind whose width is nearest; of several, the first in `PRESETS`."""
-    same = [p for p in PRESETS.values() if p.repo and p.transformer.model_type == config.model_type]
-    return min(same, key=lambda preset: abs(preset.transformer.dim - config.dim))
-
-
-def check_request(request: Request) -> None:
-    """Raise ValueError, with the nearest valid choice, if a value cannot be used."""
-    if not request.prompt.strip():
-        raise ValueError("the prompt is empty; say what the video should show")
-    for name in ("width", "height"):
-        pixels = getattr(request, name)
-        if pixels < 16 or pixels % 16:
-            nearest = max(16, round(pixels / 16) * 16)
-            raise ValueError(f"{name} is {pixels}, expected a positive multiple of 16; nearest: {nearest}")
-    if request.num_frames < 1 or request.num_frames % 4 != 1:
-        nearest = max(1, round((request.num_frames - 1) / 4) * 4 + 1)
-        raise ValueError(f"frames is {request.num_frames}, expected 4n+1 (1, 5, ..., 81, ...); nearest: {nearest}")
-    if request.steps < 1:
-        raise ValueError(f"steps is {request.steps}, expected at least 1")
-    if not request.shift > 0:
-        raise ValueError(f"shift is {request.shift}, expected a number above 0")
-    if not np.isfinite(request.guidance_scale):
-        raise ValueError(f"guidance is {request.guidance_scale}, expected a finite number")
-    if request.seed >= 2**64:
-        raise ValueError(f"seed is {request.seed}, expected 0 to {2**64 - 1}; nearest: {2**64 - 1}")
-    if request.solver not in SOLVERS:
-        raise ValueError(f"unknown solver {request.solver!r}, expected one of {', '.join(SOLVERS)}")
-    if not 0 < request.strength <= 1:
-        nearest = "1" if request.strength > 1 else f"{1 / request.steps:g}"
-        raise ValueError(f"strength is {request.strength}, expected above 0 and up to 1; nearest: {nearest}")
-    if request.begin == request.steps:
-        raise ValueError(
-            f"strength {request.strength:g} of {request.steps} steps is not one step; "
-            f"nearest: strength {1 / request.steps:.2g}"
-        )
-    if request.strength != 1 and request.video is None:
-        raise ValueError(f"strength is {request.strength:g}, but there is no video to start from; give a video")
-
-
-def _transformer_config(checkpoint: Checkpoint) -> TransformerConfig:
-    weights = open_component(checkpoint.files["transformer"], "transformer")
-    return transformer_config(weights, checkpoint.configs.get("transformer", {}))
-
-
-def _vae_config(checkpoint: Checkpoint) -> VAEConfig:
-    return vae_config(open_component(checkpoint.files["vae"], "vae"), checkpoint.configs.get("vae", {}))
-
-
-def tiny_autoencoder(checkpoint: Checkpoint, path: str | Path | None, draft: bool) -> TAEHV | None:
-    """TAEHV, which is small enough to stay loaded; None without ``path``.
-
-    Raises:
-        ValueError: it is not for this model's latents, or a draft is asked for without it.
-        WeightsError: the file is no TAEHV.
-    """
-    if path is None:
-        if draft:
-            raise ValueError("draft needs TAEHV's weights; give taew2_1.pth of github.com/madebyollin/taehv as taehv")
-        return None
-    if not is_same_space(_vae_config(checkpoint), VAEConfig()):
-        raise ValueError(f"taehv is for Wan 2.1's latents, but {checkpoint.path} has others; leave it out")
-    return load_taehv(path)

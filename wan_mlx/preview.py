@@ -24,13 +24,16 @@ from PIL import Image
 
 from .configs import VAEConfig
 from .media import check_output, contact_sheet, read_settings, save_video, to_uint8
+from .taehv import TAEHV
 from .terminal import event
 from .types import Step, WanError
+from .weights.checkpoint import Checkpoint
+from .weights.networks import vae_config_of
+from .weights.taehv import load_taehv
 
 if TYPE_CHECKING:
     from .interrupt import Interrupts
     from .pipeline import WanPipeline
-    from .taehv import TAEHV
     from .types import Request
 
 log = logging.getLogger(__name__)
@@ -216,3 +219,19 @@ def _is_preview(path: Path) -> bool:
         return "preview" in read_settings(path)
     except ValueError:
         return False
+
+
+def tiny_autoencoder(checkpoint: Checkpoint, path: str | Path | None, draft: bool) -> TAEHV | None:
+    """TAEHV, which is small enough to stay loaded; None without ``path``.
+
+    Raises:
+        ValueError: it is not for this model's latents, or a draft is asked for without it.
+        WeightsError: the file is no TAEHV.
+    """
+    if path is None:
+        if draft:
+            raise ValueError("draft needs TAEHV's weights; give taew2_1.pth of github.com/madebyollin/taehv as taehv")
+        return None
+    if not is_same_space(vae_config_of(checkpoint), VAEConfig()):
+        raise ValueError(f"taehv is for Wan 2.1's latents, but {checkpoint.path} has others; leave it out")
+    return load_taehv(path)

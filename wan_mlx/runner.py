@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .guards import WHAT_TO_TRY, FrameStatistics, check_disk, disk_needed, latents_complaint
 from .interrupt import Interrupts
-from .media import VideoWriter
+from .media import VideoWriter, latents_to_numpy
 from .run_folder import FrameStore, RunFolder
 from .types import Conditioning, Request, SamplingError, Step
 
@@ -108,8 +108,6 @@ def _write(
     pipe: WanPipeline, request: Request, folder: RunFolder, store: FrameStore, overwrite: bool, interrupts: Interrupts
 ) -> str | None:
     """From kept frames to the file; returns what is wrong with them, if anything."""
-    from .pipeline import latents_to_numpy
-
     settings = folder.record()["settings"] | folder.notes()
     size = (request.width, request.height)
     statistics = FrameStatistics()

@@ -9,6 +9,7 @@ is cut off stage by stage. For 256 pixel tiles that costs less than the overlap 
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .guards import is_out_of_memory
 from .vae import VAE, CausalCache, Downsample, ResidualBlock, Upsample, flow
+
+log = logging.getLogger(__name__)
 
 # Pixels (or, before scaling, latents) from, and up to but without.
 Span = tuple[int, int]
@@ -104,6 +108,32 @@ def decode(
     del middle
     for index in range(count):
         yield canvas[:, _first_frame(vae, index) : _first_frame(vae, index + 1)]
+
+
+def decode_in_memory(
+    vae: VAE,
+    latents: mx.array,
+    tile: tuple[int, int] | None,
+    finish: Callable[[mx.array], Any],
+    progress: Callable[..., Iterable],
+) -> Iterator[Any]:
+    """`decode`, again in smaller tiles if memory does not last: they make the same frames."""
+    size, given = (8 * latents.shape[3], 8 * latents.shape[2]), 0
+    while True:
+        done = 0
+        try:
+            for frames in decode(vae, latents, tile, finish, progress):
+                done += 1
+                if done > given:
+                    given = done
+                    yield frames
+            return
+        except (RuntimeError, MemoryError) as error:
+            tile = smaller_tile(tile, size)
+            if not is_out_of_memory(error) or tile is None:
+                raise
+            log.warning("decoding ran out of memory; again in tiles of %dx%d", *tile)
+        mx.clear_cache()
 
 
 def encode(

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..configs import TransformerConfig
+from ..configs import TransformerConfig, VAEConfig
 from ..image_encoder import ImageEncoder, last_block_shapes
 from ..peaks import Networks, text_block_bytes, weight_bytes
 from ..rope import row_order
@@ -218,6 +218,11 @@ def load_text_encoder(
 def config_of(checkpoint: Checkpoint) -> TransformerConfig:
     """Sizes of the transformer; no weights are read."""
     return transformer_config(*_open(checkpoint, "transformer"))
+
+
+def vae_config_of(checkpoint: Checkpoint) -> VAEConfig:
+    """Sizes of the VAE; no weights are read."""
+    return vae_config(*_open(checkpoint, "vae"))
 
 
 def sizes_of(checkpoint: Checkpoint, dtype: mx.Dtype, quantize: str | None = None) -> Networks:
