@@ -1,6 +1,7 @@
 """What `import wan_mlx` offers: names that editors see as they are, help that reads, contact sheets."""
 
 import ast
+import inspect
 import pydoc
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 import wan_mlx
+from wan_mlx.types import Options
 
 PACKAGE = Path(wan_mlx.__file__).parent
 
@@ -28,6 +30,12 @@ def test_help_of_the_package_reads():
         documented = getattr(wan_mlx, name)
         assert name == "PRESETS" or (documented.__doc__ and not documented.__doc__.startswith(f"{name}(")), name
     assert "from_pretrained" in said and "ValueError" in said and "video.grid()" in said
+
+
+def test_options_of_a_call_are_those_of_a_request():
+    taken = inspect.signature(wan_mlx.WanPipeline.request).parameters
+    named = {name: entry.__forward_arg__ for name, entry in Options.__annotations__.items()}
+    assert named == {name: entry.annotation for name, entry in list(taken.items())[2:]}  # after pipe and prompt
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -32,7 +32,7 @@ from .tasks import TASKS
 from .text_encoder import pad_context
 from .tiling import parse_tiling
 from .tokenizer import Tokenizer
-from .types import Conditioning, Request, RunState, StageReport, Step, Video
+from .types import Conditioning, Options, Request, RunState, StageReport, Step, Video
 from .weights.beside import set_loras
 from .weights.checkpoint import PARTS, Checkpoint, open_checkpoint
 from .weights.hub import Places, preset_of, resolve, resolve_loras
@@ -53,6 +53,9 @@ from .weights.networks import (
 )
 from .weights.quantize import check_mode
 from .weights.spiece import read_tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of Python 3.11
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +223,7 @@ class WanPipeline:
         prompt: str,
         callback: Callable[[Step], Any] | None = None,
         extend_prompt: bool | str | Path = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> Video:
         """Make a video.
 
@@ -246,7 +249,7 @@ class WanPipeline:
         num_images: int = 1,
         callback: Callable[[Step], Any] | None = None,
         extend_prompt: bool | str | Path = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> list[Video]:
         """Make stills of one prompt, with the seeds ``seed``, ``seed + 1``, ...: the model is loaded once.
 

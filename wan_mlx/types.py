@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -132,6 +132,34 @@ class Request:
     def steps_made(self) -> int:
         """How many steps of the grid are made: all, unless a video is there to start from."""
         return round(self.strength * self.steps)
+
+
+class Options(TypedDict, total=False):
+    """What `WanPipeline.request` takes beside the prompt, for editors and type checkers."""
+
+    negative_prompt: str | None
+    width: int | None
+    height: int | None
+    num_frames: int | None
+    steps: int | None
+    guidance_scale: float | None
+    shift: float | None
+    solver: str | None
+    seed: int | None
+    image: Source | None
+    last_image: Source | None
+    src_video: Source | None
+    src_mask: Source | None
+    src_ref_images: Sequence[Source]
+    context_scale: float
+    cache: str | None
+    guidance_range: tuple[float, float]
+    cfg_zero: bool | int | None
+    skip_layers: Sequence[int]
+    skip_range: tuple[float, float]
+    recipe: str | None
+    video: Source | None
+    strength: float | None
 
 
 @dataclass
