@@ -1,6 +1,7 @@
 """The command line beside making videos: JSON events, replayed settings, the list of models, completion, colours."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -126,6 +127,17 @@ def test_other_completion(capsys, shell, line):
     for action in build_parser()._actions:
         if action.help != "==SUPPRESS==":
             assert action.option_strings[0].lstrip("-") in script
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_the_shell_s_language(capsys, shell):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    done = subprocess.run([shell, "-n", "-c", script] if shell != "fish" else [shell, "-n", "/dev/stdin"],
+                          input=script if shell == "fish" else None, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_completion_of_no_such_shell(capsys):
