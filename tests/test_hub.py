@@ -18,7 +18,7 @@ from wan_mlx.configs import COMFYUI_PARTS, COMFYUI_TRANSFORMERS, PRESETS
 from wan_mlx.interrupt import Stopped
 from wan_mlx.types import WeightsError
 from wan_mlx.weights import disk, download, hub
-from wan_mlx.weights.hub import Places, cached, is_cached, preset_of, remote_size, resolve, resolve_loras, survey
+from wan_mlx.weights.hub import Places, cached, is_cached, preset_of, resolve, resolve_loras, survey
 from wan_mlx.weights.hub_names import Location, parse_location
 from wan_mlx.weights.lora import normalise_loras
 
@@ -183,7 +183,7 @@ def test_sizes_are_told_before_and_what_is_here_is_subtracted(server):
     needed = {path: len(server.repos[REPO][path]) for path, wanted in OFFICIAL.items() if wanted}
     before = survey(REPO)
     assert (before.total, before.cached, before.missing) == (sum(needed.values()), 0, sum(needed.values()))
-    assert remote_size("t2v-1.3B") == before.total and not server.got()
+    assert survey("t2v-1.3B").total == before.total and not server.got()
     assert f"{REPO}: 8 files, {SIZE}; {SIZE} to fetch" in str(before)
     resolve(f"{REPO}:{BIG}")
     after = survey(REPO)
@@ -196,7 +196,7 @@ def test_models_on_this_machine_touch_no_network(server, tmp_path):
     assert resolve(tmp_path) == tmp_path and resolve(str(tmp_path)) == tmp_path
     assert (resolve("nano") / "config.json").is_file() and is_cached("nano")
     assert resolve("./missing/folder") == Path("missing/folder") and resolve("missing") == Path("missing")
-    assert survey("nano") is None and remote_size("nano") == 0 and preset_of(str(tmp_path)) is None
+    assert survey("nano") is None and preset_of(str(tmp_path)) is None
     assert not server.requests
 
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 import wan_mlx
-from wan_mlx import memory, peaks, tiling
+from wan_mlx import budget, memory, peaks, tiling
+from wan_mlx.budget import parse_memory, system_memory
 from wan_mlx.configs import PRESETS, VAEConfig
 from wan_mlx.generate import main
-from wan_mlx.memory import parse_memory, system_memory
 from wan_mlx.types import MemoryPlanError
 from wan_mlx.vae import VAE
 
@@ -73,7 +73,7 @@ def test_system_memory_is_the_least_that_linux_tells(tmp_path, files, free):
 
 
 @pytest.mark.parametrize(
-    "info, budget",
+    "info, left",
     [
         ({"max_recommended_working_set_size": 1000, "memory_size": 1500}, 950),
         ({"free_memory": 1000, "total_memory": 5}, 930),
@@ -82,16 +82,16 @@ def test_system_memory_is_the_least_that_linux_tells(tmp_path, files, free):
         ({"memory_size": 1000}, 700),
     ],
 )
-def test_auto_leaves_room_on_a_gpu(monkeypatch, info, budget):
+def test_auto_leaves_room_on_a_gpu(monkeypatch, info, left):
     monkeypatch.setattr(mx, "device_info", lambda: info)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(mx, "get_active_memory", lambda: 0)
     monkeypatch.setattr(mx, "get_cache_memory", lambda: 0)
-    assert memory.available_memory() == budget
+    assert budget.available_memory() == left
 
 
 def test_auto_counts_what_is_free_here(monkeypatch):
-    monkeypatch.setattr(memory, "system_memory", lambda: 10 * GIB)
+    monkeypatch.setattr(budget, "system_memory", lambda: 10 * GIB)
     plan = wan_mlx.plan("t2v-1.3B")
     assert not plan.chosen and 8.5 * GIB <= plan.budget < 10 * GIB
     assert wan_mlx.plan("t2v-1.3B", memory="auto").budget == pytest.approx(plan.budget, rel=0.01)

@@ -14,7 +14,6 @@ from wan_mlx.caching import (
     MagCache,
     StepCache,
     TeaCache,
-    kept_bytes,
     make_cache,
     planned_forwards,
     resolve_cache,
@@ -424,11 +423,11 @@ class TestChoice:
 
 
 @pytest.mark.parametrize("name", CACHES)
-def test_memory_is_what_was_said(model, name):
+def test_no_more_is_kept_than_a_residual_for_each_pass(model, name):
+    """Of tokens; EasyCache's are of latents, of which it keeps three more."""
+    most = 4 * int(np.prod(GRID)) * (2 + 3) if name == "easycache" else 4 * 2 * 4 * SIZES["dim"]
     cache = CACHES[name]()
     for _ in denoise(model, conditioning(), make_scheduler("unipc", STEPS, SHIFT), Guidance(SCALE), cache):
         kept = [array for branch in cache.branches for key, array in branch.arrays.items() if key != "signal"]
-        values = int(np.prod(GRID))
-        said = kept_bytes(f"{name}:1", tokens=4, dim=32, latent_values=values, itemsize=4, passes=2)
-        assert sum(array.nbytes for array in kept) <= said
-    assert sum(array.nbytes for array in kept) == said
+        assert sum(array.nbytes for array in kept) <= most
+    assert sum(array.nbytes for array in kept) == most

@@ -157,8 +157,6 @@ COMFYUI_PARTS = {
     "image_encoder": f"{_COMFYUI}/clip_vision/clip_vision_h.safetensors",
     "tokenizer": "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/spiece.model",
 }
-# The text encoder's GGUF quantisations; the other parts beside a GGUF transformer are ComfyUI's.
-GGUF_TEXT_ENCODERS = "city96/umt5-xxl-encoder-gguf"
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset

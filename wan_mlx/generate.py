@@ -109,6 +109,7 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
     from .recipes import recipe_notes
     from .records import make_record, seed_of_made
     from .run_folder import RunFolder
+    from .summary import describe, tell_downloads, tell_watching
 
     if args.output:
         # Before a download or an hour of work; of a series the names are not known yet.
@@ -188,6 +189,7 @@ def resume(args: argparse.Namespace, given: dict[str, object], interrupts: Inter
     from .preview import open_previews
     from .records import check_given, check_identity, flags_of, request_of, with_dtype
     from .run_folder import ENDING, RunFolder
+    from .summary import describe, tell_watching
 
     output = Path(args.resume.removesuffix(ENDING) if args.resume.endswith(ENDING) else args.resume)
     folder = RunFolder(output)
@@ -293,6 +295,7 @@ def pipeline_options(args: argparse.Namespace) -> dict[str, Any]:
 def pipeline_from(args: argparse.Namespace) -> WanPipeline:
     """The model that the flags name; downloaded if need be, and opened, not loaded."""
     from .pipeline import WanPipeline
+    from .summary import tell_downloads
 
     tell_downloads(args)
     return WanPipeline.from_pretrained(**pipeline_options(args))
@@ -326,20 +329,6 @@ def show_plan(args: argparse.Namespace) -> int:
     )
     print(found)
     return 0 if found.fits else FAILURE
-
-
-def tell_downloads(args: argparse.Namespace) -> bool:
-    """Say what must be fetched before the model can be opened, and how large it is; whether that is anything."""
-    from .weights.checkpoint import PARTS
-    from .weights.hub import Places
-    from .weights.lora import normalise_loras
-
-    parts = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
-    downloads = Places(args.model, parts, normalise_loras(args.lora)).survey(args.source)
-    missing = [download for download in downloads if download.missing]
-    for download in missing:
-        note(f"download  {download}")
-    return bool(missing)
 
 
 def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:
@@ -387,73 +376,6 @@ def outputs_of(request: Request, output: Path, num_images: int | None) -> list[t
         return [(request, output)]
     requests = request.series(num_images)
     return [(one, output.with_name(f"{output.stem}_seed{one.seed}{output.suffix}")) for one in requests]
-
-
-def describe(pipe: WanPipeline, request: Request, *outputs: Path) -> None:
-    guidance = "off" if request.guidance_scale == 1 else f"{request.guidance_scale:g}"
-    packed = "".join(f", {component.replace('_', ' ')} {mode}" for component, mode in pipe.quantized.items())
-    note(f"model     {pipe.checkpoint.path} ({pipe.preset.name} defaults, {pipe.dtype}{packed})")
-    for line in origins(pipe):
-        note(f"          {line}")
-    for path, strength in pipe.loras:
-        note(f"lora      {path} at {strength:g}")
-    note(f"prompt    {request.prompt}")
-    note(f"video     {request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps")
-    note(f"sampling  {request.solver}, {request.steps} steps, shift {request.shift:g}, guidance {guidance}, "
-         f"seed {request.seed}")  # fmt: skip
-    for line in extras(request, pipe.preset.name):
-        note(line)
-    if request.video is not None:
-        note(f"start     {request.video}, strength {request.strength:g}: the last {request.steps_made} of the steps")
-    for output in outputs:
-        note(f"output    {output}")
-
-
-def tell_watching(pipe: WanPipeline, previews: PreviewFiles | None) -> None:
-    if previews:
-        often = f"every {previews.every} steps" if previews.every > 1 else "every step"
-        note(f"preview   {previews.path}, {previews.sheet}, after {often}{' by TAEHV' if pipe.taehv else ''}")
-    if pipe.draft:
-        note(f"draft     decoded by {pipe.taehv.name} instead of the VAE")
-
-
-def origins(pipe: WanPipeline) -> list[str]:
-    """Parts that were given apart, and which other defaults would suit the same weights."""
-    from .configs import of_same_shapes
-
-    base = pipe.checkpoint.path
-    lines = [
-        f"{part.replace('_', ' ')} from {file}"
-        for part, file in pipe.checkpoint.files.items()
-        if file != base and base not in file.parents
-    ]
-    if pipe.guessed_preset:
-        for other in of_same_shapes(pipe.preset):
-            lines.append(f"{other.name} has weights of the same shapes; --task {other.name} takes its defaults")
-    return lines
-
-
-def extras(request: Request, model: str) -> list[str]:
-    """Lines on what departs from plain guidance and from computing every forward."""
-    from .caching import planned_forwards
-
-    lines = []
-    if request.recipe:
-        lines.append(f"          by the recipe {request.recipe}")
-    if request.cache != "none":
-        passes = 1 if request.guidance_scale == 1 else 2
-        planned = planned_forwards(request.cache, request.steps_made, model, passes, request.begin)
-        plain = request.guidance_range == (0.0, 1.0) and request.cfg_zero is None
-        known = f", {planned} of {passes * request.steps_made} forwards" if planned and plain else ""
-        lines.append(f"cache     {request.cache}{known}")
-    if request.guidance_range != (0.0, 1.0):
-        lines.append("          guidance only from {:g} to {:g} of the steps".format(*request.guidance_range))
-    if request.cfg_zero is not None:
-        lines.append(f"          CFG-Zero*, {request.cfg_zero} first steps without motion")
-    if request.skip_layers:
-        layers = ", ".join(map(str, request.skip_layers))
-        lines.append("          layers {} skipped from {:g} to {:g} of the steps".format(layers, *request.skip_range))
-    return lines
 
 
 def generate_to_file(

@@ -7,7 +7,6 @@ hold; Python, its packages and the finished frames come on top, a gigabyte or so
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import peaks, work
+from .budget import available_memory, parse_memory
 from .configs import ImageEncoderConfig, Preset
 from .layers import TOKENS_AT_ONCE
 from .peaks import Networks
@@ -25,12 +25,9 @@ from .types import MemoryPlanError
 
 log = logging.getLogger(__name__)
 
-UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 GIB = 2**30
 # Predictions are within a tenth of what is measured, mostly above; a budget is filled up to here.
 FILL = 0.96
-# Of the memory that is there, what "auto" takes: on a Mac the recommended working set leaves room already.
-SHARE_OF_METAL, SHARE_OF_CUDA, SHARE_OF_SYSTEM = 0.95, 0.93, 0.85
 # Transformer resident or streamed, and how many tokens at once, from the fastest to the smallest.
 LADDER = [(False, TOKENS_AT_ONCE), (False, 4096), (False, 2048), (True, TOKENS_AT_ONCE), (True, 4096), (True, 2048),
           (True, 1024)]  # fmt: skip
@@ -38,80 +35,6 @@ LADDER = [(False, TOKENS_AT_ONCE), (False, 4096), (False, 2048), (True, TOKENS_A
 TEXT_TOKENS = 128
 # What passes over memory cost beside matmul, attention and convolution, as measured.
 DENOISE_EXTRA, DECODE_EXTRA = 1.12, 1.25
-
-
-def parse_memory(memory: str | int | None) -> int | None:
-    """Bytes of "8GB" (10^9), "8GiB" (2^30), "500MB" or a number of bytes; None for "auto" and None.
-
-    Raises:
-        ValueError: none of these.
-    """
-    if memory is None or memory == "auto":
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)\s*", str(memory), re.IGNORECASE)
-    if isinstance(memory, int) and not isinstance(memory, bool):
-        size = memory
-    elif match and match[2].upper() in UNITS:
-        size = round(float(match[1]) * UNITS[match[2].upper()])
-    else:
-        raise ValueError(f"memory is {memory!r}, expected auto or a size such as 8GB")
-    if size < 100_000_000:
-        raise ValueError(f"memory is {memory!r}, expected at least 100MB")
-    return size
-
-
-def available_memory() -> int:
-    """Bytes that MLX may hold on the default device, what it holds now included, with room left for the system."""
-    info = mx.device_info()
-    if mx.default_device().type == mx.DeviceType.gpu:
-        if "max_recommended_working_set_size" in info:
-            return int(SHARE_OF_METAL * info["max_recommended_working_set_size"])
-        if "free_memory" in info or "total_memory" in info:
-            free = int(info.get("free_memory", info.get("total_memory")))
-            return int(SHARE_OF_CUDA * (free + mx.get_cache_memory() + mx.get_active_memory()))
-        if "memory_size" in info:
-            return int(0.7 * int(info["memory_size"]))
-    return int(SHARE_OF_SYSTEM * (system_memory() + mx.get_cache_memory() + mx.get_active_memory()))
-
-
-def system_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory still to be had: what Linux says, or less where a cgroup (v1 or v2) allows less.
-
-    Elsewhere half of what is installed.
-    """
-    found = []
-    meminfo = _read(root / "proc/meminfo")
-    if match := re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE):
-        found.append(int(match[1]) * 1024)
-    own = re.search(r"^0::/(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
-    groups = [root / "sys/fs/cgroup" / own[1].lstrip("/")] if own else []
-    while groups and groups[-1] != root / "sys/fs/cgroup" and groups[-1].parent != groups[-1]:
-        groups.append(groups[-1].parent)
-    for group in groups or [root / "sys/fs/cgroup"]:
-        found.append(_left(group, "memory.max", "memory.current"))
-    found.append(_left(root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
-    left = [size for size in found if size is not None]
-    if left:
-        return max(0, min(left))
-    import os
-
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _left(group: Path, limit: str, usage: str) -> int | None:
-    """What a cgroup has left, its file cache counted as free; None if it has no limit."""
-    most, used = _read(group / limit).strip(), _read(group / usage).strip()
-    if not most.isdigit() or int(most) >= 2**60:
-        return None
-    cache = re.search(r"^(?:total_)?inactive_file (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
-    return int(most) - (int(used) if used.isdigit() else 0) + (int(cache[1]) if cache else 0)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from . import __version__, tiling
+from .budget import parse_memory
 from .caching import make_cache
 from .configs import TEXT_LEN, Preset, find_preset, preset_for
 from .denoise import denoise, step_reached, with_condition, without_references
 from .guidance import Guidance
 from .media import latents_to_numpy, to_uint8
-from .memory import Plan, choose, limited_cache, parse_memory, with_advice
+from .memory import Plan, choose, limited_cache, with_advice
 from .peaks import Networks
 from .preview import Previewer, TinyDecoder, latent_map, tiny_autoencoder
 from .prompt_cache import PromptCache

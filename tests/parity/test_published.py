@@ -13,7 +13,8 @@ from oracles import relative_error, torch
 
 import wan_mlx
 from wan_mlx.configs import PRESETS, preset_for
-from wan_mlx.generate import main, origins
+from wan_mlx.generate import main
+from wan_mlx.summary import origins
 from wan_mlx.types import WeightsError
 from wan_mlx.weights.checkpoint import Checkpoint, open_checkpoint
 from wan_mlx.weights.load import ComponentWeights

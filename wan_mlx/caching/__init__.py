@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .choice import FORMS, kept_bytes, make_cache, planned_forwards, resolve_cache
+from .choice import FORMS, make_cache, planned_forwards, resolve_cache
 from .easycache import EasyCache
 from .magcache import MagCache
 from .protocol import COND, UNCOND, StepCache
@@ -10,5 +10,5 @@ from .teacache import TeaCache
 
 __all__ = [
     "COND", "FORMS", "UNCOND", "EasyCache", "MagCache", "StepCache", "TeaCache",
-    "kept_bytes", "make_cache", "planned_forwards", "resolve_cache",
+    "make_cache", "planned_forwards", "resolve_cache",
 ]  # fmt: skip

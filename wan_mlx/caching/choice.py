@@ -79,22 +79,6 @@ def planned_forwards(resolved: str, steps: int, model: str, passes: int, left_ou
     return steps * passes if type(cache) is StepCache else None
 
 
-def kept_bytes(resolved: str, tokens: int, dim: int, latent_values: int, itemsize: int, passes: int) -> int:
-    """The most memory that a cache holds between steps.
-
-    Args:
-        resolved: what `resolve_cache` gave.
-        tokens, dim: L and D.
-        latent_values: t * h * w * C.
-        itemsize: bytes of a value in the transformer's dtype.
-        passes: 2 with guidance, else 1.
-    """
-    name = resolved.split(":")[0]
-    if name in ("teacache", "magcache"):
-        return passes * tokens * dim * itemsize
-    return 4 * latent_values * (passes + 3) if name == "easycache" else 0
-
-
 def _settings(name: str, steps: int, model: str, config: TransformerConfig) -> tuple[tuple, tuple]:
     """The default of each setting, and what reads it."""
     if name == "easycache":

@@ -188,12 +188,6 @@ def _take(place: str | Path, download: Download | None, progress: bool, parts: C
     return cached(place, parts)
 
 
-def remote_size(model: str | Path, source: str = "huggingface") -> int:
-    """Bytes of the files of ``model`` that are needed, here or not; 0 for a model that is no hub's."""
-    download = survey(model, source)
-    return download.total if download else 0
-
-
 def cached(model: str | Path, parts: Collection[str] = PARTS) -> Path | None:
     """The folder or file of a hub's model if it is in the cache and whole; the network is not touched."""
     from huggingface_hub import try_to_load_from_cache

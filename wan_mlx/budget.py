@@ -1,0 +1,85 @@
+"""How much memory MLX may hold: what was said, or what this machine has to spare."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import mlx.core as mx
+
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+# Of the memory that is there, what "auto" takes: on a Mac the recommended working set leaves room already.
+SHARE_OF_METAL, SHARE_OF_CUDA, SHARE_OF_SYSTEM = 0.95, 0.93, 0.85
+
+
+def parse_memory(memory: str | int | None) -> int | None:
+    """Bytes of "8GB" (10^9), "8GiB" (2^30), "500MB" or a number of bytes; None for "auto" and None.
+
+    Raises:
+        ValueError: none of these.
+    """
+    if memory is None or memory == "auto":
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)\s*", str(memory), re.IGNORECASE)
+    if isinstance(memory, int) and not isinstance(memory, bool):
+        size = memory
+    elif match and match[2].upper() in UNITS:
+        size = round(float(match[1]) * UNITS[match[2].upper()])
+    else:
+        raise ValueError(f"memory is {memory!r}, expected auto or a size such as 8GB")
+    if size < 100_000_000:
+        raise ValueError(f"memory is {memory!r}, expected at least 100MB")
+    return size
+
+
+def available_memory() -> int:
+    """Bytes that MLX may hold on the default device, what it holds now included, with room left for the system."""
+    info = mx.device_info()
+    if mx.default_device().type == mx.DeviceType.gpu:
+        if "max_recommended_working_set_size" in info:
+            return int(SHARE_OF_METAL * info["max_recommended_working_set_size"])
+        if "free_memory" in info or "total_memory" in info:
+            free = int(info.get("free_memory", info.get("total_memory")))
+            return int(SHARE_OF_CUDA * (free + mx.get_cache_memory() + mx.get_active_memory()))
+        if "memory_size" in info:
+            return int(0.7 * int(info["memory_size"]))
+    return int(SHARE_OF_SYSTEM * (system_memory() + mx.get_cache_memory() + mx.get_active_memory()))
+
+
+def system_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory still to be had: what Linux says, or less where a cgroup (v1 or v2) allows less.
+
+    Elsewhere half of what is installed.
+    """
+    found = []
+    meminfo = _read(root / "proc/meminfo")
+    if match := re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE):
+        found.append(int(match[1]) * 1024)
+    own = re.search(r"^0::/(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
+    groups = [root / "sys/fs/cgroup" / own[1].lstrip("/")] if own else []
+    while groups and groups[-1] != root / "sys/fs/cgroup" and groups[-1].parent != groups[-1]:
+        groups.append(groups[-1].parent)
+    for group in groups or [root / "sys/fs/cgroup"]:
+        found.append(_left(group, "memory.max", "memory.current"))
+    found.append(_left(root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
+    left = [size for size in found if size is not None]
+    if left:
+        return max(0, min(left))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _left(group: Path, limit: str, usage: str) -> int | None:
+    """What a cgroup has left, its file cache counted as free; None if it has no limit."""
+    most, used = _read(group / limit).strip(), _read(group / usage).strip()
+    if not most.isdigit() or int(most) >= 2**60:
+        return None
+    cache = re.search(r"^(?:total_)?inactive_file (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+    return int(most) - (int(used) if used.isdigit() else 0) + (int(cache[1]) if cache else 0)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
