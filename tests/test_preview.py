@@ -322,6 +322,10 @@ def test_a_draft_goes_on_as_a_draft(wan_space, taehv, flags, tmp_path, monkeypat
         assert main([*flags, "cut.mp4"]) == 1
     assert main(["--resume", "cut.mp4", "--quiet"]) == 0
     assert Path("cut.mp4").read_bytes() == Path("whole.mp4").read_bytes()
+    replay = ["--config", "whole.mp4", "--model", str(wan_space), "--output", "replayed.mp4", "--quiet"]
+    assert main(replay) == 2 and "give that with --taehv" in capsys.readouterr().err
+    assert main([*replay, "--taehv", "tae.safetensors"]) == 0
+    assert Path("replayed.mp4").read_bytes() == Path("whole.mp4").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(TAEHV, "decode", lambda *_, **__: (_ for _ in ()).throw(OSError("cut")))
         assert main([*flags, "other.mp4"]) == 1

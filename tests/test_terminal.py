@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from wan_mlx import terminal
 from wan_mlx.arguments import build_parser
@@ -70,6 +71,39 @@ def test_config_replays_a_video(made, tmp_path):
     assert {key for key in ours if ours[key] != theirs[key]} == {"seed"}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--quantize", "q8", "--cfg-zero", "1", "--slg", "1,2:0-0.9", "--negative-prompt", "blue", "--solver", "dpm++"],
+        ["--cache", "easycache", "--steps", "10", "--vae-tiling", "64x64", "--memory", "1GB"],
+        ["--recipe", "lightx2v-4step", "--steps", "4", "--guidance", "1", "--guidance-range", "0-1"],
+        ["--video", "source.png", "--strength", "0.5", "--guidance-range", "0-1"],
+        ["--model", "nano-i2v", "--image", "source.png", "--preview", "look.webp", "--preview-every", "2"],
+        ["--task", "t2v-14B", "--num-images", "1"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_config_replays_every_option(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save("source.png")
+    still = ["--frames", "1"] if options[0] in ("--video", "--task") else []
+    assert main([*SMALL, *options, *still, "--output", "a.npz", "--quiet"]) in (0, 3)
+    first = "a_seed3.npz" if "--num-images" in options else "a.npz"
+    assert main(["--config", first, "--output", "again.npz", "--quiet"]) in (0, 3)
+    assert np.array_equal(np.load(first)["frames"], np.load("again.npz")["frames"])
+    assert read_settings("again.npz") == read_settings(first)
+
+
+def test_config_says_what_it_cannot_repeat(made, tmp_path, caplog):
+    path = tmp_path / "settings.json"
+    settings = read_settings(made) | {"stopped_after": 1, "dtype": "bfloat16, float32 from step 2"}
+    path.write_text(json.dumps(settings))
+    assert main(["--config", str(path), "--output", str(tmp_path / "b.npz"), "--quiet"]) in (0, 3)
+    assert "was stopped after 1 steps; now all are made" in caplog.text
+    assert "was made in bfloat16, float32 from step 2; now all of it is in bfloat16" in caplog.text
+    assert read_settings(tmp_path / "b.npz")["dtype"] == "bfloat16"
+
+
 def test_config_of_a_json_file(made, tmp_path):
     path = tmp_path / "settings.json"
     path.write_text(json.dumps(read_settings(made) | {"seed": 4}))
@@ -116,6 +150,7 @@ def test_bash_completion(capsys):
     assert completed(script, "wan-mlx", "--sol") == ["--solver"]
     assert completed(script, "wan-mlx", "mo") == ["models"]
     assert "unipc" in completed(script, "wan-mlx", "--solver", "")
+    assert completed(script, "wan-mlx", "--extend-language", "e") == ["en"]
     assert completed(script, "wan-mlx", "--model", "vace") == ["vace-1.3B", "vace-14B"]
 
 

@@ -51,6 +51,7 @@ MODEL_FLAGS = ("model", "transformer", "text_encoder", "vae", "image_encoder", "
 FREE_ON_RESUME = (
     "resume", "overwrite", "dry_run", "quiet", "debug", "version", "memory", "vae_tiling", "no_prompt_cache",
     "prompts", "report", "verbose", "json", "config", "preview", "preview_every", "taehv",
+    *NO_MEANING,
 )  # fmt: skip
 
 

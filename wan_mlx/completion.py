@@ -7,11 +7,11 @@ import shlex
 
 from .arguments import MODEL_FLAGS, PATH_FLAGS, UsageError, build_parser
 from .configs import PRESETS
+from .generate import COMMANDS
 from .recipes import RECIPES
 from .schedulers import SOLVERS
 
 SHELLS = ("bash", "zsh", "fish")
-COMMANDS = ("models", "doctor", "completion")
 # Flags that take one of a few values.
 CHOICES = {
     "solver": tuple(SOLVERS),
@@ -20,8 +20,9 @@ CHOICES = {
     "quantize": ("q8", "q6", "auto", "q5", "q4", "q3", "mxfp8", "mxfp4", "nvfp4", "none", "nearest"),
     "cache": ("none", "teacache", "magcache", "easycache"),
     "source": ("huggingface", "modelscope"),
+    "vae_tiling": ("auto", "off"),
 }
-FILES = {*PATH_FLAGS, *MODEL_FLAGS, "lora", "prompts", "report", "resume", "config", "preview", "taehv"} - {"model"}
+FILES = {*PATH_FLAGS, *MODEL_FLAGS, "prompt_extend_model", "lora", "prompts", "report", "resume", "config"} - {"model"}
 
 
 def main(argv: list[str]) -> int:
@@ -44,7 +45,7 @@ def flags() -> list[argparse.Action]:
 
 def values_of(action: argparse.Action) -> tuple[str, ...]:
     """What may follow the flag, where that is one of a few words."""
-    return tuple(PRESETS) if action.dest in ("model", "task") else CHOICES.get(action.dest, ())
+    return tuple(PRESETS) if action.dest in ("model", "task") else CHOICES.get(action.dest, tuple(action.choices or ()))
 
 
 def bash() -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .arguments import UsageError
+from .weights.hub import BUNDLED
+
+log = logging.getLogger(__name__)
 
 # What a video's settings call what a flag sets.
 FLAGS = {
@@ -69,7 +73,14 @@ def as_flags(settings: Mapping[str, Any], path: Path, given: Mapping[str, Any]) 
     if images := settings.pop("src_ref_images", None):
         flags["src_ref_images"] = images if isinstance(images, str) else ",".join(_a_path(i, path) for i in images)
     if "dtype" in settings:  # a run that went on in another says so: "bfloat16, float32 from step 3"
-        flags["dtype"] = settings.pop("dtype").split(",")[0]
+        flags["dtype"], *others = settings.pop("dtype").split(", ")
+        if others:
+            said = ", ".join([flags["dtype"], *others])
+            log.warning("%s was made in %s; now all of it is in %s", path, said, flags["dtype"])
+    if stopped := settings.pop("stopped_after", None):
+        log.warning("%s was stopped after %s steps; now all are made", path, stopped)
+    if (bundled := settings.get("checkpoint")) in BUNDLED and bundled != settings.get("model"):
+        flags["task"], settings["model"] = settings.get("model"), bundled
     strength = settings.pop("strength", None)
     if settings.get("video") is not None and strength is not None:
         flags["strength"] = strength
