@@ -162,4 +162,4 @@ def test_reading_takes_what_is_predicted(file, dtype):
     for _ in model.stream([f"blocks.{i}" for i in range(4)]):
         time.sleep(0.3)  # the next is read meanwhile
     predicted = 2 * weights.largest + weights.in_flight
-    assert 2 * weights.largest * 0.9 < mx.get_peak_memory() - before <= 1.05 * predicted
+    assert 2 * weights.largest * 0.9 < mx.get_peak_memory() - before <= 1.1 * predicted

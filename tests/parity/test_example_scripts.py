@@ -43,7 +43,8 @@ def run(monkeypatch, script: Path, *arguments) -> None:
 
 
 def test_every_script_is_here():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
+    tools = {"fit_preview.py"}  # of a developer; tests/test_preview.py looks at what it made
+    assert {path.name for path in EXAMPLES.glob("*.py")} - tools == set(SCRIPTS)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -184,7 +184,7 @@ def test_refused(pipe, options, message):
 def test_command_line(folder, pipe, tmp_path, capsys):
     write_video(tmp_path / "source.mkv", source())
     common = ["--model", str(folder), "--prompt", "a cat boxing", "--size", "48x32", "--steps", "4", "--seed", "1",
-              "--dtype", "float32", "--quiet", "--video", str(tmp_path / "source.mkv")]  # fmt: skip
+              "--dtype", "float32", "--video", str(tmp_path / "source.mkv")]  # fmt: skip
     assert main([*common, "--frames", "9", "--output", str(tmp_path / "a.npz"), "--strength", "0.5"]) == 0
     said = capsys.readouterr().err
     assert "strength 0.5: the last 2 of the steps" in said
