@@ -1,10 +1,12 @@
 """Predicted and measured peaks of every stage, and how well streaming keeps up, at true sizes on this machine.
 
     python benchmarks/memory_table.py [--folder DIR] [--json memory_table.json]
+    python benchmarks/memory_table.py --against memory_table.json
 
 Writes networks of the released models' sizes with random weights (bfloat16, 47 GB in all), and measures single
 forwards, decodes and encodes, then short whole runs with ``--memory`` as a user gives it. The pictures are noise; bytes
 and seconds are real, though files just written are read from the system's cache. ``--tiny`` shrinks the networks.
+``--against`` measures nothing: it predicts again what a GPU took that was measured before.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import json
 import math
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +28,7 @@ import numpy as np
 import wan_mlx
 from wan_mlx import peaks, tiling
 from wan_mlx.configs import PRESETS, Preset, TextEncoderConfig, VAEConfig
-from wan_mlx.memory import GIB
+from wan_mlx.memory import GIB, TEXT_TOKENS
 from wan_mlx.peaks import Networks, text_block_bytes, weight_bytes
 from wan_mlx.text_encoder import parameter_shapes as text_encoder_shapes
 from wan_mlx.transformer import Transformer
@@ -233,6 +236,35 @@ class Bench:
         self.row(f"{title}: whole", plan.peak, whole, sum(report.seconds for report in pipe.reports))
 
 
+def against(rows: list[dict], bench: Bench) -> list[dict]:
+    """Rows measured before, with what is predicted now for the same thing done in the same way."""
+    again: list[dict] = []
+    for row in rows:
+        title, how = (row["what"].split(": ")[0], row["what"].split(": ")[-1])
+        if how == "whole":  # of what its stages take
+            predicted = max(r["predicted_gib"] for r in again if r["what"].startswith(f"{title}: ")) * GIB
+        else:
+            predicted = predict(row["what"], how, bench)
+        ratio = predicted / GIB / row["measured_gib"]
+        again.append(row | {"predicted_gib": predicted / GIB, "predicted_by_measured": ratio})
+    return again
+
+
+def predict(what: str, how: str, bench: Bench) -> float:
+    """Bytes of what a row's description says."""
+    width, height, frames = map(int, re.search(r"(\d+)x(\d+)x(\d+)", what).groups())
+    shape = ((frames - 1) // 4 + 1, height // 8, width // 8)
+    if "encode text" in what:
+        return peaks.encode_text(bench.networks("t2v-1.3B"), TEXT_TOKENS)
+    if direction := re.match("decode|encode", how):
+        tile = re.search(r"tiles of (\d+)x(\d+)", how)
+        return getattr(peaks, direction[0])(VAEConfig(), shape, tile and (int(tile[1]), int(tile[2])), 4)
+    model, mode = re.search(r"\S+-\S*B", what)[0], re.search(r" (q\d)\b", what)
+    pieces = re.search(r"(\d+) tokens", how)
+    nets = bench.networks(model, mode and mode[1])
+    return peaks.denoise(nets, shape, "streamed" in how, int(pieces[1]) if pieces else 8192)
+
+
 def predicted_weights(nets: Networks, stream: bool) -> int:
     w = nets.weights
     return w.outside + 2 * w.largest + w.in_flight if stream else w.all
@@ -240,6 +272,11 @@ def predicted_weights(nets: Networks, stream: bool) -> int:
 
 def network(preset: Preset) -> Transformer:
     return (VaceTransformer if preset.task == "vace" else Transformer)(preset.transformer)
+
+
+def furthest_off(rows: list[dict]) -> str:
+    worst = max(rows, key=lambda row: abs(row["predicted_by_measured"] - 1))
+    return f"{len(rows)} rows; furthest off: {worst['what']}, {worst['predicted_by_measured']:.2f}"
 
 
 def measured(run: Callable[[], None], warm_up: bool) -> tuple[int, float]:
@@ -269,7 +306,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="", help="cases whose description has this in it, such as decode or 14B")
     parser.add_argument("--tiny", action="store_true", help="small networks and videos, to try the script")
+    parser.add_argument("--against", type=Path, metavar="JSON", help="predict again what --json wrote")
     args = parser.parse_args()
+    if args.against:
+        peaks.on_cpu = lambda: False
+        peaks.has_fused_kernel = lambda dtype, head_dim: dtype != mx.float32
+        rows = against(json.loads(args.against.read_text())["rows"], Bench(Path(), dict(PRESETS)))
+        for row in rows:
+            numbers = f"{row['predicted_gib']:>8.2f}{row['measured_gib']:>9.2f}{row['predicted_by_measured']:>7.2f}"
+            print(f"{row['what']:<70}{numbers}")
+        print(furthest_off(rows))
+        return
     presets = {name: tiny(preset) if args.tiny else preset for name, preset in PRESETS.items()}
 
     def sized(case: tuple) -> tuple:
@@ -287,8 +334,7 @@ def main() -> None:
                 if args.only in f"{kind.__name__} {' '.join(map(str, case))}":
                     kind(*sized(case))
                     mx.clear_cache()
-        worst = max(bench.rows, key=lambda row: abs(row["predicted_by_measured"] - 1))
-        print(f"{len(bench.rows)} rows; furthest off: {worst['what']}, {worst['predicted_by_measured']:.2f}")
+        print(furthest_off(bench.rows))
         if args.json:
             info = {key: str(value) for key, value in mx.device_info().items()}
             machine = {"backend": str(mx.default_device()), "system": platform.platform(), "mlx": mx.__version__}

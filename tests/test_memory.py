@@ -1,5 +1,9 @@
 """Plans: what is resident, streamed or tiled in which memory, predicted from sizes alone."""
 
+import importlib.util
+import re
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,12 +11,16 @@ import pytest
 import wan_mlx
 from wan_mlx import budget, memory, peaks, tiling
 from wan_mlx.budget import parse_memory, system_memory
-from wan_mlx.configs import PRESETS, VAEConfig
+from wan_mlx.configs import PRESETS, TransformerConfig, VAEConfig
 from wan_mlx.generate import main
+from wan_mlx.layers import FEW_TOKENS, Pacer
+from wan_mlx.rope import rope_table
+from wan_mlx.transformer import SelfAttention
 from wan_mlx.types import MemoryPlanError
 from wan_mlx.vae import VAE
 
 GIB = 2**30
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +231,45 @@ def test_tiles_get_smaller_and_cost_more(monkeypatch):
     tiles = memory.tile_choices(shape)
     assert tiles[0] is None and len(tiles) > 10 and all(min(tile) >= tiling.SMALLEST_TILE for tile in tiles[1:])
     assert peaks.tile_work(vae, shape, None, True) == 1 < peaks.tile_work(vae, shape, (640, 360), True)
-    assert peaks.decode(vae, shape, (256, 256), 4) < 3 * GIB < peaks.decode(vae, shape, None, 4)
+    assert peaks.decode(vae, shape, (256, 240), 4) < 3 * GIB < peaks.decode(vae, shape, None, 4)
+
+
+def benchmark():
+    spec = importlib.util.spec_from_file_location("memory_table", ROOT / "benchmarks/memory_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def told_rows() -> list[tuple[str, float, float, float]]:
+    """What was done, predicted and measured GiB and their ratio, from the table in docs/memory.md."""
+    found = re.findall(r"^\| (.+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "docs/memory.md").read_text(), re.M)
+    return [(what, *map(float, numbers)) for what, *numbers in found]
+
+
+def test_predictions_are_within_a_tenth_of_what_was_measured_on_a_gpu(monkeypatch):
+    on_a_gpu(monkeypatch)
+    table, rows = benchmark(), told_rows()
+    bench = table.Bench(ROOT, PRESETS)
+    assert len(rows) >= 30
+    now = table.against([{"what": what, "measured_gib": measured} for what, _, measured, _ in rows], bench)
+    for (what, *told), row in zip(rows, now, strict=True):
+        assert row["predicted_by_measured"] == pytest.approx(1, abs=0.1), what
+        again = row["predicted_gib"], row["measured_gib"], row["predicted_by_measured"]
+        assert told == pytest.approx(again, abs=0.006), what
+
+
+def test_where_memory_is_short_keys_wait_for_queries():
+    """Then three wide arrays fewer live at once: queries' projection and norm are gone."""
+    config = TransformerConfig("t2v", dim=128, ffn_dim=128, num_heads=1, num_layers=1, freq_dim=32, text_dim=32)
+    attention, tokens, table = SelfAttention(config), mx.ones((1, 5000, 128)), rope_table((1, 50, 100), 128)
+    mx.eval(tokens, table, attention.parameters())
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(attention.queries_keys_values(tokens, table, Pacer(FEW_TOKENS)))
+    assert mx.get_peak_memory() - before <= 5.2 * tokens.nbytes
+    assert min(memory.LADDER, key=lambda step: (not step[0], step[1])) == (True, FEW_TOKENS)
 
 
 def test_convolutions_are_those_of_the_network():

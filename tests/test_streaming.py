@@ -19,7 +19,7 @@ from wan_mlx.types import Conditioning, WeightsError
 from wan_mlx.vace import VaceTransformer
 from wan_mlx.weights.load import parameter_shapes
 from wan_mlx.weights.networks import load_transformer
-from wan_mlx.weights.parameters import StreamedBlocks
+from wan_mlx.weights.parameters import Parameters, StreamedBlocks
 
 SIZES = dict(dim=256, ffn_dim=192, num_heads=2, num_layers=4, freq_dim=32, text_dim=64, image_dim=96)
 CONFIGS = {
@@ -94,6 +94,16 @@ def test_blocks_are_read_anew_at_every_pass_and_only_those_that_run(file, monkey
     assert asked == order
     mx.eval(model(*args, **kwargs, skip_layers=(1, 2)))
     assert asked[6:] == [name for name in order if name not in ("blocks.1", "blocks.2")]
+
+
+def test_the_next_block_is_being_read_while_one_computes(file, monkeypatch):
+    model, events = load_transformer(file("t2v"), "float32", stream=True), []
+    start, finish = Parameters.start, Parameters.finish
+    monkeypatch.setattr(Parameters, "start", lambda self, names: events.append("start") or start(self, names))
+    monkeypatch.setattr(Parameters, "finish", lambda self, started: events.append("finish") or finish(self, started))
+    for _ in model.stream(["blocks.0", "blocks.1", "blocks.2"]):
+        events.append("computes")
+    assert events == ["start", "finish", *["start", "computes", "finish"] * 2, "computes"]
 
 
 def test_passes_that_run_at_once_take_turns(file, monkeypatch):

@@ -11,6 +11,8 @@ import mlx.nn as nn
 # feed-forward arrays then stay small, and matmuls are still large enough to run at full speed. Where memory is short
 # it is fewer (`wan_mlx.memory`).
 TOKENS_AT_ONCE = 8192
+# From here down memory is so short that nothing is submitted while something else runs beside wide arrays.
+FEW_TOKENS = 1024
 
 
 # What a linear layer may keep beside its weights, of LoRAs that are not merged: `with_side`.
@@ -115,6 +117,11 @@ class Pacer:
         mx.async_eval(*arrays)
         mx.eval(*self.running)
         self.running = arrays
+
+    def settle(self) -> None:
+        """Wait for what runs, where memory is short, so that its temporaries are gone before more is submitted."""
+        if self.tokens_at_once <= FEW_TOKENS:
+            mx.eval(*self.running)
 
     def submit(self, array: mx.array) -> None:
         """Submit a piece too small to wait for: the GPU would run dry before the next one is there."""

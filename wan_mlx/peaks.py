@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from .attention import UNFUSED_SCORES, has_fused_kernel
 from .configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from .layers import FEW_TOKENS
 from .rope import row_order
 from .text_encoder import parameter_shapes as text_encoder_shapes
 from .tiling import decoder_spans, encoder_spans, split
@@ -26,17 +27,26 @@ from .weights.load import parameter_shapes
 from .weights.parameters import dtype_of
 from .work import frames_at, seq_len, stages
 
-# Arrays as wide as the tokens (L, D) that live at once where queries, keys and values are made, beside VACE's.
-TOKENS_ALIVE = 6.0
-# The same where tokens are taken a piece at a time: the tokens before and after, and what attention gave.
-TOKENS_ALIVE_IN_PIECES = 3.0
-# Of each of the two pieces in flight: arrays as wide as tokens, and as wide as the feed-forward.
-PIECE_TOKENS, PIECE_WIDE = 3.7, 1.0
+# Arrays as wide as the tokens (L, D) that live at once while queries, keys and values are made: the tokens, their norm,
+# and of queries and keys each the projection, its norm and its rotation, since keys are submitted before queries are
+# done. Measured on an H200 over a streamed 14B: 7.9; where keys wait for queries (`Pacer.settle`), on a CPU: 7.0.
+TOKENS_ALIVE, TOKENS_ALIVE_SETTLED = 8.0, 7.0
+# The same where tokens are taken a piece at a time: the tokens before and after, and what attention gave; when the
+# pieces are put together these and the whole; and where the next block is resident, and so submitted before the last
+# pieces are freed, its norm, projection and queries too. Measured over a resident 1.3B in pieces of 8192 and 2048: 7.0.
+TOKENS_ALIVE_IN_PIECES, TOKENS_ALIVE_AT_JOIN, TOKENS_ALIVE_BETWEEN_BLOCKS = 3.0, 4.0, 7.0
+# Of each of the two pieces in flight: arrays as wide as tokens, and as wide as the feed-forward. Measured: 590 MB for
+# two pieces of 8192 tokens of a 1.3B, both resident and streamed.
+PIECE_TOKENS, PIECE_WIDE = 6.0, 1.0
 # Latents (L, 64) in float32 in the sampling loop: of the solver's history, both passes, and the step's.
 LATENTS_ALIVE = 10
 # Frames of a VAE stage that live at once beside its caches, for each frame of a piece, and once more for pieces of
-# several frames, which are put behind the two before them.
-DECODE_FRAMES, ENCODE_FRAMES, JOINED_FRAMES = 8.4, 8.0, 3.0
+# several frames, which are put behind the two before them, as new frames for the cache are made while the old ones are
+# there. Measured on an H200 where a frame is a piece, from 78 to 179 MB each: 8.4 frames and 530 MB.
+DECODE_FRAMES, ENCODE_FRAMES, JOINED_FRAMES = 8.4, 8.0, 9.0
+# That: what the convolutions' library works in, of the three taps that are evaluated at once. Next to nothing was seen
+# beside the encoder. Small pieces take less, which was not measured: no more than so many times a piece.
+DECODE_WORKSPACE, WORKSPACE_PIECES = 500_000_000, 12
 # More where convolutions are matmuls over every pixel's neighbourhood, written out, for three taps: on the CPU.
 UNFOLDED_FRAMES = 27.0
 # What a GPU's backend itself allocates.
@@ -159,10 +169,11 @@ def denoise(
     c, w = nets.transformer, nets.weights
     tokens = seq_len(c, latent_shape)
     wide = tokens * c.dim * nets.dtype.size
-    piece = 2 * min(tokens, tokens_at_once) * nets.dtype.size
+    last_two = min(tokens, (tokens % tokens_at_once or tokens_at_once) + tokens_at_once)
     alive = max(
-        TOKENS_ALIVE * wide,
-        TOKENS_ALIVE_IN_PIECES * wide + piece * (PIECE_TOKENS * c.dim + PIECE_WIDE * c.ffn_dim),
+        (TOKENS_ALIVE_SETTLED if tokens_at_once <= FEW_TOKENS else TOKENS_ALIVE) * wide,
+        TOKENS_ALIVE_IN_PIECES * wide + _pieces(nets, 2 * min(tokens, tokens_at_once)),
+        (TOKENS_ALIVE_AT_JOIN if stream else TOKENS_ALIVE_BETWEEN_BLOCKS) * wide + _pieces(nets, last_two),
     )
     if c.vace_layers:
         alive += wide
@@ -175,6 +186,12 @@ def denoise(
     context = 2 * c.text_len * c.text_dim * nets.dtype.size
     weights = w.outside + 2 * w.largest + w.in_flight if stream else w.all
     return weights + 2 * w.unpacked + round(passes * alive) + kept + tables + latents + context + overhead()
+
+
+def _pieces(nets: Networks, tokens: int) -> float:
+    """What is computed at once of so many tokens, one by one, where they are independent."""
+    c = nets.transformer
+    return tokens * nets.dtype.size * (PIECE_TOKENS * c.dim + PIECE_WIDE * c.ffn_dim)
 
 
 def decode(config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int) -> int:
@@ -244,15 +261,18 @@ def _vae(config, latent_shape, tile, itemsize, decoding) -> int:
         caches += 2 * given[stage] * (into + (2 * blocks - 1) * width)
         frame = given[stage] * width * itemsize
         count = max(1, min(frames, VALUES_AT_ONCE // (given[stage] * width)))
-        peak = max(peak, (each * count + (JOINED_FRAMES if count > 1 else 0)) * frame + held)
+        workspace = min(DECODE_WORKSPACE, WORKSPACE_PIECES * count * frame) if decoding and not on_cpu() else 0
+        peak = max(peak, (each * count + (JOINED_FRAMES if count > 1 else 0)) * frame + workspace + held)
         if last and decoding:
             caches += 2 * given[stage] * width
         if last:
             break
         caches += 2 * right[stage] * width * temporal[stage] // (1 if decoding else 4)
         if decoding:
-            frames *= 2 ** (temporal[stage] and t > 1)
-            held += frames * right[stage] * width * itemsize  # waits to be passed on
+            given_on = frames * 2 ** (temporal[stage] and t > 1)
+            # What waits to be passed on and, if that is twice as many, what it was made from.
+            held += (given_on + frames * (given_on > frames)) * right[stage] * width * itemsize
+            frames = given_on
         else:
             frames = max(1, count // 2 ** temporal[stage])  # pieces are not put together again
     middle = 2 * h * w * (4 * widest + (config.z_dim if decoding else widest))

@@ -51,6 +51,7 @@ class SelfAttention(nn.Module):
         for project, norm in ((self.q, self.norm_q), (self.k, self.norm_k), (self.v, None)):
             arrays.append(self._heads_of(project(x), norm, table))
             pace(arrays[-1])
+            pace.settle()
         return arrays
 
     def _heads_of(self, x, norm, table):
