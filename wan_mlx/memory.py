@@ -26,7 +26,7 @@ from .types import MemoryPlanError
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-# Predictions are within a tenth of what is measured, mostly above; a budget is filled up to here.
+# Predictions are within a tenth of what was measured, above or below (docs/memory.md); a budget is filled up to here.
 FILL = 0.96
 # Transformer resident or streamed, and how many tokens at once, from the fastest to the smallest.
 LADDER = [(False, TOKENS_AT_ONCE), (False, 4096), (False, 2048), (True, TOKENS_AT_ONCE), (True, 4096), (True, 2048),
