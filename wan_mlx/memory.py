@@ -62,6 +62,11 @@ def duration(seconds: float) -> str:
     return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
+def number(value: float) -> str:
+    """Three or four digits that matter, never an exponent: "0.508", "264.1", "652,300"."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a run keeps within its memory. Printed, it is a table.
@@ -132,16 +137,16 @@ class Plan:
         timed = all(row.seconds is not None for row in self.rows)
         lines = [
             f"{self.title}, within {self.budget / GIB:.1f} GiB {'as asked' if self.chosen else 'of this machine'}",
-            f"{'stage':<14}{'how':<42}{'peak GiB':>9}{'TFLOP':>11}{'reads GB':>10}" + f"{'time':>11}" * timed,
+            f"{'stage':<14}{'how':<42}{'peak GiB':>9}{'TFLOP':>11}{'reads GB':>10}" + f"{'time':>13}" * timed,
         ]
         for row in self.rows:
-            seconds = f"{duration(row.seconds):>11}" if timed else ""
-            numbers = f"{row.peak / GIB:>9.2f}{row.flop / 1e12:>11.4g}{row.reads / 1e9:>10.1f}{seconds}"
+            seconds = f"{duration(row.seconds):>13}" if timed else ""
+            numbers = f"{row.peak / GIB:>9.2f}{number(row.flop / 1e12):>11}{number(row.reads / 1e9):>10}{seconds}"
             lines.append(f"{row.stage:<14}{row.how:<42}{numbers}")
-        total = f"{duration(sum(row.seconds for row in self.rows)):>11}" if timed else ""
+        total = f"{duration(sum(row.seconds for row in self.rows)):>13}" if timed else ""
         lines.append(
-            f"{'whole run':<56}{self.peak / GIB:>9.2f}{sum(row.flop for row in self.rows) / 1e12:>11.4g}"
-            f"{sum(row.reads for row in self.rows) / 1e9:>10.1f}{total}"
+            f"{'whole run':<56}{self.peak / GIB:>9.2f}{number(sum(row.flop for row in self.rows) / 1e12):>11}"
+            f"{number(sum(row.reads for row in self.rows) / 1e9):>10}{total}"
         )
         options = "; ".join(self.advice) or "nothing"
         lines.append("it fits" if self.fits else f"it does not fit; what would: {options}")
