@@ -51,6 +51,30 @@ def randomize(module, seed: int = 0, std: float | None = None) -> None:
             p.copy_(noise)
 
 
+def diffusers_transformer(config):
+    """Diffusers' class for a `TransformerConfig`, as it initialises itself."""
+    from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+
+    sizes = dict(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        in_channels=config.in_dim,
+        out_channels=config.out_dim,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+    )
+    if config.model_type == "vace":
+        vace = dict(vace_layers=list(config.vace_layers), vace_in_channels=config.vace_in_dim)
+        return WanVACETransformer3DModel(**sizes, **vace).eval()
+    if config.has_image_branch:
+        sizes |= dict(image_dim=config.image_dim, added_kv_proj_dim=config.dim)
+    if config.model_type == "flf2v":
+        sizes["pos_embed_seq_len"] = 2 * 257
+    return WanTransformer3DModel(**sizes).eval()
+
+
 def relative_error(got, want) -> float:
     """max |a-b| / max |b|, the measure of DESIGN's bounds; shapes must agree and values be finite."""
     got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)

@@ -6,10 +6,15 @@ import shutil
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map_with_path
 
+from wan_mlx.configs import VAEConfig
+from wan_mlx.vae import VAE
 from wan_mlx.weights.hub import BUNDLED
 
 LATER_BLOCK = re.compile(r"blocks\.[1-9]\d*\.")
+VAE_CONFIG = VAEConfig(dim=8, z_dim=4, mean=(0.5, -0.3, 0.0, 1.0), std=(1.0, 2.0, 0.7, 1.5))
 
 
 def write(folder: Path) -> Path:
@@ -26,3 +31,20 @@ def write(folder: Path) -> Path:
     for name in ("vae.safetensors", "tokenizer.model"):
         shutil.copyfile(nano / name, folder / name)
     return folder
+
+
+def random_vae() -> VAE:
+    """A VAE of `VAE_CONFIG`, float32."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, value):
+        noise = rng.normal(size=value.shape)
+        return mx.array(noise * value[0].size ** -0.5 if value.ndim > 1 else 0.1 * noise + path.endswith("gamma"))
+
+    vae = VAE(VAE_CONFIG)
+    return vae.update(tree_map_with_path(lambda p, v: fill(p, v).astype(mx.float32), vae.parameters()))
+
+
+def random(*shape: int) -> mx.array:
+    """Uniform in [-1, 1], float32."""
+    return mx.array(np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32))

@@ -3,33 +3,20 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_map_with_path
+from pico import random, random_vae
 
 import wan_mlx
 from wan_mlx import tiling
-from wan_mlx.configs import VAEConfig
 from wan_mlx.media import to_uint8
-from wan_mlx.vae import VAE, CausalCache, CausalConv, ResidualBlock, flow
+from wan_mlx.vae import CausalCache, CausalConv, ResidualBlock, flow
 from wan_mlx.weights.hub import resolve
 
-CONFIG = VAEConfig(dim=8, z_dim=4, mean=(0.5, -0.3, 0.0, 1.0), std=(1.0, 2.0, 0.7, 1.5))
 SAME = dict(rtol=0, atol=1e-5)  # of float32 values around 1
 
 
 @pytest.fixture(scope="module")
 def vae():
-    rng = np.random.default_rng(0)
-
-    def fill(path, value):
-        noise = rng.normal(size=value.shape)
-        return mx.array(noise * value[0].size ** -0.5 if value.ndim > 1 else 0.1 * noise + path.endswith("gamma"))
-
-    vae = VAE(CONFIG)
-    return vae.update(tree_map_with_path(lambda p, v: fill(p, v).astype(mx.float32), vae.parameters()))
-
-
-def random(*shape):
-    return mx.array(np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32))
+    return random_vae()
 
 
 def chunks_of(frames):

@@ -3,28 +3,15 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_map_with_path
+from pico import VAE_CONFIG, random, random_vae
 
 from wan_mlx.configs import VAEConfig
 from wan_mlx.vae import VAE, CausalCache
 
-CONFIG = VAEConfig(dim=8, z_dim=4, mean=(0.5, -0.3, 0.0, 1.0), std=(1.0, 2.0, 0.7, 1.5))
-
 
 @pytest.fixture(scope="module")
 def vae():
-    rng = np.random.default_rng(0)
-
-    def fill(path, value):
-        noise = rng.normal(size=value.shape)
-        return mx.array(noise * value[0].size ** -0.5 if value.ndim > 1 else 0.1 * noise + path.endswith("gamma"))
-
-    vae = VAE(CONFIG)
-    return vae.update(tree_map_with_path(lambda p, v: fill(p, v).astype(mx.float32), vae.parameters()))
-
-
-def random(*shape):
-    return mx.array(np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32))
+    return random_vae()
 
 
 def decoded(vae, latents):
@@ -139,6 +126,6 @@ def test_wrong_latents_are_refused_at_once(vae, shape):
 
 @pytest.mark.parametrize("changes, message", [({"z_dim": 5}, "z_dim = 5"), ({"dim_mult": (1, 2)}, "expected 1, one")])
 def test_config_must_agree_with_itself(changes, message):
-    sizes = dict(dim=8, z_dim=4, mean=CONFIG.mean, std=CONFIG.std)
+    sizes = dict(dim=8, z_dim=4, mean=VAE_CONFIG.mean, std=VAE_CONFIG.std)
     with pytest.raises(ValueError, match=message):
         VAE(VAEConfig(**{**sizes, **changes}))

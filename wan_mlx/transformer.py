@@ -34,8 +34,8 @@ BLOCK_LISTS = ("blocks", "vace_blocks")
 FLOAT32_PARAMETERS = r"(^|.*\.)(time_\w+|\w*patch_embedding|head|modulation|norm\w*|emb_pos)(\..*|$)"
 
 
-class SelfAttention(nn.Module):
-    """Attention among video tokens, with rotary positions."""
+class Attention(nn.Module):
+    """The projections and norms that both kinds of attention have."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -44,6 +44,10 @@ class SelfAttention(nn.Module):
             setattr(self, name, Linear(config.dim, config.dim))
         self.norm_q = RMSNorm(config.dim)
         self.norm_k = RMSNorm(config.dim)
+
+
+class SelfAttention(Attention):
+    """Attention among video tokens, with rotary positions."""
 
     def queries_keys_values(self, x: mx.array, table: tuple[mx.array, mx.array], pace: Pacer) -> list[mx.array]:
         """Normed tokens (B, L, D) → queries, keys and values (B, L, heads, head_dim), as `attention` takes them."""
@@ -61,16 +65,11 @@ class SelfAttention(nn.Module):
         return scale_and_rotate(x, norm.weight.reshape(self.heads, -1), table)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Attention from video tokens to text and, in image-conditioned models, to CLIP features."""
 
     def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.heads, self.eps = config.num_heads, config.eps
-        for name in ("q", "k", "v", "o"):
-            setattr(self, name, Linear(config.dim, config.dim))
-        self.norm_q = RMSNorm(config.dim)
-        self.norm_k = RMSNorm(config.dim)
+        super().__init__(config)
         if config.has_image_branch:
             self.k_img = Linear(config.dim, config.dim)
             self.v_img = Linear(config.dim, config.dim)

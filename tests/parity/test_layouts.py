@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 
+import oracles
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
+from diffusers import AutoencoderKLWan
 from oracles import official, randomize, relative_error
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
@@ -70,24 +71,7 @@ def official_transformer(config: TransformerConfig) -> Shapes:
 
 @cache
 def diffusers_transformer(config: TransformerConfig) -> Shapes:
-    sizes = dict(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        in_channels=config.in_dim,
-        out_channels=config.out_dim,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-    )
-    if config.has_image_branch:
-        sizes |= dict(image_dim=config.image_dim, added_kv_proj_dim=config.dim)
-    if config.model_type == "flf2v":
-        sizes["pos_embed_seq_len"] = 514
-    if config.model_type == "vace":
-        vace = dict(vace_layers=list(config.vace_layers), vace_in_channels=config.vace_in_dim)
-        return shapes_of(lambda: WanVACETransformer3DModel(**sizes, **vace))
-    return shapes_of(lambda: WanTransformer3DModel(**sizes))
+    return shapes_of(lambda: oracles.diffusers_transformer(config))
 
 
 @cache

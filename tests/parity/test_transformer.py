@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from mlx.utils import tree_flatten
-from oracles import in_halves, official, randomize, relative_error, unmasked_attention
+from oracles import diffusers_transformer, in_halves, official, randomize, relative_error, unmasked_attention
 
 from wan_mlx.configs import TransformerConfig
 from wan_mlx.layers import Pacer
@@ -108,20 +108,7 @@ def test_text_to_video_official(official_model, grid, text_tokens):
 
 
 def diffusers_model(config: TransformerConfig, seed: int) -> WanTransformer3DModel:
-    image = config.has_image_branch
-    reference = WanTransformer3DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        in_channels=config.in_dim,
-        out_channels=config.out_dim,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-        image_dim=config.image_dim if image else None,
-        added_kv_proj_dim=config.dim if image else None,
-        pos_embed_seq_len=2 * 257 if config.model_type == "flf2v" else None,
-    ).eval()
+    reference = diffusers_transformer(config)
     randomize(reference, seed)
     return reference
 

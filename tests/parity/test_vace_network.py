@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import WanVACETransformer3DModel
 from mlx.utils import tree_flatten
-from oracles import in_halves, randomize, relative_error
+from oracles import diffusers_transformer, in_halves, randomize, relative_error
 
 from wan_mlx.configs import PRESETS, TransformerConfig
 from wan_mlx.transformer import Transformer
@@ -38,18 +38,7 @@ VACE_PRESETS = [name for name, preset in PRESETS.items() if preset.task == "vace
 
 
 def diffusers_model(config: TransformerConfig, seed: int = 0) -> WanVACETransformer3DModel:
-    model = WanVACETransformer3DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        in_channels=config.in_dim,
-        out_channels=config.out_dim,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-        vace_layers=list(config.vace_layers),
-        vace_in_channels=config.vace_in_dim,
-    ).eval()
+    model = diffusers_transformer(config)
     if model.device.type != "meta":
         randomize(model, seed)
     return model

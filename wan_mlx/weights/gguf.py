@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +21,7 @@ import numpy as np
 
 from ..types import WeightsError
 from .pth import MAX_DIM, MAX_ENTRIES, MAX_NAME, MAX_NDIM
-from .reader import BLOCKS, MAX_HEADER_BYTES, TensorInfo, WeightsFile, contiguous
+from .reader import BLOCKS, MAX_HEADER_BYTES, TensorInfo, WeightsFile
 
 # ggml's numbers of its types; what is not in BLOCKS or plain is refused by name.
 TYPES = {
@@ -167,13 +165,8 @@ class GGUFFile(WeightsFile):
             raise WeightsError(f"{self.path}: {key} holds a block whose scale is not finite; download it again")
         return numbers
 
-    def _strides(self, key: str) -> tuple[int, ...]:
-        return contiguous(self.tensors[key].shape)
-
-    @contextmanager
-    def _open(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
-        with open(self.path, "rb", buffering=0) as file:
-            yield file, self._stored[key].start
+    def _start(self, key: str) -> int:
+        return self._stored[key].start
 
 
 class _Header:

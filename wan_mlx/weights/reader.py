@@ -142,12 +142,17 @@ class WeightsFile:
 
     def _strides(self, key: str) -> tuple[int, ...]:
         """In elements."""
+        return contiguous(self.tensors[key].shape)
+
+    def _start(self, key: str) -> int:
+        """The position in the file of the tensor's first byte."""
         raise NotImplementedError
 
     @contextmanager
     def _open(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
         """A seekable file, and the position in it of the tensor's first element."""
-        raise NotImplementedError
+        with open(self.path, "rb", buffering=0) as file:
+            yield file, self._start(key)
 
     @contextmanager
     def _opened(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
@@ -225,13 +230,8 @@ class SafetensorsFile(WeightsFile):
             raise WeightsError(f"{self.path}: changed since it was opened; open it again")
         return arrays
 
-    def _strides(self, key: str) -> tuple[int, ...]:
-        return contiguous(self.tensors[key].shape)
-
-    @contextmanager
-    def _open(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
-        with open(self.path, "rb", buffering=0) as file:
-            yield file, self._starts[key]
+    def _start(self, key: str) -> int:
+        return self._starts[key]
 
 
 class TorchFile(WeightsFile):
