@@ -1,4 +1,4 @@
-"""A tiny model without torch: nano with one block in its transformer and one in its text encoder. It makes no sense."""
+"""Tiny models without torch, which make no sense: nano with one block in each transformer; a VAE of random weights."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The sampling loop: the only one in the package."""
+"""The sampling loop, the only one in the package, and what goes into it and comes out of it."""
 
 from __future__ import annotations
 
