@@ -75,9 +75,9 @@ def test_config_replays_a_video(made, tmp_path):
     "options",
     [
         ["--quantize", "q8", "--cfg-zero", "1", "--slg", "1,2:0-0.9", "--negative-prompt", "blue", "--solver", "dpm++"],
-        ["--cache", "easycache", "--steps", "10", "--vae-tiling", "64x64", "--memory", "1GB"],
+        ["--cache", "easycache", "--steps", "10", "--guidance", "1", "--guidance-range", "0-1", "--memory", "1GB"],
         ["--recipe", "lightx2v-4step", "--steps", "4", "--guidance", "1", "--guidance-range", "0-1"],
-        ["--video", "source.png", "--strength", "0.5", "--guidance-range", "0-1"],
+        ["--video", "source.png", "--strength", "0.5", "--guidance-range", "0-1", "--vae-tiling", "64x64"],
         ["--model", "nano-i2v", "--image", "source.png", "--preview", "look.webp", "--preview-every", "2"],
         ["--task", "t2v-14B", "--num-images", "1"],
     ],
