@@ -197,7 +197,7 @@ class Downsample(nn.Module):
 
 # (phase, pixel, tap): on which of the two pixels that an upper or lower (left or right) result sees each tap of a
 # 3-wide kernel over doubled pixels falls.
-PHASES = mx.array([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+PHASES = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
 
 
 class Upsample(nn.Module):
@@ -221,7 +221,8 @@ class Upsample(nn.Module):
         pixels of ``x`` with sums of the kernel's values, and the doubled frame is never made.
         """
         conv, (n, h, w, _) = self.resample[1], x.shape
-        kernels = mx.einsum("aru,bsv,ouvc->aborsc", PHASES, PHASES, conv.weight.astype(mx.float32))
+        phases = mx.array(PHASES)
+        kernels = mx.einsum("aru,bsv,ouvc->aborsc", phases, phases, conv.weight.astype(mx.float32))
         kernels = kernels.reshape(-1, *kernels.shape[3:]).astype(x.dtype)
         # (n, H+1, W+1, 4 * width): at (i, j) what is seen of pixels i-1, i and j-1, j.
         seen = mx.conv2d(x, kernels, padding=1).reshape(n, h + 1, w + 1, 2, 2, -1)
