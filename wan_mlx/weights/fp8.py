@@ -56,6 +56,10 @@ class Fp8File(WeightsFile):
         self._info(key)
         return self._true(key, self.file.read(key), self.scales.get(key))
 
+    def read_now(self, key: str) -> mx.array:
+        self._info(key)
+        return self._true(key, self.file.read_now(key), self.scales.get(key))
+
     def rows(self, key: str, indices: np.ndarray) -> mx.array:
         scale = self.scales.get(key)
         values = self.file.rows(key, indices)

@@ -76,11 +76,15 @@ class ComponentWeights:
     def path(self) -> Path:
         return self.file.path
 
-    def read(self, name: str) -> mx.array:
-        """The tensor in our layout and its stored dtype, float32 if it is packed; lazy wherever the file allows it."""
+    def read(self, name: str, now: bool = False) -> mx.array:
+        """The tensor in our layout and its stored dtype, float32 if it is packed.
+
+        Lazy wherever the file allows it; ``now``, what is not packed is read at once, with several threads.
+        """
         if self.quantization is not None and name in self.quantization.packings:
             return self.quantization.packings[name].unpack(self.packed(name), mx.float32)
-        parts = [self.file.read(source) for source in self.sources[name]]
+        read = self.file.read_now if now else self.file.read
+        parts = [read(source) for source in self.sources[name]]
         array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
         if not self.channels_last and array.ndim >= 4:
             array = mx.moveaxis(array.reshape(self._torch_shape(name)), 1, -1)

@@ -119,12 +119,13 @@ class Parameters:
                     parent[index][key] = mx.zeros(shape)
         return module
 
-    def start(self, names: Iterable[str]) -> dict[str, dict[str, mx.array]]:
+    def start(self, names: Iterable[str], now: bool = False) -> dict[str, dict[str, mx.array]]:
         """Lazy arrays of what is stored, on the current stream, as far as the CPU should go; `finish` takes them.
 
-        Nothing but reading, casting and reordering happens here, so nothing that a GPU should do.
+        Nothing but reading, casting and reordering happens here, so nothing that a GPU should do. ``now``: what is not
+        packed is read before this returns, with several threads.
         """
-        return {name: self._start(name) for name in names}
+        return {name: self._start(name, now) for name in names}
 
     def finish(self, started: dict[str, dict[str, mx.array]]) -> list[tuple[str, mx.array]]:
         """What `start` returned, with the rest done: name → array pairs, resident.
@@ -164,13 +165,13 @@ class Parameters:
         """Whether more is to be done than the CPU does while reading."""
         return name in self.merged or (name in self.quantization.packings and name not in self.as_stored)
 
-    def _start(self, name: str) -> dict[str, mx.array]:
+    def _start(self, name: str, now: bool) -> dict[str, mx.array]:
         if self._has_work(name):
-            return {name: self.weights.read(name)}
+            return {name: self.weights.read(name, now)}
         if name in self.as_stored:
             arrays = {name.removesuffix("weight") + key: array for key, array in self.weights.packed(name).items()}
         else:
-            arrays = {name: self.weights.read(name).astype(dtype_of(self.component, name, self.dtype))}
+            arrays = {name: self.weights.read(name, now).astype(dtype_of(self.component, name, self.dtype))}
         return self._reordered(name, arrays)
 
     def _work(self, name: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -215,18 +216,21 @@ def load_module(
     progress: Callable[[Iterable[str]], Iterable[str]],
     unread: Mapping[str, tuple[int, ...]] | None = None,
 ) -> nn.Module:
-    """Fill ``module`` and return it, one tensor at a time, each resident before the next is read.
+    """Fill ``module`` and return it, one tensor at a time: while one is read, the one before is cast and reordered.
 
     ``unread``: name → shape of what the file must hold too, though ``module`` has no use for it; it is not read.
     """
     unread = unread or {}
     check_keys(parameters.weights, {**parameter_shapes(module), **unread})
     parameters.fit(module, without=unread)
-    arrays = []
+    arrays, before = [], {}
     for name in progress([name for name in parameters.weights.shapes if name not in unread]):
         with mx.stream(mx.cpu):
-            started = parameters.start([name])
-        arrays += parameters.finish(started)
+            started = parameters.start([name], now=True)
+        mx.async_eval(list(started.values()))
+        arrays += parameters.finish(before)
+        before = started
+    arrays += parameters.finish(before)
     module.load_weights(arrays)
     module.lora_state = LoraState(bool(parameters.merged), parameters.row_order)
     return module.eval()

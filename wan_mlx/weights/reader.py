@@ -22,6 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..types import WeightsError
+from .direct import PIECE, read_tensor
 from .pth import ITEMSIZE, MAX_DIM, MAX_NDIM, open_storage, read_index
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -35,6 +36,8 @@ _NUMPY = {
 }
 # One such tensor makes mx.load refuse the whole file.
 _UNKNOWN_TO_MLX = {"F64", "F8_E5M2"}
+# What becomes other values on the way (`_to_mlx`), so cannot be read into MLX's memory.
+_CHANGED = {"F64", "BOOL"}
 # GGUF's block formats: how many values a block has, and how many bytes.
 BLOCKS = {
     **{"Q8_0": (32, 34), "Q5_1": (32, 24), "Q5_0": (32, 22), "Q4_1": (32, 20), "Q4_0": (32, 18), "IQ4_NL": (32, 18)},
@@ -87,6 +90,8 @@ class WeightsFile:
         """
         info = self._info(key)
         strides = self._strides(key)
+        if info.nbytes and info.dtype not in _CHANGED and strides == contiguous(info.shape) and self._is_plain(key):
+            return self._read_direct(key, info)
         span = 1 + sum((n - 1) * stride for n, stride in zip(info.shape, strides, strict=True))
         values = np.empty(span if info.nbytes else 0, _NUMPY[info.dtype])
         if info.nbytes:
@@ -96,6 +101,10 @@ class WeightsFile:
             return _to_mlx(values.reshape(info.shape), info.dtype)
         steps = [stride * values.itemsize for stride in strides]
         return _to_mlx(np.lib.stride_tricks.as_strided(values, info.shape, steps).copy(), info.dtype)
+
+    def read_now(self, key: str) -> mx.array:
+        """As `read`, but large tensors at once from every kind of file, with several threads."""
+        return self.read(key)
 
     def rows(self, key: str, indices: np.ndarray) -> mx.array:
         """``tensor[indices]`` of a 2-D tensor, (len(indices), width) in the dtype of `read`; only those rows are read.
@@ -147,6 +156,25 @@ class WeightsFile:
     def _start(self, key: str) -> int:
         """The position in the file of the tensor's first byte."""
         raise NotImplementedError
+
+    def _is_plain(self, key: str) -> bool:
+        """Whether the tensor's bytes lie in ``path`` from `_start` as they are."""
+        return True
+
+    def _read_direct(self, key: str, info: TensorInfo) -> mx.array:
+        """The whole of a contiguous, plain tensor."""
+        self._check_unchanged()
+        dtype = "U8" if info.dtype in ("F8_E4M3", "F8_E5M2") else info.dtype
+        try:
+            array = read_tensor(
+                lambda: open(self.path, "rb", buffering=0), self._start(key), dtype, info.shape, info.nbytes
+            )
+        except EOFError as error:
+            raise WeightsError(f"{self.path}: ends {error.args[0]:,} bytes early; download it again") from None
+        except OSError as error:
+            raise WeightsError(f"{self.path}: {key} cannot be read ({error.strerror or error})") from None
+        self._check_unchanged()  # every thread opened the file for itself
+        return array
 
     @contextmanager
     def _open(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
@@ -221,6 +249,9 @@ class SafetensorsFile(WeightsFile):
             raise WeightsError(f"{self.path}: {key} has changed shape since it was opened; open it again")
         return array
 
+    def read_now(self, key: str) -> mx.array:
+        return super().read(key) if self._info(key).nbytes > PIECE else self.read(key)
+
     def _load(self) -> dict[str, mx.array]:
         try:
             arrays = mx.load(str(self.path), format="safetensors")
@@ -243,6 +274,13 @@ class TorchFile(WeightsFile):
 
     def _strides(self, key: str) -> tuple[int, ...]:
         return self._views[key].strides
+
+    def _is_plain(self, key: str) -> bool:
+        return self._views[key].storage.start is not None
+
+    def _start(self, key: str) -> int:
+        view = self._views[key]
+        return view.storage.start + view.offset * ITEMSIZE[view.dtype]
 
     @contextmanager
     def _open(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
@@ -277,6 +315,10 @@ class ShardedFile(WeightsFile):
     def read(self, key: str) -> mx.array:
         self._info(key)
         return self._shards[key].read(key)
+
+    def read_now(self, key: str) -> mx.array:
+        self._info(key)
+        return self._shards[key].read_now(key)
 
     def rows(self, key: str, indices: np.ndarray) -> mx.array:
         self._info(key)

@@ -1,0 +1,139 @@
+"""A stretch of a file straight into the memory of an MLX array, read by several threads.
+
+``mx.array(values)`` copies what numpy has read, in one thread, into memory that the system must first clear page by
+page: for a large file that costs several times what reading costs. `mx.load` reads into an array's own memory, and it
+takes file objects. So a tensor of any file is given to it as a safetensors file of that one tensor, of which reading
+the data is shared out among threads: both copying from the system's cache and clearing pages go faster so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
+from typing import BinaryIO
+
+import mlx.core as mx
+import numpy as np
+
+# More threads than this do not read faster from the system's cache.
+MOST_THREADS = 8
+# Bytes that a thread reads at a time.
+PIECE = 4 * 2**20
+
+_HUGE_PAGE = 2 * 2**20
+_MADV_HUGEPAGE = 14
+
+
+def read_tensor(
+    open_file: Callable[[], BinaryIO], start: int, dtype: str, shape: tuple[int, ...], nbytes: int
+) -> mx.array:
+    """A tensor from a file, resident, on the current stream; on Apple silicon always by the CPU.
+
+    Args:
+        open_file: opens the file, unbuffered; called by several threads.
+        start: position of the tensor's first byte.
+        dtype: safetensors' name of one that MLX has.
+        shape: its sizes; values are stored one after the other, the last axis fastest.
+        nbytes: of the tensor.
+
+    Raises:
+        EOFError: the file ends early; its argument is by how many bytes.
+        OSError: as opening and reading raise it.
+    """
+    file = _OneTensor(open_file, start, dtype, shape, nbytes)
+    array = mx.load(file, format="safetensors")["tensor"]
+    # An error must not pass through MLX, which would end the process in some of its threads.
+    if file.error is not None:
+        raise file.error
+    return array
+
+
+class _OneTensor(io.RawIOBase):
+    """What looks like a safetensors file of one tensor; its data are ``nbytes`` of another file from ``start``."""
+
+    def __init__(self, open_file, start: int, dtype: str, shape: tuple[int, ...], nbytes: int):
+        entry = {"tensor": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]}}
+        header = json.dumps(entry).encode()
+        self.header = len(header).to_bytes(8, "little") + header
+        self.open_file, self.start, self.nbytes = open_file, start, nbytes
+        self.position = 0
+        self.error: BaseException | None = None
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + (0, self.position, len(self.header) + self.nbytes)[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, target) -> int:
+        """Fill all of ``target``, which MLX expects; what goes wrong is kept in ``error``."""
+        view = memoryview(target).cast("B")
+        at = self.position
+        self.position += len(view)
+        if at < len(self.header):
+            view[:] = self.header[at : at + len(view)]
+        else:
+            try:
+                self._read(view, self.start + at - len(self.header))
+            except BaseException as error:
+                self.error = error
+        return len(view)
+
+    def _read(self, view: memoryview, start: int) -> None:
+        spans = range(0, len(view), PIECE)
+        if len(spans) <= 1:
+            return self._read_piece(view, start)
+        _ask_for_huge_pages(view)
+        pieces = [_threads().submit(self._read_piece, view[at : at + PIECE], start + at) for at in spans]
+        try:
+            wait(pieces)
+        finally:
+            wait(pieces)  # after an interruption too: the memory is MLX's
+        for piece in pieces:
+            piece.result()
+
+    def _read_piece(self, view: memoryview, start: int) -> None:
+        with self.open_file() as file:
+            file.seek(start)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise EOFError(len(view))
+                view = view[count:]
+
+
+@lru_cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "wan_mlx-file")
+
+
+@lru_cache
+def _madvise() -> Callable | None:
+    if sys.platform != "linux":
+        return None
+    function = getattr(ctypes.CDLL(None), "madvise", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
+
+
+def _ask_for_huge_pages(view: memoryview) -> None:
+    """Advise Linux to clear memory 2 MiB at a time, as numpy does for its own: 4 KiB at a time takes most of reading.
+
+    Advice only: where it does not apply, the call fails without effect.
+    """
+    advise = _madvise()
+    if advise is None:
+        return
+    address = np.frombuffer(view, np.uint8).ctypes.data
+    first = -(-address // _HUGE_PAGE) * _HUGE_PAGE
+    last = (address + len(view)) // _HUGE_PAGE * _HUGE_PAGE
+    if first < last:
+        advise(first, last - first, _MADV_HUGEPAGE)
