@@ -52,8 +52,12 @@ def test_twice_stops_at_once(tmp_path, flags, whole, where, kept_steps):
 
 
 def test_under_ffmpeg(tmp_path, flags, whole):
+    """It encodes while the next frames are decoded, so that the first Ctrl-C waits for those at work."""
     held = Held("ffmpeg", 1, *flags, "--output", str(tmp_path / "a.mp4"))
     assert any("ffmpeg" in line for line in processes_naming(str(tmp_path)))
+    assert len((tmp_path / "a.mp4.wan/frames.index").read_text().splitlines()) == 2
+    held.process.send_signal(signal.SIGINT)
+    held.wait_for("Ctrl-C again stops at once")
     held.process.send_signal(signal.SIGINT)
     check_resumable(tmp_path, whole, *held.finish(), kept_steps=3)
 

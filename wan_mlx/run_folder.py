@@ -241,10 +241,15 @@ class FrameStore:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """The chunks, uint8 (n, height, width, 3)."""
-        if not self._chunks:
+        return self.chunks(0)
+
+    def chunks(self, first: int) -> Iterator[np.ndarray]:
+        """The chunks from number ``first`` on."""
+        if first >= len(self._chunks):
             return
         with self.raw.open("rb") as file:
-            for count in self._chunks:
+            file.seek(sum(self._chunks[:first]) * int(np.prod(self.shape)))
+            for count in self._chunks[first:]:
                 shape = (count, *self.shape)
                 yield np.frombuffer(file.read(int(np.prod(shape))), np.uint8).reshape(shape)
 

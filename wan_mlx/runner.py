@@ -59,13 +59,14 @@ def make_file(
     check_disk(folder.path, disk_needed(request, pipe.latent_channels) - folder.size)
     VideoWriter(folder.output, request.fps, (request.width, request.height), folder.record()["settings"], overwrite)
     frames = folder.open_frames(request.height, request.width)
-    if frames.count < request.num_frames:
-        try:
-            _sample(pipe, request, folder, frames, interrupts, on_event)
-        except SamplingError:
-            folder.mark_not_finite()
-            raise
-    complaint = _write(pipe, request, folder, frames, overwrite, interrupts)
+    with _Encoding(request, folder, frames, overwrite) as encoding:
+        if frames.count < request.num_frames:
+            try:
+                _sample(pipe, request, folder, frames, encoding, interrupts, on_event)
+            except SamplingError:
+                folder.mark_not_finite()
+                raise
+        complaint = encoding.finish(interrupts)
     folder.delete()
     if complaint:
         complaint = f"{complaint}; {WHAT_TO_TRY}"
@@ -77,6 +78,7 @@ def _sample(
     request: Request,
     folder: RunFolder,
     store: FrameStore,
+    encoding: _Encoding,
     interrupts: Interrupts,
     on_event: Callable[[Any], None] | None,
 ) -> None:
@@ -98,25 +100,50 @@ def _sample(
                 seen += len(event)
                 if seen > store.count:
                     store.add(event)
+                    encoding.follow(interrupts)
             if on_event is not None:
                 on_event(event)
             del event
             interrupts.check()
 
 
-def _write(
-    pipe: WanPipeline, request: Request, folder: RunFolder, store: FrameStore, overwrite: bool, interrupts: Interrupts
-) -> str | None:
-    """From kept frames to the file; returns what is wrong with them, if anything."""
-    settings = folder.record()["settings"] | folder.notes()
-    size = (request.width, request.height)
-    statistics = FrameStatistics()
-    with VideoWriter(folder.output, request.fps, size, settings, overwrite, folder.path) as writer:
-        for frames in store:
-            statistics.add(frames)
-            writer.write(frames)
+class _Encoding:
+    """From kept frames to the file, as they come: ffmpeg encodes some while the next are being decoded.
+
+    The file appears when the ``with`` block ends without an exception.
+    """
+
+    def __init__(self, request: Request, folder: RunFolder, store: FrameStore, overwrite: bool):
+        self.request, self.folder, self.store, self.overwrite = request, folder, store, overwrite
+        self.statistics = FrameStatistics()
+        self._writer: VideoWriter | None = None
+        self._chunks = 0
+
+    def __enter__(self) -> _Encoding:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(kind, error, traceback)
+
+    def follow(self, interrupts: Interrupts) -> None:
+        """Encode the kept frames that are not yet; sampling must be done, since its notes go into the file's head."""
+        if self._writer is None:
+            request, folder = self.request, self.folder
+            settings = folder.record()["settings"] | folder.notes()
+            size = (request.width, request.height)
+            self._writer = VideoWriter(folder.output, request.fps, size, settings, self.overwrite, folder.path)
+            self._writer.__enter__()
+        for frames in self.store.chunks(self._chunks):
+            self.statistics.add(frames)
+            self._writer.write(frames)
+            self._chunks += 1
             interrupts.check()
-        state = folder.state()
-        writer.latents = latents_to_numpy(state.state["latents"][:, state.conditioning.trim_latents :])
-        writer.when_whole = folder.mark_finished
-    return statistics.complaint() or latents_complaint(writer.latents)
+
+    def finish(self, interrupts: Interrupts) -> str | None:
+        """All frames are kept: encode the rest. Returns what is wrong with the video, if anything."""
+        self.follow(interrupts)
+        state = self.folder.state()
+        latents = latents_to_numpy(state.state["latents"][:, state.conditioning.trim_latents :])
+        self._writer.latents, self._writer.when_whole = latents, self.folder.mark_finished
+        return self.statistics.complaint() or latents_complaint(latents)
