@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from held import Held, run, wait_for_the_end_of
 
+from wan_mlx import run_folder
 from wan_mlx.generate import main
 from wan_mlx.media import ENDINGS, read_settings, save_video
 from wan_mlx.pipeline import WanPipeline
@@ -75,10 +77,45 @@ class TestFolder:
         folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))
         for index in range(4):
             folder.save_step(step(index))
+        assert folder.steps_done == 4  # and so on the disk
         paths = sorted(folder.path.glob("step-*"))
         assert [path.name for path in paths] == ["step-0003.safetensors", "step-0004.safetensors"]
         os.truncate(paths[1], paths[1].stat().st_size - 3)
         assert folder.state().steps == 3
+
+    def test_a_step_is_flushed_while_the_next_computes(self, folder, monkeypatch):
+        folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))
+        goes_on, flush = threading.Event(), run_folder._flush
+
+        def slowly(path):
+            assert goes_on.wait(60)
+            flush(path)
+
+        monkeypatch.setattr(run_folder, "_flush", slowly)
+        folder.save_step(step(0))  # returns, though flushing has not begun
+        assert not list(folder.path.glob("step-*"))
+        threading.Timer(0.05, goes_on.set).start()
+        assert folder.steps_done == 1 and folder.state().steps == 1
+        goes_on.clear()
+        folder.save_step(step(1))
+        threading.Timer(0.05, goes_on.set).start()
+        folder.__exit__(None, None, None)
+        assert (folder.path / "step-0002.safetensors").is_file()
+
+    def test_what_keeps_a_step_from_the_disk_is_raised_once(self, folder, monkeypatch):
+        folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))
+        folder.save_step(step(0))
+        assert folder.steps_done == 1
+
+        def full(path):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run_folder, "_flush", full)
+            folder.save_step(step(1))
+            with pytest.raises(WanError, match="step-0002.safetensors cannot be written.*No space left"):
+                folder.save_step(step(2))
+        assert folder.state().steps == 1 and not list(folder.path.glob(".wan_mlx-*"))
 
     def test_a_new_run_clears_what_was_there(self, folder):
         folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))

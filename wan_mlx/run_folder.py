@@ -10,7 +10,8 @@ Beside ``cat.mp4`` there is ``cat.mp4.wan`` until the video is complete:
     not-finite                if the latents stopped being finite: then another dtype may go on
     finished.json             SHA-256 of the video, just before it is moved to its place
 
-All but the frames appear whole: written under another name, flushed to the disk, renamed. The frames grow, each flushed
+All but the frames appear whole: written under another name, flushed to the disk, renamed; a step's state so while the
+next step computes. The frames grow, each flushed
 before its line in the index. The state of the VAE is not kept: it is gigabytes for what takes a minute of an hour's
 run, so a decode that was cut starts again from the latents, and frames that are here already are not written again.
 """
@@ -24,6 +25,8 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,7 @@ class RunFolder:
         self.output = Path(output)
         self.path = self.output.with_name(self.output.name + ENDING)
         self._lock: int | None = None
+        self._keeping: Future | None = None  # of the last step
 
     def __enter__(self) -> RunFolder:
         while self._lock is None:
@@ -73,9 +77,12 @@ class RunFolder:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        try:
+            self._settle()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     # What the run is
 
@@ -115,11 +122,15 @@ class RunFolder:
         _write(self.path / "conditioning.safetensors", lambda path: mx.save_safetensors(str(path), arrays, metadata))
 
     def save_step(self, step: Step, notes: Mapping[str, Any] | None = None) -> None:
-        """Keep the step's state, with ``notes`` that JSON can hold, and drop those before the last but one."""
-        metadata = {"notes": json.dumps(notes or {})}
-        _write(self._step_path(step.index + 1), lambda path: mx.save_safetensors(str(path), step.state, metadata))
-        for path in self._step_paths()[:-KEPT_STEPS]:
-            path.unlink()
+        """Keep the step's state, with ``notes`` that JSON can hold, and drop those before the last but one.
+
+        It is written when this returns, and flushed to the disk by another thread; what goes wrong there is raised by
+        whatever of this folder is used next.
+        """
+        self._settle()
+        metadata, path = {"notes": json.dumps(notes or {})}, self._step_path(step.index + 1)
+        temporary = _write_aside(path, lambda path: mx.save_safetensors(str(path), step.state, metadata))
+        self._keeping = _flusher().submit(self._keep_step, temporary, path)
 
     def state(self) -> RunState | None:
         """How far the run has come, to go on from: what `WanPipeline.stages` takes; None before any of it."""
@@ -143,6 +154,7 @@ class RunFolder:
     @property
     def size(self) -> int:
         """Bytes in it."""
+        self._settle()
         return sum(path.stat().st_size for path in self.path.iterdir())
 
     @property
@@ -192,6 +204,7 @@ class RunFolder:
         log.warning("%s stays: %s", self.path, kept.strerror)  # what is left in it is somebody else's
 
     def _clear(self) -> None:
+        self._settle()
         last = ("not-finite", "run.json", "finished.json")
         ours = [*self.path.glob("*.safetensors"), *self.path.glob("frames.*"), *self.path.glob(".wan_mlx-*")]
         for path in [*ours, *(self.path / name for name in last)]:
@@ -212,7 +225,23 @@ class RunFolder:
         return self.path / f"step-{count:04d}.safetensors"
 
     def _step_paths(self) -> list[Path]:
+        self._settle()
+        return self._step_files()
+
+    def _step_files(self) -> list[Path]:
         return sorted(self.path.glob("step-*.safetensors"), key=_count_of)
+
+    def _keep_step(self, temporary: Path, path: Path) -> None:
+        _keep(temporary, path)
+        for old in self._step_files()[:-KEPT_STEPS]:
+            old.unlink()
+
+    def _settle(self) -> None:
+        """Wait until the last step is on the disk; raises what kept it from that."""
+        if self._keeping is not None:
+            wait([self._keeping])
+            kept, self._keeping = self._keeping, None
+            kept.result()
 
 
 class FrameStore:
@@ -345,15 +374,32 @@ def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     return arrays, metadata
 
 
+@lru_cache
+def _flusher() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "wan_mlx-flush")
+
+
 def _write(path: Path, write) -> None:
     """Let ``write`` make the file under another name, flush it to the disk, and give it its name."""
+    _keep(_write_aside(path, write), path)
+
+
+def _write_aside(path: Path, write) -> Path:
     temporary = path.with_name(f".wan_mlx-{path.name}")
     try:
         write(temporary)
+    except (OSError, RuntimeError) as error:  # MLX's own writing raises the latter
+        temporary.unlink(missing_ok=True)
+        raise _not_written(path, error) from error
+    return temporary
+
+
+def _keep(temporary: Path, path: Path) -> None:
+    try:
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
-    except (OSError, RuntimeError) as error:  # MLX's own writing raises the latter
+    except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _not_written(path, error) from error
 
