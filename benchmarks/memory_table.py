@@ -139,7 +139,7 @@ class Bench:
         row = {"what": what, "predicted_gib": predicted / GIB, "measured_gib": measured / GIB,
                "predicted_by_measured": predicted / measured, "seconds": seconds, **more}  # fmt: skip
         self.rows.append(row)
-        extra = "  ".join(f"{name} {value:.2f}" for name, value in more.items())
+        extra = "  ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in more.items())
         numbers = f"{predicted / GIB:>8.2f}{measured / GIB:>9.2f}{predicted / measured:>7.2f}{seconds:>9.2f} s"
         print(f"{what:<58}{numbers}  {extra}", flush=True)
 
@@ -212,7 +212,7 @@ class Bench:
         self.row(f"{direction} {width}x{height}x{frames} {how}", predicted, peak, seconds)
 
     def run(self, model, width, height, frames, memory, steps, guidance) -> None:
-        """A whole run, stage by stage as its plan has them."""
+        """A whole run, stage by stage as its plan has them; seconds too, predicted right before it."""
         tokenizer = BUNDLED["nano"] / "tokenizer.model"
         pipe = wan_mlx.WanPipeline.from_pretrained(
             self.file("transformer", model), preset=model, memory=memory, progress=False, prompt_cache=False,
@@ -221,19 +221,28 @@ class Bench:
         request = pipe.request(
             PROMPT, width=width, height=height, num_frames=frames, steps=steps, guidance_scale=guidance, seed=0
         )
-        plan = pipe.plan(request)
+        plan = pipe.plan(request, measure=True)
         print(plan, flush=True)
         for _ in pipe.stages(request):
             pass
         planned = {row.stage: row for row in plan.rows}
         names = {"conditioning": "encode text", "denoise": "denoise", "decode": "decode"}
         title = f"run {model} {width}x{height}x{frames} --memory {memory or 'auto'}"
+        loading = sum(report.seconds for report in pipe.reports if report.name == "load transformer")
         for report in pipe.reports:
             if report.name in names:
                 row = planned[names[report.name]]
-                self.row(f"{title}: {row.stage}, {row.how}", row.peak, report.peak_bytes, report.seconds)
+                seconds = report.seconds + loading * (report.name == "denoise")
+                self.row(f"{title}: {row.stage}, {row.how}", row.peak, report.peak_bytes, seconds,
+                         **foreseen(row.seconds, seconds))  # fmt: skip
         whole = max(report.peak_bytes for report in pipe.reports)
-        self.row(f"{title}: whole", plan.peak, whole, sum(report.seconds for report in pipe.reports))
+        seconds = sum(report.seconds for report in pipe.reports)
+        self.row(f"{title}: whole", plan.peak, whole, seconds, **foreseen(plan.seconds, seconds))
+
+
+def foreseen(predicted: float | None, seconds: float) -> dict[str, float]:
+    """Columns for seconds that were predicted, if any were."""
+    return {} if predicted is None else {"predicted_seconds": predicted, "seconds_ratio": predicted / seconds}
 
 
 def against(rows: list[dict], bench: Bench) -> list[dict]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import wan_mlx
-from wan_mlx import budget, memory, peaks, tiling
+from wan_mlx import budget, memory, peaks, tiling, timing
 from wan_mlx.budget import parse_memory, system_memory
 from wan_mlx.configs import PRESETS, TransformerConfig, VAEConfig
 from wan_mlx.generate import main
@@ -175,15 +175,14 @@ def test_what_would_fit_fits(monkeypatch):
 
 
 def test_the_command_line_prints_the_plan(capsys, monkeypatch):
-    monkeypatch.setattr("wan_mlx.selftest.rates", lambda: {"matmul bfloat16": 100.0, "matmul float32": 50.0,
-                        "attention bfloat16": 80.0, "convolution float32": 25.0})  # fmt: skip
-    monkeypatch.setattr(memory.peaks, "on_cpu", lambda: False)
+    rates = timing.Rates(transformer=100e12, attention=80e12, decode=25e12)
+    monkeypatch.setattr(timing, "measure_rates", lambda *_: rates)
     assert main(["--model", "t2v-1.3B", "--plan", "--memory", "64GB", "--steps", "10"]) == 0
     printed = capsys.readouterr().out
     assert "t2v-1.3B 832x480, 81 frames, within 59.6 GiB as asked" in printed and printed.rstrip().endswith("it fits")
-    # 20 forwards: 82.1 TFLOP of matmul at 100 TFLOP/s and 200.9 of attention at 80, and a tenth; decoding 275 at 25.
-    assert f"{20 * memory.DENOISE_EXTRA * (82.1 / 100 + 200.9 / 80):.1f} s" in printed
-    assert f"{275.4 / 25 * memory.DECODE_EXTRA:.1f} s" in printed
+    # 20 forwards: 197.8 TFLOP of self-attention at 80 TFLOP/s and 85.2 of all else at 100; decoding 275.4 at 25.
+    assert "66.5 s" in printed and "11.0 s" in printed and "77.5 s" in printed
+    monkeypatch.setattr(timing, "measure_rates", None)  # what does not fit is not timed
     assert main(["--model", "t2v-14B", "--plan", "--memory", "1GB"]) == 1
     assert "it does not fit; what would: " in capsys.readouterr().out
 

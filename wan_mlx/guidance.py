@@ -140,7 +140,7 @@ def guided_velocity(
     elif len(passes) == 1:
         result = velocity(COND)
     elif mx.default_device().type == mx.DeviceType.cpu:
-        result = guidance.combine(*_at_once(velocity, COND, UNCOND))
+        result = guidance.combine(*at_once(velocity, COND, UNCOND))
     else:
         result = guidance.combine(velocity(COND), velocity(UNCOND))
     cache.end_step()
@@ -157,7 +157,7 @@ def _within(span: tuple[float, float], index: int, total: int) -> bool:
     return first <= index < end
 
 
-def _at_once(velocity: Callable[[int], mx.array], *branches: int) -> tuple[mx.array, mx.array]:
+def at_once(velocity: Callable[[int], mx.array], *branches: int) -> tuple[mx.array, mx.array]:
     """Both passes on the CPU, where MLX computes on one core per thread; to the same values as one after the other."""
     second: Future[mx.array] = Future()
     _second_thread().put((second, velocity, branches[1]))

@@ -33,8 +33,6 @@ LADDER = [(False, TOKENS_AT_ONCE), (False, 4096), (False, 2048), (True, TOKENS_A
           (True, 1024)]  # fmt: skip
 # Of a prompt; umT5 reads at most 512, and the default negative prompt has about as many.
 TEXT_TOKENS = 128
-# What passes over memory cost beside matmul, attention and convolution, as measured.
-DENOISE_EXTRA, DECODE_EXTRA = 1.12, 1.25
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Row:
     """One stage of a plan.
 
     ``how`` says what is resident, streamed or tiled; ``peak`` and ``reads`` are bytes, ``flop`` floating-point
-    operations and ``attention`` those of them that are attention, ``seconds`` None where no rate was measured.
+    operations and ``attention`` those of them that are self-attention, ``seconds`` None where no rate was measured.
     """
 
     stage: str
@@ -97,6 +95,12 @@ class Plan:
         return max(row.peak for row in self.rows)
 
     @property
+    def seconds(self) -> float | None:
+        """Of the whole run; None where no rate was measured."""
+        seconds = [row.seconds for row in self.rows]
+        return None if None in seconds else sum(seconds)
+
+    @property
     def fits(self) -> bool:
         return self.peak <= FILL * self.budget
 
@@ -134,7 +138,7 @@ class Plan:
             )
 
     def __str__(self) -> str:
-        timed = all(row.seconds is not None for row in self.rows)
+        timed = self.seconds is not None
         lines = [
             f"{self.title}, within {self.budget / GIB:.1f} GiB {'as asked' if self.chosen else 'of this machine'}",
             f"{'stage':<14}{'how':<42}{'peak GiB':>9}{'TFLOP':>11}{'reads GB':>10}" + f"{'time':>13}" * timed,
@@ -143,7 +147,7 @@ class Plan:
             seconds = f"{duration(row.seconds):>13}" if timed else ""
             numbers = f"{row.peak / GIB:>9.2f}{number(row.flop / 1e12):>11}{number(row.reads / 1e9):>10}{seconds}"
             lines.append(f"{row.stage:<14}{row.how:<42}{numbers}")
-        total = f"{duration(sum(row.seconds for row in self.rows)):>13}" if timed else ""
+        total = f"{duration(self.seconds):>13}" if timed else ""
         lines.append(
             f"{'whole run':<56}{self.peak / GIB:>9.2f}{number(sum(row.flop for row in self.rows) / 1e12):>11}"
             f"{number(sum(row.reads for row in self.rows) / 1e9):>10}{total}"
@@ -216,8 +220,8 @@ def choose(
     reads = w.stored_outside + w.stored_blocks * (forwards if stream else 1)
     pieces = f", {tokens_at_once} tokens at once" * (tokens_at_once != TOKENS_AT_ONCE)
     how = ("blocks streamed" if stream else "resident") + pieces
-    attention = sum(flop for name, flop in parts.items() if name.endswith("attention"))
-    rows.append(Row("denoise", how, denoise((stream, tokens_at_once)), sum(parts.values()), reads, attention))
+    row = Row("denoise", how, denoise((stream, tokens_at_once)), sum(parts.values()), reads, parts["self attention"])
+    rows.append(row)
     tile = tile_for["decode"]
     flop = work.decode_flop(nets.vae, latent_shape) * peaks.tile_work(nets.vae, latent_shape, tile, True)
     peak = peaks.decode(nets.vae, latent_shape, tile, itemsize) + held
@@ -243,38 +247,6 @@ def _tiled(tile: tuple[int, int] | None) -> str:
     return "whole frames" if tile is None else f"tiles of {tile[0]}x{tile[1]}"
 
 
-def with_seconds(plan: Plan, nets: Networks, rates: Mapping[str, float], reading: float | None) -> Plan:
-    """The plan with times.
-
-    Args:
-        plan: without.
-        nets: the model it is of.
-        rates: TFLOP/s of "matmul bfloat16", "matmul float32", "attention bfloat16" and "convolution float32".
-        reading: bytes per second from the weights' disk; None leaves reading out.
-    """
-    kind = "float32" if nets.dtype == mx.float32 else "bfloat16"
-    matmul = rates[f"matmul {kind}"] * 1e12
-    # Where attention is not fused it is two matmuls.
-    fused = peaks.has_fused_kernel(nets.dtype, nets.transformer.head_dim)
-    attention = rates["attention bfloat16"] * 1e12 if fused or kind == "bfloat16" else matmul
-    rows = []
-    for row in plan.rows:
-        if row.stage == "denoise":
-            seconds = DENOISE_EXTRA * (row.attention / attention + (row.flop - row.attention) / matmul)
-            # On the CPU both passes of guidance run at once, one core each.
-            seconds /= 2 if peaks.on_cpu() and not plan.stream else 1
-        elif row.stage in ("decode", "encode video"):
-            seconds = DECODE_EXTRA * row.flop / (rates["convolution float32"] * 1e12)
-        else:
-            seconds = row.flop / (matmul if row.stage == "encode text" else rates["matmul float32"] * 1e12)
-        if reading:
-            read = row.reads / reading
-            streamed = row.stage == "encode text" or plan.stream and row.stage == "denoise"
-            seconds = max(seconds, read) if streamed else seconds + read
-        rows.append(replace(row, seconds=seconds))
-    return replace(plan, rows=tuple(rows))
-
-
 def plan(
     model: str | Path,
     width: int | None = None,
@@ -296,7 +268,7 @@ def plan(
         width, height, num_frames, steps, guidance_scale: None takes the model's defaults.
         memory: what MLX may hold, such as "8GB"; None or "auto" what this machine has to spare.
         dtype, quantize, vae_tiling: as for `WanPipeline.from_pretrained`.
-        measure: give times too, from rates measured now, which takes seconds.
+        measure: give times too, if it fits: for some seconds, parts of the networks are timed (`wan_mlx.timing`).
 
     Returns:
         The `Plan`; print it for a table. `Plan.fits` tells whether, `Plan.advice` what would.
@@ -318,7 +290,8 @@ def plan(
         raise ValueError(f"frames is {frames}, expected 4n+1; nearest: {max(1, round((frames - 1) / 4) * 4 + 1)}")
     defaults = preset.sampling_for(width, height)
     guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    forwards = (defaults.steps if steps is None else steps) * (1 if guidance == 1 else 2)
+    passes = 1 if guidance == 1 else 2
+    forwards = (defaults.steps if steps is None else steps) * passes
     if forwards < 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
 
@@ -328,17 +301,26 @@ def plan(
         if quantize not in packed:
             packed[quantize] = networks(checkpoint or preset, dtype, quantize)
         title = f"{preset.name} {width}x{height}, {frames} frames"
-        shape = ((frames - 1) // 4 + 1, height // 8, width // 8)
+        shape = latent_shape(width, height, frames)
         return choose(packed[quantize], title, shape, forwards, memory, vae_tiling)
 
     found = with_advice(choice(), choice, (width, height), frames, quantize)
     if measure:
-        found = with_seconds(found, nets, *measure_rates(checkpoint))
+        from .timing import timed
+        from .weights.networks import parameters_of
+
+        parameters = checkpoint and parameters_of(checkpoint, nets.dtype, quantize)
+        found = timed(found, nets, latent_shape(width, height, frames), passes, parameters)
     return found
 
 
 def nearest(value: int, step: int) -> int:
     return max(step, round(value / step) * step)
+
+
+def latent_shape(width: int, height: int, frames: int) -> tuple[int, int, int]:
+    """(t, h, w) of a video's latents."""
+    return (frames - 1) // 4 + 1, height // 8, width // 8
 
 
 def with_advice(
@@ -425,23 +407,8 @@ def networks(model: Any, dtype: str, quantize: str | None) -> Networks:
     stored = peaks.text_block_bytes(model.text_encoder, mx.bfloat16, {}) * model.text_encoder.num_layers
     weights = peaks.weight_bytes(model.transformer, kind, packings["transformer"])
     image_encoder = ImageEncoderConfig() if model.transformer.has_image_branch else None
-    return Networks(model.transformer, model.text_encoder, model.vae, image_encoder, kind, weights, text_block, stored)
-
-
-def measure_rates(checkpoint: Any) -> tuple[dict[str, float], float | None]:
-    """TFLOP/s of this machine and, of a model that is here, bytes per second from its file; measured in seconds."""
-    import time
-
-    from .selftest import rates
-
-    reading = None
-    if checkpoint is not None:
-        started, size = time.perf_counter(), 0
-        with open(checkpoint.files["transformer"], "rb", buffering=0) as file:
-            while size < 256_000_000 and (piece := file.read(8_000_000)):
-                size += len(piece)
-        reading = size / (time.perf_counter() - started) if size > 50_000_000 else None
-    return rates(), reading
+    return Networks(model.transformer, model.text_encoder, model.vae, image_encoder, kind, weights, text_block, stored,
+                    packings["transformer"])  # fmt: skip
 
 
 @contextmanager

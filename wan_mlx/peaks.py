@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import mlx.core as mx
@@ -17,6 +17,7 @@ import mlx.core as mx
 from .attention import UNFUSED_SCORES, has_fused_kernel
 from .configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from .layers import FEW_TOKENS
+from .quantized import Packing
 from .rope import row_order
 from .text_encoder import parameter_shapes as text_encoder_shapes
 from .tiling import decoder_spans, encoder_spans, split
@@ -88,6 +89,7 @@ class Networks:
     weights: WeightBytes
     text_block: int  # bytes of one block of the text encoder
     text_stored: int  # bytes of the text encoder's blocks in its file
+    packings: Mapping[str, Packing] = field(default_factory=dict)  # of the transformer's packed matrices
 
 
 def on_cpu() -> bool:

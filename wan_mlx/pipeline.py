@@ -22,7 +22,7 @@ from .configs import TEXT_LEN, Preset, find_preset, preset_for
 from .denoise import denoise, step_reached, with_condition, without_references
 from .guidance import Guidance
 from .media import latents_to_numpy, to_uint8
-from .memory import Plan, choose, limited_cache, with_advice
+from .memory import Plan, choose, latent_shape, limited_cache, with_advice
 from .peaks import Networks
 from .preview import Previewer, TinyDecoder, latent_map, tiny_autoencoder
 from .prompt_cache import PromptCache
@@ -32,6 +32,7 @@ from .requests import build_request
 from .tasks import TASKS
 from .text_encoder import pad_context
 from .tiling import parse_tiling
+from .timing import timed
 from .tokenizer import Tokenizer
 from .types import Conditioning, Options, Request, RunState, StageReport, Step, Video
 from .weights.beside import set_loras
@@ -48,6 +49,7 @@ from .weights.networks import (
     load_vae,
     modes_of,
     no_progress,
+    parameters_of,
     parse_dtype,
     sizes_of,
     vae_config_of,
@@ -332,9 +334,16 @@ class WanPipeline:
         """How the latest run was computed: `Plan.how`, which a resumed run is to follow."""
         return {} if self._plan is None else self._plan.how
 
-    def plan(self, request: Request) -> Plan:
-        """How this request keeps within the memory there is: what is resident, streamed or tiled, and its peaks."""
+    def plan(self, request: Request, measure: bool = False) -> Plan:
+        """How this request keeps within the memory there is: what is resident, streamed or tiled, and its peaks.
+
+        ``measure``: times too, for which parts of the networks are timed for some seconds.
+        """
         passes = 1 if request.guidance_scale == 1 else 2
+
+        def shape(width: int, height: int, frames: int) -> tuple[int, int, int]:
+            t, h, w = latent_shape(width, height, frames)
+            return t + len(request.src_ref_images), h, w
 
         def choice(
             width=request.width,
@@ -348,7 +357,7 @@ class WanPipeline:
             return choose(
                 self._networks[quantize],
                 f"{self.preset.name} {width}x{height}, {frames} frames",
-                ((frames - 1) // 4 + 1 + len(request.src_ref_images), height // 8, width // 8),
+                shape(width, height, frames),
                 passes * request.steps_made,
                 memory,
                 self.vae_tiling,
@@ -357,7 +366,12 @@ class WanPipeline:
                 kept=self._kept is not None,
             )
 
-        return with_advice(choice(), choice, (request.width, request.height), request.num_frames, self.quantize)
+        size, frames = (request.width, request.height), request.num_frames
+        found = with_advice(choice(), choice, size, frames, self.quantize)
+        if measure:
+            parameters = parameters_of(self.checkpoint, parse_dtype(self.dtype), self.quantize)
+            found = timed(found, self._networks[self.quantize], shape(*size, frames), passes, parameters)
+        return found
 
     def _stages(self, request: Request, resume: RunState | None) -> Iterator[Event]:
         open_component(self.checkpoint.files["vae"], "vae")  # a damaged file is not for after an hour's work to find

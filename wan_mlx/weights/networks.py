@@ -225,6 +225,16 @@ def vae_config_of(checkpoint: Checkpoint) -> VAEConfig:
     return vae_config(*_open(checkpoint, "vae"))
 
 
+def parameters_of(checkpoint: Checkpoint, dtype: mx.Dtype, quantize: str | None = None) -> Parameters:
+    """The transformer's parameters, none of them read.
+
+    Raises:
+        ValueError: ``quantize`` does not suit.
+    """
+    weights, config = _open(checkpoint, "transformer")
+    return transformer_parameters(weights, transformer_config(weights, config), dtype, quantize)
+
+
 def sizes_of(checkpoint: Checkpoint, dtype: mx.Dtype, quantize: str | None = None) -> Networks:
     """What a plan needs to know of a model on this machine; no weights are read.
 
@@ -250,4 +260,5 @@ def sizes_of(checkpoint: Checkpoint, dtype: mx.Dtype, quantize: str | None = Non
         weight_bytes(config, dtype, packings, stored),
         text_block_bytes(text_config, dtype, text_packings),
         sum(text.file.nbytes(key) for key in in_blocks),
+        packings,
     )

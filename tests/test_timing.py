@@ -1,0 +1,219 @@
+"""Predicted times: from given rates, and rates from a clock that only the networks move. No time is measured here."""
+
+import random
+from dataclasses import replace
+
+import mlx.core as mx
+import pico
+import pytest
+
+import wan_mlx
+from wan_mlx import memory, peaks, timing, transformer, vae, work
+from wan_mlx.configs import PRESETS, VAEConfig
+from wan_mlx.quantized import QuantizedLinear
+from wan_mlx.timing import Rates
+from wan_mlx.weights.hub import BUNDLED
+from wan_mlx.weights.networks import parameters_of
+
+# Seconds: of a block, for any number of tokens and for 32, and of what is outside the blocks.
+ANYWAY, BLOCK, OUTSIDE = 0.01, 1.0, 0.25
+
+
+@pytest.fixture
+def nets():
+    return memory.networks(replace(PRESETS["nano"], vae=VAEConfig(dim=8)), "float32", None)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still but for what a test adds to ``now[0]``."""
+    now = [0.0]
+    monkeypatch.setattr(timing, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing, "MOST_TIMES", 2)
+    return now
+
+
+def takes(monkeypatch, clock, owner, name, seconds):
+    """Have the method take ``seconds(its arguments)``."""
+    original = getattr(owner, name)
+
+    def slow(*args, **kwargs):
+        clock[0] += seconds(*args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, slow)
+
+
+def times(plan: memory.Plan, rates: Rates) -> dict[str, float]:
+    return {row.stage: row.seconds for row in timing.with_seconds(plan, rates).rows}
+
+
+def test_seconds_from_rates():
+    """What is streamed takes as long as the slower of reading and computing; what is resident, both."""
+    plan = memory.plan("i2v-14B-480P", 832, 480, 81, steps=2, guidance_scale=1, memory="100GB")
+    rows = {row.stage: row for row in plan.rows}
+    attention = 2 * 4.0 * 32760**2 * 5120 * 40
+    assert rows["denoise"].attention == pytest.approx(attention)
+    rates = Rates(transformer=500e12, attention=600e12, decode=150e12, encode=100e12)
+    computing = attention / 600e12 + (rows["denoise"].flop - attention) / 500e12
+    found = times(plan, rates)
+    assert found["denoise"] == pytest.approx(computing)
+    assert found["decode"] == pytest.approx(rows["decode"].flop / 150e12)
+    assert found["encode video"] == pytest.approx(rows["encode video"].flop / 100e12)
+    reading = times(plan, replace(rates, reading=1e9))
+    assert reading["denoise"] == pytest.approx(computing + rows["denoise"].reads / 1e9)
+    assert reading["decode"] == pytest.approx(found["decode"] + rows["decode"].reads / 1e9)
+    assert reading["encode text"] == pytest.approx(rows["encode text"].reads / 1e9)
+    streamed = replace(plan, stream=True)
+    assert times(streamed, replace(rates, reading=1e9))["denoise"] == pytest.approx(rows["denoise"].reads / 1e9)
+    assert times(streamed, replace(rates, reading=1e15))["denoise"] == pytest.approx(computing)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("enough", [0.1, 100.0])
+def test_a_forward_takes_what_its_blocks_and_the_rest_take(nets, clock, monkeypatch, passes, enough):
+    """Of one block, of some of the tokens where that is enough, and with both passes where they run at once."""
+    monkeypatch.setattr(timing, "ENOUGH", enough)
+    counts = []
+
+    def block(_, x, *rest):
+        counts.append(x.shape[1])
+        return ANYWAY + BLOCK * x.shape[1] / 32
+
+    takes(monkeypatch, clock, transformer.Block, "__call__", block)
+    takes(monkeypatch, clock, transformer.Transformer, "leave", lambda _, x, this_pass: OUTSIDE * x.shape[1] / 32)
+    rate = timing.transformer_rate(nets, 32, passes, 8192, attending=1e30)
+    assert max(counts) == (16 if enough == 0.1 else 32)
+    parts = work.forward_parts(nets.transformer, 32)
+    seconds = (sum(parts.values()) - parts["self attention"]) / rate
+    assert seconds == pytest.approx(6 * (ANYWAY + BLOCK) + OUTSIDE)
+
+
+def test_attention_is_counted_once(nets, clock, monkeypatch):
+    """With the two rates together, a forward takes what it took, whatever rate attention seemed to have."""
+    takes(monkeypatch, clock, transformer.Block, "__call__", lambda *_: BLOCK)
+    parts = work.forward_parts(nets.transformer, 12)
+    for attending in (parts["self attention"] / 0.5, 1e30):
+        rate = timing.transformer_rate(nets, 12, 1, 8192, attending)
+        rest = sum(parts.values()) - parts["self attention"]
+        assert rest / rate + parts["self attention"] / attending == pytest.approx(6 * BLOCK)
+    assert timing.transformer_rate(nets, 12, 1, 8192, attending=1.0) > 0
+
+
+def test_attention_is_timed_in_parts(nets, clock, monkeypatch):
+    """Of one head, where that is enough: then that is what is counted."""
+    monkeypatch.setattr(timing, "QUERIES", 16)
+    takes(monkeypatch, clock, timing, "attention", lambda q, k, v, _: q.shape[1] * q.shape[2] * k.shape[1] * 1e-3)
+    for tokens in (5, 40):
+        assert timing.attention_rate(nets, tokens, 2) == pytest.approx(4 * nets.transformer.head_dim / 1e-3)
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_the_vae_is_timed_by_a_later_frame_of_a_part(clock, monkeypatch, frames):
+    """The first frame, which is other work, counts only where there is no other."""
+    config, firsts = pico.VAE_CONFIG, []
+
+    def frame(flop, scale):
+        def seconds(_, x, cache):
+            firsts.append(not cache.frames)
+            h, w = (n // scale for n in x.shape[1:3])
+            if firsts[-1] and frames > 1:
+                return 1000.0
+            return (flop(config, (2 - firsts[-1], h, w)) - (0 if firsts[-1] else flop(config, (1, h, w)))) / 1e6
+
+        return seconds
+
+    takes(monkeypatch, clock, vae.Decoder, "__call__", frame(work.decode_flop, 1))
+    takes(monkeypatch, clock, vae.Encoder, "__call__", frame(work.encode_flop, 8))
+    shape = (frames, 3, 6)
+    assert timing.decode_rate(config, shape) == pytest.approx(1e6)
+    assert timing.encode_rate(config, shape) == pytest.approx(1e6)
+    assert any(firsts) and any(not first for first in firsts) == (frames > 1)
+
+
+def test_sizes_grow_until_they_take_enough():
+    tried = []
+
+    def seconds_at(size):
+        tried.append(size)
+        return size * 1e-3
+
+    size, seconds = timing.worth_timing(seconds_at, 16, 100_000)
+    assert seconds == size * 1e-3 and timing.ENOUGH / 2 <= seconds <= timing.ENOUGH
+    tried.clear()
+    assert timing.worth_timing(seconds_at, 16, 50) == (50, pytest.approx(0.05))
+    assert len(tried) >= timing.ENOUGH / 0.05  # what takes little is done more often
+
+
+def test_packed_weights_are_timed_packed():
+    nets = memory.networks(PRESETS["nano"], "bfloat16", "q8")
+    model = timing.random_transformer(replace(nets.transformer, num_layers=1), nets)
+    assert isinstance(model.blocks[0].ffn[0], QuantizedLinear) and model.dtype == mx.bfloat16
+    latents, context, more = timing._inputs(model.config, 4, mx.bfloat16)
+    assert mx.isfinite(model(latents, 500.0, context, **more)).all()
+
+
+def test_reading_is_of_weights_as_they_are_loaded(clock, monkeypatch):
+    checkpoint = memory.find_model(BUNDLED["nano"])[1]
+    parameters = parameters_of(checkpoint, mx.float32)
+    assert timing.reading_rate(parameters) is None  # 12 MB
+    monkeypatch.setattr(timing, "READ_BYTES", 3_000_000)
+    read = []
+
+    def seconds(name, now=False):
+        read.append(name)
+        return parameters.weights.file.nbytes(parameters.weights.sources[name][0]) / 5e6
+
+    takes(monkeypatch, clock, parameters.weights, "read", seconds)
+    random.seed(0)
+    assert timing.reading_rate(parameters) == pytest.approx(5e6)
+    assert 0 < len(read) < len(parameters.weights.shapes)
+
+
+@pytest.mark.parametrize("model", ["nano", "nano-i2v", "vace"])
+def test_every_kind_of_model_can_be_timed(monkeypatch, model):
+    """What is timed is what the run does: every network of the plan gets what it takes."""
+    monkeypatch.setattr(timing, "ENOUGH", 1e-9)
+    preset = PRESETS["nano" if model == "vace" else model]
+    if model == "vace":
+        small = replace(preset.transformer, model_type="vace", num_layers=3, vace_layers=(0, 2))
+        preset = replace(preset, task="vace", transformer=small)
+    nets = memory.networks(replace(preset, vae=VAEConfig(dim=8)), "float32", None)
+    plan = memory.choose(nets, "tiny", (2, 4, 4), 4, "4GB")
+    state = mx.random.state[0].tolist()
+    plan = timing.timed(plan, nets, (2, 4, 4), 2)
+    assert plan.seconds > 0 and all(row.seconds > 0 for row in plan.rows)
+    assert mx.random.state[0].tolist() == state
+
+
+def test_guidance_on_the_cpu_is_timed_with_both_passes_at_once(nets, monkeypatch):
+    asked = []
+    for name in ("attention_rate", "transformer_rate", "decode_rate"):
+        monkeypatch.setattr(timing, name, lambda *args, name=name: asked.append((name, args)) or 1.0)
+    plan = memory.choose(nets, "tiny", (1, 4, 4), 4, "4GB")
+
+    def at_a_time(plan, passes):
+        asked.clear()
+        timing.measure_rates(plan, nets, (1, 4, 4), passes)
+        return asked[0][1][2]
+
+    assert at_a_time(plan, 2) == 2 and at_a_time(plan, 1) == 1
+    assert at_a_time(replace(plan, stream=True), 2) == 1  # the passes take turns
+    monkeypatch.setattr(peaks, "on_cpu", lambda: False)
+    assert at_a_time(plan, 2) == 1
+
+
+def test_two_at_once_are_each_half_of_the_time(clock):
+    def run():
+        clock[0] += 3.0
+
+    assert timing._seconds(run, 2) == timing._seconds(run, 1) == 3.0
+
+
+def test_a_pipeline_plans_with_times(monkeypatch):
+    monkeypatch.setattr(timing, "measure_rates", lambda *_: Rates(1e9, 1e9, 1e9))
+    pipe = wan_mlx.WanPipeline.from_pretrained("nano", progress=False)
+    request = pipe.request("a red circle", width=64, height=64, num_frames=1, steps=1)
+    assert pipe.plan(request).seconds is None
+    plan = pipe.plan(request, measure=True)
+    assert plan.seconds == pytest.approx(sum(row.flop for row in plan.rows) / 1e9)
