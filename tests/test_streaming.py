@@ -1,6 +1,7 @@
 """A transformer whose blocks are read at every pass computes the same bits as one that is resident."""
 
 import gc
+import os
 import threading
 import time
 import weakref
@@ -17,6 +18,7 @@ from wan_mlx.peaks import weight_bytes
 from wan_mlx.transformer import Transformer
 from wan_mlx.types import Conditioning, WeightsError
 from wan_mlx.vace import VaceTransformer
+from wan_mlx.weights import ahead
 from wan_mlx.weights.load import parameter_shapes
 from wan_mlx.weights.networks import load_transformer
 from wan_mlx.weights.parameters import Parameters, StreamedBlocks
@@ -160,12 +162,16 @@ def test_a_streamed_model_goes_when_it_is_dropped(file):
         gc.enable()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_reading_takes_what_is_predicted(file, dtype):
-    """Two blocks, and what is cast or reordered on the way to them, all of which may be in flight."""
+@pytest.mark.parametrize("dtype, in_flight", [("bfloat16", None), ("bfloat16", 2**16), ("float32", None)])
+def test_reading_takes_what_is_predicted(file, monkeypatch, dtype, in_flight):
+    """Two blocks, and what is cast or reordered on the way to them, so much of which may be in flight."""
     config = CONFIGS["t2v"]
+    whole = weight_bytes(config, getattr(mx, dtype), {}).in_flight
+    if in_flight:
+        monkeypatch.setattr(ahead, "IN_FLIGHT", in_flight)
     model = load_transformer(file("t2v"), dtype, stream=True)
     weights = weight_bytes(config, model.dtype, {})
+    assert weights.in_flight < whole / 4 if in_flight else weights.in_flight == whole
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -173,3 +179,63 @@ def test_reading_takes_what_is_predicted(file, dtype):
         time.sleep(0.3)  # the next is read meanwhile
     predicted = 2 * weights.largest + weights.in_flight
     assert 2 * weights.largest * 0.9 < mx.get_peak_memory() - before <= 1.1 * predicted
+
+
+def test_several_threads_read_the_same_bits(file, monkeypatch):
+    monkeypatch.setattr(ahead, "reader_count", lambda: 3)
+    test_streamed_equals_resident(file, "vace", "bfloat16", "q4", ())
+
+
+def test_tensors_are_shared_out_and_taken_in_turn(monkeypatch):
+    monkeypatch.setattr(ahead, "IN_FLIGHT", 10)
+    nbytes = dict(a=6, b=5, c=30, d=4, e=1, f=50)
+    in_turn = [["a"], ["b"], ["c"], ["d", "e", "f"]]
+    assert list(ahead.batches(list(nbytes), nbytes, {"a", "b", "c", "d", "e"})) == in_turn
+    assert ahead.shares(nbytes, 1) == [list(nbytes)]
+    assert ahead.shares(nbytes, 2) == [["f"], ["c", "a", "b", "d", "e"]]
+    assert ahead.most_in_flight([6, 5, 30], 1) == 30 and ahead.most_in_flight([6, 5, 30], 2) == 41
+
+
+def test_what_goes_wrong_while_reading_is_raised_where_the_block_is_asked_for(file, tmp_path, monkeypatch):
+    path = tmp_path / "t2v.safetensors"
+    path.write_bytes(file("t2v").read_bytes())
+    model, start, cut = load_transformer(path, "float32", stream=True), Parameters.start, []
+
+    def cut_short(self, names):
+        started = start(self, names)
+        if names[0].startswith("blocks.1."):
+            cut.append(os.truncate(path, 20_000))
+        return started
+
+    names = ["blocks.0", "blocks.1", "blocks.2"]
+    monkeypatch.setattr(Parameters, "start", cut_short)
+    blocks = model.stream(names)
+    next(blocks)
+    with pytest.raises(RuntimeError, match="[Uu]nable to read"):
+        next(blocks)
+    assert cut and next(blocks, None) is None
+    monkeypatch.undo()
+    whole = load_transformer(file("t2v"), "float32", stream=True)
+    assert len(list(whole.stream(names))) == 3
+
+
+def test_nothing_is_read_any_more_when_a_pass_is_given_up(file, monkeypatch):
+    model, begun, go_on = load_transformer(file("t2v"), "float32", stream=True), threading.Event(), threading.Event()
+    evaluate, read = ahead._evaluate, []
+
+    def slow(reader, groups, stopped):
+        if not read:  # the first block
+            read.append(evaluate(reader, groups, stopped))
+            return
+        begun.set()
+        go_on.wait()
+        read.append([evaluate(reader, groups, stopped), stopped.is_set()])
+
+    monkeypatch.setattr(ahead, "_evaluate", slow)
+    blocks = model.stream(["blocks.0", "blocks.1", "blocks.2"])
+    next(blocks)
+    begun.wait()
+    threading.Timer(0.2, go_on.set).start()
+    blocks.close()  # waits for the thread
+    assert read == [None, [None, True]]
+    assert len(list(model.stream(["blocks.0"]))) == 1  # the next pass does not find it locked

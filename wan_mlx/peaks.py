@@ -24,6 +24,7 @@ from .tiling import decoder_spans, encoder_spans, split
 from .transformer import BLOCK_LISTS, Transformer
 from .vace import VaceTransformer
 from .vae import VAE, VALUES_AT_ONCE
+from .weights.ahead import most_in_flight, reader_count
 from .weights.load import parameter_shapes
 from .weights.parameters import dtype_of
 from .work import frames_at, seq_len, stages
@@ -60,7 +61,7 @@ class WeightBytes:
 
     ``outside`` is what no block holds, ``blocks`` all blocks, ``largest`` the largest block; ``unpacked`` is the
     largest matrix of packed ones when it is unpacked, 0 if none is packed; ``in_flight`` is what reading a block takes
-    beside it, for what is cast or put into another order on the way.
+    beside it, for what is packed when all of it is there, or cast or put into another order on the way.
     """
 
     outside: int
@@ -113,7 +114,8 @@ def weight_bytes(
     """
     kept: dict[str, int] = {}
     in_file: dict[str, int] = {}
-    in_flight: dict[str, int] = {}
+    packed_later: dict[str, int] = {}
+    changed: dict[str, list[int]] = {}
     unpacked = 0
     network = VaceTransformer if config.model_type == "vace" else Transformer
     for name, shape in parameter_shapes(network(config)).items():
@@ -126,12 +128,15 @@ def weight_bytes(
         kept[block] = kept.get(block, 0) + size
         as_stored = stored[name] if stored else 4 * math.prod(shape)
         in_file[block] = in_file.get(block, 0) + as_stored
-        if block and (as_stored != size or row_order(name, config.dim, config.head_dim) is not None):
-            in_flight[block] = in_flight.get(block, 0) + as_stored
+        if block and name in packings and as_stored != size:
+            packed_later[block] = packed_later.get(block, 0) + as_stored
+        elif block and (as_stored != size or row_order(name, config.dim, config.head_dim) is not None):
+            changed.setdefault(block, []).append(as_stored)
     outside, stored_outside = kept.pop(""), in_file.pop("")
+    in_flight = [packed_later.get(b, 0) + most_in_flight(changed.get(b, ()), reader_count()) for b in kept]
     return WeightBytes(
         outside, sum(kept.values()), max(kept.values()), stored_outside, sum(in_file.values()), max(in_file.values()),
-        unpacked, max(in_flight.values(), default=0),
+        unpacked, max(in_flight),
     )  # fmt: skip
 
 

@@ -161,6 +161,10 @@ class ComponentWeights:
         """The dtype in the file: F32, BF16, F8_E4M3 …, or a GGUF type such as Q4_K."""
         return self.file.tensors[self.sources[name][0]].dtype
 
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of the tensor in the file; of a packed one, without its scales."""
+        return sum(self.file.nbytes(source) for source in self.sources[name])
+
     def _refuse_integers(self) -> None:
         odd = [name for name in self.sources if self.stored_dtype(name) not in READABLE]
         if odd:

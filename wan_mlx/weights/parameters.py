@@ -20,7 +20,8 @@ from ..layers import Linear
 from ..quantized import QuantizedLinear
 from ..transformer import BLOCK_LISTS, FLOAT32_PARAMETERS, Transformer
 from ..types import WeightsError
-from .load import ComponentWeights, check_keys, parameter_shapes
+from .ahead import Ahead, reading_device
+from .load import SAFETENSORS_NAMES, ComponentWeights, check_keys, parameter_shapes
 from .lora import Loras
 from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
 
@@ -127,6 +128,11 @@ class Parameters:
         """
         return {name: self._start(name, now) for name in names}
 
+    def read_ahead(self, names: Iterable[str]) -> Ahead:
+        """`start`, and evaluate in other threads; `finish` takes the result."""
+        nbytes = {name: self.weights.stored_bytes(name) for name in names}
+        return Ahead(self.start, nbytes, {name for name in nbytes if self._is_changed(name)})
+
     def finish(self, started: dict[str, dict[str, mx.array]]) -> list[tuple[str, mx.array]]:
         """What `start` returned, with the rest done: name → array pairs, resident.
 
@@ -150,7 +156,7 @@ class Parameters:
 
     def _check_scales(self, started: Mapping[str, Mapping[str, mx.array]]) -> None:
         """Raise WeightsError if something that is packed as stored has a scale that is not finite."""
-        with mx.stream(mx.cpu):
+        with mx.stream(reading_device()):
             good = {}
             for name, arrays in started.items():
                 if name in self.as_stored and not self._has_work(name):
@@ -164,6 +170,15 @@ class Parameters:
     def _has_work(self, name: str) -> bool:
         """Whether more is to be done than the CPU does while reading."""
         return name in self.merged or (name in self.quantization.packings and name not in self.as_stored)
+
+    def _is_changed(self, name: str) -> bool:
+        """Whether something is done on the way that takes memory beside the result's, for a while."""
+        if self._has_work(name):
+            return False
+        if self.row_order(name) is not None:
+            return True
+        kept = SAFETENSORS_NAMES[dtype_of(self.component, name, self.dtype)]
+        return name not in self.as_stored and self.weights.stored_dtype(name) != kept
 
     def _start(self, name: str, now: bool) -> dict[str, mx.array]:
         if self._has_work(name):
@@ -250,42 +265,37 @@ def stream_blocks(
 ) -> Iterator[nn.Module]:
     """Yield loaded blocks in the order of ``places``; while one computes, the next is being read.
 
-    At most two blocks are resident: reading has a CPU stream of its own, a block is resident before it is yielded, and
-    is emptied when the next is asked for. The caller evaluates what it computed with a block before that.
+    At most two blocks are resident: reading is done by threads of its own (`ahead`), a block is resident before it is
+    yielded, and is emptied when the next is asked for. The caller evaluates what it computed with a block before that.
 
     Args:
         places: what the names of each block's parameters begin with, such as "blocks.0".
         make_block: place → a block, not loaded and not quantised.
         parameters: where its parameters come from; checked against the whole network's before (`check_keys`).
+
+    Raises:
+        WeightsError, RuntimeError: what was wrong with the file, when the block is asked for that it keeps from being.
     """
-    io = _reading_stream()
+    following: tuple[nn.Module, str, Ahead] | None = None
 
-    def start_reading(place: str):
+    def start_reading(place: str) -> tuple[nn.Module, str, Ahead]:
         block, prefix = make_block(place), f"{place}."
-        with mx.stream(io):
-            started = parameters.start([prefix + name for name in parameter_shapes(block)])
-        mx.async_eval(list(started.values()))
-        return parameters.fit(block, prefix), prefix, started
+        names = [prefix + name for name in parameter_shapes(block)]
+        return parameters.fit(block, prefix), prefix, parameters.read_ahead(names)
 
-    following = start_reading(places[0]) if places else None
-    for index in range(len(places)):
-        block, prefix, started = following
-        arrays = parameters.finish(started)
-        block.load_weights([(name.removeprefix(prefix), array) for name, array in arrays])
-        del arrays, started
-        following = start_reading(places[index + 1]) if index + 1 < len(places) else None
-        yield block.eval()
-        block.clear()  # whoever still holds it holds no weights
-
-
-_streams = threading.local()
-
-
-def _reading_stream() -> mx.Stream:
-    """This thread's stream for reading: a stream is a thread of the system's that MLX never ends."""
-    if not hasattr(_streams, "io"):
-        _streams.io = mx.new_stream(mx.cpu)
-    return _streams.io
+    try:
+        following = start_reading(places[0]) if places else None
+        for index in range(len(places)):
+            block, prefix, ahead = following
+            arrays = parameters.finish(ahead.result())
+            block.load_weights([(name.removeprefix(prefix), array) for name, array in arrays])
+            del arrays
+            following = start_reading(places[index + 1]) if index + 1 < len(places) else None
+            yield block.eval()
+            block.clear()  # whoever still holds it holds no weights
+    finally:
+        if following:
+            following[-1].stop()
 
 
 class StreamedBlocks:

@@ -46,6 +46,8 @@ BLOCKS = {
 }
 # How many values at most are read in one piece when a row is not contiguous.
 _PIECE = 2**20
+# For how many streams a safetensors file keeps lazy arrays, and so stays open.
+_MOST_POOLS = 8
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ class SafetensorsFile(WeightsFile):
         tensors, metadata, self._starts = _read_header(path)
         super().__init__(path, tensors, metadata)
         self._lazy = _UNKNOWN_TO_MLX.isdisjoint(info.dtype for info in tensors.values())
-        self._pool: tuple[Any, dict[str, mx.array]] = (None, {})
+        self._pools: dict[tuple[mx.Stream, mx.Stream], dict[str, mx.array]] = {}
 
     def read(self, key: str) -> mx.array:
         info = self._info(key)
@@ -237,14 +239,16 @@ class SafetensorsFile(WeightsFile):
         self._check_unchanged()
         # mx.load opens the file once for all its arrays, so one call serves a whole pass and a thousand lazy arrays do
         # not need a thousand open files. An array leaves the pool when handed out; those that stay hold no data.
-        # An array is bound to the stream that was current when it was loaded.
+        # An array is bound to the stream that was current when it was loaded, so there is a pool for each of the few
+        # that take turns (`ahead`).
         streams = mx.default_stream(mx.default_device()), mx.default_stream(mx.cpu)
-        pooled, arrays = self._pool
-        array = arrays.pop(key, None) if pooled == streams else None
+        array = self._pools.get(streams, {}).pop(key, None)
         if array is None:
             arrays = self._load()
             array = arrays.pop(key)
-            self._pool = streams, arrays
+            while len(self._pools) >= _MOST_POOLS and streams not in self._pools:
+                self._pools.pop(next(iter(self._pools)), None)
+            self._pools[streams] = arrays
         if tuple(array.shape) != info.shape:
             raise WeightsError(f"{self.path}: {key} has changed shape since it was opened; open it again")
         return array
