@@ -230,7 +230,7 @@ class SafetensorsFile(WeightsFile):
         tensors, metadata, self._starts = _read_header(path)
         super().__init__(path, tensors, metadata)
         self._lazy = _UNKNOWN_TO_MLX.isdisjoint(info.dtype for info in tensors.values())
-        self._pools: dict[tuple[mx.Stream, mx.Stream], dict[str, mx.array]] = {}
+        self._pools: dict[str, dict[str, mx.array]] = {}
 
     def read(self, key: str) -> mx.array:
         info = self._info(key)
@@ -241,7 +241,8 @@ class SafetensorsFile(WeightsFile):
         # not need a thousand open files. An array leaves the pool when handed out; those that stay hold no data.
         # An array is bound to the stream that was current when it was loaded, so there is a pool for each of the few
         # that take turns (`ahead`).
-        streams = mx.default_stream(mx.default_device()), mx.default_stream(mx.cpu)
+        # Equal streams have no equal hash.
+        streams = f"{mx.default_stream(mx.default_device())} {mx.default_stream(mx.cpu)}"
         array = self._pools.get(streams, {}).pop(key, None)
         if array is None:
             arrays = self._load()
