@@ -34,7 +34,6 @@ from wan_mlx.text_encoder import parameter_shapes as text_encoder_shapes
 from wan_mlx.transformer import Transformer
 from wan_mlx.vace import VaceTransformer
 from wan_mlx.vae import VAE
-from wan_mlx.weights.ahead import CUDA_READERS
 from wan_mlx.weights.hub import BUNDLED
 from wan_mlx.weights.load import parameter_shapes
 from wan_mlx.weights.networks import load_transformer, load_vae
@@ -320,7 +319,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.against:
         peaks.on_cpu = lambda: False
-        peaks.reader_count = lambda: CUDA_READERS
         peaks.has_fused_kernel = lambda dtype, head_dim: dtype != mx.float32
         rows = against(json.loads(args.against.read_text())["rows"], Bench(Path(), dict(PRESETS)))
         for row in rows:

@@ -317,7 +317,6 @@ def test_the_memory_table_is_what_plans_say(monkeypatch):
     """Within a tenth: predictions are refined now and then."""
     monkeypatch.setattr(peaks, "on_cpu", lambda: False)
     monkeypatch.setattr(peaks, "has_fused_kernel", lambda *_: True)
-    monkeypatch.setattr(peaks, "reader_count", lambda: 1)  # of Apple silicon
     presets = {name.lower(): name for name in PRESETS}
     rows = memory_table("README.md")
     assert len(rows) >= 5 and rows == memory_table("README.zh-CN.md")

@@ -18,7 +18,6 @@ from wan_mlx.rope import rope_table
 from wan_mlx.transformer import SelfAttention
 from wan_mlx.types import MemoryPlanError
 from wan_mlx.vae import VAE
-from wan_mlx.weights.ahead import CUDA_READERS
 
 GIB = 2**30
 ROOT = Path(__file__).parents[1]
@@ -107,10 +106,9 @@ def test_auto_counts_what_is_free_here(monkeypatch):
 
 
 def on_a_gpu(monkeypatch):
-    """Predict as for a GPU with fused attention, by CUDA."""
+    """Predict as for a GPU with fused attention."""
     monkeypatch.setattr(peaks, "has_fused_kernel", lambda dtype, head_dim: dtype != mx.float32)
     monkeypatch.setattr(peaks, "on_cpu", lambda: False)
-    monkeypatch.setattr(peaks, "reader_count", lambda: CUDA_READERS)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from wan_mlx.peaks import weight_bytes
 from wan_mlx.transformer import Transformer
 from wan_mlx.types import Conditioning, WeightsError
 from wan_mlx.vace import VaceTransformer
-from wan_mlx.weights import ahead
+from wan_mlx.weights import ahead, cuda, direct, reader
 from wan_mlx.weights.load import parameter_shapes
 from wan_mlx.weights.networks import load_transformer
 from wan_mlx.weights.parameters import Parameters, StreamedBlocks
@@ -101,7 +101,7 @@ def test_blocks_are_read_anew_at_every_pass_and_only_those_that_run(file, monkey
 def test_the_next_block_is_being_read_while_one_computes(file, monkeypatch):
     model, events = load_transformer(file("t2v"), "float32", stream=True), []
     start, finish = Parameters.start, Parameters.finish
-    monkeypatch.setattr(Parameters, "start", lambda self, names: events.append("start") or start(self, names))
+    monkeypatch.setattr(Parameters, "start", lambda self, *args: events.append("start") or start(self, *args))
     monkeypatch.setattr(Parameters, "finish", lambda self, started: events.append("finish") or finish(self, started))
     for _ in model.stream(["blocks.0", "blocks.1", "blocks.2"]):
         events.append("computes")
@@ -181,19 +181,57 @@ def test_reading_takes_what_is_predicted(file, monkeypatch, dtype, in_flight):
     assert 2 * weights.largest * 0.9 < mx.get_peak_memory() - before <= 1.1 * predicted
 
 
-def test_several_threads_read_the_same_bits(file, monkeypatch):
-    monkeypatch.setattr(ahead, "reader_count", lambda: 3)
-    test_streamed_equals_resident(file, "vace", "bfloat16", "q4", ())
+class PretendedDriver:
+    """CUDA's driver, as far as `direct` asks it, with nothing but host memory."""
+
+    def __init__(self):
+        self.copied, self.stagings = 0, threading.local()
+
+    def staging(self, nbytes):
+        self.stagings.view = getattr(self.stagings, "view", memoryview(bytearray(nbytes)))
+        return self.stagings.view
+
+    def copy(self, source, target):
+        target[:] = source
+        self.copied += len(source)
 
 
-def test_tensors_are_shared_out_and_taken_in_turn(monkeypatch):
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """Tensors are read as on CUDA, the smaller ones too."""
+    driver = PretendedDriver()
+    monkeypatch.setattr(cuda, "in_use", lambda: True)
+    monkeypatch.setattr(cuda, "driver", lambda: driver)
+    monkeypatch.setattr(mx, "gpu", mx.cpu)
+    monkeypatch.setattr(direct, "PIECE", 1000)
+    monkeypatch.setattr(reader, "PIECE", 1000)
+    return driver
+
+
+@pytest.mark.parametrize("kind, dtype, quantize", [("t2v", "float32", None), ("vace", "bfloat16", "q4")])
+def test_read_as_on_cuda_equals_resident(file, as_on_cuda, kind, dtype, quantize):
+    test_streamed_equals_resident(file, kind, dtype, quantize, ())
+    assert as_on_cuda.copied > os.path.getsize(file(kind))
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_as_on_cuda(file, as_on_cuda, tmp_path):
+    path = tmp_path / "t2v.safetensors"
+    path.write_bytes(file("t2v").read_bytes())
+    blocks = load_transformer(path, "float32", stream=True).stream(["blocks.0", "blocks.1", "blocks.2"])
+    next(blocks)
+    stat = os.stat(path)
+    os.truncate(path, 20_000)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(WeightsError, match="changed since it was opened|bytes early"):
+        list(blocks)
+
+
+def test_tensors_that_are_changed_are_taken_in_turn(monkeypatch):
     monkeypatch.setattr(ahead, "IN_FLIGHT", 10)
     nbytes = dict(a=6, b=5, c=30, d=4, e=1, f=50)
     in_turn = [["a"], ["b"], ["c"], ["d", "e", "f"]]
-    assert list(ahead.batches(list(nbytes), nbytes, {"a", "b", "c", "d", "e"})) == in_turn
-    assert ahead.shares(nbytes, 1) == [list(nbytes)]
-    assert ahead.shares(nbytes, 2) == [["f"], ["c", "a", "b", "d", "e"]]
-    assert ahead.most_in_flight([6, 5, 30], 1) == 30 and ahead.most_in_flight([6, 5, 30], 2) == 41
+    assert list(ahead.batches(nbytes, {"a", "b", "c", "d", "e"})) == in_turn
+    assert ahead.most_in_flight([6, 5, 30]) == 30 and ahead.most_in_flight([6, 1, 2]) == 9
 
 
 def test_what_goes_wrong_while_reading_is_raised_where_the_block_is_asked_for(file, tmp_path, monkeypatch):
@@ -201,8 +239,8 @@ def test_what_goes_wrong_while_reading_is_raised_where_the_block_is_asked_for(fi
     path.write_bytes(file("t2v").read_bytes())
     model, start, cut = load_transformer(path, "float32", stream=True), Parameters.start, []
 
-    def cut_short(self, names):
-        started = start(self, names)
+    def cut_short(self, names, now):
+        started = start(self, names, now)
         if names[0].startswith("blocks.1."):
             cut.append(os.truncate(path, 20_000))
         return started
@@ -223,13 +261,15 @@ def test_nothing_is_read_any_more_when_a_pass_is_given_up(file, monkeypatch):
     model, begun, go_on = load_transformer(file("t2v"), "float32", stream=True), threading.Event(), threading.Event()
     evaluate, read = ahead._evaluate, []
 
-    def slow(reader, groups, stopped):
+    def slow(*args):
         if not read:  # the first block
-            read.append(evaluate(reader, groups, stopped))
-            return
+            read.append(None)
+            return evaluate(*args)
         begun.set()
         go_on.wait()
-        read.append([evaluate(reader, groups, stopped), stopped.is_set()])
+        started = evaluate(*args)
+        read.append(args[-1].is_set())
+        return started
 
     monkeypatch.setattr(ahead, "_evaluate", slow)
     blocks = model.stream(["blocks.0", "blocks.1", "blocks.2"])
@@ -237,5 +277,5 @@ def test_nothing_is_read_any_more_when_a_pass_is_given_up(file, monkeypatch):
     begun.wait()
     threading.Timer(0.2, go_on.set).start()
     blocks.close()  # waits for the thread
-    assert read == [None, [None, True]]
+    assert read == [None, True]
     assert len(list(model.stream(["blocks.0"]))) == 1  # the next pass does not find it locked

@@ -24,7 +24,7 @@ from .tiling import decoder_spans, encoder_spans, split
 from .transformer import BLOCK_LISTS, Transformer
 from .vace import VaceTransformer
 from .vae import VAE, VALUES_AT_ONCE
-from .weights.ahead import most_in_flight, reader_count
+from .weights.ahead import most_in_flight
 from .weights.load import parameter_shapes
 from .weights.parameters import dtype_of
 from .work import frames_at, seq_len, stages
@@ -133,7 +133,7 @@ def weight_bytes(
         elif block and (as_stored != size or row_order(name, config.dim, config.head_dim) is not None):
             changed.setdefault(block, []).append(as_stored)
     outside, stored_outside = kept.pop(""), in_file.pop("")
-    in_flight = [packed_later.get(b, 0) + most_in_flight(changed.get(b, ()), reader_count()) for b in kept]
+    in_flight = [packed_later.get(b, 0) + most_in_flight(changed.get(b, ())) for b in kept]
     return WeightBytes(
         outside, sum(kept.values()), max(kept.values()), stored_outside, sum(in_file.values()), max(in_file.values()),
         unpacked, max(in_flight),

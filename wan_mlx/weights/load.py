@@ -79,10 +79,10 @@ class ComponentWeights:
     def read(self, name: str, now: bool = False) -> mx.array:
         """The tensor in our layout and its stored dtype, float32 if it is packed.
 
-        Lazy wherever the file allows it; ``now``, what is not packed is read at once, with several threads.
+        Lazy wherever the file allows it; ``now``, it is read at once, with several threads.
         """
         if self.quantization is not None and name in self.quantization.packings:
-            return self.quantization.packings[name].unpack(self.packed(name), mx.float32)
+            return self.quantization.packings[name].unpack(self.packed(name, now), mx.float32)
         read = self.file.read_now if now else self.file.read
         parts = [read(source) for source in self.sources[name]]
         array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
@@ -90,8 +90,10 @@ class ComponentWeights:
             array = mx.moveaxis(array.reshape(self._torch_shape(name)), 1, -1)
         return array.reshape(self.shapes[name])
 
-    def packed(self, name: str) -> dict[str, mx.array]:
+    def packed(self, name: str, now: bool = False) -> dict[str, mx.array]:
         """Weight, scales and, in affine modes, biases of a matrix in `packable`, or that is `repackable`.
+
+        Lazy and ``now`` as for `read`.
 
         Raises:
             WeightsError: blocks of a GGUF file hold scales that are not finite.
@@ -103,7 +105,8 @@ class ComponentWeights:
             except WeightsError as error:
                 raise WeightsError(f"{self.path}: {name}: {error}") from None
         stem = name.removesuffix("weight")
-        return {key: self.file.read(stem + key) for key in self.quantization.packings[name].shapes(self.shapes[name])}
+        read = self.file.read_now if now else self.file.read
+        return {key: read(stem + key) for key in self.quantization.packings[name].shapes(self.shapes[name])}
 
     def repackable(self, name: str) -> bool:
         """Whether `packed` gives the integers of a matrix as they are stored, if not its scales."""

@@ -20,7 +20,8 @@ from ..layers import Linear
 from ..quantized import QuantizedLinear
 from ..transformer import BLOCK_LISTS, FLOAT32_PARAMETERS, Transformer
 from ..types import WeightsError
-from .ahead import Ahead, reading_device
+from . import cuda
+from .ahead import Ahead
 from .load import SAFETENSORS_NAMES, ComponentWeights, check_keys, parameter_shapes
 from .lora import Loras
 from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
@@ -123,8 +124,8 @@ class Parameters:
     def start(self, names: Iterable[str], now: bool = False) -> dict[str, dict[str, mx.array]]:
         """Lazy arrays of what is stored, on the current stream, as far as the CPU should go; `finish` takes them.
 
-        Nothing but reading, casting and reordering happens here, so nothing that a GPU should do. ``now``: what is not
-        packed is read before this returns, with several threads.
+        Nothing but reading, casting and reordering happens here, so nothing that a GPU should do. ``now``: it is read
+        before this returns, with several threads.
         """
         return {name: self._start(name, now) for name in names}
 
@@ -156,7 +157,7 @@ class Parameters:
 
     def _check_scales(self, started: Mapping[str, Mapping[str, mx.array]]) -> None:
         """Raise WeightsError if something that is packed as stored has a scale that is not finite."""
-        with mx.stream(reading_device()):
+        with mx.stream(mx.gpu if cuda.in_use() else mx.cpu):
             good = {}
             for name, arrays in started.items():
                 if name in self.as_stored and not self._has_work(name):
@@ -184,7 +185,7 @@ class Parameters:
         if self._has_work(name):
             return {name: self.weights.read(name, now)}
         if name in self.as_stored:
-            arrays = {name.removesuffix("weight") + key: array for key, array in self.weights.packed(name).items()}
+            arrays = {name.removesuffix("weight") + key: array for key, array in self.weights.packed(name, now).items()}
         else:
             arrays = {name: self.weights.read(name, now).astype(dtype_of(self.component, name, self.dtype))}
         return self._reordered(name, arrays)
