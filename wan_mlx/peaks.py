@@ -115,7 +115,7 @@ def weight_bytes(
     kept: dict[str, int] = {}
     in_file: dict[str, int] = {}
     packed_later: dict[str, int] = {}
-    changed: dict[str, list[int]] = {}
+    changed: dict[str, list[tuple[int, int]]] = {}
     unpacked = 0
     network = VaceTransformer if config.model_type == "vace" else Transformer
     for name, shape in parameter_shapes(network(config)).items():
@@ -131,9 +131,9 @@ def weight_bytes(
         if block and name in packings and as_stored != size:
             packed_later[block] = packed_later.get(block, 0) + as_stored
         elif block and (as_stored != size or row_order(name, config.dim, config.head_dim) is not None):
-            changed.setdefault(block, []).append(as_stored)
+            changed.setdefault(block, []).append((as_stored, size))
     outside, stored_outside = kept.pop(""), in_file.pop("")
-    in_flight = [packed_later.get(b, 0) + most_in_flight(changed.get(b, ())) for b in kept]
+    in_flight = [packed_later.get(b, 0) + most_in_flight(changed.get(b, [])) for b in kept]
     return WeightBytes(
         outside, sum(kept.values()), max(kept.values()), stored_outside, sum(in_file.values()), max(in_file.values()),
         unpacked, max(in_flight),

@@ -2,19 +2,24 @@
 
 On Apple silicon and on a CPU it evaluates lazy arrays on a CPU stream of its own: MLX reads a file where an array is
 evaluated, into memory that computing shares, and no GPU work may wait on a file. On CUDA it reads tensor by tensor into
-the GPU's own memory (`direct`, `cuda`), and what else is done to them is done there.
+the GPU's own memory (`direct`, `cuda`). Casting and reordering are left to whoever computes with them: each would have
+to wait there, on a stream of its own, until what runs makes room for it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from . import cuda
+
+if TYPE_CHECKING:
+    from .parameters import Parameters
 
 # Bytes of the file that are in flight at a time, of tensors that are changed on the way; one may be larger.
 IN_FLIGHT = 64 * 2**20
@@ -44,24 +49,26 @@ class Ahead:
     """Tensors that are being read.
 
     Args:
-        start: names, and whether to read at once → arrays of each, on the current stream, not evaluated.
+        parameters: where they come from.
         nbytes: name → bytes in the file.
         changed: names of the tensors that are cast or reordered on the way, and so take memory twice.
     """
 
-    def __init__(self, start: Callable[[Sequence[str], bool], Started], nbytes: dict[str, int], changed: set[str]):
+    def __init__(self, parameters: Parameters, nbytes: dict[str, int], changed: set[str]):
         self.stopped = threading.Event()
+        self.changed_later = parameters.changed if cuda.in_use() else None
         reader = _reader()
-        if cuda.in_use():
-            self.future = reader.thread.submit(_read_at_once, start, list(nbytes), self.stopped)
+        if self.changed_later:
+            self.future = reader.thread.submit(_read_at_once, parameters, list(nbytes), self.stopped)
             return
         with reader.turn, mx.stream(reader.stream):  # some files are read at once
-            started = start(list(nbytes), False)
+            started = parameters.start(list(nbytes))
         self.future = reader.thread.submit(_evaluate, reader, started, nbytes, changed, self.stopped)
 
     def result(self) -> Started:
-        """All of it, resident, in the order of the names; raises what went wrong in the thread."""
-        return self.future.result()
+        """All of it, in the order of the names, resident but for changes; raises what went wrong in the thread."""
+        found = self.future.result()
+        return self.changed_later(found) if self.changed_later else found
 
     def stop(self) -> None:
         """Give up; returns when nothing is read any more."""
@@ -79,14 +86,12 @@ def _evaluate(
     return started
 
 
-def _read_at_once(
-    start: Callable[[Sequence[str], bool], Started], names: Sequence[str], stopped: threading.Event
-) -> Started:
+def _read_at_once(parameters: Parameters, names: Sequence[str], stopped: threading.Event) -> Started:
     found: Started = {}
     for name in names:
         if not stopped.is_set():
-            found |= start([name], True)
-            mx.eval(found[name])
+            found |= parameters.read([name], now=True)
+    mx.eval(list(found.values()))  # the small ones, which are lazy still
     return found
 
 
@@ -105,6 +110,9 @@ def batches(nbytes: dict[str, int], changed: set[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def most_in_flight(nbytes: Collection[int]) -> int:
-    """The most bytes that a block's changed tensors, of so many bytes in the file, take while they are changed."""
-    return min(sum(nbytes), max(IN_FLIGHT, *nbytes)) if nbytes else 0
+def most_in_flight(changed: list[tuple[int, int]]) -> int:
+    """The most bytes that a block's changed tensors take beside the block, each (bytes in the file, bytes kept)."""
+    if cuda.in_use():
+        return sum(max(0, stored - kept) for stored, kept in changed)
+    stored = [stored for stored, _ in changed]
+    return min(sum(stored), max(IN_FLIGHT, *stored)) if stored else 0

@@ -127,12 +127,20 @@ class Parameters:
         Nothing but reading, casting and reordering happens here, so nothing that a GPU should do. ``now``: it is read
         before this returns, with several threads.
         """
-        return {name: self._start(name, now) for name in names}
+        return self.changed(self.read(names, now))
+
+    def read(self, names: Iterable[str], now: bool) -> dict[str, dict[str, mx.array]]:
+        """Only what is stored: `start` without casting and reordering."""
+        return {name: self._read(name, now) for name in names}
+
+    def changed(self, read: dict[str, dict[str, mx.array]]) -> dict[str, dict[str, mx.array]]:
+        """What `read` gave, cast and reordered, of what is not to be merged or packed."""
+        return {name: self._changed(name, arrays) for name, arrays in read.items()}
 
     def read_ahead(self, names: Iterable[str]) -> Ahead:
         """`start`, and evaluate in other threads; `finish` takes the result."""
         nbytes = {name: self.weights.stored_bytes(name) for name in names}
-        return Ahead(self.start, nbytes, {name for name in nbytes if self._is_changed(name)})
+        return Ahead(self, nbytes, {name for name in nbytes if self._is_changed(name)})
 
     def finish(self, started: dict[str, dict[str, mx.array]]) -> list[tuple[str, mx.array]]:
         """What `start` returned, with the rest done: name → array pairs, resident.
@@ -181,13 +189,17 @@ class Parameters:
         kept = SAFETENSORS_NAMES[dtype_of(self.component, name, self.dtype)]
         return name not in self.as_stored and self.weights.stored_dtype(name) != kept
 
-    def _start(self, name: str, now: bool) -> dict[str, mx.array]:
+    def _read(self, name: str, now: bool) -> dict[str, mx.array]:
+        if name in self.as_stored and not self._has_work(name):
+            return {name.removesuffix("weight") + key: array for key, array in self.weights.packed(name, now).items()}
+        return {name: self.weights.read(name, now)}
+
+    def _changed(self, name: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        """What `_read` gave, cast and reordered, as far as there is not more to do."""
         if self._has_work(name):
-            return {name: self.weights.read(name, now)}
-        if name in self.as_stored:
-            arrays = {name.removesuffix("weight") + key: array for key, array in self.weights.packed(name, now).items()}
-        else:
-            arrays = {name: self.weights.read(name, now).astype(dtype_of(self.component, name, self.dtype))}
+            return arrays
+        if name not in self.as_stored:
+            arrays = {name: arrays[name].astype(dtype_of(self.component, name, self.dtype))}
         return self._reordered(name, arrays)
 
     def _work(self, name: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
