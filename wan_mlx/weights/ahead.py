@@ -1,25 +1,22 @@
 """Reading ahead: a thread that makes resident what a block consists of while the block before it computes.
 
 On Apple silicon and on a CPU it evaluates lazy arrays on a CPU stream of its own: MLX reads a file where an array is
-evaluated, into memory that computing shares, and no GPU work may wait on a file. On CUDA it reads tensor by tensor into
-the GPU's own memory (`direct`, `cuda`). Casting and reordering are left to whoever computes with them: each would have
-to wait there, on a stream of its own, until what runs makes room for it.
+evaluated, into memory that computing shares, and no GPU work may wait on a file. On CUDA it has files read into the
+GPU's memory (`cuda`). Casting and reordering are left there to whoever computes with them: in between, each would have
+to wait until what runs makes room for it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from . import cuda
-
-if TYPE_CHECKING:
-    from .parameters import Parameters
+from .reader import Spot
 
 # Bytes of the file that are in flight at a time, of tensors that are changed on the way; one may be larger.
 IN_FLIGHT = 64 * 2**20
@@ -46,34 +43,40 @@ def _reader() -> Reader:
 
 
 class Ahead:
-    """Tensors that are being read.
+    """Tensors that are being read."""
 
-    Args:
-        parameters: where they come from.
-        nbytes: name → bytes in the file.
-        changed: names of the tensors that are cast or reordered on the way, and so take memory twice.
-    """
-
-    def __init__(self, parameters: Parameters, nbytes: dict[str, int], changed: set[str]):
+    def __init__(self):
         self.stopped = threading.Event()
-        self.changed_later = parameters.changed if cuda.in_use() else None
-        reader = _reader()
-        if self.changed_later:
-            self.future = reader.thread.submit(_read_at_once, parameters, list(nbytes), self.stopped)
-            return
-        with reader.turn, mx.stream(reader.stream):  # some files are read at once
-            started = parameters.start(list(nbytes))
-        self.future = reader.thread.submit(_evaluate, reader, started, nbytes, changed, self.stopped)
+        self.future: Future | None = None
 
     def result(self) -> Started:
-        """All of it, in the order of the names, resident but for changes; raises what went wrong in the thread."""
-        found = self.future.result()
-        return self.changed_later(found) if self.changed_later else found
+        """All of it, in the order of the names; raises what went wrong in the thread."""
+        raise NotImplementedError
 
     def stop(self) -> None:
         """Give up; returns when nothing is read any more."""
         self.stopped.set()
         wait([self.future])
+
+
+class EvaluatedAhead(Ahead):
+    """Lazy arrays that the thread evaluates.
+
+    Args:
+        start: names → lazy arrays of each, on the current stream.
+        nbytes: name → bytes in the file.
+        changed: names of the tensors that are cast or reordered on the way, and so take memory twice.
+    """
+
+    def __init__(self, start: Callable[[Sequence[str]], Started], nbytes: dict[str, int], changed: set[str]):
+        super().__init__()
+        reader = _reader()
+        with reader.turn, mx.stream(reader.stream):  # some files are read at once
+            started = start(list(nbytes))
+        self.future = reader.thread.submit(_evaluate, reader, started, nbytes, changed, self.stopped)
+
+    def result(self) -> Started:
+        return self.future.result()
 
 
 def _evaluate(
@@ -86,13 +89,39 @@ def _evaluate(
     return started
 
 
-def _read_at_once(parameters: Parameters, names: Sequence[str], stopped: threading.Event) -> Started:
-    found: Started = {}
-    for name in names:
-        if not stopped.is_set():
-            found |= parameters.read([name], now=True)
-    mx.eval(list(found.values()))  # the small ones, which are lazy still
-    return found
+class LandedAhead(Ahead):
+    """Tensors that the thread has read into the GPU's memory.
+
+    Args:
+        landing: where to; its arrays stand until it is filled again.
+        spots: key in the file → where it lies.
+        start: arrays by their keys in the file → `Started`, not evaluated.
+    """
+
+    def __init__(self, landing: cuda.Landing, spots: Mapping[str, Spot], start: Callable[[dict], Started]):
+        super().__init__()
+        self.landing, self.spots, self.start = landing, spots, start
+        self.future = _reader().thread.submit(landing.fill, spots, self.stopped)
+
+    def result(self) -> Started:
+        self.future.result()
+        return self.start(self.landing.arrays(self.spots))
+
+
+class Landings:
+    """Memory for two blocks, taken in turn: one is read while the one before it computes."""
+
+    def __init__(self):
+        self.both: list[cuda.Landing | None] = [None, None]
+
+    def next(self, nbytes: int) -> cuda.Landing:
+        """The one that the block before the last was in, at least so large."""
+        landing, last = self.both
+        if landing is None or landing.memory.size < nbytes:
+            landing = self.both[0] = None
+            landing = cuda.Landing(nbytes)
+        self.both = [last, landing]
+        return landing
 
 
 def batches(nbytes: dict[str, int], changed: set[str]) -> Iterator[list[str]]:

@@ -1,18 +1,33 @@
-"""From a file straight into the GPU's memory, on CUDA; elsewhere memory is shared, and none of this is used.
+"""From files straight into the GPU's memory, on CUDA; elsewhere memory is shared, and none of this is used.
 
-On CUDA, arrays of MLX's CPU side lie in managed memory. Their pages move to the GPU when a kernel first touches them,
-and back when the CPU writes there again, one by one and in the way of what computes. So nothing is written there by the
-CPU: a thread reads a piece of the file into page-locked memory of its own, over and over the same, and has the GPU's
-copy engine take it from there, through the CUDA driver that MLX runs on.
+On CUDA, arrays that MLX's CPU side makes lie in managed memory, whose pages move to the GPU when a kernel first touches
+them and back when the CPU writes there again, one by one. Besides, whoever waits for the CPU side waits for a kernel
+that tells of it, which is run when those before it leave room. So a `Landing` is memory of MLX's that stays on the GPU,
+and files are read into it past MLX: threads read pieces into page-locked memory, over and over the same, and the GPU's
+copy engine takes them from there, through the CUDA driver that MLX runs on.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
+
+from ..types import WeightsError
+
+if TYPE_CHECKING:
+    from .reader import Spot
+
+MOST_THREADS = 8
+# Bytes that a thread reads and copies at a time.
+PIECE = 4 * 2**20
+ALIGNMENT = 256  # of every tensor
 
 _PORTABLE = 1  # page-locked for every context
 _OWN_STREAM = ctypes.c_void_p(2)  # CU_STREAM_PER_THREAD
@@ -48,21 +63,94 @@ class Driver:
         if code := getattr(self.library, name)(*arguments):
             raise RuntimeError(f"CUDA: {name} failed ({code})")
 
-    def staging(self, nbytes: int) -> memoryview:
-        """Page-locked memory of this thread's, at least so large; the same at every call."""
-        if not hasattr(self.threads, "staging") or len(self.threads.staging) < nbytes:
+    def staging(self) -> memoryview:
+        """Page-locked memory of this thread's, of `PIECE` bytes; the same at every call."""
+        if not hasattr(self.threads, "staging"):
             address = ctypes.c_void_p()
             self.call("cuCtxSetCurrent", self.context)
-            self.call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(nbytes), _PORTABLE)
-            self.threads.staging = memoryview((ctypes.c_char * nbytes).from_address(address.value)).cast("B")
+            self.call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(PIECE), _PORTABLE)
+            self.threads.staging = memoryview((ctypes.c_char * PIECE).from_address(address.value)).cast("B")
         return self.threads.staging
 
-    def copy(self, source: memoryview, target: memoryview) -> None:
-        """Copy what `staging` holds to memory that the GPU has, or gets so; returns when it is there."""
-        to, there = (ctypes.c_uint64(_address(view)) for view in (target, source))
-        self.call("cuMemcpyAsync", to, there, ctypes.c_size_t(len(source)), _OWN_STREAM)
+    def copy(self, source: memoryview, target: int) -> None:
+        """Copy what `staging` holds to an address on the GPU; returns when it is there."""
+        there = ctypes.c_uint64(_address(source))
+        self.call("cuMemcpyAsync", ctypes.c_uint64(target), there, ctypes.c_size_t(len(source)), _OWN_STREAM)
         self.call("cuStreamSynchronize", _OWN_STREAM)
 
 
-def _address(view: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+def _address(memory) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+class Landing:
+    """A stretch of memory on the GPU that tensors are read into, again and again."""
+
+    def __init__(self, nbytes: int):
+        self.memory = mx.zeros((nbytes,), mx.uint8)
+        mx.eval(self.memory)
+        self.address = _address(self.memory)
+
+    def fill(self, spots: Mapping[str, Spot], stopped: threading.Event) -> None:
+        """Read tensors, in their order one behind the other; given up when ``stopped`` is set.
+
+        Raises:
+            WeightsError: a file has changed, ends early or cannot be read.
+        """
+        for file in {id(spot.file): spot.file for spot in spots.values()}.values():
+            file.check_unchanged()
+        pieces = []
+        for spot, start in zip(spots.values(), starts(spots), strict=True):
+            for at in range(0, spot.nbytes, PIECE):
+                length = min(PIECE, spot.nbytes - at)
+                pieces.append(_threads().submit(_read_piece, spot, at, length, self.address + start + at, stopped))
+        wait(pieces)
+        for piece in pieces:
+            piece.result()
+        for file in {id(spot.file): spot.file for spot in spots.values()}.values():
+            file.check_unchanged()  # every piece opened it anew
+
+    def arrays(self, spots: Mapping[str, Spot]) -> dict[str, mx.array]:
+        """What `fill` has read, as arrays that stand until it is called again; nothing is copied."""
+        found = {}
+        for (key, spot), start in zip(spots.items(), starts(spots), strict=True):
+            found[key] = self.memory[start : start + spot.nbytes].view(spot.dtype).reshape(spot.shape)
+        return found
+
+
+def starts(spots: Mapping[str, Spot]) -> list[int]:
+    """Where in a `Landing` each tensor begins."""
+    found, end = [], 0
+    for spot in spots.values():
+        found.append(end)
+        end += -(-spot.nbytes // ALIGNMENT) * ALIGNMENT
+    return found
+
+
+def needed(spots: Mapping[str, Spot]) -> int:
+    """Bytes that a `Landing` must have for them."""
+    return sum(-(-spot.nbytes // ALIGNMENT) * ALIGNMENT for spot in spots.values())
+
+
+def _read_piece(spot: Spot, at: int, length: int, target: int, stopped: threading.Event) -> None:
+    if stopped.is_set():
+        return
+    cuda = driver()
+    piece = cuda.staging()[:length]
+    try:
+        with open(spot.file.path, "rb", buffering=0) as file:
+            file.seek(spot.start + at)
+            rest = piece
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise WeightsError(f"{spot.file.path}: ends {len(rest):,} bytes early; download it again")
+                rest = rest[count:]
+    except OSError as error:
+        raise WeightsError(f"{spot.file.path}: cannot be read ({error.strerror or error})") from None
+    cuda.copy(piece, target)
+
+
+@lru_cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "wan_mlx-landing")

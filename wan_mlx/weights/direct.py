@@ -21,8 +21,6 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from . import cuda
-
 # More threads than this do not read faster from the system's cache.
 MOST_THREADS = 8
 # Bytes that a thread reads at a time.
@@ -35,7 +33,7 @@ _MADV_HUGEPAGE = 14
 def read_tensor(
     open_file: Callable[[], BinaryIO], start: int, dtype: str, shape: tuple[int, ...], nbytes: int
 ) -> mx.array:
-    """A tensor from a file, resident: on CUDA in the GPU's memory if that is the current device.
+    """A tensor from a file, resident, on the current stream; on Apple silicon always by the CPU.
 
     Args:
         open_file: opens the file, unbuffered; called by several threads.
@@ -49,7 +47,7 @@ def read_tensor(
         OSError: as opening and reading raise it.
     """
     file = _OneTensor(open_file, start, dtype, shape, nbytes)
-    array = mx.load(file, format="safetensors", stream=mx.cpu)["tensor"]
+    array = mx.load(file, format="safetensors")["tensor"]
     # An error must not pass through MLX, which would end the process in some of its threads.
     if file.error is not None:
         raise file.error
@@ -65,7 +63,6 @@ class _OneTensor(io.RawIOBase):
         self.header = len(header).to_bytes(8, "little") + header
         self.open_file, self.start, self.nbytes = open_file, start, nbytes
         self.position = 0
-        self.fill = _fill_on_gpu if cuda.in_use() else _fill
         self.error: BaseException | None = None
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -93,8 +90,7 @@ class _OneTensor(io.RawIOBase):
         spans = range(0, len(view), PIECE)
         if len(spans) <= 1:
             return self._read_piece(view, start)
-        if self.fill is _fill:
-            _ask_for_huge_pages(view)
+        _ask_for_huge_pages(view)
         pieces = [_threads().submit(self._read_piece, view[at : at + PIECE], start + at) for at in spans]
         try:
             wait(pieces)
@@ -106,22 +102,11 @@ class _OneTensor(io.RawIOBase):
     def _read_piece(self, view: memoryview, start: int) -> None:
         with self.open_file() as file:
             file.seek(start)
-            self.fill(view, file)
-
-
-def _fill(view: memoryview, file: BinaryIO) -> None:
-    while view:
-        count = file.readinto(view)
-        if not count:
-            raise EOFError(len(view))
-        view = view[count:]
-
-
-def _fill_on_gpu(view: memoryview, file: BinaryIO) -> None:
-    driver = cuda.driver()
-    piece = driver.staging(PIECE)[: len(view)]
-    _fill(piece, file)
-    driver.copy(piece, view)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise EOFError(len(view))
+                view = view[count:]
 
 
 @lru_cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .gguf import GGUFFile
 from .gguf_packing import EXACT, NEARLY_EXACT, PACKED_AGAIN, repack
 from .layouts import canonical_keys, recognise
 from .quantize import Quantization, quantizable
-from .reader import BLOCKS, WeightsFile, open_weights
+from .reader import BLOCKS, Spot, WeightsFile, open_weights
 
 SAFETENSORS_NAMES = {
     mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint8: "U8", mx.uint32: "U32"
@@ -34,6 +34,7 @@ SAFETENSORS_NAMES = {
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 READABLE = {"F64", "F32", "F16", "BF16", *FP8, *BLOCKS}
 MLX_LAYOUT = "mlx"
+NOTHING: Mapping[str, mx.array] = {}
 LARGEST_SIZE = 2**20  # of a dimension, exclusive; umT5's vocabulary has 256,384
 
 
@@ -76,24 +77,25 @@ class ComponentWeights:
     def path(self) -> Path:
         return self.file.path
 
-    def read(self, name: str, now: bool = False) -> mx.array:
+    def read(self, name: str, now: bool = False, have: Mapping[str, mx.array] = NOTHING) -> mx.array:
         """The tensor in our layout and its stored dtype, float32 if it is packed.
 
-        Lazy wherever the file allows it; ``now``, it is read at once, with several threads.
+        Lazy wherever the file allows it; ``now``, it is read at once, with several threads. Of what the file holds,
+        ``have`` is read already.
         """
         if self.quantization is not None and name in self.quantization.packings:
-            return self.quantization.packings[name].unpack(self.packed(name, now), mx.float32)
+            return self.quantization.packings[name].unpack(self.packed(name, now, have), mx.float32)
         read = self.file.read_now if now else self.file.read
-        parts = [read(source) for source in self.sources[name]]
+        parts = [have[source] if source in have else read(source) for source in self.sources[name]]
         array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
         if not self.channels_last and array.ndim >= 4:
             array = mx.moveaxis(array.reshape(self._torch_shape(name)), 1, -1)
         return array.reshape(self.shapes[name])
 
-    def packed(self, name: str, now: bool = False) -> dict[str, mx.array]:
+    def packed(self, name: str, now: bool = False, have: Mapping[str, mx.array] = NOTHING) -> dict[str, mx.array]:
         """Weight, scales and, in affine modes, biases of a matrix in `packable`, or that is `repackable`.
 
-        Lazy and ``now`` as for `read`.
+        Lazy, ``now`` and ``have`` as for `read`.
 
         Raises:
             WeightsError: blocks of a GGUF file hold scales that are not finite.
@@ -106,7 +108,20 @@ class ComponentWeights:
                 raise WeightsError(f"{self.path}: {name}: {error}") from None
         stem = name.removesuffix("weight")
         read = self.file.read_now if now else self.file.read
-        return {key: read(stem + key) for key in self.quantization.packings[name].shapes(self.shapes[name])}
+        keys = self.quantization.packings[name].shapes(self.shapes[name])
+        return {key: have[stem + key] if stem + key in have else read(stem + key) for key in keys}
+
+    def spots(self, names: Iterable[str]) -> dict[str, Spot] | None:
+        """Where all lies that `read` and `packed` want for these; None if some of it is not stored as it is read."""
+        keys: list[str] = []
+        for name in names:
+            if self.quantization is not None and name in self.quantization.packings:
+                parts = self.quantization.packings[name].shapes(self.shapes[name])
+                keys += [name.removesuffix("weight") + part for part in parts]
+            else:
+                keys += self.sources[name]
+        found = {key: self.file.spot(key) for key in keys}
+        return None if None in found.values() else found
 
     def repackable(self, name: str) -> bool:
         """Whether `packed` gives the integers of a matrix as they are stored, if not its scales."""

@@ -21,8 +21,8 @@ from ..quantized import QuantizedLinear
 from ..transformer import BLOCK_LISTS, FLOAT32_PARAMETERS, Transformer
 from ..types import WeightsError
 from . import cuda
-from .ahead import Ahead
-from .load import SAFETENSORS_NAMES, ComponentWeights, check_keys, parameter_shapes
+from .ahead import Ahead, EvaluatedAhead, LandedAhead, Landings
+from .load import NOTHING, SAFETENSORS_NAMES, ComponentWeights, check_keys, parameter_shapes
 from .lora import Loras
 from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
 
@@ -127,20 +127,25 @@ class Parameters:
         Nothing but reading, casting and reordering happens here, so nothing that a GPU should do. ``now``: it is read
         before this returns, with several threads.
         """
-        return self.changed(self.read(names, now))
+        return {name: self._changed(name, arrays) for name, arrays in self.read(names, now).items()}
 
-    def read(self, names: Iterable[str], now: bool) -> dict[str, dict[str, mx.array]]:
-        """Only what is stored: `start` without casting and reordering."""
-        return {name: self._read(name, now) for name in names}
+    def read(
+        self, names: Iterable[str], now: bool = False, have: Mapping[str, mx.array] = NOTHING
+    ) -> dict[str, dict[str, mx.array]]:
+        """Only what is stored: `start` without casting and reordering; ``have``: as for `ComponentWeights.read`."""
+        return {name: self._read(name, now, have) for name in names}
 
-    def changed(self, read: dict[str, dict[str, mx.array]]) -> dict[str, dict[str, mx.array]]:
-        """What `read` gave, cast and reordered, of what is not to be merged or packed."""
-        return {name: self._changed(name, arrays) for name, arrays in read.items()}
+    def landed(self, names: Iterable[str], have: Mapping[str, mx.array]) -> dict[str, dict[str, mx.array]]:
+        """`start` of what was read already, by its key in the file."""
+        return {name: self._changed(name, arrays) for name, arrays in self.read(names, have=have).items()}
 
-    def read_ahead(self, names: Iterable[str]) -> Ahead:
-        """`start`, and evaluate in other threads; `finish` takes the result."""
+    def read_ahead(self, names: Iterable[str], landings: Landings) -> Ahead:
+        """`start`, and make it resident in another thread; `finish` takes the result."""
         nbytes = {name: self.weights.stored_bytes(name) for name in names}
-        return Ahead(self, nbytes, {name for name in nbytes if self._is_changed(name)})
+        spots = self.weights.spots(nbytes) if cuda.in_use() else None
+        if spots is not None:
+            return LandedAhead(landings.next(cuda.needed(spots)), spots, lambda have: self.landed(nbytes, have))
+        return EvaluatedAhead(self.start, nbytes, {name for name in nbytes if self._is_changed(name)})
 
     def finish(self, started: dict[str, dict[str, mx.array]]) -> list[tuple[str, mx.array]]:
         """What `start` returned, with the rest done: name → array pairs, resident.
@@ -189,10 +194,11 @@ class Parameters:
         kept = SAFETENSORS_NAMES[dtype_of(self.component, name, self.dtype)]
         return name not in self.as_stored and self.weights.stored_dtype(name) != kept
 
-    def _read(self, name: str, now: bool) -> dict[str, mx.array]:
+    def _read(self, name: str, now: bool, have: Mapping[str, mx.array]) -> dict[str, mx.array]:
         if name in self.as_stored and not self._has_work(name):
-            return {name.removesuffix("weight") + key: array for key, array in self.weights.packed(name, now).items()}
-        return {name: self.weights.read(name, now)}
+            packed = self.weights.packed(name, now, have)
+            return {name.removesuffix("weight") + key: array for key, array in packed.items()}
+        return {name: self.weights.read(name, now, have)}
 
     def _changed(self, name: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         """What `_read` gave, cast and reordered, as far as there is not more to do."""
@@ -290,11 +296,12 @@ def stream_blocks(
         WeightsError, RuntimeError: what was wrong with the file, when the block is asked for that it keeps from being.
     """
     following: tuple[nn.Module, str, Ahead] | None = None
+    landings = Landings()
 
     def start_reading(place: str) -> tuple[nn.Module, str, Ahead]:
         block, prefix = make_block(place), f"{place}."
         names = [prefix + name for name in parameter_shapes(block)]
-        return parameters.fit(block, prefix), prefix, parameters.read_ahead(names)
+        return parameters.fit(block, prefix), prefix, parameters.read_ahead(names, landings)
 
     try:
         following = start_reading(places[0]) if places else None

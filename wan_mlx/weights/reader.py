@@ -38,6 +38,8 @@ _NUMPY = {
 _UNKNOWN_TO_MLX = {"F64", "F8_E5M2"}
 # What becomes other values on the way (`_to_mlx`), so cannot be read into MLX's memory.
 _CHANGED = {"F64", "BOOL"}
+# What `WeightsFile.read` returns such tensors in, with their bytes as they are.
+_AS_STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U8": mx.uint8, "U32": mx.uint32}
 # GGUF's block formats: how many values a block has, and how many bytes.
 BLOCKS = {
     **{"Q8_0": (32, 34), "Q5_1": (32, 24), "Q5_0": (32, 22), "Q4_1": (32, 20), "Q4_0": (32, 18), "IQ4_NL": (32, 18)},
@@ -61,6 +63,17 @@ class TensorInfo:
     def nbytes(self) -> int:
         values, size = BLOCKS.get(self.dtype) or (1, ITEMSIZE[self.dtype])
         return math.prod(self.shape) // values * size
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where in a file a tensor's bytes lie, just as its array wants them."""
+
+    file: WeightsFile
+    start: int
+    nbytes: int
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
 
 
 class WeightsFile:
@@ -147,6 +160,12 @@ class WeightsFile:
         """The files that hold the tensors, this one or its shards."""
         return [self.path]
 
+    def spot(self, key: str) -> Spot | None:
+        """Where the tensor lies, if `read` gives its bytes as they are."""
+        info = self._info(key)
+        plain = info.dtype in _AS_STORED and self._strides(key) == contiguous(info.shape) and self._is_plain(key)
+        return Spot(self, self._start(key), info.nbytes, _AS_STORED[info.dtype], info.shape) if plain else None
+
     def nbytes(self, key: str) -> int:
         """Bytes of the tensor as stored."""
         return self._info(key).nbytes
@@ -165,7 +184,7 @@ class WeightsFile:
 
     def _read_direct(self, key: str, info: TensorInfo) -> mx.array:
         """The whole of a contiguous, plain tensor."""
-        self._check_unchanged()
+        self.check_unchanged()
         dtype = "U8" if info.dtype in ("F8_E4M3", "F8_E5M2") else info.dtype
         try:
             array = read_tensor(
@@ -175,7 +194,7 @@ class WeightsFile:
             raise WeightsError(f"{self.path}: ends {error.args[0]:,} bytes early; download it again") from None
         except OSError as error:
             raise WeightsError(f"{self.path}: {key} cannot be read ({error.strerror or error})") from None
-        self._check_unchanged()  # every thread opened the file for itself
+        self.check_unchanged()  # every thread opened the file for itself
         return array
 
     @contextmanager
@@ -186,7 +205,7 @@ class WeightsFile:
 
     @contextmanager
     def _opened(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
-        self._check_unchanged()
+        self.check_unchanged()
         try:
             with self._open(key) as place:
                 yield place
@@ -218,7 +237,8 @@ class WeightsFile:
             raise WeightsError(f"{self.path}: no tensor {key!r}; {_nearest(near)}")
         return self.tensors[key]
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
+        """Raise WeightsError if the file has changed since it was opened."""
         if _stamp(self.path) != self._stamp:
             raise WeightsError(f"{self.path}: changed since it was opened; open it again")
 
@@ -236,7 +256,7 @@ class SafetensorsFile(WeightsFile):
         info = self._info(key)
         if not self._lazy:
             return super().read(key)
-        self._check_unchanged()
+        self.check_unchanged()
         # mx.load opens the file once for all its arrays, so one call serves a whole pass and a thousand lazy arrays do
         # not need a thousand open files. An array leaves the pool when handed out; those that stay hold no data.
         # An array is bound to the stream that was current when it was loaded, so there is a pool for each of the few
@@ -328,6 +348,10 @@ class ShardedFile(WeightsFile):
     def rows(self, key: str, indices: np.ndarray) -> mx.array:
         self._info(key)
         return self._shards[key].rows(key, indices)
+
+    def spot(self, key: str) -> Spot | None:
+        self._info(key)
+        return self._shards[key].spot(key)
 
 
 def open_weights(path: str | Path) -> WeightsFile:
