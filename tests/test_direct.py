@@ -81,7 +81,7 @@ def test_a_file_that_shrinks_while_it_is_read(small_pieces, tmp_path, monkeypatc
     path = write_pth(tmp_path / "x.pth", mapping(x=tensor(shape=(6,), strides=(1,))))
     file = open_weights(path)
     start = file._start("x")
-    monkeypatch.setattr(file, "_check_unchanged", lambda: None)
+    monkeypatch.setattr(file, "check_unchanged", lambda: None)
     os.truncate(path, start + 20)
     assert "ends 4 bytes early" in refusal(path, lambda _: file.read("x"))
     path.unlink()

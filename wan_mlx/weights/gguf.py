@@ -88,7 +88,7 @@ class GGUFFile(WeightsFile):
         array = self.fields.get(name)
         if not isinstance(array, Array):
             raise WeightsError(f"{self.path}: its metadata has no list {name}")
-        self._check_unchanged()
+        self.check_unchanged()
         with open(self.path, "rb", buffering=2**20) as file:
             return _Header(self.path, file, array.position).values(array)
 
