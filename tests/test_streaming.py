@@ -106,7 +106,7 @@ def test_the_next_block_is_being_read_while_one_computes(file, monkeypatch):
     model, events = load_transformer(file("t2v"), "float32", stream=True), []
     start, finish = Parameters.start, Parameters.finish
     monkeypatch.setattr(Parameters, "start", lambda self, *args: events.append("start") or start(self, *args))
-    monkeypatch.setattr(Parameters, "finish", lambda self, started: events.append("finish") or finish(self, started))
+    monkeypatch.setattr(Parameters, "finish", lambda self, *args: events.append("finish") or finish(self, *args))
     for _ in model.stream(["blocks.0", "blocks.1", "blocks.2"]):
         events.append("computes")
     assert events == ["start", "finish", *["start", "computes", "finish"] * 2, "computes"]

@@ -43,7 +43,9 @@ def _reader() -> Reader:
 
 
 class Ahead:
-    """Tensors that are being read."""
+    """Tensors that are being read; ``resident``: whether nothing is left to evaluate in the result."""
+
+    resident = True
 
     def __init__(self):
         self.stopped = threading.Event()
@@ -90,13 +92,15 @@ def _evaluate(
 
 
 class LandedAhead(Ahead):
-    """Tensors that the thread has read into the GPU's memory.
+    """Tensors that the thread has read into the GPU's memory; casting and reordering are left.
 
     Args:
         landing: where to; its arrays stand until it is filled again.
         spots: key in the file → where it lies.
         start: arrays by their keys in the file → `Started`, not evaluated.
     """
+
+    resident = False
 
     def __init__(self, landing: cuda.Landing, spots: Mapping[str, Spot], start: Callable[[dict], Started]):
         super().__init__()

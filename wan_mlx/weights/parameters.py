@@ -25,6 +25,7 @@ from .ahead import Ahead, EvaluatedAhead, LandedAhead, Landings
 from .load import NOTHING, SAFETENSORS_NAMES, ComponentWeights, check_keys, parameter_shapes
 from .lora import Loras
 from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
+from .reader import Spot
 
 # Name of a parameter → the order its rows (axis 0) are wanted in, or None for the order they are stored in.
 RowOrder = Callable[[str], "mx.array | None"]
@@ -85,6 +86,7 @@ class Parameters:
             for name, packing in packings.items()
             if weights.packable.get(name, weights.nearest.get(name)) == packing and weights.repackable(name)
         }
+        self.spots: dict[tuple[str, ...], dict[str, Spot] | None] = {}
         self.use(loras or Loras(), merge)
 
     def use(self, loras: Loras, merge: bool) -> None:
@@ -141,30 +143,40 @@ class Parameters:
 
     def read_ahead(self, names: Iterable[str], landings: Landings) -> Ahead:
         """`start`, and make it resident in another thread; `finish` takes the result."""
-        nbytes = {name: self.weights.stored_bytes(name) for name in names}
-        spots = self.weights.spots(nbytes) if cuda.in_use() else None
+        names = tuple(names)
+        spots = self._spots(names) if cuda.in_use() else None
         if spots is not None:
-            return LandedAhead(landings.next(cuda.needed(spots)), spots, lambda have: self.landed(nbytes, have))
+            return LandedAhead(landings.next(cuda.needed(spots)), spots, lambda have: self.landed(names, have))
+        nbytes = {name: self.weights.stored_bytes(name) for name in names}
         return EvaluatedAhead(self.start, nbytes, {name for name in nbytes if self._is_changed(name)})
 
-    def finish(self, started: dict[str, dict[str, mx.array]]) -> list[tuple[str, mx.array]]:
-        """What `start` returned, with the rest done: name → array pairs, resident.
+    def _spots(self, names: tuple[str, ...]) -> dict[str, Spot] | None:
+        """`ComponentWeights.spots`, looked up once: blocks are read at every pass."""
+        if names not in self.spots:
+            self.spots[names] = self.weights.spots(names)
+        return self.spots[names]
+
+    def finish(self, started: dict[str, dict[str, mx.array]], resident: bool = True) -> list[tuple[str, mx.array]]:
+        """What `start` returned, with the rest done: name → array pairs, resident, or all that had more to be done.
 
         Merging and packing run on the default device, one parameter at a time, after what they take was read: on
         Apple silicon GPU work would otherwise wait on the file, and macOS ends GPU work that waits.
         """
-        mx.eval(list(started.values()))
+        if resident:
+            mx.eval(list(started.values()))
         self._check_scales(started)
         finished = []
         for name in list(started):
             arrays = started.pop(name)
+            worked = self._has_work(name) or name in self.beside
             if self._has_work(name):
                 arrays = self._work(name, arrays)
             if name in self.beside:
                 kept = dtype_of(self.component, name, self.dtype)
                 side = self.loras.beside(name, kept, self.row_order(name))
                 arrays |= {name.removesuffix("weight") + key: array for key, array in side.items()}
-            mx.eval(arrays)
+            if resident or worked:
+                mx.eval(arrays)
             finished += arrays.items()
         return finished
 
@@ -307,7 +319,7 @@ def stream_blocks(
         following = start_reading(places[0]) if places else None
         for index in range(len(places)):
             block, prefix, ahead = following
-            arrays = parameters.finish(ahead.result())
+            arrays = parameters.finish(ahead.result(), ahead.resident)
             block.load_weights([(name.removeprefix(prefix), array) for name, array in arrays])
             del arrays
             following = start_reading(places[index + 1]) if index + 1 < len(places) else None
