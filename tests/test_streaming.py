@@ -236,7 +236,7 @@ def test_a_file_that_is_cut_short_while_it_is_read_as_on_cuda(file, as_on_cuda, 
     blocks = load_transformer(path, "float32", stream=True).stream(["blocks.0", "blocks.1", "blocks.2"])
     next(blocks)
     os.truncate(path, 20_000)
-    with pytest.raises(WeightsError, match="changed since it was opened"):
+    with pytest.raises(WeightsError, match="changed since it was opened|bytes early"):
         list(blocks)
 
 
