@@ -350,11 +350,9 @@ def test_a_pass_that_was_not_made_before_is_computed(model, name):
 
 
 def test_every_model_with_magcache_has_teacache_too():
-    assert (
-        MAGCACHE.keys()
-        == TEACACHE.keys()
-        == {name for name, preset in PRESETS.items() if preset.repo and preset.task != "flf2v"}
-    )
+    assert MAGCACHE.keys() == TEACACHE.keys() == {
+        name for name, preset in PRESETS.items() if preset.repo and preset.task != "flf2v"
+    }
 
 
 class TestChoice:

@@ -1,8 +1,9 @@
 """Reading ahead: a thread that makes resident what a block consists of while the block before it computes.
 
 On Apple silicon and on a CPU it evaluates lazy arrays on a CPU stream of its own: MLX reads a file where an array is
-evaluated, into memory that computing shares, and no GPU work may wait on a file. On CUDA it has files read into the
-GPU's memory (`cuda`). Casting and reordering are left there to whoever computes with them: in between, each would have
+evaluated, into memory that computing shares, and no GPU work may wait on a file. A file that gives no lazy arrays it
+reads tensor by tensor (`direct`), and changes each when it is there. On CUDA it has files read into the GPU's memory
+(`cuda`). Casting and reordering are left there to whoever computes with them: in between, each would have
 to wait until what runs makes room for it.
 """
 
@@ -89,6 +90,33 @@ def _evaluate(
             with reader.turn:
                 mx.eval([started[name] for name in group])
     return started
+
+
+class ReadAhead(Ahead):
+    """Tensors of a file that gives no lazy arrays, read and changed in the thread, one after the other.
+
+    Args:
+        start: names, and that they are to be read at once → arrays of each, on the current stream.
+        names: of the tensors.
+    """
+
+    def __init__(self, start: Callable[[Sequence[str], bool], Started], names: Sequence[str]):
+        super().__init__()
+        self.future = _reader().thread.submit(_read_at_once, start, names, self.stopped)
+
+    def result(self) -> Started:
+        return self.future.result()
+
+
+def _read_at_once(
+    start: Callable[[Sequence[str], bool], Started], names: Sequence[str], stopped: threading.Event
+) -> Started:
+    found: Started = {}
+    for name in names:
+        if not stopped.is_set():
+            found |= start([name], True)
+            mx.eval(found[name])
+    return found
 
 
 class LandedAhead(Ahead):

@@ -52,6 +52,10 @@ class Fp8File(WeightsFile):
     def files(self) -> list[Path]:
         return self.file.files
 
+    @property
+    def is_lazy(self) -> bool:
+        return self.file.is_lazy
+
     def read(self, key: str) -> mx.array:
         self._info(key)
         return self._true(key, self.file.read(key), self.scales.get(key))

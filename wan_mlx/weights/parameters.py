@@ -21,7 +21,7 @@ from ..quantized import QuantizedLinear
 from ..transformer import BLOCK_LISTS, FLOAT32_PARAMETERS, Transformer
 from ..types import WeightsError
 from . import cuda
-from .ahead import Ahead, EvaluatedAhead, LandedAhead, Landings
+from .ahead import Ahead, EvaluatedAhead, LandedAhead, Landings, ReadAhead
 from .load import NOTHING, SAFETENSORS_NAMES, ComponentWeights, check_keys, parameter_shapes
 from .lora import Loras
 from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
@@ -147,6 +147,8 @@ class Parameters:
         spots = self._spots(names) if cuda.in_use() else None
         if spots is not None:
             return LandedAhead(landings.next(cuda.needed(spots)), spots, lambda have: self.landed(names, have))
+        if not self.weights.file.is_lazy:
+            return ReadAhead(self.start, names)
         nbytes = {name: self.weights.stored_bytes(name) for name in names}
         return EvaluatedAhead(self.start, nbytes, {name for name in nbytes if self._is_changed(name)})
 

@@ -156,6 +156,11 @@ class WeightsFile:
         return indices
 
     @property
+    def is_lazy(self) -> bool:
+        """Whether `read` gives arrays that are read when they are evaluated."""
+        return False
+
+    @property
     def files(self) -> list[Path]:
         """The files that hold the tensors, this one or its shards."""
         return [self.path]
@@ -246,15 +251,17 @@ class WeightsFile:
 class SafetensorsFile(WeightsFile):
     """One .safetensors file; tensors are handed out as MLX's lazy arrays."""
 
+    is_lazy = True
+
     def __init__(self, path: Path):
         tensors, metadata, self._starts = _read_header(path)
         super().__init__(path, tensors, metadata)
-        self._lazy = _UNKNOWN_TO_MLX.isdisjoint(info.dtype for info in tensors.values())
+        self.is_lazy = _UNKNOWN_TO_MLX.isdisjoint(info.dtype for info in tensors.values())
         self._pools: dict[str, dict[str, mx.array]] = {}
 
     def read(self, key: str) -> mx.array:
         info = self._info(key)
-        if not self._lazy:
+        if not self.is_lazy:
             return super().read(key)
         self.check_unchanged()
         # mx.load opens the file once for all its arrays, so one call serves a whole pass and a thousand lazy arrays do
@@ -336,6 +343,10 @@ class ShardedFile(WeightsFile):
     @property
     def files(self) -> list[Path]:
         return sorted({shard.path for shard in self._shards.values()})
+
+    @property
+    def is_lazy(self) -> bool:
+        return any(shard.is_lazy for shard in self._shards.values())
 
     def read(self, key: str) -> mx.array:
         self._info(key)
