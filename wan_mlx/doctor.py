@@ -76,6 +76,7 @@ def all_checks() -> Iterator[Check]:
 
     yield from surroundings()
     yield from selftest.operations()
+    yield from fused_kernels()
     for dtype in ("float32", "bfloat16"):
         yield selftest.nano(dtype)
     yield ffmpeg()
@@ -133,6 +134,26 @@ def surroundings() -> Iterator[Check]:
     yield Check("disk for models", "ok" if free >= LITTLE_DISK else "warn", f"{free / 1e9:.0f} GB free in {existing}",
                 "" if free >= LITTLE_DISK else "T2V-1.3B is a download of 17.5 GB, the 14B models of 69 to 83; set "
                 "HF_HOME to a folder on a larger disk")  # fmt: skip
+
+
+def fused_kernels() -> Iterator[Check]:
+    """Whether wan_mlx's own kernels can be used on this GPU, for each dtype that people compute in."""
+    import mlx.core as mx
+
+    from . import kernels
+    from .selftest import Check
+
+    if mx.default_device() != mx.gpu:
+        return
+    if kernels.off():
+        yield Check("wan_mlx's kernels", "warn", "turned off", f"unset {kernels.SWITCH} to use them")
+        return
+    for dtype in (mx.float32, mx.bfloat16):
+        good = kernels.agree(dtype)
+        said = "give what MLX's operations give" if good else "are not right here, so MLX's operations are used"
+        advice = "" if good else "videos are right, but slower to make; please report this"
+        name = f"wan_mlx's kernels in {str(dtype).removeprefix('mlx.core.')}"
+        yield Check(name, "ok" if good else "warn", said, advice)
 
 
 def ffmpeg() -> Check:

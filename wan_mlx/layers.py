@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import kernels
+
 # Everything after self-attention treats tokens one by one, so it runs on this many at a time: the 5.8x wider
 # feed-forward arrays then stay small, and matmuls are still large enough to run at full speed. Where memory is short
 # it is fewer (`wan_mlx.memory`).
@@ -54,9 +56,25 @@ def scale_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
 
 
 @mx.compile
+def _gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
+    return (x.astype(mx.float32) + y.astype(mx.float32) * gate).astype(x.dtype)
+
+
 def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
     """``x + y * gate`` computed in float32, in x's dtype."""
-    return (x.astype(mx.float32) + y.astype(mx.float32) * gate).astype(x.dtype)
+    if kernels.usable(x, gate):
+        return kernels.gated_add(x, y, gate.flatten())
+    return _gated_add(x, y, gate)
+
+
+def add_and_norm(
+    x: mx.array, y: mx.array, gate: mx.array, scale: mx.array, shift: mx.array, eps: float
+) -> tuple[mx.array, mx.array]:
+    """`gated_add` and the `modulated_norm` of its result, in one kernel where there is one."""
+    if kernels.usable(x, gate, scale):
+        return kernels.add_and_norm(x, y, gate.flatten(), scale.flatten(), shift.flatten(), eps)
+    total = gated_add(x, y, gate)
+    return total, modulated_norm(total, scale, shift, eps)
 
 
 @mx.compile
@@ -74,28 +92,33 @@ class RMSNorm(nn.Module):
         self.weight = mx.ones((dim,))
 
 
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """RMS norm over the last axis times ``weight`` (C,); statistics are float32, the result has x's dtype."""
+    if kernels.usable(x, weight):
+        return kernels.rms_norm(x, weight.astype(mx.float32), eps)
+    return mx.fast.rms_norm(x, weight.astype(x.dtype), eps)
+
+
 def modulated_norm(x: mx.array, scale: mx.array, shift: mx.array, eps: float) -> mx.array:
     """LayerNorm times ``scale`` plus ``shift``, float32 (1 or B, 1, D) or (D,), in x's dtype; x is (B, L, D).
 
-    Statistics are float32. One kernel does it all if scale and shift are the same for the whole batch; they are rounded
-    to x's dtype then, since wider ones would widen the result and everything after it.
+    Statistics are float32. One kernel does it all if scale and shift are the same for the whole batch; MLX's own rounds
+    them to x's dtype, since wider ones would widen the result and everything after it.
     """
+    if kernels.usable(x, scale):
+        return kernels.layer_norm(x, scale.flatten(), shift.flatten(), eps)
     if scale.size == x.shape[-1]:
         return mx.fast.layer_norm(x, scale.flatten().astype(x.dtype), shift.flatten().astype(x.dtype), eps)
     return scale_shift(mx.fast.layer_norm(x, None, None, eps), scale, shift)
 
 
 class AffineNorm(nn.Module):
-    """LayerNorm with weight and bias, which stay float32 while the result keeps x's dtype."""
+    """Holds the weight and bias of a LayerNorm; applied by the block that has it."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int):
         super().__init__()
-        self.eps = eps
         self.weight = mx.ones((dim,))
         self.bias = mx.zeros((dim,))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return modulated_norm(x, self.weight, self.bias, self.eps)
 
 
 class Pacer:

@@ -8,6 +8,8 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
+from . import kernels
+
 THETA = 10000.0
 
 
@@ -87,3 +89,19 @@ def scale_and_rotate(x: mx.array, scale: mx.array, table: tuple[mx.array, mx.arr
     """
     pairs, scales = x.reshape(*x.shape[:-1], 2, -1), scale.reshape(*scale.shape[:-1], 2, -1)
     return _rotate(pairs, pairs[..., ::-1, :], scales, scales[..., ::-1, :], *table).reshape(x.shape)
+
+
+def norm_and_rotate(
+    x: mx.array, weight: mx.array, heads: int, table: tuple[mx.array, mx.array], eps: float
+) -> mx.array:
+    """Queries or keys (B, L, D) → normed over all heads and rotated (B, L, heads, D / heads).
+
+    ``weight`` is the norm's (D,), in the order of x's channels, each head's in halves.
+    """
+    shape = (*x.shape[:2], heads, -1)
+    if kernels.usable(x, weight):
+        cosines, sines = (part.reshape(x.shape[1], -1) for part in table)
+        weight, head_dim = weight.astype(mx.float32), sines.shape[1]
+        return kernels.rms_norm_and_rotate(x, weight, eps, cosines, sines, head_dim).reshape(shape)
+    x = mx.fast.rms_norm(x, None, eps).reshape(shape)
+    return scale_and_rotate(x, weight.reshape(heads, -1), table)

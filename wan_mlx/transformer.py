@@ -21,12 +21,14 @@ from .layers import (
     Linear,
     Pacer,
     RMSNorm,
+    add_and_norm,
     gated_add,
     gelu_tanh,
     in_token_chunks,
     modulated_norm,
+    rms_norm,
 )
-from .rope import rope_table, scale_and_rotate
+from .rope import norm_and_rotate, rope_table
 
 # Attributes that are lists of blocks, of all transformers.
 BLOCK_LISTS = ("blocks", "vace_blocks")
@@ -61,8 +63,7 @@ class SelfAttention(Attention):
     def _heads_of(self, x, norm, table):
         if norm is None:
             return _split_heads(x, self.heads)
-        x = _split_heads(mx.fast.rms_norm(x, None, self.eps), self.heads)
-        return scale_and_rotate(x, norm.weight.reshape(self.heads, -1), table)
+        return norm_and_rotate(x, norm.weight, self.heads, table, self.eps)
 
 
 class CrossAttention(Attention):
@@ -86,7 +87,7 @@ class CrossAttention(Attention):
         return self._normed(project_k(context), norm), _split_heads(project_v(context), self.heads)
 
     def _normed(self, x, norm):
-        return _split_heads(mx.fast.rms_norm(x, norm.weight.astype(x.dtype), self.eps), self.heads)
+        return _split_heads(rms_norm(x, norm.weight, self.eps), self.heads)
 
     def __call__(self, x: mx.array, pairs: Sequence[tuple[mx.array, mx.array]], pace: Pacer) -> mx.array:
         q = self._normed(self.q(x), self.norm_q)
@@ -100,7 +101,7 @@ class Block(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.self_attn = SelfAttention(config)
-        self.norm3 = AffineNorm(config.dim, config.eps)
+        self.norm3 = AffineNorm(config.dim)
         self.cross_attn = CrossAttention(config)
         self.ffn = [Linear(config.dim, config.ffn_dim), gelu_tanh, Linear(config.ffn_dim, config.dim)]
         self.modulation = mx.zeros((1, 6, config.dim))
@@ -126,9 +127,10 @@ class Block(nn.Module):
         pairs = self.cross_attn.keys_values(context, image_context)
 
         def tokenwise(x, attended):
-            x = gated_add(x, self.self_attn.o(attended), gate_attn)
-            x = x + self.cross_attn(self.norm3(x), pairs, pace)
-            y = modulated_norm(x, 1 + scale_ffn, shift_ffn, self.eps)
+            norm3 = self.norm3
+            x, y = add_and_norm(x, self.self_attn.o(attended), gate_attn, norm3.weight, norm3.bias, self.eps)
+            ungated = mx.ones_like(gate_ffn)
+            x, y = add_and_norm(x, self.cross_attn(y, pairs, pace), ungated, 1 + scale_ffn, shift_ffn, self.eps)
             for layer in self.ffn:
                 y = layer(y)
             return gated_add(x, y, gate_ffn)

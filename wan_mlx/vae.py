@@ -13,6 +13,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import kernels
 from .configs import VAEConfig
 
 # The one attention head is 384 wide, which no fused kernel takes: this many scores at a time (64 MB in float32).
@@ -62,9 +63,13 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.gamma = mx.ones((dim,))
 
-    def __call__(self, x: mx.array) -> mx.array:
-        # The official norm divides by at least 1e-12; the fused one adds its eps to the mean square instead.
-        return mx.fast.rms_norm(x, self.gamma.astype(x.dtype), 1e-24 / x.shape[-1])
+    def __call__(self, x: mx.array, then_silu: bool = False) -> mx.array:
+        # The official norm divides by at least 1e-12; this adds an eps to the mean square instead.
+        eps = 1e-24 / x.shape[-1]
+        if kernels.usable(x, self.gamma):
+            return kernels.rms_norm(x, self.gamma.astype(mx.float32), eps, then_silu)
+        x = mx.fast.rms_norm(x, self.gamma.astype(x.dtype), eps)
+        return silu(x) if then_silu else x
 
 
 class Conv(nn.Module):
@@ -139,9 +144,9 @@ class ResidualBlock(nn.Module):
 
     def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
-        y = conv1(silu(norm1(x)), cache)
+        y = conv1(norm1(x, then_silu=True), cache)
         mx.eval(y)  # everything that one evaluation computes is alive at once: one convolution at a time
-        y = conv2(silu(norm2(y)), cache, residual=self.shortcut(x) if "shortcut" in self else x)
+        y = conv2(norm2(y, then_silu=True), cache, residual=self.shortcut(x) if "shortcut" in self else x)
         mx.eval(y)
         return y
 
@@ -257,7 +262,7 @@ def middle_blocks(dim: int) -> list[nn.Module]:
 def apply_head(head: Sequence, x: mx.array, cache: CausalCache) -> mx.array:
     """Norm, SiLU, causal convolution."""
     norm, _, conv = head
-    y = conv(silu(norm(x)), cache)
+    y = conv(norm(x, then_silu=True), cache)
     mx.eval(y)
     return y
 
