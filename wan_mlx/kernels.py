@@ -69,6 +69,18 @@ EACH {
   kept[i] = a;
 }
 """
+# What a convolution's taps gave, its bias and, if there is one, the shortcut.
+SUM = """
+EACH {
+  Four<T> a = VALUES(x, start + c), b = VALUES(y, start + c), d = VALUES(z, start + c), e = VALUES(shortcut, start + c);
+  Four<float> g = FLOATS(bias, c);
+  for (int k = 0; k < 4; k++) {
+    float sum = static_cast<float>(a.at[k]) + static_cast<float>(b.at[k]) + static_cast<float>(d.at[k]) + g.at[k];
+    a.at[k] = static_cast<T>(SHORTCUT ? sum + static_cast<float>(e.at[k]) : sum);
+  }
+  WRITE(out, start + c) = a;
+}
+"""
 ROOT_MEAN_SQUARE = """
 float squares = 0;
 EACH for (int k = 0; k < 4; k++) {
@@ -178,6 +190,7 @@ def _trials(dtype: mx.Dtype) -> Iterator[tuple[str, mx.array, mx.array]]:
     yield "rms_norm and SiLU", rms_norm(x, scale, eps, silu=True), normed * mx.sigmoid(normed)
     yield "layer_norm", layer_norm(x, scale, shift, eps), mx.fast.layer_norm(wide, scale, shift, eps)
     yield "gated_add", gated_add(x, y, gate), total.astype(mx.float32)
+    yield "sum_taps", sum_taps(x, y, x, gate, y), 2 * (wide + y.astype(mx.float32)) + gate
     added, added_normed = add_and_norm(x, y, gate, scale, shift, eps)
     yield "add_and_norm", added, total.astype(mx.float32)
     yield "add_and_norm", added_normed, mx.fast.layer_norm(total.astype(mx.float32), scale, shift, eps)
@@ -240,6 +253,12 @@ def layer_norm(x: mx.array, scale: mx.array, shift: mx.array, eps: float) -> mx.
 def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
     """``x + y * gate``, of x and y (..., C) in one dtype and a gate float32 (C,)."""
     return _run("gated_add", READ_SUM, 0.0, {"x": x, "y": y, "gate": gate}, ("total",))[0]
+
+
+def sum_taps(x: mx.array, y: mx.array, z: mx.array, bias: mx.array, shortcut: mx.array | None = None) -> mx.array:
+    """``x + y + z + bias``, plus ``shortcut`` if there is one: all (..., C) in one dtype, but a bias float32 (C,)."""
+    inputs = {"x": x, "y": y, "z": z, "bias": bias, "shortcut": x if shortcut is None else shortcut}
+    return _run("sum_taps", SUM, 0.0, inputs, SHORTCUT=shortcut is not None)[0]
 
 
 def add_and_norm(
