@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from wan_mlx import doctor, kernels, layers, rope
-from wan_mlx.vae import RMSNorm
+from wan_mlx.vae import CausalCache, RMSNorm, Upsample
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -53,21 +53,8 @@ static float simd_sum(float v) { for (int step = 1; step < 32; step *= 2) v += o
 }
 """,
 }
-
-
-@pytest.fixture(scope="module", params=["cuda", "metal"])
-def emulated(request, tmp_path_factory):
-    """What takes `kernels._run`'s place: it compiles the text of one language and runs it."""
-    language, folder, compiled = request.param, tmp_path_factory.mktemp("kernels"), {}
-
-    def compile_text(name, steps, eps, inputs, outputs, constants):
-        parameters = [f"const float* {n}, const int* {n}_shape" for n in inputs] + [f"float* {n}" for n in outputs]
-        arguments = ", ".join([f"{n}, {n}_shape" for n in inputs] + list(outputs))
-        parameters = ", ".join(parameters)
-        common = (kernels.METAL if language == "metal" else kernels.CUDA) + kernels.FOUR
-        fixed = "".join(f"constexpr int {n} = {v};\n" for n, v in constants.items())
-        body = kernels.THREAD[language] + kernels.ROW + steps.replace("EPS", f"{eps!r}f")
-        run = f"""
+# Threads stand for the lanes: each goes through all rows.
+RUN = """
 extern "C" void run(int rows, {parameters}) {{
   std::vector<std::thread> lanes;
   for (int lane = 0; lane < 32; lane++) lanes.emplace_back([=] {{
@@ -75,114 +62,131 @@ extern "C" void run(int rows, {parameters}) {{
     for (int row = 0; row < rows; row++) {{ set_place(32 * row + lane); kernel({arguments}); }}
   }});
   for (auto& lane : lanes) lane.join();
-}}"""
-        text = f"{LANES}{LANGUAGE[language]}{common}"
-        text += f"static void kernel({parameters}) {{ using T = float;\n{fixed}{body}\n}}"
-        source, library = folder / f"{len(compiled)}.cpp", folder / f"{len(compiled)}.so"
-        source.write_text(text + run)
-        command = ["g++", "-std=c++20", "-w", "-shared", "-fPIC", "-pthread", source, "-o", library]
-        subprocess.run(command, check=True)
-        return ctypes.CDLL(str(library))
+}}
+"""
 
-    def run(name, steps, eps, inputs, outputs=("out",), **constants):
-        channels = inputs["x"].shape[-1]
-        key = (name, steps, eps, channels, *constants.items())
-        if key not in compiled:
-            names = {"C": channels, **{n: int(v) for n, v in constants.items()}}
-            compiled[key] = compile_text(name, steps, eps, list(inputs), outputs, names)
-        arrays = {n: np.array(a.astype(mx.float32)) for n, a in inputs.items()}
-        arrays["x"] = arrays["x"].reshape(-1, channels)
-        shapes = [np.array(a.shape, dtype=np.int32) for a in arrays.values()]
-        rows = len(arrays["x"])
-        results = [np.full((rows + 1, channels), np.nan, dtype=np.float32) for _ in outputs]
-        pairs = [a for array, shape in zip(arrays.values(), shapes, strict=True) for a in (array, shape)]
+
+class Emulated:
+    """What takes the place of `mx.fast.metal_kernel` or `mx.fast.cuda_kernel`."""
+
+    compiled: dict[str, ctypes.CDLL] = {}
+
+    def __init__(self, language, folder, name, input_names, output_names, source, header):
+        self.language, self.folder = language, folder
+        self.inputs, self.outputs, self.source, self.header = input_names, output_names, source, header
+
+    def library(self, constants: dict[str, int]) -> ctypes.CDLL:
+        types = {"sizes": "int"}
+        parameters = [f"const {types.get(n, 'float')}* {n}, const int* {n}_shape" for n in self.inputs]
+        parameters = ", ".join(parameters + [f"float* {n}" for n in self.outputs])
+        arguments = ", ".join([f"{n}, {n}_shape" for n in self.inputs] + list(self.outputs))
+        fixed = "".join(f"constexpr int {n} = {v};\n" for n, v in constants.items())
+        text = f"{LANES}{LANGUAGE[self.language]}{self.header}"
+        text += f"static void kernel({parameters}) {{ using T = float;\n{fixed}{self.source}\n}}"
+        text += RUN.format(parameters=parameters, arguments=arguments)
+        if text not in self.compiled:
+            source, library = (self.folder / f"{len(self.compiled)}.{kind}" for kind in ("cpp", "so"))
+            source.write_text(text)
+            command = ["g++", "-std=c++20", "-w", "-shared", "-fPIC", "-pthread", source, "-o", library]
+            subprocess.run(command, check=True)
+            self.compiled[text] = ctypes.CDLL(str(library))
+        return self.compiled[text]
+
+    def __call__(self, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
+        constants = {name: value for name, value in template if name != "T"}
+        arrays = [a if a.dtype == mx.int32 else a.astype(mx.float32) for a in inputs]
+        arrays = [np.array(a) for a in arrays]
+        shapes = [np.array(a.shape, dtype=np.int32) for a in arrays]
+        rows = int(np.prod(output_shapes[0][:-1]))
         # One row more than there are, as the last group of threads has: it must not be touched.
-        compiled[key].run(rows + 1, *[a.ctypes.data_as(ctypes.c_void_p) for a in (*pairs, *results)])
+        results = [np.full((rows + 1, output_shapes[0][-1]), np.nan, dtype=np.float32) for _ in self.outputs]
+        pairs = [a for array, shape in zip(arrays, shapes, strict=True) for a in (array, shape)]
+        assert 32 * rows <= grid[0] < 32 * rows + threadgroup[0] and grid[0] % threadgroup[0] == 0
+        self.library(constants).run(rows + 1, *[a.ctypes.data_as(ctypes.c_void_p) for a in (*pairs, *results)])
         assert all(np.isnan(result[rows]).all() for result in results)
-        return [mx.array(result[:rows].reshape(inputs["x"].shape)).astype(inputs["x"].dtype) for result in results]
-
-    return run
+        return [mx.array(r[:rows].reshape(output_shapes[0])).astype(output_dtypes[0]) for r in results]
 
 
-@pytest.fixture
-def on_gpu(emulated, monkeypatch):
-    """The kernels are used as on a GPU."""
-    monkeypatch.setattr(kernels, "_run", emulated)
+@pytest.fixture(params=["cuda", "metal"])
+def on_gpu(request, tmp_path_factory, monkeypatch):
+    """The kernels are used as on a GPU with this language."""
+    folder = tmp_path_factory.mktemp("kernels")
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    kernels.agree.cache_clear()
+    monkeypatch.setattr(mx.metal, "is_available", lambda: request.param == "metal")
+    name = f"{request.param}_kernel"
+    monkeypatch.setattr(mx.fast, name, lambda **kwargs: Emulated(request.param, folder, **kwargs))
+    for cache in (kernels.agrees, kernels._made):
+        cache.cache_clear()
     yield
-    kernels.agree.cache_clear()
+    for cache in (kernels.agrees, kernels._made):
+        cache.cache_clear()
 
 
 def normal(seed: int, *shape: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed))
 
 
-def test_agree_with_operations(on_gpu, caplog):
-    assert kernels.agree(mx.float32)
+@pytest.mark.parametrize("kernel", kernels.TRIALS, ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("channels", [384, 640])
+def test_agree_with_operations(on_gpu, caplog, kernel, channels):
+    assert kernels.agrees(kernel, mx.float32, channels)
     assert not caplog.records
 
 
-@pytest.mark.parametrize("text", ["RMS_NORM", "ROTATE", "LAYER_NORM", "READ_SUM"])
-def test_a_wrong_kernel_is_not_used(on_gpu, emulated, monkeypatch, caplog, text):
-    wrong = getattr(kernels, text)
-
-    def off_by_a_little(name, steps, *args, **kwargs):
-        results = emulated(name, steps, *args, **kwargs)
-        return [result + 1e-3 for result in results] if wrong in steps else results
-
-    monkeypatch.setattr(kernels, "_run", off_by_a_little)
-    assert not kernels.agree(mx.float32)
-    assert "are wrong" in caplog.text
+@pytest.mark.parametrize("kernel", kernels.TRIALS, ids=lambda kernel: kernel.__name__)
+def test_a_wrong_kernel_is_not_used(on_gpu, monkeypatch, caplog, kernel):
+    right = Emulated.__call__
+    monkeypatch.setattr(Emulated, "__call__", lambda *a, **k: [result + 1e-3 for result in right(*a, **k)])
+    assert not kernels.agrees(kernel, mx.float32, 384)
+    assert f"{kernel.__name__} for 384 channels of mlx.core.float32 is off by 0.001" in caplog.text
 
 
 def test_a_kernel_that_does_not_compile_is_not_used(on_gpu, monkeypatch, caplog):
     def fails(*args, **kwargs):
         raise RuntimeError("[metal::Device] Unable to build metal library")
 
-    monkeypatch.setattr(kernels, "_run", fails)
-    assert not kernels.agree(mx.float32)
-    assert "do not run here" in caplog.text
-    assert not kernels.usable(normal(0, 1, 2, 96))
+    monkeypatch.setattr(Emulated, "__call__", fails)
+    assert not kernels.usable(kernels.layer_norm, normal(0, 1, 2, 96))
+    assert "does not run here ([metal::Device] Unable to build metal library)" in caplog.text
 
 
 def test_can_be_turned_off(on_gpu, monkeypatch):
-    monkeypatch.setenv("WAN_MLX_KERNELS", "0")
-    assert not kernels.agree(mx.float32)
+    monkeypatch.setenv(kernels.SWITCH, "0")
+    assert not kernels.usable(kernels.layer_norm, normal(0, 1, 2, 96))
 
 
 def test_used_on_a_gpu_only():
-    assert not kernels.usable(normal(0, 1, 2, 96))
+    assert not kernels.usable(kernels.layer_norm, normal(0, 1, 2, 96))
 
 
 def test_used_for_what_they_can_take(on_gpu):
     x = normal(0, 2, 3, 96)
-    assert kernels.usable(x, normal(1, 96))
-    assert not kernels.usable(x, normal(1, 2, 1, 96))  # one vector for each sample
-    assert not kernels.usable(normal(0, 2, 3, 90))
-    assert not kernels.usable(x.astype(mx.int32))
+    assert kernels.usable(kernels.layer_norm, x, normal(1, 96))
+    assert not kernels.usable(kernels.layer_norm, x, normal(1, 2, 1, 96))  # one vector for each sample
+    assert not kernels.usable(kernels.layer_norm, normal(0, 2, 3, 90))
+    assert not kernels.usable(kernels.layer_norm, x.astype(mx.int32))
 
 
 @pytest.mark.parametrize("channels", [96, 160])
 def test_layers_are_the_same_with_them(on_gpu, monkeypatch, channels):
     x, y = 3 * normal(0, 1, 5, channels) + 1, normal(1, 1, 5, channels)
     gate, scale, shift = (normal(seed, 1, 1, channels) for seed in (2, 3, 4))
-    vae_norm = RMSNorm(channels)
-    vae_norm.gamma = scale.flatten()
+    norm, upsample = RMSNorm(channels), Upsample(channels, temporal=False)
+    norm.gamma = scale.flatten()
+    conv = upsample.resample[1]
+    conv.weight, conv.bias = normal(5, *conv.weight.shape), normal(6, *conv.bias.shape)
 
     def results():
-        yield layers.rms_norm(x, scale.flatten(), 1e-6)
         yield layers.modulated_norm(x, scale, shift, 1e-6)
-        yield layers.gated_add(x, y, gate)
         yield from layers.add_and_norm(x, y, gate, scale, shift, 1e-6)
-        yield vae_norm(x)
-        yield vae_norm(x, then_silu=True)
-        yield vae_norm(mx.zeros_like(x))
+        yield norm(x, then_silu=True)
+        yield norm(mx.zeros_like(x), then_silu=True)
+        yield from upsample(normal(7, 2, 3, 4, channels), CausalCache())
 
     got = list(results())
-    monkeypatch.setattr(kernels, "usable", lambda *arrays: False)
+    monkeypatch.setattr(kernels, "usable", lambda *arrays, **constants: False)
     for mine, wanted in zip(got, results(), strict=True):
-        assert mx.allclose(mine, wanted, rtol=1e-5, atol=1e-5)
+        assert mine.shape == wanted.shape and mx.allclose(mine, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("head_dim", [16, 128])
@@ -190,15 +194,16 @@ def test_rotation_is_the_same_with_them(on_gpu, monkeypatch, head_dim):
     heads, grid = 2, (2, 1, 3)
     x, weight, table = normal(0, 2, 6, heads * head_dim), normal(1, heads * head_dim), rope.rope_table(grid, head_dim)
     got = rope.norm_and_rotate(x, weight, heads, table, 1e-6)
-    monkeypatch.setattr(kernels, "usable", lambda *arrays: False)
+    monkeypatch.setattr(kernels, "usable", lambda *arrays, **constants: False)
     assert mx.allclose(got, rope.norm_and_rotate(x, weight, heads, table, 1e-6), rtol=1e-5, atol=1e-5)
 
 
 def test_doctor_tells(on_gpu, monkeypatch):
     assert [check.status for check in doctor.fused_kernels()] == ["ok", "ok"]
-    kernels.agree.cache_clear()
-    monkeypatch.setattr(kernels, "_trials", lambda dtype: iter([("gated_add", mx.array([1.0]), mx.array([2.0]))]))
-    assert {check.status for check in doctor.fused_kernels()} == {"warn"}
+    kernels.agrees.cache_clear()
+    monkeypatch.setitem(kernels.TRIALS, kernels.layer_norm, lambda *args: iter([(mx.array(1.0), mx.array(2.0))]))
+    bad = list(doctor.fused_kernels())
+    assert {check.status for check in bad} == {"warn"} and bad[0].said.startswith("layer_norm: not right here")
     monkeypatch.setenv(kernels.SWITCH, "0")
     (check,) = doctor.fused_kernels()
     assert check.said == "turned off"

@@ -3,13 +3,14 @@
 One text serves Metal and CUDA: 32 threads that can add among themselves (a simdgroup, a warp) take one row, which stays
 in their registers. Statistics and arithmetic are float32, and nothing is rounded before the result is.
 
-A kernel is used once it has given here what MLX's operations give, on a small input (`usable`); until then, and on the
-CPU, callers use the operations.
+A kernel is used once it has given here what MLX's operations give, on a few rows as wide as what it is wanted for
+(`usable`); on the CPU, and where it has not, callers use the operations.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -20,10 +21,14 @@ log = logging.getLogger(__name__)
 
 SWITCH = "WAN_MLX_KERNELS"  # "0" in the environment turns the kernels off
 LANES, THREADS = 32, 256
+# Each lane has four neighbouring values of every 128.
+ROUND = 4 * LANES
+# Rounds that a kernel is made for at least, so that one serves all widths of the VAE.
+FEWEST_ROUNDS = 3
 # Dtypes that the kernels take, and how far their results, of size 10 or so, may be from MLX's.
 TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 
-# What the two languages call differently, and the type of a few neighbouring values.
+# What the two languages call differently, and the type of four neighbouring values.
 METAL = """
 #define DEVICE device
 inline float sum_lanes(float value) { return metal::simd_sum(value); }
@@ -42,24 +47,25 @@ THREAD = {
     "metal": "const uint thread_number = thread_position_in_grid.x;",
     "cuda": "const unsigned int thread_number = blockIdx.x * blockDim.x + threadIdx.x;",
 }
-# Each lane has the values 4 * (lane + 32 * i) and the three after them, of rows of C.
+# A lane has the values 4 * (lane + 32 * i) and the three after them, of rows of C; there are N rounds or fewer.
 ROW = """
 const int lane = thread_number % 32;
 const size_t row = thread_number / 32;
-if (row >= (size_t)x_shape[0]) return;
-constexpr int N = (C + 127) / 128;
+if (row >= (size_t)ROWS) return;
+const int C = x_shape[1];
 const size_t start = row * C;
-Four<T> kept[N];
-#define EACH _Pragma("unroll") for (int i = 0, c = 4 * lane; i < N; i++, c += 128) if (C % 128 == 0 || c < C)
+#define EACH _Pragma("unroll") for (int i = 0, c = 4 * lane; i < N; i++, c += 128) if (c < C)
 #define VALUES(array, at) (*(const DEVICE Four<T>*)((array) + (at)))
 #define FLOATS(array, at) (*(const DEVICE Four<float>*)((array) + (at)))
 #define WRITE(array, at) (*(DEVICE Four<T>*)((array) + (at)))
 """
 READ = """
+Four<T> kept[N];
 EACH kept[i] = VALUES(x, start + c);
 """
 # x + y * gate, kept as it is rounded to be written.
 READ_SUM = """
+Four<T> kept[N];
 EACH {
   Four<T> a = VALUES(x, start + c), b = VALUES(y, start + c);
   Four<float> g = FLOATS(gate, c);
@@ -67,18 +73,6 @@ EACH {
     a.at[k] = static_cast<T>(static_cast<float>(a.at[k]) + static_cast<float>(b.at[k]) * g.at[k]);
   WRITE(total, start + c) = a;
   kept[i] = a;
-}
-"""
-# What a convolution's taps gave, its bias and, if there is one, the shortcut.
-SUM = """
-EACH {
-  Four<T> a = VALUES(x, start + c), b = VALUES(y, start + c), d = VALUES(z, start + c), e = VALUES(shortcut, start + c);
-  Four<float> g = FLOATS(bias, c);
-  for (int k = 0; k < 4; k++) {
-    float sum = static_cast<float>(a.at[k]) + static_cast<float>(b.at[k]) + static_cast<float>(d.at[k]) + g.at[k];
-    a.at[k] = static_cast<T>(SHORTCUT ? sum + static_cast<float>(e.at[k]) : sum);
-  }
-  WRITE(out, start + c) = a;
 }
 """
 ROOT_MEAN_SQUARE = """
@@ -89,20 +83,19 @@ EACH for (int k = 0; k < 4; k++) {
 }
 const float factor = rsqrt(sum_lanes(squares) / C + EPS);
 """
-RMS_NORM = """
+SCALE_AND_SILU = """
 EACH {
   Four<float> w = FLOATS(weight, c);
   Four<T> result;
   for (int k = 0; k < 4; k++) {
     float v = static_cast<float>(kept[i].at[k]) * factor * w.at[k];
-    if (SILU) v = v / (1.0f + exp(-v));
-    result.at[k] = static_cast<T>(v);
+    result.at[k] = static_cast<T>(v / (1.0f + exp(-v)));
   }
   WRITE(out, start + c) = result;
 }
 """
 # A value's partner in the rotation is half a head away: ahead for the first half, behind for the second.
-ROTATE = """
+SCALE_AND_ROTATE = """
 constexpr int HALF = HEAD / 2;
 const size_t token = row % (size_t)cosines_shape[0];
 EACH {
@@ -137,14 +130,30 @@ EACH {
   WRITE(out, start + c) = result;
 }
 """
+# A row is a pixel (i, j) of a frame twice as large as (h, w), and comes from phase (i % 2, j % 2).
+INTERLEAVE = """
+const size_t h = sizes[0], w = sizes[1];
+const size_t j = row % (2 * w), i_ = row / (2 * w) % (2 * h), frame = row / (4 * w * h);
+const size_t a = i_ % 2, b = j % 2;
+const size_t from = (((frame * (h + 1) + i_ / 2 + a) * (w + 1) + j / 2 + b) * 4 + 2 * a + b) * C;
+EACH {
+  Four<T> v = VALUES(x, from + c);
+  Four<float> g = FLOATS(bias, c);
+  for (int k = 0; k < 4; k++) v.at[k] = static_cast<T>(static_cast<float>(v.at[k]) + g.at[k]);
+  WRITE(out, start + c) = v;
+}
+"""
 
 
-def usable(x: mx.array, *vectors: mx.array) -> bool:
-    """Whether the kernels can be used for ``x`` with ``vectors`` that hold one value for each of its channels."""
+def usable(kernel: Callable, x: mx.array, *vectors: mx.array, **constants: int) -> bool:
+    """Whether a kernel can be used for ``x`` with ``vectors`` that hold one value for each of its channels.
+
+    ``constants``: what else it is made for, by name.
+    """
     channels = x.shape[-1]
     if mx.default_device() != mx.gpu or x.dtype not in TOLERANCE or channels % 4:
         return False
-    return all(vector.size == channels for vector in vectors) and agree(x.dtype)
+    return all(vector.size == channels for vector in vectors) and agrees(kernel, x.dtype, channels, **constants)
 
 
 def off() -> bool:
@@ -152,85 +161,90 @@ def off() -> bool:
     return os.environ.get(SWITCH) == "0"
 
 
-@lru_cache(maxsize=8)
-def agree(dtype: mx.Dtype) -> bool:
-    """Whether the kernels give on this GPU, for a small input, what MLX's operations give; asked once for a dtype."""
+@lru_cache(maxsize=64)
+def agrees(kernel: Callable, dtype: mx.Dtype, channels: int, **constants: int) -> bool:
+    """Whether a kernel gives on this GPU, for a few rows, what MLX's operations give; asked once."""
     if off():
         return False
+    what = f"MLX's own operations are used, which is slower: {kernel.__name__} for {channels} channels of {dtype}"
     try:
-        errors = {name: mx.abs(got.astype(mx.float32) - wanted).max() for name, got, wanted in _trials(dtype)}
-        bad = [name for name, error in errors.items() if not error.item() <= TOLERANCE[dtype]]
+        pairs = list(TRIALS[kernel](dtype, channels, **constants))
+        errors = [mx.abs(got.astype(mx.float32) - wanted).max().item() for got, wanted in pairs]
     except (RuntimeError, ValueError) as error:
-        log.warning(
-            "MLX's own operations are used, which is slower: the kernels for %s do not run here (%s)", dtype, error
-        )
+        log.warning("%s does not run here (%s)", what, error)
         return False
-    if bad:
-        log.warning(
-            "MLX's own operations are used, which is slower: the kernels for %s are wrong here (%s)", dtype, bad[0]
-        )
-    return not bad
-
-
-def _trials(dtype: mx.Dtype) -> Iterator[tuple[str, mx.array, mx.array]]:
-    """(name, what a kernel gives, the same in float32 from MLX's operations), on 7 rows of 2 heads of 96 channels."""
-    tokens, heads, head_dim, eps = 7, 2, 96, 1e-6
-    keys = iter(mx.random.split(mx.random.key(0), 8))
-
-    def normal(*shape: int) -> mx.array:
-        return mx.random.normal(shape, key=next(keys))
-
-    width = heads * head_dim
-    x, y = (normal(1, tokens, width).astype(dtype) for _ in range(2))
-    gate, scale, shift, angles = normal(width), normal(width), normal(width), normal(tokens, head_dim // 2)
-    wide, sines = x.astype(mx.float32), mx.sin(angles)
-    total = (wide + y.astype(mx.float32) * gate).astype(dtype)
-    normed = mx.fast.rms_norm(wide, scale, eps)
-    yield "rms_norm", rms_norm(x, scale, eps), normed
-    yield "rms_norm and SiLU", rms_norm(x, scale, eps, silu=True), normed * mx.sigmoid(normed)
-    yield "layer_norm", layer_norm(x, scale, shift, eps), mx.fast.layer_norm(wide, scale, shift, eps)
-    yield "gated_add", gated_add(x, y, gate), total.astype(mx.float32)
-    yield "sum_taps", sum_taps(x, y, x, gate, y), 2 * (wide + y.astype(mx.float32)) + gate
-    added, added_normed = add_and_norm(x, y, gate, scale, shift, eps)
-    yield "add_and_norm", added, total.astype(mx.float32)
-    yield "add_and_norm", added_normed, mx.fast.layer_norm(total.astype(mx.float32), scale, shift, eps)
-    a, b = mx.split(normed.reshape(tokens, heads, head_dim), 2, axis=-1)
-    c, s = mx.cos(angles)[:, None], sines[:, None]
-    rotated = mx.concatenate([a * c - b * s, b * c + a * s], axis=-1).reshape(1, tokens, width)
-    sines = mx.concatenate([-sines, sines], axis=-1)
-    yield "rms_norm_and_rotate", rms_norm_and_rotate(x, scale, eps, mx.cos(angles), sines, head_dim), rotated
+    good = all(error <= TOLERANCE[dtype] for error in errors)  # not if it is NaN
+    if not good:
+        log.warning("%s is off by %g here", what, max(errors))
+    return good
 
 
 @lru_cache(maxsize=32)
-def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], steps: str, eps: float) -> Callable:
+def _made(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], steps: str, eps: float, rows: str) -> Callable:
     backend = "metal" if mx.metal.is_available() else "cuda"
     make = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
-    header = (METAL if backend == "metal" else CUDA) + FOUR
-    source = THREAD[backend] + ROW + steps.replace("EPS", f"{eps!r}f")
-    return make(name=name, input_names=inputs, output_names=outputs, source=source, header=header)
+    return make(
+        name=name,
+        input_names=inputs,
+        output_names=outputs,
+        source=source_of(backend, steps, eps, rows),
+        header=(METAL if backend == "metal" else CUDA) + FOUR,
+    )
+
+
+def source_of(backend: str, steps: str, eps: float, rows: str) -> str:
+    """The body of a kernel in the language of ``backend``; ``rows`` says there how many rows there are."""
+    return THREAD[backend] + ROW.replace("ROWS", rows) + steps.replace("EPS", f"{eps!r}f")
 
 
 def _run(
-    name: str, steps: str, eps: float, inputs: dict[str, mx.array], outputs: Sequence[str] = ("out",), **constants
+    name: str,
+    steps: str,
+    inputs: dict[str, mx.array],
+    outputs: Sequence[str] = ("out",),
+    shape: tuple[int, ...] | None = None,
+    rows: str = "x_shape[0]",
+    eps: float = 0.0,
+    **constants: int,
 ) -> list[mx.array]:
-    """Arrays shaped like ``inputs["x"]``, of whose last axis every row is given to a kernel's lanes."""
-    x = inputs["x"]
-    rows = x.reshape(-1, x.shape[-1])
-    threads = LANES * rows.shape[0]
-    results = _kernel(name, tuple(inputs), tuple(outputs), steps, eps)(
-        inputs=[rows, *list(inputs.values())[1:]],
-        template=[("T", x.dtype), ("C", rows.shape[1]), *constants.items()],
+    """Arrays of ``shape``, by default that of ``inputs["x"]``, of whose last axis every row is given to some lanes."""
+    x, shape = inputs["x"], shape or inputs["x"].shape
+    channels = shape[-1]
+    threads = LANES * (math.prod(shape) // channels)
+    return _made(name, tuple(inputs), tuple(outputs), steps, eps, rows)(
+        inputs=[x.reshape(-1, channels), *list(inputs.values())[1:]],
+        template=[("T", x.dtype), ("N", max(FEWEST_ROUNDS, -(-channels // ROUND))), *constants.items()],
         grid=(-(-threads // THREADS) * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
-        output_shapes=[rows.shape] * len(outputs),
+        output_shapes=[shape] * len(outputs),
         output_dtypes=[x.dtype] * len(outputs),
     )
-    return [result.reshape(x.shape) for result in results]
 
 
-def rms_norm(x: mx.array, weight: mx.array, eps: float, silu: bool = False) -> mx.array:
-    """RMS norm over the last axis times ``weight``, float32 (C,), then SiLU if asked for; in x's dtype."""
-    return _run("rms_norm", READ + ROOT_MEAN_SQUARE + RMS_NORM, eps, {"x": x, "weight": weight}, SILU=silu)[0]
+def layer_norm(x: mx.array, scale: mx.array, shift: mx.array, eps: float) -> mx.array:
+    """LayerNorm over the last axis times ``scale`` plus ``shift``, float32 (C,), in x's dtype."""
+    inputs = {"x": x, "scale": scale, "shift": shift}
+    return _run("layer_norm", READ + LAYER_NORM, inputs, eps=eps)[0]
+
+
+def _try_layer_norm(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
+    x, (scale, shift) = _rows(dtype, channels), _vectors(2, channels)
+    yield layer_norm(x, scale, shift, 1e-6), mx.fast.layer_norm(x.astype(mx.float32), scale, shift, 1e-6)
+
+
+def add_and_norm(
+    x: mx.array, y: mx.array, gate: mx.array, scale: mx.array, shift: mx.array, eps: float
+) -> list[mx.array]:
+    """``x + y * gate``, of x and y in one dtype and a gate float32 (C,), and its `layer_norm`."""
+    inputs = {"x": x, "y": y, "gate": gate, "scale": scale, "shift": shift}
+    return _run("add_and_norm", READ_SUM + LAYER_NORM, inputs, ("total", "out"), eps=eps)
+
+
+def _try_add_and_norm(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
+    x, y, (gate, scale, shift) = _rows(dtype, channels), _rows(dtype, channels, 1), _vectors(3, channels)
+    total = (x.astype(mx.float32) + y.astype(mx.float32) * gate).astype(dtype).astype(mx.float32)
+    wanted = total, mx.fast.layer_norm(total, scale, shift, 1e-6)
+    yield from zip(add_and_norm(x, y, gate, scale, shift, 1e-6), wanted, strict=True)
 
 
 def rms_norm_and_rotate(
@@ -242,28 +256,71 @@ def rms_norm_and_rotate(
     the first half.
     """
     inputs = {"x": x, "weight": weight, "cosines": cosines, "sines": sines}
-    return _run("rms_norm_and_rotate", READ + ROOT_MEAN_SQUARE + ROTATE, eps, inputs, HEAD=head_dim)[0]
+    return _run("rms_norm_and_rotate", READ + ROOT_MEAN_SQUARE + SCALE_AND_ROTATE, inputs, eps=eps, HEAD=head_dim)[0]
 
 
-def layer_norm(x: mx.array, scale: mx.array, shift: mx.array, eps: float) -> mx.array:
-    """LayerNorm over the last axis times ``scale`` plus ``shift``, float32 (C,), in x's dtype."""
-    return _run("layer_norm", READ + LAYER_NORM, eps, {"x": x, "scale": scale, "shift": shift})[0]
+def _try_rms_norm_and_rotate(
+    dtype: mx.Dtype, channels: int, head_dim: int = 128
+) -> Iterator[tuple[mx.array, mx.array]]:
+    x, (weight,), angles = _rows(dtype, channels), _vectors(1, channels), mx.arange(TRIED * head_dim / 2)
+    cosines, sines = (f(angles).reshape(TRIED, 1, -1) for f in (mx.cos, mx.sin))
+    normed = mx.fast.rms_norm(x.astype(mx.float32), weight, 1e-6).reshape(TRIED, -1, head_dim)
+    a, b = mx.split(normed, 2, axis=-1)
+    wanted = mx.concatenate([a * cosines - b * sines, b * cosines + a * sines], axis=-1).reshape(x.shape)
+    signed = mx.concatenate([-sines, sines], axis=-1).reshape(TRIED, -1)
+    yield rms_norm_and_rotate(x, weight, 1e-6, cosines.reshape(TRIED, -1), signed, head_dim), wanted
 
 
-def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
-    """``x + y * gate``, of x and y (..., C) in one dtype and a gate float32 (C,)."""
-    return _run("gated_add", READ_SUM, 0.0, {"x": x, "y": y, "gate": gate}, ("total",))[0]
+def rms_norm_and_silu(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """RMS norm over the last axis times ``weight``, float32 (C,), then SiLU; in x's dtype."""
+    inputs = {"x": x, "weight": weight}
+    return _run("rms_norm_and_silu", READ + ROOT_MEAN_SQUARE + SCALE_AND_SILU, inputs, eps=eps)[0]
 
 
-def sum_taps(x: mx.array, y: mx.array, z: mx.array, bias: mx.array, shortcut: mx.array | None = None) -> mx.array:
-    """``x + y + z + bias``, plus ``shortcut`` if there is one: all (..., C) in one dtype, but a bias float32 (C,)."""
-    inputs = {"x": x, "y": y, "z": z, "bias": bias, "shortcut": x if shortcut is None else shortcut}
-    return _run("sum_taps", SUM, 0.0, inputs, SHORTCUT=shortcut is not None)[0]
+def _try_rms_norm_and_silu(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
+    x, (weight,) = _rows(dtype, channels), _vectors(1, channels)
+    normed = mx.fast.rms_norm(x.astype(mx.float32), weight, 1e-6)
+    yield rms_norm_and_silu(x, weight, 1e-6), normed * mx.sigmoid(normed)
 
 
-def add_and_norm(
-    x: mx.array, y: mx.array, gate: mx.array, scale: mx.array, shift: mx.array, eps: float
-) -> list[mx.array]:
-    """``x + y * gate`` as `gated_add` gives it, and its `layer_norm`."""
-    inputs = {"x": x, "y": y, "gate": gate, "scale": scale, "shift": shift}
-    return _run("add_and_norm", READ_SUM + LAYER_NORM, eps, inputs, ("total", "out"))
+def interleave(x: mx.array, bias: mx.array, width: int) -> mx.array:
+    """Four phases of frames (n, h+1, w+1, 4 * width) → (n, 2h, 2w, width), plus ``bias``, float32 (width,).
+
+    Pixel (2i + a, 2j + b) comes from phase 2a + b at (i + a, j + b).
+    """
+    n, h, w, _ = x.shape
+    sizes = mx.array([h - 1, w - 1, n * 4 * (h - 1) * (w - 1), *[0] * 5], dtype=mx.int32)  # Metal has few as constants
+    shape = (n, 2 * (h - 1), 2 * (w - 1), width)
+    inputs = {"x": x, "bias": bias, "sizes": sizes}
+    return _run("interleave", INTERLEAVE, inputs, shape=shape, rows="sizes[2]")[0]
+
+
+def _try_interleave(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
+    n, h, w, width = 2, 2, 3, channels // 4
+    x, (bias,) = (
+        _rows(dtype, channels, rows=n * (h + 1) * (w + 1)).reshape(n, h + 1, w + 1, channels),
+        _vectors(1, width),
+    )
+    wide = x.astype(mx.float32).reshape(n, h + 1, w + 1, 2, 2, width)
+    rows = [mx.stack([wide[:, a : a + h, b : b + w, a, b] for b in (0, 1)], axis=3) for a in (0, 1)]
+    yield interleave(x, bias, width), mx.stack(rows, axis=2).reshape(n, 2 * h, 2 * w, width) + bias
+
+
+TRIED = 7  # rows
+
+
+def _rows(dtype: mx.Dtype, channels: int, seed: int = 0, rows: int = TRIED) -> mx.array:
+    return mx.random.normal((1, rows, channels), key=mx.random.key(seed)).astype(dtype)
+
+
+def _vectors(count: int, channels: int) -> mx.array:
+    return mx.random.normal((count, channels), key=mx.random.key(2))
+
+
+TRIALS = {
+    layer_norm: _try_layer_norm,
+    add_and_norm: _try_add_and_norm,
+    rms_norm_and_rotate: _try_rms_norm_and_rotate,
+    rms_norm_and_silu: _try_rms_norm_and_silu,
+    interleave: _try_interleave,
+}

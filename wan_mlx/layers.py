@@ -12,7 +12,7 @@ from . import kernels
 # Everything after self-attention treats tokens one by one, so it runs on this many at a time: the 5.8x wider
 # feed-forward arrays then stay small, and matmuls are still large enough to run at full speed. Where memory is short
 # it is fewer (`wan_mlx.memory`).
-TOKENS_AT_ONCE = 8192
+TOKENS_AT_ONCE = 32768 if mx.cuda.is_available() else 8192
 # From here down memory is so short that nothing is submitted while something else runs beside wide arrays.
 FEW_TOKENS = 1024
 
@@ -56,22 +56,16 @@ def scale_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
 
 
 @mx.compile
-def _gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
-    return (x.astype(mx.float32) + y.astype(mx.float32) * gate).astype(x.dtype)
-
-
 def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
     """``x + y * gate`` computed in float32, in x's dtype."""
-    if kernels.usable(x, gate):
-        return kernels.gated_add(x, y, gate.flatten())
-    return _gated_add(x, y, gate)
+    return (x.astype(mx.float32) + y.astype(mx.float32) * gate).astype(x.dtype)
 
 
 def add_and_norm(
     x: mx.array, y: mx.array, gate: mx.array, scale: mx.array, shift: mx.array, eps: float
 ) -> tuple[mx.array, mx.array]:
     """`gated_add` and the `modulated_norm` of its result, in one kernel where there is one."""
-    if kernels.usable(x, gate, scale):
+    if kernels.usable(kernels.add_and_norm, x, gate, scale):
         return kernels.add_and_norm(x, y, gate.flatten(), scale.flatten(), shift.flatten(), eps)
     total = gated_add(x, y, gate)
     return total, modulated_norm(total, scale, shift, eps)
@@ -92,20 +86,13 @@ class RMSNorm(nn.Module):
         self.weight = mx.ones((dim,))
 
 
-def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    """RMS norm over the last axis times ``weight`` (C,); statistics are float32, the result has x's dtype."""
-    if kernels.usable(x, weight):
-        return kernels.rms_norm(x, weight.astype(mx.float32), eps)
-    return mx.fast.rms_norm(x, weight.astype(x.dtype), eps)
-
-
 def modulated_norm(x: mx.array, scale: mx.array, shift: mx.array, eps: float) -> mx.array:
     """LayerNorm times ``scale`` plus ``shift``, float32 (1 or B, 1, D) or (D,), in x's dtype; x is (B, L, D).
 
     Statistics are float32. One kernel does it all if scale and shift are the same for the whole batch; MLX's own rounds
     them to x's dtype, since wider ones would widen the result and everything after it.
     """
-    if kernels.usable(x, scale):
+    if kernels.usable(kernels.layer_norm, x, scale):
         return kernels.layer_norm(x, scale.flatten(), shift.flatten(), eps)
     if scale.size == x.shape[-1]:
         return mx.fast.layer_norm(x, scale.flatten().astype(x.dtype), shift.flatten().astype(x.dtype), eps)

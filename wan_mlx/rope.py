@@ -99,9 +99,10 @@ def norm_and_rotate(
     ``weight`` is the norm's (D,), in the order of x's channels, each head's in halves.
     """
     shape = (*x.shape[:2], heads, -1)
-    if kernels.usable(x, weight):
+    head_dim = x.shape[-1] // heads
+    if head_dim % 8 == 0 and kernels.usable(kernels.rms_norm_and_rotate, x, weight, head_dim=head_dim):
         cosines, sines = (part.reshape(x.shape[1], -1) for part in table)
-        weight, head_dim = weight.astype(mx.float32), sines.shape[1]
-        return kernels.rms_norm_and_rotate(x, weight, eps, cosines, sines, head_dim).reshape(shape)
+        x = kernels.rms_norm_and_rotate(x, weight.astype(mx.float32), eps, cosines, sines, head_dim)
+        return x.reshape(shape)
     x = mx.fast.rms_norm(x, None, eps).reshape(shape)
     return scale_and_rotate(x, weight.reshape(heads, -1), table)

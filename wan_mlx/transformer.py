@@ -26,7 +26,6 @@ from .layers import (
     gelu_tanh,
     in_token_chunks,
     modulated_norm,
-    rms_norm,
 )
 from .rope import norm_and_rotate, rope_table
 
@@ -87,7 +86,7 @@ class CrossAttention(Attention):
         return self._normed(project_k(context), norm), _split_heads(project_v(context), self.heads)
 
     def _normed(self, x, norm):
-        return _split_heads(rms_norm(x, norm.weight, self.eps), self.heads)
+        return _split_heads(mx.fast.rms_norm(x, norm.weight.astype(x.dtype), self.eps), self.heads)
 
     def __call__(self, x: mx.array, pairs: Sequence[tuple[mx.array, mx.array]], pace: Pacer) -> mx.array:
         q = self._normed(self.q(x), self.norm_q)
@@ -129,8 +128,10 @@ class Block(nn.Module):
         def tokenwise(x, attended):
             norm3 = self.norm3
             x, y = add_and_norm(x, self.self_attn.o(attended), gate_attn, norm3.weight, norm3.bias, self.eps)
+            pace(x, y)
             ungated = mx.ones_like(gate_ffn)
             x, y = add_and_norm(x, self.cross_attn(y, pairs, pace), ungated, 1 + scale_ffn, shift_ffn, self.eps)
+            pace(x, y)  # the widest arrays are next: nothing of what was before is still there beside them
             for layer in self.ffn:
                 y = layer(y)
             return gated_add(x, y, gate_ffn)

@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from . import kernels
 from .configs import VAEConfig
+from .layers import Pacer
 
 # The one attention head is 384 wide, which no fused kernel takes: this many scores at a time (64 MB in float32).
 SCORES_AT_ONCE = 1 << 24
@@ -31,6 +32,12 @@ class CausalCache:
 
     def __init__(self):
         self.frames: dict[int, tuple[mx.array, ...]] = {}
+        self._pacer = Pacer()
+
+    def pace(self, x: mx.array) -> mx.array:
+        """Submit the computation of ``x``, wait for what was submitted before it, and return it."""
+        self._pacer(x)
+        return x
 
     def get(self, layer: nn.Module) -> tuple[mx.array, ...]:
         """Frames kept by ``layer``, oldest first; empty before its first frame."""
@@ -66,8 +73,8 @@ class RMSNorm(nn.Module):
     def __call__(self, x: mx.array, then_silu: bool = False) -> mx.array:
         # The official norm divides by at least 1e-12; this adds an eps to the mean square instead.
         eps = 1e-24 / x.shape[-1]
-        if kernels.usable(x, self.gamma):
-            return kernels.rms_norm(x, self.gamma.astype(mx.float32), eps, then_silu)
+        if then_silu and kernels.usable(kernels.rms_norm_and_silu, x, self.gamma):
+            return kernels.rms_norm_and_silu(x, self.gamma.astype(mx.float32), eps)
         x = mx.fast.rms_norm(x, self.gamma.astype(x.dtype), eps)
         return silu(x) if then_silu else x
 
@@ -93,8 +100,6 @@ class CausalConv(Conv):
         # One 2D convolution per tap, summed: what Metal makes of such a 3D convolution anyway, without the copy of
         # three frames into one array, and a quarter faster than cuDNN's 3D convolution.
         taps = [mx.conv2d(frame, self.weight[:, k], padding=1) for k, frame in enumerate(frames)]
-        if kernels.usable(taps[0], self.bias):
-            return kernels.sum_taps(*taps, self.bias.astype(mx.float32), residual)
         return add(*taps, self.bias) if residual is None else add(*taps, self.bias, residual)
 
 
@@ -146,10 +151,11 @@ class ResidualBlock(nn.Module):
 
     def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
-        y = conv1(norm1(x, then_silu=True), cache)
-        mx.eval(y)  # everything that one evaluation computes is alive at once: one convolution at a time
-        y = conv2(norm2(y, then_silu=True), cache, residual=self.shortcut(x) if "shortcut" in self else x)
-        mx.eval(y)
+        # Everything that is submitted at once is alive at once: one convolution at a time, and the next norm.
+        y = cache.pace(norm1(x, then_silu=True))
+        y = cache.pace(conv1(y, cache))
+        y = cache.pace(norm2(y, then_silu=True))
+        y = cache.pace(conv2(y, cache, residual=self.shortcut(x) if "shortcut" in self else x))
         return y
 
 
@@ -186,8 +192,7 @@ class Downsample(nn.Module):
         """(n, H, W, C) → (m, H/2, W/2, C): as many frames or, in time, one for the first frame and each two after."""
         conv = self.resample[1]
         # Padded below and on the right only.
-        x = mx.conv_general(x, conv.weight, stride=2, padding=([0, 0], [1, 1])) + conv.bias
-        mx.eval(x)
+        x = cache.pace(mx.conv_general(x, conv.weight, stride=2, padding=([0, 0], [1, 1])) + conv.bias)
         if "time_conv" not in self:
             yield x
             return
@@ -219,9 +224,9 @@ class Upsample(nn.Module):
     def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
         """(n, H, W, C) → (m, 2H, 2W, C/2), a few frames at a time."""
         for frames in in_batches(self._in_time(x, cache), scale=2):  # four times the pixels, half as wide
-            yield self._in_space(frames)  # not held here: it is as large as the frames that follow from it
+            yield self._in_space(frames, cache)  # not held here: it is as large as the frames that follow from it
 
-    def _in_space(self, x):
+    def _in_space(self, x, cache):
         """(n, H, W, C) → (n, 2H, 2W, C/2): every pixel doubled, then a 3x3 convolution, in one step at half the work.
 
         Four neighbours among the doubled pixels are one pixel of ``x``, so each of the four results at a pixel sees 2x2
@@ -235,11 +240,15 @@ class Upsample(nn.Module):
         seen = mx.conv2d(x, weight, padding=1)
         # The result at (2i + a, 2j + b) is phase (a, b) at (i + a, j + b).
         width = len(conv.bias)
+        if width % 4 == 0 and kernels.usable(kernels.interleave, seen):
+            y = kernels.interleave(seen, conv.bias.astype(mx.float32), width)
+            cache.pace(y)
+            return y
         column, row = 4 * width, 4 * width * (w + 1)
         strides = ((h + 1) * row, row, row + 2 * width, column, column + width, 1)
         y = mx.as_strided(seen, (n, h, 2, w, 2, width), strides) + conv.bias
         y = y.reshape(n, 2 * h, 2 * w, width)
-        mx.eval(y)
+        cache.pace(y)
         return y
 
     def _in_time(self, x, cache):
@@ -268,9 +277,8 @@ def middle_blocks(dim: int) -> list[nn.Module]:
 def apply_head(head: Sequence, x: mx.array, cache: CausalCache) -> mx.array:
     """Norm, SiLU, causal convolution."""
     norm, _, conv = head
-    y = conv(norm(x, then_silu=True), cache)
-    mx.eval(y)
-    return y
+    y = cache.pace(norm(x, then_silu=True))
+    return cache.pace(conv(y, cache))
 
 
 def flow(layers: Sequence[Callable], frames: Iterable[mx.array], cache: CausalCache) -> Iterator[mx.array]:
