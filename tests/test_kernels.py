@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from wan_mlx import doctor, kernels, layers, rope
-from wan_mlx.vae import CausalCache, RMSNorm, Upsample
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -76,8 +75,7 @@ class Emulated:
         self.inputs, self.outputs, self.source, self.header = input_names, output_names, source, header
 
     def library(self, constants: dict[str, int]) -> ctypes.CDLL:
-        types = {"sizes": "int"}
-        parameters = [f"const {types.get(n, 'float')}* {n}, const int* {n}_shape" for n in self.inputs]
+        parameters = [f"const float* {n}, const int* {n}_shape" for n in self.inputs]
         parameters = ", ".join(parameters + [f"float* {n}" for n in self.outputs])
         arguments = ", ".join([f"{n}, {n}_shape" for n in self.inputs] + list(self.outputs))
         fixed = "".join(f"constexpr int {n} = {v};\n" for n, v in constants.items())
@@ -94,8 +92,7 @@ class Emulated:
 
     def __call__(self, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
         constants = {name: value for name, value in template if name != "T"}
-        arrays = [a if a.dtype == mx.int32 else a.astype(mx.float32) for a in inputs]
-        arrays = [np.array(a) for a in arrays]
+        arrays = [np.array(a.astype(mx.float32)) for a in inputs]
         shapes = [np.array(a.shape, dtype=np.int32) for a in arrays]
         rows = int(np.prod(output_shapes[0][:-1]))
         # One row more than there are, as the last group of threads has: it must not be touched.
@@ -171,17 +168,10 @@ def test_used_for_what_they_can_take(on_gpu):
 def test_layers_are_the_same_with_them(on_gpu, monkeypatch, channels):
     x, y = 3 * normal(0, 1, 5, channels) + 1, normal(1, 1, 5, channels)
     gate, scale, shift = (normal(seed, 1, 1, channels) for seed in (2, 3, 4))
-    norm, upsample = RMSNorm(channels), Upsample(channels, temporal=False)
-    norm.gamma = scale.flatten()
-    conv = upsample.resample[1]
-    conv.weight, conv.bias = normal(5, *conv.weight.shape), normal(6, *conv.bias.shape)
 
     def results():
         yield layers.modulated_norm(x, scale, shift, 1e-6)
         yield from layers.add_and_norm(x, y, gate, scale, shift, 1e-6)
-        yield norm(x, then_silu=True)
-        yield norm(mx.zeros_like(x), then_silu=True)
-        yield from upsample(normal(7, 2, 3, 4, channels), CausalCache())
 
     got = list(results())
     monkeypatch.setattr(kernels, "usable", lambda *arrays, **constants: False)

@@ -148,7 +148,7 @@ def fused_kernels() -> Iterator[Check]:
     if kernels.off():
         yield Check("wan_mlx's kernels", "warn", "turned off", f"unset {kernels.SWITCH} to use them")
         return
-    for dtype, width in ((mx.bfloat16, 1536), (mx.float32, 384)):
+    for dtype, width in ((mx.bfloat16, 1536), (mx.float32, 256)):
         bad = [kernel.__name__ for kernel in kernels.TRIALS if not kernels.agrees(kernel, dtype, width)]
         said = f"{', '.join(bad)}: not right here, so MLX's operations are used" if bad else "as MLX's operations"
         advice = "videos are right, but slower to make; please report this" if bad else ""

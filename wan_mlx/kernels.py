@@ -1,4 +1,4 @@
-"""Norms with what surrounds them, each in one pass over memory; MLX's own operations take two to four.
+"""The transformer's norms with what surrounds them, each in one pass over memory; MLX's operations take two to four.
 
 One text serves Metal and CUDA: 32 threads that can add among themselves (a simdgroup, a warp) take one row, which stays
 in their registers. Statistics and arithmetic are float32, and nothing is rounded before the result is.
@@ -10,7 +10,6 @@ A kernel is used once it has given here what MLX's operations give, on a few row
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -21,10 +20,6 @@ log = logging.getLogger(__name__)
 
 SWITCH = "WAN_MLX_KERNELS"  # "0" in the environment turns the kernels off
 LANES, THREADS = 32, 256
-# Each lane has four neighbouring values of every 128.
-ROUND = 4 * LANES
-# Rounds that a kernel is made for at least, so that one serves all widths of the VAE.
-FEWEST_ROUNDS = 3
 # Dtypes that the kernels take, and how far their results, of size 10 or so, may be from MLX's.
 TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 
@@ -47,14 +42,14 @@ THREAD = {
     "metal": "const uint thread_number = thread_position_in_grid.x;",
     "cuda": "const unsigned int thread_number = blockIdx.x * blockDim.x + threadIdx.x;",
 }
-# A lane has the values 4 * (lane + 32 * i) and the three after them, of rows of C; there are N rounds or fewer.
+# Rows have C values; a lane has those from 4 * (lane + 32 * i) on, four at a time.
 ROW = """
 const int lane = thread_number % 32;
 const size_t row = thread_number / 32;
-if (row >= (size_t)ROWS) return;
-const int C = x_shape[1];
+if (row >= (size_t)x_shape[0]) return;
+constexpr int N = (C + 127) / 128;
 const size_t start = row * C;
-#define EACH _Pragma("unroll") for (int i = 0, c = 4 * lane; i < N; i++, c += 128) if (c < C)
+#define EACH _Pragma("unroll") for (int i = 0, c = 4 * lane; i < N; i++, c += 128) if (C % 128 == 0 || c < C)
 #define VALUES(array, at) (*(const DEVICE Four<T>*)((array) + (at)))
 #define FLOATS(array, at) (*(const DEVICE Four<float>*)((array) + (at)))
 #define WRITE(array, at) (*(DEVICE Four<T>*)((array) + (at)))
@@ -82,17 +77,6 @@ EACH for (int k = 0; k < 4; k++) {
   squares += v * v;
 }
 const float factor = rsqrt(sum_lanes(squares) / C + EPS);
-"""
-SCALE_AND_SILU = """
-EACH {
-  Four<float> w = FLOATS(weight, c);
-  Four<T> result;
-  for (int k = 0; k < 4; k++) {
-    float v = static_cast<float>(kept[i].at[k]) * factor * w.at[k];
-    result.at[k] = static_cast<T>(v / (1.0f + exp(-v)));
-  }
-  WRITE(out, start + c) = result;
-}
 """
 # A value's partner in the rotation is half a head away: ahead for the first half, behind for the second.
 SCALE_AND_ROTATE = """
@@ -128,19 +112,6 @@ EACH {
   for (int k = 0; k < 4; k++)
     result.at[k] = static_cast<T>((static_cast<float>(kept[i].at[k]) - mean) * factor * w.at[k] + b.at[k]);
   WRITE(out, start + c) = result;
-}
-"""
-# A row is a pixel (i, j) of a frame twice as large as (h, w), and comes from phase (i % 2, j % 2).
-INTERLEAVE = """
-const size_t h = sizes[0], w = sizes[1];
-const size_t j = row % (2 * w), i_ = row / (2 * w) % (2 * h), frame = row / (4 * w * h);
-const size_t a = i_ % 2, b = j % 2;
-const size_t from = (((frame * (h + 1) + i_ / 2 + a) * (w + 1) + j / 2 + b) * 4 + 2 * a + b) * C;
-EACH {
-  Four<T> v = VALUES(x, from + c);
-  Four<float> g = FLOATS(bias, c);
-  for (int k = 0; k < 4; k++) v.at[k] = static_cast<T>(static_cast<float>(v.at[k]) + g.at[k]);
-  WRITE(out, start + c) = v;
 }
 """
 
@@ -180,43 +151,27 @@ def agrees(kernel: Callable, dtype: mx.Dtype, channels: int, **constants: int) -
 
 
 @lru_cache(maxsize=32)
-def _made(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], steps: str, eps: float, rows: str) -> Callable:
+def _made(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], steps: str, eps: float) -> Callable:
     backend = "metal" if mx.metal.is_available() else "cuda"
     make = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
-    return make(
-        name=name,
-        input_names=inputs,
-        output_names=outputs,
-        source=source_of(backend, steps, eps, rows),
-        header=(METAL if backend == "metal" else CUDA) + FOUR,
-    )
-
-
-def source_of(backend: str, steps: str, eps: float, rows: str) -> str:
-    """The body of a kernel in the language of ``backend``; ``rows`` says there how many rows there are."""
-    return THREAD[backend] + ROW.replace("ROWS", rows) + steps.replace("EPS", f"{eps!r}f")
+    header = (METAL if backend == "metal" else CUDA) + FOUR
+    source = THREAD[backend] + ROW + steps.replace("EPS", f"{eps!r}f")
+    return make(name=name, input_names=inputs, output_names=outputs, source=source, header=header)
 
 
 def _run(
-    name: str,
-    steps: str,
-    inputs: dict[str, mx.array],
-    outputs: Sequence[str] = ("out",),
-    shape: tuple[int, ...] | None = None,
-    rows: str = "x_shape[0]",
-    eps: float = 0.0,
-    **constants: int,
+    name: str, steps: str, eps: float, inputs: dict[str, mx.array], outputs: Sequence[str] = ("out",), **constants: int
 ) -> list[mx.array]:
-    """Arrays of ``shape``, by default that of ``inputs["x"]``, of whose last axis every row is given to some lanes."""
-    x, shape = inputs["x"], shape or inputs["x"].shape
-    channels = shape[-1]
-    threads = LANES * (math.prod(shape) // channels)
-    return _made(name, tuple(inputs), tuple(outputs), steps, eps, rows)(
-        inputs=[x.reshape(-1, channels), *list(inputs.values())[1:]],
-        template=[("T", x.dtype), ("N", max(FEWEST_ROUNDS, -(-channels // ROUND))), *constants.items()],
+    """Arrays of the shape of ``inputs["x"]``, of whose last axis every row is given to some lanes."""
+    x = inputs["x"]
+    rows = x.reshape(-1, x.shape[-1])
+    threads = LANES * rows.shape[0]
+    return _made(name, tuple(inputs), tuple(outputs), steps, eps)(
+        inputs=[rows, *list(inputs.values())[1:]],
+        template=[("T", x.dtype), ("C", rows.shape[1]), *constants.items()],
         grid=(-(-threads // THREADS) * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
-        output_shapes=[shape] * len(outputs),
+        output_shapes=[x.shape] * len(outputs),
         output_dtypes=[x.dtype] * len(outputs),
     )
 
@@ -224,7 +179,7 @@ def _run(
 def layer_norm(x: mx.array, scale: mx.array, shift: mx.array, eps: float) -> mx.array:
     """LayerNorm over the last axis times ``scale`` plus ``shift``, float32 (C,), in x's dtype."""
     inputs = {"x": x, "scale": scale, "shift": shift}
-    return _run("layer_norm", READ + LAYER_NORM, inputs, eps=eps)[0]
+    return _run("layer_norm", READ + LAYER_NORM, eps, inputs)[0]
 
 
 def _try_layer_norm(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
@@ -237,7 +192,7 @@ def add_and_norm(
 ) -> list[mx.array]:
     """``x + y * gate``, of x and y in one dtype and a gate float32 (C,), and its `layer_norm`."""
     inputs = {"x": x, "y": y, "gate": gate, "scale": scale, "shift": shift}
-    return _run("add_and_norm", READ_SUM + LAYER_NORM, inputs, ("total", "out"), eps=eps)
+    return _run("add_and_norm", READ_SUM + LAYER_NORM, eps, inputs, ("total", "out"))
 
 
 def _try_add_and_norm(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
@@ -256,7 +211,7 @@ def rms_norm_and_rotate(
     the first half.
     """
     inputs = {"x": x, "weight": weight, "cosines": cosines, "sines": sines}
-    return _run("rms_norm_and_rotate", READ + ROOT_MEAN_SQUARE + SCALE_AND_ROTATE, inputs, eps=eps, HEAD=head_dim)[0]
+    return _run("rms_norm_and_rotate", READ + ROOT_MEAN_SQUARE + SCALE_AND_ROTATE, eps, inputs, HEAD=head_dim)[0]
 
 
 def _try_rms_norm_and_rotate(
@@ -271,46 +226,11 @@ def _try_rms_norm_and_rotate(
     yield rms_norm_and_rotate(x, weight, 1e-6, cosines.reshape(TRIED, -1), signed, head_dim), wanted
 
 
-def rms_norm_and_silu(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    """RMS norm over the last axis times ``weight``, float32 (C,), then SiLU; in x's dtype."""
-    inputs = {"x": x, "weight": weight}
-    return _run("rms_norm_and_silu", READ + ROOT_MEAN_SQUARE + SCALE_AND_SILU, inputs, eps=eps)[0]
-
-
-def _try_rms_norm_and_silu(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
-    x, (weight,) = _rows(dtype, channels), _vectors(1, channels)
-    normed = mx.fast.rms_norm(x.astype(mx.float32), weight, 1e-6)
-    yield rms_norm_and_silu(x, weight, 1e-6), normed * mx.sigmoid(normed)
-
-
-def interleave(x: mx.array, bias: mx.array, width: int) -> mx.array:
-    """Four phases of frames (n, h+1, w+1, 4 * width) → (n, 2h, 2w, width), plus ``bias``, float32 (width,).
-
-    Pixel (2i + a, 2j + b) comes from phase 2a + b at (i + a, j + b).
-    """
-    n, h, w, _ = x.shape
-    sizes = mx.array([h - 1, w - 1, n * 4 * (h - 1) * (w - 1), *[0] * 5], dtype=mx.int32)  # Metal has few as constants
-    shape = (n, 2 * (h - 1), 2 * (w - 1), width)
-    inputs = {"x": x, "bias": bias, "sizes": sizes}
-    return _run("interleave", INTERLEAVE, inputs, shape=shape, rows="sizes[2]")[0]
-
-
-def _try_interleave(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
-    n, h, w, width = 2, 2, 3, channels // 4
-    x, (bias,) = (
-        _rows(dtype, channels, rows=n * (h + 1) * (w + 1)).reshape(n, h + 1, w + 1, channels),
-        _vectors(1, width),
-    )
-    wide = x.astype(mx.float32).reshape(n, h + 1, w + 1, 2, 2, width)
-    rows = [mx.stack([wide[:, a : a + h, b : b + w, a, b] for b in (0, 1)], axis=3) for a in (0, 1)]
-    yield interleave(x, bias, width), mx.stack(rows, axis=2).reshape(n, 2 * h, 2 * w, width) + bias
-
-
 TRIED = 7  # rows
 
 
-def _rows(dtype: mx.Dtype, channels: int, seed: int = 0, rows: int = TRIED) -> mx.array:
-    return mx.random.normal((1, rows, channels), key=mx.random.key(seed)).astype(dtype)
+def _rows(dtype: mx.Dtype, channels: int, seed: int = 0) -> mx.array:
+    return mx.random.normal((1, TRIED, channels), key=mx.random.key(seed)).astype(dtype)
 
 
 def _vectors(count: int, channels: int) -> mx.array:
@@ -321,6 +241,4 @@ TRIALS = {
     layer_norm: _try_layer_norm,
     add_and_norm: _try_add_and_norm,
     rms_norm_and_rotate: _try_rms_norm_and_rotate,
-    rms_norm_and_silu: _try_rms_norm_and_silu,
-    interleave: _try_interleave,
 }

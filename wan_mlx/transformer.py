@@ -90,7 +90,9 @@ class CrossAttention(Attention):
 
     def __call__(self, x: mx.array, pairs: Sequence[tuple[mx.array, mx.array]], pace: Pacer) -> mx.array:
         q = self._normed(self.q(x), self.norm_q)
-        return self.o(sum(attention(q, k, v, pace) for k, v in pairs))
+        attended = sum(attention(q, k, v, pace) for k, v in pairs)
+        pace(attended)
+        return self.o(attended)
 
 
 class Block(nn.Module):

@@ -13,7 +13,6 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import kernels
 from .configs import VAEConfig
 from .layers import Pacer
 
@@ -70,13 +69,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.gamma = mx.ones((dim,))
 
-    def __call__(self, x: mx.array, then_silu: bool = False) -> mx.array:
-        # The official norm divides by at least 1e-12; this adds an eps to the mean square instead.
-        eps = 1e-24 / x.shape[-1]
-        if then_silu and kernels.usable(kernels.rms_norm_and_silu, x, self.gamma):
-            return kernels.rms_norm_and_silu(x, self.gamma.astype(mx.float32), eps)
-        x = mx.fast.rms_norm(x, self.gamma.astype(x.dtype), eps)
-        return silu(x) if then_silu else x
+    def __call__(self, x: mx.array) -> mx.array:
+        # The official norm divides by at least 1e-12; the fused one adds its eps to the mean square instead.
+        return mx.fast.rms_norm(x, self.gamma.astype(x.dtype), 1e-24 / x.shape[-1])
 
 
 class Conv(nn.Module):
@@ -152,9 +147,9 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
         # Everything that is submitted at once is alive at once: one convolution at a time, and the next norm.
-        y = cache.pace(norm1(x, then_silu=True))
+        y = cache.pace(silu(norm1(x)))
         y = cache.pace(conv1(y, cache))
-        y = cache.pace(norm2(y, then_silu=True))
+        y = cache.pace(silu(norm2(y)))
         y = cache.pace(conv2(y, cache, residual=self.shortcut(x) if "shortcut" in self else x))
         return y
 
@@ -240,16 +235,10 @@ class Upsample(nn.Module):
         seen = mx.conv2d(x, weight, padding=1)
         # The result at (2i + a, 2j + b) is phase (a, b) at (i + a, j + b).
         width = len(conv.bias)
-        if width % 4 == 0 and kernels.usable(kernels.interleave, seen):
-            y = kernels.interleave(seen, conv.bias.astype(mx.float32), width)
-            cache.pace(y)
-            return y
         column, row = 4 * width, 4 * width * (w + 1)
         strides = ((h + 1) * row, row, row + 2 * width, column, column + width, 1)
         y = mx.as_strided(seen, (n, h, 2, w, 2, width), strides) + conv.bias
-        y = y.reshape(n, 2 * h, 2 * w, width)
-        cache.pace(y)
-        return y
+        return cache.pace(y.reshape(n, 2 * h, 2 * w, width))
 
     def _in_time(self, x, cache):
         if "time_conv" not in self:
@@ -277,7 +266,7 @@ def middle_blocks(dim: int) -> list[nn.Module]:
 def apply_head(head: Sequence, x: mx.array, cache: CausalCache) -> mx.array:
     """Norm, SiLU, causal convolution."""
     norm, _, conv = head
-    y = cache.pace(norm(x, then_silu=True))
+    y = cache.pace(silu(norm(x)))
     return cache.pace(conv(y, cache))
 
 
