@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -139,14 +139,20 @@ class Pacer:
         self.running = (*self.running, array)
 
 
-def in_token_chunks(function: Callable[..., mx.array], arrays: Sequence[mx.array], pace: Pacer) -> mx.array:
-    """``function(*arrays)`` for a function that treats tokens (B, L, D) independently, a slice of tokens at a time."""
+def in_token_chunks(function: Callable[[list[mx.array]], mx.array], arrays: list[mx.array], pace: Pacer) -> mx.array:
+    """``function(arrays)`` for a function that treats tokens (B, L, D) independently, a slice of tokens at a time.
+
+    The list, or that of the slices, is the function's to empty, so that nothing is held longer than it is needed.
+    """
+    length = arrays[0].shape[1]
+    if length <= pace.tokens_at_once:
+        whole = function(arrays)
+        pace(whole)
+        return whole
     parts = []
-    for start in range(0, arrays[0].shape[1], pace.tokens_at_once):
-        parts.append(function(*(x[:, start : start + pace.tokens_at_once] for x in arrays)))
+    for start in range(0, length, pace.tokens_at_once):
+        parts.append(function([x[:, start : start + pace.tokens_at_once] for x in arrays]))
         pace(parts[-1])
-    if len(parts) == 1:
-        return parts[0]
     whole = mx.concatenate(parts, axis=1)
     pace.submit(whole)  # or the parts would live until what comes after is computed
     return whole

@@ -121,15 +121,21 @@ class Block(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = (m[:, i : i + 1] for i in range(6))
         # A long video's memory is arrays as wide as x: none is held longer than it is needed, and what can wait for the
         # pieces below does.
-        heads = self.self_attn.queries_keys_values(modulated_norm(x, 1 + scale_attn, shift_attn, self.eps), table, pace)
+        normed = modulated_norm(x, 1 + scale_attn, shift_attn, self.eps)
+        pace(normed)
+        heads = self.self_attn.queries_keys_values(normed, table, pace)
+        del normed
         attended = attention(*heads, pace)
         del heads
         pace(attended)
         pairs = self.cross_attn.keys_values(context, image_context)
 
-        def tokenwise(x, attended):
+        def tokenwise(pieces):
+            x, attended = pieces
+            pieces.clear()
             norm3 = self.norm3
             x, y = add_and_norm(x, self.self_attn.o(attended), gate_attn, norm3.weight, norm3.bias, self.eps)
+            del attended
             pace(x, y)
             ungated = mx.ones_like(gate_ffn)
             x, y = add_and_norm(x, self.cross_attn(y, pairs, pace), ungated, 1 + scale_ffn, shift_ffn, self.eps)
@@ -138,7 +144,9 @@ class Block(nn.Module):
                 y = layer(y)
             return gated_add(x, y, gate_ffn)
 
-        return in_token_chunks(tokenwise, [x, attended], pace)
+        pieces = [x, attended]
+        del x, attended
+        return in_token_chunks(tokenwise, pieces, pace)
 
 
 class Head(nn.Module):
@@ -155,8 +163,8 @@ class Head(nn.Module):
         m = self.modulation + time[:, None]
         shift, scale = m[:, 0:1], m[:, 1:2]
 
-        def project(x):
-            x = mx.fast.layer_norm(x.astype(mx.float32), None, None, self.eps)
+        def project(pieces):
+            x = mx.fast.layer_norm(pieces.pop().astype(mx.float32), None, None, self.eps)
             return self.head(x * (1 + scale) + shift)
 
         return in_token_chunks(project, [x], pace)
@@ -267,9 +275,11 @@ class Transformer(nn.Module):
 
         def run_blocks(x):
             layers = (layer for layer in range(self.config.num_layers) if layer not in skip_layers)
+            tokens = [x]
+            del x
             for _, block in self.each_block([f"blocks.{layer}" for layer in layers]):
-                x = self.done(block(x, *this_pass.for_blocks))
-            return x
+                tokens.append(self.done(block(tokens.pop(), *this_pass.for_blocks)))
+            return tokens.pop()
 
         tokens = [x]
         del x  # or it would be held through all the blocks

@@ -34,8 +34,14 @@ class CausalCache:
         self._pacer = Pacer()
 
     def pace(self, x: mx.array) -> mx.array:
-        """Submit the computation of ``x``, wait for what was submitted before it, and return it."""
+        """Have ``x`` computed, and return it: a large array at once, a small one while the one before it is.
+
+        Everything that is submitted at once is alive at once, so large ones take turns; between small ones the GPU
+        would wait for the next.
+        """
         self._pacer(x)
+        if x.size > VALUES_AT_ONCE:
+            mx.eval(x)
         return x
 
     def get(self, layer: nn.Module) -> tuple[mx.array, ...]:
@@ -146,11 +152,8 @@ class ResidualBlock(nn.Module):
 
     def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
-        # Everything that is submitted at once is alive at once: one convolution at a time, and the next norm.
-        y = cache.pace(silu(norm1(x)))
-        y = cache.pace(conv1(y, cache))
-        y = cache.pace(silu(norm2(y)))
-        y = cache.pace(conv2(y, cache, residual=self.shortcut(x) if "shortcut" in self else x))
+        y = cache.pace(conv1(silu(norm1(x)), cache))
+        y = cache.pace(conv2(silu(norm2(y)), cache, residual=self.shortcut(x) if "shortcut" in self else x))
         return y
 
 
@@ -266,8 +269,7 @@ def middle_blocks(dim: int) -> list[nn.Module]:
 def apply_head(head: Sequence, x: mx.array, cache: CausalCache) -> mx.array:
     """Norm, SiLU, causal convolution."""
     norm, _, conv = head
-    y = cache.pace(silu(norm(x)))
-    return cache.pace(conv(y, cache))
+    return cache.pace(conv(silu(norm(x)), cache))
 
 
 def flow(layers: Sequence[Callable], frames: Iterable[mx.array], cache: CausalCache) -> Iterator[mx.array]:
