@@ -148,13 +148,8 @@ def add_prompt_extension(parser: Parser) -> None:
     extension.add_argument("--extend-model", "--prompt_extend_model", dest="prompt_extend_model", metavar="MODEL",
                            help="any instruct model that mlx-lm runs: hub id or folder (default: "
                            "mlx-community/Qwen2.5-7B-Instruct-4bit)")  # fmt: skip
-    extension.add_argument(
-        "--extend-language",
-        "--prompt_extend_target_lang",
-        dest="prompt_extend_target_lang",
-        choices=("zh", "en"),
-        help="default: the prompt's own (--use_prompt_extend: zh)",
-    )
+    extension.add_argument("--extend-language", "--prompt_extend_target_lang", dest="prompt_extend_target_lang",
+                           choices=("zh", "en"), help="default: the prompt's own (--use_prompt_extend: zh)")
     extension.add_argument("--use_prompt_extend", action="store_true", default=None, help=argparse.SUPPRESS)
     extension.add_argument("--prompt_extend_method", choices=("local_qwen", "dashscope"), help=argparse.SUPPRESS)
 

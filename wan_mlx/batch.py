@@ -95,7 +95,9 @@ class Report:
         return generate.SUSPECT if "suspect" in self.counts else 0
 
 
-def _run_jobs(jobs: list[Job], report: Report, interrupts: Interrupts, total: int, args: argparse.Namespace) -> None:
+def _run_jobs(
+    jobs: list[Job], report: Report, interrupts: Interrupts, total: int, args: argparse.Namespace
+) -> None:
     """Make the videos of one model."""
     pipe, left = jobs[0].pipe, []
     for job in jobs:
@@ -253,7 +255,7 @@ def line_flags(parser: Parser, text: str) -> list[str]:
     except json.JSONDecodeError as error:
         raise UsageError(f"is no JSON: {error}") from error
     if not isinstance(line, dict):
-        raise UsageError(f'is a JSON {type(line).__name__}, expected an object such as {{"prompt": "a cat"}}')
+        raise UsageError(f"is a JSON {type(line).__name__}, expected an object such as " '{"prompt": "a cat"}')
     actions = {
         name: action
         for action in parser._actions

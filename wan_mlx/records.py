@@ -152,7 +152,7 @@ def check_identity(record: Mapping[str, Any], pipe: WanPipeline, folder: RunFold
         if name not in done and record["weights"].get(name) != fingerprint(path):
             raise WanError(f"{path} is not the file that the run was begun with; put that back, or start anew with "
                            "--overwrite instead of --resume")  # fmt: skip
-    for name, known in () if encoded else record["sources"].items():
+    for name, known in (() if encoded else record["sources"].items()):
         if not Path(name).is_file() or fingerprint(Path(name)) != known:
             raise WanError(f"{name} is not the file that the run was begun with; put that back, or start anew with "
                            "--overwrite instead of --resume")  # fmt: skip

@@ -33,11 +33,8 @@ def load_taehv(path: str | Path, dtype: str | mx.Dtype = "float32") -> TAEHV:
     problems = [
         *(f"lacks {name}" for name in expected if name not in found),
         *(f"holds unexpected {name}" for name in found if name not in expected),
-        *(
-            f"has {name} {found[name]} instead of {expected[name]}"
-            for name in expected.keys() & found.keys()
-            if expected[name] != found[name]
-        ),
+        *(f"has {name} {found[name]} instead of {expected[name]}" for name in expected.keys() & found.keys()
+          if expected[name] != found[name]),
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
