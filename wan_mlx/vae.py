@@ -36,11 +36,11 @@ class CausalCache:
     def pace(self, y: mx.array, x: mx.array | None = None) -> mx.array:
         """Have ``y`` computed and return it: if it, or ``x`` which it comes from, is large, at once.
 
-        Everything that is submitted at once is alive at once, so large ones take turns; between small ones the GPU
-        would wait for the next.
+        Everything that is submitted at once is alive at once, so large ones take turns; between small ones a GPU would
+        wait for the next.
         """
         self._pacer(y)
-        if max(y.size, 0 if x is None else x.size) > VALUES_AT_ONCE:
+        if mx.default_device() == mx.cpu or max(y.size, 0 if x is None else x.size) > VALUES_AT_ONCE:
             mx.eval(y)
         return y
 
