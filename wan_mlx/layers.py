@@ -128,6 +128,11 @@ class Pacer:
         mx.eval(*self.running)
         self.running = arrays
 
+    def finish(self) -> None:
+        """Wait for all that was submitted, and hold nothing of it."""
+        mx.eval(*self.running)
+        self.running = ()
+
     def settle(self) -> None:
         """Wait for what runs, where memory is short, so that its temporaries are gone before more is submitted."""
         if self.tokens_at_once <= FEW_TOKENS:
