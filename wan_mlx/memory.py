@@ -29,8 +29,8 @@ GIB = 2**30
 # Predictions are within a tenth of what was measured, above or below (docs/memory.md); a budget is filled up to here.
 FILL = 0.96
 # Transformer resident or streamed, and how many tokens at once, from the fastest to the smallest.
-LADDER = [(False, TOKENS_AT_ONCE), (False, 4096), (False, 2048), (True, TOKENS_AT_ONCE), (True, 4096), (True, 2048),
-          (True, 1024)]  # fmt: skip
+_PIECES = sorted({TOKENS_AT_ONCE, 8192, 4096, 2048}, reverse=True)
+LADDER = [*((False, pieces) for pieces in _PIECES), *((True, pieces) for pieces in _PIECES), (True, 1024)]
 # Of a prompt; umT5 reads at most 512, and the default negative prompt has about as many.
 TEXT_TOKENS = 128
 
