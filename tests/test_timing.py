@@ -160,7 +160,7 @@ def test_reading_is_of_weights_as_they_are_loaded(clock, monkeypatch):
     monkeypatch.setattr(timing, "READ_BYTES", 3_000_000)
     read = []
 
-    def seconds(name, now=False):
+    def seconds(name, *_):
         read.append(name)
         return parameters.weights.file.nbytes(parameters.weights.sources[name][0]) / 5e6
 
