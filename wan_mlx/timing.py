@@ -242,12 +242,13 @@ def _landing_rate(parameters: Parameters, stored: dict[str, int], names: list[st
     while names and read < READ_BYTES:
         some.append(names.pop())
         read += stored[some[-1]]
-    landings, seconds = Landings(), 0.0
-    for _ in range(3):  # the first two make room
-        started = perf_counter()
-        parameters.finish(parameters.read_ahead(some, landings).result())
-        seconds = perf_counter() - started
-    return read / seconds
+    landings = Landings()
+    if spots := parameters.weights.spots(some):
+        for _ in range(2):
+            landings.next(cuda.needed(spots))
+    started = perf_counter()
+    parameters.finish(parameters.read_ahead(some, landings).result())
+    return read / (perf_counter() - started)
 
 
 def worth_timing(seconds_at: Callable[[int], float], smallest: int, whole: int, power: int = 1) -> tuple[int, float]:
