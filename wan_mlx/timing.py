@@ -118,7 +118,7 @@ def measure_rates(
             attending,
             decode_rate(nets.vae, _corner(latent_shape, plan.decode_tile)),
             encode_rate(nets.vae, _corner(latent_shape, plan.encode_tile)) if encodes else None,
-            reading_rate(parameters) if parameters else None,
+            reading_rate(parameters, plan.stream) if parameters else None,
         )
     mx.clear_cache()
     return rates
@@ -214,15 +214,18 @@ def encode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> float:
     return _flop_of_last(work.encode_flop, config, _two_frames(latent_shape, side)) / seconds
 
 
-def reading_rate(parameters: Parameters) -> float | None:
-    """Bytes of a file per second, read, cast and packed as they are to be; None if it is too small to tell."""
+def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
+    """Bytes of a file per second, read, cast and packed as they are to be; None if it is too small to tell.
+
+    ``stream``: whether blocks are read while others compute.
+    """
     weights = parameters.weights
     stored = {name: sum(map(weights.file.nbytes, sources)) for name, sources in weights.sources.items()}
     if sum(stored.values()) < READ_BYTES / 4:
         return None
     # From all over it, and not the same each time: what was read before is in the system's cache.
     names = random.sample(list(stored), len(stored))
-    if cuda.in_use():
+    if stream and cuda.in_use():
         return _landing_rate(parameters, stored, names)
     read, seconds = 0, 0.0
     for name in names:
@@ -263,7 +266,8 @@ def worth_timing(seconds_at: Callable[[int], float], smallest: int, whole: int, 
     seconds_at(1)  # kernels are compiled at the first run
     while True:
         seconds = seconds_at(size)
-        if seconds < LONG:  # again: some kernels are chosen by size, and memory was asked for the first time
+        # Again: some kernels are chosen, or even compiled, by size, and memory was asked for the first time.
+        if seconds < LONG or not peaks.on_cpu():
             seconds = seconds_at(size)
         if seconds >= ENOUGH / 2 or size == whole:
             return size, average(partial(seconds_at, size), seconds)

@@ -23,24 +23,32 @@ SCORES_AT_ONCE = 1 << 24
 VALUES_AT_ONCE = 20_000_000
 
 
+# Work on larger arrays is waited for, each a convolution, before more is submitted.
+BYTES_AHEAD = 40_000_000
+
+
 class CausalCache:
     """The last input frames (1, H, W, C) of each layer that looks back in time, during one pass over a video.
 
     Frames are kept as they are, each an array of its own, so nothing larger stays alive with them.
+
+    Args:
+        ahead: whether work may be submitted to a GPU before what was submitted last is done. It takes more memory.
     """
 
-    def __init__(self):
+    def __init__(self, ahead: bool = False):
         self.frames: dict[int, tuple[mx.array, ...]] = {}
+        self._ahead = ahead and mx.default_device() == mx.gpu
         self._pacer = Pacer()
 
     def pace(self, y: mx.array, x: mx.array | None = None) -> mx.array:
-        """Have ``y`` computed and return it: if it, or ``x`` which it comes from, is large, at once.
+        """Have ``y`` computed and return it: at once if it, or ``x`` which it comes from, is large.
 
-        Everything that is submitted at once is alive at once, so large ones take turns; between small ones a GPU would
-        wait for the next.
+        Everything that is submitted at once is alive at once, so large ones take turns. Between small ones a GPU would
+        wait for the next, so those are submitted ahead, if that is allowed.
         """
         self._pacer(y)
-        if mx.default_device() == mx.cpu or max(y.size, 0 if x is None else x.size) > VALUES_AT_ONCE:
+        if not self._ahead or max(y.nbytes, 0 if x is None else x.nbytes) > BYTES_AHEAD:
             self._pacer.finish()
         return y
 
@@ -418,7 +426,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: a chunk has another shape, or there is none.
         """
-        cache = CausalCache()
+        cache = CausalCache(ahead=True)
         latents = [self._encode_chunk(chunk, cache) for chunk in self.checked_chunks(chunks)]
         return mx.stack(latents, axis=1)
 
@@ -478,7 +486,7 @@ class VAE(nn.Module):
         return frames
 
     def _decode_frames(self, latents):
-        cache = CausalCache()
+        cache = CausalCache(ahead=True)
         for z in self.unpack(latents):
             yield self.to_frames(self.decoder(z, cache))
 
