@@ -30,16 +30,19 @@ from .weights.parameters import dtype_of
 from .work import frames_at, seq_len, stages
 
 # Arrays as wide as the tokens (L, D) that live at once while queries, keys and values are made: the tokens, their norm,
-# and of queries and keys each the projection, its norm and its rotation, since keys are submitted before queries are
-# done. Measured on an H200 over a streamed 14B: 7.9; where keys wait for queries (`Pacer.settle`), on a CPU: 7.0.
-TOKENS_ALIVE, TOKENS_ALIVE_SETTLED = 8.0, 7.0
+# and of queries and keys each the projection and its rotation, since keys are submitted before queries are done.
+# Measured on an H200 over a streamed 14B: 7.1; where keys wait for queries (`Pacer.settle`): 6.1. Without the kernels
+# (`wan_mlx.kernels`) the norm of each is one more.
+TOKENS_ALIVE, TOKENS_ALIVE_SETTLED = 7.2, 6.2
+TOKENS_ALIVE_OPERATIONS = 0.8
 # The same where tokens are taken a piece at a time: the tokens before and after, and what attention gave; when the
-# pieces are put together these and the whole; and where the next block is resident, and so submitted before the last
-# pieces are freed, its norm, projection and queries too. Measured over a resident 1.3B in pieces of 8192 and 2048: 7.0.
-TOKENS_ALIVE_IN_PIECES, TOKENS_ALIVE_AT_JOIN, TOKENS_ALIVE_BETWEEN_BLOCKS = 3.0, 4.0, 7.0
-# Of each of the two pieces in flight: arrays as wide as tokens, and as wide as the feed-forward. Measured: 590 MB for
-# two pieces of 8192 tokens of a 1.3B, both resident and streamed.
-PIECE_TOKENS, PIECE_WIDE = 6.0, 1.0
+# pieces are put together these and the whole.
+TOKENS_ALIVE_IN_PIECES, TOKENS_ALIVE_AT_JOIN = 3.0, 4.0
+# Of each of the two pieces in flight: arrays as wide as tokens, and as wide as the feed-forward.
+PIECE_TOKENS, PIECE_WIDE = 5.0, 1.0
+# Beside the feed-forward of all tokens at once: 7.7 to 8.6 were measured where blocks are resident, and the next is
+# begun before all is freed; 6.1 to 8.1 where they are streamed.
+TOKENS_ALIVE_WHOLE, TOKENS_ALIVE_WHOLE_STREAMED = 8.0, 7.3
 # Latents (L, 64) in float32 in the sampling loop: of the solver's history, both passes, and the step's.
 LATENTS_ALIVE = 10
 # Frames of a VAE stage that live at once beside its caches, for each frame of a piece, and once more for pieces of
@@ -176,12 +179,18 @@ def denoise(
     c, w = nets.transformer, nets.weights
     tokens = seq_len(c, latent_shape)
     wide = tokens * c.dim * nets.dtype.size
-    last_two = min(tokens, (tokens % tokens_at_once or tokens_at_once) + tokens_at_once)
-    alive = max(
-        (TOKENS_ALIVE_SETTLED if tokens_at_once <= FEW_TOKENS else TOKENS_ALIVE) * wide,
-        TOKENS_ALIVE_IN_PIECES * wide + _pieces(nets, 2 * min(tokens, tokens_at_once)),
-        (TOKENS_ALIVE_AT_JOIN if stream else TOKENS_ALIVE_BETWEEN_BLOCKS) * wide + _pieces(nets, last_two),
-    )
+    attending = TOKENS_ALIVE_SETTLED if tokens_at_once <= FEW_TOKENS else TOKENS_ALIVE
+    attending += TOKENS_ALIVE_OPERATIONS * on_cpu()
+    if tokens <= tokens_at_once:
+        beside = TOKENS_ALIVE_WHOLE_STREAMED if stream else TOKENS_ALIVE_WHOLE
+        alive = max(attending * wide, beside * wide + PIECE_WIDE * tokens * c.ffn_dim * nets.dtype.size)
+    else:
+        last_two = min(tokens, (tokens % tokens_at_once or tokens_at_once) + tokens_at_once)
+        alive = max(
+            attending * wide,
+            TOKENS_ALIVE_IN_PIECES * wide + _pieces(nets, 2 * tokens_at_once),
+            TOKENS_ALIVE_AT_JOIN * wide + _pieces(nets, last_two),
+        )
     if c.vace_layers:
         alive += wide
     if not has_fused_kernel(nets.dtype, c.head_dim):

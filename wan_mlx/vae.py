@@ -24,7 +24,7 @@ VALUES_AT_ONCE = 20_000_000
 
 
 # Work on larger arrays is waited for, each a convolution, before more is submitted.
-BYTES_AHEAD = 40_000_000
+BYTES_AHEAD = 12_000_000
 
 
 class CausalCache:
