@@ -323,6 +323,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.against:
         peaks.on_cpu = lambda: False
+        peaks.cuda.in_use = lambda: True
         peaks.has_fused_kernel = lambda dtype, head_dim: dtype != mx.float32
         rows = against(json.loads(args.against.read_text())["rows"], Bench(Path(), dict(PRESETS)))
         for row in rows:

@@ -266,9 +266,8 @@ def test_tensors_that_are_changed_are_taken_in_turn(monkeypatch):
     nbytes = dict(a=6, b=5, c=30, d=4, e=1, f=50)
     in_turn = [["a"], ["b"], ["c"], ["d", "e", "f"]]
     assert list(ahead.batches(nbytes, {"a", "b", "c", "d", "e"})) == in_turn
-    assert ahead.most_in_flight([(6, 3), (5, 5), (30, 15)]) == 30 and ahead.most_in_flight([(6, 3), (3, 3)]) == 9
-    monkeypatch.setattr(cuda, "in_use", lambda: True)
-    assert ahead.most_in_flight([(6, 3), (5, 5), (30, 15), (1, 2)]) == 18 and not ahead.most_in_flight([])
+    assert ahead.most_in_flight([6, 5, 30], 7) == 37 and ahead.most_in_flight([6, 3], 0) == 9
+    assert ahead.most_in_flight([], 7) == 7
 
 
 def test_what_goes_wrong_while_reading_is_raised_where_the_block_is_asked_for(file, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from .tiling import decoder_spans, encoder_spans, split
 from .transformer import BLOCK_LISTS, Transformer
 from .vace import VaceTransformer
 from .vae import VAE, VALUES_AT_ONCE
+from .weights import cuda
 from .weights.ahead import most_in_flight
 from .weights.load import parameter_shapes
 from .weights.parameters import dtype_of
@@ -118,7 +119,8 @@ def weight_bytes(
     kept: dict[str, int] = {}
     in_file: dict[str, int] = {}
     packed_later: dict[str, int] = {}
-    changed: dict[str, list[tuple[int, int]]] = {}
+    changed: dict[str, list[int]] = {}
+    made_anew: dict[str, int] = {}
     unpacked = 0
     network = VaceTransformer if config.model_type == "vace" else Transformer
     for name, shape in parameter_shapes(network(config)).items():
@@ -131,12 +133,18 @@ def weight_bytes(
         kept[block] = kept.get(block, 0) + size
         as_stored = stored[name] if stored else 4 * math.prod(shape)
         in_file[block] = in_file.get(block, 0) + as_stored
-        if block and name in packings and as_stored != size:
+        if not block or as_stored == size and row_order(name, config.dim, config.head_dim) is None:
+            continue
+        made_anew[block] = made_anew.get(block, 0) + size
+        if name in packings and as_stored != size:
             packed_later[block] = packed_later.get(block, 0) + as_stored
-        elif block and (as_stored != size or row_order(name, config.dim, config.head_dim) is not None):
-            changed.setdefault(block, []).append((as_stored, size))
+        else:
+            changed.setdefault(block, []).append(as_stored)
     outside, stored_outside = kept.pop(""), in_file.pop("")
-    in_flight = [packed_later.get(b, 0) + most_in_flight(changed.get(b, [])) for b in kept]
+    if cuda.in_use():  # two blocks lie there as they are stored, and what is made from one beside them
+        in_flight = [2 * max(0, in_file[b] - kept[b]) + made_anew.get(b, 0) for b in kept]
+    else:
+        in_flight = [most_in_flight(changed.get(b, []), packed_later.get(b, 0)) for b in kept]
     return WeightBytes(
         outside, sum(kept.values()), max(kept.values()), stored_outside, sum(in_file.values()), max(in_file.values()),
         unpacked, max(in_flight),

@@ -171,9 +171,11 @@ def batches(nbytes: dict[str, int], changed: set[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def most_in_flight(changed: list[tuple[int, int]]) -> int:
-    """The most bytes that a block's changed tensors take beside the block, each (bytes in the file, bytes kept)."""
-    if cuda.in_use():
-        return sum(max(0, stored - kept) for stored, kept in changed)
-    stored = [stored for stored, _ in changed]
-    return min(sum(stored), max(IN_FLIGHT, *stored)) if stored else 0
+def most_in_flight(changed: list[int], worked: int) -> int:
+    """The most bytes that reading a block takes beside it.
+
+    Args:
+        changed: bytes in the file of each tensor that is cast or reordered on the way.
+        worked: of all that are merged or packed when the block is there.
+    """
+    return worked + (min(sum(changed), max(IN_FLIGHT, *changed)) if changed else 0)
