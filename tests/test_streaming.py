@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -215,7 +216,9 @@ def as_on_cuda(monkeypatch):
     cuda._threads.cache_clear()
 
 
-@pytest.mark.parametrize("kind, dtype, quantize", [("t2v", "float32", None), ("vace", "bfloat16", "q4")])
+@pytest.mark.parametrize(
+    "kind, dtype, quantize", [("t2v", "float32", None), ("t2v", "bfloat16", None), ("vace", "bfloat16", "q4")]
+)
 def test_read_as_on_cuda_equals_resident(file, as_on_cuda, kind, dtype, quantize):
     test_streamed_equals_resident(file, kind, dtype, quantize, ())
     assert as_on_cuda.copied > 1.5 * os.path.getsize(file(kind))  # in two passes, all but what is outside the blocks
@@ -250,15 +253,19 @@ def test_a_file_that_ends_early_as_on_cuda(file, as_on_cuda, tmp_path, monkeypat
         list(model.stream(["blocks.0"]))
 
 
-def test_a_landing_is_filled_again_only_when_its_block_is_done(file, as_on_cuda):
-    model = load_transformer(file("t2v"), "float32", stream=True)
-    kept = load_transformer(file("t2v"), "float32")
+@pytest.mark.parametrize("dtype, count", [("float32", 2), ("bfloat16", 1)])
+def test_a_landing_is_filled_again_only_when_its_block_is_done(file, as_on_cuda, monkeypatch, dtype, count):
+    landings, make = [], cuda.Landing
+    monkeypatch.setattr(cuda, "Landing", lambda nbytes: landings.append(make(nbytes)) or landings[-1])
+    model = load_transformer(file("t2v"), dtype, stream=True)
+    kept = load_transformer(file("t2v"), dtype)
     for index, block in enumerate(model.stream([f"blocks.{i}" for i in range(4)])):
         time.sleep(0.2)  # the next one is there by now
         for (name, mine), (_, wanted) in zip(
             tree_flatten(block.parameters()), tree_flatten(kept.blocks[index].parameters()), strict=True
         ):
             assert mx.array_equal(mine, wanted), name
+    assert len(landings) == count
 
 
 def test_tensors_that_are_changed_are_taken_in_turn(monkeypatch):
@@ -315,3 +322,13 @@ def test_nothing_is_read_any_more_when_a_pass_is_given_up(file, monkeypatch):
     blocks.close()  # waits for the thread
     assert read == [None, True]
     assert len(list(model.stream(["blocks.0"]))) == 1  # the next pass does not find it locked
+
+
+def test_a_landing_that_something_computes_with_is_not_taken(monkeypatch):
+    """Blocks that compute with what lies in their landing, and others, in any order."""
+    monkeypatch.setattr(cuda, "Landing", lambda nbytes: SimpleNamespace(memory=SimpleNamespace(size=nbytes)))
+    landings, before = ahead.Landings(), None
+    for stays_free in (False, True, True, False, False, True, False, True, False, False):
+        landing = landings.next(10, stays_free)
+        assert landing is not before
+        before = None if stays_free else landing

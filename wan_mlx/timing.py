@@ -248,7 +248,7 @@ def _landing_rate(parameters: Parameters, stored: dict[str, int], names: list[st
     landings = Landings()
     if spots := parameters.weights.spots(some):
         for _ in range(2):
-            landings.next(cuda.needed(spots))
+            landings.next(cuda.needed(spots), stays_free=False)
     started = perf_counter()
     parameters.finish(parameters.read_ahead(some, landings).result())
     return read / (perf_counter() - started)

@@ -126,13 +126,14 @@ class LandedAhead(Ahead):
         landing: where to; its arrays stand until it is filled again.
         spots: key in the file → where it lies.
         start: arrays by their keys in the file → `Started`, not evaluated.
+        resident: whether the result must be evaluated before more is read, as nothing in it lies in the landing.
     """
 
-    resident = False
-
-    def __init__(self, landing: cuda.Landing, spots: Mapping[str, Spot], start: Callable[[dict], Started]):
+    def __init__(
+        self, landing: cuda.Landing, spots: Mapping[str, Spot], start: Callable[[dict], Started], resident: bool
+    ):
         super().__init__()
-        self.landing, self.spots, self.start = landing, spots, start
+        self.landing, self.spots, self.start, self.resident = landing, spots, start, resident
         self.future = _reader().thread.submit(landing.fill, spots, self.stopped)
 
     def result(self) -> Started:
@@ -144,15 +145,17 @@ class Landings:
     """Memory for two blocks, taken in turn: one is read while the one before it computes."""
 
     def __init__(self):
-        self.both: list[cuda.Landing | None] = [None, None]
+        self.free: cuda.Landing | None = None
+        self.in_use: cuda.Landing | None = None
 
-    def next(self, nbytes: int) -> cuda.Landing:
-        """The one that the block before the last was in, at least so large."""
-        landing, last = self.both
-        if landing is None or landing.memory.size < nbytes:
-            landing = self.both[0] = None
-            landing = cuda.Landing(nbytes)
-        self.both = [last, landing]
+    def next(self, nbytes: int, stays_free: bool) -> cuda.Landing:
+        """The one that nothing computes with, at least so large; ``stays_free``: nor will anything."""
+        if self.free is None or self.free.memory.size < nbytes:
+            self.free = None
+            self.free = cuda.Landing(nbytes)
+        landing = self.free
+        if not stays_free:
+            self.free, self.in_use = self.in_use, self.free
         return landing
 
 

@@ -118,6 +118,11 @@ class Landing:
         return found
 
 
+def one_landing(anew: int, whole: int) -> bool:
+    """Whether one `Landing` serves all blocks: if most of their bytes are read to make something else from them."""
+    return 2 * anew > whole
+
+
 def starts(spots: Mapping[str, Spot]) -> list[int]:
     """Where in a `Landing` each tensor begins."""
     found, end = [], 0

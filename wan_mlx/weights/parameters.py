@@ -137,16 +137,28 @@ class Parameters:
         """Only what is stored: `start` without casting and reordering; ``have``: as for `ComponentWeights.read`."""
         return {name: self._read(name, now, have) for name in names}
 
-    def landed(self, names: Iterable[str], have: Mapping[str, mx.array]) -> dict[str, dict[str, mx.array]]:
-        """`start` of what was read already, by its key in the file."""
-        return {name: self._changed(name, arrays) for name, arrays in self.read(names, have=have).items()}
+    def landed(
+        self, names: Iterable[str], have: Mapping[str, mx.array], copied: bool
+    ) -> dict[str, dict[str, mx.array]]:
+        """`start` of what was read already, by its key in the file; ``copied``: also what nothing is to be done to."""
+        found = {}
+        for name, arrays in self.read(names, have=have).items():
+            if copied and not self._is_changed(name):
+                arrays = {key: mx.where(mx.array(True), array, array) for key, array in arrays.items()}
+            found[name] = self._changed(name, arrays)
+        return found
 
     def read_ahead(self, names: Iterable[str], landings: Landings) -> Ahead:
         """`start`, and make it resident in another thread; `finish` takes the result."""
         names = tuple(names)
         spots = self._spots(names) if cuda.in_use() else None
         if spots is not None:
-            return LandedAhead(landings.next(cuda.needed(spots)), spots, lambda have: self.landed(names, have))
+            # Where most is cast or packed, a block computes with what was made from it: its landing is free by then.
+            sizes = {name: self.weights.stored_bytes(name) for name in names}
+            anew = sum(size for name, size in sizes.items() if self._has_work(name) or self._is_changed(name))
+            copied = cuda.one_landing(anew, sum(sizes.values()))
+            landing = landings.next(cuda.needed(spots), stays_free=copied)
+            return LandedAhead(landing, spots, lambda have: self.landed(names, have, copied), resident=copied)
         if not self.weights.file.is_lazy:
             return ReadAhead(self.start, names)
         nbytes = {name: self.weights.stored_bytes(name) for name in names}
