@@ -113,7 +113,7 @@ def test_pth_in_pieces(small_pieces, tmp_path, kind):
 
 def test_reading_now_is_reading(small_pieces, tmp_path, monkeypatch):
     """Of safetensors, their shards and fp8 with scales: what is read at once is what lazy arrays would hold."""
-    monkeypatch.setattr("wan_mlx.weights.reader.PIECE", 1001)
+    monkeypatch.setattr("wan_mlx.weights.safetensors.PIECE", 1001)
     want, codes = values(np.float32, COUNT), np.arange(COUNT, dtype=np.uint8) % 100
     header = {
         "x": entry("F32", [COUNT], 0, 4 * COUNT),

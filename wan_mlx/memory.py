@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -21,7 +21,10 @@ from .configs import ImageEncoderConfig, Preset
 from .layers import TOKENS_AT_ONCE
 from .peaks import Networks
 from .tiling import SMALLEST_TILE, parse_tiling
-from .types import MemoryPlanError
+from .types import MemoryPlanError, Request
+
+if TYPE_CHECKING:
+    from .pipeline import WanPipeline
 
 log = logging.getLogger(__name__)
 
@@ -311,6 +314,44 @@ def plan(
 
         parameters = checkpoint and parameters_of(checkpoint, nets.dtype, quantize)
         found = timed(found, nets, latent_shape(width, height, frames), passes, parameters)
+    return found
+
+
+def plan_request(pipe: WanPipeline, request: Request, measure: bool = False) -> Plan:
+    """How this request keeps within the memory there is: what is resident, streamed or tiled, and its peaks.
+
+    ``measure``: times too, for which parts of the networks are timed for some seconds.
+    """
+    from .timing import timed
+    from .weights.networks import parameters_of
+
+    passes = 1 if request.guidance_scale == 1 else 2
+    size, frames = (request.width, request.height), request.num_frames
+
+    def shape(width: int, height: int, frames: int) -> tuple[int, int, int]:
+        t, h, w = latent_shape(width, height, frames)
+        return t + len(request.src_ref_images), h, w
+
+    def choice(
+        width=request.width, height=request.height, frames=frames, quantize=pipe.quantize, memory=pipe.memory
+    ) -> Plan:
+        return choose(
+            pipe.sizes(quantize),
+            f"{pipe.preset.name} {width}x{height}, {frames} frames",
+            shape(width, height, frames),
+            passes * request.steps_made,
+            memory,
+            pipe.vae_tiling,
+            step_cache=request.cache not in (None, "none"),
+            videos=None if request.video is None else 1,
+            kept=pipe.keeps_loaded,
+        )
+
+    found = with_advice(choice(), choice, size, frames, pipe.quantize)
+    if measure:
+        nets = pipe.sizes(pipe.quantize)
+        parameters = parameters_of(pipe.checkpoint, nets.dtype, pipe.quantize)
+        found = timed(found, nets, shape(*size, frames), passes, parameters)
     return found
 
 

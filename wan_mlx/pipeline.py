@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +22,15 @@ from .configs import TEXT_LEN, Preset, find_preset, preset_for
 from .denoise import denoise, step_reached, with_condition, without_references
 from .guidance import Guidance
 from .media import latents_to_numpy, to_uint8
-from .memory import Plan, choose, latent_shape, limited_cache, with_advice
-from .peaks import Networks
+from .memory import Plan, limited_cache, plan_request
 from .preview import Previewer, TinyDecoder, latent_map, tiny_autoencoder
 from .prompt_cache import PromptCache
-from .prompt_extend import Extension
+from .prompt_extend import extend_requests
 from .recipes import scheduler_for
 from .requests import build_request
 from .tasks import TASKS
 from .text_encoder import pad_context
 from .tiling import parse_tiling
-from .timing import timed
 from .tokenizer import Tokenizer
 from .types import Conditioning, Options, Request, RunState, StageReport, Step, Video
 from .weights.beside import set_loras
@@ -49,7 +47,6 @@ from .weights.networks import (
     load_vae,
     modes_of,
     no_progress,
-    parameters_of,
     parse_dtype,
     sizes_of,
     vae_config_of,
@@ -75,6 +72,7 @@ class WanPipeline:
         config: sizes of the transformer, from its weights.
         quantized: mode in which the transformer and the text encoder are packed, for those that are.
         loras: path and strength of each LoRA in use; `set_loras` changes them.
+        sizes: quantisation → the sizes of its networks (`Networks`), as plans need them.
         reports: seconds and peak memory of each stage of the latest run.
         forwards: of the latest run, the transformer's forwards computed, and how many a run without step cache and
             with guidance all along makes; None before its first step.
@@ -96,7 +94,7 @@ class WanPipeline:
         taehv: str | Path | None = None,
         draft: bool = False,
     ):
-        parse_dtype(dtype)
+        kind = parse_dtype(dtype)
         parse_memory(memory)
         self.memory = memory
         self.prompt_cache = prompt_cache
@@ -118,7 +116,7 @@ class WanPipeline:
         self._tiny = tiny_autoencoder(checkpoint, taehv, draft)
         self._kept: dict[str, Any] | None = None  # what stays loaded within `keep_loaded`
         self._plan: Plan | None = None  # of the latest run
-        self._networks: dict[str | None, Networks] = {}  # by quantisation
+        self.sizes = lru_cache(partial(sizes_of, checkpoint, kind))
         self.forwards: tuple[int, int] | None = None
         if self.preset.task != self.config.model_type:
             raise ValueError(
@@ -244,7 +242,7 @@ class WanPipeline:
             ValueError: an option is wrong.
             SamplingError: the latents stopped being finite.
         """
-        return self._make(*extended([self.request(prompt, **options)], extend_prompt), callback)
+        return self._make(*extend_requests([self.request(prompt, **options)], extend_prompt), callback)
 
     def images(
         self,
@@ -267,7 +265,8 @@ class WanPipeline:
             ValueError: an option is wrong.
             SamplingError: the latents stopped being finite.
         """
-        requests = extended(self.request(prompt, **{"num_frames": 1, **options}).series(num_images), extend_prompt)
+        first = self.request(prompt, **{"num_frames": 1, **options})
+        requests = extend_requests(first.series(num_images), extend_prompt)
         with self.keep_loaded():
             return [self._make(request, callback) for request in requests]
 
@@ -296,6 +295,7 @@ class WanPipeline:
         )
 
     request = build_request  # (prompt, **options) → Request
+    plan = plan_request  # (request, measure=False) → Plan
 
     def settings(self, request: Request) -> dict[str, Any]:
         """Everything needed to make the video again, as embedded in its file."""
@@ -333,45 +333,6 @@ class WanPipeline:
     def how(self) -> dict[str, Any]:
         """How the latest run was computed: `Plan.how`, which a resumed run is to follow."""
         return {} if self._plan is None else self._plan.how
-
-    def plan(self, request: Request, measure: bool = False) -> Plan:
-        """How this request keeps within the memory there is: what is resident, streamed or tiled, and its peaks.
-
-        ``measure``: times too, for which parts of the networks are timed for some seconds.
-        """
-        passes = 1 if request.guidance_scale == 1 else 2
-
-        def shape(width: int, height: int, frames: int) -> tuple[int, int, int]:
-            t, h, w = latent_shape(width, height, frames)
-            return t + len(request.src_ref_images), h, w
-
-        def choice(
-            width=request.width,
-            height=request.height,
-            frames=request.num_frames,
-            quantize=self.quantize,
-            memory=self.memory,
-        ) -> Plan:
-            if quantize not in self._networks:
-                self._networks[quantize] = sizes_of(self.checkpoint, parse_dtype(self.dtype), quantize)
-            return choose(
-                self._networks[quantize],
-                f"{self.preset.name} {width}x{height}, {frames} frames",
-                shape(width, height, frames),
-                passes * request.steps_made,
-                memory,
-                self.vae_tiling,
-                step_cache=request.cache not in (None, "none"),
-                videos=None if request.video is None else 1,
-                kept=self._kept is not None,
-            )
-
-        size, frames = (request.width, request.height), request.num_frames
-        found = with_advice(choice(), choice, size, frames, self.quantize)
-        if measure:
-            parameters = parameters_of(self.checkpoint, parse_dtype(self.dtype), self.quantize)
-            found = timed(found, self._networks[self.quantize], shape(*size, frames), passes, parameters)
-        return found
 
     def _stages(self, request: Request, resume: RunState | None) -> Iterator[Event]:
         open_component(self.checkpoint.files["vae"], "vae")  # a damaged file is not for after an hour's work to find
@@ -411,6 +372,11 @@ class WanPipeline:
                 self.forwards = (cache.computed, step.passes * step.total)
                 yield step
 
+    @property
+    def keeps_loaded(self) -> bool:
+        """Whether it is within `keep_loaded`."""
+        return self._kept is not None
+
     @contextmanager
     def keep_loaded(self) -> Iterator[None]:
         """Within this block transformer and VAE stay loaded from one video to the next, and texts stay encoded."""
@@ -446,7 +412,7 @@ class WanPipeline:
         Texts whose embeddings are on disk are not encoded; if all are, the encoder is not opened.
         """
         known = {} if self._kept is None else self._kept.setdefault("texts", {})
-        cache = self._prompt_cache()
+        cache = PromptCache.of(self.checkpoint, self.dtype, self.quantize) if self.prompt_cache else None
         for text in texts:
             if cache and text not in known and (kept := cache.get(text)) is not None:
                 known[text] = kept
@@ -460,14 +426,6 @@ class WanPipeline:
         contexts = [pad_context(known[text], TEXT_LEN) for text in texts]
         mx.eval(contexts)
         return contexts
-
-    def _prompt_cache(self) -> PromptCache | None:
-        if not self.prompt_cache:
-            return None
-        files = self.checkpoint.files
-        config = self.checkpoint.configs.get("text_encoder")
-        settings = {"dtype": str(self.dtype), "quantize": self.quantize, "config": config}
-        return PromptCache([files["text_encoder"], files["tokenizer"]], settings)
 
     def encode_images(self, images: mx.array) -> mx.array:
         """Images (N, H, W, 3) in [-1, 1] → CLIP features (N, 257, image_dim)."""
@@ -535,8 +493,3 @@ class WanPipeline:
 
     def _bar(self, description: str):
         return partial(tqdm, desc=description, leave=False) if self.progress else no_progress
-
-
-def extended(requests: list[Request], extend_prompt: bool | str | Path) -> list[Request]:
-    """The requests, their prompts written out if asked for."""
-    return Extension(None if extend_prompt is True else str(extend_prompt))(requests) if extend_prompt else requests

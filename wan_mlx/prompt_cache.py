@@ -14,10 +14,13 @@ import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
+
+if TYPE_CHECKING:
+    from .weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,13 @@ class PromptCache:
             self.identity = [FORMAT, backend, dict(settings), [file_identity(Path(file)) for file in files]]
         except (OSError, ValueError, KeyError) as error:  # whoever opens the file says what is wrong with it
             self._complain(error)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, dtype: str, quantize: str | None) -> PromptCache:
+        """For the text encoder of a checkpoint, loaded in this dtype and quantisation."""
+        files, config = checkpoint.files, checkpoint.configs.get("text_encoder")
+        settings = {"dtype": str(dtype), "quantize": quantize, "config": config}
+        return cls([files["text_encoder"], files["tokenizer"]], settings)
 
     def get(self, text: str) -> mx.array | None:
         """The embedding of a text, or None if it is not kept, or not whole."""

@@ -238,6 +238,11 @@ class Extension:
         return {**settings, "prompt": settings["original_prompt"], "original_prompt": None, "extended_by": None}
 
 
+def extend_requests(requests: list[Request], extend_prompt: bool | str | Path) -> list[Request]:
+    """The requests, their prompts written out if asked for."""
+    return Extension(None if extend_prompt is True else str(extend_prompt))(requests) if extend_prompt else requests
+
+
 def _told(extended: Extended, tell: Callable[[str], None] = log.warning) -> Extended:
     if extended.complaint:
         tell(f"the prompt stays as it is: {extended.model}'s answer {extended.complaint}")

@@ -17,7 +17,7 @@ from functools import lru_cache
 import mlx.core as mx
 
 from . import cuda
-from .reader import Spot
+from .file import Spot
 
 # Bytes of the file that are in flight at a time, of tensors that are changed on the way; one may be larger.
 IN_FLIGHT = 64 * 2**20

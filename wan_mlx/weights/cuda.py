@@ -22,7 +22,7 @@ import mlx.core as mx
 from ..types import WeightsError
 
 if TYPE_CHECKING:
-    from .reader import Spot
+    from .file import Spot
 
 MOST_THREADS = 8
 # Bytes that a thread reads and copies at a time.

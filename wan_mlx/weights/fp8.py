@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..types import WeightsError
-from .reader import Spot, WeightsFile
+from .file import Spot, WeightsFile
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 # ComfyUI's names of the formats that are read; the others (nvfp4, mxfp8, int8_tensorwise …) are refused by name.

@@ -20,8 +20,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..types import WeightsError
+from .file import BLOCKS, MAX_HEADER_BYTES, TensorInfo, WeightsFile
 from .pth import MAX_DIM, MAX_ENTRIES, MAX_NAME, MAX_NDIM
-from .reader import BLOCKS, MAX_HEADER_BYTES, TensorInfo, WeightsFile
 
 # ggml's numbers of its types; what is not in BLOCKS or plain is refused by name.
 TYPES = {

@@ -20,6 +20,7 @@ from ..vace import VaceTransformer
 from ..vae import VAE
 from .checkpoint import NETWORKS, look_at
 from .disk import gigabytes
+from .file import BLOCKS
 from .fp8 import FP8, Fp8File
 from .load import (
     ComponentWeights,
@@ -31,7 +32,6 @@ from .load import (
     transformer_config,
     vae_config,
 )
-from .reader import BLOCKS
 from .spiece import read_tokenizer
 
 KINDS = {

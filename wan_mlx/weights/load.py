@@ -21,12 +21,13 @@ from mlx.utils import tree_flatten
 from ..configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from ..quantized import Packing
 from ..types import WeightsError
+from .file import BLOCKS, Spot, WeightsFile
 from .fp8 import FP8, fold
 from .gguf import GGUFFile
 from .gguf_packing import EXACT, NEARLY_EXACT, PACKED_AGAIN, repack
 from .layouts import canonical_keys, recognise
 from .quantize import Quantization, quantizable
-from .reader import BLOCKS, Spot, WeightsFile, open_weights
+from .reader import open_weights
 
 SAFETENSORS_NAMES = {
     mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint8: "U8", mx.uint32: "U32"

@@ -21,9 +21,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..types import WeightsError
+from .file import WeightsFile
 from .fp8 import FP8, fold
 from .layouts import LAYOUTS
-from .reader import WeightsFile, open_weights
+from .reader import open_weights
 
 log = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from ..transformer import BLOCK_LISTS, FLOAT32_PARAMETERS, Transformer
 from ..types import WeightsError
 from . import cuda
 from .ahead import Ahead, EvaluatedAhead, LandedAhead, Landings, ReadAhead
+from .file import Spot
 from .load import NOTHING, SAFETENSORS_NAMES, ComponentWeights, check_keys, parameter_shapes
 from .lora import Loras
 from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
-from .reader import Spot
 
 # Name of a parameter → the order its rows (axis 0) are wanted in, or None for the order they are stored in.
 RowOrder = Callable[[str], "mx.array | None"]

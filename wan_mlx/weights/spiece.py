@@ -20,8 +20,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..types import WeightsError
+from .file import WeightsFile
 from .gguf import Array, GGUFFile
-from .reader import SafetensorsFile, WeightsFile, open_weights
+from .reader import open_weights
+from .safetensors import SafetensorsFile
 
 EMBEDDED = "spiece_model"  # ComfyUI's tensor
 GGUF_TOKENS = "tokenizer.ggml.tokens"

@@ -8,9 +8,10 @@ import mlx.core as mx
 
 from ..taehv import TAEHV, TAEHVConfig
 from ..types import WeightsError
+from .file import WeightsFile
 from .load import parameter_shapes
 from .networks import parse_dtype
-from .reader import WeightsFile, open_weights
+from .reader import open_weights
 
 WIDTHS = ("decoder.1.weight", "decoder.8.weight", "decoder.14.weight", "decoder.20.weight")
 LATENTS, OUTPUT = "decoder.1.weight", "decoder.22.weight"
