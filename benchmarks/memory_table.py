@@ -307,6 +307,12 @@ def to_bytes(frames: mx.array) -> np.ndarray:
     return np.array((frames * 127.5 + 127.5).astype(mx.uint8))
 
 
+def machine() -> dict[str, str]:
+    """What the numbers were measured on."""
+    info = {key: str(value) for key, value in mx.device_info().items()}
+    return {"backend": str(mx.default_device()), "system": platform.platform(), "mlx": mx.__version__} | info
+
+
 def grey(width: int, height: int, frames: int) -> Iterator[mx.array]:
     """A video in the chunks that the VAE takes."""
     for count in (1, *[4] * ((frames - 1) // 4)):
@@ -317,7 +323,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where to write the weights (default: a temporary folder)")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", default="", help="cases whose description has this in it, such as decode or 14B")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORD", help="cases whose description has one of these in it: run, 14B"
+    )
     parser.add_argument("--tiny", action="store_true", help="small networks and videos, to try the script")
     parser.add_argument("--against", type=Path, metavar="JSON", help="predict again what --json wrote")
     args = parser.parse_args()
@@ -345,15 +353,13 @@ def main() -> None:
         print(f"{'':<58}{'foreseen':>8}{'measured':>9}{'ratio':>7}{'time':>11}", flush=True)
         for kind, cases in ((bench.forward, FORWARDS), (bench.video, VIDEOS), (bench.run, RUNS)):
             for case in cases:
-                if args.only in f"{kind.__name__} {' '.join(map(str, case))}":
+                what = f"{kind.__name__} {' '.join(map(str, case))}"
+                if any(word in what for word in args.only):
                     kind(*sized(case))
                     mx.clear_cache()
+                    if args.json:  # after every case, so that what is cut short has not been for nothing
+                        args.json.write_text(json.dumps({"machine": machine(), "rows": bench.rows}, indent=1))
         print(furthest_off(bench.rows))
-        if args.json:
-            info = {key: str(value) for key, value in mx.device_info().items()}
-            machine = {"backend": str(mx.default_device()), "system": platform.platform(), "mlx": mx.__version__}
-            machine |= info
-            args.json.write_text(json.dumps({"machine": machine, "rows": bench.rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -132,9 +132,9 @@ def main() -> None:
         against = args.against and case["item"] in AGAINST and not case.get("quantize")
         rows += measure(case, ["wan_mlx", args.against] if against else ["wan_mlx"], args.rounds)
         show(rows[-2 if against else -1 :])
+        if args.json:  # after every case, so that what is cut short has not been for nothing
+            args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
     show(rows)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
