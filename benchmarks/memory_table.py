@@ -323,9 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where to write the weights (default: a temporary folder)")
     parser.add_argument("--json", type=Path)
-    parser.add_argument(
-        "--only", nargs="+", default=[""], metavar="WORD", help="cases whose description has one of these in it: run, 14B"
-    )
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="cases with one of these: run, 14B ...")
     parser.add_argument("--tiny", action="store_true", help="small networks and videos, to try the script")
     parser.add_argument("--against", type=Path, metavar="JSON", help="predict again what --json wrote")
     args = parser.parse_args()
