@@ -165,8 +165,7 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
         y = cache.pace(conv1(silu(norm1(x)), cache))
-        y = cache.pace(conv2(silu(norm2(y)), cache, residual=self.shortcut(x) if "shortcut" in self else x))
-        return y
+        return cache.pace(conv2(silu(norm2(y)), cache, residual=self.shortcut(x) if "shortcut" in self else x))
 
 
 class AttentionBlock(nn.Module):
