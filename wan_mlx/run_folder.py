@@ -10,10 +10,10 @@ Beside ``cat.mp4`` there is ``cat.mp4.wan`` until the video is complete:
     not-finite                if the latents stopped being finite: then another dtype may go on
     finished.json             SHA-256 of the video, just before it is moved to its place
 
-All but the frames appear whole: written under another name, flushed to the disk, renamed; a step's state so while the
-next step computes. The frames grow, each flushed
-before its line in the index. The state of the VAE is not kept: it is gigabytes for what takes a minute of an hour's
-run, so a decode that was cut starts again from the latents, and frames that are here already are not written again.
+All but the frames appear whole: written under another name, flushed to the disk, renamed; a step's state is flushed
+while the next step computes. The frames grow, each flushed before its line in the index. The state of the VAE is not
+kept: it is gigabytes for what takes a minute of an hour's run, so a decode that was cut starts again from the latents,
+and frames that are here already are not written again.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -97,7 +98,8 @@ class Landing:
         Raises:
             WeightsError: a file has changed, ends early or cannot be read.
         """
-        for file in {id(spot.file): spot.file for spot in spots.values()}.values():
+        files = {id(spot.file): spot.file for spot in spots.values()}.values()
+        for file in files:
             file.check_unchanged()
         pieces = []
         for spot, start in zip(spots.values(), starts(spots), strict=True):
@@ -107,7 +109,7 @@ class Landing:
         wait(pieces)
         for piece in pieces:
             piece.result()
-        for file in {id(spot.file): spot.file for spot in spots.values()}.values():
+        for file in files:
             file.check_unchanged()  # every piece opened it anew
 
     def arrays(self, spots: Mapping[str, Spot]) -> dict[str, mx.array]:
@@ -125,16 +127,16 @@ def one_landing(anew: int, whole: int) -> bool:
 
 def starts(spots: Mapping[str, Spot]) -> list[int]:
     """Where in a `Landing` each tensor begins."""
-    found, end = [], 0
-    for spot in spots.values():
-        found.append(end)
-        end += -(-spot.nbytes // ALIGNMENT) * ALIGNMENT
-    return found
+    return list(accumulate(map(_padded, spots.values()), initial=0))[:-1]
 
 
 def needed(spots: Mapping[str, Spot]) -> int:
     """Bytes that a `Landing` must have for them."""
-    return sum(-(-spot.nbytes // ALIGNMENT) * ALIGNMENT for spot in spots.values())
+    return sum(map(_padded, spots.values()))
+
+
+def _padded(spot: Spot) -> int:
+    return -(-spot.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _read_piece(spot: Spot, at: int, length: int, target: int, stopped: threading.Event) -> None:

@@ -86,7 +86,6 @@ class Parameters:
             for name, packing in packings.items()
             if weights.packable.get(name, weights.nearest.get(name)) == packing and weights.repackable(name)
         }
-        self.spots: dict[tuple[str, ...], dict[str, Spot] | None] = {}
         self.use(loras or Loras(), merge)
 
     def use(self, loras: Loras, merge: bool) -> None:
@@ -98,6 +97,7 @@ class Parameters:
             if is_matrix(name, self.weights.shapes[name]) and (not merge or name in self.quantization.packings)
         }
         self.merged = loras.names - self.beside
+        self._landing: dict[tuple[str, ...], tuple[dict[str, Spot] | None, bool]] = {}
 
     @property
     def component(self) -> str:
@@ -151,12 +151,8 @@ class Parameters:
     def read_ahead(self, names: Iterable[str], landings: Landings) -> Ahead:
         """`start`, and make it resident in another thread; `finish` takes the result."""
         names = tuple(names)
-        spots = self._spots(names) if cuda.in_use() else None
+        spots, copied = self._where_to_land(names) if cuda.in_use() else (None, False)
         if spots is not None:
-            # Where most is cast or packed, a block computes with what was made from it: its landing is free by then.
-            sizes = {name: self.weights.stored_bytes(name) for name in names}
-            anew = sum(size for name, size in sizes.items() if self._has_work(name) or self._is_changed(name))
-            copied = cuda.one_landing(anew, sum(sizes.values()))
             landing = landings.next(cuda.needed(spots), stays_free=copied)
             return LandedAhead(landing, spots, lambda have: self.landed(names, have, copied), resident=copied)
         if not self.weights.file.is_lazy:
@@ -164,11 +160,16 @@ class Parameters:
         nbytes = {name: self.weights.stored_bytes(name) for name in names}
         return EvaluatedAhead(self.start, nbytes, {name for name in nbytes if self._is_changed(name)})
 
-    def _spots(self, names: tuple[str, ...]) -> dict[str, Spot] | None:
-        """`ComponentWeights.spots`, looked up once: blocks are read at every pass."""
-        if names not in self.spots:
-            self.spots[names] = self.weights.spots(names)
-        return self.spots[names]
+    def _where_to_land(self, names: tuple[str, ...]) -> tuple[dict[str, Spot] | None, bool]:
+        """`ComponentWeights.spots`, and whether a block computes with nothing that lies there but with copies.
+
+        That is so where most is cast or packed. Found out once: blocks are read at every pass.
+        """
+        if names not in self._landing:
+            sizes = {name: self.weights.stored_bytes(name) for name in names}
+            anew = sum(size for name, size in sizes.items() if self._has_work(name) or self._is_changed(name))
+            self._landing[names] = self.weights.spots(names), cuda.one_landing(anew, sum(sizes.values()))
+        return self._landing[names]
 
     def finish(self, started: dict[str, dict[str, mx.array]], resident: bool = True) -> list[tuple[str, mx.array]]:
         """What `start` returned, with the rest done: name → array pairs, resident, or all that had more to be done.
