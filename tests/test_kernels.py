@@ -39,6 +39,8 @@ LANGUAGE = {
     "cuda": """
 #define __device__
 #define __shfl_xor_sync(mask, value, step) other_lane(value, step)
+#define __expf(x) exp(x)
+#define __fdividef(x, y) ((x) / (y))
 thread_local Place blockIdx, blockDim, threadIdx;
 static void set_place(int thread) { blockIdx.x = thread / 64; blockDim.x = 64; threadIdx.x = thread % 64; }
 """,
@@ -49,6 +51,7 @@ thread_local Place thread_position_in_grid;
 static void set_place(int thread) { thread_position_in_grid.x = thread; }
 namespace metal {
 static float simd_sum(float v) { for (int step = 1; step < 32; step *= 2) v += other_lane(v, step); return v; }
+namespace fast { static float exp(float x) { return std::exp(x); } }
 }
 """,
 }

@@ -208,6 +208,7 @@ def as_on_cuda(monkeypatch):
     driver = PretendedDriver()
     monkeypatch.setattr(cuda, "in_use", lambda: True)
     monkeypatch.setattr(cuda, "driver", lambda: driver)
+    monkeypatch.setattr(cuda, "address_of", lambda array: ctypes.addressof(ctypes.c_char.from_buffer(array)))
     monkeypatch.setattr(cuda, "PIECE", 10_000)
     monkeypatch.setattr(mx, "gpu", mx.cpu)
     cuda._threads.cache_clear()  # they keep their staging memory

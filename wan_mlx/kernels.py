@@ -10,11 +10,13 @@ A kernel is used once it has given here what MLX's operations give, on a few row
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import mlx.core as mx
+import mlx.nn as nn
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,8 @@ TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 METAL = """
 #define DEVICE device
 inline float sum_lanes(float value) { return metal::simd_sum(value); }
+inline float quick_exp(float x) { return metal::fast::exp(x); }
+inline float quick_divide(float x, float y) { return x / y; }
 """
 CUDA = """
 #define DEVICE
@@ -34,6 +38,8 @@ inline __device__ float sum_lanes(float value) {
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
   return value;
 }
+inline __device__ float quick_exp(float x) { return __expf(x); }
+inline __device__ float quick_divide(float x, float y) { return __fdividef(x, y); }
 """
 FOUR = """
 template <typename T> struct alignas(4 * sizeof(T)) Four { T at[4]; };
@@ -54,6 +60,8 @@ const size_t start = row * C;
 #define FLOATS(array, at) (*(const DEVICE Four<float>*)((array) + (at)))
 #define WRITE(array, at) (*(DEVICE Four<T>*)((array) + (at)))
 """
+# Nothing is written before all that is read in the same step: a compiler must take it that writing changes what is read,
+# and would have each read wait for the write before it.
 READ = """
 Four<T> kept[N];
 EACH kept[i] = VALUES(x, start + c);
@@ -65,36 +73,54 @@ EACH {
   Four<T> a = VALUES(x, start + c), b = VALUES(y, start + c);
   Four<float> g = FLOATS(gate, c);
   for (int k = 0; k < 4; k++)
-    a.at[k] = static_cast<T>(static_cast<float>(a.at[k]) + static_cast<float>(b.at[k]) * g.at[k]);
-  WRITE(total, start + c) = a;
-  kept[i] = a;
+    kept[i].at[k] = static_cast<T>(static_cast<float>(a.at[k]) + static_cast<float>(b.at[k]) * g.at[k]);
+}
+EACH WRITE(total, start + c) = kept[i];
+"""
+# The values that are rotated together are half a head apart, and one lane has both: pairs p, p + 1, p + 2, p + 3.
+READ_PAIRS = """
+constexpr int HALF = HEAD / 2;
+#define EACH_PAIR _Pragma("unroll") for (int i = 0, p = 4 * lane; i < (C + 255) / 256; i++, p += 128) \\
+  if (C % 256 == 0 || p < C / 2)
+#define FIRST (p / HALF * HEAD + p % HALF)
+Four<T> a[(C + 255) / 256], b[(C + 255) / 256];
+EACH_PAIR {
+  a[i] = VALUES(x, start + FIRST);
+  b[i] = VALUES(x, start + FIRST + HALF);
 }
 """
 ROOT_MEAN_SQUARE = """
 float squares = 0;
-EACH for (int k = 0; k < 4; k++) {
-  float v = static_cast<float>(kept[i].at[k]);
-  squares += v * v;
+EACH_PAIR for (int k = 0; k < 4; k++) {
+  float v = static_cast<float>(a[i].at[k]), w = static_cast<float>(b[i].at[k]);
+  squares += v * v + w * w;
 }
 const float factor = rsqrt(sum_lanes(squares) / C + EPS);
 """
-# A value's partner in the rotation is half a head away: ahead for the first half, behind for the second.
 SCALE_AND_ROTATE = """
-constexpr int HALF = HEAD / 2;
 const size_t token = row % (size_t)cosines_shape[0];
-EACH {
-  const int at = c % HEAD;
-  const int other = at < HALF ? c + HALF : c - HALF;
-  Four<T> b = VALUES(x, start + other), result;
-  Four<float> v = FLOATS(weight, c), w = FLOATS(weight, other);
-  Four<float> cosine = FLOATS(cosines, token * HALF + at % HALF), sine = FLOATS(sines, token * HEAD + at);
+EACH_PAIR {
+  Four<float> v = FLOATS(weight, FIRST), w = FLOATS(weight, FIRST + HALF);
+  Four<float> cosine = FLOATS(cosines, token * HALF + p % HALF), sine = FLOATS(sines, token * HEAD + HALF + p % HALF);
   for (int k = 0; k < 4; k++) {
-    float mine = static_cast<float>(kept[i].at[k]) * factor * v.at[k];
-    float others = static_cast<float>(b.at[k]) * factor * w.at[k];
-    result.at[k] = static_cast<T>(mine * cosine.at[k] + others * sine.at[k]);
+    float first = static_cast<float>(a[i].at[k]) * factor * v.at[k];
+    float second = static_cast<float>(b[i].at[k]) * factor * w.at[k];
+    a[i].at[k] = static_cast<T>(first * cosine.at[k] - second * sine.at[k]);
+    b[i].at[k] = static_cast<T>(second * cosine.at[k] + first * sine.at[k]);
   }
-  WRITE(out, start + c) = result;
 }
+EACH_PAIR {
+  WRITE(out, start + FIRST) = a[i];
+  WRITE(out, start + FIRST + HALF) = b[i];
+}
+"""
+# The tanh of the approximation is 1 - 2 / (1 + exp(2 u)), which leaves one exponential and one division.
+GELU = """
+EACH for (int k = 0; k < 4; k++) {
+  float v = static_cast<float>(kept[i].at[k]);
+  kept[i].at[k] = static_cast<T>(quick_divide(v, 1 + quick_exp(v * (-1.5957691216f - 0.0713548162726f * v * v))));
+}
+EACH WRITE(out, start + c) = kept[i];
 """
 LAYER_NORM = """
 float sum = 0;
@@ -108,11 +134,10 @@ EACH for (int k = 0; k < 4; k++) {
 const float factor = rsqrt(sum_lanes(squares) / C + EPS);
 EACH {
   Four<float> w = FLOATS(scale, c), b = FLOATS(shift, c);
-  Four<T> result;
   for (int k = 0; k < 4; k++)
-    result.at[k] = static_cast<T>((static_cast<float>(kept[i].at[k]) - mean) * factor * w.at[k] + b.at[k]);
-  WRITE(out, start + c) = result;
+    kept[i].at[k] = static_cast<T>((static_cast<float>(kept[i].at[k]) - mean) * factor * w.at[k] + b.at[k]);
 }
+EACH WRITE(out, start + c) = kept[i];
 """
 
 
@@ -211,7 +236,7 @@ def rms_norm_and_rotate(
     the first half.
     """
     inputs = {"x": x, "weight": weight, "cosines": cosines, "sines": sines}
-    return _run("rms_norm_and_rotate", READ + ROOT_MEAN_SQUARE + SCALE_AND_ROTATE, eps, inputs, HEAD=head_dim)[0]
+    return _run("rms_norm_and_rotate", READ_PAIRS + ROOT_MEAN_SQUARE + SCALE_AND_ROTATE, eps, inputs, HEAD=head_dim)[0]
 
 
 def _try_rms_norm_and_rotate(
@@ -224,6 +249,17 @@ def _try_rms_norm_and_rotate(
     wanted = mx.concatenate([a * cosines - b * sines, b * cosines + a * sines], axis=-1).reshape(x.shape)
     signed = mx.concatenate([-sines, sines], axis=-1).reshape(TRIED, -1)
     yield rms_norm_and_rotate(x, weight, 1e-6, cosines.reshape(TRIED, -1), signed, head_dim), wanted
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    """GELU by its tanh approximation."""
+    row = math.gcd(x.shape[-1], 512)  # what lanes take together means nothing here, and short rows are in many hands
+    return _run("gelu_tanh", READ + GELU, 0.0, {"x": x.reshape(-1, row)})[0].reshape(x.shape)
+
+
+def _try_gelu_tanh(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
+    x = 4 * _rows(dtype, channels)
+    yield gelu_tanh(x), nn.gelu_approx(x.astype(mx.float32))
 
 
 TRIED = 7  # rows
@@ -241,4 +277,5 @@ TRIALS = {
     layer_norm: _try_layer_norm,
     add_and_norm: _try_add_and_norm,
     rms_norm_and_rotate: _try_rms_norm_and_rotate,
+    gelu_tanh: _try_gelu_tanh,
 }

@@ -13,6 +13,8 @@ from . import kernels
 # feed-forward arrays then stay small, and matmuls are still large enough to run at full speed. Where memory is short
 # it is fewer (`wan_mlx.memory`).
 TOKENS_AT_ONCE = 32768 if mx.cuda.is_available() else 8192
+# The feed-forward never takes more: no faster, and its arrays are the largest there are.
+FEED_FORWARD_TOKENS = 8192
 # From here down memory is so short that nothing is submitted while something else runs beside wide arrays.
 FEW_TOKENS = 1024
 
@@ -71,9 +73,15 @@ def add_and_norm(
     return total, modulated_norm(total, scale, shift, eps)
 
 
-@mx.compile
 def gelu_tanh(x: mx.array) -> mx.array:
     """tanh-approximated GELU computed in float32, in x's dtype."""
+    if kernels.usable(kernels.gelu_tanh, x):
+        return kernels.gelu_tanh(x)
+    return _gelu_tanh(x)
+
+
+@mx.compile
+def _gelu_tanh(x: mx.array) -> mx.array:
     y = x.astype(mx.float32)
     return (0.5 * y * (1.0 + mx.tanh(0.7978845608028654 * (y + 0.044715 * y * y * y)))).astype(x.dtype)
 
@@ -138,26 +146,31 @@ class Pacer:
         if self.tokens_at_once <= FEW_TOKENS:
             mx.eval(*self.running)
 
-    def submit(self, array: mx.array) -> None:
+    def submit(self, *arrays: mx.array) -> None:
         """Submit a piece too small to wait for: the GPU would run dry before the next one is there."""
-        mx.async_eval(array)
-        self.running = (*self.running, array)
+        mx.async_eval(*arrays)
+        self.running = (*self.running, *arrays)
+
+    def small(self, *arrays: mx.array) -> None:
+        """Submit a piece that is soon done, to be waited for only where memory matters more than time."""
+        if self.tokens_at_once > FEED_FORWARD_TOKENS:
+            self.submit(*arrays)
+        else:
+            self(*arrays)
 
 
-def in_token_chunks(function: Callable[[list[mx.array]], mx.array], arrays: list[mx.array], pace: Pacer) -> mx.array:
-    """``function(arrays)`` for a function that treats tokens (B, L, D) independently, a slice of tokens at a time.
+def in_token_chunks(
+    function: Callable[[list[mx.array]], mx.array], arrays: list[mx.array], pace: Pacer, at_once: int
+) -> mx.array:
+    """``function(arrays)`` for a function that treats tokens (B, L, D) independently, ``at_once`` tokens at a time.
 
-    The list, or that of the slices, is the function's to empty, so that nothing is held longer than it is needed.
+    The list, or that of the slices, is the function's to empty, so that nothing is held longer than it is needed. It
+    has its result computed: ``pace(result)``.
     """
     length = arrays[0].shape[1]
-    if length <= pace.tokens_at_once:
-        whole = function(arrays)
-        pace(whole)
-        return whole
-    parts = []
-    for start in range(0, length, pace.tokens_at_once):
-        parts.append(function([x[:, start : start + pace.tokens_at_once] for x in arrays]))
-        pace(parts[-1])
+    if length <= at_once:
+        return function(arrays)
+    parts = [function([x[:, start : start + at_once] for x in arrays]) for start in range(0, length, at_once)]
     whole = mx.concatenate(parts, axis=1)
     pace.submit(whole)  # or the parts would live until what comes after is computed
     return whole

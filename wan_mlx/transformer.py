@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +17,7 @@ import numpy as np
 from .attention import attention
 from .configs import TransformerConfig
 from .layers import (
+    FEED_FORWARD_TOKENS,
     TOKENS_AT_ONCE,
     AffineNorm,
     Linear,
@@ -53,9 +55,10 @@ class SelfAttention(Attention):
     def queries_keys_values(self, x: mx.array, table: tuple[mx.array, mx.array], pace: Pacer) -> list[mx.array]:
         """Normed tokens (B, L, D) → queries, keys and values (B, L, heads, head_dim), as `attention` takes them."""
         arrays = []
-        for project, norm in ((self.q, self.norm_q), (self.k, self.norm_k), (self.v, None)):
+        steps = (self.q, self.norm_q, pace), (self.k, self.norm_k, pace.small), (self.v, None, pace)
+        for project, norm, have_computed in steps:
             arrays.append(self._heads_of(project(x), norm, table))
-            pace(arrays[-1])
+            have_computed(arrays[-1])
             pace.settle()
         return arrays
 
@@ -90,7 +93,7 @@ class CrossAttention(Attention):
 
     def __call__(self, x: mx.array, pairs: Sequence[tuple[mx.array, mx.array]], pace: Pacer) -> mx.array:
         q = self._normed(self.q(x), self.norm_q)
-        attended = sum(attention(q, k, v, pace) for k, v in pairs)
+        attended = reduce(mx.add, (attention(q, k, v, pace) for k, v in pairs))  # sum() would add them to 0
         pace(attended)
         return self.o(attended)
 
@@ -122,7 +125,7 @@ class Block(nn.Module):
         # A long video's memory is arrays as wide as x: none is held longer than it is needed, and what can wait for the
         # pieces below does.
         normed = modulated_norm(x, 1 + scale_attn, shift_attn, self.eps)
-        pace(normed)
+        pace.small(normed)
         heads = self.self_attn.queries_keys_values(normed, table, pace)
         del normed
         attended = attention(*heads, pace)
@@ -136,17 +139,26 @@ class Block(nn.Module):
             norm3 = self.norm3
             x, y = add_and_norm(x, self.self_attn.o(attended), gate_attn, norm3.weight, norm3.bias, self.eps)
             del attended
-            pace(x, y)
+            pace.small(x, y)
             ungated = mx.ones_like(gate_ffn)
             x, y = add_and_norm(x, self.cross_attn(y, pairs, pace), ungated, 1 + scale_ffn, shift_ffn, self.eps)
             pace(x, y)  # the widest arrays are next: nothing of what was before is still there beside them
+            pieces += x, y
+            del x, y
+            return in_token_chunks(feed_forward, pieces, pace, min(FEED_FORWARD_TOKENS, pace.tokens_at_once))
+
+        def feed_forward(pieces):
+            x, y = pieces
+            pieces.clear()
             for layer in self.ffn:
                 y = layer(y)
-            return gated_add(x, y, gate_ffn)
+            x = gated_add(x, y, gate_ffn)
+            pace(x)
+            return x
 
         pieces = [x, attended]
         del x, attended
-        return in_token_chunks(tokenwise, pieces, pace)
+        return in_token_chunks(tokenwise, pieces, pace, pace.tokens_at_once)
 
 
 class Head(nn.Module):
@@ -165,9 +177,11 @@ class Head(nn.Module):
 
         def project(pieces):
             x = mx.fast.layer_norm(pieces.pop().astype(mx.float32), None, None, self.eps)
-            return self.head(x * (1 + scale) + shift)
+            x = self.head(x * (1 + scale) + shift)
+            pace(x)
+            return x
 
-        return in_token_chunks(project, [x], pace)
+        return in_token_chunks(project, [x], pace, min(FEED_FORWARD_TOKENS, pace.tokens_at_once))
 
 
 class ImageEmbedding(nn.Module):

@@ -134,7 +134,7 @@ class LandedAhead(Ahead):
     ):
         super().__init__()
         self.landing, self.spots, self.start, self.resident = landing, spots, start, resident
-        self.future = _reader().thread.submit(landing.fill, spots, self.stopped)
+        self.future = _reader().thread.submit(landing.fill, cuda.address_of(landing.memory), spots, self.stopped)
 
     def result(self) -> Started:
         self.future.result()

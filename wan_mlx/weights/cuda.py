@@ -1,10 +1,11 @@
 """From files straight into the GPU's memory, on CUDA; elsewhere memory is shared, and none of this is used.
 
-On CUDA, arrays that MLX's CPU side makes lie in managed memory, whose pages move to the GPU when a kernel first touches
-them and back when the CPU writes there again, one by one. Besides, whoever waits for the CPU side waits for a kernel
-that tells of it, which is run when those before it leave room. So a `Landing` is memory of MLX's that stays on the GPU,
-and files are read into it past MLX: threads read pieces into page-locked memory, over and over the same, and the GPU's
-copy engine takes them from there, through the CUDA driver that MLX runs on.
+On CUDA, arrays that MLX's CPU side makes or looks into lie in managed memory: its pages move to the GPU one by one when
+a kernel first touches them, and copying there is slow while kernels run. Besides, whoever waits for the CPU side waits
+for a kernel that tells of it, which is run when those before it leave room. So a `Landing` is memory of the GPU's own,
+which MLX's GPU side has made and nothing else touches, and files are read into it past MLX: threads read pieces into
+page-locked memory, over and over the same, and the GPU's copy engine takes them from there, through the CUDA driver
+that MLX runs on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from itertools import accumulate
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 MOST_THREADS = 8
 # Bytes that a thread reads and copies at a time.
-PIECE = 4 * 2**20
+PIECE = 8 * 2**20
 ALIGNMENT = 256  # of every tensor
 
 _PORTABLE = 1  # page-locked for every context
@@ -75,13 +76,22 @@ class Driver:
 
     def copy(self, source: memoryview, target: int) -> None:
         """Copy what `staging` holds to an address on the GPU; returns when it is there."""
-        there = ctypes.c_uint64(_address(source))
+        there = ctypes.c_uint64(ctypes.addressof(ctypes.c_char.from_buffer(source)))
         self.call("cuMemcpyAsync", ctypes.c_uint64(target), there, ctypes.c_size_t(len(source)), _OWN_STREAM)
         self.call("cuStreamSynchronize", _OWN_STREAM)
 
 
-def _address(memory) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+def address_of(array: mx.array) -> int:
+    """Where a whole array lies on the GPU. A kernel tells: asked from the CPU, MLX would move it to managed memory."""
+    return _tell_address()(
+        inputs=[array], output_shapes=[(1,)], output_dtypes=[mx.int64], grid=(1, 1, 1), threadgroup=(1, 1, 1)
+    )[0].item()
+
+
+@lru_cache
+def _tell_address() -> Callable:
+    source = "out[0] = (long long)x;"
+    return mx.fast.cuda_kernel(name="tell_address", input_names=["x"], output_names=["out"], source=source)
 
 
 class Landing:
@@ -90,10 +100,12 @@ class Landing:
     def __init__(self, nbytes: int):
         self.memory = mx.zeros((nbytes,), mx.uint8)
         mx.eval(self.memory)
-        self.address = _address(self.memory)
 
-    def fill(self, spots: Mapping[str, Spot], stopped: threading.Event) -> None:
+    def fill(self, address: int, spots: Mapping[str, Spot], stopped: threading.Event) -> None:
         """Read tensors, in their order one behind the other; given up when ``stopped`` is set.
+
+        ``address``: `address_of` the memory. Whoever has looked into an array of it from the CPU has moved it, so it is
+        to be asked for every time.
 
         Raises:
             WeightsError: a file has changed, ends early or cannot be read.
@@ -105,7 +117,7 @@ class Landing:
         for spot, start in zip(spots.values(), starts(spots), strict=True):
             for at in range(0, spot.nbytes, PIECE):
                 length = min(PIECE, spot.nbytes - at)
-                pieces.append(_threads().submit(_read_piece, spot, at, length, self.address + start + at, stopped))
+                pieces.append(_threads().submit(_read_piece, spot, at, length, address + start + at, stopped))
         wait(pieces)
         for piece in pieces:
             piece.result()
