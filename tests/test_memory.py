@@ -13,7 +13,7 @@ from wan_mlx import budget, memory, peaks, tiling, timing
 from wan_mlx.budget import parse_memory, system_memory
 from wan_mlx.configs import PRESETS, TransformerConfig, VAEConfig
 from wan_mlx.generate import main
-from wan_mlx.layers import FEW_TOKENS, Pacer
+from wan_mlx.layers import FEW_TOKENS, LateFrees, Pacer
 from wan_mlx.rope import rope_table
 from wan_mlx.transformer import SelfAttention
 from wan_mlx.types import MemoryPlanError
@@ -270,6 +270,31 @@ def test_where_memory_is_short_keys_wait_for_queries():
     mx.eval(attention.queries_keys_values(tokens, table, Pacer(FEW_TOKENS)))
     assert mx.get_peak_memory() - before <= 5.2 * tokens.nbytes
     assert min(memory.LADDER, key=lambda step: (not step[0], step[1])) == (True, FEW_TOKENS)
+
+
+def test_what_is_freed_late_is_waited_for_when_it_is_much(monkeypatch):
+    """Each time memory has grown since, so never for what is held; on CUDA alone."""
+    active, waits = [1000], []
+
+    def synchronize():
+        waits.append(active[0])
+        active[0] = min(active[0], 1500)  # what is held
+
+    monkeypatch.setattr(mx, "get_active_memory", lambda: active[0])
+    monkeypatch.setattr(mx, "synchronize", synchronize)
+    late = LateFrees(100)
+    pace = Pacer(late=late)
+
+    def grow_to(*sizes):
+        for size in sizes:
+            active[0] = size
+            pace(mx.zeros(1))
+
+    grow_to(5000)
+    assert waits == []  # not on CUDA
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    grow_to(1100, 1101, 1150, 1201, 1202, 1400, 1600, 1400, 1600, 1601, 1500)
+    assert waits == [1101, 1202, 1400, 1600, 1601]
 
 
 def test_convolutions_are_those_of_the_network():

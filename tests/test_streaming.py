@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from wan_mlx import timing
 from wan_mlx.caching import StepCache
 from wan_mlx.configs import TransformerConfig
 from wan_mlx.guidance import Guidance, guided_velocity
@@ -20,11 +21,11 @@ from wan_mlx.peaks import weight_bytes
 from wan_mlx.transformer import Transformer
 from wan_mlx.types import Conditioning, WeightsError
 from wan_mlx.vace import VaceTransformer
-from wan_mlx.weights import ahead, cuda
+from wan_mlx.weights import ahead, cuda, parameters
 from wan_mlx.weights.convert import convert
 from wan_mlx.weights.hub import BUNDLED
-from wan_mlx.weights.load import parameter_shapes
-from wan_mlx.weights.networks import load_transformer
+from wan_mlx.weights.load import open_component, parameter_shapes
+from wan_mlx.weights.networks import load_transformer, transformer_parameters
 from wan_mlx.weights.parameters import Parameters, StreamedBlocks
 from wan_mlx.weights.reader import WeightsFile
 
@@ -225,6 +226,55 @@ def test_read_as_on_cuda_equals_resident(file, as_on_cuda, kind, dtype, quantize
     assert as_on_cuda.copied > 1.5 * os.path.getsize(file(kind))  # in two passes, all but what is outside the blocks
 
 
+@pytest.mark.parametrize(
+    "kind, dtype, quantize",
+    [("t2v", "float32", None), ("i2v", "bfloat16", None), ("vace", "float16", None), ("t2v", "bfloat16", "q4")],
+)
+@pytest.mark.parametrize("in_flight", [1, 300_000, 2**30])
+def test_loaded_as_on_cuda_is_what_is_loaded_elsewhere(file, request, monkeypatch, kind, dtype, quantize, in_flight):
+    """Some tensors at a time, over those before, which must have been made into something else by then."""
+    wanted = tree_flatten(load_transformer(file(kind), dtype, quantize=quantize).parameters())
+    driver = request.getfixturevalue("as_on_cuda")
+    monkeypatch.setattr(parameters, "IN_FLIGHT", in_flight)
+    model = load_transformer(file(kind), dtype, quantize=quantize)
+    for (name, mine), (_, array) in zip(tree_flatten(model.parameters()), wanted, strict=True):
+        assert mine.dtype == array.dtype and mx.array_equal(mine, array), name
+    assert driver.copied == sum(array.nbytes for array in mx.load(str(file(kind))).values())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reading_is_timed_as_it_is_done_on_cuda(file, as_on_cuda, monkeypatch, stream):
+    """By what is read after kernels are compiled, which the first time takes long."""
+    now, fill, filled = [0.0], cuda.Landing.fill, []
+
+    def slow(self, address, spots, stopped):
+        fill(self, address, spots, stopped)
+        filled.append(sum(spot.nbytes for spot in spots.values()))
+        now[0] += filled[-1] / 5e6 if len(filled) > 1 else 1000.0
+
+    monkeypatch.setattr(timing, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing, "READ_BYTES", 2_000_000)
+    monkeypatch.setattr(cuda.Landing, "fill", slow)
+    config = CONFIGS["t2v"]
+    parameters = transformer_parameters(open_component(file("t2v"), "transformer"), config, mx.bfloat16)
+    assert timing.reading_rate(parameters, stream) == pytest.approx(5e6)
+    assert 2_000_000 <= filled[-1] < os.path.getsize(file("t2v"))
+
+
+def test_ctrl_c_ends_reading_as_on_cuda(file, as_on_cuda, monkeypatch):
+    """What lands must not go on landing in memory that is no longer held."""
+    stopped = []
+
+    def interrupted(self):
+        stopped.append(self.stopped)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ahead.LandedAhead, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_transformer(file("t2v"), "float32")
+    assert len(stopped) == 1 and stopped[0].is_set()
+
+
 def test_packed_weights_are_read_as_on_cuda(as_on_cuda, tmp_path):
     folder = convert(BUNDLED["nano"], tmp_path / "nano", quantize="q8")
     resident = load_transformer(folder, "float32")
@@ -260,6 +310,7 @@ def test_a_landing_is_filled_again_only_when_its_block_is_done(file, as_on_cuda,
     monkeypatch.setattr(cuda, "Landing", lambda nbytes: landings.append(make(nbytes)) or landings[-1])
     model = load_transformer(file("t2v"), dtype, stream=True)
     kept = load_transformer(file("t2v"), dtype)
+    landings.clear()
     for index, block in enumerate(model.stream([f"blocks.{i}" for i in range(4)])):
         time.sleep(0.2)  # the next one is there by now
         for (name, mine), (_, wanted) in zip(

@@ -82,7 +82,7 @@ def test_a_forward_takes_what_its_blocks_and_the_rest_take(nets, clock, monkeypa
 
     takes(monkeypatch, clock, transformer.Block, "__call__", block)
     takes(monkeypatch, clock, transformer.Transformer, "leave", lambda _, x, this_pass: OUTSIDE * x.shape[1] / 32)
-    rate = timing.transformer_rate(nets, 32, passes, 8192, attending=1e30)
+    rate = timing.transformer_rate(nets, 32, passes, 8192, attending=1e30).flop
     assert max(counts) == (16 if enough == 0.1 else 32)
     parts = work.forward_parts(nets.transformer, 32)
     seconds = (sum(parts.values()) - parts["self attention"]) / rate
@@ -94,10 +94,10 @@ def test_attention_is_counted_once(nets, clock, monkeypatch):
     takes(monkeypatch, clock, transformer.Block, "__call__", lambda *_: BLOCK)
     parts = work.forward_parts(nets.transformer, 12)
     for attending in (parts["self attention"] / 0.5, 1e30):
-        rate = timing.transformer_rate(nets, 12, 1, 8192, attending)
+        rate = timing.transformer_rate(nets, 12, 1, 8192, attending).flop
         rest = sum(parts.values()) - parts["self attention"]
         assert rest / rate + parts["self attention"] / attending == pytest.approx(6 * BLOCK)
-    assert timing.transformer_rate(nets, 12, 1, 8192, attending=1.0) > 0
+    assert timing.transformer_rate(nets, 12, 1, 8192, attending=1.0).flop > 0
 
 
 def test_attention_is_timed_in_parts(nets, clock, monkeypatch):
@@ -105,7 +105,7 @@ def test_attention_is_timed_in_parts(nets, clock, monkeypatch):
     monkeypatch.setattr(timing, "QUERIES", 16)
     takes(monkeypatch, clock, timing, "attention", lambda q, k, v, _: q.shape[1] * q.shape[2] * k.shape[1] * 1e-3)
     for tokens in (5, 40):
-        assert timing.attention_rate(nets, tokens, 2) == pytest.approx(4 * nets.transformer.head_dim / 1e-3)
+        assert timing.attention_rate(nets, tokens, 2).flop == pytest.approx(4 * nets.transformer.head_dim / 1e-3)
 
 
 @pytest.mark.parametrize("frames", [1, 5])
@@ -126,8 +126,8 @@ def test_the_vae_is_timed_by_a_later_frame_of_a_part(clock, monkeypatch, frames)
     takes(monkeypatch, clock, vae.Decoder, "__call__", frame(work.decode_flop, 1))
     takes(monkeypatch, clock, vae.Encoder, "__call__", frame(work.encode_flop, 8))
     shape = (frames, 3, 6)
-    assert timing.decode_rate(config, shape) == pytest.approx(1e6)
-    assert timing.encode_rate(config, shape) == pytest.approx(1e6)
+    assert timing.decode_rate(config, shape).flop == pytest.approx(1e6)
+    assert timing.encode_rate(config, shape).flop == pytest.approx(1e6)
     assert any(firsts) and any(not first for first in firsts) == (frames > 1)
 
 
@@ -138,11 +138,32 @@ def test_sizes_grow_until_they_take_enough():
         tried.append(size)
         return size * 1e-3
 
-    size, seconds = timing.worth_timing(seconds_at, 16, 100_000)
-    assert seconds == size * 1e-3 and timing.ENOUGH / 2 <= seconds <= timing.ENOUGH
+    size, seconds, first = timing.worth_timing(seconds_at, 16, 100_000)
+    assert first == 0 and seconds == size * 1e-3 and timing.ENOUGH / 2 <= seconds <= timing.ENOUGH
     tried.clear()
-    assert timing.worth_timing(seconds_at, 16, 50) == (50, pytest.approx(0.05))
+    assert timing.worth_timing(seconds_at, 16, 50) == (50, pytest.approx(0.05), 0)
     assert len(tried) >= timing.ENOUGH / 0.05  # what takes little is done more often
+
+
+def test_what_the_first_run_of_a_size_takes_more_counts_once(nets, monkeypatch):
+    """On a GPU, where kernels are chosen for each shape: for every kind of tile, and the first frame besides."""
+    monkeypatch.setattr(peaks, "on_cpu", lambda: False)
+    tried = []
+
+    def seconds_at(size):
+        tried.append(size)
+        return 1.0 + (tried.count(size) == 1) * 3.0
+
+    assert timing.worth_timing(seconds_at, 16, 50) == (16, 1.0, 3.0)
+    rates = {"attention_rate": (2e9, 0.25), "transformer_rate": (1e9, 0.5), "decode_rate": (3e9, 0.125)}
+    for name, rate in rates.items():
+        monkeypatch.setattr(timing, name, lambda *_, rate=rate: timing.Rate(*rate))
+    plan = memory.choose(nets, "tiny", (3, 16, 40), 4, "4GB")
+    for tile, kinds in ((None, 1), ((160, 128), 1), ((80, 128), 2)):
+        found = timing.measure_rates(replace(plan, decode_tile=tile), nets, (3, 16, 40), 1)
+        assert found.first == {"denoise": 0.75, "decode": 0.125 * 2 * kinds, "encode video": 0}
+    later = replace(found, first={})
+    assert times(plan, found)["denoise"] == pytest.approx(times(plan, later)["denoise"] + 0.75)
 
 
 def test_packed_weights_are_timed_packed():
@@ -189,7 +210,7 @@ def test_every_kind_of_model_can_be_timed(monkeypatch, model):
 def test_guidance_on_the_cpu_is_timed_with_both_passes_at_once(nets, monkeypatch):
     asked = []
     for name in ("attention_rate", "transformer_rate", "decode_rate"):
-        monkeypatch.setattr(timing, name, lambda *args, name=name: asked.append((name, args)) or 1.0)
+        monkeypatch.setattr(timing, name, lambda *args, name=name: asked.append((name, args)) or timing.Rate(1.0, 0.0))
     plan = memory.choose(nets, "tiny", (1, 4, 4), 4, "4GB")
 
     def at_a_time(plan, passes):

@@ -18,6 +18,8 @@ from functools import lru_cache
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import nvrtc
+
 log = logging.getLogger(__name__)
 
 SWITCH = "WAN_MLX_KERNELS"  # "0" in the environment turns the kernels off
@@ -60,8 +62,8 @@ const size_t start = row * C;
 #define FLOATS(array, at) (*(const DEVICE Four<float>*)((array) + (at)))
 #define WRITE(array, at) (*(DEVICE Four<T>*)((array) + (at)))
 """
-# Nothing is written before all that is read in the same step: a compiler must take it that writing changes what is read,
-# and would have each read wait for the write before it.
+# Nothing is written before all is read that the same step reads: writing might change what is read, for all a compiler
+# knows, so each read would wait for the write before it.
 READ = """
 Four<T> kept[N];
 EACH kept[i] = VALUES(x, start + c);
@@ -75,8 +77,8 @@ EACH {
   for (int k = 0; k < 4; k++)
     kept[i].at[k] = static_cast<T>(static_cast<float>(a.at[k]) + static_cast<float>(b.at[k]) * g.at[k]);
 }
-EACH WRITE(total, start + c) = kept[i];
 """
+WRITE_SUM = "EACH WRITE(total, start + c) = kept[i];"
 # The values that are rotated together are half a head apart, and one lane has both: pairs p, p + 1, p + 2, p + 3.
 READ_PAIRS = """
 constexpr int HALF = HEAD / 2;
@@ -178,7 +180,7 @@ def agrees(kernel: Callable, dtype: mx.Dtype, channels: int, **constants: int) -
 @lru_cache(maxsize=32)
 def _made(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], steps: str, eps: float) -> Callable:
     backend = "metal" if mx.metal.is_available() else "cuda"
-    make = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
+    make = mx.fast.metal_kernel if backend == "metal" else nvrtc.Kernel
     header = (METAL if backend == "metal" else CUDA) + FOUR
     source = THREAD[backend] + ROW + steps.replace("EPS", f"{eps!r}f")
     return make(name=name, input_names=inputs, output_names=outputs, source=source, header=header)
@@ -212,12 +214,22 @@ def _try_layer_norm(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, 
     yield layer_norm(x, scale, shift, 1e-6), mx.fast.layer_norm(x.astype(mx.float32), scale, shift, 1e-6)
 
 
+def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
+    """``x + y * gate``, of x and y in one dtype and a gate float32 (C,)."""
+    return _run("gated_add", READ_SUM + WRITE_SUM, 0.0, {"x": x, "y": y, "gate": gate}, ("total",))[0]
+
+
+def _try_gated_add(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
+    x, y, (gate,) = _rows(dtype, channels), _rows(dtype, channels, 1), _vectors(1, channels)
+    yield gated_add(x, y, gate), x.astype(mx.float32) + y.astype(mx.float32) * gate
+
+
 def add_and_norm(
     x: mx.array, y: mx.array, gate: mx.array, scale: mx.array, shift: mx.array, eps: float
 ) -> list[mx.array]:
     """``x + y * gate``, of x and y in one dtype and a gate float32 (C,), and its `layer_norm`."""
     inputs = {"x": x, "y": y, "gate": gate, "scale": scale, "shift": shift}
-    return _run("add_and_norm", READ_SUM + LAYER_NORM, eps, inputs, ("total", "out"))
+    return _run("add_and_norm", READ_SUM + WRITE_SUM + LAYER_NORM, eps, inputs, ("total", "out"))
 
 
 def _try_add_and_norm(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
@@ -275,6 +287,7 @@ def _vectors(count: int, channels: int) -> mx.array:
 
 TRIALS = {
     layer_norm: _try_layer_norm,
+    gated_add: _try_gated_add,
     add_and_norm: _try_add_and_norm,
     rms_norm_and_rotate: _try_rms_norm_and_rotate,
     gelu_tanh: _try_gelu_tanh,

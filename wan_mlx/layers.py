@@ -57,9 +57,15 @@ def scale_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
     return (x.astype(mx.float32) * scale + shift).astype(x.dtype)
 
 
-@mx.compile
 def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
     """``x + y * gate`` computed in float32, in x's dtype."""
+    if kernels.usable(kernels.gated_add, x, gate):
+        return kernels.gated_add(x, y, gate.flatten())
+    return _gated_add(x, y, gate)
+
+
+@mx.compile
+def _gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
     return (x.astype(mx.float32) + y.astype(mx.float32) * gate).astype(x.dtype)
 
 
@@ -116,6 +122,24 @@ class AffineNorm(nn.Module):
         self.bias = mx.zeros((dim,))
 
 
+class LateFrees:
+    """Keeps down what a GPU is done with and MLX has not freed.
+
+    On CUDA a thread of MLX's frees it, which falls behind where much is submitted in small pieces: unlimited, by
+    gigabytes. `mx.synchronize` waits for that thread, and so is called when memory has grown since it was called last.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self.least = mx.get_active_memory()
+
+    def limit(self) -> None:
+        """Wait, if more than ``most`` bytes may be left to free."""
+        if mx.cuda.is_available() and mx.get_active_memory() > self.least + self.most:
+            mx.synchronize()
+            self.least = mx.get_active_memory()
+
+
 class Pacer:
     """Submits work piece by piece: one piece runs while the next waits, and no more.
 
@@ -124,10 +148,11 @@ class Pacer:
 
     Attributes:
         tokens_at_once: size of the pieces where tokens are independent (`in_token_chunks`).
+        late: what limits the memory that is freed late, if anything does.
     """
 
-    def __init__(self, tokens_at_once: int = TOKENS_AT_ONCE):
-        self.tokens_at_once = tokens_at_once
+    def __init__(self, tokens_at_once: int = TOKENS_AT_ONCE, late: LateFrees | None = None):
+        self.tokens_at_once, self.late = tokens_at_once, late
         self.running: tuple[mx.array, ...] = ()
 
     def __call__(self, *arrays: mx.array) -> None:
@@ -135,6 +160,8 @@ class Pacer:
         mx.async_eval(*arrays)
         mx.eval(*self.running)
         self.running = arrays
+        if self.late:
+            self.late.limit()
 
     def finish(self) -> None:
         """Wait for all that was submitted, and hold nothing of it."""

@@ -16,14 +16,14 @@ import mlx.core as mx
 
 from .attention import UNFUSED_SCORES, has_fused_kernel
 from .configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
-from .layers import FEW_TOKENS
+from .layers import FEED_FORWARD_TOKENS, FEW_TOKENS
 from .quantized import Packing
 from .rope import row_order
 from .text_encoder import parameter_shapes as text_encoder_shapes
 from .tiling import decoder_spans, encoder_spans, split
 from .transformer import BLOCK_LISTS, Transformer
 from .vace import VaceTransformer
-from .vae import VAE, VALUES_AT_ONCE
+from .vae import LATE, VAE, VALUES_AT_ONCE
 from .weights import cuda
 from .weights.ahead import most_in_flight
 from .weights.load import parameter_shapes
@@ -38,21 +38,19 @@ TOKENS_ALIVE, TOKENS_ALIVE_SETTLED = 7.2, 6.2
 TOKENS_ALIVE_OPERATIONS = 0.8
 # The same where tokens are taken a piece at a time: the tokens before and after, and what attention gave; when the
 # pieces are put together these and the whole.
-TOKENS_ALIVE_IN_PIECES, TOKENS_ALIVE_AT_JOIN = 3.0, 4.0
+TOKENS_ALIVE_IN_PIECES, TOKENS_ALIVE_AT_JOIN = 3.0, 3.5
 # Of each of the two pieces in flight: arrays as wide as tokens, and as wide as the feed-forward.
 PIECE_TOKENS, PIECE_WIDE = 5.0, 1.0
-# Beside the feed-forward of all tokens at once: 7.7 to 8.6 were measured where blocks are resident, and the next is
-# begun before all is freed; 6.1 to 8.1 where they are streamed.
-TOKENS_ALIVE_WHOLE, TOKENS_ALIVE_WHOLE_STREAMED = 8.0, 7.3
+# Where all tokens, or large pieces, are computed at once, and short work is not waited for: arrays as wide as tokens,
+# where blocks are resident, and the next is begun before all is freed, and where they are streamed; and of a piece of
+# the feed-forward. Measured on an H200: 13.3 to 14.2 in all for 1.3B, 10.3 for a streamed 14B.
+TOKENS_ALIVE_WHOLE, TOKENS_ALIVE_WHOLE_STREAMED, WHOLE_WIDE = 11.4, 9.1, 1.7
 # Latents (L, 64) in float32 in the sampling loop: of the solver's history, both passes, and the step's.
 LATENTS_ALIVE = 10
 # Frames of a VAE stage that live at once beside its caches, for each frame of a piece, and once more for pieces of
 # several frames, which are put behind the two before them, as new frames for the cache are made while the old ones are
-# there. Measured on an H200 where a frame is a piece, from 78 to 179 MB each: 8.4 frames and 530 MB.
+# there. Measured on an H200, beside what is freed late (`layers.LateFrees`).
 DECODE_FRAMES, ENCODE_FRAMES, JOINED_FRAMES = 8.4, 8.0, 9.0
-# That: what the convolutions' library works in, of the three taps that are evaluated at once. Next to nothing was seen
-# beside the encoder. Small pieces take less, which was not measured: no more than so many times a piece.
-DECODE_WORKSPACE, WORKSPACE_PIECES = 500_000_000, 12
 # More where convolutions are matmuls over every pixel's neighbourhood, written out, for three taps: on the CPU.
 UNFOLDED_FRAMES = 27.0
 # What a GPU's backend itself allocates.
@@ -193,9 +191,12 @@ def denoise(
     wide = tokens * c.dim * nets.dtype.size
     attending = TOKENS_ALIVE_SETTLED if tokens_at_once <= FEW_TOKENS else TOKENS_ALIVE
     attending += TOKENS_ALIVE_OPERATIONS * on_cpu()
-    if tokens <= tokens_at_once:
+    if tokens_at_once > FEED_FORWARD_TOKENS:
         beside = TOKENS_ALIVE_WHOLE_STREAMED if stream else TOKENS_ALIVE_WHOLE
-        alive = max(attending * wide, beside * wide + PIECE_WIDE * tokens * c.ffn_dim * nets.dtype.size)
+        piece = min(tokens, tokens_at_once) / tokens
+        beside = TOKENS_ALIVE_AT_JOIN * (piece < 1) + beside * piece
+        fed = min(tokens, FEED_FORWARD_TOKENS) * c.ffn_dim * nets.dtype.size
+        alive = max(attending * wide, beside * wide + WHOLE_WIDE * fed)
     else:
         last_two = min(tokens, (tokens % tokens_at_once or tokens_at_once) + tokens_at_once)
         alive = max(
@@ -260,6 +261,21 @@ def tile_work(
     return tiled / whole
 
 
+def tile_kinds(
+    config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None, decoding: bool
+) -> int:
+    """How many different shapes tiles have with their margins."""
+    if tile is None:
+        return 1
+    kinds, factor = 1, 2 ** len(config.temporal_downsample)
+    spans_of = decoder_spans if decoding else encoder_spans
+    for length, side in zip(latent_shape[1:], tile[::-1], strict=True):
+        parts = split(length, max(1, side // factor))
+        spans = [spans_of(part, convolutions(config, decoding), length) for part in parts]
+        kinds *= len({tuple(end - start for (start, end), _ in stages) for stages in spans})
+    return kinds
+
+
 def convolutions(config: VAEConfig, decoding: bool) -> list[int]:
     """3x3 convolutions at each resolution, as `wan_mlx.tiling` counts them."""
     counts = [2 * (config.num_res_blocks + decoding)] * len(config.dim_mult)
@@ -289,8 +305,8 @@ def _vae(config, latent_shape, tile, itemsize, decoding) -> int:
         caches += 2 * given[stage] * (into + (2 * blocks - 1) * width)
         frame = given[stage] * width * itemsize
         count = max(1, min(frames, VALUES_AT_ONCE // (given[stage] * width)))
-        workspace = min(DECODE_WORKSPACE, WORKSPACE_PIECES * count * frame) if decoding and not on_cpu() else 0
-        peak = max(peak, (each * count + (JOINED_FRAMES if count > 1 else 0)) * frame + workspace + held)
+        late = LATE if decoding and not on_cpu() else 0
+        peak = max(peak, (each * count + (JOINED_FRAMES if count > 1 else 0)) * frame + late + held)
         if last and decoding:
             caches += 2 * given[stage] * width
         if last:

@@ -8,10 +8,12 @@ convolutions unfold take a share of the time that differs from one machine to th
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from time import perf_counter
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,7 +33,7 @@ from .vace import VaceTransformer
 from .vae import VAE
 from .weights import cuda
 from .weights.ahead import Landings
-from .weights.parameters import Parameters, dtype_of, locate
+from .weights.parameters import Parameters, dtype_of, load_landed, locate
 
 # Seconds of each thing that is timed: enough to tell, and no GPU work so long that macOS would end it.
 ENOUGH, MOST_TIMES = 0.4, 100
@@ -60,6 +62,7 @@ class Rates:
         attention: of self-attention, likewise.
         decode, encode: of the VAE; ``encode`` is None where nothing is encoded.
         reading: of loading weights, in bytes of their file; None leaves it out.
+        first: stage → seconds that it takes more, once, where kernels are chosen for shapes not seen before.
     """
 
     transformer: float
@@ -67,6 +70,14 @@ class Rates:
     decode: float
     encode: float | None = None
     reading: float | None = None
+    first: Mapping[str, float] = field(default_factory=dict)
+
+
+class Rate(NamedTuple):
+    """What was timed: FLOP per second, and the seconds that the first run took more."""
+
+    flop: float
+    first: float
 
 
 def timed(
@@ -92,7 +103,7 @@ def with_seconds(plan: Plan, rates: Rates) -> Plan:
             read = row.reads / rates.reading
             streamed = row.stage == "encode text" or plan.stream and row.stage == "denoise"
             seconds = max(seconds, read) if streamed else seconds + read
-        rows.append(replace(row, seconds=seconds))
+        rows.append(replace(row, seconds=seconds + rates.first.get(row.stage, 0.0)))
     return replace(plan, rows=tuple(rows))
 
 
@@ -113,19 +124,21 @@ def measure_rates(
     encodes = any(row.stage == "encode video" for row in plan.rows)
     with limited_cache(plan):  # as in the run: memory that must be asked for anew each time makes all slower
         attending = attention_rate(nets, tokens, at_a_time)
-        rates = Rates(
-            transformer_rate(nets, tokens, at_a_time, plan.tokens_at_once, attending),
-            attending,
-            decode_rate(nets.vae, _corner(latent_shape, plan.decode_tile)),
-            encode_rate(nets.vae, _corner(latent_shape, plan.encode_tile)) if encodes else None,
-            reading_rate(parameters, plan.stream) if parameters else None,
-        )
+        forward = transformer_rate(nets, tokens, at_a_time, plan.tokens_at_once, attending.flop)
+        decode = decode_rate(nets.vae, _corner(latent_shape, plan.decode_tile))
+        encode = encode_rate(nets.vae, _corner(latent_shape, plan.encode_tile)) if encodes else Rate(0.0, 0.0)
+        reading = reading_rate(parameters, plan.stream) if parameters else None
     mx.clear_cache()
-    return rates
+    first = {
+        "denoise": forward.first + attending.first,
+        "decode": decode.first * _kinds(nets.vae, latent_shape, plan.decode_tile, decoding=True),
+        "encode video": encode.first * _kinds(nets.vae, latent_shape, plan.encode_tile, decoding=False),
+    }
+    return Rates(forward.flop, attending.flop, decode.flop, encode.flop or None, reading, first)
 
 
-def transformer_rate(nets: Networks, tokens: int, at_a_time: int, tokens_at_once: int, attending: float) -> float:
-    """FLOP per second of a forward without self-attention, which is taken to run at the rate ``attending``."""
+def transformer_rate(nets: Networks, tokens: int, at_a_time: int, tokens_at_once: int, attending: float) -> Rate:
+    """Of a forward without self-attention, which is taken to run at ``attending`` FLOP per second."""
     whole = nets.transformer
     model = random_transformer(replace(whole, num_layers=1, vace_layers=whole.vace_layers[:1]), nets)
     model.tokens_at_once = tokens_at_once
@@ -145,17 +158,17 @@ def transformer_rate(nets: Networks, tokens: int, at_a_time: int, tokens_at_once
         seconds = without + sum(parts.values()) / sum(one.values()) * (with_block - without)
         return max(seconds - parts["self attention"] / attending, LEAST_REST * seconds)
 
-    count, seconds = worth_timing(forward, 16, tokens)
+    count, seconds, first = worth_timing(forward, 16, tokens)
     seconds = without_attention(count, seconds)
     if count < tokens:  # what it takes for any number of tokens, such as unpacking weights, it takes once
         least = without_attention(1, average(partial(forward, 1)))
         seconds += max(seconds - least, LEAST_REST * seconds) * (tokens - count) / (count - 1)
     parts = work.forward_parts(whole, tokens)
-    return (sum(parts.values()) - parts["self attention"]) / seconds
+    return Rate((sum(parts.values()) - parts["self attention"]) / seconds, first)
 
 
-def attention_rate(nets: Networks, tokens: int, at_a_time: int) -> float:
-    """FLOP per second of self-attention: of some queries of some heads, to all keys."""
+def attention_rate(nets: Networks, tokens: int, at_a_time: int) -> Rate:
+    """Of self-attention: of some queries of some heads, to all keys."""
     c = nets.transformer
 
     def shape(queries: int) -> tuple[int, int]:
@@ -167,13 +180,13 @@ def attention_rate(nets: Networks, tokens: int, at_a_time: int) -> float:
         keys, values = (random_array((1, tokens, heads, c.head_dim), 1.0, nets.dtype) for _ in range(2))
         return _seconds(lambda: mx.eval(attention(keys[:, :rows], keys, values, Pacer())), at_a_time)
 
-    queries, seconds = worth_timing(attend, 16, c.num_heads * tokens)
+    queries, seconds, first = worth_timing(attend, 16, c.num_heads * tokens)
     heads, rows = shape(queries)
-    return 4.0 * heads * rows * tokens * c.head_dim / seconds
+    return Rate(4.0 * heads * rows * tokens * c.head_dim / seconds, first)
 
 
-def decode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> float:
-    """FLOP per second of decoding latents (t, h, w): of the second frame, which all others are like."""
+def decode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> Rate:
+    """Of decoding latents (t, h, w): of the second frame, which all others are like."""
     vae = VAE(config)
     for part in (vae.conv2, vae.decoder):
         random_weights(part)
@@ -186,12 +199,12 @@ def decode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> float:
             next(frames)
         return perf_counter() - started
 
-    side, seconds = worth_timing(decode, 2, max(latent_shape[1:]), power=2)
-    return _flop_of_last(work.decode_flop, config, _two_frames(latent_shape, side)) / seconds
+    side, seconds, first = worth_timing(decode, 2, max(latent_shape[1:]), power=2)
+    return Rate(_flop_of_last(work.decode_flop, config, _two_frames(latent_shape, side)) / seconds, first)
 
 
-def encode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> float:
-    """FLOP per second of encoding to latents (t, h, w): of the second frame, which all others are like."""
+def encode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> Rate:
+    """Of encoding to latents (t, h, w): of the second frame, which all others are like."""
     vae = VAE(config)
     for part in (vae.conv1, vae.encoder):
         random_weights(part)
@@ -210,8 +223,8 @@ def encode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> float:
         mx.eval(vae.encode_chunks(chunks()))
         return perf_counter() - started[-1]
 
-    side, seconds = worth_timing(encode, 2, max(latent_shape[1:]), power=2)
-    return _flop_of_last(work.encode_flop, config, _two_frames(latent_shape, side)) / seconds
+    side, seconds, first = worth_timing(encode, 2, max(latent_shape[1:]), power=2)
+    return Rate(_flop_of_last(work.encode_flop, config, _two_frames(latent_shape, side)) / seconds, first)
 
 
 def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
@@ -225,8 +238,8 @@ def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
         return None
     # From all over it, and not the same each time: what was read before is in the system's cache.
     names = random.sample(list(stored), len(stored))
-    if stream and cuda.in_use():
-        return _landing_rate(parameters, stored, names)
+    if cuda.in_use() and (stream or weights.spots(names) is not None):
+        return _landing_rate(parameters, stored, names, stream)
     read, seconds = 0, 0.0
     for name in names:
         started = perf_counter()
@@ -239,23 +252,36 @@ def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
     return read / seconds
 
 
-def _landing_rate(parameters: Parameters, stored: dict[str, int], names: list[str]) -> float:
-    """The same as blocks are read on CUDA, many tensors at once into memory that is there already."""
+def _landing_rate(parameters: Parameters, stored: dict[str, int], names: list[str], stream: bool) -> float:
+    """The same as weights are read on CUDA: many tensors at once, of a block into memory that is there already."""
     some, read = [], 0
     while names and read < READ_BYTES:
         some.append(names.pop())
         read += stored[some[-1]]
+    one_of_each = {re.sub(r"\d+", "", name): name for name in parameters.weights.shapes}.values()
+    load_landed(parameters, one_of_each)  # kernels are compiled
     landings = Landings()
-    if spots := parameters.weights.spots(some):
+    if stream and (spots := parameters.weights.spots(some)):
         for _ in range(2):
             landings.next(cuda.needed(spots), stays_free=False)
     started = perf_counter()
-    parameters.finish(parameters.read_ahead(some, landings).result())
+    if stream:
+        parameters.finish(parameters.read_ahead(some, landings).result())
+    else:
+        load_landed(parameters, some)
     return read / (perf_counter() - started)
 
 
-def worth_timing(seconds_at: Callable[[int], float], smallest: int, whole: int, power: int = 1) -> tuple[int, float]:
-    """The size, up to ``whole``, at which something takes long enough to be timed, and the seconds it takes there.
+class Timing(NamedTuple):
+    """A size, the seconds that something takes there, and those that it took more the first time."""
+
+    size: int
+    seconds: float
+    first: float
+
+
+def worth_timing(seconds_at: Callable[[int], float], smallest: int, whole: int, power: int = 1) -> Timing:
+    """Time something at a size, up to ``whole``, at which it takes long enough to be timed.
 
     Args:
         seconds_at: does it at a size; returns the seconds it took.
@@ -265,12 +291,13 @@ def worth_timing(seconds_at: Callable[[int], float], smallest: int, whole: int, 
     size = min(smallest, whole)
     seconds_at(1)  # kernels are compiled at the first run
     while True:
-        seconds = seconds_at(size)
+        seconds, first = seconds_at(size), 0.0
         # Again: some kernels are chosen, or even compiled, by size, and memory was asked for the first time.
         if seconds < LONG or not peaks.on_cpu():
-            seconds = seconds_at(size)
+            again = seconds_at(size)
+            seconds, first = again, max(0.0, seconds - again) * (not peaks.on_cpu())
         if seconds >= ENOUGH / 2 or size == whole:
-            return size, average(partial(seconds_at, size), seconds)
+            return Timing(size, average(partial(seconds_at, size), seconds), first)
         leap = (min(LARGEST_LEAP, ENOUGH / seconds) if seconds else LARGEST_LEAP) ** (1 / power)
         size = min(whole, max(size + 1, int(size * leap)))
 
@@ -377,6 +404,11 @@ def _two_frames(latent_shape: tuple[int, int, int], side: int) -> tuple[int, int
     """Two frames of latents, or the only one, of no more than ``side`` squared."""
     t, h, w = latent_shape
     return min(2, t), min(side, h), min(side, w)
+
+
+def _kinds(config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None, decoding: bool) -> int:
+    """How many sets of shapes the VAE's layers see: of each kind of tile, and of the first frame and later ones."""
+    return (2 if latent_shape[0] > 1 else 1) * peaks.tile_kinds(config, latent_shape, tile, decoding)
 
 
 def _flop_of_last(flop: Callable[..., float], config: VAEConfig, latent_shape: tuple[int, int, int]) -> float:

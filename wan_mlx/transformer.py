@@ -20,6 +20,7 @@ from .layers import (
     FEED_FORWARD_TOKENS,
     TOKENS_AT_ONCE,
     AffineNorm,
+    LateFrees,
     Linear,
     Pacer,
     RMSNorm,
@@ -31,6 +32,8 @@ from .layers import (
 )
 from .rope import norm_and_rotate, rope_table
 
+# Bytes that may wait to be freed.
+LATE = 200_000_000
 # Attributes that are lists of blocks, of all transformers.
 BLOCK_LISTS = ("blocks", "vace_blocks")
 # Parameters that stay float32 whatever the dtype of the rest: few bytes, and rounding them shows.
@@ -55,7 +58,7 @@ class SelfAttention(Attention):
     def queries_keys_values(self, x: mx.array, table: tuple[mx.array, mx.array], pace: Pacer) -> list[mx.array]:
         """Normed tokens (B, L, D) → queries, keys and values (B, L, heads, head_dim), as `attention` takes them."""
         arrays = []
-        steps = (self.q, self.norm_q, pace), (self.k, self.norm_k, pace.small), (self.v, None, pace)
+        steps = (self.q, self.norm_q, pace), (self.k, self.norm_k, pace.small), (self.v, None, pace.small)
         for project, norm, have_computed in steps:
             arrays.append(self._heads_of(project(x), norm, table))
             have_computed(arrays[-1])
@@ -243,6 +246,7 @@ class Transformer(nn.Module):
         self.time_embedding = [Linear(config.freq_dim, dim), nn.silu, Linear(dim, dim)]
         self.time_projection = [nn.silu, Linear(dim, 6 * dim)]
         self.tokens_at_once = TOKENS_AT_ONCE  # where tokens are independent; fewer take less memory
+        self._late = LateFrees(LATE)
         # Reads the blocks where they are not resident: (their names, in order) → the blocks, each valid until the next.
         self.stream: Callable[[Sequence[str]], Iterator[Block]] | None = None
         self.blocks = [self.new_block(config, f"blocks.{i}") for i in range(config.num_layers)]
@@ -327,7 +331,7 @@ class Transformer(nn.Module):
         x, grid = self.patchify(latents, self.patch_embedding)
         time, modulation = self.embed_time(timestep)
         text, image = self.embed_context(context, image_features)
-        table, pace = rope_table(grid, self.config.head_dim), Pacer(self.tokens_at_once)
+        table, pace = rope_table(grid, self.config.head_dim), Pacer(self.tokens_at_once, self._late)
         return x, ForwardPass(grid, time, pace, (modulation, text, image, table, pace))
 
     def leave(self, x: mx.array, this_pass: ForwardPass) -> mx.array:

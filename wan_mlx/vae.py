@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .configs import VAEConfig
-from .layers import Pacer
+from .layers import LateFrees, Pacer
 
 # The one attention head is 384 wide, which no fused kernel takes: this many scores at a time (64 MB in float32).
 SCORES_AT_ONCE = 1 << 24
@@ -25,6 +25,10 @@ VALUES_AT_ONCE = 20_000_000
 
 # Work on larger arrays is waited for, each a convolution, before more is submitted.
 BYTES_AHEAD = 12_000_000
+# Frames kept, of layers that nothing else paces.
+MOST_NOT_MADE = 4
+# Bytes that may wait to be freed, in tiles, which are there to save memory, and elsewhere.
+LATE, LATE_AHEAD = 100_000_000, 400_000_000
 
 
 class CausalCache:
@@ -38,8 +42,10 @@ class CausalCache:
 
     def __init__(self, ahead: bool = False):
         self.frames: dict[int, tuple[mx.array, ...]] = {}
+        self._not_made: list[mx.array] = []  # of the frames, copies not yet submitted
         self._ahead = ahead and mx.default_device() == mx.gpu
         self._pacer = Pacer()
+        self._late = LateFrees(LATE_AHEAD if self._ahead else LATE)
 
     def pace(self, y: mx.array, x: mx.array | None = None) -> mx.array:
         """Have ``y`` computed and return it: at once if it, or ``x`` which it comes from, is large.
@@ -47,9 +53,11 @@ class CausalCache:
         Everything that is submitted at once is alive at once, so large ones take turns. Between small ones a GPU would
         wait for the next, so those are submitted ahead, if that is allowed.
         """
-        self._pacer(y)
+        self._pacer(y, *self._not_made)
+        self._not_made = []
         if not self._ahead or max(y.nbytes, 0 if x is None else x.nbytes) > BYTES_AHEAD:
             self._pacer.finish()
+        self._late.limit()
         return y
 
     def get(self, layer: nn.Module) -> tuple[mx.array, ...]:
@@ -59,7 +67,11 @@ class CausalCache:
     def keep(self, layer: nn.Module, *frames: mx.array) -> None:
         """Replace the frames kept by ``layer``, each copied if it is a part of something larger."""
         self.frames[id(layer)] = tuple(mx.contiguous(frame) for frame in frames)
-        mx.async_eval(*self.frames[id(layer)])  # a copy not yet made keeps alive what it is a copy of
+        # A copy not yet made keeps alive what it is a copy of, but every submission costs a GPU time: `pace` does it.
+        self._not_made += self.frames[id(layer)]
+        if len(self._not_made) > MOST_NOT_MADE:
+            mx.async_eval(*self._not_made)
+            self._not_made = []
 
     def look_back(self, layer: nn.Module, x: mx.array) -> list[mx.array]:
         """The next frames x (n, H, W, C) as a layer that sees each with the two before it needs them.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from itertools import accumulate
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from .. import nvrtc
 from ..types import WeightsError
 
 if TYPE_CHECKING:
@@ -83,15 +84,12 @@ class Driver:
 
 def address_of(array: mx.array) -> int:
     """Where a whole array lies on the GPU. A kernel tells: asked from the CPU, MLX would move it to managed memory."""
-    return _tell_address()(
+    return TELL_ADDRESS(
         inputs=[array], output_shapes=[(1,)], output_dtypes=[mx.int64], grid=(1, 1, 1), threadgroup=(1, 1, 1)
     )[0].item()
 
 
-@lru_cache
-def _tell_address() -> Callable:
-    source = "out[0] = (long long)x;"
-    return mx.fast.cuda_kernel(name="tell_address", input_names=["x"], output_names=["out"], source=source)
+TELL_ADDRESS = nvrtc.Kernel("tell_address", ("x",), ("out",), "out[0] = (long long)x;")
 
 
 class Landing:

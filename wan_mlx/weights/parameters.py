@@ -21,7 +21,7 @@ from ..quantized import QuantizedLinear
 from ..transformer import BLOCK_LISTS, FLOAT32_PARAMETERS, Transformer
 from ..types import WeightsError
 from . import cuda
-from .ahead import Ahead, EvaluatedAhead, LandedAhead, Landings, ReadAhead
+from .ahead import IN_FLIGHT, Ahead, EvaluatedAhead, LandedAhead, Landings, ReadAhead
 from .file import Spot
 from .load import NOTHING, SAFETENSORS_NAMES, ComponentWeights, check_keys, parameter_shapes
 from .lora import Loras
@@ -148,10 +148,14 @@ class Parameters:
             found[name] = self._changed(name, arrays)
         return found
 
-    def read_ahead(self, names: Iterable[str], landings: Landings) -> Ahead:
-        """`start`, and make it resident in another thread; `finish` takes the result."""
+    def read_ahead(self, names: Iterable[str], landings: Landings, kept: bool = False) -> Ahead:
+        """`start`, and make it resident in another thread; `finish` takes the result.
+
+        ``kept``: beyond what is read next.
+        """
         names = tuple(names)
         spots, copied = self._where_to_land(names) if cuda.in_use() else (None, False)
+        copied = copied or kept
         if spots is not None:
             landing = landings.next(cuda.needed(spots), stays_free=copied)
             return LandedAhead(landing, spots, lambda have: self.landed(names, have, copied), resident=copied)
@@ -277,24 +281,54 @@ def load_module(
     progress: Callable[[Iterable[str]], Iterable[str]],
     unread: Mapping[str, tuple[int, ...]] | None = None,
 ) -> nn.Module:
-    """Fill ``module`` and return it, one tensor at a time: while one is read, the one before is cast and reordered.
+    """Fill ``module`` and return it.
 
     ``unread``: name → shape of what the file must hold too, though ``module`` has no use for it; it is not read.
     """
     unread = unread or {}
     check_keys(parameters.weights, {**parameter_shapes(module), **unread})
     parameters.fit(module, without=unread)
+    names = [name for name in parameters.weights.shapes if name not in unread]
+    load = load_landed if cuda.in_use() and parameters.weights.spots(names) is not None else load_in_turn
+    module.load_weights(load(parameters, progress(names)))
+    module.lora_state = LoraState(bool(parameters.merged), parameters.row_order)
+    return module.eval()
+
+
+def load_in_turn(parameters: Parameters, names: Iterable[str]) -> list[tuple[str, mx.array]]:
+    """One tensor at a time: while one is read, the one before is cast and reordered."""
     arrays, before = [], {}
-    for name in progress([name for name in parameters.weights.shapes if name not in unread]):
+    for name in names:
         with mx.stream(mx.cpu):
             started = parameters.start([name], now=True)
         mx.async_eval(list(started.values()))
         arrays += parameters.finish(before)
         before = started
-    arrays += parameters.finish(before)
-    module.load_weights(arrays)
-    module.lora_state = LoraState(bool(parameters.merged), parameters.row_order)
-    return module.eval()
+    return arrays + parameters.finish(before)
+
+
+def load_landed(parameters: Parameters, names: Iterable[str]) -> list[tuple[str, mx.array]]:
+    """On CUDA: `IN_FLIGHT` bytes at a time into the GPU's memory (`cuda`), or one tensor, cast and reordered there."""
+    arrays, landings = [], Landings()
+    some, size = [], 0
+
+    def land() -> None:
+        ahead = parameters.read_ahead(some, landings, kept=True)
+        try:
+            arrays.extend(parameters.finish(ahead.result()))
+        finally:
+            ahead.stop()  # or it would go on after Ctrl-C
+
+    for name in names:
+        more = parameters.weights.stored_bytes(name)
+        if some and size + more > IN_FLIGHT:
+            land()
+            some, size = [], 0
+        some.append(name)
+        size += more
+    if some:
+        land()
+    return arrays
 
 
 @dataclass
