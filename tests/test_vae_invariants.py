@@ -1,12 +1,15 @@
 """Invariants of the causal VAE that need no PyTorch."""
 
+import ctypes
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from pico import VAE_CONFIG, random, random_vae
 
 from wan_mlx.configs import VAEConfig
-from wan_mlx.vae import VAE, CausalCache
+from wan_mlx.vae import VAE, CausalCache, CausalConv
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,30 @@ def test_cache_owns_its_memory(vae, exact_allocations):
     encode = held_beyond_the_cache(vae._encode_chunk, [(1, n, 64, 96, 3) for n in (1, 4)])
     # One frame of pixels kept alive by a slice would be 74 kB.
     assert abs(decode) < 20_000 and abs(encode) < 20_000
+
+
+def test_weights_that_are_replaced_are_used(vae):
+    """Though what is made of them is kept."""
+    first, other = VAE(vae.config), VAE(vae.config)
+    first.update(vae.parameters())
+    other.load_weights([(name, 0.9 * array) for name, array in tree_flatten(vae.parameters())])
+    latents = mx.random.normal((1, 3, 2, 3, vae.config.z_dim), key=mx.random.key(0))
+
+    before, wanted = decoded(first, latents), decoded(other, latents)
+    first.load_weights(tree_flatten(other.parameters()))
+    assert np.array_equal(decoded(first, latents), wanted) and not np.allclose(before, wanted, atol=1e-3)
+
+
+def test_taps_are_not_copied():
+    conv = CausalConv(4, 8)
+    conv.weight = mx.random.normal((8, 3, 3, 3, 4))
+    weight, taps = np.array(conv.weight), conv.taps()
+    mx.eval(taps)
+    for tap, mine in enumerate(taps):
+        assert np.array_equal(mine, weight[:, tap])
+    assert np.array_equal(conv.weight, weight) and conv.taps()[1].shape == (8, 3, 3, 4)
+    starts = [ctypes.addressof(ctypes.c_char.from_buffer(tap)) for tap in taps]
+    assert [start - starts[0] for start in starts] == [0, taps[0].nbytes, 2 * taps[0].nbytes]
 
 
 def test_cache_does_not_grow(vae):

@@ -109,7 +109,21 @@ class Conv(nn.Module):
         self.bias = mx.zeros((out_dim,))
 
 
-class CausalConv(Conv):
+class TemporalConv(Conv):
+    """A convolution in time too, computed tap by tap: one product for each frame that a result sees."""
+
+    def __init__(self, in_dim: int, out_dim: int, *kernel: int):
+        super().__init__(in_dim, out_dim, *kernel)
+        self._ordered: mx.array | None = None
+
+    def taps(self) -> list[mx.array]:
+        """The weight's three parts (O, height, width, I), which lie one behind the other, so that none is copied."""
+        if self._ordered is not self.weight:
+            self.weight = self._ordered = mx.moveaxis(mx.contiguous(mx.moveaxis(self.weight, 1, 0)), 0, 1)
+        return [self.weight[:, tap] for tap in range(3)]
+
+
+class CausalConv(TemporalConv):
     """3x3x3 over each frame and the two before it, which are zero at the start of the video."""
 
     def __init__(self, in_dim: int, out_dim: int):
@@ -117,15 +131,15 @@ class CausalConv(Conv):
 
     def __call__(self, x: mx.array, cache: CausalCache, residual: mx.array | None = None) -> mx.array:
         """Frames (n, H, W, C) → (n, H, W, out_dim), plus ``residual`` of that shape if there is one."""
-        frames, weight, bias = cache.look_back(self, x), self.weight, self.bias
+        frames, weights, bias = cache.look_back(self, x), self.taps(), self.bias
         width = len(bias)
         if width % 8 and mx.default_device() == mx.gpu:
             # cuDNN computes channels in eights; what it does not take MLX unfolds, which is nine times the frame.
-            weight, bias = (mx.pad(a, [(0, -width % 8)] + [(0, 0)] * (a.ndim - 1)) for a in (weight, bias))
+            *weights, bias = (mx.pad(a, [(0, -width % 8)] + [(0, 0)] * (a.ndim - 1)) for a in (*weights, bias))
         # One 2D convolution per tap, summed: what Metal makes of such a 3D convolution anyway, without the copy of
         # three frames into one array, and a quarter faster than cuDNN's 3D convolution.
-        taps = [mx.conv2d(frame, weight[:, k], padding=1) for k, frame in enumerate(frames)]
-        return (add(*taps, bias) if residual is None else add(*taps, bias, residual))[..., :width]
+        terms = [mx.conv2d(frame, weight, padding=1) for frame, weight in zip(frames, weights, strict=True)]
+        return (add(*terms, bias) if residual is None else add(*terms, bias, residual))[..., :width]
 
 
 @mx.compile
@@ -144,7 +158,7 @@ class PointConv(Conv):
         return mx.addmm(self.bias, x, self.weight.reshape(self.weight.shape[0], -1).T)
 
 
-class TimeConv(Conv):
+class TimeConv(TemporalConv):
     """3x1x1 over three frames, as one matmul per frame."""
 
     def __init__(self, in_dim: int, out_dim: int):
@@ -152,8 +166,8 @@ class TimeConv(Conv):
 
     def __call__(self, *frames: mx.array) -> mx.array:
         y = self.bias
-        for tap, frame in enumerate(frames):
-            y = mx.addmm(y, frame, self.weight[:, tap, 0, 0].T)
+        for frame, weight in zip(frames, self.taps(), strict=True):
+            y = mx.addmm(y, frame, weight.squeeze((1, 2)).T)
         return y
 
 
@@ -238,6 +252,7 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int, temporal: bool):
         super().__init__()
+        self._phases: tuple[mx.array | None, mx.array | None] = (None, None)
         self.resample = [None, Conv(dim, dim // 2, 3, 3)]
         if temporal:
             self.time_conv = TimeConv(dim, 2 * dim)
@@ -254,17 +269,25 @@ class Upsample(nn.Module):
         pixels of ``x`` with sums of the kernel's values, and the doubled frame is never made.
         """
         conv, (n, h, w, _) = self.resample[1], x.shape
-        phases = mx.array(PHASES)
-        weight = mx.einsum("aru,bsv,ouvc->aborsc", phases, phases, conv.weight.astype(mx.float32))
-        weight = weight.reshape(-1, *weight.shape[3:]).astype(x.dtype)
         # (n, H+1, W+1, 4 * width): at (i, j) what is seen of pixels i-1, i and j-1, j, for phases (a, b).
-        seen = mx.conv2d(x, weight, padding=1)
+        seen = mx.conv2d(x, self._phase_weights(), padding=1)
         # The result at (2i + a, 2j + b) is phase (a, b) at (i + a, j + b).
         width = len(conv.bias)
         column, row = 4 * width, 4 * width * (w + 1)
         strides = ((h + 1) * row, row, row + 2 * width, column, column + width, 1)
         y = mx.as_strided(seen, (n, h, 2, w, 2, width), strides) + conv.bias
         return cache.pace(y.reshape(n, 2 * h, 2 * w, width))
+
+    def _phase_weights(self) -> mx.array:
+        """(4 * width, 2, 2, C), made once."""
+        made_from, weight = self._phases
+        conv = self.resample[1]
+        if made_from is not conv.weight:
+            phases = mx.array(PHASES)
+            weight = mx.einsum("aru,bsv,ouvc->aborsc", phases, phases, conv.weight.astype(mx.float32))
+            weight = weight.reshape(-1, *weight.shape[3:]).astype(conv.weight.dtype)
+            self._phases = conv.weight, weight
+        return weight
 
     def _in_time(self, x, cache):
         if "time_conv" not in self:
