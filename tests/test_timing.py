@@ -145,6 +145,12 @@ def test_sizes_grow_until_they_take_enough():
     assert len(tried) >= timing.ENOUGH / 0.05  # what takes little is done more often
 
 
+def test_what_disturbs_timing_is_left_out():
+    times = iter([0.1, 0.9, 0.1, 0.3, 0.2])
+    assert timing.typical(lambda: next(times), 0.1) == pytest.approx(0.1)  # 0.1 and 0.9 are enough
+    assert timing.typical(lambda: next(times)) == pytest.approx(0.1)  # 0.1 and 0.3
+
+
 def test_what_the_first_run_of_a_size_takes_more_counts_once(nets, monkeypatch):
     """On a GPU, where kernels are chosen for each shape: for every kind of tile, and the first frame besides."""
     monkeypatch.setattr(peaks, "on_cpu", lambda: False)
