@@ -69,8 +69,8 @@ def measure(case: dict, engines: list[str], rounds: int) -> list[dict]:
     for worker in workers.values():
         worker.close()
     return [
-        {**case, "engine": engine, "seconds": min(r["seconds"] for r in runs), "all": [r["seconds"] for r in runs],
-         "peak_gib": max(r["peak_gib"] for r in runs), "flop": runs[0].get("flop")}
+        {**case, **min(runs, key=lambda r: r["seconds"]), "engine": engine, "all": [r["seconds"] for r in runs],
+         "peak_gib": max(r["peak_gib"] for r in runs)}
         for engine, runs in results.items()
     ]  # fmt: skip
 
@@ -111,6 +111,26 @@ def show(rows: list[dict]) -> None:
         for name, width in (("matmul", 11), ("attention", 14)):
             text += f"{rate / rates[name]:>{width}.0%}" if rate and name in rates else ""
         print(text, flush=True)
+        if "stages" in row:
+            print(of_run(row, rows), flush=True)
+
+
+def of_run(run: dict, rows: list[dict]) -> str:
+    """What a whole run consists of, beside what was predicted, and what its forwards and its decode take alone."""
+    lines = [f"  {name:<32}{'':<11}{stage['seconds']:>9.1f}{stage['peak_gib']:>10.2f}"
+             for name, stage in run["stages"].items()]  # fmt: skip
+    lines.append(f"  {'predicted':<32}{'':<11}{run['predicted_seconds']:>9.1f}{run['predicted_gib']:>10.2f}")
+    alone = {
+        row["item"]: row["seconds"]
+        for row in rows
+        if row["item"] in ("forward", "decode") and row["engine"] == "wan_mlx" and row["model"] == run["model"]
+        and not row.get("quantize") and (row["item"], row["dtype"]) != ("decode", "bfloat16")
+    }  # fmt: skip
+    if len(alone) == 2:
+        forwards = 2 * run["steps"]
+        ratio = run["seconds"] / (forwards * alone["forward"] + alone["decode"])
+        lines.append(f"  {ratio:.2f} times {forwards} forwards and a decode")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ from speed import forward_flop
 
 from wan_mlx.configs import PRESETS
 
-STAGE = re.compile(r"^(\w[\w ]*?) +([\d.]+) s(?: +peak +([\d.]+) GiB)?$")
+STAGE = re.compile(r"^(\w[\w ]*?) +([\d.]+) s +peak +([\d.]+) GiB$")
+PROMPT = "two cats fight on a stage"
 
 
 def latent_shape(case: dict) -> tuple[int, int, int]:
@@ -32,7 +33,14 @@ def sizes(case: dict) -> tuple[int, int]:
 
 
 class Ours:
-    """wan_mlx; every method returns a function to time and its FLOP, if they are known."""
+    """wan_mlx; every method returns a function to time and its FLOP, if they are known.
+
+    Attributes:
+        more: what else was found, for a run: its stages' seconds and peaks, and what they were predicted to be.
+    """
+
+    def __init__(self):
+        self.more: dict = {}
 
     def matmul(self, case):
         import mlx.core as mx
@@ -107,27 +115,43 @@ class Ours:
         return lambda: mx.eval(load_text_encoder(case["checkpoint"])([ids, ids])), None
 
     def run(self, case):
-        folder = Path(tempfile.mkdtemp())
+        import mlx.core as mx
+
+        import wan_mlx
+
+        folder, (width, height) = Path(tempfile.mkdtemp()), sizes(case)
+        pipe = wan_mlx.WanPipeline.from_pretrained(case["checkpoint"], preset=case["model"], progress=False)
+        request = pipe.request(PROMPT, width=width, height=height, num_frames=case["frames"], steps=case["steps"])
+        plan = pipe.plan(request, measure=True)
+        self.more = {"predicted_seconds": plan.seconds, "predicted_gib": plan.peak / 2**30}
+        mx.clear_cache()
 
         def run():
             command = [sys.executable, "-m", "wan_mlx.generate", "--model", case["checkpoint"], "--size", case["size"],
                        "--frames", str(case["frames"]), "--steps", str(case["steps"]), "--seed", "42", "--overwrite",
-                       "--prompt", "two cats fight on a stage", "--output", str(folder / "run.mp4")]  # fmt: skip
+                       "--prompt", PROMPT, "--no-prompt-cache", "--task", case["model"],
+                       "--output", str(folder / "run.mp4")]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode not in (0, 3):  # 3: random weights make a flat video, which is reported
                 raise SystemExit(done.stderr)
-            print("\n".join(line for line in done.stderr.splitlines() if STAGE.match(line)), file=sys.stderr)
+            found = (STAGE.match(line) for line in done.stderr.splitlines())
+            stages = {match[1]: {"seconds": float(match[2]), "peak_gib": float(match[3])} for match in found if match}
+            self.more = self.more | {"stages": stages}
 
         return run, None
 
     def peak(self, reset: bool = False) -> float:
         import mlx.core as mx
 
+        if "stages" in self.more:  # of another process
+            return max(stage["peak_gib"] for stage in self.more["stages"].values())
         return mx.reset_peak_memory() if reset else mx.get_peak_memory() / 2**30
 
 
 class Diffusers:
     """The same networks in PyTorch on CUDA, as its pipelines run them."""
+
+    more: dict = {}
 
     def forward(self, case):
         import torch
@@ -254,7 +278,8 @@ def main() -> None:
         started = time.perf_counter()
         function()
         seconds = time.perf_counter() - started
-        print(json.dumps({"measured": {"seconds": seconds, "peak_gib": engine.peak(), "flop": flop}}), flush=True)
+        measured = {"seconds": seconds, "peak_gib": engine.peak(), "flop": flop, **engine.more}
+        print(json.dumps({"measured": measured}), flush=True)
 
 
 if __name__ == "__main__":
