@@ -136,14 +136,15 @@ class Plan:
             worst = max(self.rows, key=lambda row: row.peak)
             options = "; ".join(self.advice) or "no option makes it fit"
             raise MemoryPlanError(
-                f"{self.title} needs about {self.peak / GIB:.1f} GiB to {worst.stage}, but only "
-                f"{self.budget / GIB:.1f} GiB are {'allowed' if self.chosen else 'free'}: {options}"
+                f"{self.title} needs about {number(self.peak / GIB)} GiB to {worst.stage}, but plans fill at most "
+                f"{number(FILL * self.budget / GIB)} of the {number(self.budget / GIB)} GiB that are "
+                f"{'allowed' if self.chosen else 'free'}: {options}"
             )
 
     def __str__(self) -> str:
         timed = self.seconds is not None
         lines = [
-            f"{self.title}, within {self.budget / GIB:.1f} GiB {'as asked' if self.chosen else 'of this machine'}",
+            f"{self.title}, within {number(self.budget / GIB)} GiB {'as asked' if self.chosen else 'of this machine'}",
             f"{'stage':<14}{'how':<42}{'peak GiB':>9}{'TFLOP':>11}{'reads GB':>10}" + f"{'time':>13}" * timed,
         ]
         for row in self.rows:
