@@ -7,8 +7,9 @@ from pico import random, random_vae
 
 import wan_mlx
 from wan_mlx import tiling
+from wan_mlx.causal import CausalCache, CausalConv
 from wan_mlx.media import to_uint8
-from wan_mlx.vae import CausalCache, CausalConv, ResidualBlock, flow
+from wan_mlx.vae import ResidualBlock, flow
 from wan_mlx.weights.hub import resolve
 
 SAME = dict(rtol=0, atol=1e-5)  # of float32 values around 1

@@ -8,8 +8,9 @@ import pytest
 from mlx.utils import tree_flatten
 from pico import VAE_CONFIG, random, random_vae
 
+from wan_mlx.causal import CausalCache, CausalConv
 from wan_mlx.configs import VAEConfig
-from wan_mlx.vae import VAE, CausalCache, CausalConv
+from wan_mlx.vae import VAE
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from functools import lru_cache
 import mlx.core as mx
 
 from .attention import UNFUSED_SCORES, has_fused_kernel
+from .causal import LATE
 from .configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from .layers import FEED_FORWARD_TOKENS, FEW_TOKENS
 from .quantized import Packing
@@ -23,7 +24,7 @@ from .text_encoder import parameter_shapes as text_encoder_shapes
 from .tiling import decoder_spans, encoder_spans, split
 from .transformer import BLOCK_LISTS, Transformer
 from .vace import VaceTransformer
-from .vae import LATE, VAE, VALUES_AT_ONCE
+from .vae import VAE, VALUES_AT_ONCE
 from .weights import cuda
 from .weights.ahead import most_in_flight
 from .weights.load import parameter_shapes

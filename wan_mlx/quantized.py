@@ -118,10 +118,14 @@ class QuantizedLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         few = x.size <= FEW_ROWS * x.shape[-1] and mx.default_device() != mx.cpu and mx.metal.is_available()
-        if "bias" in self and not few:  # added as the product is written, not in a pass of its own
-            return with_side(self, x, mx.addmm(self.bias.astype(x.dtype), x, self.unpacked(x.dtype).T))
-        y = self._multiply_packed(x) if few else x @ self.unpacked(x.dtype).T
-        return with_side(self, x, y + self.bias if "bias" in self else y)
+        if few:
+            y = self._multiply_packed(x)
+            y = y + self.bias if "bias" in self else y
+        elif "bias" in self:  # added as the product is written, not in a pass of its own
+            y = mx.addmm(self.bias.astype(x.dtype), x, self.unpacked(x.dtype).T)
+        else:
+            y = x @ self.unpacked(x.dtype).T
+        return with_side(self, x, y)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from .vae import CausalCache
+from .causal import CausalCache
 
 SPATIAL, TEMPORAL = 8, 4
 

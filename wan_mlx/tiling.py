@@ -20,8 +20,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .causal import CausalCache
 from .guards import is_out_of_memory
-from .vae import VAE, CausalCache, Downsample, ResidualBlock, Upsample, flow
+from .vae import VAE, Downsample, ResidualBlock, Upsample, flow
 
 log = logging.getLogger(__name__)
 

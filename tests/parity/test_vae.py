@@ -8,6 +8,7 @@ from mlx.utils import tree_flatten
 from oracles import official, randomize, relative_error
 
 from wan_mlx import vae as vae_module
+from wan_mlx.causal import CausalCache
 from wan_mlx.configs import VAEConfig
 from wan_mlx.vae import VAE, AttentionBlock, RMSNorm
 
@@ -125,7 +126,7 @@ def test_attention_in_query_chunks(monkeypatch, scores):
     ours = AttentionBlock(16)
     ours.load_weights([(k, to_mlx(convert(k, v))) for k, v in theirs.state_dict().items()], strict=True)
     x = random(1, 16, 1, 4, 6)
-    got = ours(to_mlx(x[:, :, 0].movedim(1, -1)), vae_module.CausalCache())
+    got = ours(to_mlx(x[:, :, 0].movedim(1, -1)), CausalCache())
     assert relative_error(got, theirs(x)[:, :, 0].movedim(1, -1)) <= BOUND
 
 

@@ -156,13 +156,7 @@ def _read_piece(spot: Spot, at: int, length: int, target: int, stopped: threadin
     piece = cuda.staging()[:length]
     try:
         with open(spot.file.path, "rb", buffering=0) as file:
-            file.seek(spot.start + at)
-            rest = piece
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise WeightsError(f"{spot.file.path}: ends {len(rest):,} bytes early; download it again")
-                rest = rest[count:]
+            spot.file.fill(piece, file, spot.start + at)
     except OSError as error:
         raise WeightsError(f"{spot.file.path}: cannot be read ({error.strerror or error})") from None
     cuda.copy(piece, target)

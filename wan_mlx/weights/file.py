@@ -100,7 +100,7 @@ class WeightsFile:
         values = np.empty(span if info.nbytes else 0, _NUMPY[info.dtype])
         if info.nbytes:
             with self._opened(key) as (file, start):
-                self._fill(values, file, start)
+                self.fill(values, file, start)
         if values.size == math.prod(info.shape) and strides == contiguous(info.shape):
             return _to_mlx(values.reshape(info.shape), info.dtype)
         steps = [stride * values.itemsize for stride in strides]
@@ -206,7 +206,8 @@ class WeightsFile:
         except OSError as error:
             raise WeightsError(f"{self.path}: {key} cannot be read ({error.strerror or error})") from None
 
-    def _fill(self, values: np.ndarray, file: BinaryIO, start: int) -> None:
+    def fill(self, values: np.ndarray | memoryview, file: BinaryIO, start: int) -> None:
+        """Read as many bytes as ``values`` has; raises WeightsError if the file ends before."""
         file.seek(start)
         rest = memoryview(values).cast("B")
         while rest:
@@ -217,12 +218,12 @@ class WeightsFile:
 
     def _fill_row(self, target: np.ndarray, file: BinaryIO, start: int, stride: int) -> None:
         if stride == 1:
-            return self._fill(target, file, start)
+            return self.fill(target, file, start)
         width = max(1, _PIECE // max(1, stride))
         for at in range(0, len(target), width):
             part = target[at : at + width]
             piece = np.empty((len(part) - 1) * stride + 1, target.dtype)
-            self._fill(piece, file, start + at * stride * target.itemsize)
+            self.fill(piece, file, start + at * stride * target.itemsize)
             part[:] = piece[:: stride or 1]
 
     def _info(self, key: str) -> TensorInfo:

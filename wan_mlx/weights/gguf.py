@@ -138,10 +138,10 @@ class GGUFFile(WeightsFile):
         if data.size:
             with self._opened(key) as (file, start):
                 if rows is None:
-                    self._fill(data, file, start)
+                    self.fill(data, file, start)
                 else:
                     for target, row in zip(data, rows.tolist(), strict=True):
-                        self._fill(target, file, start + row * width)
+                        self.fill(target, file, start + row * width)
         return data
 
     def _numbers(self, key: str, blocks: np.ndarray) -> np.ndarray:
