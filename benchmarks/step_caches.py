@@ -4,8 +4,9 @@
     python benchmarks/step_caches.py FOLDER --json step_caches.json
 
 The model stays loaded; each cache makes the same videos (prompts times seeds) as the run without one. The number of
-forwards of TeaCache and MagCache, and with it the time, does not depend on the weights, so a folder of random ones
-(``random_checkpoint.py``) tells the speed at real sizes; PSNR means something only for a trained model.
+forwards of MagCache, and with it the time, does not depend on the weights, so a folder of random ones
+(``random_checkpoint.py``) tells its speed at real sizes; of the others it tells what looking costs when nothing can be
+left out. PSNR means something only for a trained model.
 
 TeaCache and MagCache need constants, which are published for Wan-AI's models alone. ``--calibrate`` measures them for
 any other model, by one run that computes everything, and prints them as `wan_mlx.caching.constants` holds them.

@@ -7,7 +7,7 @@ import threading
 import time
 
 SCRIPT = """
-import signal, sys
+import select, signal, sys
 from wan_mlx import denoise, generate, media, pipeline, run_folder
 
 def held(function, number):
@@ -15,6 +15,8 @@ def held(function, number):
     def waiting(*args, **options):
         if next(calls) == number:
             print("holding", flush=True)
+            while not select.select([sys.stdin], [], [], 0.1)[0]:
+                pass  # a signal that came just before it slept is seen when it wakes
             sys.stdin.readline()
         return function(*args, **options)
     return waiting

@@ -59,6 +59,7 @@ def test_under_ffmpeg(tmp_path, flags, whole):
     held.process.send_signal(signal.SIGINT)
     held.wait_for("Ctrl-C again stops at once")
     held.process.send_signal(signal.SIGINT)
+    held.go_on()  # to write to an ffmpeg that is gone, or about to be
     check_resumable(tmp_path, whole, *held.finish(), kept_steps=3)
 
 

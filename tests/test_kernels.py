@@ -177,6 +177,11 @@ def test_agree_with_operations(on_gpu, caplog, kernel, channels):
     assert not caplog.records
 
 
+def test_parts_that_are_not_put_together(on_gpu, caplog):
+    assert kernels.agrees(kernels.gated_add, mx.float32, 384, parts=3)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("kernel", kernels.TRIALS, ids=lambda kernel: kernel.__name__)
 def test_a_wrong_kernel_is_not_used(on_gpu, monkeypatch, caplog, kernel):
     right = kernels._run
@@ -291,6 +296,9 @@ def test_used_for_what_they_can_take(on_gpu):
     assert not kernels.usable(kernels.layer_norm, x.astype(mx.int32))
 
 
+HALVES = slice(3), slice(3, None)  # of the five tokens below
+
+
 @pytest.mark.parametrize("channels", [96, 160])
 def test_layers_are_the_same_with_them(on_gpu, monkeypatch, channels):
     x, y = 3 * normal(0, 1, 5, channels) + 1, normal(1, 1, 5, channels)
@@ -300,6 +308,8 @@ def test_layers_are_the_same_with_them(on_gpu, monkeypatch, channels):
         yield layers.modulated_norm(x, scale, shift, 1e-6)
         yield from layers.add_and_norm(x, y, gate, scale, shift, 1e-6)
         yield layers.gated_add(x, y, gate)
+        yield layers.gated_add(x, [y[:, :2], y[:, 2:4], y[:, 4:]], gate)
+        yield layers.gated_add(mx.repeat(x, 2, axis=0), [mx.repeat(y[:, at], 2, axis=0) for at in HALVES], gate)
         yield layers.gelu_tanh(4 * x)
 
     got = list(results())

@@ -68,17 +68,18 @@ READ = """
 Four<T> kept[N];
 EACH kept[i] = VALUES(x, start + c);
 """
-# x + y * gate, kept as it is rounded to be written.
+# x + y * gate, kept as it is rounded to be written; y's row begins at y_start.
 READ_SUM = """
 Four<T> kept[N];
 EACH {
-  Four<T> a = VALUES(x, start + c), b = VALUES(y, start + c);
+  Four<T> a = VALUES(x, start + c), b = VALUES(y, y_start + c);
   Four<float> g = FLOATS(gate, c);
   for (int k = 0; k < 4; k++)
     kept[i].at[k] = static_cast<T>(static_cast<float>(a.at[k]) + static_cast<float>(b.at[k]) * g.at[k]);
 }
 """
 WRITE_SUM = "EACH WRITE(total, start + c) = kept[i];"
+Y_WHOLE = "const size_t y_start = start;"
 # The values that are rotated together are half a head apart, and one lane has both: pairs p, p + 1, p + 2, p + 3.
 READ_PAIRS = """
 constexpr int HALF = HEAD / 2;
@@ -214,14 +215,23 @@ def _try_layer_norm(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, 
     yield layer_norm(x, scale, shift, 1e-6), mx.fast.layer_norm(x.astype(mx.float32), scale, shift, 1e-6)
 
 
-def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
-    """``x + y * gate``, of x and y in one dtype and a gate float32 (C,)."""
-    return _run("gated_add", READ_SUM + WRITE_SUM, 0.0, {"x": x, "y": y, "gate": gate}, ("total",))[0]
+def gated_add(x: mx.array, parts: Sequence[mx.array], gate: mx.array) -> mx.array:
+    """``x + y * gate``, of x and y in one dtype and a gate float32 (C,).
+
+    ``parts``: y, or consecutive rows of it, as many in each but the last; they are not put together first.
+    """
+    names, rows = [f"y{i}" for i in range(len(parts))], parts[0].size // x.shape[-1]
+    choose = "".join(f"row / ROWS == {i} ? {name} : " for i, name in enumerate(names[:-1])) + names[-1]
+    y_parts = f"const size_t y_start = row % ROWS * C;\nconst DEVICE T* y = {choose};"
+    inputs = {"x": x, **dict(zip(names, parts, strict=True)), "gate": gate}
+    return _run(f"gated_add_{len(parts)}", y_parts + READ_SUM + WRITE_SUM, 0.0, inputs, ("total",), ROWS=rows)[0]
 
 
-def _try_gated_add(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
-    x, y, (gate,) = _rows(dtype, channels), _rows(dtype, channels, 1), _vectors(1, channels)
-    yield gated_add(x, y, gate), x.astype(mx.float32) + y.astype(mx.float32) * gate
+def _try_gated_add(dtype: mx.Dtype, channels: int, parts: int = 1) -> Iterator[tuple[mx.array, mx.array]]:
+    rows = 3 * parts - 1
+    x, y, (gate,) = _rows(dtype, channels, 0, rows), _rows(dtype, channels, 1, rows), _vectors(1, channels)
+    pieces = [y[:, i : i + 3] for i in range(0, rows, 3)]
+    yield gated_add(x, pieces, gate), x.astype(mx.float32) + y.astype(mx.float32) * gate
 
 
 def add_and_norm(
@@ -229,7 +239,7 @@ def add_and_norm(
 ) -> list[mx.array]:
     """``x + y * gate``, of x and y in one dtype and a gate float32 (C,), and its `layer_norm`."""
     inputs = {"x": x, "y": y, "gate": gate, "scale": scale, "shift": shift}
-    return _run("add_and_norm", READ_SUM + WRITE_SUM + LAYER_NORM, eps, inputs, ("total", "out"))
+    return _run("add_and_norm", Y_WHOLE + READ_SUM + WRITE_SUM + LAYER_NORM, eps, inputs, ("total", "out"))
 
 
 def _try_add_and_norm(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
@@ -277,8 +287,8 @@ def _try_gelu_tanh(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, m
 TRIED = 7  # rows
 
 
-def _rows(dtype: mx.Dtype, channels: int, seed: int = 0) -> mx.array:
-    return mx.random.normal((1, TRIED, channels), key=mx.random.key(seed)).astype(dtype)
+def _rows(dtype: mx.Dtype, channels: int, seed: int = 0, rows: int = TRIED) -> mx.array:
+    return mx.random.normal((1, rows, channels), key=mx.random.key(seed)).astype(dtype)
 
 
 def _vectors(count: int, channels: int) -> mx.array:

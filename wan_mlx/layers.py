@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,11 +57,12 @@ def scale_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
     return (x.astype(mx.float32) * scale + shift).astype(x.dtype)
 
 
-def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
-    """``x + y * gate`` computed in float32, in x's dtype."""
-    if kernels.usable(kernels.gated_add, x, gate):
-        return kernels.gated_add(x, y, gate.flatten())
-    return _gated_add(x, y, gate)
+def gated_add(x: mx.array, y: mx.array | Sequence[mx.array], gate: mx.array) -> mx.array:
+    """``x + y * gate`` computed in float32, in x's dtype; y (B, L, D) is whole or the parts of `token_parts`."""
+    parts = [y] if isinstance(y, mx.array) else y
+    if (len(parts) == 1 or x.shape[0] == 1) and kernels.usable(kernels.gated_add, x, gate, parts=len(parts)):
+        return kernels.gated_add(x, parts, gate.flatten())
+    return _gated_add(x, joined(parts), gate)
 
 
 @mx.compile
@@ -194,10 +195,23 @@ def in_token_chunks(
     The list, or that of the slices, is the function's to empty, so that nothing is held longer than it is needed. It
     has its result computed: ``pace(result)``.
     """
+    parts = token_parts(function, arrays, at_once)
+    whole = joined(parts)
+    if len(parts) > 1:
+        pace.submit(whole)  # or the parts would live until what comes after is computed
+    return whole
+
+
+def token_parts(
+    function: Callable[[list[mx.array]], mx.array], arrays: list[mx.array], at_once: int
+) -> list[mx.array]:
+    """The same, not put together: ``at_once`` tokens in each part but the last."""
     length = arrays[0].shape[1]
     if length <= at_once:
-        return function(arrays)
-    parts = [function([x[:, start : start + at_once] for x in arrays]) for start in range(0, length, at_once)]
-    whole = mx.concatenate(parts, axis=1)
-    pace.submit(whole)  # or the parts would live until what comes after is computed
-    return whole
+        return [function(arrays)]
+    return [function([x[:, start : start + at_once] for x in arrays]) for start in range(0, length, at_once)]
+
+
+def joined(parts: Sequence[mx.array]) -> mx.array:
+    """Parts of tokens (B, L, D) as one array."""
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)

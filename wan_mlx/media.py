@@ -29,6 +29,7 @@ ENDINGS = (".mp4", ".gif", ".webp", ".png", ".npz")
 MAX_FPS = 240
 STRIP_FRAMES = 8
 X264_CRF = 10  # what the official code's imageio makes of quality=8
+X264_PRESET = "faster"  # half the time of x264's own choice, a tenth less bytes, and 0.1 dB
 X264_THREADS = 8  # left alone it takes 1.5 per core and notes that in the file: other bytes on another machine
 EXIF_DESCRIPTION = 0x010E
 # The comment travels as one argument of ffmpeg's command line; Linux allows 128 KiB each.
@@ -44,14 +45,14 @@ def to_uint8(frames: mx.array | np.ndarray, rounding: bool = False) -> np.ndarra
     Raises:
         SamplingError: a value is NaN or infinite.
     """
-    if isinstance(frames, mx.array):
-        frames = np.array(frames.astype(mx.float32))
-    if not np.isfinite(frames).all():
+    on = mx if isinstance(frames, mx.array) else np  # where they are; a quarter of the bytes leaves a GPU
+    frames = frames.astype(on.float32)
+    if not on.isfinite(frames).all().item():
         raise SamplingError("the decoded frames hold NaN or infinite values, expected numbers in [-1, 1]")
-    scaled = (np.clip(frames.astype(np.float32), -1, 1) - np.float32(-1)) / np.float32(2) * np.float32(255)
+    scaled = (on.clip(frames, -1, 1) - -1) / 2 * 255
     if rounding:
-        scaled = np.clip(scaled + np.float32(0.5), 0, 255)
-    return scaled.astype(np.uint8)
+        scaled = on.clip(scaled + 0.5, 0, 255)
+    return np.array(scaled.astype(on.uint8))
 
 
 def check_output(path: str | Path, overwrite: bool = False) -> Path:
@@ -276,7 +277,7 @@ class _FFmpeg:
             imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y",
             "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}",
             "-r", str(Fraction(fps).limit_denominator(10_000)), "-i", "-",
-            "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(X264_CRF),
+            "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(X264_CRF), "-preset", X264_PRESET,
             "-threads", str(X264_THREADS),
             # The matrix that ffmpeg uses anyway, said aloud: players guess another one from 720 lines up.
             "-colorspace", "smpte170m",

@@ -10,10 +10,10 @@ Beside ``cat.mp4`` there is ``cat.mp4.wan`` until the video is complete:
     not-finite                if the latents stopped being finite: then another dtype may go on
     finished.json             SHA-256 of the video, just before it is moved to its place
 
-All but the frames appear whole: written under another name, flushed to the disk, renamed; a step's state is flushed
-while the next step computes. The frames grow, each flushed before its line in the index. The state of the VAE is not
-kept: it is gigabytes for what takes a minute of an hour's run, so a decode that was cut starts again from the latents,
-and frames that are here already are not written again.
+All but the frames appear whole: written under another name, flushed to the disk, renamed; a step's state while the
+next step computes. The frames grow, each flushed before its line in the index. The state of the VAE is not kept: it is
+gigabytes for what takes a minute of an hour's run, so a decode that was cut starts again from the latents, and frames
+that are here already are not written again.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 ENDING = ".wan"
 KEPT_STEPS = 2
+LARGE_STATE = 300_000_000  # bytes; with a step cache it is gigabytes
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of a weight file, to tell it from another without reading gigabytes
 
 
@@ -124,13 +125,19 @@ class RunFolder:
     def save_step(self, step: Step, notes: Mapping[str, Any] | None = None) -> None:
         """Keep the step's state, with ``notes`` that JSON can hold, and drop those before the last but one.
 
-        It is written when this returns, and flushed to the disk by another thread; what goes wrong there is raised by
-        whatever of this folder is used next.
+        Another thread writes it, while the next step computes, unless it is so large that it had better be gone; what
+        goes wrong there is raised by whatever of this folder is used next.
         """
         self._settle()
-        metadata, path = {"notes": json.dumps(notes or {})}, self._step_path(step.index + 1)
-        temporary = _write_aside(path, lambda path: mx.save_safetensors(str(path), step.state, metadata))
-        self._keeping = _flusher().submit(self._keep_step, temporary, path)
+        large = sum(array.nbytes for array in step.state.values()) > LARGE_STATE
+        # On CUDA what the CPU looks into moves away from the GPU, which goes on with it: so it looks into copies.
+        copied = mx.cuda.is_available() and not large
+        state = {name: mx.contiguous(array + 0 if copied else array) for name, array in step.state.items()}
+        mx.eval(state)  # another thread cannot
+        metadata = {"notes": json.dumps(notes or {})}
+        self._keeping = _writer().submit(self._keep_step, self._step_path(step.index + 1), state, metadata)
+        if large:
+            self._settle()
 
     def state(self) -> RunState | None:
         """How far the run has come, to go on from: what `WanPipeline.stages` takes; None before any of it."""
@@ -231,8 +238,9 @@ class RunFolder:
     def _step_files(self) -> list[Path]:
         return sorted(self.path.glob("step-*.safetensors"), key=_count_of)
 
-    def _keep_step(self, temporary: Path, path: Path) -> None:
-        _keep(temporary, path)
+    def _keep_step(self, path: Path, state: dict[str, mx.array], metadata: dict[str, str]) -> None:
+        _write(path, lambda path: mx.save_safetensors(str(path), state, metadata))
+        state.clear()
         for old in self._step_files()[:-KEPT_STEPS]:
             old.unlink()
 
@@ -375,8 +383,8 @@ def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 @lru_cache
-def _flusher() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "wan_mlx-flush")
+def _writer() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "wan_mlx-steps")
 
 
 def _write(path: Path, write) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .guards import WHAT_TO_TRY, FrameStatistics, check_disk, disk_needed, latents_complaint
 from .interrupt import Interrupts
@@ -99,8 +102,7 @@ def _sample(
             else:  # decoding starts at the first frame, and comes in the same chunks as those that are kept
                 seen += len(event)
                 if seen > store.count:
-                    store.add(event)
-                    encoding.follow(interrupts)
+                    encoding.add(event)
             if on_event is not None:
                 on_event(event)
             del event
@@ -108,7 +110,7 @@ def _sample(
 
 
 class _Encoding:
-    """From kept frames to the file, as they come: ffmpeg encodes some while the next are being decoded.
+    """Keeps frames and takes them to the file, as they come: some are encoded while the next are being decoded.
 
     The file appears when the ``with`` block ends without an exception.
     """
@@ -118,22 +120,46 @@ class _Encoding:
         self.statistics = FrameStatistics()
         self._writer: VideoWriter | None = None
         self._chunks = 0
+        self._thread = ThreadPoolExecutor(1, "wan_mlx-frames")
+        self._adding: Future | None = None
 
     def __enter__(self) -> _Encoding:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if self._writer is not None:
-            self._writer.__exit__(kind, error, traceback)
+        try:
+            if self._writer is not None:  # first, or frames that ffmpeg does not take would be waited for
+                self._writer.__exit__(kind, error, traceback)
+        finally:
+            self._thread.shutdown()
 
-    def follow(self, interrupts: Interrupts) -> None:
-        """Encode the kept frames that are not yet; sampling must be done, since its notes go into the file's head."""
+    def add(self, frames: np.ndarray) -> None:
+        """Keep frames and encode them in another thread, once those before are; raises what went wrong with them."""
+        self._settle()
+        self._open()
+        self._adding = self._thread.submit(self._add, frames)
+
+    def _add(self, frames: np.ndarray) -> None:
+        self.store.add(frames)
+        self._follow(Interrupts())
+
+    def _settle(self) -> None:
+        if self._adding is not None:
+            wait([self._adding])
+            added, self._adding = self._adding, None
+            added.result()
+
+    def _open(self) -> None:
+        """Begin the file, if it has not begun; sampling must be done, since its notes go into the file's head."""
         if self._writer is None:
             request, folder = self.request, self.folder
             settings = folder.record()["settings"] | folder.notes()
             size = (request.width, request.height)
-            self._writer = VideoWriter(folder.output, request.fps, size, settings, self.overwrite, folder.path)
-            self._writer.__enter__()
+            writer = VideoWriter(folder.output, request.fps, size, settings, self.overwrite, folder.path)
+            self._writer = writer.__enter__()
+
+    def _follow(self, interrupts: Interrupts) -> None:
+        """Encode the kept frames that are not yet."""
         for frames in self.store.chunks(self._chunks):
             self.statistics.add(frames)
             self._writer.write(frames)
@@ -141,8 +167,10 @@ class _Encoding:
             interrupts.check()
 
     def finish(self, interrupts: Interrupts) -> str | None:
-        """All frames are kept: encode the rest. Returns what is wrong with the video, if anything."""
-        self.follow(interrupts)
+        """No more frames come: encode the rest. Returns what is wrong with the video, if anything."""
+        self._settle()
+        self._open()
+        self._follow(interrupts)
         state = self.folder.state()
         latents = latents_to_numpy(state.state["latents"][:, state.conditioning.trim_latents :])
         self._writer.latents, self._writer.when_whole = latents, self.folder.mark_finished

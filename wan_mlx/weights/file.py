@@ -81,7 +81,7 @@ class WeightsFile:
             raise WeightsError(f"{path}: damaged header (a tensor named {odd[:80]!r})")
         self.tensors = tensors
         self.metadata = metadata or {}
-        self._stamp = _stamp(path)
+        self._stamp = stamp(path)
 
     def read(self, key: str) -> mx.array:
         """The tensor in torch's shape and its own dtype: lazy from safetensors, read at once from a .pth.
@@ -234,7 +234,7 @@ class WeightsFile:
 
     def check_unchanged(self) -> None:
         """Raise WeightsError if the file has changed since it was opened."""
-        if _stamp(self.path) != self._stamp:
+        if stamp(self.path) != self._stamp:
             raise WeightsError(f"{self.path}: changed since it was opened; open it again")
 
 
@@ -256,7 +256,8 @@ def _to_mlx(values: np.ndarray, dtype: str) -> mx.array:
     return array
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def stamp(path: Path) -> tuple[int, int]:
+    """What changes with the file: its size, and when it was written."""
     try:
         status = os.stat(path)
     except OSError as error:

@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..types import WeightsError
-from .file import MAX_HEADER_BYTES, Spot, TensorInfo, WeightsFile, nearest
+from .file import MAX_HEADER_BYTES, Spot, TensorInfo, WeightsFile, nearest, stamp
 from .gguf import GGUFFile
 from .pth import ITEMSIZE, open_storage, read_index
 from .safetensors import SafetensorsFile, parse_json
@@ -41,7 +42,7 @@ class TorchFile(WeightsFile):
     """One .pth, .pt, .bin or .ckpt in torch's zip format; a tensor is read from the file on every `read`."""
 
     def __init__(self, path: Path):
-        self._views = read_index(path)
+        self._views = _read_index(path, stamp(path))
         super().__init__(path, {key: TensorInfo(view.shape, view.dtype) for key, view in self._views.items()})
 
     def _strides(self, key: str) -> tuple[int, ...]:
@@ -59,6 +60,12 @@ class TorchFile(WeightsFile):
         view = self._views[key]
         with open_storage(self.path, view.storage) as (file, start):
             yield file, start + view.offset * ITEMSIZE[view.dtype]
+
+
+@lru_cache(maxsize=8)
+def _read_index(path: Path, stamp: tuple[int, int]) -> dict:
+    """`read_index`, once as long as the file has this `stamp`: a run opens each file several times."""
+    return read_index(path)
 
 
 class ShardedFile(WeightsFile):
