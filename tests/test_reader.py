@@ -26,6 +26,7 @@ from crafted import (
 )
 
 from wan_mlx.types import WeightsError
+from wan_mlx.weights import reader
 from wan_mlx.weights.reader import TensorInfo, open_weights
 
 # --- safetensors
@@ -280,6 +281,15 @@ def test_pth_tensor(pth, compression):
     assert bytes_of(file.read("t")) == want.T.tobytes() and bytes_of(file.read("o")) == DATA[4:].tobytes()
     assert bytes_of(file.rows("x", [1, 1])) == want[[1, 1]].tobytes()
     assert bytes_of(file.rows("t", [2, 0])) == want.T[[2, 0]].tobytes()
+
+
+def test_a_pickle_is_read_again_when_the_file_has_changed(pth, monkeypatch):
+    seen, read_index = [], reader.read_index
+    monkeypatch.setattr(reader, "read_index", lambda path: seen.append(path) or read_index(path))
+    path = pth(mapping(x=tensor()))
+    assert open_weights(path).tensors == open_weights(path).tensors and len(seen) == 1
+    pth(mapping(x=tensor(), y=tensor()))
+    assert set(open_weights(path).tensors) == {"x", "y"} and len(seen) == 2
 
 
 def test_strides_that_are_never_stepped_along(pth):

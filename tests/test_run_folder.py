@@ -102,6 +102,22 @@ class TestFolder:
         folder.__exit__(None, None, None)
         assert (folder.path / "step-0002.safetensors").is_file()
 
+    @pytest.mark.parametrize("how", ["as it is", "large", "cuda"])
+    def test_whatever_the_arrays_are_like(self, folder, monkeypatch, how):
+        """Strided, or parts of others: a thread that writes cannot make anything else of them."""
+        monkeypatch.setattr(run_folder, "LARGE_STATE", 0 if how == "large" else 10**9)
+        monkeypatch.setattr(mx.cuda, "is_available", lambda: how == "cuda")
+        folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))
+        odd, whole = step(0), mx.arange(24).reshape(2, 3, 4).astype(mx.bfloat16)
+        odd.state.update({"a": whole.T, "b": whole[:, 1:, ::2]})
+        mx.eval(odd.state)
+        folder.save_step(odd)
+        if how == "large":
+            assert folder._step_files()  # without waiting
+        assert len(odd.state) == 4  # the loop's own stay
+        got = folder.state().state
+        assert all(mx.array_equal(got[name], array) for name, array in odd.state.items()) and len(got) == 4
+
     def test_what_keeps_a_step_from_the_disk_is_raised_once(self, folder, monkeypatch):
         folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))
         folder.save_step(step(0))

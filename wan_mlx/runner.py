@@ -141,7 +141,7 @@ class _Encoding:
 
     def _add(self, frames: np.ndarray) -> None:
         self.store.add(frames)
-        self._follow(Interrupts())
+        self._follow()
 
     def _settle(self) -> None:
         if self._adding is not None:
@@ -158,13 +158,14 @@ class _Encoding:
             writer = VideoWriter(folder.output, request.fps, size, settings, self.overwrite, folder.path)
             self._writer = writer.__enter__()
 
-    def _follow(self, interrupts: Interrupts) -> None:
-        """Encode the kept frames that are not yet."""
+    def _follow(self, interrupts: Interrupts | None = None) -> None:
+        """Encode the kept frames that are not yet; ``interrupts`` are asked for after each latent frame's worth."""
         for frames in self.store.chunks(self._chunks):
             self.statistics.add(frames)
             self._writer.write(frames)
             self._chunks += 1
-            interrupts.check()
+            if interrupts is not None:
+                interrupts.check()
 
     def finish(self, interrupts: Interrupts) -> str | None:
         """No more frames come: encode the rest. Returns what is wrong with the video, if anything."""
