@@ -12,6 +12,11 @@ DISPATCH_FLOP = 2e12 if mx.metal.is_available() else 1e18
 # Where no fused kernel exists the scores are a real array: this many at a time (256 MB in float32).
 UNFUSED_SCORES = 1 << 26
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
+# cuDNN takes so many keys at a time. Where the last tile is not whole it masks every one: 10.3 ms instead of 9.5 for
+# 32,760 tokens on an H200.
+KEY_TILE = 128
+# How many keys may be appended for each that is there (`whole_tiles`).
+MOST_APPENDED = 1 / 1024
 
 
 def has_fused_kernel(dtype: mx.Dtype, head_dim: int) -> bool:
@@ -19,6 +24,35 @@ def has_fused_kernel(dtype: mx.Dtype, head_dim: int) -> bool:
     if mx.default_device().type != mx.DeviceType.gpu or head_dim not in FUSED_HEAD_DIMS:
         return False
     return mx.metal.is_available() or dtype in (mx.float16, mx.bfloat16)
+
+
+def keys_to_append(length: int, dtype: mx.Dtype, head_dim: int) -> int:
+    """How many keys `whole_tiles` appends to so many."""
+    missing = -length % KEY_TILE
+    faster = mx.cuda.is_available() and has_fused_kernel(dtype, head_dim)
+    return missing if faster and missing <= MOST_APPENDED * length else 0
+
+
+def whole_tiles(x: mx.array) -> mx.array:
+    """Keys or values with their mean appended up to whole tiles, where that is faster; (B, L, heads, head_dim).
+
+    What is appended weighs next to nothing, whatever the queries: the mean key's product with a query is the mean of
+    all keys' products, and the exponential of a mean is at most the mean of the exponentials. So it weighs no more than
+    keys do on average, and n of them no more than n / L of all. By that much a result moves towards the mean value, at
+    most; rounding to bfloat16 moves it twice as far as `MOST_APPENDED`.
+    """
+    return append_mean(x, keys_to_append(x.shape[1], x.dtype, x.shape[-1]))
+
+
+def append_mean(x: mx.array, count: int) -> mx.array:
+    """x (B, L, heads, head_dim) with its mean over L appended ``count`` times: (B, L + count, heads, head_dim)."""
+    if not count:
+        return x
+    batch, length, *rest = x.shape
+    rows = x.flatten(2)
+    mean = mx.full((1, length), 1 / length, x.dtype) @ rows  # summed in float32, as `mx.mean` is not on CUDA
+    rows = mx.concatenate([rows, mx.broadcast_to(mean, (batch, count, rows.shape[-1]))], axis=1)
+    return rows.reshape(batch, length + count, *rest)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, pace: Pacer) -> mx.array:

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from .attention import UNFUSED_SCORES, has_fused_kernel
+from .attention import UNFUSED_SCORES, has_fused_kernel, keys_to_append
 from .causal import LATE
 from .configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from .layers import FEED_FORWARD_TOKENS, FEW_TOKENS
@@ -192,6 +192,7 @@ def denoise(
     wide = tokens * c.dim * nets.dtype.size
     attending = TOKENS_ALIVE_SETTLED if tokens_at_once <= FEW_TOKENS else TOKENS_ALIVE
     attending += TOKENS_ALIVE_OPERATIONS * on_cpu()
+    attending += keys_to_append(tokens, nets.dtype, c.head_dim) > 0  # values, while they are copied
     if tokens_at_once > FEED_FORWARD_TOKENS:
         beside = TOKENS_ALIVE_WHOLE_STREAMED if stream else TOKENS_ALIVE_WHOLE
         piece = min(tokens, tokens_at_once) / tokens

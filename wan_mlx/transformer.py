@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .attention import attention
+from .attention import attention, whole_tiles
 from .configs import TransformerConfig
 from .layers import (
     FEED_FORWARD_TOKENS,
@@ -58,11 +58,16 @@ class SelfAttention(Attention):
     """Attention among video tokens, with rotary positions."""
 
     def queries_keys_values(self, x: mx.array, table: tuple[mx.array, mx.array], pace: Pacer) -> list[mx.array]:
-        """Normed tokens (B, L, D) → queries, keys and values (B, L, heads, head_dim), as `attention` takes them."""
+        """Normed tokens (B, L, D) → queries, keys and values (B, L, heads, head_dim), as `attention` takes them.
+
+        Of keys and values there may be a few more: see `whole_tiles`.
+        """
         arrays = []
         steps = (self.q, self.norm_q, pace), (self.k, self.norm_k, pace.small), (self.v, None, pace.small)
         for project, norm, have_computed in steps:
-            arrays.append(self._heads_of(project(x), norm, table))
+            made = self._heads_of(project(x), norm, table)
+            arrays.append(made if project is self.q else whole_tiles(made))
+            del made
             have_computed(arrays[-1])
             pace.settle()
         return arrays

@@ -1,0 +1,82 @@
+"""Keys that are appended to fill a GPU's last tile weigh next to nothing, whatever the queries are."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from oracles import relative_error
+
+from wan_mlx import attention, transformer
+from wan_mlx.configs import TransformerConfig
+from wan_mlx.layers import Pacer
+from wan_mlx.rope import rope_table
+
+LENGTH, COUNT, HEADS, HEAD_DIM = 1016, 8, 2, 16
+
+
+def weights(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """Softmax of scaled products in float64: (B, heads, queries, keys)."""
+    scores = np.einsum("bqhd,bkhd->bhqk", q.astype(np.float64), k.astype(np.float64)) * HEAD_DIM**-0.5
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("case", ["any", "all far from zero", "one key takes all", "two groups", "all the same"])
+def test_appended_keys_move_the_result_by_no_more_than_their_share(case):
+    rng = np.random.default_rng(0)
+    k = rng.normal(size=(2, LENGTH, HEADS, HEAD_DIM))
+    direction = np.ones(HEAD_DIM)
+    if case == "all far from zero":  # so that keys of zeros would take nearly all from half of the queries
+        k += 4 * direction
+    elif case == "one key takes all":
+        k[:, 5] += 30 * direction
+    elif case == "two groups":
+        k[:, ::2] += 8 * direction
+        k[:, 1::2] -= 8 * direction
+    elif case == "all the same":
+        k[:] = k[:, :1]
+    q = rng.normal(size=(2, 64, HEADS, HEAD_DIM)) * np.linspace(-3, 3, 64)[None, :, None, None] + direction
+    k, v = k.astype(np.float32), rng.normal(size=k.shape).astype(np.float32) + 1
+    more_k, more_v = (np.array(attention.append_mean(mx.array(x), COUNT)) for x in (k, v))
+    assert more_k.shape == more_v.shape == (2, LENGTH + COUNT, HEADS, HEAD_DIM)
+    assert np.array_equal(more_k[:, :LENGTH], k) and np.array_equal(more_v[:, :LENGTH], v)
+    shares = weights(q, more_k)
+    most = COUNT / (LENGTH + COUNT)
+    assert shares[..., LENGTH:].sum(-1).max() <= most * (1 + 1e-4)
+    exact = np.einsum("bhqk,bkhd->bqhd", weights(q, k), v)
+    moved = np.abs(np.einsum("bhqk,bkhd->bqhd", shares, more_v) - exact)
+    assert (moved <= most * np.abs(v.mean(1, keepdims=True) - exact) + 1e-5).all()
+
+
+def test_the_mean_of_bfloat16_is_summed_in_more_digits():
+    """A sum of 30,000 ones in bfloat16 stays at 256."""
+    x = mx.ones((1, 30_000, 1, 4), mx.bfloat16)
+    assert mx.abs(attention.append_mean(x, 1)[0, -1].astype(mx.float32) - 1).max() < 0.01
+
+
+@pytest.mark.parametrize("length, expected", [(32760, 8), (75600, 48), (32768, 0), (1000, 0), (127 * 1024 - 127, 0)])
+def test_keys_are_appended_on_cuda_where_they_are_few(monkeypatch, length, expected):
+    assert attention.keys_to_append(length, mx.bfloat16, 128) == 0  # here
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "has_fused_kernel", lambda dtype, head_dim: dtype == mx.bfloat16)
+    assert attention.keys_to_append(length, mx.bfloat16, 128) == expected
+    assert attention.keys_to_append(length, mx.float32, 128) == 0
+    x = mx.zeros((1, length, 1, 8), mx.bfloat16)
+    assert attention.whole_tiles(x).shape == (1, length + expected, 1, 8)
+
+
+def test_self_attention_appends_to_keys_and_values_alone(monkeypatch):
+    """And attends to nothing else: with and without, the outcome is the same within the share of the appended."""
+    config = TransformerConfig("t2v", dim=48, ffn_dim=64, num_heads=2, num_layers=1, freq_dim=32, text_dim=32)
+    layer, x = transformer.SelfAttention(config), mx.random.normal((1, 4095, 48), key=mx.random.key(1))
+    for i, project in enumerate((layer.q, layer.k, layer.v)):
+        project.weight = mx.random.normal((48, 48), key=mx.random.key(2 + i)) * 48**-0.5
+    table, pace = rope_table((1, 63, 65), 24), Pacer()
+    q, k, v = layer.queries_keys_values(x, table, pace)
+    monkeypatch.setattr(attention, "keys_to_append", lambda length, dtype, head_dim: -length % 128)
+    more = layer.queries_keys_values(x, table, pace)
+    assert [a.shape[1] for a in more] == [4095, 4096, 4096]
+    assert mx.array_equal(more[0], q) and mx.array_equal(more[1][:, :-1], k) and mx.array_equal(more[2][:, :-1], v)
+    error = relative_error(attention.attention(*more, pace), attention.attention(q, k, v, pace))
+    assert 0 < error < 2 / 4096
