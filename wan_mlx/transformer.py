@@ -63,7 +63,8 @@ class SelfAttention(Attention):
         Of keys and values there may be a few more: see `whole_tiles`.
         """
         arrays = []
-        steps = (self.q, self.norm_q, pace), (self.k, self.norm_k, pace.small), (self.v, None, pace.small)
+        # While values are made, queries and keys are waited for: what they were made from is gone before attention.
+        steps = (self.q, self.norm_q, pace), (self.k, self.norm_k, pace.small), (self.v, None, pace)
         for project, norm, have_computed in steps:
             made = self._heads_of(project(x), norm, table)
             arrays.append(made if project is self.q else whole_tiles(made))
