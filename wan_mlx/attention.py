@@ -38,8 +38,8 @@ def whole_tiles(x: mx.array) -> mx.array:
 
     What is appended weighs next to nothing, whatever the queries: the mean key's product with a query is the mean of
     all keys' products, and the exponential of a mean is at most the mean of the exponentials. So it weighs no more than
-    keys do on average, and n of them no more than n / L of all. By that much a result moves towards the mean value, at
-    most; rounding to bfloat16 moves it twice as far as `MOST_APPENDED`.
+    keys do on average, and n of them no more than n / L of all. By that share, at most, a result moves towards the mean
+    value; bfloat16 rounds a number by up to twice `MOST_APPENDED` of it.
     """
     return append_mean(x, keys_to_append(x.shape[1], x.dtype, x.shape[-1]))
 
