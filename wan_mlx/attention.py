@@ -12,8 +12,8 @@ DISPATCH_FLOP = 2e12 if mx.metal.is_available() else 1e18
 # Where no fused kernel exists the scores are a real array: this many at a time (256 MB in float32).
 UNFUSED_SCORES = 1 << 26
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
-# cuDNN takes so many keys at a time. Where the last tile is not whole it masks every one: 10.3 ms instead of 9.5 for
-# 32,760 tokens on an H200.
+# cuDNN takes so many keys at a time. Where the last tile is not whole every tile takes longer, as if each were masked:
+# 10.3 ms instead of 9.5 for 32,760 tokens on an H200.
 KEY_TILE = 128
 # How many keys may be appended for each that is there (`whole_tiles`).
 MOST_APPENDED = 1 / 1024
