@@ -24,7 +24,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +47,26 @@ class BusyError(WanError):
     """Another process is making this output."""
 
 
+class Behind:
+    """Calls that a thread makes while the run goes on, one at a time."""
+
+    def __init__(self, thread: ThreadPoolExecutor):
+        self._thread = thread
+        self._last: Future | None = None
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Make another call once the last is done; raises what went wrong in that."""
+        self.settle()
+        self._last = self._thread.submit(function, *arguments)
+
+    def settle(self) -> None:
+        """Wait until the last call is done; raises what went wrong in it, once."""
+        if self._last is not None:
+            wait([self._last])
+            done, self._last = self._last, None
+            done.result()
+
+
 class RunFolder:
     """The folder of the run that makes ``output``, locked within a ``with`` block.
 
@@ -62,7 +82,7 @@ class RunFolder:
         self.output = Path(output)
         self.path = self.output.with_name(self.output.name + ENDING)
         self._lock: int | None = None
-        self._keeping: Future | None = None  # of the last step
+        self._steps = Behind(_writer())
 
     def __enter__(self) -> RunFolder:
         while self._lock is None:
@@ -79,7 +99,7 @@ class RunFolder:
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
-            self._settle()
+            self._steps.settle()
         finally:
             if self._lock is not None:
                 os.close(self._lock)
@@ -128,16 +148,16 @@ class RunFolder:
         Another thread writes it, while the next step computes, unless it is so large that it had better be gone; what
         goes wrong there is raised by whatever of this folder is used next.
         """
-        self._settle()
+        self._steps.settle()
         large = sum(array.nbytes for array in step.state.values()) > LARGE_STATE
         # On CUDA what the CPU looks into moves away from the GPU, which goes on with it: so it looks into copies.
         copied = mx.cuda.is_available() and not large
         state = {name: mx.contiguous(array + 0 if copied else array) for name, array in step.state.items()}
         mx.eval(state)  # another thread cannot
         metadata = {"notes": json.dumps(notes or {})}
-        self._keeping = _writer().submit(self._keep_step, self._step_path(step.index + 1), state, metadata)
+        self._steps.call(self._keep_step, self._step_path(step.index + 1), state, metadata)
         if large:
-            self._settle()
+            self._steps.settle()
 
     def state(self) -> RunState | None:
         """How far the run has come, to go on from: what `WanPipeline.stages` takes; None before any of it."""
@@ -161,7 +181,7 @@ class RunFolder:
     @property
     def size(self) -> int:
         """Bytes in it."""
-        self._settle()
+        self._steps.settle()
         return sum(path.stat().st_size for path in self.path.iterdir())
 
     @property
@@ -211,7 +231,7 @@ class RunFolder:
         log.warning("%s stays: %s", self.path, kept.strerror)  # what is left in it is somebody else's
 
     def _clear(self) -> None:
-        self._settle()
+        self._steps.settle()
         last = ("not-finite", "run.json", "finished.json")
         ours = [*self.path.glob("*.safetensors"), *self.path.glob("frames.*"), *self.path.glob(".wan_mlx-*")]
         for path in [*ours, *(self.path / name for name in last)]:
@@ -232,7 +252,7 @@ class RunFolder:
         return self.path / f"step-{count:04d}.safetensors"
 
     def _step_paths(self) -> list[Path]:
-        self._settle()
+        self._steps.settle()
         return self._step_files()
 
     def _step_files(self) -> list[Path]:
@@ -243,13 +263,6 @@ class RunFolder:
         state.clear()
         for old in self._step_files()[:-KEPT_STEPS]:
             old.unlink()
-
-    def _settle(self) -> None:
-        """Wait until the last step is on the disk; raises what kept it from that."""
-        if self._keeping is not None:
-            wait([self._keeping])
-            kept, self._keeping = self._keeping, None
-            kept.result()
 
 
 class FrameStore:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from .guards import WHAT_TO_TRY, FrameStatistics, check_disk, disk_needed, latents_complaint
 from .interrupt import Interrupts
 from .media import VideoWriter, latents_to_numpy
-from .run_folder import FrameStore, RunFolder
+from .run_folder import Behind, FrameStore, RunFolder
 from .types import Conditioning, Request, SamplingError, Step
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class _Encoding:
         self._writer: VideoWriter | None = None
         self._chunks = 0
         self._thread = ThreadPoolExecutor(1, "wan_mlx-frames")
-        self._adding: Future | None = None
+        self._adding = Behind(self._thread)
 
     def __enter__(self) -> _Encoding:
         return self
@@ -135,19 +135,13 @@ class _Encoding:
 
     def add(self, frames: np.ndarray) -> None:
         """Keep frames and encode them in another thread, once those before are; raises what went wrong with them."""
-        self._settle()
+        self._adding.settle()
         self._open()
-        self._adding = self._thread.submit(self._add, frames)
+        self._adding.call(self._add, frames)
 
     def _add(self, frames: np.ndarray) -> None:
         self.store.add(frames)
         self._follow()
-
-    def _settle(self) -> None:
-        if self._adding is not None:
-            wait([self._adding])
-            added, self._adding = self._adding, None
-            added.result()
 
     def _open(self) -> None:
         """Begin the file, if it has not begun; sampling must be done, since its notes go into the file's head."""
@@ -169,7 +163,7 @@ class _Encoding:
 
     def finish(self, interrupts: Interrupts) -> str | None:
         """No more frames come: encode the rest. Returns what is wrong with the video, if anything."""
-        self._settle()
+        self._adding.settle()
         self._open()
         self._follow(interrupts)
         state = self.folder.state()
