@@ -12,11 +12,11 @@ from functools import partial
 from tqdm import tqdm
 
 from wan_mlx import WanError
+from wan_mlx.hub.resolve import Places
 from wan_mlx.weights.checkpoint import PARTS
 from wan_mlx.weights.convert import convert
-from wan_mlx.weights.hub import Places
-from wan_mlx.weights.inspection import inspect_source
-from wan_mlx.weights.networks import no_progress
+from wan_mlx.weights.inspect import inspect_source
+from wan_mlx.weights.load import no_progress
 
 
 def main(argv: list[str] | None = None) -> int:

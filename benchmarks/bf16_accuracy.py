@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 
-from wan_mlx.configs import PRESETS
-from wan_mlx.weights.networks import load_transformer
+from wan_mlx.presets import PRESETS
+from wan_mlx.weights.load import load_transformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -26,17 +26,19 @@ import mlx.core as mx
 import numpy as np
 
 import wan_mlx
-from wan_mlx import peaks, tiling
-from wan_mlx.configs import PRESETS, Preset, TextEncoderConfig, VAEConfig
-from wan_mlx.memory import GIB, TEXT_TOKENS
-from wan_mlx.peaks import Networks, text_block_bytes, weight_bytes
-from wan_mlx.text_encoder import parameter_shapes as text_encoder_shapes
-from wan_mlx.transformer import Transformer
-from wan_mlx.vace import VaceTransformer
-from wan_mlx.vae import VAE
-from wan_mlx.weights.hub import BUNDLED
-from wan_mlx.weights.load import parameter_shapes
-from wan_mlx.weights.networks import load_transformer, load_vae
+from wan_mlx.hub.resolve import BUNDLED
+from wan_mlx.models import vae_tiling as tiling
+from wan_mlx.models.configs import TextEncoderConfig, VAEConfig
+from wan_mlx.models.text_encoder import parameter_shapes as text_encoder_shapes
+from wan_mlx.models.transformer import Transformer
+from wan_mlx.models.vace import VaceTransformer
+from wan_mlx.models.vae import VAE
+from wan_mlx.planning import peak_memory as peaks
+from wan_mlx.planning.choose import GIB, TEXT_TOKENS
+from wan_mlx.planning.peak_memory import Networks, text_block_bytes, weight_bytes
+from wan_mlx.presets import PRESETS, Preset
+from wan_mlx.weights.component import parameter_shapes
+from wan_mlx.weights.load import load_transformer, load_vae
 from wan_mlx.weights.quantize import plan_quantization
 
 # Forwards: model, width, height, frames, streamed, quantised, tokens at once.

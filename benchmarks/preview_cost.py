@@ -18,13 +18,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from wan_mlx.configs import PRESETS, VAEConfig
-from wan_mlx.media import save_video
-from wan_mlx.preview import TinyDecoder, enlarge, latent_map, sheet_of
-from wan_mlx.taehv import TAEHVConfig
-from wan_mlx.taehv import decode_flop as taehv_flop
+from wan_mlx.media.preview import TinyDecoder, enlarge, latent_map, sheet_of
+from wan_mlx.media.write import save_video
+from wan_mlx.models.configs import VAEConfig
+from wan_mlx.models.taehv import TAEHVConfig
+from wan_mlx.models.taehv import decode_flop as taehv_flop
+from wan_mlx.planning.flops import decode_flop, forward_parts, seq_len
+from wan_mlx.presets import PRESETS
 from wan_mlx.weights.taehv import load_taehv
-from wan_mlx.work import decode_flop, forward_parts, seq_len
 
 CASES = [("t2v-1.3B", (21, 60, 104)), ("t2v-14B", (21, 60, 104)), ("t2v-14B", (21, 90, 160))]
 

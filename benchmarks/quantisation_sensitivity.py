@@ -24,11 +24,11 @@ from pathlib import Path
 import mlx.core as mx
 
 import wan_mlx
-from wan_mlx.quantized import Packing, QuantizedLinear
+from wan_mlx.models.quantized_linear import Packing, QuantizedLinear
 from wan_mlx.types import Conditioning, Step
-from wan_mlx.weights.beside import logical_shapes
 from wan_mlx.weights.parameters import locate
 from wan_mlx.weights.quantize import plan_quantization, quantizable
+from wan_mlx.weights.set_loras import logical_shapes
 
 PROMPTS = (
     "a red circle moves right on a blue background",

@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import wan_mlx
-from wan_mlx.weights.networks import load_transformer
+from wan_mlx.weights.load import load_transformer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "nano"))
 

@@ -18,11 +18,12 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from wan_mlx.configs import Preset, TextEncoderConfig, find_preset
-from wan_mlx.text_encoder import parameter_shapes as text_encoder_shapes
-from wan_mlx.transformer import Transformer
-from wan_mlx.vae import VAE
-from wan_mlx.weights.load import parameter_shapes
+from wan_mlx.models.configs import TextEncoderConfig
+from wan_mlx.models.text_encoder import parameter_shapes as text_encoder_shapes
+from wan_mlx.models.transformer import Transformer
+from wan_mlx.models.vae import VAE
+from wan_mlx.presets import Preset, find_preset
+from wan_mlx.weights.component import parameter_shapes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORDS = "two anthropomorphic cats in comfy boxing gear and bright gloves fight intensely on a spotlighted stage"

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from wan_mlx.configs import PRESETS
+from wan_mlx.presets import PRESETS
 
 HERE = Path(__file__).parent
 ITEMS = ("matmul", "attention", "forward", "decode", "encode", "text", "run")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from speed import forward_flop
 
-from wan_mlx.configs import PRESETS
+from wan_mlx.presets import PRESETS
 
 STAGE = re.compile(r"^(\w[\w ]*?) +([\d.]+) s +peak +([\d.]+) GiB$")
 PROMPT = "two cats fight on a stage"
@@ -81,7 +81,7 @@ class Ours:
     def _vae(self, case):
         import mlx.core as mx
 
-        from wan_mlx.vae import VAE
+        from wan_mlx.models.vae import VAE
 
         vae = VAE(PRESETS[case["model"]].vae)
         fill(vae, lambda name: {"float32": mx.float32, "bfloat16": mx.bfloat16}[case["dtype"]])
@@ -109,7 +109,7 @@ class Ours:
     def text(self, case):
         import mlx.core as mx
 
-        from wan_mlx.weights.networks import load_text_encoder
+        from wan_mlx.weights.load import load_text_encoder
 
         ids = list(range(3, 53)) + [1]
         return lambda: mx.eval(load_text_encoder(case["checkpoint"])([ids, ids])), None
@@ -223,10 +223,10 @@ def random_transformer(config, quantize: str | None = None):
     """A transformer in bfloat16, or with packed blocks, made on the device one layer at a time."""
     import mlx.core as mx
 
-    from wan_mlx.quantized import QuantizedLinear
-    from wan_mlx.transformer import Transformer
-    from wan_mlx.vace import VaceTransformer
-    from wan_mlx.weights.load import parameter_shapes
+    from wan_mlx.models.quantized_linear import QuantizedLinear
+    from wan_mlx.models.transformer import Transformer
+    from wan_mlx.models.vace import VaceTransformer
+    from wan_mlx.weights.component import parameter_shapes
     from wan_mlx.weights.parameters import dtype_of
     from wan_mlx.weights.quantize import plan_quantization
 

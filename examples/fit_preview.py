@@ -21,10 +21,10 @@ import mlx.core as mx
 import numpy as np
 
 import wan_mlx
-from wan_mlx.preview import MAPS, LatentMap, read_maps
-from wan_mlx.sources import cover, open_video, to_float
-from wan_mlx.vae import VAE
-from wan_mlx.weights.hub import resolve
+from wan_mlx.hub.resolve import resolve
+from wan_mlx.media.preview import MAPS, LatentMap, read_maps
+from wan_mlx.media.read import cover, open_video, to_float
+from wan_mlx.models.vae import VAE
 
 
 def world_clips(count: int) -> Iterator[np.ndarray]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import wan_mlx
-from wan_mlx.sources import at_rate, open_video
+from wan_mlx.media.read import at_rate, open_video
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="Wan-AI/Wan2.1-VACE-1.3B", help="a folder, or a hub id of a VACE model")

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from wan_mlx.types import WeightsError
-from wan_mlx.weights.reader import open_weights
+from wan_mlx.errors import WeightsError
+from wan_mlx.files.open import open_weights
 
 
 def refusal(path, act=open_weights) -> str:

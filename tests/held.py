@@ -8,7 +8,9 @@ import time
 
 SCRIPT = """
 import select, signal, sys
-from wan_mlx import denoise, generate, media, pipeline, run_folder
+from wan_mlx import denoise, generate, pipeline
+from wan_mlx.media import write as media
+from wan_mlx.runs import folder as run_folder
 
 def held(function, number):
     calls = iter(range(1_000_000))

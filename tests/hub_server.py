@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub
 from huggingface_hub import constants
 
-from wan_mlx.weights import download
+from wan_mlx.hub import download
 
 COMMIT = "c0ffee" * 6 + "beef"
 LARGE = (".safetensors", ".pth", ".gguf", ".model", ".mp4")  # kept in LFS: etag is the SHA-256, GET is redirected

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from oracles import relative_error
 
-from wan_mlx import attention, transformer
-from wan_mlx.configs import TransformerConfig
-from wan_mlx.layers import Pacer
-from wan_mlx.rope import rope_table
+from wan_mlx.models import attention, transformer
+from wan_mlx.models.configs import TransformerConfig
+from wan_mlx.models.layers import Pacer
+from wan_mlx.models.rope import rope_table
 
 LENGTH, COUNT, HEADS, HEAD_DIM = 1016, 8, 2, 16
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from held import Held
 
-from wan_mlx.generate import main
-from wan_mlx.media import read_settings
+from wan_mlx.cli.main import main
+from wan_mlx.media.write import read_settings
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from crafted import bytes_of, entry, mapping, refusal, storage, tensor, values, write_pth, write_safetensors
 
-from wan_mlx.weights import direct
-from wan_mlx.weights.direct import read_tensor
-from wan_mlx.weights.fp8 import fold
-from wan_mlx.weights.reader import open_weights
+from wan_mlx.files import parallel_read as direct
+from wan_mlx.files.fp8 import fold
+from wan_mlx.files.open import open_weights
+from wan_mlx.files.parallel_read import read_tensor
 
 COUNT = 3000
 
@@ -113,7 +113,7 @@ def test_pth_in_pieces(small_pieces, tmp_path, kind):
 
 def test_reading_now_is_reading(small_pieces, tmp_path, monkeypatch):
     """Of safetensors, their shards and fp8 with scales: what is read at once is what lazy arrays would hold."""
-    monkeypatch.setattr("wan_mlx.weights.safetensors.PIECE", 1001)
+    monkeypatch.setattr("wan_mlx.files.safetensors.PIECE", 1001)
     want, codes = values(np.float32, COUNT), np.arange(COUNT, dtype=np.uint8) % 100
     header = {
         "x": entry("F32", [COUNT], 0, 4 * COUNT),

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import wan_mlx
-from wan_mlx import doctor, selftest
-from wan_mlx.selftest import Check
+from wan_mlx.cli import doctor, selftest
+from wan_mlx.cli.selftest import Check
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])

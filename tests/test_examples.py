@@ -12,12 +12,12 @@ NOTEBOOKS = {path.name: path for path in sorted(EXAMPLES.glob("*.ipynb"))}
 QUICK = """
 %reset -f
 import dataclasses
-import wan_mlx.configs
-import wan_mlx.selftest
+import wan_mlx.presets
+import wan_mlx.cli.selftest
 for name in ("nano", "nano-i2v"):
-    wan_mlx.configs.PRESETS[name] = dataclasses.replace(
-        wan_mlx.configs.PRESETS[name], size=(32, 32), num_frames=5, sampling=wan_mlx.configs.Sampling(2, 3.0, 1.0))
-wan_mlx.selftest._rate = lambda make, compute, flop, start, *_, **__: compute(make(1)) is not None and 0.5
+    wan_mlx.presets.PRESETS[name] = dataclasses.replace(
+        wan_mlx.presets.PRESETS[name], size=(32, 32), num_frames=5, sampling=wan_mlx.presets.Sampling(2, 3.0, 1.0))
+wan_mlx.cli.selftest._rate = lambda make, compute, flop, start, *_, **__: compute(make(1)) is not None and 0.5
 del dataclasses, name, wan_mlx
 """
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from crafted import entry, refusal, write_safetensors
 
-from wan_mlx.weights.fp8 import fold
-from wan_mlx.weights.load import ComponentWeights
-from wan_mlx.weights.reader import open_weights
+from wan_mlx.files.fp8 import fold
+from wan_mlx.files.open import open_weights
+from wan_mlx.weights.component import ComponentWeights
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "U8": np.uint8, "I8": np.int8, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8}
 CODES = np.arange(12, 12 + 6 * 16).reshape(6, 16).astype(np.uint8)  # 0x0c … 0x6b: finite in both formats

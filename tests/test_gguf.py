@@ -13,8 +13,8 @@ from crafted import bytes_of, refusal
 from crafted_gguf import GGML, SCALES, array, blocks, field, info, write_gguf
 
 from benchmarks.gguf_quantisers import quantise
-from wan_mlx.types import WeightsError
-from wan_mlx.weights.reader import TensorInfo, open_weights
+from wan_mlx.errors import WeightsError
+from wan_mlx.files.open import TensorInfo, open_weights
 
 gguf = pytest.importorskip("gguf")
 
@@ -251,7 +251,7 @@ def test_scale_that_is_not_finite(tmp_path, number):
 def test_without_the_gguf_package(tmp_path, monkeypatch):
     plain = write_gguf(tmp_path / "plain.gguf", ONE)
     packed = write_gguf(tmp_path / "packed.gguf", [("x", (1, 32), "Q8_0", blocks("Q8_0", 1, 32))])
-    monkeypatch.setattr("wan_mlx.weights.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("wan_mlx.files.gguf.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert open_weights(plain).read("x").shape == (2, 32)
     assert "pip install 'wan-mlx[gguf]'" in refusal(packed)

@@ -8,17 +8,17 @@ import pytest
 from crafted_gguf import GGML, SCALES, blocks, write_gguf
 from mlx.utils import tree_flatten
 
-from wan_mlx.configs import TransformerConfig
-from wan_mlx.layers import Linear
-from wan_mlx.quantized import Packing, QuantizedLinear
-from wan_mlx.transformer import Transformer
-from wan_mlx.types import WeightsError
+from wan_mlx.errors import WeightsError
+from wan_mlx.hub.resolve import resolve
+from wan_mlx.models.configs import TransformerConfig
+from wan_mlx.models.layers import Linear
+from wan_mlx.models.quantized_linear import Packing, QuantizedLinear
+from wan_mlx.models.transformer import Transformer
 from wan_mlx.weights.checkpoint import Checkpoint, open_checkpoint
+from wan_mlx.weights.component import open_component
 from wan_mlx.weights.convert import convert
-from wan_mlx.weights.gguf_packing import EXACT, NEARLY_EXACT, PACKED_AGAIN, _pack, repack
-from wan_mlx.weights.hub import resolve
-from wan_mlx.weights.load import open_component
-from wan_mlx.weights.networks import load_transformer
+from wan_mlx.weights.gguf_blocks import EXACT, NEARLY_EXACT, PACKED_AGAIN, _pack, repack
+from wan_mlx.weights.load import load_transformer
 from wan_mlx.weights.quantize import quantizable
 
 quants = pytest.importorskip("gguf.quants")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import wan_mlx
-from wan_mlx.generate import main
-from wan_mlx.guards import FrameStatistics, check_disk, is_out_of_memory, latents_complaint
-from wan_mlx.media import read_settings
-from wan_mlx.types import WanError
-from wan_mlx.vae import VAE
+from wan_mlx.cli.main import main
+from wan_mlx.errors import WanError, is_out_of_memory
+from wan_mlx.media.checks import FrameStatistics, check_disk, latents_complaint
+from wan_mlx.media.write import read_settings
+from wan_mlx.models.vae import VAE
 
 COMMAND = "python -m wan_mlx.generate --resume"
 
@@ -148,7 +148,7 @@ class TestDecodeOutOfMemory:
             tried.append(tile)
             raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
 
-        monkeypatch.setattr("wan_mlx.tiling.decode", decode)
+        monkeypatch.setattr("wan_mlx.models.vae_tiling.decode", decode)
         with pytest.raises(RuntimeError, match="Unable to allocate"):
             list(pipe.decode(latents))
         assert tried == [None, (128, 128), (64, 64)]
@@ -158,7 +158,7 @@ class TestDecodeOutOfMemory:
         assert tried[3:] == [None]
 
     def test_another_error_is_not_tried_again(self, pipe, latents, monkeypatch):
-        monkeypatch.setattr("wan_mlx.tiling.decode", lambda *rest: (_ for _ in [1 / 0]))
+        monkeypatch.setattr("wan_mlx.models.vae_tiling.decode", lambda *rest: (_ for _ in [1 / 0]))
         with pytest.raises(ZeroDivisionError):
             list(pipe.decode(latents))
 

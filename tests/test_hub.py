@@ -14,12 +14,13 @@ import pytest
 from hub_server import COMMIT, serving
 from huggingface_hub import constants
 
-from wan_mlx.configs import COMFYUI_PARTS, COMFYUI_TRANSFORMERS, PRESETS
-from wan_mlx.interrupt import Stopped
-from wan_mlx.types import WeightsError
-from wan_mlx.weights import disk, download, hub
-from wan_mlx.weights.hub import Places, cached, is_cached, preset_of, resolve, resolve_loras, survey
-from wan_mlx.weights.hub_names import Location, parse_location
+from wan_mlx.errors import Stopped, WeightsError
+from wan_mlx.files import storage as disk
+from wan_mlx.hub import download
+from wan_mlx.hub import resolve as hub
+from wan_mlx.hub.names import Location, parse_location
+from wan_mlx.hub.resolve import Places, cached, is_cached, preset_of, resolve, resolve_loras, survey
+from wan_mlx.presets import COMFYUI_PARTS, COMFYUI_TRANSFORMERS, PRESETS
 from wan_mlx.weights.lora import normalise_loras
 
 REPO = "Wan-AI/Wan2.1-T2V-1.3B"

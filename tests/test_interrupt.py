@@ -6,8 +6,9 @@ import signal
 import pytest
 from held import Held, processes_naming
 
-from wan_mlx.generate import main
-from wan_mlx.interrupt import Interrupts, Stopped
+from wan_mlx.cli.main import main
+from wan_mlx.errors import Stopped
+from wan_mlx.runs.interrupt import Interrupts
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from wan_mlx import doctor, kernels, layers, nvrtc, rope
+from wan_mlx.cli import doctor
+from wan_mlx.cuda import nvrtc
+from wan_mlx.models import kernels, layers, rope
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 

@@ -10,14 +10,14 @@ import pytest
 from mlx.utils import tree_flatten
 
 import wan_mlx
-from wan_mlx.configs import TransformerConfig
-from wan_mlx.layers import SIDE_KEYS
-from wan_mlx.transformer import Transformer
-from wan_mlx.types import WeightsError
-from wan_mlx.vace import VaceTransformer
-from wan_mlx.weights.beside import set_loras
+from wan_mlx.errors import WeightsError
+from wan_mlx.models.configs import TransformerConfig
+from wan_mlx.models.layers import SIDE_KEYS
+from wan_mlx.models.transformer import Transformer
+from wan_mlx.models.vace import VaceTransformer
+from wan_mlx.weights.load import load_transformer
 from wan_mlx.weights.lora import describe_lora, normalise_loras, parse_lora
-from wan_mlx.weights.networks import load_transformer
+from wan_mlx.weights.set_loras import set_loras
 
 SIZES = dict(dim=128, ffn_dim=192, num_heads=1, num_layers=2, freq_dim=32, text_dim=64, image_dim=64)
 KINDS = {
@@ -324,8 +324,8 @@ def test_merged_loras_cannot_be_taken_out(base, two):
 
 def test_rows_in_another_order(base, two):
     """As `Parameters` may keep a layer's rows: what LoRAs add to them is in that order too."""
-    from wan_mlx.weights.load import open_component
-    from wan_mlx.weights.networks import transformer_parameters
+    from wan_mlx.weights.component import open_component
+    from wan_mlx.weights.load import transformer_parameters
     from wan_mlx.weights.parameters import load_module
 
     order = mx.array(np.random.default_rng(0).permutation(128))
@@ -523,7 +523,7 @@ def test_a_pipeline_refuses_a_lora_before_it_loads(nano_loras, base, tmp_path):
 
 
 def test_the_command_line_takes_loras(nano_loras, tmp_path, capsys):
-    from wan_mlx.generate import main
+    from wan_mlx.cli.main import main
 
     arguments = ["--model", "nano", "--prompt", "a red circle", "--size", "32x32", "--frames", "1", "--steps", "1"]
     chosen = ["--lora", f"{nano_loras[0]}:0.8", "--lora", str(nano_loras[1])]

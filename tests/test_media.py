@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from wan_mlx import media
-from wan_mlx.media import ENDINGS, VideoWriter, check_output, read_settings, save_video, to_uint8, video_html
-from wan_mlx.types import SamplingError, Video, WanError
+from wan_mlx.errors import SamplingError, WanError
+from wan_mlx.media import write as media
+from wan_mlx.media.write import ENDINGS, VideoWriter, check_output, read_settings, save_video, to_uint8, video_html
+from wan_mlx.types import Video
 
 SETTINGS = {
     "prompt": "一只猫；\"quoted\" 'single'\nsecond line\r\n\ttab ; a=b # no comment \\ \\n back\\\\slash\x00 🐈 \udce9",
@@ -204,7 +205,7 @@ class TestNeverHalfWritten:
     def test_killed_process_leaves_no_target(self, tmp_path, ending):
         script = (
             "import sys, time, numpy as np\n"
-            "from wan_mlx.media import VideoWriter\n"
+            "from wan_mlx.media.write import VideoWriter\n"
             "with VideoWriter(sys.argv[1], 16, (16, 16), {}) as writer:\n"
             "    writer.write(np.zeros((3, 16, 16, 3), np.uint8))\n"
             "    print('written', flush=True)\n"
@@ -260,7 +261,7 @@ class TestFFmpeg:
     def test_ends_with_its_parent(self, tmp_path):
         script = (
             "import os, sys\n"
-            "from wan_mlx.media import VideoWriter\n"
+            "from wan_mlx.media.write import VideoWriter\n"
             "writer = VideoWriter(sys.argv[1], 16, (16, 16), {}).__enter__()\n"
             "print(writer._encoder.process.pid, flush=True)\n"
             "os._exit(1)\n"

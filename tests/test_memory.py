@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 
 import wan_mlx
-from wan_mlx import budget, memory, peaks, tiling, timing
-from wan_mlx.budget import parse_memory, system_memory
-from wan_mlx.configs import PRESETS, TransformerConfig, VAEConfig
-from wan_mlx.generate import main
-from wan_mlx.layers import FEW_TOKENS, LateFrees, Pacer
-from wan_mlx.rope import rope_table
-from wan_mlx.transformer import SelfAttention
-from wan_mlx.types import MemoryPlanError
-from wan_mlx.vae import VAE
+from wan_mlx.cli.main import main
+from wan_mlx.errors import MemoryPlanError
+from wan_mlx.models import vae_tiling as tiling
+from wan_mlx.models.configs import TransformerConfig, VAEConfig
+from wan_mlx.models.layers import FEW_TOKENS, LateFrees, Pacer
+from wan_mlx.models.rope import rope_table
+from wan_mlx.models.transformer import SelfAttention
+from wan_mlx.models.vae import VAE
+from wan_mlx.planning import choose as memory
+from wan_mlx.planning import machine as budget
+from wan_mlx.planning import peak_memory as peaks
+from wan_mlx.planning import speed as timing
+from wan_mlx.planning.machine import parse_memory, system_memory
+from wan_mlx.presets import PRESETS
 
 GIB = 2**30
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import wan_mlx
-from wan_mlx.types import WeightsError
+from wan_mlx.errors import WeightsError
+from wan_mlx.hub.resolve import BUNDLED
 from wan_mlx.weights.checkpoint import open_checkpoint
-from wan_mlx.weights.hub import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "a red circle moves right on a blue background"

@@ -15,16 +15,16 @@ from hub_server import serving
 from PIL import Image
 
 import wan_mlx
-from wan_mlx import preview
-from wan_mlx.arguments import UsageError
-from wan_mlx.batch import read_jobs
-from wan_mlx.configs import VAEConfig
-from wan_mlx.generate import main
-from wan_mlx.media import read_settings, save_video
-from wan_mlx.preview import PreviewFiles, latent_map, read_maps, sheet_of
-from wan_mlx.taehv import TAEHV, TAEHVConfig
+from wan_mlx.cli.batch import read_jobs
+from wan_mlx.cli.main import main
+from wan_mlx.errors import UsageError
+from wan_mlx.media import preview
+from wan_mlx.media.preview import PreviewFiles, latent_map, read_maps, sheet_of
+from wan_mlx.media.write import read_settings, save_video
+from wan_mlx.models.configs import VAEConfig
+from wan_mlx.models.taehv import TAEHV, TAEHVConfig
 from wan_mlx.types import Step
-from wan_mlx.weights.load import parameter_shapes
+from wan_mlx.weights.component import parameter_shapes
 
 ROOT = Path(__file__).parent.parent
 

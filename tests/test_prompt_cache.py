@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import wan_mlx
-from wan_mlx import pipeline, prompt_cache
-from wan_mlx.generate import main
-from wan_mlx.prompt_cache import ENDING, PromptCache, cache_folder, file_identity
+from wan_mlx import pipeline
+from wan_mlx.cli.main import main
+from wan_mlx.prompts import cache as prompt_cache
+from wan_mlx.prompts.cache import ENDING, PromptCache, cache_folder, file_identity
 
 TEXTS = ["a red circle", "a green square moves up on a black background"]
 

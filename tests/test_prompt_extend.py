@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 import wan_mlx
-from wan_mlx import prompt_extend
-from wan_mlx.arguments import build_parser
-from wan_mlx.generate import main
-from wan_mlx.media import read_settings
-from wan_mlx.prompt_extend import Extension, PromptExtender, Sampler, complaint_of, extend_prompt, language_of, tidy
-from wan_mlx.prompt_instructions import INSTRUCTIONS
-from wan_mlx.types import WanError
+from wan_mlx.cli.flags import build_parser
+from wan_mlx.cli.main import main
+from wan_mlx.errors import WanError
+from wan_mlx.media.write import read_settings
+from wan_mlx.prompts import extend as prompt_extend
+from wan_mlx.prompts.extend import Extension, PromptExtender, Sampler, complaint_of, extend_prompt, language_of, tidy
+from wan_mlx.prompts.instructions import INSTRUCTIONS
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -245,7 +245,7 @@ def test_mlx_lm_is_imported_here_alone():
     imports = re.compile(r"(import|from) mlx_(lm|vlm)")
     users = {path.name for path in package.rglob("*.py") if imports.search(path.read_text("utf-8"))}
     assert users == {"prompt_extend.py"}
-    names = "import sys, wan_mlx.generate, wan_mlx.prompt_extend; sys.exit('mlx_lm' in sys.modules)"
+    names = "import sys, wan_mlx.generate, wan_mlx.prompts.extend; sys.exit('mlx_lm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", names]).returncode == 0
 
 

@@ -11,13 +11,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 import wan_mlx
-from wan_mlx.layers import Linear
-from wan_mlx.quantized import MODE_NAMES, Packing, QuantizedLinear
-from wan_mlx.types import WeightsError
+from wan_mlx.errors import WeightsError
+from wan_mlx.hub.resolve import resolve
+from wan_mlx.models.layers import Linear
+from wan_mlx.models.quantized_linear import MODE_NAMES, Packing, QuantizedLinear
+from wan_mlx.weights.component import open_component
 from wan_mlx.weights.convert import convert
-from wan_mlx.weights.hub import resolve
-from wan_mlx.weights.load import open_component
-from wan_mlx.weights.networks import load_text_encoder, load_transformer, transformer_parameters
+from wan_mlx.weights.load import load_text_encoder, load_transformer, transformer_parameters
 from wan_mlx.weights.parameters import Parameters, stream_blocks
 from wan_mlx.weights.quantize import plan_quantization
 
@@ -166,7 +166,7 @@ def test_a_quantised_folder_is_the_same_bits_as_quantising_at_load(tmp_path, mod
 
 
 def test_a_quantised_folder_is_told_and_recorded(tmp_path, capsys):
-    from wan_mlx.generate import main
+    from wan_mlx.cli.main import main
 
     folder = convert(NANO, tmp_path / "q6", quantize="q6")
     pipe = wan_mlx.WanPipeline.from_pretrained(folder)

@@ -25,9 +25,9 @@ from crafted import (
     write_safetensors,
 )
 
-from wan_mlx.types import WeightsError
-from wan_mlx.weights import reader
-from wan_mlx.weights.reader import TensorInfo, open_weights
+from wan_mlx.errors import WeightsError
+from wan_mlx.files import open as reader
+from wan_mlx.files.open import TensorInfo, open_weights
 
 # --- safetensors
 

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from held import Held, run, wait_for_the_end_of
 
-from wan_mlx import run_folder
-from wan_mlx.generate import main
-from wan_mlx.media import ENDINGS, read_settings, save_video
+from wan_mlx.cli.main import main
+from wan_mlx.errors import BusyError, WanError
+from wan_mlx.media.write import ENDINGS, read_settings, save_video
 from wan_mlx.pipeline import WanPipeline
-from wan_mlx.records import request_of
-from wan_mlx.run_folder import BusyError, RunFolder, fingerprint
-from wan_mlx.types import Conditioning, Step, WanError
+from wan_mlx.runs import folder as run_folder
+from wan_mlx.runs.folder import RunFolder, fingerprint
+from wan_mlx.runs.record import request_of
+from wan_mlx.types import Conditioning, Step
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +252,7 @@ class TestFingerprint:
 
 def cut(monkeypatch, after: int) -> None:
     """Let the machine fail while frame chunk number ``after`` is put away."""
-    from wan_mlx.run_folder import FrameStore
+    from wan_mlx.runs.folder import FrameStore
 
     add, count = FrameStore.add, iter(range(1_000_000))
 
@@ -345,7 +346,7 @@ class TestResume:
 
     def test_it_goes_on_in_the_same_pieces(self, tmp_path, monkeypatch, caplog, flags, pico):
         """Memory that is free now, but was not, changes nothing; where it has become too little, that is told."""
-        from wan_mlx import memory
+        from wan_mlx.planning import choose as memory
 
         output = tmp_path / "a.npz"
         with monkeypatch.context() as patch:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from wan_mlx.generate import main
+from wan_mlx.cli.main import main
 
 
 def run(capsys, *extra):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_mlx.sources import cover, describe, in_chunks, open_video, read_image, to_float
+from wan_mlx.media.read import cover, describe, in_chunks, open_video, read_image, to_float
 from wan_mlx.types import Request
 
 HEIGHT, WIDTH = 20, 33

@@ -8,9 +8,9 @@ from crafted import entry, refusal, write_safetensors
 from crafted_gguf import array, field, text, write_gguf
 from test_text import SENTENCES, sentencepiece_model
 
-from wan_mlx.configs import NEGATIVE_PROMPT
-from wan_mlx.tokenizer import Tokenizer
-from wan_mlx.weights.spiece import read_tokenizer
+from wan_mlx.files.sentencepiece import read_tokenizer
+from wan_mlx.models.tokenizer import Tokenizer
+from wan_mlx.presets import NEGATIVE_PROMPT
 
 TEXTS = [
     *SENTENCES, NEGATIVE_PROMPT, "", "a", "A Cat  Boxing", "🫠 x🫠y 日本語", "</s> <pad>a<s><unk>", "<extra_id_7>▁ b",

@@ -19,13 +19,14 @@ from wan_mlx.caching import (
     resolve_cache,
 )
 from wan_mlx.caching.constants import MAGCACHE, TEACACHE
-from wan_mlx.configs import PRESETS, TransformerConfig
 from wan_mlx.denoise import denoise
 from wan_mlx.guidance import Guidance
+from wan_mlx.models.configs import TransformerConfig
+from wan_mlx.models.transformer import Transformer
+from wan_mlx.models.vace import VaceTransformer
+from wan_mlx.presets import PRESETS
 from wan_mlx.schedulers import make_scheduler
-from wan_mlx.transformer import Transformer
 from wan_mlx.types import Conditioning
-from wan_mlx.vace import VaceTransformer
 
 STEPS, SHIFT, SCALE = 14, 5.0, 4.0
 SIZES = dict(dim=32, ffn_dim=48, num_heads=2, num_layers=3, freq_dim=16, text_dim=8, text_len=4)

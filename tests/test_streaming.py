@@ -13,21 +13,24 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from wan_mlx import timing
 from wan_mlx.caching import StepCache
-from wan_mlx.configs import TransformerConfig
+from wan_mlx.cuda import read as cuda
+from wan_mlx.errors import WeightsError
+from wan_mlx.files.open import WeightsFile
 from wan_mlx.guidance import Guidance, guided_velocity
-from wan_mlx.peaks import weight_bytes
-from wan_mlx.transformer import Transformer
-from wan_mlx.types import Conditioning, WeightsError
-from wan_mlx.vace import VaceTransformer
-from wan_mlx.weights import ahead, cuda, parameters
+from wan_mlx.hub.resolve import BUNDLED
+from wan_mlx.models.configs import TransformerConfig
+from wan_mlx.models.transformer import Transformer
+from wan_mlx.models.vace import VaceTransformer
+from wan_mlx.planning import speed as timing
+from wan_mlx.planning.peak_memory import weight_bytes
+from wan_mlx.types import Conditioning
+from wan_mlx.weights import parameters
+from wan_mlx.weights import prefetch as ahead
+from wan_mlx.weights.component import open_component, parameter_shapes
 from wan_mlx.weights.convert import convert
-from wan_mlx.weights.hub import BUNDLED
-from wan_mlx.weights.load import open_component, parameter_shapes
-from wan_mlx.weights.networks import load_transformer, transformer_parameters
+from wan_mlx.weights.load import load_transformer, transformer_parameters
 from wan_mlx.weights.parameters import Parameters, StreamedBlocks
-from wan_mlx.weights.reader import WeightsFile
 
 SIZES = dict(dim=256, ffn_dim=192, num_heads=2, num_layers=4, freq_dim=32, text_dim=64, image_dim=96)
 CONFIGS = {

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from crafted import bytes_of, mapping, storage, tensor, write_pth
 
-from wan_mlx.configs import TextEncoderConfig
-from wan_mlx.text_encoder import parameter_shapes
-from wan_mlx.types import WeightsError
-from wan_mlx.weights.networks import load_text_encoder
-from wan_mlx.weights.reader import TorchFile, open_weights
+from wan_mlx.errors import WeightsError
+from wan_mlx.files.open import TorchFile, open_weights
+from wan_mlx.models.configs import TextEncoderConfig
+from wan_mlx.models.text_encoder import parameter_shapes
+from wan_mlx.weights.load import load_text_encoder
 
 CONFIG = TextEncoderConfig(vocab_size=40, dim=128, dim_attn=128, dim_ffn=256, num_heads=2, num_layers=4)
 IDS = [[3, 7, 7, 1], [0, 39]]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_mlx import terminal
-from wan_mlx.arguments import build_parser
-from wan_mlx.configs import PRESETS
-from wan_mlx.generate import main
-from wan_mlx.media import read_settings
+from wan_mlx.cli import terminal
+from wan_mlx.cli.flags import build_parser
+from wan_mlx.cli.main import main
+from wan_mlx.media.write import read_settings
+from wan_mlx.presets import PRESETS
 
 SMALL = ["--model", "nano", "--prompt", "a red circle moves right", "--size", "32x32", "--frames", "5", "--steps", "2",
          "--dtype", "float32", "--guidance", "2", "--guidance-range", "0-0.5", "--seed", "3"]  # fmt: skip

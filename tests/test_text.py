@@ -8,10 +8,10 @@ import pytest
 import sentencepiece
 from mlx.utils import tree_flatten, tree_unflatten
 
-from wan_mlx.configs import TextEncoderConfig
-from wan_mlx.text_encoder import EncoderBlock, TextEncoder, pad_context, parameter_shapes, relative_buckets
-from wan_mlx.tokenizer import EXTRA_IDS, Tokenizer, clean
-from wan_mlx.types import WeightsError
+from wan_mlx.errors import WeightsError
+from wan_mlx.models.configs import TextEncoderConfig
+from wan_mlx.models.text_encoder import EncoderBlock, TextEncoder, pad_context, parameter_shapes, relative_buckets
+from wan_mlx.models.tokenizer import EXTRA_IDS, Tokenizer, clean
 
 SENTENCES = [
     "a cat boxing on a stage, realistic style", "two dogs run over the beach at dusk", "the quick brown fox jumps",

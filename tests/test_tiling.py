@@ -6,11 +6,11 @@ import pytest
 from pico import random, random_vae
 
 import wan_mlx
-from wan_mlx import tiling
-from wan_mlx.causal import CausalCache, CausalConv
-from wan_mlx.media import to_uint8
-from wan_mlx.vae import ResidualBlock, flow
-from wan_mlx.weights.hub import resolve
+from wan_mlx.hub.resolve import resolve
+from wan_mlx.media.write import to_uint8
+from wan_mlx.models import vae_tiling as tiling
+from wan_mlx.models.vae import ResidualBlock, flow
+from wan_mlx.models.vae_layers import CausalCache, CausalConv
 
 SAME = dict(rtol=0, atol=1e-5)  # of float32 values around 1
 

@@ -8,12 +8,17 @@ import pico
 import pytest
 
 import wan_mlx
-from wan_mlx import memory, peaks, timing, transformer, vae, work
-from wan_mlx.configs import PRESETS, VAEConfig
-from wan_mlx.quantized import QuantizedLinear
-from wan_mlx.timing import Rates
-from wan_mlx.weights.hub import BUNDLED
-from wan_mlx.weights.networks import parameters_of
+from wan_mlx.hub.resolve import BUNDLED
+from wan_mlx.models import transformer, vae
+from wan_mlx.models.configs import VAEConfig
+from wan_mlx.models.quantized_linear import QuantizedLinear
+from wan_mlx.planning import choose as memory
+from wan_mlx.planning import flops as work
+from wan_mlx.planning import peak_memory as peaks
+from wan_mlx.planning import speed as timing
+from wan_mlx.planning.speed import Rates
+from wan_mlx.presets import PRESETS
+from wan_mlx.weights.load import parameters_of
 
 # Seconds: of a block, for any number of tokens and for 32, and of what is outside the blocks.
 ANYWAY, BLOCK, OUTSIDE = 0.01, 1.0, 0.25

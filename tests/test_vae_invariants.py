@@ -8,9 +8,9 @@ import pytest
 from mlx.utils import tree_flatten
 from pico import VAE_CONFIG, random, random_vae
 
-from wan_mlx.causal import CausalCache, CausalConv
-from wan_mlx.configs import VAEConfig
-from wan_mlx.vae import VAE
+from wan_mlx.models.configs import VAEConfig
+from wan_mlx.models.vae import VAE
+from wan_mlx.models.vae_layers import CausalCache, CausalConv
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_frames_one_by_one_equal_several_at_a_time(vae, monkeypatch):
     latents, frames = random(1, 4, 2, 3, 4), random(1, 13, 16, 24, 3)
     several = decoded(vae, latents), vae.encode(frames)
     for most in (1, 2 * 16 * 24 * 8):  # one frame at a time everywhere, then at most two of the largest
-        monkeypatch.setattr("wan_mlx.vae.VALUES_AT_ONCE", most)
+        monkeypatch.setattr("wan_mlx.models.vae.VALUES_AT_ONCE", most)
         np.testing.assert_allclose(decoded(vae, latents), several[0], atol=1e-5)
         np.testing.assert_allclose(vae.encode(frames), several[1], atol=1e-5)
 

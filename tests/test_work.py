@@ -2,8 +2,9 @@
 
 import pytest
 
-from wan_mlx.configs import PRESETS, ImageEncoderConfig, TextEncoderConfig, VAEConfig
-from wan_mlx.work import decode_flop, encode_flop, forward_parts, image_flop, seq_len, text_flop
+from wan_mlx.models.configs import ImageEncoderConfig, TextEncoderConfig, VAEConfig
+from wan_mlx.planning.flops import decode_flop, encode_flop, forward_parts, image_flop, seq_len, text_flop
+from wan_mlx.presets import PRESETS
 
 
 @pytest.mark.parametrize(

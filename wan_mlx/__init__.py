@@ -21,24 +21,24 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
-    from .configs import PRESETS as PRESETS
-    from .memory import Plan as Plan
-    from .memory import plan as plan
+    from .errors import MemoryPlanError as MemoryPlanError
+    from .errors import SamplingError as SamplingError
+    from .errors import WanError as WanError
+    from .errors import WeightsError as WeightsError
     from .pipeline import WanPipeline as WanPipeline
-    from .prompt_extend import PromptExtender as PromptExtender
-    from .prompt_extend import extend_prompt as extend_prompt
+    from .planning.choose import Plan as Plan
+    from .planning.choose import plan as plan
+    from .presets import PRESETS as PRESETS
+    from .prompts.extend import PromptExtender as PromptExtender
+    from .prompts.extend import extend_prompt as extend_prompt
     from .types import Conditioning as Conditioning
-    from .types import MemoryPlanError as MemoryPlanError
     from .types import Request as Request
-    from .types import SamplingError as SamplingError
     from .types import Step as Step
     from .types import Video as Video
-    from .types import WanError as WanError
-    from .types import WeightsError as WeightsError
-    from .weights.networks import load_image_encoder as load_image_encoder
-    from .weights.networks import load_text_encoder as load_text_encoder
-    from .weights.networks import load_transformer as load_transformer
-    from .weights.networks import load_vae as load_vae
+    from .weights.load import load_image_encoder as load_image_encoder
+    from .weights.load import load_text_encoder as load_text_encoder
+    from .weights.load import load_transformer as load_transformer
+    from .weights.load import load_vae as load_vae
     from .weights.taehv import load_taehv as load_taehv
 
 __version__ = "0.1.0"
@@ -50,24 +50,24 @@ os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
 # Name → module it lives in. Imported on first use, so that `import wan_mlx` is instant.
 _PUBLIC = {
     "WanPipeline": "pipeline",
-    "PRESETS": "configs",
+    "PRESETS": "presets",
     "Request": "types",
     "Conditioning": "types",
     "Step": "types",
     "Video": "types",
-    "plan": "memory",
-    "Plan": "memory",
-    "MemoryPlanError": "types",
-    "WanError": "types",
-    "WeightsError": "types",
-    "SamplingError": "types",
-    "load_transformer": "weights.networks",
-    "load_text_encoder": "weights.networks",
-    "load_vae": "weights.networks",
-    "load_image_encoder": "weights.networks",
+    "plan": "planning.choose",
+    "Plan": "planning.choose",
+    "MemoryPlanError": "errors",
+    "WanError": "errors",
+    "WeightsError": "errors",
+    "SamplingError": "errors",
+    "load_transformer": "weights.load",
+    "load_text_encoder": "weights.load",
+    "load_vae": "weights.load",
+    "load_image_encoder": "weights.load",
     "load_taehv": "weights.taehv",
-    "extend_prompt": "prompt_extend",
-    "PromptExtender": "prompt_extend",
+    "extend_prompt": "prompts.extend",
+    "PromptExtender": "prompts.extend",
 }
 __all__ = list(_PUBLIC)
 

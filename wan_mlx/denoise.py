@@ -10,9 +10,10 @@ from functools import partial
 import mlx.core as mx
 
 from .caching import StepCache
+from .errors import SamplingError
 from .guidance import Guidance, Model, guided_velocity, plain_passes
 from .schedulers import Scheduler
-from .types import Conditioning, RunState, SamplingError, Step
+from .types import Conditioning, RunState, Step
 
 
 def denoise(

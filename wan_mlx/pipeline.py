@@ -15,30 +15,31 @@ import mlx.core as mx
 import numpy as np
 from tqdm.auto import tqdm
 
-from . import __version__, tiling
-from .budget import parse_memory
+from . import __version__
 from .caching import make_cache
-from .configs import TEXT_LEN, Preset, find_preset, preset_for
 from .denoise import denoise, step_reached, with_condition, without_references
+from .files.sentencepiece import read_tokenizer
 from .guidance import Guidance
-from .media import latents_to_numpy, to_uint8
-from .memory import Plan, limited_cache, plan_request
-from .preview import Previewer, TinyDecoder, latent_map, tiny_autoencoder
-from .prompt_cache import PromptCache
-from .prompt_extend import extend_requests
+from .hub.resolve import Places, preset_of, resolve, resolve_loras
+from .media.preview import Previewer, TinyDecoder, latent_map, tiny_autoencoder
+from .media.write import latents_to_numpy, to_uint8
+from .models import vae_tiling as tiling
+from .models.configs import TEXT_LEN
+from .models.text_encoder import pad_context
+from .models.tokenizer import Tokenizer
+from .models.vae_tiling import parse_tiling
+from .planning.choose import Plan, limited_cache, plan_request
+from .planning.machine import parse_memory
+from .presets import Preset, find_preset, preset_for
+from .prompts.cache import PromptCache
+from .prompts.extend import extend_requests
 from .recipes import scheduler_for
-from .requests import build_request
+from .request_builder import build_request
 from .tasks import TASKS
-from .text_encoder import pad_context
-from .tiling import parse_tiling
-from .tokenizer import Tokenizer
 from .types import Conditioning, Options, Request, RunState, StageReport, Step, Video
-from .weights.beside import set_loras
 from .weights.checkpoint import PARTS, Checkpoint, open_checkpoint
-from .weights.hub import Places, preset_of, resolve, resolve_loras
-from .weights.load import open_component
-from .weights.lora import LoraChoice, describe_lora, normalise_loras
-from .weights.networks import (
+from .weights.component import open_component
+from .weights.load import (
     check_loras,
     config_of,
     load_image_encoder,
@@ -51,8 +52,9 @@ from .weights.networks import (
     sizes_of,
     vae_config_of,
 )
+from .weights.lora import LoraChoice, describe_lora, normalise_loras
 from .weights.quantize import check_mode
-from .weights.spiece import read_tokenizer
+from .weights.set_loras import set_loras
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of Python 3.11
@@ -171,7 +173,7 @@ class WanPipeline:
             loras: LoRA files to merge into the transformer as it is loaded: each a path, "path:strength" or
                 (path, strength); the path may be a repository's file as in ``model``. Quantised weights keep them
                 beside, as `set_loras` does.
-            prompt_cache: keep encoded prompts on disk (`wan_mlx.prompt_cache`), to encode each only once.
+            prompt_cache: keep encoded prompts on disk (`wan_mlx.prompts.cache`), to encode each only once.
             taehv: weights of TAEHV for Wan 2.1's latents (``taew2_1.pth`` or .safetensors) or their name on a hub, such
                 as "lightx2v/Autoencoders:taew2_1.safetensors": its decoder makes the previews.
             draft: decode the video with TAEHV as well: in a fraction of the VAE's time, and a little less fine.
@@ -234,7 +236,7 @@ class WanPipeline:
                 there and the video is the estimate of that step, `Step.denoised`; its settings then say
                 ``stopped_after``.
             extend_prompt: have the prompt written out in detail first, in its own language: True for the default
-                language model, or one that mlx-lm runs (`wan_mlx.prompt_extend`).
+                language model, or one that mlx-lm runs (`wan_mlx.prompts.extend`).
             options: as for `request`: negative_prompt, width, height, num_frames, steps, guidance_scale, shift,
                 solver, seed, and the task's sources. What is left out or None takes the preset's default.
 

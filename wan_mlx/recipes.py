@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .errors import WanError
+from .files.open import open_weights
 from .schedulers import Grid, Scheduler, make_scheduler
-from .types import Request, WanError
-from .weights.reader import open_weights
+from .types import Request
 
 # LoRA files name what they are in their metadata, under one of many keys; longer values are training data.
 LONGEST_HINT = 400

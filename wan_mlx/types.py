@@ -24,27 +24,11 @@ if TYPE_CHECKING:
     import mlx.core as mx
     from PIL.Image import Image
 
-    from .sources import Source
+    from .media.read import Source
 
 
 # Fields of a `Request` that hold one source each; src_ref_images holds several.
 SOURCE_FIELDS = ("image", "last_image", "src_video", "src_mask", "video")
-
-
-class WanError(Exception):
-    """Base of the errors that are not a wrong argument (those are ``ValueError``)."""
-
-
-class WeightsError(WanError):
-    """A weight file that cannot be used: missing, truncated, hostile, or of the wrong keys or shapes."""
-
-
-class MemoryPlanError(WanError):
-    """Nothing fits into the memory there is; says what would."""
-
-
-class SamplingError(WanError):
-    """Sampling went wrong: the latents stopped being finite."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +37,7 @@ class Request:
 
     ``width`` and ``height`` are pixels (multiples of 16), ``num_frames`` is 4n+1, ``seed`` is >= 0.
 
-    Sources are paths, PIL images or numpy arrays (see `wan_mlx.sources`), and None where the task has no use for them:
+    Sources are paths, PIL images or numpy arrays (see `wan_mlx.media.read`), None where the task has no use for them:
     ``image`` and ``last_image`` of i2v and flf2v; ``src_video``, ``src_mask`` (white is what to generate) and
     ``src_ref_images`` of VACE, with ``context_scale``, the strength of its hints; ``video`` of t2v, what it starts
     from, with ``strength`` in (0, 1], the share of the steps that are made on it.
@@ -62,7 +46,7 @@ class Request:
     ``skip_layers`` and ``skip_range`` are as in `wan_mlx.guidance.Guidance`; ``cfg_zero`` is None for ordinary
     guidance, or CFG-Zero*'s number of first steps without motion. ``recipe`` names the noise levels of a distilled
     model (`wan_mlx.recipes`). ``original_prompt`` is the user's own where ``prompt`` was written out by the language
-    model ``extended_by`` (`wan_mlx.prompt_extend`).
+    model ``extended_by`` (`wan_mlx.prompts.extend`).
     """
 
     prompt: str
@@ -96,7 +80,7 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """Every field as JSON takes it: a source is its path or, of one in memory, its kind, size and SHA-256."""
-        from .sources import describe
+        from .media.read import describe
 
         return {
             **vars(self),
@@ -219,7 +203,7 @@ class Step:
     step cache and with guidance all along makes. ``state`` is all that `denoise` needs to go on after this step:
     latents (with VACE's reference frames), the estimate, what solver and cache look back on. Where the cache is
     large, the state is emptied when the next step is asked for. ``previewer`` makes small pictures of latents
-    (`wan_mlx.preview`), where the steps are a pipeline's.
+    (`wan_mlx.media.preview`), where the steps are a pipeline's.
     """
 
     index: int
@@ -291,7 +275,7 @@ class Video:
         Raises:
             ValueError: unknown ending, or the file exists and ``overwrite`` is False.
         """
-        from .media import save_video
+        from .media.write import save_video
 
         return save_video(path, self.frames, self.fps, self.settings, self.latents, overwrite=overwrite)
 
@@ -309,11 +293,11 @@ class Video:
         Raises:
             ValueError: ``columns`` or ``count`` is below 1, or ``width`` leaves a column no pixel.
         """
-        from .media import contact_sheet
+        from .media.write import contact_sheet
 
         return contact_sheet(self.frames, columns, count, width)
 
     def _repr_html_(self) -> str:
-        from .media import video_html
+        from .media.write import video_html
 
         return video_html(self.frames, self.fps, self.settings)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wan_mlx.media import save_video
+from wan_mlx.media.write import save_video
 
 SIZE, FRAMES, RADIUS = 128, 17, 18
 RED, NAVY = np.array([222, 40, 38]), np.array([22, 34, 116])

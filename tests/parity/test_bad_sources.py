@@ -6,7 +6,7 @@ from PIL import Image
 from test_sources import write_video
 from test_tasks import noise_image, noise_video
 
-from wan_mlx.generate import main
+from wan_mlx.cli.main import main
 
 
 @pytest.fixture(scope="module")

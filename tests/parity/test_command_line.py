@@ -11,7 +11,7 @@ import pytest
 import tiny
 from oracles import torch
 
-from wan_mlx.generate import main
+from wan_mlx.cli.main import main
 
 
 @pytest.fixture(scope="module")

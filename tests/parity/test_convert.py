@@ -16,11 +16,11 @@ from oracles import randomize
 from transformers import UMT5Config, UMT5EncoderModel
 
 import wan_mlx
-from wan_mlx import generate
+from wan_mlx.cli import main as generate
+from wan_mlx.files import storage as disk
+from wan_mlx.files.open import open_weights
 from wan_mlx.weights import convert as convert_module
-from wan_mlx.weights import disk
 from wan_mlx.weights.convert import SAMPLES, convert, fingerprint
-from wan_mlx.weights.reader import open_weights
 from weights_convert import main
 
 SMALL_SHARD = 20_000  # bytes

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 import wan_mlx
+from wan_mlx.files.sentencepiece import read_tokenizer
 from wan_mlx.weights.checkpoint import open_checkpoint
-from wan_mlx.weights.spiece import read_tokenizer
 
 KINDS = {"t2v": WanPipeline, "i2v": WanImageToVideoPipeline, "vace": WanVACEPipeline}
 SIZES = dict(

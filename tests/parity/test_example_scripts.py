@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_mlx import configs
-from wan_mlx.media import read_settings
-from wan_mlx.sources import open_video, read_image
+from wan_mlx import presets as configs
+from wan_mlx.media.read import open_video, read_image
+from wan_mlx.media.write import read_settings
 from wan_mlx.types import SOURCE_FIELDS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

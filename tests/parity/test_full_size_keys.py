@@ -6,14 +6,16 @@ import pytest
 import test_layouts
 from oracles import official, torch
 
-from wan_mlx.configs import PRESETS, ImageEncoderConfig, TextEncoderConfig, VAEConfig
-from wan_mlx.image_encoder import ImageEncoder, last_block_shapes
-from wan_mlx.text_encoder import parameter_shapes as text_encoder_shapes
-from wan_mlx.transformer import Transformer
-from wan_mlx.types import WeightsError
-from wan_mlx.vace import VaceTransformer
-from wan_mlx.vae import VAE
-from wan_mlx.weights.load import (
+from wan_mlx.errors import WeightsError
+from wan_mlx.files.open import TensorInfo
+from wan_mlx.models.configs import ImageEncoderConfig, TextEncoderConfig, VAEConfig
+from wan_mlx.models.image_encoder import ImageEncoder, last_block_shapes
+from wan_mlx.models.text_encoder import parameter_shapes as text_encoder_shapes
+from wan_mlx.models.transformer import Transformer
+from wan_mlx.models.vace import VaceTransformer
+from wan_mlx.models.vae import VAE
+from wan_mlx.presets import PRESETS
+from wan_mlx.weights.component import (
     ComponentWeights,
     check_keys,
     image_encoder_config,
@@ -22,7 +24,6 @@ from wan_mlx.weights.load import (
     transformer_config,
     vae_config,
 )
-from wan_mlx.weights.reader import TensorInfo
 
 
 class HeaderOnly:

@@ -7,13 +7,13 @@ from mlx.utils import tree_flatten
 from oracles import relative_error, torch
 
 from wan_mlx.caching import COND, UNCOND
-from wan_mlx.configs import TransformerConfig
 from wan_mlx.denoise import denoise
 from wan_mlx.guidance import Guidance, check_guidance, zero_steps_of
+from wan_mlx.models.configs import TransformerConfig
+from wan_mlx.models.transformer import Transformer
+from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.schedulers import make_scheduler
-from wan_mlx.transformer import Transformer
 from wan_mlx.types import Conditioning, Request
-from wan_mlx.vace import VaceTransformer
 
 STEPS, SCALE = 10, 4.0
 SIZES = dict(dim=32, ffn_dim=48, num_heads=2, num_layers=4, freq_dim=16, text_dim=8, text_len=4)

@@ -11,13 +11,19 @@ from oracles import official_clip, official_clip_model, official_features, rando
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import wan_mlx
-from wan_mlx.configs import ImageEncoderConfig
-from wan_mlx.image_encoder import ImageEncoder, last_block_shapes
+from wan_mlx.errors import WeightsError
+from wan_mlx.files.open import TensorInfo
+from wan_mlx.models.configs import ImageEncoderConfig
+from wan_mlx.models.image_encoder import ImageEncoder, last_block_shapes
 from wan_mlx.resize import resize_bicubic
-from wan_mlx.types import WeightsError
 from wan_mlx.weights.checkpoint import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES, open_checkpoint
-from wan_mlx.weights.load import ComponentWeights, check_keys, image_encoder_config, open_component, parameter_shapes
-from wan_mlx.weights.reader import TensorInfo
+from wan_mlx.weights.component import (
+    ComponentWeights,
+    check_keys,
+    image_encoder_config,
+    open_component,
+    parameter_shapes,
+)
 
 BOUND = 2e-5
 LAYERS = 4

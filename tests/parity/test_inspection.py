@@ -8,7 +8,7 @@ import pytest
 from oracles import torch
 from safetensors.torch import load_file, save_file
 
-from wan_mlx.weights.inspection import inspect_source
+from wan_mlx.weights.inspect import inspect_source
 from weights_convert import main
 
 
@@ -69,8 +69,8 @@ def test_models_of_the_same_shapes_are_all_named():
     from test_full_size_keys import HeaderOnly
     from test_layouts import PRESETS, official_transformer
 
-    from wan_mlx.weights.inspection import _model_of, _sizes_of
-    from wan_mlx.weights.load import ComponentWeights
+    from wan_mlx.weights.component import ComponentWeights
+    from wan_mlx.weights.inspect import _model_of, _sizes_of
 
     weights = ComponentWeights(HeaderOnly(official_transformer(PRESETS["i2v-14B-480P"].transformer)))
     words, fault, config = _sizes_of(weights, {})

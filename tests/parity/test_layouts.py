@@ -12,11 +12,12 @@ from diffusers import AutoencoderKLWan
 from oracles import official, randomize, relative_error
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from wan_mlx.configs import PRESETS, TextEncoderConfig, TransformerConfig
-from wan_mlx.types import WeightsError
-from wan_mlx.weights.fp8 import without_scales
+from wan_mlx.errors import WeightsError
+from wan_mlx.files.fp8 import without_scales
+from wan_mlx.models.configs import TextEncoderConfig, TransformerConfig
+from wan_mlx.presets import PRESETS
+from wan_mlx.weights.component import check_keys
 from wan_mlx.weights.layouts import LAYOUTS, canonical_keys, recognise
-from wan_mlx.weights.load import check_keys
 
 Shapes = dict[str, tuple[int, ...]]
 COUNTS = {

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_mlx.arguments import build_parser
-from wan_mlx.generate import main
+from wan_mlx.cli.flags import build_parser
+from wan_mlx.cli.main import main
 
 ENGLISH = 'A small bird’s flight, "close-up", low-angle; it isn\'t far -- 5 m'
 CHINESE = "一只小鸟从地面起飞，镜头跟随"

@@ -10,8 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from wan_mlx.types import WeightsError  # noqa: E402
-from wan_mlx.weights.reader import TensorInfo, open_weights  # noqa: E402
+from wan_mlx.errors import WeightsError  # noqa: E402
+from wan_mlx.files.open import TensorInfo, open_weights  # noqa: E402
 
 DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
@@ -100,7 +100,7 @@ def test_views_strides_and_shared_storages(saved):
 
 
 def test_wide_rows_of_a_transposed_tensor(saved, monkeypatch):
-    monkeypatch.setattr("wan_mlx.weights.file._PIECE", 16)  # several pieces a row
+    monkeypatch.setattr("wan_mlx.files.base._PIECE", 16)  # several pieces a row
     state = {"t": numbers(9, 5).t(), "w": numbers(4, 40)[:, ::7]}
     check(saved(state), state)
 

@@ -12,13 +12,13 @@ import pytest
 from oracles import relative_error, torch
 
 import wan_mlx
-from wan_mlx.configs import PRESETS, preset_for
-from wan_mlx.generate import main
-from wan_mlx.summary import origins
-from wan_mlx.types import WeightsError
+from wan_mlx.cli.main import main
+from wan_mlx.cli.summary import origins
+from wan_mlx.errors import WeightsError
+from wan_mlx.files.open import open_weights
+from wan_mlx.presets import PRESETS, preset_for
 from wan_mlx.weights.checkpoint import Checkpoint, open_checkpoint
-from wan_mlx.weights.load import ComponentWeights
-from wan_mlx.weights.reader import open_weights
+from wan_mlx.weights.component import ComponentWeights
 
 VIDEO = dict(width=32, height=32, num_frames=5, steps=2, seed=1, shift=5, guidance_scale=5)
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")

@@ -11,8 +11,8 @@ from test_schedulers import fake_model
 
 import wan_mlx
 from wan_mlx.caching import StepCache
+from wan_mlx.cli.main import main
 from wan_mlx.denoise import denoise
-from wan_mlx.generate import main
 from wan_mlx.guidance import Guidance
 from wan_mlx.noise import latent_noise
 from wan_mlx.recipes import RECIPES, find_recipe, recipe_notes, scheduler_for, suggest_recipe

@@ -5,9 +5,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from wan_mlx.generate import main
-from wan_mlx.media import read_settings
-from wan_mlx.run_folder import RunFolder
+from wan_mlx.cli.main import main
+from wan_mlx.media.write import read_settings
+from wan_mlx.runs.folder import RunFolder
 
 SOURCES = {
     "i2v": ["--image", "first.png"],

@@ -8,9 +8,9 @@ from oracles import randomize, relative_error
 from safetensors.torch import save_file
 from torch import nn
 
-from wan_mlx.taehv import TAEHVConfig, decode_flop
-from wan_mlx.types import WeightsError
-from wan_mlx.weights.load import parameter_shapes
+from wan_mlx.errors import WeightsError
+from wan_mlx.models.taehv import TAEHVConfig, decode_flop
+from wan_mlx.weights.component import parameter_shapes
 from wan_mlx.weights.taehv import load_taehv
 
 BOUND = 2e-5
@@ -173,7 +173,7 @@ def test_pth_gives_the_same(reference, taehv, tmp_path):
 
 def test_published_sizes():
     """Names and shapes of taew2_1, as the reference makes them."""
-    from wan_mlx.taehv import TAEHV
+    from wan_mlx.models.taehv import TAEHV
 
     want = {name: tuple(value.shape) for name, value in Reference().state_dict().items()}
     got = parameter_shapes(TAEHV(TAEHVConfig()))

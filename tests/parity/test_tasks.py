@@ -14,8 +14,8 @@ from PIL import Image
 from test_vae import pair, scale
 from torch.nn.functional import interpolate
 
-from wan_mlx.configs import VAEConfig
-from wan_mlx.sources import cover
+from wan_mlx.media.read import cover
+from wan_mlx.models.configs import VAEConfig
 from wan_mlx.tasks import TASKS, flf2v, i2v, vace
 from wan_mlx.types import Request
 

@@ -7,8 +7,8 @@ import torch
 from oracles import official, randomize, relative_error
 from transformers import UMT5Config, UMT5EncoderModel
 
-from wan_mlx.configs import TextEncoderConfig
-from wan_mlx.text_encoder import EncoderBlock, TextEncoder, parameter_shapes, relative_buckets
+from wan_mlx.models.configs import TextEncoderConfig
+from wan_mlx.models.text_encoder import EncoderBlock, TextEncoder, parameter_shapes, relative_buckets
 
 BOUND = 2e-5
 CONFIG = TextEncoderConfig(vocab_size=96, dim=48, dim_attn=32, dim_ffn=80, num_heads=4, num_layers=3)

@@ -8,8 +8,8 @@ from PIL import Image
 
 import wan_mlx.pipeline
 from wan_mlx import WanPipeline
-from wan_mlx.generate import main
-from wan_mlx.media import read_settings
+from wan_mlx.cli.main import main
+from wan_mlx.media.write import read_settings
 
 SEEDS = (7, 8, 9)
 

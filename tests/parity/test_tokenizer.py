@@ -12,9 +12,9 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 from tokenizers import Tokenizer as Backend
 from transformers import T5Tokenizer
 
-from wan_mlx.configs import NEGATIVE_PROMPT
-from wan_mlx.tokenizer import EXTRA_IDS, Tokenizer, clean
-from wan_mlx.weights.spiece import read_tokenizer
+from wan_mlx.files.sentencepiece import read_tokenizer
+from wan_mlx.models.tokenizer import EXTRA_IDS, Tokenizer, clean
+from wan_mlx.presets import NEGATIVE_PROMPT
 
 TEXTS = [
     *SENTENCES, NEGATIVE_PROMPT, "", " ", "a", "A Cat  Boxing\n\ton a\r\nstage ", "cat\u3000on\u00a0a\u2009stage\x85",

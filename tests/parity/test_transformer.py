@@ -9,10 +9,10 @@ from diffusers import WanTransformer3DModel
 from mlx.utils import tree_flatten
 from oracles import diffusers_transformer, in_halves, official, randomize, relative_error, unmasked_attention
 
-from wan_mlx.configs import TransformerConfig
-from wan_mlx.layers import Pacer
-from wan_mlx.rope import rope_table, scale_and_rotate
-from wan_mlx.transformer import Transformer
+from wan_mlx.models.configs import TransformerConfig
+from wan_mlx.models.layers import Pacer
+from wan_mlx.models.rope import rope_table, scale_and_rotate
+from wan_mlx.models.transformer import Transformer
 from wan_mlx.weights.layouts import canonical_keys, recognise
 from wan_mlx.weights.parameters import dtype_of
 
@@ -174,7 +174,7 @@ def test_bfloat16_no_further_from_float32_than_diffusers(tmp_path):
 
 
 def test_tokens_in_chunks_equal_whole(monkeypatch):
-    from wan_mlx import attention, layers
+    from wan_mlx.models import attention, layers
 
     config = tiny_config()
     model = Transformer(config)
@@ -189,7 +189,7 @@ def test_tokens_in_chunks_equal_whole(monkeypatch):
 
 @pytest.mark.parametrize("flop", [1, 4 * 45 * 24 * 5, 4 * 45 * 45 * 24, 1e12])
 def test_attention_split_as_on_metal_equals_whole(monkeypatch, flop):
-    from wan_mlx import attention
+    from wan_mlx.models import attention
 
     monkeypatch.setattr(attention, "DISPATCH_FLOP", flop)
     monkeypatch.setattr(attention, "has_fused_kernel", lambda *_: True)

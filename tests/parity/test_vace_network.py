@@ -11,16 +11,17 @@ from diffusers import WanVACETransformer3DModel
 from mlx.utils import tree_flatten
 from oracles import diffusers_transformer, in_halves, randomize, relative_error
 
-from wan_mlx.configs import PRESETS, TransformerConfig
-from wan_mlx.transformer import Transformer
-from wan_mlx.types import WeightsError
-from wan_mlx.vace import VaceTransformer
+from wan_mlx.errors import WeightsError
+from wan_mlx.files.open import TensorInfo
+from wan_mlx.models.configs import TransformerConfig
+from wan_mlx.models.transformer import Transformer
+from wan_mlx.models.vace import VaceTransformer
+from wan_mlx.presets import PRESETS
 from wan_mlx.weights.checkpoint import DIFFUSERS_FILES, open_checkpoint
+from wan_mlx.weights.component import ComponentWeights, check_keys, parameter_shapes, transformer_config
 from wan_mlx.weights.layouts import canonical_keys, recognise
-from wan_mlx.weights.load import ComponentWeights, check_keys, parameter_shapes, transformer_config
-from wan_mlx.weights.networks import load_transformer
+from wan_mlx.weights.load import load_transformer
 from wan_mlx.weights.parameters import dtype_of
-from wan_mlx.weights.reader import TensorInfo
 
 BOUND = 2e-5
 TINY = TransformerConfig(

@@ -7,10 +7,10 @@ import torch
 from mlx.utils import tree_flatten
 from oracles import official, randomize, relative_error
 
-from wan_mlx import vae as vae_module
-from wan_mlx.causal import CausalCache
-from wan_mlx.configs import VAEConfig
-from wan_mlx.vae import VAE, AttentionBlock, RMSNorm
+from wan_mlx.models import vae as vae_module
+from wan_mlx.models.configs import VAEConfig
+from wan_mlx.models.vae import VAE, AttentionBlock, RMSNorm
+from wan_mlx.models.vae_layers import CausalCache
 
 BOUND = 5e-5
 HEIGHT, WIDTH = 32, 48

@@ -22,12 +22,12 @@ from test_tasks import StandIns, noise_video, request
 from test_vae import scale
 
 from wan_mlx import WanPipeline
-from wan_mlx.configs import VAEConfig
-from wan_mlx.generate import main
+from wan_mlx.cli.main import main
 from wan_mlx.guidance import guided_velocity
-from wan_mlx.media import read_settings
+from wan_mlx.media.read import at_rate, open_video
+from wan_mlx.media.write import read_settings
+from wan_mlx.models.configs import VAEConfig
 from wan_mlx.schedulers import make_scheduler
-from wan_mlx.sources import at_rate, open_video
 from wan_mlx.tasks import TASKS
 
 SIZE = dict(width=48, height=32)

@@ -15,8 +15,9 @@ from oracles import (
 )
 from test_vae import scale
 
-from wan_mlx.configs import NEGATIVE_PROMPT, VAEConfig
-from wan_mlx.generate import main
+from wan_mlx.cli.main import main
+from wan_mlx.models.configs import VAEConfig
+from wan_mlx.presets import NEGATIVE_PROMPT
 
 PROMPT = "a cat boxing on a stage"
 STEPS, SHIFT, GUIDANCE, SEED = 6, 5.0, 5.0, 42

@@ -23,8 +23,9 @@ from test_sources import write_video
 from test_tasks import noise_image, noise_video, official_context, official_image, official_y
 from test_vae import scale
 
-from wan_mlx.configs import NEGATIVE_PROMPT, VAEConfig
-from wan_mlx.generate import main
+from wan_mlx.cli.main import main
+from wan_mlx.models.configs import VAEConfig
+from wan_mlx.presets import NEGATIVE_PROMPT
 
 PROMPT = "a cat boxing on a stage"
 AREA, NUM_FRAMES = (48, 32), 9

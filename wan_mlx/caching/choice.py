@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 
-from ..configs import PRESETS, TransformerConfig
+from ..models.configs import TransformerConfig
+from ..presets import PRESETS
 from .constants import MAGCACHE, TEACACHE
 from .easycache import EasyCache
 from .magcache import MagCache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..transformer import ForwardPass
+from ..models.transformer import ForwardPass
 from .constants import MAGCACHE
 from .protocol import Branch
 from .residual import ResidualCache

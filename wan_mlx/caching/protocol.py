@@ -12,7 +12,7 @@ import mlx.core as mx
 COND, UNCOND = 0, 1
 NAMES = ("cond", "uncond")
 
-# forward(through=...) → velocity; see `wan_mlx.transformer.Through`.
+# forward(through=...) → velocity; see `wan_mlx.models.transformer.Through`.
 Forward = Callable[..., mx.array]
 
 

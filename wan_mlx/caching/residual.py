@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from ..transformer import ForwardPass
+from ..models.transformer import ForwardPass
 from .protocol import Branch, Forward, StepCache
 
 

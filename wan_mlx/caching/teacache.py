@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from ..transformer import ForwardPass
+from ..models.transformer import ForwardPass
 from .constants import TEACACHE
 from .protocol import Branch
 from .residual import ResidualCache

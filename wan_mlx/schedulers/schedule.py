@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..configs import NUM_TRAIN_TIMESTEPS
+from ..models.configs import NUM_TRAIN_TIMESTEPS
 
 
 def _shifted(steps: int, shift: float, sigma_max: float) -> np.ndarray:

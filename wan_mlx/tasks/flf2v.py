@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..sources import cover, read_image
+from ..media.read import cover, read_image
 from ..types import Conditioning, Encoders, Request
 from . import i2v
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from ..media.read import in_chunks, read_image, to_float
 from ..resize import resize_bicubic
-from ..sources import in_chunks, read_image, to_float
 from ..types import Conditioning, Encoders, Request
 from . import t2v
 

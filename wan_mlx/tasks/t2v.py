@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import mlx.core as mx
 
+from ..media.read import at_rate, cover, in_chunks, open_video, to_float
 from ..noise import latent_noise
-from ..sources import at_rate, cover, in_chunks, open_video, to_float
 from ..types import Conditioning, Encoders, Request
 
 

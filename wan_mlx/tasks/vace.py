@@ -14,7 +14,7 @@ from itertools import repeat
 import mlx.core as mx
 import numpy as np
 
-from ..sources import Clip, cover, in_chunks, open_video, read_image, to_float
+from ..media.read import Clip, cover, in_chunks, open_video, read_image, to_float
 from ..types import Conditioning, Encoders, Request
 from . import t2v
 

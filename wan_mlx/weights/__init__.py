@@ -1,1 +1,1 @@
-"""Weight files: reading, key maps, loading, quantising, LoRA and the hub."""
+"""Names and meaning of weights: key maps, loading, quantising, LoRA, converting."""

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..configs import COMFYUI_PARTS
-from ..types import WeightsError
-from .load import ComponentWeights, open_component
-from .reader import open_weights
-from .spiece import find_tokenizer, has_tokenizer
+from ..errors import WeightsError
+from ..files.open import open_weights
+from ..files.sentencepiece import find_tokenizer, has_tokenizer
+from ..presets import COMFYUI_PARTS
+from .component import ComponentWeights, open_component
 
 # The official folder: component → the names it is published under, first one wins.
 OFFICIAL_FILES = {

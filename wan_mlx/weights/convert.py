@@ -20,13 +20,14 @@ import mlx.core as mx
 import numpy as np
 
 from .. import __version__
-from ..configs import PRESETS
-from ..types import WeightsError
+from ..errors import WeightsError
+from ..files.sentencepiece import read_tokenizer
+from ..files.storage import free_space, gigabytes, new_folder
+from ..hub.names import parse_location
+from ..hub.resolve import Places, preset_of
+from ..presets import PRESETS
 from .checkpoint import MLX_FILES, MLX_FORMAT, Checkpoint, open_checkpoint
-from .disk import free_space, gigabytes, new_folder
-from .hub import Places, preset_of
-from .hub_names import parse_location
-from .load import (
+from .component import (
     MLX_LAYOUT,
     SAFETENSORS_NAMES,
     image_encoder_config,
@@ -35,10 +36,9 @@ from .load import (
     transformer_config,
     vae_config,
 )
-from .networks import Progress, no_progress, parse_dtype
+from .load import Progress, no_progress, parse_dtype
 from .parameters import Parameters, dtype_of
 from .quantize import QUANTIZED
-from .spiece import read_tokenizer
 
 # Key → shape and dtype of a tensor that is to be written.
 Specs = dict[str, tuple[tuple[int, ...], mx.Dtype]]

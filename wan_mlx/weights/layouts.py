@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
-from ..types import WeightsError
+from ..errors import WeightsError
 
 
 @dataclass(frozen=True)

@@ -1,438 +1,264 @@
-"""What a weight file holds under the official names: strict about keys and shapes.
-
-Sizes come from the weights' own shapes; config.json only adds what shapes cannot tell and must not contradict them.
-How a tensor becomes a parameter of a network is in `parameters`.
-"""
+"""Whole networks from files: the public ``load_*`` functions."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten
 
-from ..configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
-from ..quantized import Packing
-from ..types import WeightsError
-from .file import BLOCKS, Spot, WeightsFile
-from .fp8 import FP8, fold
-from .gguf import GGUFFile
-from .gguf_packing import EXACT, NEARLY_EXACT, PACKED_AGAIN, repack
-from .layouts import canonical_keys, recognise
-from .quantize import Quantization, quantizable
-from .reader import open_weights
+from ..errors import WeightsError
+from ..models.configs import TransformerConfig, VAEConfig
+from ..models.image_encoder import ImageEncoder, last_block_shapes
+from ..models.rope import row_order
+from ..models.text_encoder import EncoderBlock, TextEncoder, parameter_shapes
+from ..models.transformer import Transformer
+from ..models.vace import VaceTransformer
+from ..models.vae import VAE
+from ..planning.peak_memory import Networks, text_block_bytes, weight_bytes
+from .checkpoint import Checkpoint, find_part
+from .component import (
+    DTYPES,
+    ComponentWeights,
+    check_keys,
+    image_encoder_config,
+    open_component,
+    text_encoder_config,
+    transformer_config,
+    vae_config,
+)
+from .lora import LoraChoice, normalise_loras, open_loras
+from .parameters import Parameters, load_module, load_streamed, stream_blocks
+from .quantize import QUANTIZED
+from .set_loras import set_loras
 
-SAFETENSORS_NAMES = {
-    mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint8: "U8", mx.uint32: "U32"
-}  # fmt: skip
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-READABLE = {"F64", "F32", "F16", "BF16", *FP8, *BLOCKS}
-MLX_LAYOUT = "mlx"
-NOTHING: Mapping[str, mx.array] = {}
-LARGEST_SIZE = 2**20  # of a dimension, exclusive; umT5's vocabulary has 256,384
-
-
-class ComponentWeights:
-    """One network's weights under the official names, in this package's layout (channels last).
-
-    Attributes:
-        component: "transformer", "text_encoder", "vae" or "image_encoder".
-        shapes: name → shape of every tensor, known without reading any; of packed ones, the matrix's.
-        quantization: what is stored packed in MLX's forms, and how; None if nothing is.
-        packable: packing of each matrix that `packed` can give as it is stored: those, and some of GGUF's blocks.
-        nearest: packing of the other matrices stored in GGUF's blocks that comes nearest.
-    """
-
-    def __init__(self, file: WeightsFile):
-        file = fold(file)
-        self.file = file
-        self.quantization = Quantization.from_metadata(file.metadata, file.path)
-        self.layout = recognise(self._without_scales())
-        self.component = self.layout.component
-        # Written by weights_convert.py; never guessed, since (96, 3, 3, 3, 3) is the same shape in both layouts.
-        self.channels_last = file.metadata.get("layout") == MLX_LAYOUT
-        self.sources = {
-            name: (source,) if isinstance(source, str) else source
-            for name, source in canonical_keys(self.layout, self._without_scales()).items()
-        }
-        self.shapes = {name: self._shape(name) for name in self.sources}
-        self._check_packed()
-        self.packable = dict(self.quantization.packings) if self.quantization else {}
-        self.nearest: dict[str, Packing] = {}
-        for name, kind in self._blocks().items():
-            if kind in EXACT:
-                self.packable[name] = Packing.parse(EXACT[kind][0])
-            else:
-                self.nearest[name] = Packing.parse(PACKED_AGAIN.get(kind) or NEARLY_EXACT[kind][0])
-        if not self.channels_last:
-            self._refuse_integers()
-
-    @property
-    def path(self) -> Path:
-        return self.file.path
-
-    def read(self, name: str, now: bool = False, have: Mapping[str, mx.array] = NOTHING) -> mx.array:
-        """The tensor in our layout and its stored dtype, float32 if it is packed.
-
-        Lazy wherever the file allows it; ``now``, it is read at once, with several threads. Of what the file holds,
-        ``have`` is read already.
-        """
-        if self.quantization is not None and name in self.quantization.packings:
-            return self.quantization.packings[name].unpack(self.packed(name, now, have), mx.float32)
-        read = self.file.read_now if now else self.file.read
-        parts = [have[source] if source in have else read(source) for source in self.sources[name]]
-        array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
-        if not self.channels_last and array.ndim >= 4:
-            array = mx.moveaxis(array.reshape(self._torch_shape(name)), 1, -1)
-        return array.reshape(self.shapes[name])
-
-    def packed(self, name: str, now: bool = False, have: Mapping[str, mx.array] = NOTHING) -> dict[str, mx.array]:
-        """Weight, scales and, in affine modes, biases of a matrix in `packable`, or that is `repackable`.
-
-        Lazy, ``now`` and ``have`` as for `read`.
-
-        Raises:
-            WeightsError: blocks of a GGUF file hold scales that are not finite.
-        """
-        blocks = self.raw(name)
-        if blocks is not None:
-            try:
-                return repack(*blocks)
-            except WeightsError as error:
-                raise WeightsError(f"{self.path}: {name}: {error}") from None
-        stem = name.removesuffix("weight")
-        read = self.file.read_now if now else self.file.read
-        keys = self.quantization.packings[name].shapes(self.shapes[name])
-        return {key: have[stem + key] if stem + key in have else read(stem + key) for key in keys}
-
-    def spots(self, names: Iterable[str]) -> dict[str, Spot] | None:
-        """Where all lies that `read` and `packed` want for these; None if some of it is not stored as it is read."""
-        keys: list[str] = []
-        for name in names:
-            if self.quantization is not None and name in self.quantization.packings:
-                parts = self.quantization.packings[name].shapes(self.shapes[name])
-                keys += [name.removesuffix("weight") + part for part in parts]
-            else:
-                keys += self.sources[name]
-        found = {key: self.file.spot(key) for key in keys}
-        return None if None in found.values() else found
-
-    def repackable(self, name: str) -> bool:
-        """Whether `packed` gives the integers of a matrix as they are stored, if not its scales."""
-        return name in self.packable or self.stored_dtype(name) in NEARLY_EXACT
-
-    def rows(self, name: str, indices: np.ndarray) -> mx.array:
-        """Rows of a 2-D tensor, read without the rest."""
-        (source,) = self.sources[name]
-        return self.file.rows(source, indices)
-
-    def _without_scales(self) -> list[str]:
-        """The file's keys without those that belong to a packed weight."""
-        packed = self.quantization.packings if self.quantization else ()
-        belonging = {name.removesuffix("weight") + key for name in packed for key in ("scales", "biases")}
-        return [key for key in self.file.tensors if key not in belonging]
-
-    def _check_packed(self) -> None:
-        """Every packed tensor must have the shapes and dtypes its packing gives it."""
-        for name, packing in (self.quantization.packings if self.quantization else {}).items():
-            if name not in self.shapes:
-                raise WeightsError(f"{self.path}: its quantization entry names {name}, which it does not hold")
-            stem = name.removesuffix("weight")
-            try:
-                wanted = packing.shapes(self.shapes[name])
-            except ValueError as error:
-                raise WeightsError(f"{self.path}: {name} cannot be packed so: {error}") from None
-            for key, (shape, dtype) in wanted.items():
-                info = self.file.tensors.get(stem + key)
-                expected = shape, SAFETENSORS_NAMES[dtype]
-                if info is None or (info.shape, info.dtype) != expected:
-                    found = "is missing" if info is None else f"is {info.dtype} {info.shape}"
-                    raise WeightsError(
-                        f"{self.path}: {stem + key} {found}; {packing.name} of {self.shapes[name]} needs "
-                        f"{expected[1]} {expected[0]}"
-                    )
-
-    def _blocks(self) -> dict[str, str]:
-        """The matrices that quantisation packs and that are stored in GGUF's blocks, and the type of each."""
-        if not isinstance(self.file, GGUFFile):
-            return {}
-        return {
-            name: self.stored_dtype(name)
-            for name in quantizable(self.component, self.sources)
-            if self.file.has_rows_of_blocks(self.sources[name][0])
-        }
-
-    def raw(self, name: str) -> tuple[np.ndarray, str] | None:
-        """A 2-D tensor's GGUF blocks as stored, uint8 (rows, bytes of a row), and their type; None if it has none."""
-        source = self.sources[name][0]
-        if len(self.shapes[name]) != 2 or len(self.sources[name]) > 1 or not isinstance(self.file, GGUFFile):
-            return None
-        return (self.file.raw(source), self.stored_dtype(name)) if self.file.has_rows_of_blocks(source) else None
-
-    def stored_dtype(self, name: str) -> str:
-        """The dtype in the file: F32, BF16, F8_E4M3 …, or a GGUF type such as Q4_K."""
-        return self.file.tensors[self.sources[name][0]].dtype
-
-    def stored_bytes(self, name: str) -> int:
-        """Bytes of the tensor in the file; of a packed one, without its scales."""
-        return sum(self.file.nbytes(source) for source in self.sources[name])
-
-    def _refuse_integers(self) -> None:
-        odd = [name for name in self.sources if self.stored_dtype(name) not in READABLE]
-        if odd:
-            raise WeightsError(
-                f"{self.path}: {_some(odd)} of dtype {self.stored_dtype(odd[0])}; expected floats, fp8 or GGUF blocks"
-            )
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        packing = self.quantization and self.quantization.packings.get(name)
-        if packing:
-            return self._shape_of_packed(name, packing)
-        shape = self._torch_shape(name)
-        if self.channels_last:
-            return shape
-        if name.endswith(".gamma"):  # (C, 1, 1) or (C, 1, 1, 1), to broadcast over channels-first video
-            return (math.prod(shape),)
-        if len(shape) >= 4:
-            shape = (shape[0], *shape[2:], shape[1])
-        if name in ("cls_embedding", "pos_embedding"):  # Hugging Face drops the axes of size 1 before them
-            return (1,) * (3 - len(shape)) + shape
-        if name.endswith("patch_embedding.weight"):
-            axes = 4 if self.component == "image_encoder" else 5
-            if len(shape) != axes:
-                raise WeightsError(f"{self.path}: {name} has shape {self._torch_shape(name)}, expected {axes} axes")
-            return (shape[0], math.prod(shape[1:]))  # a convolution whose stride is its kernel is a matmul
-        return shape
-
-    def _torch_shape(self, name: str) -> tuple[int, ...]:
-        """The shape as PyTorch has it, of what several tensors are stacked to make."""
-        shapes = [self.file.tensors[source].shape for source in self.sources[name]]
-        shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
-        if self.component == "transformer" and name.endswith("patch_embedding.weight"):
-            # stable-diffusion.cpp's GGUF has four axes at most, and makes one of the first two.
-            bias = self.sources.get(name.removesuffix("weight") + "bias")
-            out = math.prod(self.file.tensors[bias[0]].shape) if bias else 0
-            if shape[1:] == TransformerConfig.patch_size and out and shape[0] % out == 0:
-                return (out, shape[0] // out, *shape[1:])
-        return shape
-
-    def _shape_of_packed(self, name: str, packing: Packing) -> tuple[int, int]:
-        """Shape of the matrix; wrong ones are left for `_check_packed` to name."""
-        rows, columns = (*self.file.tensors[self.sources[name][0]].shape, 0, 0)[:2]
-        return rows, columns * 32 // packing.bits
+# Wraps an iteration as ``tqdm`` does: progress(items, total=...) → items.
+Progress = Callable[..., Iterable]
 
 
-def check_keys(weights: ComponentWeights, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise WeightsError unless the file holds exactly the ``expected`` names and shapes."""
-    missing = sorted(expected.keys() - weights.shapes.keys())
-    extra = sorted(weights.shapes.keys() - expected.keys())
-    wrong = sorted(k for k in expected.keys() & weights.shapes.keys() if tuple(expected[k]) != weights.shapes[k])
-    problems = []
-    if missing:
-        problems.append(f"lacks {_some(missing)}")
-    if extra:
-        problems.append(f"holds unexpected {_some(extra)}")
-    if wrong:
-        shapes = [f"{k} {weights.shapes[k]} instead of {tuple(expected[k])}" for k in wrong]
-        problems.append(f"has other shapes: {_some(shapes)}")
-    if problems:
-        raise WeightsError(f"{weights.path}: as a {weights.component} it {'; it '.join(problems)}")
+def no_progress(items: Iterable, total: int | None = None, initial: int = 0) -> Iterable:
+    """The silent `Progress`."""
+    return items
 
 
-def _some(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every parameter; nothing is computed."""
-    return {name: tuple(array.shape) for name, array in tree_flatten(module.parameters())}
-
-
-def open_component(path: str | Path, component: str) -> ComponentWeights:
-    """Open a weight file and check that it holds a ``component``.
+def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
+    """A dtype by name.
 
     Raises:
-        WeightsError: the file cannot be read, is not recognised, or holds another network.
+        ValueError: unknown name.
     """
-    weights = ComponentWeights(open_weights(path))
-    if weights.component != component:
-        raise WeightsError(f"{path}: holds a {weights.component}, expected a {component}")
-    return weights
+    if isinstance(dtype, mx.Dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
-def _count(shapes: Mapping[str, Any], pattern: str) -> int:
-    return len({match[1] for match in (re.match(pattern, name) for name in shapes) if match})
-
-
-def _said(config_class, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What config.json says of the fields of ``config_class``, each of the kind it must be; null says nothing."""
-    said = {}
-    for field in fields(config_class):
-        value = config.get(field.name)
-        if value is None:
-            continue
-        if isinstance(field.default, tuple):
-            kinds = (int,) if field.name == "vace_layers" else (int, float)
-            fits = isinstance(value, list | tuple) and all(isinstance(v, kinds) and math.isfinite(v) for v in value)
-            wanted, value = "a list of numbers", tuple(value) if fits else value
-        elif isinstance(field.default, str):
-            fits, wanted = isinstance(value, str), "text"
-        else:
-            kind = (int, float) if isinstance(field.default, float) else (int,)
-            fits = isinstance(value, kind) and not isinstance(value, bool) and 0 < value < LARGEST_SIZE
-            wanted = (
-                "a number above 0" if isinstance(field.default, float) else f"a size from 1 to {LARGEST_SIZE - 1:,}"
-            )
-        if not fits:
-            raise WeightsError(f"{path}: config.json says {field.name} = {str(value)[:60]}, expected {wanted}")
-        said[field.name] = value
-    return said
-
-
-def _merge(config_class, found: dict[str, Any], said: Mapping[str, Any], path: Path):
-    """``found`` in the weights plus whatever else config.json ``said``; a contradiction is an error."""
-    for key, value in found.items():
-        if key in said and said[key] != value:
-            raise WeightsError(f"{path}: config.json says {key} = {said[key]}, but the weights have {value}")
-        sizes = value if isinstance(value, tuple) else (value,)
-        least = 0 if isinstance(value, tuple) else 1  # a tuple may be of layers, which count from 0
-        if any(type(size) is int and not least <= size < LARGEST_SIZE for size in sizes):
-            raise WeightsError(f"{path}: by its shapes {key} is {value}, which no such network has")
-    merged = config_class(**{**said, **found})
-    dim = getattr(merged, "dim_attn", merged.dim)
-    heads = getattr(merged, "num_heads", 1)
-    if dim % heads:
-        raise WeightsError(f"{path}: {heads} heads do not divide {dim} channels")
-    return merged
-
-
-def _heads(weights: ComponentWeights, said: Mapping[str, Any], dim: int, width: int) -> int:
-    """The number of heads is config.json's, else as many as have the ``width`` of all released models'."""
-    if "num_heads" not in said and dim % width:
-        raise WeightsError(f"{weights.path}: dim {dim} is no multiple of {width} and no config.json gives num_heads")
-    return said.get("num_heads", dim // width)
-
-
-def _shape_of(weights: ComponentWeights, name: str, ndim: int = 2) -> tuple[int, ...]:
-    if name not in weights.shapes:
-        raise WeightsError(f"{weights.path}: as a {weights.component} it lacks {name}")
-    shape = weights.shapes[name]
-    if len(shape) != ndim or 0 in shape:
-        raise WeightsError(f"{weights.path}: {name} has shape {shape}, expected {ndim} axes, none of them empty")
-    return shape
-
-
-def transformer_config(weights: ComponentWeights, config: Mapping[str, Any]) -> TransformerConfig:
-    """Sizes of a transformer. The number of heads is config.json's, else heads of 128 as in every Wan model."""
-    said = _said(TransformerConfig, config, weights.path)
-    dim, text_dim = _shape_of(weights, "text_embedding.0.weight")
-    patch = math.prod(said.get("patch_size", TransformerConfig.patch_size))
-    if patch < 1 or len(said.get("patch_size", "123")) != 3:
-        raise WeightsError(f"{weights.path}: config.json says patch_size = {said['patch_size']}, expected 3 sizes")
-    shapes = weights.shapes
-    kind = (
-        "vace" if "vace_patch_embedding.weight" in shapes
-        else "flf2v" if "img_emb.emb_pos" in shapes
-        else "i2v" if "img_emb.proj.1.weight" in shapes
-        else "t2v"
-    )  # fmt: skip
-    found = dict(
-        model_type=kind,
-        dim=dim,
-        text_dim=text_dim,
-        ffn_dim=_shape_of(weights, "blocks.0.ffn.0.weight")[0],
-        num_layers=_count(shapes, r"blocks\.(\d+)\."),
-        freq_dim=_shape_of(weights, "time_embedding.0.weight")[1],
-        in_dim=_shape_of(weights, "patch_embedding.weight")[1] // patch,
-        out_dim=_shape_of(weights, "head.head.weight")[0] // patch,
-    )
-    if kind in ("i2v", "flf2v"):
-        found["image_dim"] = _shape_of(weights, "img_emb.proj.1.weight")[1]
-    found["num_heads"] = _heads(weights, said, dim, 128)
-    if kind == "vace":
-        found["vace_in_dim"] = _shape_of(weights, "vace_patch_embedding.weight")[1] // patch
-        found["vace_layers"] = _vace_layers(weights, said, found["num_layers"])
-    return _merge(TransformerConfig, found, said, weights.path)
-
-
-def _vace_layers(weights: ComponentWeights, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
-    """The layers that get hints: config.json's, else evenly spaced as in the released models."""
-    _shape_of(weights, "vace_blocks.0.after_proj.weight")
-    count = _count(weights.shapes, r"vace_blocks\.(\d+)\.")
-    layers = tuple(config.get("vace_layers") or (num_layers * n // count for n in range(count)))
-    if len(layers) != count or layers[:1] != (0,) or sorted(set(range(num_layers)).intersection(layers)) != [*layers]:
+def _open(path: str | Path | Checkpoint, component: str) -> tuple[ComponentWeights, Mapping[str, Any]]:
+    """The component's weights and configuration, from a model, its folder, or the component's own folder or file."""
+    if isinstance(path, Checkpoint):
+        if component not in path.files:
+            raise WeightsError(f"{path.path} holds no {component}, only {', '.join(path.files)}")
+        file, config = path.files[component], path.configs.get(component, {})
+        said = path.configs.get("quantization", {})
+        said = said.get(component) if isinstance(said, dict) else said
+    else:
+        file, config, said = find_part(Path(path).expanduser(), component)
+    weights = open_component(file, component)
+    found = weights.quantization and weights.quantization.mode
+    if said != found:
         raise WeightsError(
-            f"{weights.path}: vace_layers is {list(layers)}, but {count} VACE blocks beside {num_layers} layers need "
-            f"{count} increasing numbers from 0 to {num_layers - 1}, the first of them 0"
+            f"{file.parent}: config.json says that its {component}'s quantisation is {said or 'none'}, "
+            f"but the file's is {found or 'none'}"
         )
-    return layers
+    return weights, config
 
 
-def text_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) -> TextEncoderConfig:
-    """Sizes of a umT5 encoder; every one shows in the weights' shapes."""
-    said = _said(TextEncoderConfig, config, weights.path)
-    vocab, dim = _shape_of(weights, "token_embedding.weight")
-    buckets, heads = _shape_of(weights, "blocks.0.pos_embedding.embedding.weight")
-    found = dict(
-        vocab_size=vocab,
-        dim=dim,
-        num_buckets=buckets,
-        num_heads=heads,
-        dim_attn=_shape_of(weights, "blocks.0.attn.q.weight")[0],
-        dim_ffn=_shape_of(weights, "blocks.0.ffn.fc1.weight")[0],
-        num_layers=_count(weights.shapes, r"blocks\.(\d+)\."),
+def modes_of(checkpoint: Checkpoint, quantize: str | None) -> dict[str, str]:
+    """Component → the mode it will be packed in, those alone that will be; no weights are read.
+
+    Raises:
+        ValueError: a part of ``checkpoint`` cannot be quantised so.
+    """
+    found = {part: Parameters(_open(checkpoint, part)[0], mx.float32, quantize).quantization for part in QUANTIZED}
+    return {component: quantization.mode for component, quantization in found.items() if quantization.packings}
+
+
+def check_loras(checkpoint: Checkpoint, loras: Iterable[LoraChoice]) -> None:
+    """Raise WeightsError, before any weights are read, if a LoRA does not suit the transformer of ``checkpoint``."""
+    if loras:
+        weights, config = _open(checkpoint, "transformer")
+        patch = math.prod(transformer_config(weights, config).patch_size)
+        open_loras(normalise_loras(loras), weights.shapes, patch)
+
+
+def load_transformer(
+    path: str | Path | Checkpoint,
+    dtype: str | mx.Dtype = "bfloat16",
+    progress: Progress = no_progress,
+    quantize: str | None = None,
+    stream: bool = False,
+    loras: Iterable[LoraChoice] | LoraChoice | None = None,
+    merge: bool = True,
+) -> Transformer:
+    """Load the diffusion transformer, a `VaceTransformer` if the weights are VACE's.
+
+    Args:
+        path: model folder, or the transformer's own folder or file (without config.json, heads are 128 wide).
+        dtype: of the wide arrays: "bfloat16", "float16" or "float32"; the time path stays float32.
+        progress: wraps the iteration over tensors.
+        quantize: pack the blocks' matrices as they are read: "q8", "q6", "q5", "q4", "q3" (also with a group, as in
+            "q4-g32"), "mxfp8", "mxfp4", "nvfp4", or "auto", which gives sensitive layers more bits. None takes the
+            weights as stored; "none" unpacks packed ones; "nearest" packs all of a GGUF's blocks, of which Q8_0, Q5_0,
+            Q5_1, Q4_0 and Q4_1 stay packed with None too.
+        stream: keep no blocks but read each when a forward pass comes to it, at most two being resident.
+        loras: LoRA files, each a path, "path:strength" or (path, strength).
+        merge: merge them into the weights. Packed and streamed weights keep them beside, and with False all do.
+
+    Raises:
+        WeightsError: the file is not a whole Wan2.1 transformer, or a LoRA does not suit it.
+        ValueError: an unknown dtype or mode, or the weights are packed in another mode already.
+    """
+    weights, config = _open(path, "transformer")
+    config = transformer_config(weights, config)
+    network = VaceTransformer if config.model_type == "vace" else Transformer
+    load, beside = load_streamed if stream else load_module, stream or not merge
+    parameters = transformer_parameters(weights, config, parse_dtype(dtype), quantize, None if beside else loras)
+    model = load(network(config), parameters, progress)
+    if beside and loras:
+        set_loras(model, loras)
+    return model
+
+
+def transformer_parameters(
+    weights: ComponentWeights,
+    config: TransformerConfig,
+    dtype: mx.Dtype,
+    quantize: str | None = None,
+    loras: Iterable[LoraChoice] | LoraChoice | None = None,
+    merge: bool = True,
+) -> Parameters:
+    """A transformer's parameters as `Transformer` wants them, whole or block by block; see `load_transformer`."""
+    order = partial(row_order, dim=config.dim, head_dim=config.head_dim)
+    opened = open_loras(normalise_loras(loras), weights.shapes, math.prod(config.patch_size))
+    opened.report_unused()
+    return Parameters(weights, dtype, quantize, opened, merge, row_order=order)
+
+
+def load_vae(path: str | Path | Checkpoint, dtype: str | mx.Dtype = "float32", progress: Progress = no_progress) -> VAE:
+    """Load the VAE from a model folder or its own file.
+
+    Raises:
+        WeightsError: the file is not a whole Wan2.1 VAE.
+    """
+    weights, config = _open(path, "vae")
+    return load_module(VAE(vae_config(weights, config)), Parameters(weights, parse_dtype(dtype)), progress)
+
+
+def load_image_encoder(
+    path: str | Path | Checkpoint, dtype: str | mx.Dtype = "float32", progress: Progress = no_progress
+) -> ImageEncoder:
+    """Load CLIP's vision tower from a model folder or its own file; the last block and the text tower stay unread.
+
+    Args:
+        path: model folder, or the encoder's own folder or file (without config.json, heads are 80 wide).
+        dtype: of the weights: "float32", or "float16" as the official file has them; computed in float32 either way.
+        progress: wraps the iteration over tensors.
+
+    Raises:
+        WeightsError: the file is not a whole vision tower, or the folder has none.
+        ValueError: bfloat16, which is too coarse for CLIP.
+    """
+    dtype = parse_dtype(dtype)
+    if dtype == mx.bfloat16:
+        raise ValueError("bfloat16 is too coarse for CLIP; give float32 or float16")
+    weights, config = _open(path, "image_encoder")
+    config = image_encoder_config(weights, config)
+    return load_module(ImageEncoder(config), Parameters(weights, dtype), progress, unread=last_block_shapes(config))
+
+
+def load_text_encoder(
+    path: str | Path | Checkpoint,
+    dtype: str | mx.Dtype = "bfloat16",
+    progress: Progress = no_progress,
+    quantize: str | None = None,
+) -> TextEncoder:
+    """Open the umT5 encoder from a model folder or its own file.
+
+    Its blocks are read from the file as they are needed and never all resident; ``progress`` wraps that iteration.
+    ``quantize`` is as for `load_transformer`.
+
+    Raises:
+        WeightsError: the file is not a whole umT5 encoder.
+        ValueError: float16, whose range umT5 exceeds; or ``quantize`` does not suit.
+    """
+    weights, config = _open(path, "text_encoder")
+    config, dtype = text_encoder_config(weights, config), parse_dtype(dtype)
+    if dtype == mx.float16:
+        raise ValueError("umT5 overflows float16; give bfloat16 or float32")
+    check_keys(weights, parameter_shapes(config))
+    parameters = Parameters(weights, dtype, quantize)
+    return TextEncoder(
+        config,
+        embed=lambda ids: weights.rows("token_embedding.weight", ids).astype(dtype),
+        blocks=lambda: progress(
+            stream_blocks(
+                [f"blocks.{i}" for i in range(config.num_layers)], lambda place: EncoderBlock(config), parameters
+            ),
+            total=config.num_layers,
+        ),
+        norm_weight=weights.read("norm.weight").astype(dtype),
+        dtype=dtype,
     )
-    return _merge(TextEncoderConfig, found, said, weights.path)
 
 
-def image_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) -> ImageEncoderConfig:
-    """Sizes of CLIP's vision tower. The number of heads is config.json's, else heads of 80 as in ViT-H/14."""
-    said = _said(ImageEncoderConfig, config, weights.path)
-    dim, pixels = _shape_of(weights, "patch_embedding.weight")
-    patch = math.isqrt(pixels // 3)
-    found = dict(
-        image_size=patch * math.isqrt(_shape_of(weights, "pos_embedding", 3)[1] - 1),
-        patch_size=patch,
-        dim=dim,
-        mlp_ratio=_shape_of(weights, "transformer.0.mlp.0.weight")[0] // dim,
-        num_layers=_count(weights.shapes, r"transformer\.(\d+)\."),
+def config_of(checkpoint: Checkpoint) -> TransformerConfig:
+    """Sizes of the transformer; no weights are read."""
+    return transformer_config(*_open(checkpoint, "transformer"))
+
+
+def vae_config_of(checkpoint: Checkpoint) -> VAEConfig:
+    """Sizes of the VAE; no weights are read."""
+    return vae_config(*_open(checkpoint, "vae"))
+
+
+def parameters_of(checkpoint: Checkpoint, dtype: mx.Dtype, quantize: str | None = None) -> Parameters:
+    """The transformer's parameters, none of them read.
+
+    Raises:
+        ValueError: ``quantize`` does not suit.
+    """
+    weights, config = _open(checkpoint, "transformer")
+    return transformer_parameters(weights, transformer_config(weights, config), dtype, quantize)
+
+
+def sizes_of(checkpoint: Checkpoint, dtype: mx.Dtype, quantize: str | None = None) -> Networks:
+    """What a plan needs to know of a model on this machine; no weights are read.
+
+    Raises:
+        ValueError: ``quantize`` does not suit.
+    """
+    weights, config = _open(checkpoint, "transformer")
+    config = transformer_config(weights, config)
+    packings = transformer_parameters(weights, config, dtype, quantize).quantization.packings
+    stored = {name: weights.stored_bytes(name) for name in weights.sources}
+    text, text_config = _open(checkpoint, "text_encoder")
+    text_config = text_encoder_config(text, text_config)
+    in_blocks = [key for name, keys in text.sources.items() if name.startswith("blocks.") for key in keys]
+    text_packings = Parameters(text, dtype, quantize).quantization.packings
+    vae, said = _open(checkpoint, "vae")
+    images = image_encoder_config(*_open(checkpoint, "image_encoder")) if config.has_image_branch else None
+    return Networks(
+        config,
+        text_config,
+        vae_config(vae, said),
+        images,
+        dtype,
+        weight_bytes(config, dtype, packings, stored),
+        text_block_bytes(text_config, dtype, text_packings),
+        sum(text.file.nbytes(key) for key in in_blocks),
+        packings,
     )
-    found["num_heads"] = _heads(weights, said, dim, 80)
-    return _merge(ImageEncoderConfig, found, said, weights.path)
-
-
-def vae_config(weights: ComponentWeights, config: Mapping[str, Any]) -> VAEConfig:
-    """Sizes of a VAE, found by walking the encoder: every stage ends where a ``resample`` stands."""
-    said = _said(VAEConfig, config, weights.path)
-    shapes = weights.shapes
-    dim = _shape_of(weights, "encoder.conv1.weight", 5)[0]
-    mult, temporal, blocks = [], [], 0
-    for index in range(_count(shapes, r"encoder\.downsamples\.(\d+)\.")):
-        layer = f"encoder.downsamples.{index}"
-        if f"{layer}.resample.1.weight" in shapes:
-            temporal.append(f"{layer}.time_conv.weight" in shapes)
-            mult.append(_shape_of(weights, f"{layer}.resample.1.weight", 4)[0] // dim)
-        elif not mult:
-            blocks += 1
-    mult.append(_shape_of(weights, "encoder.middle.0.residual.2.weight", 5)[0] // dim)
-    found = dict(
-        dim=dim,
-        dim_mult=tuple(mult),
-        num_res_blocks=blocks,
-        temporal_downsample=tuple(temporal),
-        z_dim=_shape_of(weights, "conv2.weight", 5)[0],
-    )
-    if found["z_dim"] != len(VAEConfig.mean) and "mean" not in said:
-        raise WeightsError(
-            f"{weights.path}: a VAE with {found['z_dim']} latent channels, expected Wan2.1's 16 "
-            "(Wan2.2-TI2V-5B has its own VAE, which is not supported)"
-        )
-    return _merge(VAEConfig, found, said, weights.path)

@@ -20,11 +20,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..types import WeightsError
-from .file import WeightsFile
-from .fp8 import FP8, fold
+from ..errors import WeightsError
+from ..files.base import WeightsFile
+from ..files.fp8 import FP8, fold
+from ..files.open import open_weights
 from .layouts import LAYOUTS
-from .reader import open_weights
 
 log = logging.getLogger(__name__)
 

@@ -16,15 +16,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..layers import Linear
-from ..quantized import QuantizedLinear
-from ..transformer import BLOCK_LISTS, FLOAT32_PARAMETERS, Transformer
-from ..types import WeightsError
-from . import cuda
-from .ahead import IN_FLIGHT, Ahead, EvaluatedAhead, LandedAhead, Landings, ReadAhead
-from .file import Spot
-from .load import NOTHING, SAFETENSORS_NAMES, ComponentWeights, check_keys, parameter_shapes
+from ..cuda import read as cuda
+from ..errors import WeightsError
+from ..files.base import Spot
+from ..models.layers import Linear
+from ..models.quantized_linear import QuantizedLinear
+from ..models.transformer import BLOCK_LISTS, FLOAT32_PARAMETERS, Transformer
+from .component import NOTHING, SAFETENSORS_NAMES, ComponentWeights, check_keys, parameter_shapes
 from .lora import Loras
+from .prefetch import IN_FLIGHT, Ahead, EvaluatedAhead, LandedAhead, Landings, ReadAhead
 from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
 
 # Name of a parameter → the order its rows (axis 0) are wanted in, or None for the order they are stored in.

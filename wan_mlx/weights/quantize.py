@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..quantized import MODE_NAMES, Packing
-from ..types import WeightsError
+from ..errors import WeightsError
+from ..models.quantized_linear import MODE_NAMES, Packing
 
 # The matrices of the blocks, which are nearly all of the bytes. What stands outside the blocks, norms and modulation
 # stay as they are: few bytes, and every token of every step passes through them.

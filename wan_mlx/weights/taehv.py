@@ -6,12 +6,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..taehv import TAEHV, TAEHVConfig
-from ..types import WeightsError
-from .file import WeightsFile
-from .load import parameter_shapes
-from .networks import parse_dtype
-from .reader import open_weights
+from ..errors import WeightsError
+from ..files.base import WeightsFile
+from ..files.open import open_weights
+from ..models.taehv import TAEHV, TAEHVConfig
+from .component import parameter_shapes
+from .load import parse_dtype
 
 WIDTHS = ("decoder.1.weight", "decoder.8.weight", "decoder.14.weight", "decoder.20.weight")
 LATENTS, OUTPUT = "decoder.1.weight", "decoder.22.weight"

@@ -1,0 +1,60 @@
+"""``wan-mlx models``: the released models, what they do, how large they are, and which are on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+from ..presets import PRESETS, Preset
+
+TASKS = {"t2v": "text to video", "i2v": "image to video", "flf2v": "first and last frame", "vace": "editing (VACE)"}
+
+
+def parameters_of(preset: Preset) -> int:
+    """Parameters of the preset's transformer."""
+    from ..models.transformer import Transformer
+    from ..models.vace import VaceTransformer
+    from ..weights.component import parameter_shapes
+
+    network = VaceTransformer if preset.task == "vace" else Transformer
+    return sum(math.prod(shape) for shape in parameter_shapes(network(preset.transformer)).values())
+
+
+def row_of(preset: Preset) -> dict[str, object]:
+    """What there is to say of a preset; bytes of the transformer in bfloat16 and in four bits (groups of 64)."""
+    from ..hub.resolve import is_cached
+
+    count = parameters_of(preset)
+    return {
+        "name": preset.name,
+        "task": preset.task,
+        "size": list(preset.size),
+        "frames": preset.num_frames,
+        "parameters": count,
+        "bytes_bfloat16": 2 * count,
+        "bytes_q4": count * 4.5 / 8,
+        "repositories": [name for name in (preset.repo, preset.diffusers, preset.gguf) if name],
+        "here": not preset.repo or is_cached(preset.repo),
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Print the table, or with ``--json`` one JSON array."""
+    parser = argparse.ArgumentParser(prog="wan-mlx models", description="Released models and what is on this machine.")
+    parser.add_argument("--json", action="store_true", help="print a JSON array")
+    args = parser.parse_args(argv)
+    rows = [row_of(preset) for preset in PRESETS.values()]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    print(f"{'--model':<16}{'task':<22}{'size':<10}{'frames':>6}{'weights':>11}{'in q4':>10}  {'here':<5}repository")
+    for row in rows:
+        size, here = "x".join(map(str, row["size"])), "yes" if row["here"] else "no"
+        weights, packed = (f"{row[key] / 1e9:.2f} GB" for key in ("bytes_bfloat16", "bytes_q4"))
+        repository = row["repositories"][0] if row["repositories"] else "bundled"
+        print(f"{row['name']:<16}{TASKS[row['task']]:<22}{size:<10}{row['frames']:>6}{weights:>11}{packed:>10}  "
+              f"{here:<5}{repository}")  # fmt: skip
+    print("\nweights: of the transformer in bfloat16, as loaded. The text encoder (11.4 GB in bfloat16) is streamed")
+    print("from disk and never in memory as a whole. What a model downloads: --model NAME --prompt x --dry-run")
+    return 0

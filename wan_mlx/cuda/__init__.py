@@ -1,0 +1,1 @@
+"""All that only an NVIDIA GPU needs."""

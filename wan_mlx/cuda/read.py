@@ -1,0 +1,167 @@
+"""From files straight into the GPU's memory, on CUDA; elsewhere memory is shared, and none of this is used.
+
+On CUDA, arrays that MLX's CPU side makes or looks into lie in managed memory: its pages move to the GPU one by one when
+a kernel first touches them, and copying there is slow while kernels run. Besides, whoever waits for the CPU side waits
+for a kernel that tells of it, which is run when those before it leave room. So a `Landing` is memory of the GPU's own,
+which MLX's GPU side has made and nothing else touches, and files are read into it past MLX: threads read pieces into
+page-locked memory, over and over the same, and the GPU's copy engine takes them from there, through the CUDA driver
+that MLX runs on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ..errors import WeightsError
+from . import nvrtc
+
+if TYPE_CHECKING:
+    from ..files.base import Spot
+
+MOST_THREADS = 8
+# Bytes that a thread reads and copies at a time.
+PIECE = 8 * 2**20
+ALIGNMENT = 256  # of every tensor
+
+_PORTABLE = 1  # page-locked for every context
+_OWN_STREAM = ctypes.c_void_p(2)  # CU_STREAM_PER_THREAD
+
+
+def in_use() -> bool:
+    """Whether the current device is a GPU of CUDA's whose driver can be asked."""
+    return mx.default_device().type == mx.DeviceType.gpu and not mx.metal.is_available() and driver() is not None
+
+
+@lru_cache
+def driver() -> Driver | None:
+    """CUDA's driver, if there is one with a GPU."""
+    try:
+        return Driver(ctypes.CDLL("libcuda.so.1"))
+    except (OSError, AttributeError, RuntimeError):
+        return None
+
+
+class Driver:
+    """The few functions that are needed, and MLX's own context, the device's primary one."""
+
+    def __init__(self, library):
+        self.library = library
+        self.threads = threading.local()
+        device, self.context = ctypes.c_int(), ctypes.c_void_p()
+        self.call("cuInit", 0)
+        self.call("cuDeviceGet", ctypes.byref(device), 0)
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), device)
+
+    def call(self, name: str, *arguments) -> None:
+        """Call a function; raises RuntimeError with what it returns if that is not success."""
+        if code := getattr(self.library, name)(*arguments):
+            raise RuntimeError(f"CUDA: {name} failed ({code})")
+
+    def staging(self) -> memoryview:
+        """Page-locked memory of this thread's, of `PIECE` bytes; the same at every call."""
+        if not hasattr(self.threads, "staging"):
+            address = ctypes.c_void_p()
+            self.call("cuCtxSetCurrent", self.context)
+            self.call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(PIECE), _PORTABLE)
+            self.threads.staging = memoryview((ctypes.c_char * PIECE).from_address(address.value)).cast("B")
+        return self.threads.staging
+
+    def copy(self, source: memoryview, target: int) -> None:
+        """Copy what `staging` holds to an address on the GPU; returns when it is there."""
+        there = ctypes.c_uint64(ctypes.addressof(ctypes.c_char.from_buffer(source)))
+        self.call("cuMemcpyAsync", ctypes.c_uint64(target), there, ctypes.c_size_t(len(source)), _OWN_STREAM)
+        self.call("cuStreamSynchronize", _OWN_STREAM)
+
+
+def address_of(array: mx.array) -> int:
+    """Where a whole array lies on the GPU. A kernel tells: asked from the CPU, MLX would move it to managed memory."""
+    return TELL_ADDRESS(
+        inputs=[array], output_shapes=[(1,)], output_dtypes=[mx.int64], grid=(1, 1, 1), threadgroup=(1, 1, 1)
+    )[0].item()
+
+
+TELL_ADDRESS = nvrtc.Kernel("tell_address", ("x",), ("out",), "out[0] = (long long)x;")
+
+
+class Landing:
+    """A stretch of memory on the GPU that tensors are read into, again and again."""
+
+    def __init__(self, nbytes: int):
+        self.memory = mx.zeros((nbytes,), mx.uint8)
+        mx.eval(self.memory)
+
+    def fill(self, address: int, spots: Mapping[str, Spot], stopped: threading.Event) -> None:
+        """Read tensors, in their order one behind the other; given up when ``stopped`` is set.
+
+        ``address``: `address_of` the memory. Whoever has looked into an array of it from the CPU has moved it, so it is
+        to be asked for every time.
+
+        Raises:
+            WeightsError: a file has changed, ends early or cannot be read.
+        """
+        files = {id(spot.file): spot.file for spot in spots.values()}.values()
+        for file in files:
+            file.check_unchanged()
+        pieces = []
+        for spot, start in zip(spots.values(), starts(spots), strict=True):
+            for at in range(0, spot.nbytes, PIECE):
+                length = min(PIECE, spot.nbytes - at)
+                pieces.append(_threads().submit(_read_piece, spot, at, length, address + start + at, stopped))
+        wait(pieces)
+        for piece in pieces:
+            piece.result()
+        for file in files:
+            file.check_unchanged()  # every piece opened it anew
+
+    def arrays(self, spots: Mapping[str, Spot]) -> dict[str, mx.array]:
+        """What `fill` has read, as arrays that stand until it is called again; nothing is copied."""
+        found = {}
+        for (key, spot), start in zip(spots.items(), starts(spots), strict=True):
+            found[key] = self.memory[start : start + spot.nbytes].view(spot.dtype).reshape(spot.shape)
+        return found
+
+
+def one_landing(anew: int, whole: int) -> bool:
+    """Whether one `Landing` serves all blocks: if most of their bytes are read to make something else from them."""
+    return 2 * anew > whole
+
+
+def starts(spots: Mapping[str, Spot]) -> list[int]:
+    """Where in a `Landing` each tensor begins."""
+    return list(accumulate(map(_padded, spots.values()), initial=0))[:-1]
+
+
+def needed(spots: Mapping[str, Spot]) -> int:
+    """Bytes that a `Landing` must have for them."""
+    return sum(map(_padded, spots.values()))
+
+
+def _padded(spot: Spot) -> int:
+    return -(-spot.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _read_piece(spot: Spot, at: int, length: int, target: int, stopped: threading.Event) -> None:
+    if stopped.is_set():
+        return
+    cuda = driver()
+    piece = cuda.staging()[:length]
+    try:
+        with open(spot.file.path, "rb", buffering=0) as file:
+            spot.file.fill(piece, file, spot.start + at)
+    except OSError as error:
+        raise WeightsError(f"{spot.file.path}: cannot be read ({error.strerror or error})") from None
+    cuda.copy(piece, target)
+
+
+@lru_cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "wan_mlx-landing")

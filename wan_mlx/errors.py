@@ -1,0 +1,53 @@
+"""The errors of the package. A wrong argument is a ``ValueError``; what else can go wrong is a `WanError`."""
+
+from __future__ import annotations
+
+import signal
+
+
+class WanError(Exception):
+    """Base of the errors that are not a wrong argument (those are ``ValueError``)."""
+
+
+class WeightsError(WanError):
+    """A weight file that cannot be used: missing, truncated, hostile, or of the wrong keys or shapes."""
+
+
+class MemoryPlanError(WanError):
+    """Nothing fits into the memory there is; says what would."""
+
+
+class SamplingError(WanError):
+    """Sampling went wrong: the latents stopped being finite."""
+
+
+class UsageError(WanError):
+    """Raised by the parser instead of exiting, so that every usage error is one line."""
+
+
+class BusyError(WanError):
+    """Another process is making this output."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was stopped from outside, by signal ``signum``.
+
+    ``go_on`` says how to go on with it, where there is something to go on with.
+    """
+
+    def __init__(self, signum: int = signal.SIGINT):
+        super().__init__(signum)
+        self.signum = signum
+        self.go_on = ""
+
+    @property
+    def code(self) -> int:
+        """The exit code that shells expect: 130 for Ctrl-C."""
+        return 128 + self.signum
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether MLX's error says that memory could not be had; there is no class of its own for it."""
+    text = str(error).lower()
+    words = ("out of memory", "unable to allocate", "attempting to allocate", "insufficient memory", "outofmemory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in text for word in words))

@@ -1,0 +1,1 @@
+"""Containers of weights; they know no network."""

@@ -1,0 +1,339 @@
+"""GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): header, rows and blocks, read when asked for.
+
+The header is parsed here, every count and offset checked against the file before anything is allocated: the ``gguf``
+package's own reader trusts them, and keeps an object for each of a tokenizer's 256,000 words. The package turns blocks
+into numbers, and is only needed where a file has blocks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import WeightsError
+from .base import BLOCKS, MAX_HEADER_BYTES, TensorInfo, WeightsFile
+from .pth import MAX_DIM, MAX_ENTRIES, MAX_NAME, MAX_NDIM
+
+# ggml's numbers of its types; what is not in BLOCKS or plain is refused by name.
+TYPES = {
+    **{0: "F32", 1: "F16", 30: "BF16", 28: "F64", 24: "I8", 25: "I16", 26: "I32", 27: "I64"},
+    **{2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1"},
+    **{10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 20: "IQ4_NL", 23: "IQ4_XS"},
+    **{16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 29: "IQ1_M"},
+    **{34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"},
+}
+PLAIN = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
+
+# The types of metadata values: struct's letter, by GGUF's number.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_DEFAULT_ALIGNMENT, _MAX_ALIGNMENT = 32, 2**16
+_MAX_STRINGS = 2_000_000  # umT5's tokenizer has 256,384
+_ROWS = 512  # of a tensor, made into numbers at a time by one thread
+# ComfyUI's converter reshapes what no block divides and keeps the true shape under this name.
+_TRUE_SHAPE = "comfy.gguf.orig_shape."
+
+
+@dataclass(frozen=True)
+class Array:
+    """A list in the metadata, not read yet: its values' type, how many, and where they begin in the file."""
+
+    kind: int
+    count: int
+    position: int
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as stored: its ggml shape reversed to torch's order, and where its data begins."""
+
+    shape: tuple[int, ...]
+    start: int
+
+
+class GGUFFile(WeightsFile):
+    """One .gguf; a tensor is read and its blocks turned into numbers on every `read`.
+
+    Attributes:
+        fields: the metadata: numbers and text as they are, lists as `Array` (see `values`).
+    """
+
+    def __init__(self, path: Path):
+        try:
+            with open(path, "rb", buffering=2**20) as file:
+                header = _Header(path, file)
+                self.fields, tensors, self._stored = header.read()
+        except OSError as error:
+            raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from None
+        super().__init__(path, tensors)
+        blocks = sorted({info.dtype for info in tensors.values()}.intersection(BLOCKS))
+        if blocks and find_spec("gguf") is None:
+            raise WeightsError(f"{path}: {blocks[0]} blocks need the gguf package: pip install 'wan-mlx[gguf]'")
+
+    def values(self, name: str) -> list[Any]:
+        """A list of the metadata.
+
+        Raises:
+            WeightsError: there is none of that name, or it is no list.
+        """
+        array = self.fields.get(name)
+        if not isinstance(array, Array):
+            raise WeightsError(f"{self.path}: its metadata has no list {name}")
+        self.check_unchanged()
+        with open(self.path, "rb", buffering=2**20) as file:
+            return _Header(self.path, file, array.position).values(array)
+
+    def read(self, key: str) -> mx.array:
+        """As `WeightsFile.read`; blocks become float32.
+
+        Raises:
+            WeightsError: as there, or a block's scale is not finite.
+        """
+        info = self._info(key)
+        if info.dtype not in BLOCKS:
+            return super().read(key)
+        return mx.array(self._numbers(key, self._blocks(key)).reshape(info.shape))
+
+    def rows(self, key: str, indices: np.ndarray) -> mx.array:
+        info = self._info(key)
+        if info.dtype not in BLOCKS or len(info.shape) != 2:
+            return super().rows(key, indices)
+        if self._stored[key].shape != info.shape:  # rows begin within blocks
+            return self.read(key)[mx.array(self._check_rows(key, indices))]
+        wanted, inverse = np.unique(self._check_rows(key, indices), return_inverse=True)
+        if not len(wanted):
+            return mx.zeros((0, info.shape[1]))
+        return mx.array(self._numbers(key, self._blocks(key, wanted))[inverse])
+
+    def raw(self, key: str) -> np.ndarray:
+        """The blocks as stored: uint8 (rows, bytes of a row) of a 2-D tensor whose ``dtype`` is in `BLOCKS`.
+
+        Raises:
+            WeightsError: no such tensor, or one that is not made of whole rows of blocks.
+        """
+        if not self.has_rows_of_blocks(key):
+            raise WeightsError(f"{self.path}: {key} ({self.tensors[key].dtype}) is not made of rows of blocks")
+        return self._blocks(key)
+
+    def has_rows_of_blocks(self, key: str) -> bool:
+        """Whether `raw` can give it: 2-D and quantised, each row whole blocks."""
+        info = self._info(key)
+        return info.dtype in BLOCKS and len(info.shape) == 2 and self._stored[key].shape == info.shape
+
+    def _blocks(self, key: str, rows: np.ndarray | None = None) -> np.ndarray:
+        """uint8 (rows, bytes of a row), all rows as stored or those named."""
+        stored, (values, size) = self._stored[key], BLOCKS[self.tensors[key].dtype]
+        width = stored.shape[-1] // values * size
+        count = math.prod(stored.shape[:-1])
+        data = np.empty((count if rows is None else len(rows), width), np.uint8)
+        if data.size:
+            with self._opened(key) as (file, start):
+                if rows is None:
+                    self.fill(data, file, start)
+                else:
+                    for target, row in zip(data, rows.tolist(), strict=True):
+                        self.fill(target, file, start + row * width)
+        return data
+
+    def _numbers(self, key: str, blocks: np.ndarray) -> np.ndarray:
+        """float32 (rows, width)."""
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        dtype = self.tensors[key].dtype
+        values, size = BLOCKS[dtype]
+        numbers = np.empty((len(blocks), blocks.shape[1] // size * values), np.float32)
+
+        def fill(start: int) -> bool:
+            rows = slice(start, start + _ROWS)
+            with np.errstate(over="ignore", invalid="ignore"):
+                numbers[rows] = dequantize(blocks[rows], GGMLQuantizationType[dtype])
+            return bool(np.isfinite(numbers[rows]).all())
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # numpy lets go of the interpreter while it computes
+            finite = all(threads.map(fill, range(0, len(blocks), _ROWS)))
+        if not finite:
+            raise WeightsError(f"{self.path}: {key} holds a block whose scale is not finite; download it again")
+        return numbers
+
+    def _start(self, key: str) -> int:
+        return self._stored[key].start
+
+
+class _Header:
+    """A cursor over a GGUF header that never goes past the file's end or a header's greatest size."""
+
+    def __init__(self, path: Path, file: BinaryIO, position: int = 0):
+        self.path, self.file, self.position = path, file, position
+        self.size = os.fstat(file.fileno()).st_size
+        file.seek(position)
+
+    def read(self) -> tuple[dict[str, Any], dict[str, TensorInfo], dict[str, _Stored]]:
+        """Metadata, and each tensor's description and place."""
+        self._check_magic()
+        tensor_count, field_count = self._number("Q"), self._number("Q")
+        for what, count in (("tensors", tensor_count), ("metadata fields", field_count)):
+            if count > MAX_ENTRIES:
+                raise WeightsError(f"{self.path}: claims {count:,} {what}; at most {MAX_ENTRIES:,} are allowed")
+        fields: dict[str, Any] = {}
+        for _ in range(field_count):
+            name = self._name("a metadata field")
+            if name in fields:
+                raise WeightsError(f"{self.path}: damaged header (the field {name!r} occurs twice)")
+            fields[name] = self._value(self._number("I"), name)
+        if fields.get("split.count", 1) not in (0, 1):
+            raise WeightsError(f"{self.path}: one of {fields['split.count']} parts; join them with gguf-split --merge")
+        found: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        for _ in range(tensor_count):
+            name, entry = self._tensor()
+            if name in found:
+                raise WeightsError(f"{self.path}: damaged header (the tensor {name!r} occurs twice)")
+            found[name] = entry
+        tensors, stored = {}, {}
+        starts = self._starts(found, self._alignment(fields))
+        for name, (dtype, shape, _) in found.items():
+            tensors[name] = TensorInfo(self._true_shape(fields, name, shape), dtype)
+            stored[name] = _Stored(shape, starts[name])
+        return fields, tensors, stored
+
+    def values(self, array: Array) -> list[Any]:
+        """The values of a list, the cursor standing at the first."""
+        if array.kind == _STRING:
+            return [self._string() for _ in range(array.count)]
+        letter = _SCALARS[array.kind]
+        return list(struct.unpack(f"<{array.count}{letter}", self._take(array.count * struct.calcsize(letter))))
+
+    def _check_magic(self) -> None:
+        magic, version = self._take(4), self._number("I")
+        if magic != b"GGUF":
+            raise WeightsError(f"{self.path}: not a GGUF file (it begins with {magic.hex(' ')})")
+        if version not in (2, 3):
+            other = int.from_bytes(version.to_bytes(4, "little"), "big")
+            what = "written on a big-endian machine" if other in (2, 3) else f"version {version}"
+            raise WeightsError(f"{self.path}: a GGUF file {what}; expected little-endian version 2 or 3")
+
+    def _take(self, count: int) -> bytes:
+        self._check(count)
+        data = self.file.read(count)
+        if len(data) != count:
+            raise WeightsError(f"{self.path}: cut short in its header; download it again")
+        self.position += count
+        return data
+
+    def _check(self, count: int) -> None:
+        """That ``count`` more bytes are in the file and may be in a header."""
+        if self.position + count > self.size:
+            raise WeightsError(
+                f"{self.path}: cut short or damaged: its header wants {count:,} bytes at {self.position:,}, the file "
+                f"has {self.size:,}; download it again"
+            )
+        if self.position + count > MAX_HEADER_BYTES:
+            raise WeightsError(f"{self.path}: a header of more than {MAX_HEADER_BYTES:,} bytes")
+
+    def _number(self, letter: str) -> Any:
+        return struct.unpack(f"<{letter}", self._take(struct.calcsize(f"<{letter}")))[0]
+
+    def _string(self) -> str:
+        data = self._take(self._number("Q"))
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise WeightsError(f"{self.path}: damaged header (text that is not UTF-8)") from None
+
+    def _name(self, what: str) -> str:
+        name = self._string()
+        if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+            raise WeightsError(f"{self.path}: damaged header ({what} with the name {name[:40]!r})")
+        return name
+
+    def _value(self, kind: int, name: str) -> Any:
+        if kind in _SCALARS:
+            return self._number(_SCALARS[kind])
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            raise WeightsError(f"{self.path}: damaged header ({name[:80]!r} is of the unknown type {kind})")
+        inner, count = self._number("I"), self._number("Q")
+        if inner not in _SCALARS and inner != _STRING:
+            raise WeightsError(f"{self.path}: {name[:80]!r} is a list of type {inner}; expected numbers or text")
+        array = Array(inner, count, self.position)
+        if inner == _STRING:
+            self._check(8 * count)
+            if count > _MAX_STRINGS:
+                raise WeightsError(f"{self.path}: {name[:80]!r} claims {count:,} texts; at most {_MAX_STRINGS:,}")
+            for _ in range(count):
+                self._take(self._number("Q"))
+        else:
+            size = count * struct.calcsize(_SCALARS[inner])
+            self._check(size)
+            self.file.seek(size, os.SEEK_CUR)
+            self.position += size
+        return array
+
+    def _tensor(self) -> tuple[str, tuple[str, tuple[int, ...], int]]:
+        """A tensor's name, and its type, shape in torch's order and offset."""
+        name, ndim = self._name("a tensor"), self._number("I")
+        if ndim > MAX_NDIM:
+            raise WeightsError(f"{self.path}: {name!r} has {ndim} dimensions; at most {MAX_NDIM} are allowed")
+        shape = tuple(reversed([self._number("Q") for _ in range(ndim)]))
+        if any(n > MAX_DIM for n in shape):
+            raise WeightsError(f"{self.path}: {name!r} has shape {str(shape)[:80]}; expected sizes below 2**31")
+        number, offset = self._number("I"), self._number("Q")
+        dtype = TYPES.get(number, f"number {number}")
+        if dtype not in PLAIN and dtype not in BLOCKS:
+            known = ", ".join([*PLAIN[:3], *BLOCKS])
+            raise WeightsError(f"{self.path}: {name!r} is of the GGUF type {dtype}, not supported; supported: {known}")
+        values = BLOCKS[dtype][0] if dtype in BLOCKS else 1
+        if (shape[-1] if shape else 1) % values:
+            raise WeightsError(f"{self.path}: {name!r} has rows of {shape[-1:]} values; {dtype} needs whole {values}s")
+        return name, (dtype, shape, offset)
+
+    def _alignment(self, fields: dict[str, Any]) -> int:
+        alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if type(alignment) is not int or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
+            raise WeightsError(f"{self.path}: damaged header (general.alignment {alignment}, expected a power of two)")
+        return alignment
+
+    def _starts(self, found: dict[str, tuple[str, tuple[int, ...], int]], alignment: int) -> dict[str, int]:
+        """Where each tensor's data begins; they must follow each other, each padded to the alignment."""
+
+        def aligned(position: int) -> int:
+            return -(-position // alignment) * alignment
+
+        data = aligned(self.position)
+        at, starts = 0, {}
+        for name, (dtype, shape, offset) in sorted(found.items(), key=lambda item: item[1][2]):
+            nbytes = TensorInfo(shape, dtype).nbytes
+            if nbytes and offset != aligned(at):
+                fault = "overlaps the tensor before it" if offset < at else "does not follow the tensor before it"
+                raise WeightsError(
+                    f"{self.path}: damaged header ({name!r} {fault}: it begins at {offset:,}, expected {aligned(at):,})"
+                )
+            starts[name] = data + offset
+            at = max(at, offset + nbytes) if nbytes else at
+        if data + at > self.size:
+            raise WeightsError(
+                f"{self.path}: cut short: {data + at:,} bytes expected, {self.size:,} present; download it again"
+            )
+        return starts
+
+    def _true_shape(self, fields: dict[str, Any], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        array = fields.get(_TRUE_SHAPE + name)
+        if array is None:
+            return shape
+        if not isinstance(array, Array) or array.kind not in (4, 5, 10, 11) or array.count > MAX_NDIM:
+            raise WeightsError(f"{self.path}: {_TRUE_SHAPE + name!r} is no list of sizes")
+        self.position = self.file.seek(array.position)
+        true = tuple(self.values(array))
+        if any(n < 0 for n in true) or math.prod(true) != math.prod(shape):
+            raise WeightsError(f"{self.path}: {name!r} has shape {shape}, which {_TRUE_SHAPE + name!r} makes {true}")
+        return true

@@ -1,0 +1,207 @@
+"""One way to read every kind of weight file: what it holds is known from headers, a tensor is read when asked for.
+
+`open_weights` decides the kind by content: safetensors (`safetensors`), an index JSON over shards, torch's zip format
+(`pth`) or GGUF (`gguf`). Another kind is another subclass of `WeightsFile` and a line in `open_weights` and ``_kind``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import WeightsError
+from .base import MAX_HEADER_BYTES, Spot, TensorInfo, WeightsFile, nearest, stamp
+from .gguf import GGUFFile
+from .pth import ITEMSIZE, open_storage, read_index
+from .safetensors import SafetensorsFile, parse_json
+
+
+def open_weights(path: str | Path) -> WeightsFile:
+    """Open a weight file: .safetensors, an index JSON over shards, .gguf or torch's .pth; content decides, not name.
+
+    Only headers are read, and no code in the file is run.
+
+    Raises:
+        WeightsError: the file is missing, not one of these, truncated, damaged or hostile; the message is one line.
+    """
+    kinds = {"safetensors": SafetensorsFile, "torch": TorchFile, "index": ShardedFile, "gguf": GGUFFile}
+    path = Path(path)
+    return kinds[_kind(path, _head(path))](path)
+
+
+class TorchFile(WeightsFile):
+    """One .pth, .pt, .bin or .ckpt in torch's zip format; a tensor is read from the file on every `read`."""
+
+    def __init__(self, path: Path):
+        self._views = _read_index(path, stamp(path))
+        super().__init__(path, {key: TensorInfo(view.shape, view.dtype) for key, view in self._views.items()})
+
+    def _strides(self, key: str) -> tuple[int, ...]:
+        return self._views[key].strides
+
+    def _is_plain(self, key: str) -> bool:
+        return self._views[key].storage.start is not None
+
+    def _start(self, key: str) -> int:
+        view = self._views[key]
+        return view.storage.start + view.offset * ITEMSIZE[view.dtype]
+
+    @contextmanager
+    def _open(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
+        view = self._views[key]
+        with open_storage(self.path, view.storage) as (file, start):
+            yield file, start + view.offset * ITEMSIZE[view.dtype]
+
+
+@lru_cache(maxsize=8)
+def _read_index(path: Path, stamp: tuple[int, int]) -> dict:
+    """`read_index`, once as long as the file has this `stamp`: a run opens each file several times."""
+    return read_index(path)
+
+
+class ShardedFile(WeightsFile):
+    """Several files under one index JSON (``{"weight_map": {tensor: file name}}``)."""
+
+    def __init__(self, path: Path):
+        owners = _read_weight_map(path)
+        names = sorted(set(owners.values()))
+        missing = [name for name in names if not (path.parent / name).is_file()]
+        if missing:
+            raise WeightsError(f"{path}: missing {_some(missing)}; the index needs {len(names)} files beside it")
+        indexes = [name for name in names if _kind(path.parent / name, _head(path.parent / name)) == "index"]
+        if indexes:
+            raise WeightsError(f"{path}: the shard {_some(indexes)} is an index itself")
+        shards = {name: open_weights(path.parent / name) for name in names}
+        _check_shards(path, owners, shards)
+        metadata = [shard.metadata for shard in shards.values()]
+        agreed = {k: v for k, v in metadata[0].items() if all(m.get(k) == v for m in metadata)}
+        super().__init__(path, {key: shards[name].tensors[key] for key, name in owners.items()}, agreed)
+        self._shards = {key: shards[name] for key, name in owners.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({shard.path for shard in self._shards.values()})
+
+    @property
+    def is_lazy(self) -> bool:
+        return any(shard.is_lazy for shard in self._shards.values())
+
+    def read(self, key: str) -> mx.array:
+        self._info(key)
+        return self._shards[key].read(key)
+
+    def read_now(self, key: str) -> mx.array:
+        self._info(key)
+        return self._shards[key].read_now(key)
+
+    def rows(self, key: str, indices: np.ndarray) -> mx.array:
+        self._info(key)
+        return self._shards[key].rows(key, indices)
+
+    def spot(self, key: str) -> Spot | None:
+        self._info(key)
+        return self._shards[key].spot(key)
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    """The index's tensor → file name, the names checked to lie in the index's own folder."""
+    size = os.stat(path).st_size
+    if size > MAX_HEADER_BYTES:
+        raise WeightsError(f"{path}: {size:,} bytes of JSON; an index has at most {MAX_HEADER_BYTES:,}")
+    owners = parse_json(path, path.read_bytes(), "JSON").get("weight_map")
+    if not isinstance(owners, dict) or not owners:
+        raise WeightsError(f"{path}: JSON without a weight_map; expected the index of a sharded checkpoint")
+    for name in owners.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+            raise WeightsError(f"{path}: the shard name {str(name)[:80]!r} is not a plain file name in its own folder")
+    return owners
+
+
+def _check_shards(path: Path, owners: dict[str, str], shards: dict[str, WeightsFile]) -> None:
+    lacking = [f"{key} ({name})" for key, name in owners.items() if key not in shards[name].tensors]
+    extra = [f"{key} ({name})" for name, shard in shards.items() for key in shard.tensors if owners.get(key) != name]
+    problems = [f"shards lack {_some(lacking)}"] * bool(lacking) + [f"shards also hold {_some(extra)}"] * bool(extra)
+    if problems:
+        raise WeightsError(f"{path}: the index does not match its shards: {'; '.join(problems)}")
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a regular, non-empty file."""
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise WeightsError(f"{path}: a folder; expected one weight file, {nearest(_names(path))}")
+        if not stat.S_ISREG(mode):
+            raise WeightsError(f"{path}: not a regular file")
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.parent.is_dir():
+            raise WeightsError(f"{path}: no such file, and no folder {path.parent}") from None
+        names = _names(path.parent)
+        near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4) or names
+        raise WeightsError(f"{path}: no such file; {nearest(near)}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise WeightsError(f"{path}: cannot be opened ({error})") from None
+    if not head:
+        raise WeightsError(f"{path}: an empty file; download it again")
+    return head
+
+
+def _kind(path: Path, head: bytes) -> str:
+    """What a file is ("safetensors", "torch", "index" or "gguf"), by its first bytes."""
+    if head.startswith(b"GGUF"):
+        return "gguf"
+    if head.startswith(b"PK\x03\x04"):
+        return "torch"
+    # Before the index: the first byte of a header's length may happen to be a brace.
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and length <= MAX_HEADER_BYTES:
+        return "safetensors"
+    text = head.lstrip()
+    if text.startswith(b"{"):
+        return "index"
+    if head[8:9] == b"{":
+        raise WeightsError(
+            f"{path}: a safetensors header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"
+        )
+    raise WeightsError(
+        f"{path}: {_looks_like(head, text)}; expected safetensors, its index JSON, a GGUF, or a .pth by torch.save"
+    )
+
+
+def _looks_like(head: bytes, text: bytes) -> str:
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself (run `git lfs pull`, or download it again)"
+    if text[:14].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "an HTML page, not weights (a download that needs a login or another address)"
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return (
+            "a bare pickle or torch's format before 1.6 (with torch, re-save it: "
+            "torch.save(torch.load(old, map_location='cpu', weights_only=True), new))"
+        )
+    if head.startswith(b"PK"):
+        return "an empty or split zip archive"
+    return f"an unknown format (it begins with {head[:8].hex(' ')})"
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,158 @@
+"""Safetensors files (https://github.com/huggingface/safetensors, "Format"), every number of the header checked.
+
+MLX hands out the tensors; that it finds in the file what was found here is checked whenever it opens it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import WeightsError
+from .base import TensorInfo, WeightsFile
+from .parallel_read import PIECE
+from .pth import ITEMSIZE, MAX_DIM, MAX_NDIM
+
+# One such tensor makes mx.load refuse the whole file.
+_UNKNOWN_TO_MLX = {"F64", "F8_E5M2"}
+# For how many streams a safetensors file keeps lazy arrays, and so stays open.
+_MOST_POOLS = 8
+
+
+class SafetensorsFile(WeightsFile):
+    """One .safetensors file; tensors are handed out as MLX's lazy arrays."""
+
+    is_lazy = True
+
+    def __init__(self, path: Path):
+        tensors, metadata, self._starts = _read_header(path)
+        super().__init__(path, tensors, metadata)
+        self.is_lazy = _UNKNOWN_TO_MLX.isdisjoint(info.dtype for info in tensors.values())
+        self._pools: dict[str, dict[str, mx.array]] = {}
+
+    def read(self, key: str) -> mx.array:
+        info = self._info(key)
+        if not self.is_lazy:
+            return super().read(key)
+        self.check_unchanged()
+        # mx.load opens the file once for all its arrays, so one call serves a whole pass and a thousand lazy arrays do
+        # not need a thousand open files. An array leaves the pool when handed out; those that stay hold no data.
+        # An array is bound to the stream that was current when it was loaded, so there is a pool for each of the few
+        # that take turns (`ahead`).
+        # Equal streams have no equal hash.
+        streams = f"{mx.default_stream(mx.default_device())} {mx.default_stream(mx.cpu)}"
+        array = self._pools.get(streams, {}).pop(key, None)
+        if array is None:
+            arrays = self._load()
+            array = arrays.pop(key)
+            while len(self._pools) >= _MOST_POOLS and streams not in self._pools:
+                self._pools.pop(next(iter(self._pools)), None)
+            self._pools[streams] = arrays
+        if tuple(array.shape) != info.shape:
+            raise WeightsError(f"{self.path}: {key} has changed shape since it was opened; open it again")
+        return array
+
+    def read_now(self, key: str) -> mx.array:
+        return super().read(key) if self._info(key).nbytes > PIECE else self.read(key)
+
+    def _load(self) -> dict[str, mx.array]:
+        try:
+            arrays = mx.load(str(self.path), format="safetensors")
+        except (RuntimeError, ValueError) as error:
+            raise WeightsError(f"{self.path}: MLX cannot read it ({error})") from None
+        if arrays.keys() != self.tensors.keys():
+            raise WeightsError(f"{self.path}: changed since it was opened; open it again")
+        return arrays
+
+    def _start(self, key: str) -> int:
+        return self._starts[key]
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, int]]:
+    """The tensors, metadata and each tensor's position in a safetensors file, every number checked."""
+    size = os.stat(path).st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length < 2 or 8 + length > size:
+            raise WeightsError(
+                f"{path}: cut short: its header needs {8 + length:,} bytes, {size:,} present; download it again"
+            )
+        header = parse_json(path, file.read(length), "header")
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise WeightsError(f"{path}: damaged header (__metadata__ is not a dict of text)")
+    tensors, extents = {}, []
+    for key, entry in header.items():
+        tensors[key], begin, end = _parse_entry(path, key, entry)
+        extents.append((begin, end, key))
+    _check_extents(path, sorted(extents), size - 8 - length)
+    return tensors, metadata, {key: 8 + length + begin for begin, _, key in extents}
+
+
+def _parse_entry(path: Path, key: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        raise WeightsError(f"{path}: {key[:200]!r} has dtype {str(dtype)[:40]!r}; known are {', '.join(ITEMSIZE)}")
+    if not _is_counts(shape) or len(shape) > MAX_NDIM or any(n > MAX_DIM for n in shape):
+        raise WeightsError(f"{path}: {key[:200]!r} has shape {str(shape)[:80]}; expected a list of sizes below 2**31")
+    if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise WeightsError(f"{path}: {key[:200]!r} has data_offsets {str(offsets)[:80]}; expected [begin, end]")
+    info = TensorInfo(tuple(shape), dtype)
+    if offsets[1] - offsets[0] != info.nbytes:
+        size = offsets[1] - offsets[0]
+        raise WeightsError(f"{path}: {key[:200]!r} is {size:,} bytes; {dtype} of shape {shape} needs {info.nbytes:,}")
+    return info, *offsets
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _check_extents(path: Path, extents: list[tuple[int, int, str]], present: int) -> None:
+    """The tensors must fill the data part exactly, one after the other."""
+    expected = max((end for _, end, _ in extents), default=0)
+    if present < expected:
+        raise WeightsError(
+            f"{path}: cut short: {expected:,} bytes of data expected, {present:,} present; download it again"
+        )
+    at = 0
+    for begin, end, key in extents:
+        if begin != at:
+            fault = "overlaps the tensor before it" if begin < at else "leaves a gap before it"
+            raise WeightsError(
+                f"{path}: damaged header ({key[:200]!r} {fault}: it begins at {begin:,}, expected {at:,})"
+            )
+        at = end
+    if present > expected:
+        raise WeightsError(
+            f"{path}: {present - expected:,} bytes too long: its tensors need {expected:,}; download it again"
+        )
+
+
+def parse_json(path: Path, data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object, stricter than ``json``: no name twice, no NaN, no half surrogates, so that MLX reads the same."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name occurs twice")
+        for name in found:
+            name.encode()
+        return found
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not a number")
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: damaged {what} ({str(error)[:120]}); download it again") from None
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: damaged {what} (a {type(value).__name__}, expected an object); download it again")
+    return value

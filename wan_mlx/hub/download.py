@@ -1,0 +1,244 @@
+"""Bytes from the Hugging Face hub into its cache: resumed where they were cut, checked against the hub's own hashes.
+
+huggingface_hub (2.4) forgets a file that was not finished when the process ends; these files have up to 35 GB. So
+their bytes are fetched here, into ``blobs/<etag>.incomplete`` of the same cache, and huggingface_hub then adopts the
+finished blob: names, tokens, proxies, endpoints and the cache's layout stay its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import WeightsError
+
+log = logging.getLogger(__name__)
+
+CHUNK = 2**16
+WORKERS = 4
+# Seconds to wait before going on after the connection was cut; counted anew whenever bytes have arrived.
+WAITS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository; ``etag`` is its SHA-256, or git's hash of a small one, or None where neither is known."""
+
+    path: str
+    size: int
+    etag: str | None = None
+
+
+class _Stopped(Exception):
+    """Another file failed, or Ctrl-C was pressed."""
+
+
+def fetch_files(repo: str, commit: str, files: list[RemoteFile], advance: Callable[[int], None]) -> None:
+    """Put ``files`` into huggingface_hub's cache, a few at a time.
+
+    Args:
+        advance: called with the number of bytes that are there more than before, at first those of an earlier try.
+
+    Raises:
+        WeightsError: a file was cut off again and again, or is not what the hub says it is. What has arrived is kept.
+        Exception: huggingface_hub's own, of a file that it may not have or that is not there.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        jobs = [pool.submit(_fetch, repo, commit, file, advance, stop) for file in files]
+        try:
+            wait(jobs, return_when=FIRST_EXCEPTION)
+        finally:  # also after Ctrl-C: what still runs ends at its next chunk
+            if not all(job.done() for job in jobs):
+                stop.set()
+            pool.shutdown(cancel_futures=True)
+    errors = [job.exception() for job in jobs if not job.cancelled() and job.exception()]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, _Stopped)), errors[0])
+
+
+def blob_path(repo: str, etag: str) -> Path:
+    """Where the cache keeps a file's bytes."""
+    return _cache("", repo) / "blobs" / etag
+
+
+def bytes_here(repo: str, commit: str, file: RemoteFile) -> int:
+    """How much of a file is in the cache, finished or not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(repo, file.path, revision=commit), str):
+        return file.size
+    if file.etag is None:
+        return 0
+    blob = blob_path(repo, file.etag)
+    if blob.exists():
+        return file.size
+    partial = _partial(blob)
+    return min(partial.stat().st_size, file.size) if partial.exists() else 0
+
+
+def _cache(folder: str, repo: str) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / folder / repo_folder_name(repo_id=repo, repo_type="model")
+
+
+def _partial(blob: Path) -> Path:
+    return blob.with_name(f"{blob.name}.incomplete")
+
+
+def _fetch(repo: str, commit: str, file: RemoteFile, advance: Callable[[int], None], stop: threading.Event) -> None:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.utils import WeakFileLock
+
+    name, url = f"{repo}: {file.path}", hf_hub_url(repo, file.path, revision=commit)
+    remote = _persist(lambda: get_hf_file_metadata(url), lambda: 0, name, stop)
+    if not remote.etag or not re.fullmatch(r"[\w-]+", remote.etag):  # it becomes the name of a file
+        raise WeightsError(f"{name}: {url} answers with the ETag {remote.etag!r}, so it is no hub; see HF_ENDPOINT")
+    if remote.size is not None and remote.size != file.size:
+        raise WeightsError(f"{name} has {remote.size:,} bytes, expected {file.size:,}, as the hub lists it")
+    blob, locks = blob_path(repo, remote.etag), _cache(".locks", repo)
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    locks.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(locks / f"{blob.name}.lock"):  # as huggingface_hub does, so that two processes take turns
+        if blob.exists():
+            advance(file.size)
+        else:
+            expected = remote.etag if remote.etag == file.etag else None  # a mirror may have etags of its own
+            _Transfer(url, name, RemoteFile(file.path, file.size, expected), advance, stop).into(_partial(blob))
+            os.replace(_partial(blob), blob)
+    hf_hub_download(repo, file.path, revision=commit)  # finds the blob and links to it
+
+
+class _Transfer:
+    """One file's bytes on their way."""
+
+    def __init__(self, url: str, name: str, file: RemoteFile, advance: Callable[[int], None], stop: threading.Event):
+        self.url, self.name, self.file = url, name, file
+        self.advance, self.stop = advance, stop
+
+    def into(self, partial: Path) -> None:
+        """Fill ``partial`` from where it ends until it is whole, and check it."""
+        with open(partial, "a+b") as self.output:
+            if self.output.tell() > self.file.size:
+                self._empty()
+            self._read_again()
+            if self.output.tell() < self.file.size or not self.file.size:
+                _persist(self._fetch_rest, self.output.tell, self.name, self.stop)
+            self._write(b"")
+            os.fsync(self.output.fileno())
+        found = self.digest.hexdigest()
+        if self.file.etag and found != self.file.etag:
+            partial.unlink()
+            raise WeightsError(
+                f"{self.name} arrived damaged: its hash is {found[:12]}…, expected {self.file.etag[:12]}…; "
+                "it was removed, fetch it again"
+            )
+
+    def _read_again(self) -> None:
+        """Hash what an earlier try has left."""
+        self._start_digest()
+        self.output.seek(0)
+        while chunk := self.output.read(CHUNK):
+            self._check_stopped()
+            self.digest.update(chunk)
+        self.advance(self.output.tell())
+
+    def _start_digest(self) -> None:
+        # The hub knows large files by their SHA-256, small ones as git does.
+        is_git = len(self.file.etag or "") == 40
+        self.digest = hashlib.sha1(b"blob %d\0" % self.file.size) if is_git else hashlib.sha256()
+
+    def _fetch_rest(self) -> None:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        start = self.output.tell()
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        # Through the hub's address each time: what it redirects to is valid for an hour.
+        with get_session().stream(
+            "GET", self.url, headers=headers, timeout=patience, follow_redirects=True
+        ) as response:
+            hf_raise_for_status(response)
+            if start and response.status_code != 206:  # the server sends the whole file again
+                self._start_digest()
+                self._empty()
+                self.advance(-start)
+            for chunk in response.iter_bytes(CHUNK):
+                self._check_stopped()
+                if self.output.tell() + len(chunk) > self.file.size:
+                    self._empty()
+                    raise WeightsError(
+                        f"{self.name}: the server sends more than the {self.file.size:,} bytes that the hub lists"
+                    )
+                self._write(chunk)
+                self.digest.update(chunk)
+                self.advance(len(chunk))
+        if self.output.tell() < self.file.size:
+            raise ConnectionError("the server ended early")
+
+    def _empty(self) -> None:
+        self.output.seek(0)
+        self.output.truncate()
+
+    def _write(self, chunk: bytes) -> None:
+        try:
+            self.output.write(chunk)
+            self.output.flush()
+        except OSError as error:
+            raise WeightsError(
+                f"{self.name}: cannot be written ({error.strerror or error}); what has arrived is kept, "
+                "so the same command goes on from there"
+            ) from error
+
+    def _check_stopped(self) -> None:
+        if self.stop.is_set():
+            raise _Stopped(f"{self.name}: stopped")
+
+
+def _persist(attempt: Callable[[], Any], position: Callable[[], int], name: str, stop: threading.Event) -> Any:
+    """``attempt()``, tried again while the network fails, from new patience whenever ``position`` has moved."""
+    waits = list(WAITS)
+    while True:
+        before = position()
+        try:
+            return attempt()
+        except Exception as error:
+            if not _is_transient(error):
+                raise
+            waits = list(WAITS) if position() > before else waits
+            reason = one_line(error)
+            if not waits:
+                raise WeightsError(
+                    f"{name}: cut off at {position():,} bytes ({reason}); what has arrived is kept, "
+                    "so the same command goes on from there"
+                ) from error
+            log.warning("%s: cut off at %d bytes (%s); trying again", name, position(), reason)
+            if stop.wait(waits.pop(0)):
+                raise _Stopped(f"{name}: stopped") from error
+
+
+def _is_transient(error: Exception) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    # HTTPError is the base of whatever the HTTP client raises.
+    return isinstance(error, HTTPError | ConnectionError | TimeoutError) and not isinstance(error, OfflineModeIsEnabled)
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's text that says something, shortened."""
+    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)

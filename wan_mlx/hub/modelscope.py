@@ -1,0 +1,60 @@
+"""Models from ModelScope (modelscope.cn), through the ``modelscope`` package, which is an extra."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import WeightsError
+from .download import RemoteFile, one_line
+
+
+def cache() -> Path:
+    """Where ModelScope keeps its files."""
+    return Path(os.environ.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope")
+
+
+def list_files(repo: str, revision: str | None) -> dict[str, RemoteFile]:
+    """Path → file of a repository.
+
+    Raises:
+        WeightsError: the package is not installed, or the repository cannot be listed.
+    """
+    api = _import("modelscope.hub.api").HubApi()
+    try:
+        entries = api.get_model_files(repo, revision=revision, recursive=True)
+    except Exception as error:  # its own wide family, and its HTTP client's
+        raise WeightsError(f"{repo} cannot be listed on ModelScope: {one_line(error)}") from error
+    return {e["Path"]: RemoteFile(e["Path"], int(e["Size"])) for e in entries if e.get("Type", "blob") != "tree"}
+
+
+def fetch(repo: str, revision: str | None, files: Iterable[RemoteFile]) -> Path:
+    """Download ``files`` and return the folder they are in.
+
+    Raises:
+        WeightsError: the download failed, or a file has another size than the listing says.
+    """
+    files = list(files)
+    download = _import("modelscope").snapshot_download
+    try:
+        folder = Path(download(repo, revision=revision, allow_patterns=[file.path for file in files]))
+    except Exception as error:
+        raise WeightsError(f"{repo} cannot be fetched from ModelScope: {one_line(error)}") from error
+    for file in files:
+        path = folder / file.path
+        size = path.stat().st_size if path.is_file() else None
+        if size != file.size:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            raise WeightsError(f"{path} {found}, expected {file.size:,} bytes; remove it and fetch it again")
+    return folder
+
+
+def _import(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise WeightsError("ModelScope needs its package: pip install 'wan-mlx[modelscope]'") from error

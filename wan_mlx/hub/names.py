@@ -1,0 +1,142 @@
+"""Names of models on hubs, and which files of a repository a model needs; nothing here touches the network or a disk.
+
+A name is one of
+    nano, nano-i2v                           what comes with the package
+    ./Wan2.1-T2V-1.3B                        what is on this machine
+    t2v-1.3B                                 a preset: the official repository
+    Wan-AI/Wan2.1-T2V-1.3B-Diffusers         a repository: official, Diffusers' or an MLX folder
+    city96/Wan2.1-T2V-14B-gguf:wan2.1-t2v-14b-Q4_K_M.gguf      one file of a repository
+    https://huggingface.co/…/resolve/main/…  the same, as a browser shows it
+and of a repository another revision than main can be given: owner/name@revision.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from ..errors import WeightsError
+from ..presets import COMFYUI_TRANSFORMERS, PRESETS, Preset
+from ..weights.checkpoint import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES, PARTS
+
+HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[^:]+))?")
+WEIGHT_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt")
+# Beside the weights, each layout's small files.
+CONFIGS = {
+    "MLX": ("config.json",),
+    "Diffusers": ("model_index.json", *(f"{component}/config.json" for component in DIFFUSERS_FILES)),
+    "official": ("config.json",),
+}
+OPTIONAL = ("image_encoder",)  # only models that read images have one
+
+
+@dataclass(frozen=True)
+class Location:
+    """A repository on a hub, or with ``file`` one file in it."""
+
+    repo: str
+    file: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo + (f"@{self.revision}" if self.revision else "") + (f":{self.file}" if self.file else "")
+
+
+def preset_at(location: Location) -> Preset | None:
+    """The preset of what is published there, in whatever layout; None where that is not known."""
+    plain = str(Location(location.repo, location.file))
+    for preset in PRESETS.values():
+        published = (preset.repo, preset.diffusers, preset.gguf)
+        if location.repo in published or plain == f"{COMFYUI_TRANSFORMERS}/{preset.comfyui}":
+            return preset
+    return None
+
+
+def parse_location(model: str | Path) -> Location | None:
+    """The repository that ``model`` names, or None if it is no such name.
+
+    Raises:
+        ValueError: an address of another site.
+    """
+    if isinstance(model, Path):
+        return None
+    if model in PRESETS and PRESETS[model].repo:
+        return Location(PRESETS[model].repo)
+    if re.match(r"https?://", model):
+        return _parse_url(model)
+    match = HUB_ID.fullmatch(model)
+    if match is None or (match["file"] and _is_unsafe(match["file"])):
+        return None
+    return Location(match["repo"], match["file"], match["revision"])
+
+
+def _parse_url(url: str) -> Location:
+    from huggingface_hub import constants
+
+    parts = urlsplit(url)
+    known = {"huggingface.co", "hf.co", "www.huggingface.co", urlsplit(constants.ENDPOINT).netloc}
+    match = re.fullmatch(
+        r"/(?P<repo>[\w.-]+/[\w.-]+)(/(resolve|blob|tree)/(?P<revision>[^/]+)(/(?P<file>.+))?)?/?", unquote(parts.path)
+    )
+    if parts.netloc not in known or match is None or (match["file"] and _is_unsafe(match["file"])):
+        raise ValueError(
+            f"{url} is no model on {' or '.join(sorted(known))}; give owner/name or owner/name:path/to/file"
+        )
+    if "/tree/" in parts.path and match["file"]:
+        raise ValueError(f"{url} is a folder in a repository; give one file as {match['repo']}:path/to/file")
+    return Location(match["repo"], match["file"], match["revision"])
+
+
+def _is_unsafe(file: str) -> bool:
+    return file.startswith("/") or "\\" in file or any(part in ("", ".", "..") for part in file.split("/"))
+
+
+def needed_files(names: Iterable[str], repo: str, parts: Collection[str] = PARTS) -> list[str]:
+    """Which of a repository's files are needed: each network's weights, the tokenizer, and the configurations.
+
+    ``parts``: those of `PARTS` that are to come from this repository.
+
+    Raises:
+        WeightsError: a part is missing, or these are single files of which one must be chosen; names them.
+    """
+    names = set(names)
+    if names & set(MLX_FILES["transformer"]):
+        layout, files = "MLX", MLX_FILES
+    elif "model_index.json" in names or "transformer/config.json" in names:
+        layout, files = "Diffusers", DIFFUSERS_FILES
+    elif names & set(OFFICIAL_FILES["transformer"]):
+        layout, files = "official", OFFICIAL_FILES
+    else:
+        raise WeightsError(f"{repo} is no whole Wan2.1 model; {weights_in(names, repo)}")
+    needed, missing = [name for name in CONFIGS[layout] if name in names], []
+    for component in parts:
+        candidates = files[component]
+        present = [name for name in candidates if name in names]
+        if present:
+            needed += [present[0], *_shards(present[0], names)]
+        elif component not in OPTIONAL:
+            missing.append(f"{' or '.join(candidates)} ({component})")
+    if missing:
+        raise WeightsError(f"{repo} is no whole Wan2.1 model ({layout} layout): it lacks {'; '.join(missing)}")
+    return needed
+
+
+def _shards(index: str, names: set[str]) -> list[str]:
+    """The files beside an index that are named after it: x.safetensors.index.json → x-00001-of-00006.safetensors …"""
+    if not index.endswith(".safetensors.index.json"):
+        return []
+    stem = re.escape(index.removesuffix(".safetensors.index.json"))
+    return sorted(name for name in names if re.fullmatch(stem + r"-\d+-of-\d+\.safetensors", name))
+
+
+def weights_in(names: Iterable[str], repo: str) -> str:
+    """What of a repository can be given instead, for an error's line."""
+    found = sorted(name for name in names if name.endswith(WEIGHT_ENDINGS))
+    if not found:
+        return "it holds no weight files"
+    return f"give one of its files, as {repo}:{found[0]}; it holds {', '.join(found[:6])}" + (
+        f" and {len(found) - 6} more" if len(found) > 6 else ""
+    )

@@ -1,0 +1,340 @@
+"""Where a model's name leads: a bundled model, a file or folder on this machine, or a download from a hub.
+
+What a name may be is told in `hub_names`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from .. import __version__
+from ..errors import Stopped, WeightsError
+from ..files.storage import free_space, gigabytes
+from ..presets import Preset
+from ..weights.checkpoint import PARTS
+from . import modelscope
+from .download import RemoteFile, bytes_here, fetch_files, one_line
+from .names import Location, needed_files, parse_location, preset_at, weights_in
+
+log = logging.getLogger(__name__)
+
+# Models that come with the package, by name.
+BUNDLED = {name: Path(__file__).parent.parent / "assets" / name for name in ("nano", "nano-i2v")}
+SOURCES = ("huggingface", "modelscope")
+
+
+@dataclass(frozen=True)
+class Download:
+    """What of a repository is needed, and how much of that is not here yet (bytes)."""
+
+    location: Location
+    source: str
+    commit: str | None
+    files: tuple[RemoteFile, ...]
+    cached: int
+    cache: Path
+
+    @property
+    def total(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def missing(self) -> int:
+        return self.total - self.cached
+
+    @cached_property
+    def free(self) -> int:
+        """Free bytes on the cache's disk."""
+        return free_space(self.cache)
+
+    def __str__(self) -> str:
+        here = f", {gigabytes(self.cached)} of them here" if self.cached else ""
+        to_fetch = f"{gigabytes(self.missing)} to fetch" if self.missing else "nothing to fetch"
+        count = f"{len(self.files)} file{'s' * (len(self.files) != 1)}"
+        return f"{self.location}: {count}, {gigabytes(self.total)}{here}; {to_fetch}, {gigabytes(self.free)} free"
+
+
+def resolve(
+    model: str | Path, source: str = "huggingface", progress: bool = False, parts: Collection[str] = PARTS
+) -> Path:
+    """A folder or file for ``model``: what it names here, or the downloaded repository (or file of one) it names.
+
+    Only the files needed are fetched, an interrupted download goes on where it stopped, and free space is checked
+    first. ``HF_HOME``, ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` are honoured.
+
+    Args:
+        model: a path or a name, see `hub_names`.
+        source: "huggingface" or "modelscope" (needs the package of that name).
+        progress: show a bar.
+        parts: which of `PARTS` are needed of a whole repository.
+
+    Raises:
+        ValueError: unknown ``source``, or an address that is not the hub's.
+        WeightsError: the download failed, or there is no room for it; says what to do.
+    """
+    download = survey(model, source, parts)
+    check_room([download] if download else [])
+    return _take(model, download, progress, parts)
+
+
+def survey(model: str | Path, source: str = "huggingface", parts: Collection[str] = PARTS) -> Download | None:
+    """What `resolve` would fetch, from the repository's listing; nothing is downloaded.
+
+    Returns:
+        None if there is nothing to fetch from a hub: a model on this machine, or the hub is out of reach but the
+        model is in its cache.
+
+    Raises:
+        ValueError, WeightsError: as `resolve`.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source is {source!r}, expected {' or '.join(SOURCES)}")
+    location = _remote(model)
+    if location is None:
+        return None
+    if source == "modelscope":
+        listing, commit, cache = modelscope.list_files(location.repo, location.revision), None, modelscope.cache()
+    else:
+        from huggingface_hub import constants
+
+        cache = Path(constants.HF_HUB_CACHE)
+        try:
+            listing, commit = _list_files(location)
+        except Exception as error:  # huggingface_hub raises a wide family, from its own and from its HTTP client
+            if _is_unreachable(error) and cached(model, parts) is not None:
+                return None
+            raise explain(error, location) from error
+    names = [location.file] if location.file else needed_files(listing, location.repo, parts)
+    if names[0] not in listing:
+        raise WeightsError(f"{location.repo} holds no file {location.file}; {weights_in(listing, location.repo)}")
+    files = tuple(listing[name] for name in names)
+    here = 0 if source == "modelscope" else sum(bytes_here(location.repo, commit, file) for file in files)
+    return Download(location, source, commit, files, here, cache)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Everything that a pipeline is opened from, as it was named: a model, parts given apart, LoRAs with strengths."""
+
+    model: str | Path
+    parts: Mapping[str, str | Path]
+    loras: Collection[tuple[Path, float]] = ()
+
+    def _named(self) -> list[tuple[str | Path, Collection[str]]]:
+        """Each place, and which parts are wanted of it if it is a whole repository."""
+        rest = [part for part in PARTS if part not in self.parts]
+        named = [(self.model, rest), *((place, [part]) for part, place in self.parts.items())]
+        return named + [(lora, []) for lora in map(_lora_name, self.loras) if isinstance(lora, str)]
+
+    def survey(self, source: str = "huggingface") -> list[Download]:
+        """What `resolve` would fetch, repository by repository; as the function of that name."""
+        found = [survey(place, source, parts) for place, parts in self._named()]
+        return [download for download in found if download]
+
+    def resolve(self, source: str = "huggingface", progress: bool = False) -> Places:
+        """The same on this machine, after one check that there is room for all of it; as the function of that name."""
+        named = self._named()
+        downloads = [survey(place, source, parts) for place, parts in named]
+        check_room([download for download in downloads if download])
+        taken = {
+            str(place): _take(place, download, progress, parts)
+            for (place, parts), download in zip(named, downloads, strict=True)
+        }
+        loras = [(taken.get(str(_lora_name(lora)), lora[0]), lora[1]) for lora in self.loras]
+        return Places(taken[str(self.model)], {part: taken[str(place)] for part, place in self.parts.items()}, loras)
+
+
+def resolve_loras(
+    loras: Collection[tuple[Path, float]], source: str = "huggingface", progress: bool = False
+) -> list[tuple[Path, float]]:
+    """LoRAs and their strengths, those of a hub downloaded; as `resolve`."""
+    return [(resolve(_lora_name(lora), source, progress), lora[1]) for lora in loras]
+
+
+def _lora_name(lora: tuple[Path, float]) -> str | Path:
+    """A LoRA's path, or text if it is a file on a hub; a Path has made one slash of an address's two."""
+    path = lora[0]
+    text = str(path).replace("https:/", "https://", 1) if str(path).startswith("https:/") else str(path)
+    location = None if path.exists() else parse_location(text)
+    return text if location is not None and location.file else path
+
+
+def check_room(downloads: Collection[Download]) -> None:
+    """Raise WeightsError if the disk has no room for what is missing."""
+    missing = sum(download.missing for download in downloads)
+    for download in downloads:
+        if missing > download.free:
+            names = " and ".join(str(other.location) for other in downloads)
+            variable = "HF_HOME" if download.source == "huggingface" else "MODELSCOPE_CACHE"
+            raise WeightsError(
+                f"{names} needs {gigabytes(missing)} more in {download.cache}, which has {gigabytes(download.free)} "
+                f"free; make room, or set {variable} to a folder on a larger disk"
+            )
+
+
+def _take(place: str | Path, download: Download | None, progress: bool, parts: Collection[str]) -> Path:
+    if download is not None:
+        return _fetch_from_modelscope(download) if download.source == "modelscope" else _fetch(download, progress)
+    if _remote(place) is None:
+        return _here(place) or Path(place).expanduser()  # whoever opens it says that it does not exist
+    log.warning("the hub is out of reach; taking %s from the cache", place)
+    return cached(place, parts)
+
+
+def cached(model: str | Path, parts: Collection[str] = PARTS) -> Path | None:
+    """The folder or file of a hub's model if it is in the cache and whole; the network is not touched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    location = parse_location(model)
+    if location is None:
+        return None
+    probes = (location.file,) if location.file else ("model_index.json", "config.json", "transformer/config.json")
+    for probe in probes:
+        found = try_to_load_from_cache(location.repo, probe, revision=location.revision)
+        if not isinstance(found, str):
+            continue
+        if location.file:
+            return Path(found)
+        folder = Path(found).parents[probe.count("/")]
+        names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+        return folder if _is_whole(folder, names, parts) else None
+    return None
+
+
+def is_cached(model: str | Path) -> bool:
+    """Whether ``model`` (a preset's name, a repository …) can be opened without a download."""
+    return _here(model) is not None or cached(model) is not None
+
+
+def preset_of(model: str | Path) -> Preset | None:
+    """The preset of a hub's model whose name is known; of what is on this machine the name says nothing."""
+    location = _remote(model)
+    return preset_at(location) if location else None
+
+
+def _remote(model: str | Path) -> Location | None:
+    """What ``model`` names on a hub, unless it names something on this machine."""
+    return None if _here(model) is not None else parse_location(model)
+
+
+def _here(model: str | Path) -> Path | None:
+    if model in BUNDLED:
+        return BUNDLED[model]
+    path = Path(model).expanduser()
+    try:
+        return path if path.exists() else None
+    except OSError:  # a name too long to be one
+        return None
+
+
+def _is_whole(folder: Path, names: set[str], parts: Collection[str]) -> bool:
+    """Whether a folder has every one of ``parts``, and every shard that an index names."""
+    try:
+        indexes = [Path(name) for name in needed_files(names, str(folder), parts) if name.endswith(".index.json")]
+        shards = [
+            (index.parent / shard).as_posix()
+            for index in indexes
+            for shard in json.loads((folder / index).read_bytes())["weight_map"].values()
+        ]
+    except (WeightsError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return names.issuperset(shards)
+
+
+def _list_files(location: Location) -> tuple[dict[str, RemoteFile], str]:
+    """Path → file of a repository's revision, and its commit."""
+    from huggingface_hub import HfApi, constants
+
+    api = HfApi(constants.ENDPOINT, library_name="wan_mlx", library_version=__version__)
+    info = api.model_info(location.repo, revision=location.revision, files_metadata=True)
+    etag = {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in info.siblings}
+    return {s.rfilename: RemoteFile(s.rfilename, s.size, etag[s.rfilename]) for s in info.siblings}, info.sha
+
+
+def _fetch(download: Download, progress: bool) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from tqdm.auto import tqdm
+
+    location, commit = download.location, download.commit
+
+    def local(file: RemoteFile, revision: str | None) -> str | None:
+        found = try_to_load_from_cache(location.repo, file.path, revision=revision)
+        return found if isinstance(found, str) else None
+
+    log.info("%s", download)
+    wanted = [file for file in download.files if local(file, commit) is None]
+    bar = tqdm(
+        total=sum(file.size for file in wanted), desc=f"fetching {location.repo}", unit="B", unit_scale=True,
+        leave=False, disable=not progress or not wanted,
+    )  # fmt: skip
+    lock = threading.Lock()
+
+    def advance(count: int) -> None:
+        with lock:
+            bar.update(count)
+
+    try:
+        with bar:
+            fetch_files(location.repo, commit, wanted, advance)
+        first = download.files[0]
+        if local(first, location.revision) != local(first, commit):
+            hf_hub_download(location.repo, first.path, revision=location.revision)  # notes the branch's commit
+    except Stopped as stopped:
+        stopped.go_on = "; what has arrived is kept: the same command goes on from there"
+        raise
+    except Exception as error:
+        raise explain(error, location) from error
+    path = Path(local(first, commit))
+    return path if location.file else path.parents[first.path.count("/")]
+
+
+def _fetch_from_modelscope(download: Download) -> Path:
+    log.info("%s", download)
+    location = download.location
+    folder = modelscope.fetch(location.repo, location.revision, download.files)
+    return folder / location.file if location.file else folder
+
+
+def _is_unreachable(error: Exception) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500
+    return isinstance(error, HTTPError | ConnectionError | TimeoutError)  # OfflineModeIsEnabled is a ConnectionError
+
+
+def explain(error: Exception, location: Location) -> WeightsError:
+    """One line for what went wrong with the hub, and what can be done."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, WeightsError):
+        return error
+    hub, give = constants.ENDPOINT, "give a token that may read it (`hf auth login`, or HF_TOKEN in the environment)"
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        text = f"is not whole in the cache {constants.HF_HUB_CACHE}; HF_HUB_OFFLINE is set, so nothing can be fetched"
+    elif isinstance(error, errors.GatedRepoError):
+        text = f"is gated: accept its licence on {hub}/{location.repo}, then {give}"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        text = f"has no revision {location.revision or 'main'} on {hub}"
+    elif isinstance(error, errors.EntryNotFoundError):
+        text = f"lacks on {hub} a file that its listing names; try again later"
+    elif status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
+        text = f"cannot be fetched: {hub} refuses your token (401); {give}"
+    elif isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+        text = f"was not found on {hub} ({status}): check the name, or, if it is private, {give}"
+    elif status == 403:
+        text = f"is forbidden on {hub} (403): {give}"
+    elif status is not None:
+        text = f"cannot be fetched: {hub} answered {status}; try again later"
+    elif _is_unreachable(error):
+        text = f"cannot be fetched: {hub} is out of reach ({one_line(error)})"
+    else:
+        text = f"could not be fetched from {hub}: {type(error).__name__}: {one_line(error)}"
+    return WeightsError(f"{location} is no file or folder here, and {text}")

@@ -1,0 +1,88 @@
+"""What is looked at so that a bad run does not pass for a good one, with every threshold in one place."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import WanError
+from ..types import Request
+
+# Luma is BT.601 on [0, 255]. A plain background with a small moving shape has a deviation of 5 and more.
+BLACK_LUMA = 4.0  # brightest pixel of the video at most
+FLAT_DEVIATION = 1.0  # standard deviation within every frame at most
+# Normalised latents of a video deviate by about 1; nano's, on a white background, by 2.1.
+LATENTS_DEVIATION = (0.05, 8.0)
+# Share of pixels with a channel at 0 and another pixel's at 255 tells nothing: pure colours are pictures too. Latents
+# that blew up push nearly every channel against a limit, on both sides, from one pixel to the next.
+SATURATED_SHARE = 0.9  # of all channel values at 0 or 255, at least
+SATURATED_EDGES = 0.2  # of all neighbouring values that jump from one limit to the other, at least
+DISK_RESERVE = 64 << 20  # bytes to leave free
+
+
+class FrameStatistics:
+    """Luma and saturation of a video, looked at as its frames come."""
+
+    def __init__(self):
+        self.brightest = 0.0
+        self.deviation = 0.0
+        self.limits = self.jumps = self.values = self.pairs = 0
+
+    def add(self, frames: np.ndarray) -> None:
+        """Take in frames, uint8 (n, H, W, 3)."""
+        for frame in frames:
+            luma = frame @ np.array([0.299, 0.587, 0.114], np.float32)
+            self.brightest = max(self.brightest, float(luma.max()))
+            self.deviation = max(self.deviation, float(luma.std()))
+            at_limit = (frame == 0) | (frame == 255)
+            jumps = np.abs(np.diff(frame.astype(np.int16), axis=1)) == 255
+            self.limits, self.values = self.limits + int(at_limit.sum()), self.values + frame.size
+            self.jumps, self.pairs = self.jumps + int(jumps.sum()), self.pairs + jumps.size
+
+    def complaint(self) -> str | None:
+        """What is wrong with the video, in words for the user; None if nothing is."""
+        if self.brightest <= BLACK_LUMA:
+            return f"the video is black (no luma above {self.brightest:.1f} of 255)"
+        if self.deviation <= FLAT_DEVIATION:
+            return f"the video is flat (luma deviates by at most {self.deviation:.2f} of 255 within a frame)"
+        share, edges = self.limits / self.values, self.jumps / max(1, self.pairs)
+        if share >= SATURATED_SHARE and edges >= SATURATED_EDGES:
+            return f"the video is saturated noise ({share:.0%} of its values are 0 or 255)"
+        return None
+
+
+def latents_complaint(latents: np.ndarray) -> str | None:
+    """What is wrong with finished latents, normalised: that they collapsed, or grew out of all proportion."""
+    low, high = LATENTS_DEVIATION
+    deviation = float(latents.std())
+    if low <= deviation <= high:
+        return None
+    what = "collapsed" if deviation < low else "grew out of proportion"
+    return f"the latents {what} (they deviate by {deviation:.3g}, expected about 1)"
+
+
+WHAT_TO_TRY = (
+    "try --dtype float32, check that the weights are whole and of this model, and run python -m wan_mlx.doctor"
+)
+LESS_MEMORY = "try --memory with less than this machine has, --quantize q8 or q4, a smaller --size or fewer --frames"
+
+
+def disk_needed(request: Request, latent_channels: int) -> int:
+    """Bytes that a run keeps at most beside its output, the output with it."""
+    t, h, w = request.latent_shape
+    latents = 4 * t * h * w * latent_channels
+    frames = request.num_frames * request.height * request.width * 3
+    # Three steps of five arrays (two kept and one being written), conditioning of up to eight, frames, and the file.
+    return (15 + 8) * latents + 2 * frames
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise WanError, before an hour of work, if the disk has no room for what the run keeps and makes."""
+    free, needed = shutil.disk_usage(folder).free, needed + DISK_RESERVE
+    if free < needed:
+        raise WanError(
+            f"the disk of {folder.absolute()} has {free / 1e9:.2f} GB free, the run needs about {needed / 1e9:.2f} GB; "
+            "free some, or choose an --output on another disk"
+        )

@@ -1,0 +1,238 @@
+"""What a video is about to be, seen while it is made: small frames from the current estimate of its latents.
+
+Every latent becomes one pixel through a linear map from its channels to colours, fitted to what the VAE decodes
+(``examples/fit_preview.py``): a matter of milliseconds. Each space of latents has its own map, told by the mean and
+standard deviation that its VAE normalises them with; the maps, and where they come from, are
+``assets/latent_rgb.json``. With TAEHV's weights its decoder takes the map's place.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from ..cli.terminal import event
+from ..errors import WanError
+from ..models.configs import VAEConfig
+from ..models.taehv import TAEHV
+from ..types import Step
+from ..weights.checkpoint import Checkpoint
+from ..weights.load import vae_config_of
+from ..weights.taehv import load_taehv
+from .write import check_output, contact_sheet, read_settings, save_video, to_uint8
+
+if TYPE_CHECKING:
+    from ..pipeline import WanPipeline
+    from ..runs.interrupt import Interrupts
+    from ..types import Request
+
+log = logging.getLogger(__name__)
+
+# Latents (1, t, h, w, C), normalised as the transformer sees them → uint8 (t, h, w, 3).
+Previewer = Callable[[mx.array], np.ndarray]
+MAPS = Path(__file__).parent.parent / "assets" / "latent_rgb.json"
+SAME_SPACE = 1e-3  # largest difference between two VAEs' means or standard deviations
+ENLARGED = 2
+SHEET_FRAMES = 25
+
+
+@dataclass(frozen=True)
+class LatentMap:
+    """Colours in [-1, 1] = latents @ ``factors`` (C, 3) + ``bias`` (3,); called, it is a `Previewer`.
+
+    ``first``: factors and bias of the first latent frame, which stands for one frame of the video instead of four, and
+    is another thing to the VAE; None if they are the same.
+    """
+
+    factors: np.ndarray
+    bias: np.ndarray
+    first: tuple[np.ndarray, np.ndarray] | None = None
+
+    @classmethod
+    def of(cls, space: Mapping[str, Any]) -> LatentMap:
+        """From an entry of `read_maps`."""
+        first = space.get("first")
+        return cls(*_arrays(space), _arrays(first) if first else None)
+
+    def __call__(self, latents: mx.array) -> np.ndarray:
+        z = np.array(latents[0].astype(mx.float32))
+        colours = z @ self.factors + self.bias
+        if self.first is not None:
+            factors, bias = self.first
+            colours[0] = z[0] @ factors + bias
+        return to_uint8(colours)
+
+
+def _arrays(entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(entry["factors"], np.float32), np.array(entry["bias"], np.float32)
+
+
+@dataclass(frozen=True)
+class TinyDecoder:
+    """Previews by TAEHV's decoder without its enlarging layers; a `Previewer`."""
+
+    taehv: TAEHV
+
+    def __call__(self, latents: mx.array) -> np.ndarray:
+        return np.concatenate([to_uint8(frames[0]) for frames in self.taehv.decode(latents, small=True)])
+
+
+def latent_map(config: VAEConfig) -> LatentMap:
+    """The map of a VAE's latents.
+
+    Raises:
+        ValueError: none is known for latents that are normalised like this.
+    """
+    for space in read_maps().values():
+        if is_same_space(config, VAEConfig(mean=space["mean"], std=space["std"])):
+            return LatentMap.of(space)
+    raise ValueError(
+        "previews: no colours are known for this VAE's latents, expected those of "
+        f"{' or '.join(read_maps())}; fit them with examples/fit_preview.py, or give --taehv"
+    )
+
+
+def is_same_space(a: VAEConfig, b: VAEConfig) -> bool:
+    """Whether two VAEs' latents mean the same, as far as their normalisation tells."""
+    pairs = (a.mean, b.mean), (a.std, b.std)
+    return all(len(x) == len(y) and np.allclose(x, y, rtol=0, atol=SAME_SPACE) for x, y in pairs)
+
+
+@cache
+def read_maps() -> dict[str, dict[str, Any]]:
+    """Name of a latent space → mean, std, factors, bias, perhaps those of the ``first`` frame, and their ``source``."""
+    return json.loads(MAPS.read_text(encoding="utf-8"))
+
+
+def sheet_of(frames: np.ndarray) -> np.ndarray:
+    """Up to `SHEET_FRAMES` of the frames, uint8 (T, H, W, 3), row by row in one picture about as wide as high."""
+    height, width = frames.shape[1:3]
+    columns = max(1, round(math.sqrt(min(len(frames), SHEET_FRAMES) * height / width)))
+    return np.asarray(contact_sheet(frames, columns, SHEET_FRAMES, columns * width))
+
+
+def enlarge(frames: np.ndarray, factor: int = ENLARGED) -> np.ndarray:
+    """uint8 (T, H, W, 3) → (T, factor * H, factor * W, 3), smoothly."""
+    size = factor * frames.shape[2], factor * frames.shape[1]
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames])
+
+
+class PreviewFiles:
+    """Keeps an animated WebP, and a contact sheet as PNG beside it, up to date while a video is made.
+
+    Both appear whole or not at all, so that what is watching them never sees half a file. If they cannot be written
+    in the middle of a run, that is told once and the run goes on.
+
+    Args:
+        path: of the animation, ending in ``.webp``.
+        every: after how many steps they are made anew; after the last step they always are.
+        overwrite: replace files that are no previews.
+
+    Attributes:
+        sheet: path of the contact sheet.
+        count, seconds: how often they were made, and how long that took altogether.
+
+    Raises:
+        ValueError: another ending, no such folder, or a file there that is no preview of ours.
+    """
+
+    def __init__(self, path: str | Path, every: int = 1, overwrite: bool = False):
+        self.path = Path(path)
+        if self.path.suffix.lower() != ".webp":
+            raise ValueError(f"preview {path} ends in {self.path.suffix!r}, expected .webp; nearest: "
+                             f"{self.path.with_suffix('.webp')}")  # fmt: skip
+        if every < 1:
+            raise ValueError(f"preview-every is {every}, expected at least 1")
+        self.every, self.sheet, self._failed = every, self.path.with_suffix(".png"), False
+        self.count, self.seconds = 0, 0.0
+        for file in (self.path, self.sheet):
+            check_output(file, overwrite=True)
+            if file.exists() and not overwrite and not _is_preview(file):
+                raise ValueError(f"preview {file} exists and is no preview; choose another name, or --overwrite")
+
+    def is_due(self, step: Step) -> bool:
+        return (step.index + 1) % self.every == 0 or step.index + 1 == step.total
+
+    def write(self, step: Step, request: Request) -> None:
+        """Show a step of the video that was asked for."""
+        started = time.perf_counter()
+        frames = step.preview()
+        about = {"preview": {"step": step.index + 1, "steps": step.total}, "prompt": request.prompt}
+        fps = request.fps * len(frames) / request.num_frames
+        try:
+            save_video(self.path, enlarge(frames), fps, about)
+            save_video(self.sheet, sheet_of(frames)[None], 1, about)
+        except (OSError, WanError) as error:
+            if not self._failed:
+                log.warning("the preview could not be written: %s", error)
+            self._failed = True
+        self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - started
+
+    def watcher(
+        self, request: Request, interrupts: Interrupts, then: Callable[[Any], None] | None = None
+    ) -> Callable[[Any], None]:
+        """What `wan_mlx.runs.run.make_file` is to call with each event: shows the steps that are due, and the last.
+
+        ``then`` is called with each event, too.
+        """
+
+        def on_event(happened: Any) -> None:
+            if then is not None:
+                then(happened)
+            if isinstance(happened, Step) and (self.is_due(happened) or interrupts.asked):
+                self.write(happened, request)
+                event("preview", animation=str(self.path), sheet=str(self.sheet), step=happened.index)
+
+        return on_event
+
+
+def open_previews(
+    pipe: WanPipeline, path: str | None, every: int, outputs: Iterable[Path], overwrite: bool = False
+) -> PreviewFiles | None:
+    """The files of ``--preview``, checked before any work; None without ``path``.
+
+    Raises:
+        ValueError: as `PreviewFiles`; they would be written over one of ``outputs``; or no colours are known.
+    """
+    if path is None:
+        return None
+    previews = PreviewFiles(path, every, overwrite)
+    for output in outputs:
+        if output.absolute() in (previews.path.absolute(), previews.sheet.absolute()):
+            raise ValueError(f"preview {path} would be written over {output}; choose another name")
+    _ = pipe.previewer
+    return previews
+
+
+def _is_preview(path: Path) -> bool:
+    try:
+        return "preview" in read_settings(path)
+    except ValueError:
+        return False
+
+
+def tiny_autoencoder(checkpoint: Checkpoint, path: str | Path | None, draft: bool) -> TAEHV | None:
+    """TAEHV, which is small enough to stay loaded; None without ``path``.
+
+    Raises:
+        ValueError: it is not for this model's latents, or a draft is asked for without it.
+        WeightsError: the file is no TAEHV.
+    """
+    if path is None:
+        if draft:
+            raise ValueError("draft needs TAEHV's weights; give taew2_1.pth of github.com/madebyollin/taehv as taehv")
+        return None
+    if not is_same_space(vae_config_of(checkpoint), VAEConfig()):
+        raise ValueError(f"taehv is for Wan 2.1's latents, but {checkpoint.path} has others; leave it out")
+    return load_taehv(path)

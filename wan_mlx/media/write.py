@@ -1,0 +1,422 @@
+"""Frames to files: .mp4, .gif, .webp, .png and .npz, each with the settings that made it inside."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import html
+import json
+import os
+import re
+import secrets
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import mlx.core as mx
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from ..errors import SamplingError, WanError
+
+ENDINGS = (".mp4", ".gif", ".webp", ".png", ".npz")
+MAX_FPS = 240
+STRIP_FRAMES = 8
+X264_CRF = 10  # what the official code's imageio makes of quality=8
+X264_PRESET = "faster"  # half the time of x264's own choice, a tenth less bytes, and 0.1 dB
+X264_THREADS = 8  # left alone it takes 1.5 per core and notes that in the file: other bytes on another machine
+EXIF_DESCRIPTION = 0x010E
+# The comment travels as one argument of ffmpeg's command line; Linux allows 128 KiB each.
+MP4_SETTINGS_LIMIT = 100_000
+
+
+def to_uint8(frames: mx.array | np.ndarray, rounding: bool = False) -> np.ndarray:
+    """Pixels in [-1, 1] → numpy uint8 [0, 255], any shape; values outside are clamped.
+
+    Follows the official ``cache_video``, which truncates; ``rounding=True`` follows ``cache_image``, which
+    rounds half up (torchvision's ``make_grid`` and ``save_image``). float32 in their order of operations.
+
+    Raises:
+        SamplingError: a value is NaN or infinite.
+    """
+    on = mx if isinstance(frames, mx.array) else np  # where they are; a quarter of the bytes leaves a GPU
+    frames = frames.astype(on.float32)
+    if not on.isfinite(frames).all().item():
+        raise SamplingError("the decoded frames hold NaN or infinite values, expected numbers in [-1, 1]")
+    scaled = (on.clip(frames, -1, 1) - -1) / 2 * 255
+    if rounding:
+        scaled = on.clip(scaled + 0.5, 0, 255)
+    return np.array(scaled.astype(on.uint8))
+
+
+def check_output(path: str | Path, overwrite: bool = False) -> Path:
+    """Whether a video can be written to ``path``, asked before the hour of work.
+
+    Raises:
+        ValueError: unknown ending; no such folder, or not a writable one; the file exists and ``overwrite`` is False.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in ENDINGS:
+        nearest = difflib.get_close_matches(path.suffix.lower(), ENDINGS, n=1, cutoff=0.0)[0]
+        given = f"the ending {path.suffix!r}" if path.suffix else "no ending"
+        raise ValueError(f"output {path} has {given}, expected one of {' '.join(ENDINGS)}; nearest: {nearest}")
+    folder = path.parent
+    if not os.path.isdir(folder):
+        nearest = next((parent for parent in folder.absolute().parents if os.path.isdir(parent)), Path.cwd())
+        what = "is not a folder" if os.path.lexists(folder) else "does not exist"
+        raise ValueError(f"output folder {folder} {what}, expected an existing folder; nearest: {nearest}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"output folder {folder} is not writable; choose another, or change its permissions")
+    if os.path.isdir(path):
+        raise ValueError(f"output {path} is a folder, expected the name of a file")
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return path
+    except OSError as error:
+        raise ValueError(f"output {path} cannot be written: {error.strerror}") from error
+    if not overwrite:
+        raise ValueError(f"output {path} exists; choose another name, or allow replacing it with --overwrite "
+                         "(overwrite=True)")  # fmt: skip
+    return path
+
+
+class VideoWriter:
+    """Writes frames as they come; the file appears, whole, when the ``with`` block ends without an exception.
+
+    What each ending gives: ``.mp4`` H.264, 4:2:0; ``.gif`` and ``.webp`` looping animations; ``.png`` the frame, or
+    of several frames a film strip of up to 8 evenly spaced ones side by side; ``.npz`` the arrays ``frames`` uint8
+    (T, H, W, 3), ``latents`` float32 (C, t, h, w) (if set) and the string ``settings``. All but ``.mp4`` hold the
+    frames in memory until the end.
+
+    Args:
+        path: the file; its ending picks the format.
+        fps: frames per second.
+        size: (width, height) in pixels.
+        settings: anything JSON can hold; `read_settings` reads it back from the file.
+        overwrite: replace an existing file.
+        folder: where the unfinished file is, on the same file system; beside ``path`` if None.
+
+    Attributes:
+        latents: set it before the block ends to have it in an ``.npz``.
+        when_whole: set it to have it called with the finished file's path before that is moved to its place.
+
+    Raises:
+        ValueError: as `check_output`; or the settings are not JSON; or the format cannot hold the size or the settings.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        fps: float,
+        size: tuple[int, int],
+        settings: dict[str, Any],
+        overwrite: bool = False,
+        folder: Path | None = None,
+    ):
+        self.path, self.fps, self.size, self.overwrite = check_output(path, overwrite), fps, size, overwrite
+        self.folder = self.path.parent if folder is None else folder
+        self.latents: np.ndarray | None = None
+        self.when_whole: Callable[[Path], None] | None = None
+        self._ending = self.path.suffix.lower()
+        self._text = _settings_text(settings)
+        if not 0 < fps <= MAX_FPS:
+            raise ValueError(f"fps is {fps}, expected a number above 0 and up to {MAX_FPS}, such as 16")
+        if self._ending == ".mp4":
+            _check_mp4(size, self._text)
+
+    def __enter__(self) -> VideoWriter:
+        self._count = 0
+        # Beside the target, so that the last move stays on one file system and is atomic.
+        self._temporary = self.folder / f".wan_mlx-{secrets.token_hex(8)}{self._ending}"
+        if self._ending == ".mp4":
+            self._encoder = _FFmpeg(self._temporary, self.fps, self.size, self._text)
+        else:
+            self._encoder = _Collector(self._temporary, self.fps, self._text, SAVERS[self._ending])
+        return self
+
+    def write(self, frames: np.ndarray) -> None:
+        """Append frames, uint8 (n, H, W, 3).
+
+        Raises:
+            ValueError: another dtype or shape.
+            WanError: ffmpeg stopped; says why.
+        """
+        width, height = self.size
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (height, width, 3):
+            raise ValueError(f"frames are {frames.dtype} {frames.shape}, expected uint8 (n, {height}, {width}, 3)")
+        self._encoder.write(frames)
+        self._count += len(frames)
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if kind is not None:
+                return
+            if self._count == 0:
+                raise ValueError(f"no frames were written to {self.path}, expected at least 1")
+            self._encoder.finish(self.latents)
+            if self.when_whole is not None:
+                self.when_whole(self._temporary)
+            if not self.overwrite and os.path.lexists(self.path):  # somebody else's, since we checked
+                kept = self.path.with_name(self._temporary.name.lstrip("."))
+                os.replace(self._temporary, kept)
+                raise ValueError(f"output {self.path} appeared during the run; it was kept, and this video is {kept}")
+            os.replace(self._temporary, self.path)
+        finally:
+            self._encoder.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def save_video(
+    path: str | Path,
+    frames: np.ndarray,
+    fps: float,
+    settings: dict[str, Any],
+    latents: np.ndarray | None = None,
+    overwrite: bool = True,
+) -> Path:
+    """Write a whole video, frames uint8 (T, H, W, 3), as `VideoWriter` does; returns the path.
+
+    Raises:
+        ValueError: as `VideoWriter`.
+    """
+    height, width = frames.shape[1:3]
+    with VideoWriter(path, fps, (width, height), settings, overwrite) as writer:
+        writer.write(frames)
+        writer.latents = latents
+    return Path(path)
+
+
+def video_html(frames: np.ndarray, fps: float, settings: dict[str, Any]) -> str:
+    """HTML that plays frames, uint8 (T, H, W, 3), inline, or shows the only one, with the settings beneath."""
+    kind, ending = ("image/png", ".png") if len(frames) == 1 else ("video/mp4", ".mp4")
+    with tempfile.TemporaryDirectory() as folder:
+        data = save_video(Path(folder) / f"video{ending}", frames, fps, {}).read_bytes()
+    source = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+    tag = (
+        f'<img style="max-width:100%" src="{source}">'
+        if len(frames) == 1
+        else f'<video controls loop autoplay muted playsinline style="max-width:100%" src="{source}"></video>'
+    )
+    return (
+        f'<figure style="margin:0">{tag}<figcaption><pre style="white-space:pre-wrap">'
+        f"{html.escape(_settings_text(settings, indent=1))}</pre></figcaption></figure>"
+    )
+
+
+def contact_sheet(frames: np.ndarray, columns: int, count: int, width: int) -> Image.Image:
+    """``count`` of the frames, uint8 (T, H, W, 3), in ``columns``, at most ``width`` pixels wide; see `Video.grid`."""
+    for name, value, least in (("columns", columns, 1), ("count", count, 1), ("width", width, columns)):
+        if value < least:
+            raise ValueError(f"{name} is {value}, expected at least {least}")
+    count = min(count, len(frames))
+    columns = min(columns, count)
+    chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
+    height, full = frames.shape[1:3]
+    cell = min(full, width // columns)
+    size = cell, max(1, round(height * cell / full))
+    sheet = Image.new("RGB", (columns * size[0], -(-count // columns) * size[1]))
+    for place, number in enumerate(chosen):
+        picture = Image.fromarray(frames[number])
+        row, column = divmod(place, columns)
+        picture = picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+        sheet.paste(picture, (column * size[0], row * size[1]))
+    return sheet
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that `VideoWriter` put into a file.
+
+    Raises:
+        ValueError: unknown ending, a file that cannot be read, or one without settings.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in ENDINGS:
+        raise ValueError(f"{path} is no video of ours, expected one of {' '.join(ENDINGS)}")
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist, expected a file")
+    try:
+        settings = json.loads(READERS[path.suffix.lower()](path))
+    except (KeyError, ValueError, OSError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} holds no settings of wan_mlx, or is damaged ({error})") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no settings of wan_mlx, expected a JSON object")
+    return settings
+
+
+def _settings_text(settings: dict[str, Any], indent: int | None = None) -> str:
+    """JSON in readable Unicode; half surrogates, which no file can hold, become JSON escapes."""
+    try:
+        text = json.dumps(settings, ensure_ascii=False, indent=indent)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the settings cannot be written as JSON: {error}") from error
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _check_mp4(size: tuple[int, int], text: str) -> None:
+    if size[0] % 2 or size[1] % 2:
+        even = f"{size[0] - size[0] % 2}x{size[1] - size[1] % 2}"
+        raise ValueError(f"size is {size[0]}x{size[1]}, expected even numbers for .mp4; nearest: {even}")
+    length = len(text.encode("utf-8"))
+    if length > MP4_SETTINGS_LIMIT:
+        raise ValueError(f"the settings are {length} bytes, expected at most {MP4_SETTINGS_LIMIT} for .mp4; "
+                         "shorten the prompt, or write .webp or .npz")  # fmt: skip
+
+
+class _FFmpeg:
+    """imageio-ffmpeg's program at the end of a pipe; imageio's own wrapper neither sees it fail nor waits for it."""
+
+    def __init__(self, path: Path, fps: float, size: tuple[int, int], text: str):
+        command = [
+            imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y",
+            "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}",
+            "-r", str(Fraction(fps).limit_denominator(10_000)), "-i", "-",
+            "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(X264_CRF), "-preset", X264_PRESET,
+            "-threads", str(X264_THREADS),
+            # The matrix that ffmpeg uses anyway, said aloud: players guess another one from 720 lines up.
+            "-colorspace", "smpte170m",
+            "-metadata", b"comment=" + text.encode("utf-8"), _url(path),
+        ]  # fmt: skip
+        self.path = path
+        self.errors = tempfile.TemporaryFile()
+        try:
+            # A session of its own keeps Ctrl-C from reaching it: it is for close() to end it.
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=self.errors,
+                start_new_session=True,
+            )
+        except BaseException:
+            self.errors.close()
+            raise
+
+    def write(self, frames: np.ndarray) -> None:
+        try:
+            self.process.stdin.write(np.ascontiguousarray(frames).data)
+        except OSError as error:
+            self._fail(error)
+
+    def finish(self, latents: np.ndarray | None) -> None:
+        try:
+            self.process.stdin.close()
+        except OSError as error:
+            self._fail(error)
+        if self.process.wait() != 0:
+            self._fail(None)
+
+    def _fail(self, error: OSError | None) -> None:
+        self.process.wait()
+        self.errors.seek(0)
+        said = " ".join(self.errors.read().decode("utf-8", "replace").split())
+        reason = said or f"it ended with status {self.process.returncode}"
+        raise WanError(f"ffmpeg could not write a video into {self.path.absolute().parent}: {reason}") from error
+
+    def close(self) -> None:
+        self.process.kill()
+        with suppress(OSError):
+            self.process.stdin.close()
+        self.process.wait()
+        self.errors.close()
+
+
+class _Collector:
+    """Keeps the frames, then saves them in one go."""
+
+    def __init__(self, path: Path, fps: float, text: str, save: Callable[..., None]):
+        self.path, self.fps, self.text, self.save = path, fps, text, save
+        self.frames: list[np.ndarray] = []
+
+    def write(self, frames: np.ndarray) -> None:
+        self.frames.append(frames.copy())
+
+    def finish(self, latents: np.ndarray | None) -> None:
+        self.save(self.path, np.concatenate(self.frames), self.fps, self.text, latents)
+
+    def close(self) -> None:
+        self.frames = []
+
+
+def _save_gif(path: Path, frames: np.ndarray, fps: float, text: str, latents: np.ndarray | None) -> None:
+    durations = _durations(len(frames), fps, unit=10)  # GIF counts hundredths of a second
+    _save_animation(path, frames, duration=durations, comment=text.encode("utf-8"))
+
+
+def _save_webp(path: Path, frames: np.ndarray, fps: float, text: str, latents: np.ndarray | None) -> None:
+    exif = Image.Exif()
+    exif[EXIF_DESCRIPTION] = text.encode("utf-8")
+    _save_animation(path, frames, duration=_durations(len(frames), fps, unit=1), quality=90, exif=exif)
+
+
+def _save_animation(path: Path, frames: np.ndarray, **options: Any) -> None:
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    first.save(path, save_all=True, append_images=rest, loop=0, **options)
+
+
+def _durations(count: int, fps: float, unit: int) -> list[int]:
+    """Milliseconds of each frame, in multiples of ``unit``, such that rounding never adds up."""
+    ends = np.rint(np.arange(count + 1) * 1000 / (fps * unit)).astype(int) * unit
+    return np.diff(ends).tolist()
+
+
+def _save_png(path: Path, frames: np.ndarray, fps: float, text: str, latents: np.ndarray | None) -> None:
+    chosen = np.linspace(0, len(frames) - 1, min(len(frames), STRIP_FRAMES)).round().astype(int)
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("settings", text)
+    Image.fromarray(np.concatenate(frames[chosen], axis=1)).save(path, pnginfo=info)
+
+
+def _save_npz(path: Path, frames: np.ndarray, fps: float, text: str, latents: np.ndarray | None) -> None:
+    arrays = {} if latents is None else {"latents": np.asarray(latents, np.float32)}
+    np.savez(path, frames=frames, settings=np.array(text), **arrays)
+
+
+def _read_mp4(path: Path) -> str:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "mov", "-i", _url(path), "-f", "ffmetadata", "-"]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    text = done.stdout.decode("utf-8")
+    match = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", text, re.MULTILINE | re.DOTALL)
+    if match is None:
+        raise ValueError(" ".join(done.stderr.decode("utf-8", "replace").split()) or "no comment")
+    return re.sub(r"\\(.)", r"\1", match[1], flags=re.DOTALL)
+
+
+def _read_gif(path: Path) -> str:
+    with Image.open(path, formats=["GIF"]) as image:
+        return image.info["comment"].decode("utf-8")
+
+
+def _read_webp(path: Path) -> str:
+    with Image.open(path, formats=["WEBP"]) as image:
+        return image.getexif()[EXIF_DESCRIPTION].encode("latin-1").decode("utf-8")  # Pillow reads bytes as latin-1
+
+
+def _read_png(path: Path) -> str:
+    with Image.open(path, formats=["PNG"]) as image:
+        return image.text["settings"]
+
+
+def _read_npz(path: Path) -> str:
+    with path.open("rb") as file, np.load(file) as arrays:  # NumPy leaves a damaged file open if it opened it
+        return str(arrays["settings"])
+
+
+def _url(path: Path) -> str:
+    """Keeps ffmpeg from taking a leading dash for an option, or a colon for a protocol."""
+    return f"file:{path.absolute()}"
+
+
+SAVERS = {".gif": _save_gif, ".webp": _save_webp, ".png": _save_png, ".npz": _save_npz}
+READERS = {".mp4": _read_mp4, ".gif": _read_gif, ".webp": _read_webp, ".png": _read_png, ".npz": _read_npz}
+
+
+def latents_to_numpy(latents: mx.array) -> np.ndarray:
+    """(1, t, h, w, C) → numpy float32 (C, t, h, w), PyTorch's layout."""
+    return np.ascontiguousarray(np.moveaxis(np.array(latents[0]), -1, 0))

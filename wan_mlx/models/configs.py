@@ -1,0 +1,85 @@
+"""Sizes of the networks, named as their official configurations name them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NUM_TRAIN_TIMESTEPS = 1000
+TEXT_LEN = 512
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the diffusion transformer. ``model_type`` is t2v, i2v, flf2v or vace, as in config.json."""
+
+    model_type: str = "t2v"
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    in_dim: int = 16
+    out_dim: int = 16
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = TEXT_LEN
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    image_dim: int = 1280
+    vace_layers: tuple[int, ...] = ()
+    vace_in_dim: int = 96
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def has_image_branch(self) -> bool:
+        """Whether cross-attention also reads CLIP features (``k_img``, ``v_img``)."""
+        return self.model_type in ("i2v", "flf2v")
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes of the umT5 encoder; the defaults are umT5-XXL's."""
+
+    vocab_size: int = 256384
+    dim: int = 4096
+    dim_attn: int = 4096
+    dim_ffn: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class ImageEncoderConfig:
+    """Sizes of CLIP's vision tower; the defaults are ViT-H/14's. ``num_layers`` includes the last, which is not run."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    dim: int = 1280
+    mlp_ratio: int = 4
+    num_heads: int = 16
+    num_layers: int = 32
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the causal 3D VAE; the defaults are Wan2.1's. ``mean`` and ``std`` normalise each latent channel."""
+
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    mean: tuple[float, ...] = (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    )  # fmt: skip
+    std: tuple[float, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    )  # fmt: skip

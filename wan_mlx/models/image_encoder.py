@@ -1,0 +1,111 @@
+"""Images → features: the vision tower of open-CLIP's XLM-RoBERTa ViT-H/14, up to its penultimate block.
+
+Follows the official ``wan/modules/clip.py`` (``CLIPModel.visual``). Parameter names are the official checkpoint's,
+without ``visual.``. They may be float16, as published; all is computed in float32, which at 257 tokens costs next to
+nothing. bfloat16 is not offered: its eight bits would change the features.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..resize import resize_bicubic
+from .attention import attention
+from .configs import ImageEncoderConfig
+from .layers import Linear, Pacer
+
+# Of the RGB channels, in [0, 1], over CLIP's training images.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def preprocess(images: np.ndarray | mx.array, size: int) -> np.ndarray:
+    """Images in [-1, 1] as CLIP sees them: (N, H, W, 3) → float32 (N, size, size, 3), not cropped, normalised."""
+    # Not clamped: the official code lets the cubic's overshoot through.
+    pixels = resize_bicubic(images, size, size) * 0.5 + 0.5
+    return (pixels - np.float32(MEAN)) / np.float32(STD)
+
+
+class SelfAttention(nn.Module):
+    """Attention among the patches of one image."""
+
+    def __init__(self, config: ImageEncoderConfig):
+        super().__init__()
+        self.heads = config.num_heads
+        self.to_qkv = Linear(config.dim, 3 * config.dim)
+        self.proj = Linear(config.dim, config.dim)
+
+    def __call__(self, x: mx.array, pace: Pacer) -> mx.array:
+        qkv = self.to_qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)
+        return self.proj(attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], pace))
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward, each normed before: (N, L, dim) → (N, L, dim)."""
+
+    def __init__(self, config: ImageEncoderConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, config.eps)
+        self.attn = SelfAttention(config)
+        self.norm2 = nn.LayerNorm(config.dim, config.eps)
+        wide = config.mlp_ratio * config.dim
+        self.mlp = [Linear(config.dim, wide), nn.gelu, Linear(wide, config.dim)]
+
+    def __call__(self, x: mx.array, pace: Pacer) -> mx.array:
+        x = x + self.attn(self.norm1(x), pace)
+        y = self.norm2(x)
+        for layer in self.mlp:
+            y = layer(y)
+        return x + y
+
+
+class ImageEncoder(nn.Module):
+    """The vision tower without its last block, whose output Wan does not use."""
+
+    def __init__(self, config: ImageEncoderConfig):
+        super().__init__()
+        self.config = config
+        patches = (config.image_size // config.patch_size) ** 2
+        self.patch_embedding = Linear(3 * config.patch_size**2, config.dim, bias=False)
+        self.cls_embedding = mx.zeros((1, 1, config.dim))
+        self.pos_embedding = mx.zeros((1, 1 + patches, config.dim))
+        self.pre_norm = nn.LayerNorm(config.dim, config.eps)
+        self.transformer = [Block(config) for _ in range(config.num_layers - 1)]
+
+    def __call__(self, images: np.ndarray | mx.array) -> mx.array:
+        """Encode images, each squeezed to the square that CLIP reads.
+
+        Args:
+            images: (N, H, W, 3) float32 in [-1, 1], any size.
+
+        Returns:
+            float32 (N, 257, dim): the class token, then the patches row by row.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if images.ndim != 4:
+            raise ValueError(f"images have shape {tuple(images.shape)}, expected (N, H, W, 3)")
+        x = self._patches(preprocess(images, self.config.image_size))
+        x = mx.concatenate([mx.repeat(self.cls_embedding, x.shape[0], axis=0), x], axis=1)
+        x = self.pre_norm(x + self.pos_embedding)
+        pace = Pacer()
+        for block in self.transformer:
+            x = block(x, pace)
+            pace(x)
+        return x
+
+    def _patches(self, pixels: np.ndarray) -> mx.array:
+        """(N, size, size, 3) → (N, patches, dim)."""
+        n, size, patch = pixels.shape[0], self.config.image_size, self.config.patch_size
+        tiles = pixels.reshape(n, size // patch, patch, size // patch, patch, 3).swapaxes(2, 3)
+        return self.patch_embedding(mx.array(tiles.reshape(n, -1, 3 * patch**2)))
+
+
+def last_block_shapes(config: ImageEncoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the parameters that every checkpoint has and `ImageEncoder` does without."""
+    last = f"transformer.{config.num_layers - 1}"
+    return {f"{last}.{name}": tuple(array.shape) for name, array in tree_flatten(Block(config).parameters())}

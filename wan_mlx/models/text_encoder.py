@@ -1,0 +1,189 @@
+"""Token ids → text embeddings: the umT5 encoder, whose 11 GB pass through memory block by block.
+
+Follows the official ``wan/modules/t5.py`` (``T5Encoder`` with ``shared_pos=False``): T5 1.1's blocks, but each with a
+relative position bias of its own, and attention without scaling. Parameter names are the official checkpoint's.
+float16 is not offered: umT5's activations exceed its range (there the official code clamps infinities).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..errors import WeightsError
+from .configs import TEXT_LEN, TextEncoderConfig
+from .layers import Embedding, Linear
+
+
+@mx.compile
+def gated(x: mx.array, gate: mx.array) -> mx.array:
+    """``x * gelu(gate)``, tanh approximation, computed in float32, in x's dtype."""
+    return (x.astype(mx.float32) * nn.gelu_approx(gate.astype(mx.float32))).astype(x.dtype)
+
+
+def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
+    """Bucket of every (query, key) pair: int32 (length, length).
+
+    Keys after the query use the upper half of the buckets. In each half, the first half of the buckets are for one
+    distance each; the others widen logarithmically up to ``max_distance`` and the last takes all beyond.
+    """
+    half = num_buckets // 2
+    exact = half // 2
+    offset = np.arange(length)[None, :] - np.arange(length)[:, None]
+    distance = np.abs(offset)
+    # The official code takes log. Buckets begin at powers of two, where log2 is exact on every machine.
+    steps = np.log2(np.maximum(distance, exact) / exact) / math.log2(max_distance / exact)
+    wide = np.minimum(exact + (steps * (half - exact)).astype(np.int32), half - 1)
+    return (np.where(distance < exact, distance, wide) + half * (offset > 0)).astype(np.int32)
+
+
+class PositionBias(nn.Module):
+    """A learnt bias per head and bucket of relative position."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.num_buckets, self.max_distance = config.num_buckets, config.max_distance
+        self.embedding = Embedding(config.num_buckets, config.num_heads)
+
+    def __call__(self, length: int) -> mx.array:
+        """(heads, length, length)."""
+        buckets = relative_buckets(length, self.num_buckets, self.max_distance)
+        return self.embedding(mx.array(buckets)).transpose(2, 0, 1)
+
+
+class Attention(nn.Module):
+    """Self-attention, not scaled; scores and softmax in float32."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.heads = config.num_heads
+        for name in ("q", "k", "v"):
+            setattr(self, name, Linear(config.dim, config.dim_attn, bias=False))
+        self.o = Linear(config.dim_attn, config.dim, bias=False)
+
+    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
+        q, k, v = (p(x).reshape(*x.shape[:2], self.heads, -1).transpose(0, 2, 1, 3) for p in (self.q, self.k, self.v))
+        # At 512 tokens the scores are small enough to be an array (64 MB), which spares the fused kernel a mask.
+        scores = q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2) + bias.astype(mx.float32)
+        out = mx.softmax(scores, axis=-1).astype(x.dtype) @ v
+        return self.o(out.transpose(0, 2, 1, 3).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """``fc2(fc1(x) * gelu(gate(x)))``."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.gate = [Linear(config.dim, config.dim_ffn, bias=False)]
+        self.fc1 = Linear(config.dim, config.dim_ffn, bias=False)
+        self.fc2 = Linear(config.dim_ffn, config.dim, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(gated(self.fc1(x), self.gate[0](x)))
+
+
+class EncoderBlock(nn.Module):
+    """One layer: (1, L, dim) → (1, L, dim), in x's dtype."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.dim, config.eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.RMSNorm(config.dim, config.eps)
+        self.ffn = FeedForward(config)
+        self.pos_embedding = PositionBias(config)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.attn(self.norm1(x), self.pos_embedding(x.shape[1]))
+        return x + self.ffn(self.norm2(x))
+
+
+def parameter_shapes(config: TextEncoderConfig) -> dict[str, tuple[int, ...]]:
+    """Official name → shape of every parameter of the encoder; nothing is allocated."""
+    block = {name: tuple(array.shape) for name, array in tree_flatten(EncoderBlock(config).parameters())}
+    return {
+        "token_embedding.weight": (config.vocab_size, config.dim),
+        **{f"blocks.{i}.{name}": shape for i in range(config.num_layers) for name, shape in block.items()},
+        "norm.weight": (config.dim,),
+    }
+
+
+class TextEncoder:
+    """The umT5 encoder over weights that it does not hold.
+
+    Args:
+        config: sizes.
+        embed: int32 ids (L,) → their rows of ``token_embedding.weight``, (L, dim).
+        blocks: called once per pass; yields the loaded blocks in order. Nothing computed with one is pending when
+            the next is asked for.
+        norm_weight: (dim,).
+        dtype: of the computation, bfloat16 or float32.
+
+    Raises:
+        ValueError: another dtype.
+    """
+
+    def __init__(
+        self,
+        config: TextEncoderConfig,
+        embed: Callable[[np.ndarray], mx.array],
+        blocks: Callable[[], Iterable[EncoderBlock]],
+        norm_weight: mx.array,
+        dtype: mx.Dtype = mx.bfloat16,
+    ):
+        if dtype not in (mx.bfloat16, mx.float32):
+            raise ValueError(f"dtype is {dtype}, expected bfloat16 or float32 (umT5 overflows float16)")
+        self.config, self.dtype = config, dtype
+        self.embed, self.blocks, self.norm_weight = embed, blocks, norm_weight
+
+    def __call__(self, ids: Sequence[Sequence[int]]) -> list[mx.array]:
+        """Encode several prompts in one pass over the weights.
+
+        Args:
+            ids: the ids of each prompt, not padded.
+
+        Returns:
+            One (L, dim) array per prompt, L its number of ids, in ``dtype``.
+
+        Raises:
+            ValueError: a prompt without ids, or an id outside the vocabulary.
+            WeightsError: ``blocks`` yields another number of blocks than the config has layers.
+        """
+        # Each prompt is computed alone at its true length. The official code pads to 512, gives padded keys the lowest
+        # score a float has, so zero weight, and drops padded rows at the end: what remains is the same.
+        states = [self._embed(prompt) for prompt in ids]
+        count = 0
+        for block in self.blocks():
+            states = [block(x) for x in states]
+            mx.eval(states)
+            count += 1
+        if count != self.config.num_layers:
+            raise WeightsError(f"the text encoder was given {count} blocks, expected {self.config.num_layers}")
+        return [mx.fast.rms_norm(x, self.norm_weight.astype(self.dtype), self.config.eps)[0] for x in states]
+
+    def _embed(self, prompt: Sequence[int]) -> mx.array:
+        tokens = np.asarray(prompt, dtype=np.int32)
+        if tokens.ndim != 1 or not tokens.size:
+            raise ValueError(f"a prompt has ids of shape {tokens.shape}, expected (L,) with L at least 1")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"ids run from {tokens.min()} to {tokens.max()}, expected 0 to {self.config.vocab_size - 1}"
+            )
+        return self.embed(tokens).astype(self.dtype)[None]
+
+
+def pad_context(embedding: mx.array, text_len: int = TEXT_LEN) -> mx.array:
+    """(L, dim) → (1, text_len, dim), zeros after the text, as the transformer's cross-attention wants it.
+
+    Raises:
+        ValueError: L is above ``text_len``.
+    """
+    length = embedding.shape[0]
+    if length > text_len:
+        raise ValueError(f"the text has {length} tokens, expected at most {text_len}")
+    return mx.pad(embedding, [(0, text_len - length), (0, 0)])[None]

@@ -1,0 +1,101 @@
+"""Prompt → token ids, equal to those of the official ``HuggingfaceTokenizer(clean="whitespace")`` on google/umt5-xxl.
+
+The official code reads the published ``tokenizer.json``, of which ``spiece.model`` is the source. The two differ where
+a character is not in the vocabulary (one unknown token for each run of them, not their bytes), and at the special
+tokens, which are cut out of the text first. So sentencepiece is given one word at a time, and unknown runs are merged.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from itertools import groupby
+from pathlib import Path
+
+import ftfy
+from sentencepiece import SentencePieceProcessor
+
+from ..errors import WeightsError
+
+MODEL_FILE = "spiece.model"
+# umT5 numbers <extra_id_299> … <extra_id_0> after the last sentencepiece.
+EXTRA_IDS = 300
+WORD_START = "▁"
+
+
+def clean(text: str) -> str:
+    """Repair mojibake and full-width letters (ftfy), undo HTML escapes twice, make every run of whitespace one space.
+
+    Equal to the official ``whitespace_clean(basic_clean(text))``.
+    """
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+class Tokenizer:
+    """umT5's tokenizer.
+
+    Args:
+        model: a sentencepiece model file, a folder that holds ``spiece.model``, or the serialized model itself.
+
+    Raises:
+        WeightsError: there is no such file, or it is not a sentencepiece model with an end-of-sequence token.
+    """
+
+    def __init__(self, model: str | Path | bytes):
+        name, data = ("the given bytes", model) if isinstance(model, bytes) else _read(Path(model))
+        self.pieces = SentencePieceProcessor()
+        try:
+            self.pieces.load_from_serialized_proto(data)
+        except RuntimeError as error:
+            raise WeightsError(
+                f"{name}: not a sentencepiece model ({len(data)} bytes), expected umT5's {MODEL_FILE}"
+            ) from error
+        self.eos_id, self.unk_id = self.pieces.eos_id(), self.pieces.unk_id()
+        if self.eos_id < 0:
+            raise WeightsError(f"{name}: has no end-of-sequence token, expected umT5's {MODEL_FILE}")
+        self.special_ids = self._special_ids()
+        self.special_pattern = re.compile(f"({'|'.join(map(re.escape, self.special_ids))})")
+
+    def __call__(self, text: str, max_length: int = 512) -> list[int]:
+        """Ids of the cleaned text, at most ``max_length`` with the end-of-sequence id last; no padding.
+
+        What is too long loses its end, as in the official code. ``</s>``, ``<pad>``, ``<s>``, ``<unk>`` and
+        ``<extra_id_0>`` to ``<extra_id_299>`` written out in the text become those tokens.
+
+        Raises:
+            ValueError: ``max_length`` is below 1.
+        """
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}, expected at least 1")
+        ids = []
+        for index, part in enumerate(self.special_pattern.split(clean(text))):
+            is_special = index % 2 == 1  # split() puts what the pattern's group matched at odd places
+            ids += [self.special_ids[part]] if is_special else self._encode(part)
+        return [*ids[: max_length - 1], self.eos_id]
+
+    def _special_ids(self) -> dict[str, int]:
+        pieces = self.pieces
+        named = (pieces.pad_id(), pieces.eos_id(), pieces.bos_id(), pieces.unk_id())
+        last = pieces.get_piece_size() + EXTRA_IDS - 1
+        extra = {f"<extra_id_{n}>": last - n for n in range(EXTRA_IDS)}
+        return {pieces.id_to_piece(i): i for i in named if i >= 0} | extra
+
+    def _encode(self, text: str) -> list[int]:
+        """Ids of text without special tokens. A space beside a special token is kept: a word start with no word."""
+        if not text:
+            return []
+        ids = []
+        for word in text.replace(WORD_START, " ").removeprefix(" ").split(" "):
+            pieces = self.pieces.encode(word) if word else [self.pieces.piece_to_id(WORD_START)]
+            known = (self.unk_id if self.pieces.is_byte(i) else i for i in pieces)
+            for i, run in groupby(known):
+                ids.extend([i] if i == self.unk_id else run)
+        return ids
+
+
+def _read(path: Path) -> tuple[Path, bytes]:
+    file = path / MODEL_FILE if path.is_dir() else path
+    try:
+        return file, file.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"{file}: cannot be read ({error.strerror}), expected umT5's {MODEL_FILE}") from error

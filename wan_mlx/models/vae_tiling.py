@@ -1,0 +1,326 @@
+"""Spatial tiles for the VAE: any video in little memory, and no seams.
+
+Nearly all of the VAE's memory is what its wide layers keep of the frames before (`CausalCache`), so a tile goes through
+the whole video before the next one starts. Tiles are not blended, because nothing differs where they meet: only the
+attention in the middle, at the resolution of latents, sees a whole frame, so it runs on whole frames, and every other
+layer runs on a tile with the margin that its convolutions reach into. What the margin's own margin would have changed
+is cut off stage by stage. For 256 pixel tiles that costs less than the overlap that blending needs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import is_out_of_memory
+from .vae import VAE, Downsample, ResidualBlock, Upsample, flow
+from .vae_layers import CausalCache
+
+log = logging.getLogger(__name__)
+
+# Pixels (or, before scaling, latents) from, and up to but without.
+Span = tuple[int, int]
+SMALLEST_TILE = 64  # pixels: below it, a tile is mostly margin
+RETRIES = (512, 384, 256, 128, SMALLEST_TILE)  # sides to try, one after the other, where memory did not last
+
+
+def parse_tiling(text: str | tuple[int, int] | None) -> str | tuple[int, int]:
+    """``--vae-tiling``: "auto", "off", or the largest tile in pixels as "WxH" or (width, height).
+
+    Raises:
+        ValueError: none of these, or a side that is no multiple of 8 or too small.
+    """
+    if text is None or text in ("auto", "off"):
+        return text or "auto"
+    sides = text
+    if isinstance(text, str):
+        match = re.fullmatch(r"(\d+)(?:[x*×](\d+))?", text.strip().lower())
+        sides = match and (int(match[1]), int(match[2] or match[1]))
+    if not sides or len(sides) != 2:
+        raise ValueError(f"vae_tiling is {text!r}, expected auto, off, or a tile's size in pixels such as 384x256")
+    for side in sides:
+        if side < SMALLEST_TILE or side % 8:
+            nearest = max(SMALLEST_TILE, round(side / 8) * 8)
+            raise ValueError(
+                f"vae_tiling is {text!r}, expected multiples of 8 from {SMALLEST_TILE} pixels; nearest to {side}: "
+                f"{nearest}"
+            )
+    return tuple(sides)
+
+
+def smaller_tile(tile: tuple[int, int] | None, size: tuple[int, int]) -> tuple[int, int] | None:
+    """The next tile to try (None is the whole frame) for a video of ``size``, both (width, height) in pixels."""
+    now = [min(pair) for pair in zip(tile or size, size, strict=True)]
+    return next(((side, side) for side in RETRIES if side <= max(now) * 3 // 4), None)
+
+
+def decode(
+    vae: VAE,
+    latents: mx.array,
+    tile: tuple[int, int] | None,
+    finish: Callable[[mx.array], np.ndarray] = np.array,
+    progress: Callable[..., Iterable] = lambda items, total=None: items,
+) -> Iterator[np.ndarray]:
+    """Decode, in tiles unless ``tile`` is None.
+
+    Args:
+        vae: used in the dtype of its weights.
+        latents: float32 (1, t, h, w, C), normalised.
+        tile: largest (width, height) in pixels, without margins.
+        finish: makes of float32 (1, n, H, W, 3) in [-1, 1] what is kept, of the same shape; of a tiled video all of it
+            is kept, so it had better be small.
+        progress: wraps the iteration over what is decoded.
+
+    Returns:
+        An iterator over what `VAE.decode` gives, 1 and then 4 frames at a time, as ``finish`` makes it. In tiles the
+        first comes when the last tile is done.
+
+    Raises:
+        ValueError: ``latents`` has another shape.
+    """
+    whole = vae.decode(latents)  # checks the shape; nothing is computed before the first frame is asked for
+    if tile is None:
+        for frames in progress(whole, total=latents.shape[1]):
+            yield finish(frames)
+        return
+    _, count, height, width, _ = latents.shape
+    middle = list(flow(vae.decoder.whole, vae.unpack(latents), CausalCache()))
+    tiles = decoder_tiles(vae, (height, width), tile)
+    canvas = None
+    work = iter(progress(range(len(tiles) * count), total=len(tiles) * count))
+    for area in tiles:
+        rows, columns = (slice(*span) for span in area.target)
+        for index, frames in enumerate(_decode_tile(vae, middle, area)):
+            next(work)
+            pixels = finish(frames)
+            if canvas is None:
+                size = [n * vae.spatial_factor for n in (height, width)]
+                canvas = np.empty((1, _first_frame(vae, count), *size, 3), pixels.dtype)
+            start = _first_frame(vae, index)
+            canvas[:, start : start + pixels.shape[1], rows, columns] = pixels
+    del middle
+    for index in range(count):
+        yield canvas[:, _first_frame(vae, index) : _first_frame(vae, index + 1)]
+
+
+def decode_in_memory(
+    vae: VAE,
+    latents: mx.array,
+    tile: tuple[int, int] | None,
+    finish: Callable[[mx.array], Any],
+    progress: Callable[..., Iterable],
+) -> Iterator[Any]:
+    """`decode`, again in smaller tiles if memory does not last: they make the same frames."""
+    size, given = (8 * latents.shape[3], 8 * latents.shape[2]), 0
+    while True:
+        done = 0
+        try:
+            for frames in decode(vae, latents, tile, finish, progress):
+                done += 1
+                if done > given:
+                    given = done
+                    yield frames
+            return
+        except (RuntimeError, MemoryError) as error:
+            tile = smaller_tile(tile, size)
+            if not is_out_of_memory(error) or tile is None:
+                raise
+            log.warning("decoding ran out of memory; again in tiles of %dx%d", *tile)
+        mx.clear_cache()
+
+
+def encode(
+    vae: VAE,
+    chunks: Iterable[mx.array],
+    tile: tuple[int, int] | None,
+) -> mx.array:
+    """Encode, in tiles unless ``tile`` is None: for that, the whole video is kept in memory as it came.
+
+    Args:
+        vae: used in the dtype of its weights.
+        chunks: float32 (1, 1, H, W, 3), then (1, 4, H, W, 3), in [-1, 1].
+        tile: largest (width, height) in pixels, without margins.
+
+    Returns:
+        What `VAE.encode_chunks` returns.
+
+    Raises:
+        ValueError: a chunk has another shape, or there is none.
+    """
+    if tile is None:
+        return vae.encode_chunks(chunks)
+    video = list(vae.checked_chunks(chunks))
+    height, width = (n // vae.spatial_factor for n in video[0].shape[2:4])
+    canvas: list[list[Any]] = [[] for _ in video]
+    for area in encoder_tiles(vae, (height, width), tile):
+        for parts, part in zip(canvas, _encode_tile(vae, video, area), strict=True):
+            parts.append((area.target, part))
+    del video
+    frames = (_put_together(parts, height, width) for parts in canvas)
+    moments = flow(vae.encoder.whole, frames, CausalCache())
+    return mx.stack([vae.pack(frame) for frame in moments], axis=1)
+
+
+@dataclass(frozen=True)
+class Area:
+    """One tile: what to cut out before the first stage, at the end of each stage, and where the result belongs.
+
+    Each is (rows, columns); ``source`` and ``target`` in the whole frame, ``cuts`` in what the stage has made.
+    """
+
+    source: tuple[Span, Span]
+    cuts: tuple[tuple[Span, Span], ...]
+    target: tuple[Span, Span]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A layer that takes rows and columns out of a frame, as an array of its own."""
+
+    rows: Span
+    columns: Span
+
+    def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
+        if (self.rows, self.columns) == ((0, x.shape[1]), (0, x.shape[2])):
+            return x
+        # Copied, because a slice would keep the whole alive.
+        return mx.contiguous(x[:, slice(*self.rows), slice(*self.columns)])
+
+
+def decoder_tiles(vae: VAE, size: tuple[int, int], tile: tuple[int, int]) -> list[Area]:
+    """Tiles of a frame of ``size`` (height, width) in latents, for the decoder; ``tile`` as for `decode`."""
+    return _tiles(vae, size, tile, _convolutions(vae.decoder.local), decoder_spans)
+
+
+def encoder_tiles(vae: VAE, size: tuple[int, int], tile: tuple[int, int]) -> list[Area]:
+    """Like `decoder_tiles`, for the encoder."""
+    return _tiles(vae, size, tile, _convolutions(vae.encoder.local), encoder_spans)
+
+
+def split(length: int, largest: int) -> list[Span]:
+    """Equal parts, as few as can be, of at most ``largest``."""
+    count = math.ceil(length / largest)
+    return [(length * i // count, length * (i + 1) // count) for i in range(count)]
+
+
+def _tiles(vae, size, tile, convolutions, spans_of) -> list[Area]:
+    largest = [max(1, side // vae.spatial_factor) for side in tile[::-1]]
+    axes = [
+        [spans_of(core, convolutions, length) for core in split(length, most)]
+        for length, most in zip(size, largest, strict=True)
+    ]
+    areas = []
+    for rows, columns in product(*axes):
+        cuts = tuple(
+            (_within(*of_rows), _within(*of_columns)) for of_rows, of_columns in zip(rows, columns, strict=True)
+        )
+        areas.append(Area((rows[0][0], columns[0][0]), cuts, (rows[-1][1], columns[-1][1])))
+    return areas
+
+
+def _within(outer: Span, inner: Span) -> Span:
+    """``inner`` counted from the start of ``outer``."""
+    return inner[0] - outer[0], inner[1] - outer[0]
+
+
+def _grow(span: Span, by: int, length: int) -> Span:
+    """``span`` with a margin on both sides, where the frame has one."""
+    return max(0, span[0] - by), min(length, span[1] + by)
+
+
+def decoder_spans(core: Span, convolutions: Sequence[int], length: int) -> list[tuple[Span, Span]]:
+    """For each stage, the span that it gets and the span of it that is right, in pixels of that stage.
+
+    Args:
+        core: latents to decode, of ``length`` ones.
+        convolutions: 3x3 ones in each stage, beside the one of the upsampling before it.
+    """
+    spans, last = [], len(convolutions) - 1
+    right = core[0] << last, core[1] << last
+    for stage in range(last, -1, -1):
+        given = _grow(right, convolutions[stage] + (stage > 0), length << stage)
+        if stage:  # pixels come in pairs out of the stage before
+            given = given[0] // 2 * 2, (given[1] + 1) // 2 * 2
+        spans.append((given, right))
+        right = given[0] // 2, given[1] // 2
+    return spans[::-1]
+
+
+def encoder_spans(core: Span, convolutions: Sequence[int], length: int) -> list[tuple[Span, Span]]:
+    """Like `decoder_spans`, towards ``core``."""
+    spans, last = [], len(convolutions) - 1
+    right = core
+    for stage in range(last, -1, -1):
+        size = length << (last - stage)
+        given = _grow(right, convolutions[stage], size)
+        if stage:  # halving the resolution reads one pixel more, after the span only
+            given = given[0], min(given[1] + 1, size)
+        spans.append((given, right))
+        right = given[0] * 2, given[1] * 2
+    return spans[::-1]
+
+
+def _stages(layers: Sequence) -> list[list]:
+    """Layers in groups of one resolution; all groups but the first start with what resamples."""
+    groups: list[list] = [[]]
+    for layer in layers:
+        if isinstance(layer, Downsample | Upsample):
+            groups.append([])
+        groups[-1].append(layer)
+    return groups
+
+
+def _convolutions(layers: Sequence) -> list[int]:
+    """3x3 convolutions at each resolution, without those that resample."""
+
+    def count(layer) -> int:
+        return 2 if isinstance(layer, ResidualBlock) else not isinstance(layer, Downsample | Upsample)
+
+    return [sum(map(count, group)) for group in _stages(layers)]
+
+
+def _with_cuts(layers: Sequence, area: Area) -> list:
+    """``layers`` for one tile."""
+    groups = zip(_stages(layers), area.cuts, strict=True)
+    return [layer for group, cut in groups for layer in (*group, Cut(*cut))]
+
+
+def _decode_tile(vae: VAE, middle: Sequence[mx.array], area: Area) -> Iterator[mx.array]:
+    """float32 (1, n, H, W, 3) of the tile for each latent frame."""
+    cache, layers, first = CausalCache(), _with_cuts(vae.decoder.local, area), Cut(*area.source)
+    for frame in middle:
+        yield vae.to_frames(flow(layers, [first(frame, cache)], cache))
+
+
+def _encode_tile(vae: VAE, video: Sequence[mx.array], area: Area) -> Iterator[mx.array]:
+    """(1, h, w, channels) of the tile for each chunk, before the middle."""
+    cache, layers, first = CausalCache(), _with_cuts(vae.encoder.local, area), Cut(*area.source)
+    for chunk in video:
+        frames = first(chunk[0], cache).astype(vae.encoder.conv1.weight.dtype)
+        (encoded,) = flow(layers, vae.encoder.batches(frames), cache)
+        mx.eval(encoded)
+        yield encoded
+
+
+def _put_together(parts: list[tuple[tuple[Span, Span], mx.array]], height: int, width: int) -> mx.array:
+    """Tiles in row order → the whole (1, height, width, channels); ``parts`` is emptied."""
+    rows: dict[Span, list[mx.array]] = {}
+    for (of_rows, _), part in parts:
+        rows.setdefault(of_rows, []).append(part)
+    parts.clear()
+    whole = mx.concatenate([mx.concatenate(row, axis=2) for row in rows.values()], axis=1)
+    assert whole.shape[1:3] == (height, width)
+    return whole
+
+
+def _first_frame(vae: VAE, index: int) -> int:
+    """Number of the first frame that latent frame ``index`` gives."""
+    return (index - 1) * vae.temporal_factor + 1 if index else 0

@@ -1,0 +1,1 @@
+"""What fits into memory, and how long it takes."""

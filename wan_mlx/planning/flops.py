@@ -1,0 +1,110 @@
+"""How much there is to compute: floating-point operations of each network (a multiply-add counts as two)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+
+IMAGE_TOKENS = 257  # CLIP's, for each image
+
+
+def seq_len(config: TransformerConfig, latent_shape: tuple[int, int, int]) -> int:
+    """Tokens of latents (t, h, w)."""
+    return math.prod(n // p for n, p in zip(latent_shape, config.patch_size, strict=True))
+
+
+def image_tokens(config: TransformerConfig) -> int:
+    """CLIP's tokens that cross-attention reads beside the text's."""
+    return {"i2v": IMAGE_TOKENS, "flf2v": 2 * IMAGE_TOKENS}.get(config.model_type, 0)
+
+
+def forward_parts(config: TransformerConfig, tokens: int) -> dict[str, float]:
+    """FLOP of one transformer forward over ``tokens``, by what they are spent on."""
+    d, context = config.dim, config.text_len + image_tokens(config)
+    blocks = config.num_layers + len(config.vace_layers)
+    return {
+        "self linear": blocks * 8.0 * tokens * d**2,
+        "self attention": blocks * 4.0 * tokens**2 * d,
+        "cross linear": blocks * 4.0 * (tokens + context) * d**2,
+        "cross attention": blocks * 4.0 * tokens * context * d,
+        "feed-forward": blocks * 4.0 * tokens * d * config.ffn_dim,
+        "vace": (len(config.vace_layers) + bool(config.vace_layers)) * 2.0 * tokens * d**2,
+    }
+
+
+def text_flop(config: TextEncoderConfig, tokens: int) -> float:
+    """FLOP of encoding a text of so many tokens."""
+    linear = 8.0 * config.dim * config.dim_attn + 6.0 * config.dim * config.dim_ffn
+    return config.num_layers * (tokens * linear + 4.0 * tokens**2 * config.dim_attn)
+
+
+def image_flop(config: ImageEncoderConfig) -> float:
+    """FLOP of encoding one image; the last block is not run."""
+    tokens, d = (config.image_size // config.patch_size) ** 2 + 1, config.dim
+    linear = (8.0 + 4.0 * config.mlp_ratio) * d**2
+    patches = 2.0 * tokens * 3 * config.patch_size**2 * d
+    return patches + (config.num_layers - 1) * (tokens * linear + 4.0 * tokens**2 * d)
+
+
+def decode_flop(config: VAEConfig, latent_shape: tuple[int, int, int]) -> float:
+    """FLOP of decoding latents (t, h, w)."""
+    return sum(_stage_flops(config, latent_shape, decoding=True))
+
+
+def encode_flop(config: VAEConfig, latent_shape: tuple[int, int, int]) -> float:
+    """FLOP of encoding a video to latents (t, h, w)."""
+    return sum(_stage_flops(config, latent_shape, decoding=False))
+
+
+def stages(config: VAEConfig, decoding: bool) -> list[tuple[int, int, int]]:
+    """(width going in, width, times the latents' resolution) of each resolution, in the order they are passed.
+
+    Going in is what the first residual block gets: of a decoder, resampling has halved the width of the stage before.
+    """
+    widths = [config.dim * m for m in config.dim_mult]
+    last = len(widths) - 1
+    if not decoding:
+        before = [config.dim, *widths[:-1]]
+        return [(before[i], widths[i], 2 ** (last - i)) for i in range(last + 1)]
+    widths = widths[::-1]
+    before = [widths[0], *(w // 2 for w in widths[:-1])]
+    return [(before[i], widths[i], 2**i) for i in range(last + 1)]
+
+
+def frames_at(config: VAEConfig, latent_frames: int, stage: int, decoding: bool) -> int:
+    """Frames of a video that a stage computes."""
+    doublings = config.temporal_downsample[::-1][:stage] if decoding else config.temporal_downsample[stage:]
+    return (latent_frames - 1) * 2 ** sum(doublings) + 1
+
+
+def _stage_flops(config: VAEConfig, latent_shape: tuple[int, int, int], decoding: bool) -> Iterator[float]:
+    t, h, w = latent_shape
+    found = stages(config, decoding)
+    blocks = config.num_res_blocks + decoding
+    temporal = config.temporal_downsample[::-1] if decoding else config.temporal_downsample
+    widest = config.dim * config.dim_mult[-1]
+    # The middle: two residual blocks, attention with one head, and the convolution from or to latents.
+    z = config.z_dim if decoding else 2 * config.z_dim
+    middle = 4 * 54.0 * widest**2 + 8.0 * widest**2 + 4.0 * h * w * widest + 54.0 * widest * z
+    yield t * h * w * middle
+    for stage, (into, width, scale) in enumerate(found):
+        pixels = frames_at(config, t, stage, decoding) * h * w * scale**2
+        yield pixels * (54.0 * into * width + (2 * blocks - 1) * 54.0 * width**2)  # 3x3x3, two of each block
+        if into != width:
+            yield pixels * 2.0 * into * width
+        if stage == (len(found) - 1 if decoding else 0):
+            yield pixels * 54.0 * 3 * width
+        if stage == len(found) - 1:
+            continue
+        after = frames_at(config, t, stage + 1, decoding) * h * w * found[stage + 1][2] ** 2
+        if decoding:
+            yield after * 9.0 * width * width  # 3x3 at twice the resolution, to half the width
+            if temporal[stage]:  # not of the first frame
+                yield (pixels - h * w * scale**2) * 12.0 * width**2
+        else:
+            before = pixels / scale**2 * found[stage + 1][2] ** 2
+            yield before * 18.0 * width**2
+            if temporal[stage]:
+                yield (after - h * w * found[stage + 1][2] ** 2) * 6.0 * width**2

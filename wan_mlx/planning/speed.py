@@ -1,0 +1,422 @@
+"""How long each stage of a plan takes on this machine: the networks' own code is timed on random weights.
+
+One block, and the VAE over two latent frames, at the video's size or, where that would take long, at a part of it; the
+rest is counting (`wan_mlx.planning.flops`). Products of matrices alone would tell less: small shapes, casts, norms and
+what convolutions unfold take a share of the time that differs from one machine to the next.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from statistics import fmean
+from time import perf_counter
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..cuda import read as cuda
+from ..guidance import at_once
+from ..models.attention import attention
+from ..models.configs import TransformerConfig, VAEConfig
+from ..models.layers import Pacer
+from ..models.quantized_linear import QuantizedLinear
+from ..models.transformer import ForwardPass, Transformer
+from ..models.vace import VaceTransformer
+from ..models.vae import VAE
+from ..weights.parameters import Parameters, dtype_of, load_landed, locate
+from ..weights.prefetch import Landings
+from . import flops as work
+from . import peak_memory as peaks
+from .choose import Plan, limited_cache
+from .peak_memory import Networks
+
+# Seconds of each thing that is timed: enough to tell, and no GPU work so long that macOS would end it.
+ENOUGH, MOST_TIMES = 0.4, 100
+# What takes so long is not done twice.
+LONG = 2.0
+# How much more is tried at once where less takes too little time to tell.
+LARGEST_LEAP = 16
+# The rest of a forward takes this part of it at least, whatever attention seemed to take alone.
+LEAST_REST = 0.05
+# Of one head, before another is timed along with it.
+QUERIES = 1024
+# Of weights: so many bytes are loaded to see how fast that is.
+READ_BYTES = 256_000_000
+# Random numbers, of which all random arrays consist.
+PATTERN = 1 << 18
+# Of a packed matrix, which are packed; the others are the same.
+FEW_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP per second of what `wan_mlx.planning.flops` counts, whatever else it takes included, and bytes per second.
+
+    Attributes:
+        transformer: of forwards, without self-attention; of two at once where guidance makes them so.
+        attention: of self-attention, likewise.
+        decode, encode: of the VAE; ``encode`` is None where nothing is encoded.
+        reading: of loading weights, in bytes of their file; None leaves it out.
+        first: stage → seconds that it takes more, once, where kernels are chosen for shapes not seen before.
+    """
+
+    transformer: float
+    attention: float
+    decode: float
+    encode: float | None = None
+    reading: float | None = None
+    first: Mapping[str, float] = field(default_factory=dict)
+
+
+class Rate(NamedTuple):
+    """What was timed: FLOP per second, and the seconds that the first run took more."""
+
+    flop: float
+    first: float
+
+
+def timed(
+    plan: Plan, nets: Networks, latent_shape: tuple[int, int, int], passes: int, parameters: Parameters | None = None
+) -> Plan:
+    """The plan with times, if it fits; for the arguments see `measure_rates`."""
+    if not plan.fits:  # what is timed might not fit either
+        return plan
+    return with_seconds(plan, measure_rates(plan, nets, latent_shape, passes, parameters))
+
+
+def with_seconds(plan: Plan, rates: Rates) -> Plan:
+    """The plan with times at these rates."""
+    rows = []
+    for row in plan.rows:
+        if row.stage == "encode video":
+            seconds = row.flop / rates.encode
+        elif row.stage in ("decode", "encode images"):  # float32 both
+            seconds = row.flop / rates.decode
+        else:
+            seconds = row.attention / rates.attention + (row.flop - row.attention) / rates.transformer
+        if rates.reading:
+            read = row.reads / rates.reading
+            streamed = row.stage == "encode text" or plan.stream and row.stage == "denoise"
+            seconds = max(seconds, read) if streamed else seconds + read
+        rows.append(replace(row, seconds=seconds + rates.first.get(row.stage, 0.0)))
+    return replace(plan, rows=tuple(rows))
+
+
+def measure_rates(
+    plan: Plan, nets: Networks, latent_shape: tuple[int, int, int], passes: int, parameters: Parameters | None = None
+) -> Rates:
+    """Time what ``plan`` consists of; takes seconds, and no more memory than the plan.
+
+    Args:
+        plan: without times.
+        nets: the model it is of.
+        latent_shape: (t, h, w) of its video.
+        passes: forwards of a step, 2 with guidance.
+        parameters: the transformer's, if its weights are here.
+    """
+    at_a_time = passes if peaks.on_cpu() and not plan.stream else 1
+    tokens = work.seq_len(nets.transformer, latent_shape)
+    encodes = any(row.stage == "encode video" for row in plan.rows)
+    with limited_cache(plan):  # as in the run: memory that must be asked for anew each time makes all slower
+        attending = attention_rate(nets, tokens, at_a_time)
+        forward = transformer_rate(nets, tokens, at_a_time, plan.tokens_at_once, attending.flop)
+        decode = decode_rate(nets.vae, _corner(latent_shape, plan.decode_tile))
+        encode = encode_rate(nets.vae, _corner(latent_shape, plan.encode_tile)) if encodes else Rate(0.0, 0.0)
+        reading = reading_rate(parameters, plan.stream) if parameters else None
+    mx.clear_cache()
+    first = {
+        "denoise": forward.first + attending.first,
+        "decode": decode.first * _kinds(nets.vae, latent_shape, plan.decode_tile, decoding=True),
+        "encode video": encode.first * _kinds(nets.vae, latent_shape, plan.encode_tile, decoding=False),
+    }
+    return Rates(forward.flop, attending.flop, decode.flop, encode.flop or None, reading, first)
+
+
+def transformer_rate(nets: Networks, tokens: int, at_a_time: int, tokens_at_once: int, attending: float) -> Rate:
+    """Of a forward without self-attention, which is taken to run at ``attending`` FLOP per second."""
+    whole = nets.transformer
+    model = random_transformer(replace(whole, num_layers=1, vace_layers=whole.vace_layers[:1]), nets)
+    model.tokens_at_once = tokens_at_once
+
+    def forward(count: int, **hooks) -> float:
+        # The same part of the text as of the tokens.
+        model.config = replace(model.config, text_len=max(1, whole.text_len * count // tokens))
+        latents, context, more = _inputs(model.config, count, nets.dtype)
+        return _seconds(lambda: mx.eval(model(latents, 500.0, context, **more, **hooks)), at_a_time)
+
+    def without_attention(count: int, with_block: float) -> float:
+        """Seconds of a whole forward, from those with one block."""
+        without = typical(partial(forward, count, through=_no_blocks))
+        parts, one = (
+            work.forward_parts(replace(c, text_len=model.config.text_len), count) for c in (whole, model.config)
+        )
+        seconds = without + sum(parts.values()) / sum(one.values()) * (with_block - without)
+        return max(seconds - parts["self attention"] / attending, LEAST_REST * seconds)
+
+    count, seconds, first = worth_timing(forward, 16, tokens)
+    seconds = without_attention(count, seconds)
+    if count < tokens:  # what it takes for any number of tokens, such as unpacking weights, it takes once
+        least = without_attention(1, typical(partial(forward, 1)))
+        seconds += max(seconds - least, LEAST_REST * seconds) * (tokens - count) / (count - 1)
+    parts = work.forward_parts(whole, tokens)
+    return Rate((sum(parts.values()) - parts["self attention"]) / seconds, first)
+
+
+def attention_rate(nets: Networks, tokens: int, at_a_time: int) -> Rate:
+    """Of self-attention: of some queries of some heads, to all keys."""
+    c = nets.transformer
+
+    def shape(queries: int) -> tuple[int, int]:
+        heads = min(c.num_heads, -(-queries // min(tokens, QUERIES)))
+        return heads, queries // heads
+
+    def attend(queries: int) -> float:
+        heads, rows = shape(queries)
+        keys, values = (random_array((1, tokens, heads, c.head_dim), 1.0, nets.dtype) for _ in range(2))
+        return _seconds(lambda: mx.eval(attention(keys[:, :rows], keys, values, Pacer())), at_a_time)
+
+    queries, seconds, first = worth_timing(attend, 16, c.num_heads * tokens)
+    heads, rows = shape(queries)
+    return Rate(4.0 * heads * rows * tokens * c.head_dim / seconds, first)
+
+
+def decode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> Rate:
+    """Of decoding latents (t, h, w): of the second frame, which all others are like."""
+    vae = VAE(config)
+    for part in (vae.conv2, vae.decoder):
+        random_weights(part)
+
+    def decode(side: int) -> float:
+        shape = _two_frames(latent_shape, side)
+        frames = vae.decode(random_array((1, *shape, config.z_dim), 1.0, mx.float32))
+        for _ in range(shape[0]):
+            started = perf_counter()
+            next(frames)
+        return perf_counter() - started
+
+    side, seconds, first = worth_timing(decode, 2, max(latent_shape[1:]), power=2)
+    return Rate(_flop_of_last(work.decode_flop, config, _two_frames(latent_shape, side)) / seconds, first)
+
+
+def encode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> Rate:
+    """Of encoding to latents (t, h, w): of the second frame, which all others are like."""
+    vae = VAE(config)
+    for part in (vae.conv1, vae.encoder):
+        random_weights(part)
+
+    def encode(side: int) -> float:
+        count, *size = _two_frames(latent_shape, side)
+        height, width = (n * vae.spatial_factor for n in size)
+        started: list[float] = []
+
+        def chunks() -> Iterator[mx.array]:
+            for frames in (1, vae.temporal_factor)[:count]:
+                chunk = random_array((1, frames, height, width, 3), 1.0, mx.float32)
+                started.append(perf_counter())
+                yield chunk
+
+        mx.eval(vae.encode_chunks(chunks()))
+        return perf_counter() - started[-1]
+
+    side, seconds, first = worth_timing(encode, 2, max(latent_shape[1:]), power=2)
+    return Rate(_flop_of_last(work.encode_flop, config, _two_frames(latent_shape, side)) / seconds, first)
+
+
+def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
+    """Bytes of a file per second, read, cast and packed as they are to be; None if it is too small to tell.
+
+    ``stream``: whether blocks are read while others compute.
+    """
+    weights = parameters.weights
+    stored = {name: sum(map(weights.file.nbytes, sources)) for name, sources in weights.sources.items()}
+    if sum(stored.values()) < READ_BYTES / 4:
+        return None
+    # From all over it, and not the same each time: what was read before is in the system's cache.
+    names = random.sample(list(stored), len(stored))
+    if cuda.in_use() and (stream or weights.spots(names) is not None):
+        return _landing_rate(parameters, stored, names, stream)
+    read, seconds = 0, 0.0
+    for name in names:
+        started = perf_counter()
+        with mx.stream(mx.cpu):
+            arrays = parameters.start([name], now=True)
+        parameters.finish(arrays)
+        read, seconds = read + stored[name], seconds + perf_counter() - started
+        if read >= READ_BYTES:
+            break
+    return read / seconds
+
+
+def _landing_rate(parameters: Parameters, stored: dict[str, int], names: list[str], stream: bool) -> float:
+    """The same as weights are read on CUDA: many tensors at once, of a block into memory that is there already."""
+    some, read = [], 0
+    while names and read < READ_BYTES:
+        some.append(names.pop())
+        read += stored[some[-1]]
+    one_of_each = {re.sub(r"\d+", "", name): name for name in parameters.weights.shapes}.values()
+    load_landed(parameters, one_of_each)  # kernels are compiled
+    landings = Landings()
+    if stream and (spots := parameters.weights.spots(some)):
+        for _ in range(2):
+            landings.next(cuda.needed(spots), stays_free=False)
+    started = perf_counter()
+    if stream:
+        parameters.finish(parameters.read_ahead(some, landings).result())
+    else:
+        load_landed(parameters, some)
+    return read / (perf_counter() - started)
+
+
+class Timing(NamedTuple):
+    """A size, the seconds that something takes there, and those that it took more the first time."""
+
+    size: int
+    seconds: float
+    first: float
+
+
+def worth_timing(seconds_at: Callable[[int], float], smallest: int, whole: int, power: int = 1) -> Timing:
+    """Time something at a size, up to ``whole``, at which it takes long enough to be timed.
+
+    Args:
+        seconds_at: does it at a size; returns the seconds it took.
+        smallest, whole: sizes.
+        power: of the size, with which the work grows.
+    """
+    size = min(smallest, whole)
+    seconds_at(1)  # kernels are compiled at the first run
+    while True:
+        seconds, first = seconds_at(size), 0.0
+        # Again: some kernels are chosen, or even compiled, by size, and memory was asked for the first time.
+        if seconds < LONG or not peaks.on_cpu():
+            again = seconds_at(size)
+            seconds, first = again, max(0.0, seconds - again) * (not peaks.on_cpu())
+        if seconds >= ENOUGH / 2 or size == whole:
+            return Timing(size, typical(partial(seconds_at, size), seconds), first)
+        leap = (min(LARGEST_LEAP, ENOUGH / seconds) if seconds else LARGEST_LEAP) ** (1 / power)
+        size = min(whole, max(size + 1, int(size * leap)))
+
+
+def typical(run: Callable[[], float], seconds: float = 0.0) -> float:
+    """Mean of the faster half of what ``run`` returns, and ``seconds`` if they are not 0, for `ENOUGH` seconds in all.
+
+    Now and then something else has a core, or two threads share one, for longer than what is timed here takes.
+    """
+    times = [seconds] if seconds else []
+    while sum(times) < ENOUGH and len(times) < MOST_TIMES:
+        times.append(run())
+    return fmean(sorted(times)[: (len(times) + 1) // 2])
+
+
+@lru_cache(maxsize=1)
+def _pattern() -> mx.array:
+    """float32 (PATTERN,), normal."""
+    return mx.array(np.random.default_rng(0).standard_normal(PATTERN, np.float32))
+
+
+def random_array(shape: tuple[int, ...], scale: float, dtype: mx.Dtype) -> mx.array:
+    """Normal numbers times ``scale``, over and over the same few; evaluated."""
+    size = int(np.prod(shape))
+    numbers = (_pattern() * scale).astype(dtype)
+    array = mx.tile(numbers, -(-size // PATTERN))[:size].reshape(shape)
+    mx.eval(array)
+    return array
+
+
+def random_weights(
+    module: nn.Module, dtype: Callable[[str], mx.Dtype] = lambda name: mx.float32, packed: Collection[str] = ()
+) -> nn.Module:
+    """Give ``module`` matrices that keep what passes through near one; norms and biases stay as they are.
+
+    Args:
+        module: is changed.
+        dtype: of a parameter, by its name.
+        packed: names of weights that are left alone.
+    """
+    stems = tuple(name.removesuffix("weight") for name in packed)
+    arrays = []
+    for name, array in tree_flatten(module.parameters()):
+        if name.startswith(stems) and not name.endswith(".bias"):
+            continue
+        if array.ndim > 1:
+            array = random_array(array.shape, (array.size / len(array)) ** -0.5, dtype(name))
+        arrays.append((name, array.astype(dtype(name))))
+    module.load_weights(arrays, strict=False)
+    mx.eval(module.parameters())  # two threads may be about to read them
+    return module
+
+
+def random_transformer(config: TransformerConfig, nets: Networks) -> Transformer:
+    """A transformer of these sizes, its matrices packed as those of ``nets`` are."""
+    model = (VaceTransformer if config.model_type == "vace" else Transformer)(config)
+    packed = {name for name, _ in tree_flatten(model.parameters())} & nets.packings.keys()
+    for name in packed:
+        parent, index = locate(model, name)
+        (rows, columns), packing = parent[index].weight.shape, nets.packings[name]
+        parent[index] = layer = QuantizedLinear(columns, rows, True, packing)
+        few = packing.pack(random_array((min(rows, FEW_ROWS), columns), columns**-0.5, mx.float32))
+        for key, array in few.items():
+            layer[key] = mx.tile(array, (-(-rows // len(array)), 1))[:rows]
+    return random_weights(model, lambda name: dtype_of("transformer", name, nets.dtype), packed)
+
+
+def _inputs(config: TransformerConfig, tokens: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+    """Latents of so many tokens, a text, and what else the transformer takes."""
+    t, h, w = config.patch_size
+    shape = (1, t, h, w * tokens)
+    latents = random_array((*shape, config.out_dim), 1.0, mx.float32)
+    context = random_array((1, config.text_len, config.text_dim), 1.0, dtype)
+    more = {}
+    if config.has_image_branch:
+        images = (work.image_tokens(config) // work.IMAGE_TOKENS, work.IMAGE_TOKENS, config.image_dim)
+        more = {"condition": random_array((*shape, config.in_dim - config.out_dim), 1.0, mx.float32),
+                "image_features": random_array(images, 1.0, mx.float32)}  # fmt: skip
+    elif config.model_type == "vace":
+        more = {"vace_context": random_array((*shape, config.vace_in_dim), 1.0, mx.float32)}
+    return latents, context, more
+
+
+def _no_blocks(x: mx.array, this_pass: ForwardPass, run_blocks: Callable[[mx.array], mx.array]) -> mx.array:
+    """A `Transformer`'s ``through`` that computes what blocks are given, and no block."""
+    mx.eval([given for given in this_pass.for_blocks if isinstance(given, mx.array)])
+    return x
+
+
+def _seconds(run: Callable[[], None], at_a_time: int) -> float:
+    """Of one ``run``, when so many are made at a time."""
+    started = perf_counter()
+    if at_a_time == 2:
+        at_once(lambda branch: run(), 0, 1)
+    else:
+        run()
+    return (perf_counter() - started) / at_a_time
+
+
+def _corner(latent_shape: tuple[int, int, int], tile: tuple[int, int] | None) -> tuple[int, int, int]:
+    """The latents of one of the tiles (width, height) in pixels."""
+    t, h, w = latent_shape
+    return latent_shape if tile is None else (t, min(h, tile[1] // 8), min(w, tile[0] // 8))
+
+
+def _two_frames(latent_shape: tuple[int, int, int], side: int) -> tuple[int, int, int]:
+    """Two frames of latents, or the only one, of no more than ``side`` squared."""
+    t, h, w = latent_shape
+    return min(2, t), min(side, h), min(side, w)
+
+
+def _kinds(config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None, decoding: bool) -> int:
+    """How many sets of shapes the VAE's layers see: of each kind of tile, and of the first frame and later ones."""
+    return (2 if latent_shape[0] > 1 else 1) * peaks.tile_kinds(config, latent_shape, tile, decoding)
+
+
+def _flop_of_last(flop: Callable[..., float], config: VAEConfig, latent_shape: tuple[int, int, int]) -> float:
+    """FLOP of the last frame of latents (t, h, w)."""
+    t, h, w = latent_shape
+    return flop(config, (t, h, w)) - (flop(config, (t - 1, h, w)) if t > 1 else 0.0)

@@ -1,0 +1,161 @@
+"""One preset per released Wan2.1 model: where it is published, its sizes, how it wants to be sampled.
+
+Constants follow the official repository's ``wan/configs`` and the defaults of its ``generate.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .models.configs import TextEncoderConfig, TransformerConfig, VAEConfig
+
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+CAMERA_SHAKE = "镜头晃动，"
+SCENE_CUT = "镜头切换，"
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling defaults of a model at one resolution class."""
+
+    steps: int = 50
+    shift: float = 5.0
+    guidance_scale: float = 5.0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One released model: where it is published, its sizes, and how it wants to be sampled.
+
+    ``repo`` is empty for the models that come with the package. ``sampling`` is the default; ``sampling_480p``
+    replaces it when the area is at most 832x480. ``diffusers`` is the same model's repository in Diffusers' layout,
+    ``comfyui`` its transformer's file in `COMFYUI_TRANSFORMERS`, ``gguf`` the repository of its GGUF quantisations; ""
+    where none is known.
+    """
+
+    name: str
+    task: str
+    repo: str
+    transformer: TransformerConfig
+    size: tuple[int, int] = (832, 480)
+    num_frames: int = 81
+    fps: int = 16
+    sampling: Sampling = Sampling()
+    sampling_480p: Sampling | None = None
+    negative_prompt: str = NEGATIVE_PROMPT
+    text_encoder: TextEncoderConfig = field(default=TextEncoderConfig())
+    vae: VAEConfig = field(default=VAEConfig())
+    diffusers: str = ""
+    comfyui: str = ""
+    gguf: str = ""
+
+    def sampling_for(self, width: int, height: int) -> Sampling:
+        """Defaults for an output of ``width`` x ``height`` pixels."""
+        if self.sampling_480p is not None and width * height <= 832 * 480:
+            return self.sampling_480p
+        return self.sampling
+
+
+_DIT_1_3B = TransformerConfig()
+_DIT_14B = TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+_DIT_I2V = TransformerConfig("i2v", dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36)
+_DIT_FLF2V = TransformerConfig("flf2v", dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36)
+_DIT_VACE_1_3B = TransformerConfig("vace", vace_layers=tuple(range(0, 30, 2)))
+_DIT_VACE_14B = TransformerConfig(
+    "vace", dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, vace_layers=tuple(range(0, 40, 5))
+)
+_I2V_NEGATIVE = CAMERA_SHAKE + NEGATIVE_PROMPT
+
+# ComfyUI's single files, as names that ``--model`` takes: of each model a transformer, and these for all models.
+_COMFYUI = "Comfy-Org/Wan_2.1_ComfyUI_repackaged:split_files"
+COMFYUI_TRANSFORMERS = f"{_COMFYUI}/diffusion_models"
+COMFYUI_PARTS = {
+    "text_encoder": f"{_COMFYUI}/text_encoders/umt5_xxl_fp16.safetensors",
+    "vae": f"{_COMFYUI}/vae/wan_2.1_vae.safetensors",
+    "image_encoder": f"{_COMFYUI}/clip_vision/clip_vision_h.safetensors",
+    "tokenizer": "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/spiece.model",
+}
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "nano", "t2v", "", TransformerConfig(dim=256, ffn_dim=640, num_heads=2, num_layers=6, text_dim=128),
+            size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0),
+            negative_prompt="",
+        ),
+        Preset(
+            "nano-i2v", "i2v", "",
+            TransformerConfig(
+                "i2v", dim=256, ffn_dim=640, num_heads=2, num_layers=3, in_dim=36, text_dim=128, image_dim=80
+            ),
+            size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0),
+            negative_prompt="",
+        ),
+        Preset(
+            "t2v-1.3B", "t2v", "Wan-AI/Wan2.1-T2V-1.3B", _DIT_1_3B,
+            diffusers="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", comfyui="wan2.1_t2v_1.3B_fp16.safetensors",
+            gguf="samuelchristlie/Wan2.1-T2V-1.3B-GGUF",
+        ),
+        Preset(
+            "t2v-14B", "t2v", "Wan-AI/Wan2.1-T2V-14B", _DIT_14B, size=(1280, 720),
+            diffusers="Wan-AI/Wan2.1-T2V-14B-Diffusers", comfyui="wan2.1_t2v_14B_fp16.safetensors",
+            gguf="city96/Wan2.1-T2V-14B-gguf",
+        ),
+        Preset(
+            "i2v-14B-480P", "i2v", "Wan-AI/Wan2.1-I2V-14B-480P", _DIT_I2V,
+            sampling=Sampling(steps=40), sampling_480p=Sampling(steps=40, shift=3.0), negative_prompt=_I2V_NEGATIVE,
+            diffusers="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", comfyui="wan2.1_i2v_480p_14B_fp16.safetensors",
+            gguf="city96/Wan2.1-I2V-14B-480P-gguf",
+        ),
+        Preset(
+            "i2v-14B-720P", "i2v", "Wan-AI/Wan2.1-I2V-14B-720P", _DIT_I2V, size=(1280, 720),
+            sampling=Sampling(steps=40), sampling_480p=Sampling(steps=40, shift=3.0), negative_prompt=_I2V_NEGATIVE,
+            diffusers="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", comfyui="wan2.1_i2v_720p_14B_fp16.safetensors",
+            gguf="city96/Wan2.1-I2V-14B-720P-gguf",
+        ),
+        Preset(
+            "flf2v-14B-720P", "flf2v", "Wan-AI/Wan2.1-FLF2V-14B-720P", _DIT_FLF2V, size=(1280, 720),
+            sampling=Sampling(shift=16.0), negative_prompt=SCENE_CUT + _I2V_NEGATIVE,
+            diffusers="Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", comfyui="wan2.1_flf2v_720p_14B_fp16.safetensors",
+            gguf="city96/Wan2.1-FLF2V-14B-720P-gguf",
+        ),
+        Preset(
+            "vace-1.3B", "vace", "Wan-AI/Wan2.1-VACE-1.3B", _DIT_VACE_1_3B, sampling=Sampling(shift=16.0),
+            diffusers="Wan-AI/Wan2.1-VACE-1.3B-diffusers", comfyui="wan2.1_vace_1.3B_fp16.safetensors",
+        ),
+        Preset(
+            "vace-14B", "vace", "Wan-AI/Wan2.1-VACE-14B", _DIT_VACE_14B, size=(1280, 720),
+            sampling=Sampling(shift=16.0),
+            diffusers="Wan-AI/Wan2.1-VACE-14B-diffusers", comfyui="wan2.1_vace_14B_fp16.safetensors",
+            gguf="QuantStack/Wan2.1_14B_VACE-GGUF",
+        ),
+    )
+}  # fmt: skip
+
+
+def find_preset(name: str) -> Preset:
+    """A preset by its name, or by the name that the official ``--task`` gives it.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    official = {"i2v-14B": "i2v-14B-720P", "flf2v-14B": "flf2v-14B-720P", "t2i-14B": "t2v-14B"}
+    name = official.get(name, name)
+    if name not in PRESETS:
+        raise ValueError(f"unknown model or task {name!r}; known: {', '.join([*PRESETS, *official])}")
+    return PRESETS[name]
+
+
+def of_same_shapes(preset: Preset) -> list[Preset]:
+    """The other released models whose weights have the very shapes of this one's, so that a file cannot tell."""
+    return [p for p in PRESETS.values() if p.transformer == preset.transformer and p is not preset]
+
+
+def preset_for(config: TransformerConfig) -> Preset:
+    """The published model of the same kind whose width is nearest; of several, the first in `PRESETS`."""
+    same = [p for p in PRESETS.values() if p.repo and p.transformer.model_type == config.model_type]
+    return min(same, key=lambda preset: abs(preset.transformer.dim - config.dim))

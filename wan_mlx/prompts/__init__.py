@@ -1,0 +1,1 @@
+"""Prompts: extension by a language model, and a cache of their embeddings."""

@@ -1,0 +1,151 @@
+"""Encoded prompts kept on disk: what was encoded once is not encoded again, and umT5's 11 GB stay unread.
+
+A hit is bit for bit what the encoder would compute: the key holds all that the result depends on, and a check sum
+guards the file. Prompts themselves are not written, only their hash. Whatever goes wrong here never stops a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+if TYPE_CHECKING:
+    from ..weights.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the files; another number, and older ones are not found
+MOST_ENTRIES = 200
+MOST_BYTES = 256 * 2**20
+# Of a weight file, this much of its beginning and end is hashed: headers, and a .pth's list of check sums.
+HASHED_BYTES = 256 * 2**10
+ENDING = ".safetensors"
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again: ``WAN_MLX_CACHE``, else the system's place for caches."""
+    if folder := os.environ.get("WAN_MLX_CACHE"):
+        return Path(folder)
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "wan_mlx"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "wan_mlx"
+
+
+def file_identity(path: Path) -> list[Any]:
+    """What tells a weight file from another without reading it whole: size, time of change, hash of both ends.
+
+    Of an index of shards, the identity of each shard too. Where the file lies does not matter.
+    """
+    stat = path.stat()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(HASHED_BYTES))
+        if stat.st_size > HASHED_BYTES:
+            file.seek(max(HASHED_BYTES, stat.st_size - HASHED_BYTES))
+            digest.update(file.read())
+    identity = [stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
+    if path.name.endswith(".index.json"):
+        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        identity += [file_identity(path.parent / shard) for shard in shards]
+    return identity
+
+
+class PromptCache:
+    """Embeddings (L, text_dim) of texts, as the encoder of one model computes them on this machine's backend.
+
+    Args:
+        files: the encoder's and the tokenizer's.
+        settings: whatever else the embeddings depend on; must be JSON.
+        folder: where the entries lie; by default ``prompts`` in `cache_folder`.
+    """
+
+    def __init__(self, files: Sequence[Path], settings: Mapping[str, Any], folder: Path | None = None):
+        self.folder = cache_folder() / "prompts" if folder is None else folder
+        self.said = False
+        backend = [mx.__version__, str(mx.default_device().type), sys.platform]
+        self.identity: list[Any] | None = None
+        try:
+            self.identity = [FORMAT, backend, dict(settings), [file_identity(Path(file)) for file in files]]
+        except (OSError, ValueError, KeyError) as error:  # whoever opens the file says what is wrong with it
+            self._complain(error)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, dtype: str, quantize: str | None) -> PromptCache:
+        """For the text encoder of a checkpoint, loaded in this dtype and quantisation."""
+        files, config = checkpoint.files, checkpoint.configs.get("text_encoder")
+        settings = {"dtype": str(dtype), "quantize": quantize, "config": config}
+        return cls([files["text_encoder"], files["tokenizer"]], settings)
+
+    def get(self, text: str) -> mx.array | None:
+        """The embedding of a text, or None if it is not kept, or not whole."""
+        if self.identity is None:
+            return None
+        path = self._path(text)
+        try:
+            if not path.is_file():
+                return None
+            arrays, metadata = mx.load(str(path), return_metadata=True)
+            embedding = arrays["embedding"]
+            mx.eval(embedding)
+            if metadata.get("sha256") != _digest(embedding):
+                raise ValueError("damaged")
+            os.utime(path)  # the most recently used stay longest
+        except (OSError, ValueError, KeyError, RuntimeError):
+            path.unlink(missing_ok=True)
+            return None
+        return embedding
+
+    def put(self, text: str, embedding: mx.array) -> None:
+        """Keep the embedding of a text, and drop what was not used for longest where there are too many."""
+        if self.identity is None:
+            return
+        temporary = self.folder / f".{secrets.token_hex(8)}{ENDING}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                mx.save_safetensors(str(temporary), {"embedding": embedding}, {"sha256": _digest(embedding)})
+                os.replace(temporary, self._path(text))
+            finally:
+                temporary.unlink(missing_ok=True)
+            self._trim()
+        except (OSError, RuntimeError) as error:
+            self._complain(error)
+
+    def _path(self, text: str) -> Path:
+        key = json.dumps([self.identity, text], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}{ENDING}"
+
+    def _trim(self) -> None:
+        entries = []
+        for path in self.folder.glob(f"*{ENDING}"):
+            try:
+                stat = path.stat()
+            except OSError:  # another process trims too
+                continue
+            entries.append((stat.st_mtime_ns, stat.st_size, path))
+        total = 0
+        for place, (_, size, path) in enumerate(sorted(entries, reverse=True)):
+            total += size
+            if place >= MOST_ENTRIES or total > MOST_BYTES:
+                path.unlink(missing_ok=True)
+
+    def _complain(self, error: Exception) -> None:
+        if not self.said:
+            self.said = True
+            log.warning("encoded prompts are not kept in %s: %s", self.folder, error)
+
+
+def _digest(embedding: mx.array) -> str:
+    """Over dtype, shape and bits."""
+    bits = np.array(embedding.view(mx.uint8) if embedding.ndim else embedding)
+    return hashlib.sha256(f"{embedding.dtype} {embedding.shape}".encode() + bits.tobytes()).hexdigest()

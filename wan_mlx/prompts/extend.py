@@ -1,0 +1,364 @@
+"""Prompt extension: a local language model writes a short prompt out into the detailed kind that Wan was trained on.
+
+Runs mlx-lm, which is imported only here; with a picture and the extra ``vlm``, mlx-vlm. What the model is told is
+`prompt_instructions`. Its randomness is its own: the same seed gives the same words, and no global state is touched.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ..errors import WanError
+from ..types import Request
+from .instructions import INSTRUCTIONS, LANGUAGES
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ..media.read import Source
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "mlx-community/Qwen2.5-7B-Instruct-4bit"
+DEFAULT_VISION_MODEL = "mlx-community/Qwen2.5-VL-7B-Instruct-4bit"
+# The official code's short names, of which it downloads the unquantised models.
+SHORT_NAMES = {
+    "Qwen2.5_3B": "mlx-community/Qwen2.5-3B-Instruct-4bit",
+    "Qwen2.5_7B": DEFAULT_MODEL,
+    "Qwen2.5_14B": "mlx-community/Qwen2.5-14B-Instruct-4bit",
+    "QwenVL2.5_3B": "mlx-community/Qwen2.5-VL-3B-Instruct-4bit",
+    "QwenVL2.5_7B": DEFAULT_VISION_MODEL,
+}
+MAX_TOKENS = 512  # what umT5 reads
+TEMPERATURE, TOP_P = 0.7, 0.8  # Qwen2.5's own recommendation
+LONGEST_SIDE = 768  # of pictures that are shown to the model
+# Which instructions a task's prompts are written out by.
+KINDS = {"t2v": "text", "vace": "text", "i2v": "image", "flf2v": "transition"}
+CHINESE = re.compile(r"[\u3400-\u9fff]")
+THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
+QUOTES = (('"', '"'), ("“", "”"), ("'", "'"), ("「", "」"))
+REFUSALS = re.compile(
+    r"(i['’]m sorry|i am sorry|sorry,|i can(no|['’])t|i am (unable|not able)|i['’]m (unable|not able)|i won['’]t|"
+    r"as an ai|抱歉|对不起|很遗憾|我(不能|无法)|作为(一个|一名)?(AI|人工智能))",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Extended:
+    """What became of a prompt.
+
+    Attributes:
+        prompt: the longer prompt, or the user's own where there is a ``complaint``.
+        original: the user's.
+        model: that wrote it.
+        complaint: why the user's prompt stays, if it does.
+    """
+
+    prompt: str
+    original: str
+    model: str
+    complaint: str | None = None
+
+
+class PromptExtender:
+    """A language model, loaded once for several prompts; within a ``with`` block, at whose end it is dropped.
+
+    Args:
+        model: id on the Hugging Face hub or folder of any instruct model that mlx-lm runs, or with a picture mlx-vlm;
+            one of the official code's short names (`SHORT_NAMES`); None for the default.
+        language: "zh" or "en"; None for each prompt's own: Chinese if it has Chinese characters, else English.
+        pictures: whether prompts come with pictures, for which the default model is one that sees.
+
+    Raises:
+        ValueError: an unknown language.
+        WanError: the model cannot be had, or is none that follows instructions.
+        ImportError: it needs mlx-vlm, which is not installed.
+    """
+
+    def __init__(self, model: str | Path | None = None, language: str | None = None, pictures: bool = False):
+        if language is not None and language not in LANGUAGES:
+            raise ValueError(f"language is {language!r}, expected one of {', '.join(LANGUAGES)}")
+        self.model = choose_model(model, pictures)
+        self.language, self.pictures, self.shows = language, pictures, False
+        self._generate: Callable[..., tuple[str, bool]] | None = None
+
+    def __enter__(self) -> PromptExtender:
+        folder = _folder_of(self.model)
+        try:
+            sees = "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if sees and self.pictures and _vlm() is None:
+                raise ImportError(f"{self.model} needs mlx-vlm to see the picture: pip install 'wan-mlx[vlm]'")
+            self.shows = sees and self.pictures
+            with same_random_state():  # weights are drawn before they are read
+                self._generate = _vision_model(folder) if self.shows else _text_model(folder)
+        except (WanError, ImportError):
+            raise
+        except Exception as error:  # whatever mlx-lm, transformers and the files trip over
+            said = " ".join(str(error).split())
+            raise WanError(f"prompt extension: {self.model} cannot be loaded: {said}") from error
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._generate = None
+        gc.collect()  # models hold cycles
+        mx.clear_cache()
+
+    def __call__(self, prompt: str, kind: str = "text", seed: int = 0, pictures: Sequence[Source] = ()) -> Extended:
+        """Write a prompt out.
+
+        Args:
+            prompt: the user's.
+            kind: which instructions: "text", "image" or "transition".
+            seed: the same seed, the same words.
+            pictures: what the video starts from (and ends with), which a model that sees is shown.
+        """
+        language = self.language or language_of(prompt)
+        shown = [_small(picture) for picture in pictures] if self.shows else []
+        with same_random_state():
+            words, ended = self._generate(INSTRUCTIONS[kind][language], prompt, Sampler(seed), shown)
+        words = tidy(words)
+        complaint = complaint_of(words, ended)
+        return Extended(prompt if complaint else words, prompt, str(self.model), complaint)
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """What runs in this block leaves MLX's global random state as it was."""
+    before = mx.array(mx.random.state[0])
+    try:
+        yield
+    finally:
+        mx.random.state[0][:] = before
+
+
+class Sampler:
+    """Draws tokens from log-probabilities (1, V) → (1,), by temperature and nucleus, with random keys of its own."""
+
+    def __init__(self, seed: int, temperature: float = TEMPERATURE, top_p: float = TOP_P):
+        self.key = mx.random.key(seed)
+        self.temperature, self.top_p = temperature, top_p
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        logits = logprobs.astype(mx.float32) / self.temperature
+        order = mx.argsort(-logits, axis=-1)
+        sorted_logits = mx.take_along_axis(logits, order, axis=-1)
+        probabilities = mx.softmax(sorted_logits, axis=-1)
+        before = mx.cumsum(probabilities, axis=-1) - probabilities
+        kept = mx.where(before < self.top_p, sorted_logits, -mx.inf)  # the first is always kept
+        self.key, now = mx.random.split(self.key)
+        drawn = mx.random.categorical(kept, key=now)
+        return mx.take_along_axis(order, drawn[:, None], axis=-1)[:, 0]
+
+
+def extend_prompt(
+    prompt: str,
+    model: str | Path | None = None,
+    language: str | None = None,
+    seed: int = 0,
+    task: str = "t2v",
+    image: Source | None = None,
+    last_image: Source | None = None,
+) -> Extended:
+    """Write a short prompt out with a local language model, which is dropped again.
+
+    Args:
+        prompt: what the video should show.
+        model: as for `PromptExtender`.
+        language: "zh", "en", or None for the prompt's own.
+        seed: the same seed, the same words.
+        task: "t2v", "vace", "i2v" or "flf2v".
+        image, last_image: the task's pictures, which are shown to a model that sees (extra ``vlm``).
+
+    Raises:
+        ValueError: an unknown language or task.
+        WanError: the model cannot be had.
+        ImportError: it needs mlx-vlm, which is not installed.
+    """
+    if task not in KINDS:
+        raise ValueError(f"unknown task {task!r}, expected one of {', '.join(KINDS)}")
+    pictures = [picture for picture in (image, last_image) if picture is not None]
+    with PromptExtender(model, language, bool(pictures)) as extender:
+        return _told(extender(prompt, KINDS[task], seed, pictures))
+
+
+@dataclass(frozen=True)
+class Extension:
+    """That prompts are to be written out: by which model (None: the default), in which language (None: their own)."""
+
+    model: str | None = None
+    language: str | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Extension | None:
+        """What the flags ask for; None if nothing.
+
+        Raises:
+            ValueError: a model or language for an extension that is not asked for.
+        """
+        model, language = args.prompt_extend_model, args.prompt_extend_target_lang
+        if not (args.extend_prompt or args.use_prompt_extend):
+            if model or language:
+                raise ValueError("--extend-model and --extend-language do nothing alone, expected --extend-prompt, too")
+            return None
+        return cls(model, language or (None if args.extend_prompt else "zh"))  # the official default
+
+    def __call__(self, requests: Sequence[Request], tell: Callable[[str], None] = log.warning) -> list[Request]:
+        """The requests with longer prompts, by one model that is loaded once and dropped; each by its own seed.
+
+        A request whose prompt stays is the same as before; ``tell`` is told why.
+        """
+        pictures = [[p for p in (request.image, request.last_image) if p is not None] for request in requests]
+        done = []
+        with PromptExtender(self.model, self.language, any(pictures)) as extender:
+            for request, shown in zip(requests, pictures, strict=True):
+                extended = _told(extender(request.prompt, KINDS[request.task], request.seed, shown), tell)
+                if extended.complaint is None:
+                    request = replace(
+                        request, prompt=extended.prompt, original_prompt=extended.original, extended_by=extended.model
+                    )
+                done.append(request)
+        return done
+
+    def undone(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """A video's settings as they were before its prompt was written out by this, if it was."""
+        by = settings.get("extended_by")
+        if by is None or (self.model is not None and by != choose_model(self.model, False)):
+            return dict(settings)
+        return {**settings, "prompt": settings["original_prompt"], "original_prompt": None, "extended_by": None}
+
+
+def extend_requests(requests: list[Request], extend_prompt: bool | str | Path) -> list[Request]:
+    """The requests, their prompts written out if asked for."""
+    return Extension(None if extend_prompt is True else str(extend_prompt))(requests) if extend_prompt else requests
+
+
+def _told(extended: Extended, tell: Callable[[str], None] = log.warning) -> Extended:
+    if extended.complaint:
+        tell(f"the prompt stays as it is: {extended.model}'s answer {extended.complaint}")
+    return extended
+
+
+def language_of(prompt: str) -> str:
+    return "zh" if CHINESE.search(prompt) else "en"
+
+
+def tidy(words: str) -> str:
+    """An answer without thoughts, line breaks and the quotes around all of it."""
+    words = " ".join(THOUGHTS.sub("", words).split())
+    for opening, closing in QUOTES:
+        if len(words) > 1 and words[0] == opening and words[-1] == closing and opening not in words[1:-1]:
+            return words[1:-1].strip()
+    return words
+
+
+def complaint_of(words: str, ended: bool) -> str | None:
+    """What is wrong with an answer, if anything is: as a predicate of "the answer"."""
+    if not words:
+        return "is empty"
+    if not ended:
+        return f"did not come to an end within {MAX_TOKENS} tokens"
+    return f"is a refusal ({words[:60]})" if REFUSALS.match(words) else None
+
+
+def choose_model(model: str | Path | None, pictures: bool) -> str:
+    """The model's id or folder."""
+    if model is not None:
+        return SHORT_NAMES.get(str(model), str(model))
+    if pictures and _vlm() is not None:
+        return DEFAULT_VISION_MODEL
+    if pictures:
+        log.warning("the language model will not see the picture; for one that does: pip install 'wan-mlx[vlm]'")
+    return DEFAULT_MODEL
+
+
+def _folder_of(model: str) -> Path:
+    """The model's folder: downloaded if it is not here.
+
+    Raises:
+        WanError: it cannot be had.
+    """
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser()
+    from huggingface_hub import snapshot_download
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=DEFAULT_ALLOW_PATTERNS))
+    except Exception as error:  # no such repository, no network, no room
+        said = " ".join(str(error).split())
+        raise WanError(f"prompt extension: {model} is no folder, and cannot be downloaded: {said[:300]}") from error
+
+
+def _text_model(folder: Path) -> Callable[..., tuple[str, bool]]:
+    """(instructions, prompt, sampler, no pictures) → the answer, and whether it came to an end."""
+    import mlx_lm
+
+    model, tokenizer = mlx_lm.load(str(folder))
+    if tokenizer.chat_template is None:
+        raise WanError(f"prompt extension: {folder} has no chat template; expected a model that follows instructions, "
+                       f"such as {DEFAULT_MODEL}")  # fmt: skip
+
+    def generate(instructions: str, prompt: str, sampler: Sampler, pictures: Sequence[Any]) -> tuple[str, bool]:
+        messages = [{"role": "system", "content": instructions}, {"role": "user", "content": prompt}]
+        # Models that think aloud are asked not to; other templates do not read the word.
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
+        words, reason = "", None
+        for part in mlx_lm.stream_generate(model, tokenizer, ids, max_tokens=MAX_TOKENS, sampler=sampler):
+            words, reason = words + part.text, part.finish_reason
+        return words, reason == "stop"
+
+    return generate
+
+
+def _vision_model(folder: Path) -> Callable[..., tuple[str, bool]]:
+    """(instructions, prompt, sampler, PIL images) → the answer, and whether it came to an end."""
+    from mlx_vlm import apply_chat_template, load
+    from mlx_vlm import generate as answer
+
+    model, processor = load(str(folder))
+
+    def generate(instructions: str, prompt: str, sampler: Sampler, pictures: Sequence[Any]) -> tuple[str, bool]:
+        messages = [{"role": "system", "content": instructions}, {"role": "user", "content": prompt}]
+        text = apply_chat_template(processor, model.config, messages, num_images=len(pictures))
+        with tempfile.TemporaryDirectory() as temporary:
+            paths = [str(Path(temporary) / f"{i}.png") for i in range(len(pictures))]
+            for picture, path in zip(pictures, paths, strict=True):
+                picture.save(path)
+            result = answer(model, processor, text, paths, max_tokens=MAX_TOKENS, sampler=sampler)
+        return result.text, result.finish_reason == "stop"
+
+    return generate
+
+
+def _vlm() -> Any:
+    """mlx-vlm, or None if it is not installed."""
+    try:
+        import mlx_vlm
+    except ModuleNotFoundError as error:
+        if error.name != "mlx_vlm":
+            raise
+        return None
+    return mlx_vlm
+
+
+def _small(picture: Source) -> Any:
+    """A PIL image of at most `LONGEST_SIDE` pixels a side."""
+    from PIL import Image
+
+    from ..media.read import read_image
+
+    image = Image.fromarray(read_image(picture))
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    return image

@@ -1,0 +1,56 @@
+"""Ctrl-C, once and twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import Stopped
+
+SAYING = b"\nstopping as soon as this step is done; Ctrl-C again stops at once\n"
+
+
+class Interrupts:
+    """Within a ``with`` block Ctrl-C does not cut through whatever runs.
+
+    Where ``patient()`` says so, the first one only asks: call `check` wherever it is good to stop. A second one, or
+    the first elsewhere, raises `Stopped` at once, and so do SIGTERM and SIGHUP; one more ends the process there and
+    then. In a thread other than the main one nothing is changed, as Python wants it.
+    """
+
+    def __init__(self):
+        self.asked = False
+        self.patient: Callable[[], bool] = lambda: False
+        self._raised = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup, or a shell's background job
+                    self._before[signum] = signal.signal(signum, self._arrived)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}
+
+    def check(self) -> None:
+        """Raise `Stopped` if it was asked for: here is a good place."""
+        if self.asked and not self._raised:
+            self._raised = True
+            raise Stopped()
+
+    def _arrived(self, signum: int, frame) -> None:
+        if self._raised:
+            os._exit(128 + signum)
+        if signum == signal.SIGINT and not self.asked and self.patient():
+            self.asked = True
+            os.write(2, SAYING)  # print() may be at work where this cuts in
+            return
+        self._raised = True
+        raise Stopped(signum)

@@ -1,0 +1,124 @@
+"""GGUF blocks → MLX's packed form without unpacking: the same integers, and a scale and bias for every 32 of them.
+
+ggml's ``x = d * q`` (Q8_0, Q4_0, Q5_0, around zero) and ``x = d * q + m`` (Q4_1, Q5_1) are MLX's affine mode exactly;
+scales stay float16 as they are. Q4_K and Q5_K multiply two scales, whose product is rounded to float16 here: relative
+error 2⁻¹² at most. Block layouts follow ggml's ``ggml-common.h``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import WeightsError
+from ..models.quantized_linear import Packing
+
+# (integers uint8 (n, values), scales, biases (n, groups)) of blocks uint8 (n, bytes).
+Parts = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _halves(blocks: np.ndarray, at: int) -> np.ndarray:
+    """The float16 at byte ``at`` of each block, as float32 (n, 1)."""
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)
+
+
+def _nibbles(data: np.ndarray) -> np.ndarray:
+    """Bytes (n, k) → (n, 2k): the low halves of all, then the high ones."""
+    return np.concatenate([data & 15, data >> 4], axis=1)
+
+
+def _high_bits(data: np.ndarray) -> np.ndarray:
+    """Four bytes (n, 4) → 32 bits (n, 32), each worth 16."""
+    return np.unpackbits(np.ascontiguousarray(data), axis=1, bitorder="little") << 4
+
+
+def _q8_0(blocks: np.ndarray) -> Parts:
+    d = _halves(blocks, 0)
+    return blocks[:, 2:] ^ 128, d, -128 * d  # two's complement, shifted by 128
+
+
+def _q4_0(blocks: np.ndarray) -> Parts:
+    d = _halves(blocks, 0)
+    return _nibbles(blocks[:, 2:]), d, -8 * d
+
+
+def _q4_1(blocks: np.ndarray) -> Parts:
+    return _nibbles(blocks[:, 4:]), _halves(blocks, 0), _halves(blocks, 2)
+
+
+def _q5_0(blocks: np.ndarray) -> Parts:
+    d = _halves(blocks, 0)
+    return _nibbles(blocks[:, 6:]) | _high_bits(blocks[:, 2:6]), d, -16 * d
+
+
+def _q5_1(blocks: np.ndarray) -> Parts:
+    return _nibbles(blocks[:, 8:]) | _high_bits(blocks[:, 4:8]), _halves(blocks, 0), _halves(blocks, 2)
+
+
+def _scales_and_mins(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The eight six-bit scales and mins of a K block's twelve bytes, float32 (n, 8) each."""
+    first, second, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = np.concatenate([first & 63, (high & 15) | (first >> 6) << 4], axis=1)
+    mins = np.concatenate([second & 63, (high >> 4) | (second >> 6) << 4], axis=1)
+    return scales.astype(np.float32), mins.astype(np.float32)
+
+
+def _k_nibbles(data: np.ndarray) -> np.ndarray:
+    """128 bytes (n, 128) → 256 values: in each 32 bytes the low halves are 32 values, the high ones the next 32."""
+    pieces = data.reshape(-1, 4, 1, 32)
+    return np.concatenate([pieces & 15, pieces >> 4], axis=2).reshape(-1, 256)
+
+
+def _q4_k(blocks: np.ndarray) -> Parts:
+    scales, mins = _scales_and_mins(blocks[:, 4:16])
+    return _k_nibbles(blocks[:, 16:]), _halves(blocks, 0) * scales, -_halves(blocks, 2) * mins
+
+
+def _q5_k(blocks: np.ndarray) -> Parts:
+    scales, mins = _scales_and_mins(blocks[:, 4:16])
+    # Bit g of byte i is the fifth bit of value i of group g.
+    high = (blocks[:, 16:48].reshape(-1, 1, 32) >> np.arange(8, dtype=np.uint8).reshape(1, 8, 1)) & 1
+    integers = _k_nibbles(blocks[:, 48:]) | (high << 4).reshape(-1, 256)
+    return integers, _halves(blocks, 0) * scales, -_halves(blocks, 2) * mins
+
+
+# GGUF type → packing, bytes of a block, how to take it apart; exactly, and but for the rounding of a scale.
+EXACT: dict[str, tuple[str, int, Callable[[np.ndarray], Parts]]] = {
+    "Q8_0": ("q8-g32", 34, _q8_0),
+    "Q5_0": ("q5-g32", 22, _q5_0),
+    "Q5_1": ("q5-g32", 24, _q5_1),
+    "Q4_0": ("q4-g32", 18, _q4_0),
+    "Q4_1": ("q4-g32", 20, _q4_1),
+}
+NEARLY_EXACT = {"Q5_K": ("q5-g32", 176, _q5_k), "Q4_K": ("q4-g32", 144, _q4_k)}
+# What the others are packed in, from their numbers: enough bits for the second rounding to add little to the first.
+PACKED_AGAIN = {"Q6_K": "q8-g32", "IQ4_NL": "q5-g32", "IQ4_XS": "q5-g32", "Q3_K": "q5-g32", "Q2_K": "q4-g32"}
+
+
+def repack(blocks: np.ndarray, kind: str) -> dict[str, mx.array]:
+    """Blocks as stored, uint8 (rows, bytes of a row), of a ``kind`` in `EXACT` or `NEARLY_EXACT` → MLX's arrays.
+
+    Raises:
+        WeightsError: a scale is not finite, or too large for float16.
+    """
+    name, size, take_apart = {**EXACT, **NEARLY_EXACT}[kind]
+    rows = len(blocks)
+    integers, scales, biases = take_apart(blocks.reshape(-1, size))
+    with np.errstate(over="ignore"):
+        scales, biases = (a.astype(np.float16).reshape(rows, -1) for a in (scales, biases))
+    if not (np.isfinite(scales).all() and np.isfinite(biases).all()):
+        raise WeightsError(f"a {kind} block holds a scale that is not finite or too large; download it again")
+    weight = _pack(integers.reshape(rows, -1), Packing.parse(name).bits)
+    return {"weight": mx.array(weight), "scales": mx.array(scales), "biases": mx.array(biases)}
+
+
+def _pack(integers: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 (rows, n) → uint32 (rows, n * bits / 32), the lowest bits first."""
+    if bits == 8:
+        return np.ascontiguousarray(integers).view(np.uint32)
+    if bits == 4:
+        return (integers[:, ::2] | integers[:, 1::2] << 4).view(np.uint32)
+    stream = np.unpackbits(integers[..., None], axis=2, count=bits, bitorder="little")
+    return np.packbits(stream.reshape(len(integers), -1), axis=1, bitorder="little").view(np.uint32)

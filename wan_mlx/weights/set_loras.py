@@ -1,0 +1,77 @@
+"""LoRAs beside the weights of a loaded transformer: set, changed and taken out without loading it again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..models.layers import SIDE_KEYS
+from ..models.quantized_linear import QuantizedLinear
+from ..models.transformer import Transformer
+from .lora import LoraChoice, normalise_loras, open_loras
+from .parameters import LoraState, dtype_of, is_matrix, locate
+
+
+def set_loras(model: Transformer, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
+    """Keep ``loras`` beside a loaded transformer's weights, in place of those set before; none restores it exactly.
+
+    A linear layer adds what low-rank factors give to what its own weights give, so its weights, packed or not, are
+    never touched. Of the few other parameters (biases, norms, modulation) the originals are kept.
+
+    Args:
+        model: a transformer, its blocks resident or streamed.
+        loras: each a path, "path:strength", or (path, strength).
+
+    Raises:
+        ValueError: an entry is no LoRA, or the model was loaded with LoRAs merged into its weights.
+        WeightsError: a file does not suit the model; then nothing has changed.
+    """
+    state: LoraState = model.lora_state
+    if state.merged:
+        raise ValueError("LoRAs were merged into these weights as they were loaded; load the model again without them")
+    streamed = model.stream.parameters if model.stream else None
+    shapes = streamed.weights.shapes if streamed else logical_shapes(model)
+    opened = open_loras(normalise_loras(loras), shapes, math.prod(model.config.patch_size))
+    opened.report_unused()
+    originals, order = state.originals, state.row_order
+    parameters = dict(tree_flatten(model.parameters()))
+    sides, changed = {}, {}
+    resident = {name for name in shapes if name in parameters}
+    for name in opened.names & resident:
+        kept = dtype_of("transformer", name, model.dtype)
+        if is_matrix(name, shapes[name]):
+            sides[name] = opened.beside(name, kept, order(name))
+        else:
+            original = originals.get(name, parameters[name])
+            rows = order(name)
+            difference = opened.apply(name, mx.zeros(shapes[name]))
+            difference = difference if rows is None else difference[rows]
+            changed[name] = (original.astype(mx.float32) + difference).astype(original.dtype)
+    mx.eval(sides, changed)
+    for name in resident:
+        if is_matrix(name, shapes[name]):
+            parent, index = locate(model, name)
+            layer = parent[index]
+            for key in SIDE_KEYS:
+                layer.pop(key, None)
+            for key, array in sides.get(name, {}).items():
+                layer[key] = array
+    model.update(tree_unflatten(list({**originals, **changed}.items())))
+    state.originals = {name: originals.get(name, parameters[name]) for name in changed}
+    if streamed:
+        streamed.use(opened, merge=False)
+
+
+def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every stored parameter of a loaded model: a packed matrix counts as the matrix it holds."""
+    shapes = {}
+    for name, module in model.named_modules():
+        for key, array in module.items():
+            if isinstance(array, mx.array) and key not in (*SIDE_KEYS, "scales", "biases"):
+                packed = isinstance(module, QuantizedLinear) and key == "weight"
+                shapes[f"{name}.{key}".lstrip(".")] = module.matrix_shape if packed else tuple(array.shape)
+    return shapes
