@@ -8,14 +8,12 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from functools import lru_cache, partial
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from wan_mlx.cli import doctor
-from wan_mlx.cuda import nvrtc
 from wan_mlx.models import kernels, layers, rope
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -58,11 +56,6 @@ namespace fast { static float exp(float x) { return std::exp(x); } }
 }
 """,
 }
-BITS = """
-#include <cstring>
-static unsigned __float_as_uint(float v) { unsigned u; memcpy(&u, &v, 4); return u; }
-static float __uint_as_float(unsigned u) { float v; memcpy(&v, &u, 4); return v; }
-"""
 # Threads stand for the lanes: each goes through all rows.
 RUN = """
 extern "C" void run(int rows, {parameters}) {{
@@ -115,52 +108,15 @@ class Emulated:
         return [mx.array(r[:rows].reshape(output_shapes[0])).astype(output_dtypes[0]) for r in results]
 
 
-def compiled_by_gcc(kernel, template, dtypes, out_dtypes, sizes, arch, folder):
-    """In place of `nvrtc.compiled`: the path of a library of what would be compiled for CUDA."""
-    parameters = kernel.parameters(dtypes, out_dtypes, sizes)
-    names = [parameter.split()[-1].lstrip("*") for parameter in parameters]
-    text = LANES + LANGUAGE["cuda"] + BITS + "#define __global__\n" + kernel.text(template, dtypes, out_dtypes, sizes)
-    text = text.replace(f"void {kernel.name}(", "void kernel(")
-    text += RUN.format(parameters=", ".join(parameters), arguments=", ".join(names))
-    path = folder / f"{hash(text)}.so"
-    path.with_suffix(".cpp").write_text(text)
-    command = ["g++", "-std=c++20", "-w", "-shared", "-fPIC", "-pthread", path.with_suffix(".cpp"), "-o", path]
-    subprocess.run(command, check=True)
-    return str(path).encode()
-
-
-def precompiled(name, compiled_source, inputs, output_shapes, output_dtypes, scalars, grid, threadgroup,
-                ensure_row_contiguous):  # fmt: skip
-    """In place of `mx.fast.precompiled_cuda_kernel`, with a library for machine code."""
-    assert ensure_row_contiguous
-    number = {mx.float32: mx.uint32, mx.bfloat16: mx.uint16}
-    arrays = [np.array(a.view(number[a.dtype])) for a in inputs]
-    rows = int(np.prod(arrays[0].shape[:-1]))
-    results = [np.full((rows + 1, arrays[0].shape[-1]), -1, dtype=f"i{d.size}") for d in output_dtypes]
-    assert 32 * rows <= grid[0] < 32 * rows + threadgroup[0] and grid[0] % threadgroup[0] == 0
-    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (*arrays, *results)]
-    ctypes.CDLL(compiled_source.decode()).run(rows + 1, *pointers, *scalars)
-    assert all((result[rows] == -1).all() for result in results)
-    outputs = zip(results, output_shapes, output_dtypes, strict=True)
-    return [mx.array(result[:rows].reshape(shape)).view(dtype) for result, shape, dtype in outputs]
-
-
-@pytest.fixture(params=["cuda", "metal", "nvrtc"])
+@pytest.fixture(params=["cuda", "metal"])
 def on_gpu(request, tmp_path_factory, monkeypatch):
-    """The kernels are used as on a GPU with this language, or as they are compiled without MLX's headers."""
+    """The kernels are used as on a GPU with this language."""
     folder = tmp_path_factory.mktemp("kernels")
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
     monkeypatch.setattr(mx.metal, "is_available", lambda: request.param == "metal")
-    monkeypatch.setattr(nvrtc, "architecture", lambda: "sm_90a")
-    if request.param == "nvrtc":
-        built = lru_cache(partial(compiled_by_gcc, folder=folder))
-        monkeypatch.setattr(nvrtc, "compiled", built)
-        monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", precompiled)
-    else:
-        monkeypatch.setattr(nvrtc, "library", lambda: None)
-        name = f"{request.param}_kernel"
-        monkeypatch.setattr(mx.fast, name, lambda **kwargs: Emulated(request.param, folder, **kwargs))
-    caches = kernels.agrees, kernels._made, nvrtc.as_mlx_compiles
+    name = f"{request.param}_kernel"
+    monkeypatch.setattr(mx.fast, name, lambda **kwargs: Emulated(request.param, folder, **kwargs))
+    caches = kernels.agrees, kernels._made
     for cache in caches:
         cache.cache_clear()
     yield request.param
@@ -204,86 +160,6 @@ def test_a_kernel_that_does_not_compile_is_not_used(on_gpu, monkeypatch, caplog)
 def test_can_be_turned_off(on_gpu, monkeypatch):
     monkeypatch.setenv(kernels.SWITCH, "0")
     assert not kernels.usable(kernels.layer_norm, normal(0, 1, 2, 96))
-
-
-class PretendedNvrtc:
-    """CUDA's compiler, as far as `nvrtc` asks it; ``log``: why it compiles nothing."""
-
-    def __init__(self, log=b""):
-        self.log, self.sources, self.options, self.destroyed = log, [], [], 0
-
-    def nvrtcCreateProgram(self, program, source, name, count, headers, names):
-        self.sources.append((name, source))
-        return 0
-
-    def nvrtcCompileProgram(self, program, count, options):
-        self.options.append([options[i] for i in range(count)])
-        return 6 if self.log else 0
-
-    def nvrtcGetProgramLogSize(self, program, size):
-        size._obj.value = len(self.log) + 1
-        return 0
-
-    def nvrtcGetProgramLog(self, program, buffer):
-        buffer.value = self.log
-        return 0
-
-    def nvrtcGetCUBINSize(self, program, size):
-        size._obj.value = 7
-        return 0
-
-    def nvrtcGetCUBIN(self, program, buffer):
-        buffer.raw = b"ELF\0\1\2\3"
-        return 0
-
-    def nvrtcDestroyProgram(self, program):
-        self.destroyed += 1
-
-
-@pytest.fixture
-def kernel():
-    nvrtc.compiled.cache_clear()
-    yield nvrtc.Kernel("double_it", ("x",), ("out",), "out[0] = T(2 * float(x[0]) + x_shape[0]);")
-    nvrtc.compiled.cache_clear()
-
-
-def test_kernels_are_compiled_once_for_each_type(monkeypatch, kernel):
-    compiler, launched = PretendedNvrtc(), []
-    monkeypatch.setattr(nvrtc, "library", lambda: compiler)
-    monkeypatch.setattr(nvrtc, "architecture", lambda: "sm_90a")
-    monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", lambda **kwargs: launched.append(kwargs) or ["result"])
-    for dtype in (mx.bfloat16, mx.float32, mx.bfloat16):
-        launch = dict(output_shapes=[(1,)], output_dtypes=[dtype], grid=(1, 1, 1), threadgroup=(1, 1, 1))
-        assert kernel(inputs=[mx.zeros((5, 3), dtype)], template=[("T", dtype)], **launch) == ["result"]
-    assert [call["scalars"] for call in launched] == [[5, 3]] * 3 and launched[0]["name"] == "double_it"
-    assert all(call["compiled_source"] == b"ELF\0\1\2\3" and call["ensure_row_contiguous"] for call in launched)
-    (_, narrow), (_, wide) = compiler.sources
-    assert b"struct bfloat16" in narrow and b"using T = bfloat16;" in narrow and b"struct" not in wide
-    assert b"double_it(const float* x, float* out, int x_shape_0, int x_shape_1)" in wide
-    assert compiler.options == [[b"--gpu-architecture=sm_90a"]] * 2 and compiler.destroyed == 2
-
-
-def test_what_nvrtc_says_is_told(monkeypatch, kernel):
-    compiler = PretendedNvrtc(b"double_it(3): error: no such thing")
-    monkeypatch.setattr(nvrtc, "library", lambda: compiler)
-    with pytest.raises(RuntimeError, match=r"^double_it\(3\): error: no such thing$"):
-        nvrtc.compiled(kernel, (("T", mx.float32),), (mx.float32,), (mx.float32,), (2,), "sm_90a")
-    assert compiler.destroyed == 1
-
-
-def test_bfloat16_is_rounded_as_mlx_rounds_it(tmp_path):
-    """What is written out for GPUs that have no instruction for it."""
-    text = "#define __device__\n" + BITS + nvrtc.DEFINITIONS[mx.bfloat16]
-    text += 'extern "C" void run(int n, float* x) { for (int i = 0; i < n; i++) x[i] = float(bfloat16(x[i])); }'
-    (tmp_path / "round.cpp").write_text(text)
-    command = ["g++", "-std=c++20", "-shared", "-fPIC", tmp_path / "round.cpp", "-o", tmp_path / "round.so"]
-    subprocess.run(command, check=True)
-    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
-    bits[:6] = 0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x80000000  # halfway twice, the largest ...
-    values = bits.view(np.float32)
-    wanted = np.array(mx.array(values).astype(mx.bfloat16).astype(mx.float32))
-    ctypes.CDLL(str(tmp_path / "round.so")).run(len(values), values.ctypes.data_as(ctypes.c_void_p))
-    np.testing.assert_array_equal(values, wanted)
 
 
 def test_used_on_a_gpu_only():

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ..errors import WeightsError
-from . import nvrtc
 
 if TYPE_CHECKING:
     from ..files.base import Spot
@@ -84,12 +83,16 @@ class Driver:
 
 def address_of(array: mx.array) -> int:
     """Where a whole array lies on the GPU. A kernel tells: asked from the CPU, MLX would move it to managed memory."""
-    return TELL_ADDRESS(
+    return _address_kernel()(
         inputs=[array], output_shapes=[(1,)], output_dtypes=[mx.int64], grid=(1, 1, 1), threadgroup=(1, 1, 1)
     )[0].item()
 
 
-TELL_ADDRESS = nvrtc.Kernel("tell_address", ("x",), ("out",), "out[0] = (long long)x;")
+@lru_cache
+def _address_kernel():
+    return mx.fast.cuda_kernel(
+        name="tell_address", input_names=["x"], output_names=["out"], source="out[0] = (long long)x;"
+    )
 
 
 class Landing:

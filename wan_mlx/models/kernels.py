@@ -18,8 +18,6 @@ from functools import lru_cache
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cuda import nvrtc
-
 log = logging.getLogger(__name__)
 
 SWITCH = "WAN_MLX_KERNELS"  # "0" in the environment turns the kernels off
@@ -181,7 +179,7 @@ def agrees(kernel: Callable, dtype: mx.Dtype, channels: int, **constants: int) -
 @lru_cache(maxsize=32)
 def _made(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], steps: str, eps: float) -> Callable:
     backend = "metal" if mx.metal.is_available() else "cuda"
-    make = mx.fast.metal_kernel if backend == "metal" else nvrtc.Kernel
+    make = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
     header = (METAL if backend == "metal" else CUDA) + FOUR
     source = THREAD[backend] + ROW + steps.replace("EPS", f"{eps!r}f")
     return make(name=name, input_names=inputs, output_names=outputs, source=source, header=header)
