@@ -18,7 +18,7 @@ from PIL import Image, ImageSequence
 from wan_mlx.errors import SamplingError, WanError
 from wan_mlx.media import write as media
 from wan_mlx.media.write import ENDINGS, VideoWriter, check_output, read_settings, save_video, to_uint8, video_html
-from wan_mlx.types import Video
+from wan_mlx.video import Video
 
 SETTINGS = {
     "prompt": "一只猫；\"quoted\" 'single'\nsecond line\r\n\ttab ; a=b # no comment \\ \\n back\\\\slash\x00 🐈 \udce9",

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_mlx.media.read import cover, describe, in_chunks, open_video, read_image, to_float
-from wan_mlx.types import Request
+from wan_mlx.media.read import cover, in_chunks, open_video, read_image, to_float
+from wan_mlx.types import Request, describe_source
 
 HEIGHT, WIDTH = 20, 33
 ORIENTATION = 0x0112
@@ -272,5 +272,6 @@ def test_settings_are_json():
     assert settings["image"].startswith("array uint8 (20, 33, 3), sha256 ") and settings["last_image"] is None
     assert settings["src_video"] == "clip.mp4" and settings["src_ref_images"][1] == "b.png"
     assert settings["src_ref_images"][0].startswith("image RGB 33x20, sha256 ")
-    assert describe(picture()) != describe(picture(1)) and describe(picture()) == describe(picture())
+    first, other = describe_source(picture()), describe_source(picture(1))
+    assert first != other and first == describe_source(picture())
     assert settings["prompt"] == "a" and settings["context_scale"] == 1.0

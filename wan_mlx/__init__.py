@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
     from .types import Conditioning as Conditioning
     from .types import Request as Request
     from .types import Step as Step
-    from .types import Video as Video
+    from .video import Video as Video
     from .weights.load import load_image_encoder as load_image_encoder
     from .weights.load import load_text_encoder as load_text_encoder
     from .weights.load import load_transformer as load_transformer
@@ -54,7 +54,7 @@ _PUBLIC = {
     "Request": "types",
     "Conditioning": "types",
     "Step": "types",
-    "Video": "types",
+    "Video": "video",
     "plan": "planning.choose",
     "Plan": "planning.choose",
     "MemoryPlanError": "errors",

@@ -36,7 +36,8 @@ from .prompts.extend import extend_requests
 from .recipes import scheduler_for
 from .request_builder import build_request
 from .tasks import TASKS
-from .types import Conditioning, Options, Request, RunState, StageReport, Step, Video
+from .types import Conditioning, Options, Request, RunState, StageReport, Step
+from .video import Video
 from .weights.checkpoint import PARTS, Checkpoint, open_checkpoint
 from .weights.component import open_component
 from .weights.load import (

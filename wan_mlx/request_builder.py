@@ -11,11 +11,10 @@ import numpy as np
 
 from .caching import resolve_cache
 from .guidance import check_guidance, zero_steps_of
-from .media.read import Source
 from .recipes import find_recipe
 from .schedulers import SOLVERS
 from .tasks import fit_sources
-from .types import Request
+from .types import Request, Source
 
 if TYPE_CHECKING:
     from .pipeline import WanPipeline

@@ -1,4 +1,4 @@
-"""The values that travel between the stages, the errors, and a glossary of shapes.
+"""The values that travel between the stages, and a glossary of shapes.
 
 Glossary, used throughout the package:
 
@@ -15,20 +15,33 @@ Inside the package arrays are channels last: video ``(B, T, H, W, 3)`` in [-1, 1
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import mlx.core as mx
+    import numpy as np
     from PIL.Image import Image
 
-    from .media.read import Source
-
+# A picture or a video that a task starts from; in quotes, so that neither Pillow nor numpy is imported for it.
+Source: TypeAlias = "str | Path | Image | np.ndarray"
 
 # Fields of a `Request` that hold one source each; src_ref_images holds several.
 SOURCE_FIELDS = ("image", "last_image", "src_video", "src_mask", "video")
+
+
+def describe_source(source: Source | None) -> str | None:
+    """The text that stands for a source in a video's settings: its path or, of one in memory, its kind, size and
+    SHA-256."""
+    if not hasattr(source, "tobytes"):
+        return None if source is None else str(source)
+    kind = f"array {source.dtype} {source.shape}" if hasattr(source, "dtype") else \
+        f"image {source.mode} {source.width}x{source.height}"
+    return f"{kind}, sha256 {hashlib.sha256(source.tobytes()).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -79,13 +92,11 @@ class Request:
     extended_by: str | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Every field as JSON takes it: a source is its path or, of one in memory, its kind, size and SHA-256."""
-        from .media.read import describe
-
+        """Every field as JSON takes it: sources as `describe_source` has them."""
         return {
             **vars(self),
-            **{name: describe(getattr(self, name)) for name in SOURCE_FIELDS},
-            "src_ref_images": [describe(source) for source in self.src_ref_images],
+            **{name: describe_source(getattr(self, name)) for name in SOURCE_FIELDS},
+            "src_ref_images": [describe_source(source) for source in self.src_ref_images],
         }
 
     def series(self, count: int) -> list[Request]:
@@ -249,55 +260,3 @@ class StageReport:
     name: str
     seconds: float
     peak_bytes: int
-
-
-@dataclass
-class Video:
-    """A finished video.
-
-    Attributes:
-        frames: numpy uint8 (T, H, W, 3).
-        latents: numpy float32 (C, t, h, w), normalised as the transformer sees them.
-        fps: frames per second.
-        settings: everything needed to make it again; embedded in the saved file.
-        stages: seconds and peak memory of each stage.
-    """
-
-    frames: Any
-    latents: Any
-    fps: int = 16
-    settings: dict[str, Any] = field(default_factory=dict)
-    stages: list[StageReport] = field(default_factory=list)
-
-    def save(self, path: str | Path, overwrite: bool = True) -> Path:
-        """Write to ``path``; the ending picks the format: .mp4 .gif .webp .png .npz.
-
-        Raises:
-            ValueError: unknown ending, or the file exists and ``overwrite`` is False.
-        """
-        from .media.write import save_video
-
-        return save_video(path, self.frames, self.fps, self.settings, self.latents, overwrite=overwrite)
-
-    def grid(self, columns: int = 4, count: int = 12, width: int = 1280) -> Image:
-        """A contact sheet: frames at equal distances, row by row, the first and the last among them.
-
-        Args:
-            columns: frames side by side.
-            count: how many frames are shown, or all if there are fewer.
-            width: the most pixels that the sheet is wide; frames are made smaller for it, never larger.
-
-        Returns:
-            a PIL image, which a notebook shows.
-
-        Raises:
-            ValueError: ``columns`` or ``count`` is below 1, or ``width`` leaves a column no pixel.
-        """
-        from .media.write import contact_sheet
-
-        return contact_sheet(self.frames, columns, count, width)
-
-    def _repr_html_(self) -> str:
-        from .media.write import video_html
-
-        return video_html(self.frames, self.fps, self.settings)

@@ -8,8 +8,8 @@ import published
 import pytest
 from test_full_size_keys import HeaderOnly
 
-from wan_mlx.models import configs
 from wan_mlx.errors import WeightsError
+from wan_mlx.models import configs
 from wan_mlx.weights import component as load
 from wan_mlx.weights.checkpoint import MAX_CONFIG_BYTES, open_checkpoint
 from wan_mlx.weights.inspect import _sizes_of

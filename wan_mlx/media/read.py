@@ -6,7 +6,6 @@ EXIF orientation or display matrix says, and 16-bit greyscale is scaled to 8 bit
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import subprocess
@@ -22,9 +21,9 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
-log = logging.getLogger(__name__)
+from ..types import Source
 
-Source = str | Path | Image.Image | np.ndarray
+log = logging.getLogger(__name__)
 
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # the files that Pillow reads where a video is expected
 ANIMATIONS = ("PNG", "WEBP", "GIF")
@@ -139,17 +138,6 @@ def in_chunks(frames: Iterable[np.ndarray]) -> Iterator[mx.array]:
     while chunk := list(islice(frames, size)):
         yield mx.array(np.stack(chunk))[None]
         size = 4
-
-
-def describe(source: Source | None) -> str | None:
-    """What to note of a source: its path or, of one in memory, its kind, size and SHA-256."""
-    if isinstance(source, np.ndarray):
-        pixels = np.ascontiguousarray(source).tobytes()
-        return f"array {source.dtype} {source.shape}, sha256 {hashlib.sha256(pixels).hexdigest()}"
-    if isinstance(source, Image.Image):
-        digest = hashlib.sha256(source.tobytes()).hexdigest()
-        return f"image {source.mode} {source.width}x{source.height}, sha256 {digest}"
-    return None if source is None else str(source)
 
 
 def _existing(source: str | Path, kind: str) -> Path:

@@ -26,7 +26,7 @@ from .instructions import INSTRUCTIONS, LANGUAGES
 if TYPE_CHECKING:
     import argparse
 
-    from ..media.read import Source
+    from ..types import Source
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,59 @@
+"""A finished video: its frames, saved in any format, as a contact sheet, or shown by a notebook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .media.write import contact_sheet, save_video, video_html
+from .types import StageReport
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass
+class Video:
+    """A finished video.
+
+    Attributes:
+        frames: numpy uint8 (T, H, W, 3).
+        latents: numpy float32 (C, t, h, w), normalised as the transformer sees them.
+        fps: frames per second.
+        settings: everything needed to make it again; embedded in the saved file.
+        stages: seconds and peak memory of each stage.
+    """
+
+    frames: Any
+    latents: Any
+    fps: int = 16
+    settings: dict[str, Any] = field(default_factory=dict)
+    stages: list[StageReport] = field(default_factory=list)
+
+    def save(self, path: str | Path, overwrite: bool = True) -> Path:
+        """Write to ``path``; the ending picks the format: .mp4 .gif .webp .png .npz.
+
+        Raises:
+            ValueError: unknown ending, or the file exists and ``overwrite`` is False.
+        """
+        return save_video(path, self.frames, self.fps, self.settings, self.latents, overwrite=overwrite)
+
+    def grid(self, columns: int = 4, count: int = 12, width: int = 1280) -> Image:
+        """A contact sheet: frames at equal distances, row by row, the first and the last among them.
+
+        Args:
+            columns: frames side by side.
+            count: how many frames are shown, or all if there are fewer.
+            width: the most pixels that the sheet is wide; frames are made smaller for it, never larger.
+
+        Returns:
+            a PIL image, which a notebook shows.
+
+        Raises:
+            ValueError: ``columns`` or ``count`` is below 1, or ``width`` leaves a column no pixel.
+        """
+        return contact_sheet(self.frames, columns, count, width)
+
+    def _repr_html_(self) -> str:
+        return video_html(self.frames, self.fps, self.settings)
