@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from wan_mlx import WanError
 from wan_mlx.hub.resolve import Places
-from wan_mlx.weights.checkpoint import PARTS
+from wan_mlx.presets import PARTS
 from wan_mlx.weights.convert import convert
 from wan_mlx.weights.inspect import inspect_source
 from wan_mlx.weights.load import no_progress

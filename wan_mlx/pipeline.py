@@ -30,7 +30,7 @@ from .models.tokenizer import Tokenizer
 from .models.vae_tiling import parse_tiling
 from .planning.choose import Plan, limited_cache, plan_request
 from .planning.machine import parse_memory
-from .presets import Preset, find_preset, preset_for
+from .presets import PARTS, Preset, find_preset, preset_for
 from .prompts.cache import PromptCache
 from .prompts.extend import extend_requests
 from .recipes import scheduler_for
@@ -38,7 +38,7 @@ from .request_builder import build_request
 from .tasks import TASKS
 from .types import Conditioning, Options, Request, RunState, StageReport, Step
 from .video import Video
-from .weights.checkpoint import PARTS, Checkpoint, open_checkpoint
+from .weights.checkpoint import Checkpoint, open_checkpoint
 from .weights.component import open_component
 from .weights.load import (
     check_loras,

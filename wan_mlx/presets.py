@@ -30,16 +30,17 @@ class Sampling:
 class Preset:
     """One released model: where it is published, its sizes, and how it wants to be sampled.
 
-    ``repo`` is empty for the models that come with the package. ``sampling`` is the default; ``sampling_480p``
-    replaces it when the area is at most 832x480. ``diffusers`` is the same model's repository in Diffusers' layout,
-    ``comfyui`` its transformer's file in `COMFYUI_TRANSFORMERS`, ``gguf`` the repository of its GGUF quantisations; ""
-    where none is known.
+    ``parameters``: of the transformer. ``repo`` is empty for the models that come with the package. ``sampling`` is
+    the default; ``sampling_480p`` replaces it when the area is at most 832x480. ``diffusers`` is the same model's
+    repository in Diffusers' layout, ``comfyui`` its transformer's file in `COMFYUI_TRANSFORMERS`, ``gguf`` the
+    repository of its GGUF quantisations; "" where none is known.
     """
 
     name: str
     task: str
     repo: str
     transformer: TransformerConfig
+    parameters: int
     size: tuple[int, int] = (832, 480)
     num_frames: int = 81
     fps: int = 16
@@ -79,12 +80,42 @@ COMFYUI_PARTS = {
     "tokenizer": "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/spiece.model",
 }
 
+# A model's parts, as flags and files name them.
+NETWORKS = ("transformer", "text_encoder", "vae", "image_encoder")
+PARTS = (*NETWORKS, "tokenizer")
+
+# The official folder: component → the names it is published under, first one wins.
+OFFICIAL_FILES = {
+    "transformer": ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
+    "text_encoder": ("models_t5_umt5-xxl-enc-bf16.pth",),
+    "vae": ("Wan2.1_VAE.pth",),
+    "image_encoder": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
+    "tokenizer": ("google/umt5-xxl/spiece.model",),
+}
+DIFFUSERS_FILES = {
+    "transformer": (
+        "transformer/diffusion_pytorch_model.safetensors.index.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    ),
+    "text_encoder": ("text_encoder/model.safetensors.index.json", "text_encoder/model.safetensors"),
+    "vae": ("vae/diffusion_pytorch_model.safetensors",),
+    "image_encoder": ("image_encoder/model.safetensors",),
+    "tokenizer": ("tokenizer/spiece.model", "tokenizer/tokenizer.json"),  # transformers 5 saves the second alone
+}
+MLX_FILES = {
+    **{
+        component: (f"{component}.safetensors.index.json", f"{component}.safetensors")
+        for component in ("transformer", "text_encoder", "vae", "image_encoder")
+    },
+    "tokenizer": ("tokenizer.model",),
+}
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         Preset(
             "nano", "t2v", "", TransformerConfig(dim=256, ffn_dim=640, num_heads=2, num_layers=6, text_dim=128),
-            size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0),
+            5_806_656, size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0),
             negative_prompt="",
         ),
         Preset(
@@ -92,43 +123,44 @@ PRESETS: dict[str, Preset] = {
             TransformerConfig(
                 "i2v", dim=256, ffn_dim=640, num_heads=2, num_layers=3, in_dim=36, text_dim=128, image_dim=80
             ),
-            size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0),
+            3_676_592, size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0),
             negative_prompt="",
         ),
         Preset(
-            "t2v-1.3B", "t2v", "Wan-AI/Wan2.1-T2V-1.3B", _DIT_1_3B,
+            "t2v-1.3B", "t2v", "Wan-AI/Wan2.1-T2V-1.3B", _DIT_1_3B, 1_418_996_800,
             diffusers="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", comfyui="wan2.1_t2v_1.3B_fp16.safetensors",
             gguf="samuelchristlie/Wan2.1-T2V-1.3B-GGUF",
         ),
         Preset(
-            "t2v-14B", "t2v", "Wan-AI/Wan2.1-T2V-14B", _DIT_14B, size=(1280, 720),
+            "t2v-14B", "t2v", "Wan-AI/Wan2.1-T2V-14B", _DIT_14B, 14_288_491_584, size=(1280, 720),
             diffusers="Wan-AI/Wan2.1-T2V-14B-Diffusers", comfyui="wan2.1_t2v_14B_fp16.safetensors",
             gguf="city96/Wan2.1-T2V-14B-gguf",
         ),
         Preset(
-            "i2v-14B-480P", "i2v", "Wan-AI/Wan2.1-I2V-14B-480P", _DIT_I2V,
+            "i2v-14B-480P", "i2v", "Wan-AI/Wan2.1-I2V-14B-480P", _DIT_I2V, 16_394_878_784,
             sampling=Sampling(steps=40), sampling_480p=Sampling(steps=40, shift=3.0), negative_prompt=_I2V_NEGATIVE,
             diffusers="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", comfyui="wan2.1_i2v_480p_14B_fp16.safetensors",
             gguf="city96/Wan2.1-I2V-14B-480P-gguf",
         ),
         Preset(
-            "i2v-14B-720P", "i2v", "Wan-AI/Wan2.1-I2V-14B-720P", _DIT_I2V, size=(1280, 720),
+            "i2v-14B-720P", "i2v", "Wan-AI/Wan2.1-I2V-14B-720P", _DIT_I2V, 16_394_878_784, size=(1280, 720),
             sampling=Sampling(steps=40), sampling_480p=Sampling(steps=40, shift=3.0), negative_prompt=_I2V_NEGATIVE,
             diffusers="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", comfyui="wan2.1_i2v_720p_14B_fp16.safetensors",
             gguf="city96/Wan2.1-I2V-14B-720P-gguf",
         ),
         Preset(
-            "flf2v-14B-720P", "flf2v", "Wan-AI/Wan2.1-FLF2V-14B-720P", _DIT_FLF2V, size=(1280, 720),
+            "flf2v-14B-720P", "flf2v", "Wan-AI/Wan2.1-FLF2V-14B-720P", _DIT_FLF2V, 16_395_536_704, size=(1280, 720),
             sampling=Sampling(shift=16.0), negative_prompt=SCENE_CUT + _I2V_NEGATIVE,
             diffusers="Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", comfyui="wan2.1_flf2v_720p_14B_fp16.safetensors",
             gguf="city96/Wan2.1-FLF2V-14B-720P-gguf",
         ),
         Preset(
-            "vace-1.3B", "vace", "Wan-AI/Wan2.1-VACE-1.3B", _DIT_VACE_1_3B, sampling=Sampling(shift=16.0),
-            diffusers="Wan-AI/Wan2.1-VACE-1.3B-diffusers", comfyui="wan2.1_vace_1.3B_fp16.safetensors",
+            "vace-1.3B", "vace", "Wan-AI/Wan2.1-VACE-1.3B", _DIT_VACE_1_3B, 2_153_972_032,
+            sampling=Sampling(shift=16.0), diffusers="Wan-AI/Wan2.1-VACE-1.3B-diffusers",
+            comfyui="wan2.1_vace_1.3B_fp16.safetensors",
         ),
         Preset(
-            "vace-14B", "vace", "Wan-AI/Wan2.1-VACE-14B", _DIT_VACE_14B, size=(1280, 720),
+            "vace-14B", "vace", "Wan-AI/Wan2.1-VACE-14B", _DIT_VACE_14B, 17_337_592_896, size=(1280, 720),
             sampling=Sampling(shift=16.0),
             diffusers="Wan-AI/Wan2.1-VACE-14B-diffusers", comfyui="wan2.1_vace_14B_fp16.safetensors",
             gguf="QuantStack/Wan2.1_14B_VACE-GGUF",

@@ -15,8 +15,9 @@ from wan_mlx.errors import WeightsError
 from wan_mlx.files.open import TensorInfo
 from wan_mlx.models.configs import ImageEncoderConfig
 from wan_mlx.models.image_encoder import ImageEncoder, last_block_shapes
+from wan_mlx.presets import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES
 from wan_mlx.resize import resize_bicubic
-from wan_mlx.weights.checkpoint import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES, open_checkpoint
+from wan_mlx.weights.checkpoint import open_checkpoint
 from wan_mlx.weights.component import (
     ComponentWeights,
     check_keys,

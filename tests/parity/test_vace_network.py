@@ -16,8 +16,8 @@ from wan_mlx.files.open import TensorInfo
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
-from wan_mlx.presets import PRESETS
-from wan_mlx.weights.checkpoint import DIFFUSERS_FILES, open_checkpoint
+from wan_mlx.presets import DIFFUSERS_FILES, PRESETS
+from wan_mlx.weights.checkpoint import open_checkpoint
 from wan_mlx.weights.component import ComponentWeights, check_keys, parameter_shapes, transformer_config
 from wan_mlx.weights.layouts import canonical_keys, recognise
 from wan_mlx.weights.load import load_transformer

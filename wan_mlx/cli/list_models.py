@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 
+from ..hub.resolve import is_cached
 from ..presets import PRESETS, Preset
 
 TASKS = {"t2v": "text to video", "i2v": "image to video", "flf2v": "first and last frame", "vace": "editing (VACE)"}
 
 
-def parameters_of(preset: Preset) -> int:
-    """Parameters of the preset's transformer."""
-    from ..models.transformer import Transformer
-    from ..models.vace import VaceTransformer
-    from ..weights.component import parameter_shapes
-
-    network = VaceTransformer if preset.task == "vace" else Transformer
-    return sum(math.prod(shape) for shape in parameter_shapes(network(preset.transformer)).values())
-
-
 def row_of(preset: Preset) -> dict[str, object]:
     """What there is to say of a preset; bytes of the transformer in bfloat16 and in four bits (groups of 64)."""
-    from ..hub.resolve import is_cached
-
-    count = parameters_of(preset)
+    count = preset.parameters
     return {
         "name": preset.name,
         "task": preset.task,

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..caching import planned_forwards
 from ..hub.resolve import Places
-from ..presets import of_same_shapes
+from ..presets import PARTS, of_same_shapes
 from ..types import Request
-from ..weights.checkpoint import PARTS
 from ..weights.lora import normalise_loras
 from .terminal import note
 

@@ -19,8 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ..errors import WeightsError
-from ..presets import COMFYUI_TRANSFORMERS, PRESETS, Preset
-from ..weights.checkpoint import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES, PARTS
+from ..presets import COMFYUI_TRANSFORMERS, DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES, PARTS, PRESETS, Preset
 
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[^:]+))?")
 WEIGHT_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt")

@@ -16,8 +16,7 @@ from pathlib import Path
 from .. import __version__
 from ..errors import Stopped, WeightsError
 from ..files.storage import free_space, gigabytes
-from ..presets import Preset
-from ..weights.checkpoint import PARTS
+from ..presets import PARTS, Preset
 from . import modelscope
 from .download import RemoteFile, bytes_here, fetch_files, one_line
 from .names import Location, needed_files, parse_location, preset_at, weights_in

@@ -17,27 +17,9 @@ from typing import Any
 from ..errors import WeightsError
 from ..files.open import open_weights
 from ..files.sentencepiece import find_tokenizer, has_tokenizer
-from ..presets import COMFYUI_PARTS
+from ..presets import COMFYUI_PARTS, DIFFUSERS_FILES, MLX_FILES, NETWORKS, OFFICIAL_FILES, PARTS
 from .component import ComponentWeights, open_component
 
-# The official folder: component → the names it is published under, first one wins.
-OFFICIAL_FILES = {
-    "transformer": ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
-    "text_encoder": ("models_t5_umt5-xxl-enc-bf16.pth",),
-    "vae": ("Wan2.1_VAE.pth",),
-    "image_encoder": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
-    "tokenizer": ("google/umt5-xxl/spiece.model",),
-}
-DIFFUSERS_FILES = {
-    "transformer": (
-        "transformer/diffusion_pytorch_model.safetensors.index.json",
-        "transformer/diffusion_pytorch_model.safetensors",
-    ),
-    "text_encoder": ("text_encoder/model.safetensors.index.json", "text_encoder/model.safetensors"),
-    "vae": ("vae/diffusion_pytorch_model.safetensors",),
-    "image_encoder": ("image_encoder/model.safetensors",),
-    "tokenizer": ("tokenizer/spiece.model", "tokenizer/tokenizer.json"),  # transformers 5 saves the second alone
-}
 # What Diffusers and transformers call the entries of config.json that shapes cannot tell.
 DIFFUSERS_NAMES = {
     "transformer": {
@@ -55,16 +37,7 @@ DIFFUSERS_NAMES = {
         "layer_norm_eps": "eps",
     },
 }
-MLX_FILES = {
-    **{
-        component: (f"{component}.safetensors.index.json", f"{component}.safetensors")
-        for component in ("transformer", "text_encoder", "vae", "image_encoder")
-    },
-    "tokenizer": ("tokenizer.model",),
-}
 MLX_FORMAT = "wan_mlx"
-NETWORKS = ("transformer", "text_encoder", "vae", "image_encoder")
-PARTS = (*NETWORKS, "tokenizer")
 MAX_CONFIG_BYTES = 4_000_000
 # How deep and how far a folder is searched for weight files.
 _MAX_DEPTH, _MAX_FILES = 3, 5000

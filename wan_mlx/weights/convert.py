@@ -25,8 +25,8 @@ from ..files.sentencepiece import read_tokenizer
 from ..files.storage import free_space, gigabytes, new_folder
 from ..hub.names import parse_location
 from ..hub.resolve import Places, preset_of
-from ..presets import PRESETS
-from .checkpoint import MLX_FILES, MLX_FORMAT, Checkpoint, open_checkpoint
+from ..presets import MLX_FILES, PRESETS
+from .checkpoint import MLX_FORMAT, Checkpoint, open_checkpoint
 from .component import (
     MLX_LAYOUT,
     SAFETENSORS_NAMES,

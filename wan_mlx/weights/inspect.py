@@ -22,8 +22,8 @@ from ..models.text_encoder import parameter_shapes as text_encoder_shapes
 from ..models.transformer import Transformer
 from ..models.vace import VaceTransformer
 from ..models.vae import VAE
-from ..presets import PRESETS
-from .checkpoint import NETWORKS, look_at
+from ..presets import NETWORKS, PRESETS
+from .checkpoint import look_at
 from .component import (
     ComponentWeights,
     check_keys,

@@ -1,0 +1,281 @@
+"""Folders are layers: imports run down only, without circles; imports inside functions are few and have a reason.
+
+Every import statement counts, wherever it stands: at the top, inside a function, under TYPE_CHECKING.
+"""
+
+import ast
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import wan_mlx
+
+PACKAGE = Path(wan_mlx.__file__).parent
+
+# Bottom to top. A name is a module or a folder; those of one line may import each other, but not in a circle.
+LAYERS = [
+    "types errors events geometry resize noise storage",
+    "files",
+    "cuda",
+    "models",
+    "presets options",
+    "hub",
+    "weights",
+    "media video",
+    "schedulers",
+    "caching",
+    "guidance recipes denoise",
+    "tasks",
+    "request_builder",
+    "planning",
+    "prompts",
+    "pipeline run",
+    "runs",
+    "cli server training",
+    "generate doctor __init__",
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
+# The root package defines these itself, before it imports anything.
+OF_ROOT = {"__version__", "check_backend"}
+
+# Modules that may import inside functions what needs MLX or numpy, so that they start fast.
+STARTS_FAST = {
+    "cli.main": "--help, completion and a wrong flag answer without MLX",
+    "cli.config_file": "main reads --config before it needs MLX",
+    "cli.doctor": "says why MLX cannot be imported",
+}
+# Packages imported inside functions: (module, package) → reason.
+LATE_PACKAGES = {
+    ("cli.doctor", "mlx"): "doctor says why MLX cannot be imported",
+    ("cli.doctor", "numpy"): "doctor says why a package cannot be imported",
+    ("cli.main", "mlx"): "--help and --version answer without MLX, where it is missing too",
+    ("files.gguf", "gguf"): "an extra",
+    ("prompts.extend", "mlx_lm"): "takes seconds; only prompt extension needs it",
+    ("prompts.extend", "mlx_vlm"): "an extra",
+    ("prompts.extend", "huggingface_hub"): "start-up: half a second",
+    ("hub.download", "huggingface_hub"): "start-up: half a second",
+    ("hub.names", "huggingface_hub"): "start-up: half a second",
+    ("hub.resolve", "huggingface_hub"): "start-up: half a second",
+    ("runs.folder", "fcntl"): "not on Windows",
+}
+
+# To be removed: what breaks the rules today. A line whose breach is gone must go, and no line may come.
+BREACHES = {
+    ("cli.batch", "cli.main"),  # closes a circle
+    ("cli.doctor", "__init__"),
+    ("cli.main", "__init__"),
+    ("media.preview", "cli.terminal"),
+    ("media.preview", "pipeline"),
+    ("media.preview", "runs.interrupt"),
+    ("planning.choose", "pipeline"),
+    ("planning.choose", "planning.speed"),  # closes a circle
+    ("request_builder", "pipeline"),
+    ("runs.record", "cli.flags"),
+    ("types", "media.read"),
+    ("types", "media.write"),
+    ("weights.load", "planning.peak_memory"),
+}
+LATE_BREACHES = {
+    ("cli.config_file", "cli.flags"),
+    ("cli.main", "cli.config_file"),
+    ("cli.main", "errors"),
+    ("cli.main", "runs.interrupt"),
+    ("cli.selftest", "pipeline"),
+    ("cli.terminal", "logging"),
+    ("cli.terminal", "types"),
+    ("hub.modelscope", "importlib"),
+    ("hub.resolve", "tqdm"),
+    ("planning.choose", "hub.resolve"),
+    ("planning.choose", "models.text_encoder"),
+    ("planning.choose", "models.transformer"),
+    ("planning.choose", "models.vace"),
+    ("planning.choose", "planning.speed"),
+    ("planning.choose", "presets"),
+    ("planning.choose", "weights.checkpoint"),
+    ("planning.choose", "weights.component"),
+    ("planning.choose", "weights.load"),
+    ("planning.choose", "weights.quantize"),
+    ("prompts.extend", "PIL"),
+    ("prompts.extend", "media.read"),
+    ("types", "media.read"),
+    ("types", "media.write"),
+}
+
+
+class Import(NamedTuple):
+    """``importer`` and ``imported`` are modules of the package, without its name, or ``imported`` is a package."""
+
+    importer: str
+    imported: str
+    ours: bool
+    late: bool  # inside a function
+    for_types: bool  # under TYPE_CHECKING
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+@lru_cache
+def imports() -> list[Import]:
+    """Every import of the package's modules; of a name that a package imports, the module where it stands."""
+    paths = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+    found = set()
+    for importer, path in paths.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        late = inner(tree, lambda node: isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+        for_types = inner(tree, lambda node: isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        for node in ast.walk(tree):
+            for imported, ours in targets(node, importer, path.name == "__init__.py", paths):
+                if imported != importer:
+                    found.add(Import(importer, imported, ours, node in late, node in for_types))
+    return sorted(found)
+
+
+def inner(tree: ast.AST, outer) -> set[ast.AST]:
+    return {node for found in ast.walk(tree) if outer(found) for node in ast.walk(found)}
+
+
+def targets(node: ast.AST, importer: str, is_package: bool, known) -> list[tuple[str, bool]]:
+    """(module or package, whether it is ours) of an import statement; of other nodes nothing."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+        return [(name.removeprefix("wan_mlx").strip(".") or "__init__", True) if name.split(".")[0] == "wan_mlx"
+                else (name.split(".")[0], False) for name in names]  # fmt: skip
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    module = node.module or ""
+    if not node.level and module.split(".")[0] != "wan_mlx":
+        return [(module.split(".")[0], False)]
+    base = []
+    if node.level:
+        package = importer.split(".") if is_package else importer.split(".")[:-1]
+        package = [] if importer == "__init__" else package
+        base = package[: len(package) - (node.level - 1)]
+    base = ".".join([*base, *([module.removeprefix("wan_mlx").strip(".")] if module not in ("", "wan_mlx") else [])])
+    found = []
+    for alias in node.names:
+        inside = f"{base}.{alias.name}".lstrip(".")
+        if not base and alias.name in OF_ROOT:
+            continue
+        found.append((inside if inside in known else base or "__init__", True))
+    return found
+
+
+def rank(module: str) -> int:
+    name = module if module in RANK else module.split(".")[0]
+    assert name in RANK, f"{module} has no layer: put it into LAYERS"
+    return RANK[name]
+
+
+def in_circles(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The edges that lie on a circle."""
+    follow = {}
+    for importer, imported in edges:
+        follow.setdefault(importer, set()).add(imported)
+
+    def reached(start: str) -> set[str]:
+        seen, waiting = set(), [start]
+        while waiting:
+            for module in follow.get(waiting.pop(), set()) - seen:
+                seen.add(module)
+                waiting.append(module)
+        return seen
+
+    beyond = {module: reached(module) for module in {end for edge in edges for end in edge}}
+    return {(importer, imported) for importer, imported in edges if importer in beyond[imported]}
+
+
+def described(pairs) -> str:
+    return "; ".join(f"{importer} imports {imported}" for importer, imported in sorted(pairs))
+
+
+def own_edges() -> set[tuple[str, str]]:
+    return {(entry.importer, entry.imported) for entry in imports() if entry.ours}
+
+
+def test_imports_run_down():
+    up = {(importer, imported) for importer, imported in own_edges() if rank(imported) > rank(importer)}
+    assert not up - BREACHES, f"upward: {described(up - BREACHES)}"
+
+
+def test_imports_make_no_circle():
+    circles = in_circles(own_edges() - BREACHES)
+    assert not circles, f"in a circle: {described(circles)}"
+
+
+def test_no_breach_is_listed_that_is_gone():
+    edges = own_edges()
+    up = {(importer, imported) for importer, imported in edges if rank(imported) > rank(importer)}
+    gone = {edge for edge in BREACHES if edge not in up and edge not in in_circles((edges - BREACHES) | {edge})}
+    assert not gone, f"take out of BREACHES: {described(gone)}"
+    gone = LATE_BREACHES - late_breaches()
+    assert not gone, f"take out of LATE_BREACHES: {described(gone)}"
+    late = {(entry.importer, entry.imported) for entry in imports() if entry.late}
+    assert not set(LATE_PACKAGES) - late, f"take out of LATE_PACKAGES: {described(set(LATE_PACKAGES) - late)}"
+    gone = set(STARTS_FAST) - {importer for importer, _ in late}
+    assert not gone, f"take out of STARTS_FAST: {', '.join(sorted(gone))}"
+
+
+def late_breaches() -> set[tuple[str, str]]:
+    """Imports inside functions that no list gives a reason for."""
+    top = {}
+    for entry in imports():
+        if not entry.late and not entry.for_types:
+            top.setdefault(entry.importer, set()).add(entry.imported)
+
+    def is_slow(module: str, seen: set[str]) -> bool:
+        seen.add(module)
+        return any(name in ("mlx", "numpy") or is_slow(name, seen) for name in top.get(module, set()) - seen)
+
+    return {
+        (entry.importer, entry.imported)
+        for entry in imports()
+        if entry.late
+        and (entry.importer, entry.imported) not in LATE_PACKAGES
+        and not (entry.importer in STARTS_FAST and entry.ours and is_slow(entry.imported, set()))
+    }
+
+
+def test_imports_inside_functions_have_a_reason():
+    found = late_breaches() - LATE_BREACHES
+    assert not found, f"inside a function without a reason: {described(found)}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["--help", "models", "models --json", "doctor --help", "--no-such-flag"],
+)
+def test_commands_that_start_without_mlx(command):
+    arguments = command.split()
+    script = (
+        "import sys\n"
+        "from wan_mlx.cli.main import main\n"
+        "try:\n"
+        f"    main({arguments})\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "sys.exit('mlx' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout or done.stderr
+
+
+def test_sizes_that_models_shows_are_those_of_the_networks():
+    from math import prod
+
+    from wan_mlx.models.transformer import Transformer
+    from wan_mlx.models.vace import VaceTransformer
+    from wan_mlx.presets import PRESETS
+    from wan_mlx.weights.component import parameter_shapes
+
+    for preset in PRESETS.values():
+        network = VaceTransformer if preset.task == "vace" else Transformer
+        shapes = parameter_shapes(network(preset.transformer)).values()
+        assert preset.parameters == sum(prod(shape) for shape in shapes), preset.name
