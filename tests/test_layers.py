@@ -75,8 +75,6 @@ BREACHES = {
     ("planning.choose", "planning.speed"),  # closes a circle
     ("request_builder", "pipeline"),
     ("runs.record", "cli.flags"),
-    ("types", "media.read"),
-    ("types", "media.write"),
     ("weights.load", "planning.peak_memory"),
 }
 LATE_BREACHES = {
@@ -101,8 +99,6 @@ LATE_BREACHES = {
     ("planning.choose", "weights.quantize"),
     ("prompts.extend", "PIL"),
     ("prompts.extend", "media.read"),
-    ("types", "media.read"),
-    ("types", "media.write"),
 }
 
 

@@ -244,7 +244,7 @@ def test_mlx_lm_is_imported_here_alone():
     package = Path(wan_mlx.__file__).parent
     imports = re.compile(r"(import|from) mlx_(lm|vlm)")
     users = {path.name for path in package.rglob("*.py") if imports.search(path.read_text("utf-8"))}
-    assert users == {"prompt_extend.py"}
+    assert users == {"extend.py"}
     names = "import sys, wan_mlx.generate, wan_mlx.prompts.extend; sys.exit('mlx_lm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", names]).returncode == 0
 
