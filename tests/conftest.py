@@ -3,8 +3,8 @@
 import json
 from itertools import count
 
-import pico as tiny_model
 import pytest
+import tiny_mlx_model
 from crafted import TWO, TWO_DATA, entry, write_pth, write_safetensors
 
 
@@ -52,7 +52,7 @@ def pth(tmp_path):
 @pytest.fixture(scope="session")
 def pico(tmp_path_factory):
     """The folder of a model that makes a video in a second, without torch."""
-    return tiny_model.write(tmp_path_factory.mktemp("pico") / "pico")
+    return tiny_mlx_model.write(tmp_path_factory.mktemp("pico") / "pico")
 
 
 @pytest.fixture(scope="session")

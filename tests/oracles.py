@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from arrays import relative_error as relative_error  # the tests of parity take it from here
 
 torch = pytest.importorskip("torch")
 
@@ -73,14 +74,6 @@ def diffusers_transformer(config):
     if config.model_type == "flf2v":
         sizes["pos_embed_seq_len"] = 2 * 257
     return WanTransformer3DModel(**sizes).eval()
-
-
-def relative_error(got, want) -> float:
-    """max |a-b| / max |b|, the measure of DESIGN's bounds; shapes must agree and values be finite."""
-    got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
-    assert got.shape == want.shape, f"shape {got.shape}, expected {want.shape}"
-    assert np.isfinite(got).all() and np.isfinite(want).all()
-    return float(np.abs(got - want).max() / np.abs(want).max())
 
 
 def unmasked_attention(q, k, v, k_lens=None, **_):

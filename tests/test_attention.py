@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from oracles import relative_error
+from arrays import relative_error
 
 from wan_mlx.models import attention, transformer
 from wan_mlx.models.configs import TransformerConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from held import Held
+from paused_process import PausedProcess
 
 from wan_mlx.cli.main import main
 from wan_mlx.media.write import read_settings
@@ -162,12 +162,12 @@ def test_the_same_command_goes_on(command, how):
     want = [Path(f"{name}.npz").read_bytes() for name in "ab"]
     for name in "ab":
         os.unlink(f"{name}.npz")
-    held = Held("step", 3, *command)
-    held.process.send_signal(how)
+    paused = PausedProcess("step", 3, *command)
+    paused.process.send_signal(how)
     if how == signal.SIGINT:
-        held.wait_for("Ctrl-C again")
-        held.go_on()
-    code, errors = held.finish()
+        paused.wait_for("Ctrl-C again")
+        paused.go_on()
+    code, errors = paused.finish()
     if how == signal.SIGINT:
         assert code == 130 and errors.strip().splitlines()[-1] == "error: interrupted; go on with the same command"
         assert [entry["status"] for entry in report()] == ["done", "interrupted"]

@@ -5,6 +5,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from arrays import relative_distance
 from crafted_gguf import GGML, SCALES, blocks, write_gguf
 from mlx.utils import tree_flatten
 
@@ -104,10 +105,6 @@ def velocity(model):
     return model(mx.array(latents.astype(np.float32)), 400.0, mx.array(context.astype(np.float32)))
 
 
-def relative(a, b):
-    return (mx.linalg.norm((a - b).flatten()) / mx.linalg.norm(b.flatten())).item()
-
-
 def layers(model):
     return [block.ffn[0] for block in model.blocks]
 
@@ -124,10 +121,10 @@ def test_a_forward_with_every_type(tmp_path, kind):
     assert all(type(layer) is (QuantizedLinear if kind in EXACT else Linear) for layer in layers(kept))
     assert all(type(layer) is QuantizedLinear for layer in layers(nearest))
     want = velocity(unpacked)
-    assert relative(velocity(kept), want) < 2e-6
-    assert relative(velocity(nearest), want) < NEAREST_ERROR[kind]
+    assert relative_distance(velocity(kept), want) < 2e-6
+    assert relative_distance(velocity(nearest), want) < NEAREST_ERROR[kind]
     if kind in PACKED_AGAIN:
-        assert relative(velocity(nearest), want) > 1e-4
+        assert relative_distance(velocity(nearest), want) > 1e-4
 
 
 def test_a_mixed_file_and_a_mode_asked_for(tmp_path):
@@ -136,7 +133,7 @@ def test_a_mixed_file_and_a_mode_asked_for(tmp_path):
     assert len(set(weights.packable.values())) == 1 and len(set(weights.nearest.values())) == 2
     model = load_transformer(path, "float32", quantize="q6")
     assert {layer.packing.name for block in model.blocks for layer in (block.ffn[0], block.self_attn.q)} == {"q6"}
-    assert 0.001 < relative(velocity(model), velocity(load_transformer(path, "float32"))) < 0.1
+    assert 0.001 < relative_distance(velocity(model), velocity(load_transformer(path, "float32"))) < 0.1
 
 
 def test_a_stored_form_that_is_asked_for_is_not_rounded_again(tmp_path):
@@ -156,8 +153,8 @@ def test_streamed_and_with_a_lora(tmp_path):
     for quantize in (None, "nearest", "none"):
         options = dict(quantize=quantize, loras=tmp_path / "l.safetensors")
         streamed, resident = (velocity(load_transformer(path, "float32", stream=s, **options)) for s in (True, False))
-        assert relative(streamed, resident) < 2e-5
-        assert relative(resident, velocity(load_transformer(path, "float32", quantize=quantize))) > 1e-3
+        assert relative_distance(streamed, resident) < 2e-5
+        assert relative_distance(resident, velocity(load_transformer(path, "float32", quantize=quantize))) > 1e-3
 
 
 def test_a_damaged_block_is_named(tmp_path):

@@ -4,7 +4,7 @@ import os
 import signal
 
 import pytest
-from held import Held, processes_naming
+from paused_process import PausedProcess, processes_naming
 
 from wan_mlx.cli.main import main
 from wan_mlx.errors import Stopped
@@ -32,11 +32,11 @@ def check_resumable(tmp_path, whole, code, errors, kept_steps):
 
 @pytest.mark.parametrize("where, kept_steps", [("step", 2), ("frame", 3)])
 def test_once_finishes_what_is_at_work(tmp_path, flags, whole, where, kept_steps):
-    held = Held(where, 1, *flags, "--output", str(tmp_path / "a.mp4"))
-    held.process.send_signal(signal.SIGINT)
-    held.wait_for("Ctrl-C again stops at once")
-    held.go_on()
-    code, errors = held.finish()
+    paused = PausedProcess(where, 1, *flags, "--output", str(tmp_path / "a.mp4"))
+    paused.process.send_signal(signal.SIGINT)
+    paused.wait_for("Ctrl-C again stops at once")
+    paused.go_on()
+    code, errors = paused.finish()
     if where == "frame":  # the one at work, too
         assert len((tmp_path / "a.mp4.wan/frames.index").read_text().splitlines()) == 2
     check_resumable(tmp_path, whole, code, errors, kept_steps)
@@ -44,30 +44,30 @@ def test_once_finishes_what_is_at_work(tmp_path, flags, whole, where, kept_steps
 
 @pytest.mark.parametrize("where, kept_steps", [("step", 1), ("frame", 3)])
 def test_twice_stops_at_once(tmp_path, flags, whole, where, kept_steps):
-    held = Held(where, 1, *flags, "--output", str(tmp_path / "a.mp4"))
-    held.process.send_signal(signal.SIGINT)
-    held.wait_for("Ctrl-C again stops at once")
-    held.process.send_signal(signal.SIGINT)
-    code, errors = held.finish()  # it was still held
+    paused = PausedProcess(where, 1, *flags, "--output", str(tmp_path / "a.mp4"))
+    paused.process.send_signal(signal.SIGINT)
+    paused.wait_for("Ctrl-C again stops at once")
+    paused.process.send_signal(signal.SIGINT)
+    code, errors = paused.finish()  # it was still paused
     check_resumable(tmp_path, whole, code, errors, kept_steps)
 
 
 def test_under_ffmpeg(tmp_path, flags, whole):
     """It encodes while the next frames are decoded, so that the first Ctrl-C waits for those at work."""
-    held = Held("ffmpeg", 1, *flags, "--output", str(tmp_path / "a.mp4"))
+    paused = PausedProcess("ffmpeg", 1, *flags, "--output", str(tmp_path / "a.mp4"))
     assert any("ffmpeg" in line for line in processes_naming(str(tmp_path)))
     assert len((tmp_path / "a.mp4.wan/frames.index").read_text().splitlines()) == 2
-    held.process.send_signal(signal.SIGINT)
-    held.wait_for("Ctrl-C again stops at once")
-    held.process.send_signal(signal.SIGINT)
-    held.go_on()  # to write to an ffmpeg that is gone, or about to be
-    check_resumable(tmp_path, whole, *held.finish(), kept_steps=3)
+    paused.process.send_signal(signal.SIGINT)
+    paused.wait_for("Ctrl-C again stops at once")
+    paused.process.send_signal(signal.SIGINT)
+    paused.go_on()  # to write to an ffmpeg that is gone, or about to be
+    check_resumable(tmp_path, whole, *paused.finish(), kept_steps=3)
 
 
 def test_terminated(tmp_path, flags):
-    held = Held("step", 0, *flags, "--output", str(tmp_path / "a.mp4"))
-    held.process.terminate()
-    code, errors = held.finish()
+    paused = PausedProcess("step", 0, *flags, "--output", str(tmp_path / "a.mp4"))
+    paused.process.terminate()
+    code, errors = paused.finish()
     assert code == 128 + signal.SIGTERM and "--resume" in errors  # the texts are encoded
     assert not processes_naming(str(tmp_path))
 

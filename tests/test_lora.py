@@ -7,6 +7,7 @@ import logging
 import mlx.core as mx
 import numpy as np
 import pytest
+from arrays import relative_error
 from mlx.utils import tree_flatten
 
 import wan_mlx
@@ -258,20 +259,16 @@ def inputs(seed=0):
     return mx.array(random(rng, 1, 2, 4, 4, 16, scale=1)), 500.0, mx.array(random(rng, 1, 512, 64, scale=1))
 
 
-def relative(a, b):
-    return (mx.abs(a - b).max() / mx.abs(b).max()).item()
-
-
 def test_beside_the_weights_it_computes_as_if_merged(base, two):
     path, _ = base["t2v"]
     loras = [(two[0], 0.9), (two[1], -0.4)]
     plain = load_transformer(path, "float32")
     want = load_transformer(path, "float32", loras=loras)(*inputs())
-    assert relative(plain(*inputs()), want) > 0.01
+    assert relative_error(plain(*inputs()), want) > 0.01
     for model in (load_transformer(path, "float32", loras=loras, merge=False), plain):
         if model is plain:
             set_loras(model, loras)
-        assert relative(model(*inputs()), want) < 2e-5
+        assert relative_error(model(*inputs()), want) < 2e-5
 
 
 @pytest.mark.parametrize("quantize", [None, "q4"])
@@ -312,8 +309,8 @@ def test_quantised_weights_keep_a_lora_beside_and_take_the_rest_merged(base, two
     assert mx.array_equal(model.blocks[0].ffn[0].weight, packed.blocks[0].ffn[0].weight)
     assert "lora_a" in model.blocks[0].ffn[0] and "lora_a" not in model.head.head
     assert not np.array_equal(np.array(model.head.head.weight), arrays["head.head.weight"])
-    assert relative(model(*inputs()), load_transformer(path, "float32", loras=two[0])(*inputs())) < 0.02
-    assert relative(model(*inputs()), packed(*inputs())) > 0.02
+    assert relative_error(model(*inputs()), load_transformer(path, "float32", loras=two[0])(*inputs())) < 0.02
+    assert relative_error(model(*inputs()), packed(*inputs())) > 0.02
 
 
 def test_merged_loras_cannot_be_taken_out(base, two):
@@ -341,7 +338,7 @@ def test_rows_in_another_order(base, two):
             set_loras(model, two)
         results.append((model.blocks[0].self_attn.q(mx.ones((1, 3, 128))), model.blocks[1].self_attn.q.bias))
     for got in results[1:]:
-        assert all(relative(a, b[..., order]) < 1e-5 for a, b in zip(got, results[0], strict=True))
+        assert all(relative_error(a, b[..., order]) < 1e-5 for a, b in zip(got, results[0], strict=True))
 
 
 def refused(base, tmp_path, tensors, says, kind="t2v", metadata=None):

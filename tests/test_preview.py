@@ -10,8 +10,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from held import Held, run
 from hub_server import serving
+from paused_process import PausedProcess, run
 from PIL import Image
 
 import wan_mlx
@@ -218,12 +218,12 @@ def test_the_video_is_the_same(pico, flags, tmp_path):
 def test_ctrl_c_leaves_a_preview_of_the_last_step(tmp_path, flags):
     watched = tmp_path / "live.webp"
     watching = ["--preview", str(watched), "--preview-every", "9"]
-    held = Held("step", 1, *flags, "--output", str(tmp_path / "a.mp4"), *watching)
+    paused = PausedProcess("step", 1, *flags, "--output", str(tmp_path / "a.mp4"), *watching)
     assert not watched.exists()
-    held.process.send_signal(signal.SIGINT)
-    held.wait_for("Ctrl-C again stops at once")
-    held.go_on()
-    code, errors = held.finish()
+    paused.process.send_signal(signal.SIGINT)
+    paused.wait_for("Ctrl-C again stops at once")
+    paused.go_on()
+    code, errors = paused.finish()
     assert code == 130, errors
     assert read_settings(watched)["preview"] == {"step": 2, "steps": 3}
     assert sorted(os.listdir(tmp_path)) == ["a.mp4.wan", "live.png", "live.webp"]

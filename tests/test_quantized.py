@@ -8,6 +8,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
+from arrays import relative_distance
 from mlx.utils import tree_flatten
 
 import wan_mlx
@@ -33,10 +34,6 @@ def gaussian(*shape, seed=0):
     return mx.random.normal(shape, key=mx.random.key(seed))
 
 
-def relative(a, b):
-    return (mx.linalg.norm((a - b).astype(mx.float32)) / mx.linalg.norm(b.astype(mx.float32))).item()
-
-
 def packed(weight, bias, mode):
     """A layer over ``weight`` packed."""
     layer = QuantizedLinear(weight.shape[1], weight.shape[0], bias is not None, Packing.parse(mode))
@@ -50,7 +47,7 @@ def test_a_mode_loses_what_its_bits_cost(mode, dtype):
     weight = gaussian(64, 256)
     layer = packed(weight, None, mode)
     rounding = 0.0017 if dtype == mx.bfloat16 else 0  # of a bfloat16 itself
-    assert relative(layer.unpacked(dtype), weight) == pytest.approx(np.hypot(ERRORS[mode], rounding), rel=0.05)
+    assert relative_distance(layer.unpacked(dtype), weight) == pytest.approx(np.hypot(ERRORS[mode], rounding), rel=0.05)
     assert layer.unpacked(dtype).dtype == dtype
 
 
@@ -60,11 +57,11 @@ def test_a_packed_linear_multiplies_by_what_it_unpacks(mode, rows):
     x, weight, bias = gaussian(1, rows, 128), gaussian(32, 128, seed=1), gaussian(32, seed=2)
     layer = packed(weight, bias, mode)
     want = x @ layer.unpacked(mx.float32).T + bias
-    assert relative(layer(x), want) < 1e-6
-    assert relative(layer._multiply_packed(x) + bias, want) < 1e-3  # what a GPU does with few rows
+    assert relative_distance(layer(x), want) < 1e-6
+    assert relative_distance(layer._multiply_packed(x) + bias, want) < 1e-3  # what a GPU does with few rows
     layer.bias, x = bias.astype(mx.bfloat16), x.astype(mx.bfloat16)
     assert layer(x).dtype == layer._multiply_packed(x).dtype == mx.bfloat16
-    assert relative(layer(x), want) < 0.01 and relative(layer._multiply_packed(x) + bias, want) < 0.02
+    assert relative_distance(layer(x), want) < 0.01 and relative_distance(layer._multiply_packed(x) + bias, want) < 0.02
 
 
 def test_packing_names_round_trip():
@@ -108,7 +105,7 @@ def test_auto_lies_between_q6_and_q8():
     want = load_transformer(NANO, "float32")(latents, 700.0, context)
     for mode in ("q8", "auto", "q6"):
         model = load_transformer(NANO, "float32", quantize=mode)
-        errors[mode] = relative(model(latents, 700.0, context).flatten(), want.flatten())
+        errors[mode] = relative_distance(model(latents, 700.0, context), want)
         sizes[mode] = sum(array.nbytes for array in parameters_of(model).values())
     assert sizes["q6"] < sizes["auto"] < 1.05 * sizes["q6"] < sizes["q8"]
     assert errors["q8"] < errors["auto"] < errors["q6"], errors
@@ -275,7 +272,7 @@ def test_a_pipeline_in_every_mode():
     want, _ = sampled(None)
     for mode, bound in STEP_ERRORS.items():
         got, said = sampled(mode)
-        error = relative(got.flatten(), want.flatten())
+        error = relative_distance(got, want)
         assert said == mode and bound / 20 <= error <= bound, (mode, error)
 
 

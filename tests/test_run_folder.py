@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from held import Held, run, wait_for_the_end_of
+from paused_process import PausedProcess, run, wait_for_the_end_of
 
 from wan_mlx.cli.main import main
 from wan_mlx.errors import BusyError, WanError
@@ -396,12 +396,12 @@ class TestResume:
         places = [("step", 1), ("saving", 0), ("frame", 1), ("ffmpeg", 1)]
         arguments = [*flags, "--output", output]
         for where, number in places:
-            held = Held(where, number, *arguments)
+            paused = PausedProcess(where, number, *arguments)
             if where == "frame":  # a second process on the same output
                 code, error = run("--resume", output)
-                assert code == 1 and f"another process (process {held.process.pid}) is making {output}" in error
-            held.process.kill()
-            assert held.finish()[0] == -signal.SIGKILL
+                assert code == 1 and f"another process (process {paused.process.pid}) is making {output}" in error
+            paused.process.kill()
+            assert paused.finish()[0] == -signal.SIGKILL
             arguments = ["--resume", output, "--quiet"]
         assert main(arguments) == 0
         assert Path(output).read_bytes() == whole(".mp4")

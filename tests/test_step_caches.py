@@ -5,7 +5,9 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+import sampling
+from arrays import random_array, randomized
+from sampling import GRID, SCALE, SHIFT, SIZES, conditioning
 
 from wan_mlx.caching import (
     COND,
@@ -26,11 +28,9 @@ from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.presets import PRESETS
 from wan_mlx.schedulers import make_scheduler
-from wan_mlx.types import Conditioning
 
-STEPS, SHIFT, SCALE = 14, 5.0, 4.0
-SIZES = dict(dim=32, ffn_dim=48, num_heads=2, num_layers=3, freq_dim=16, text_dim=8, text_len=4)
-GRID = (1, 1, 4, 4, 16)
+STEPS = 14
+walk, latents = partial(sampling.walk, steps=STEPS), partial(sampling.latents, steps=STEPS)
 MAG = dict(threshold=0.4, most_skips=2, retention=0.2, ratios=MAGCACHE["t2v-1.3B"].ratios)
 TEA = dict(threshold=0.8, mode="plain", coefficients=(0.0, 0.0, 0.0, 1.0, 0.02))
 CACHES = {
@@ -40,45 +40,18 @@ CACHES = {
 }
 
 
-def random_array(seed: int, *shape) -> mx.array:
-    return mx.array(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
-
-
-def randomized(module):
-    weights = [
-        (name, random_array(index, *array.shape) / max(1, array.shape[-1]) ** 0.5 + ("norm" in name))
-        for index, (name, array) in enumerate(tree_flatten(module.parameters()))
-    ]
-    module.load_weights(weights)
-    mx.eval(module.parameters())  # on the CPU each pass has a thread, and an array is computed where it was made
-    return module
-
-
 @pytest.fixture(scope="module")
 def model():
-    return randomized(Transformer(TransformerConfig(**SIZES)))
+    return randomized(Transformer(TransformerConfig(**SIZES, num_layers=3)))
 
 
 @pytest.fixture(scope="module")
 def vace():
-    network = randomized(VaceTransformer(TransformerConfig("vace", **SIZES, vace_layers=(0, 2), vace_in_dim=20)))
+    config = TransformerConfig("vace", **SIZES, num_layers=3, vace_layers=(0, 2), vace_in_dim=20)
+    network = randomized(VaceTransformer(config))
     context = random_array(5, *GRID[:-1], 20)
     mx.eval(context)
     return lambda *args, **hooks: network(*args, vace_context=context, **hooks)
-
-
-def conditioning() -> Conditioning:
-    texts = (random_array(seed, 1, SIZES["text_len"], SIZES["text_dim"]) for seed in (2, 3))
-    return Conditioning(random_array(1, *GRID), *texts)
-
-
-def walk(model, cache=None, guidance=None, steps=STEPS):
-    scheduler = make_scheduler("unipc", steps, SHIFT)
-    return list(denoise(model, conditioning(), scheduler, guidance or Guidance(SCALE), cache))
-
-
-def latents(*args, **options) -> np.ndarray:
-    return np.array(walk(*args, **options)[-1].latents)
 
 
 def both_passes(model, cache, index, x, timestep, order=(COND, UNCOND)) -> dict[int, mx.array]:
@@ -416,7 +389,7 @@ class TestChoice:
             with pytest.raises(ValueError, match=f"no published constants for {preset}.*easycache needs none"):
                 self.resolve(name, preset=preset)
         with pytest.raises(ValueError, match=r"for t2v-1.3B \(dim 1536, 30 layers\), not for .* \(dim 32, 3 layers\)"):
-            self.resolve(name, config=TransformerConfig(**SIZES))
+            self.resolve(name, config=TransformerConfig(**SIZES, num_layers=3))
         assert self.resolve("easycache", preset="flf2v-14B-720P")
 
     def test_vace_14b_takes_the_ratios_of_its_text_to_video_model(self):

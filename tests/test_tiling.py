@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from pico import random, random_vae
+from tiny_mlx_model import random, random_vae
 
 import wan_mlx
 from wan_mlx.hub.resolve import resolve

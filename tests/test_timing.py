@@ -4,8 +4,8 @@ import random
 from dataclasses import replace
 
 import mlx.core as mx
-import pico
 import pytest
+import tiny_mlx_model
 
 import wan_mlx
 from wan_mlx.hub.resolve import BUNDLED
@@ -116,7 +116,7 @@ def test_attention_is_timed_in_parts(nets, clock, monkeypatch):
 @pytest.mark.parametrize("frames", [1, 5])
 def test_the_vae_is_timed_by_a_later_frame_of_a_part(clock, monkeypatch, frames):
     """The first frame, which is other work, counts only where there is no other."""
-    config, firsts = pico.VAE_CONFIG, []
+    config, firsts = tiny_mlx_model.VAE_CONFIG, []
 
     def frame(flop, scale):
         def seconds(_, x, cache):

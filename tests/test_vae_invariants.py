@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from pico import VAE_CONFIG, random, random_vae
+from tiny_mlx_model import VAE_CONFIG, random, random_vae
 
 from wan_mlx.models.configs import VAEConfig
 from wan_mlx.models.vae import VAE

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import numpy as np
+import official_checkpoints as checkpoints
 import pytest
-import tiny
 from oracles import torch
 
 from wan_mlx.cli.main import main
@@ -16,7 +16,7 @@ from wan_mlx.cli.main import main
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    return tiny.write_official_folder(tmp_path_factory.mktemp("cli") / "Wan2.1-tiny", tiny.networks(3))
+    return checkpoints.write_official_folder(tmp_path_factory.mktemp("cli") / "Wan2.1-tiny", checkpoints.networks(3))
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import shutil
 import types
 
 import numpy as np
+import official_checkpoints as checkpoints
 import pytest
-import tiny
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from hub_server import serving
 from oracles import randomize
@@ -29,7 +29,7 @@ VIDEO = dict(width=32, height=32, num_frames=5, steps=2, seed=1, shift=5, guidan
 
 @pytest.fixture(scope="module")
 def official_folder(tmp_path_factory):
-    return tiny.write_official_folder(tmp_path_factory.mktemp("convert") / "official", tiny.networks(9))
+    return checkpoints.write_official_folder(tmp_path_factory.mktemp("convert") / "official", checkpoints.networks(9))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def diffusers_folder(tmp_path_factory):
         randomize(module, seed=len(name))
         module.save_pretrained(folder / name)
     (folder / "tokenizer").mkdir()
-    (folder / "tokenizer/spiece.model").write_bytes(tiny.sentencepiece_model())
+    (folder / "tokenizer/spiece.model").write_bytes(checkpoints.sentencepiece_model())
     (folder / "model_index.json").write_text("{}")
     return folder
 
@@ -131,9 +131,9 @@ def test_a_sharded_folder_gives_the_same_video(official_folder, sharded):
 
 def test_parts_of_a_folder_load_alone(sharded, tmp_path):
     folder = shutil.copytree(sharded, tmp_path / "parts")
-    assert wan_mlx.load_transformer(folder, "float32").config.num_layers == tiny.DIT["num_layers"]
-    assert wan_mlx.load_vae(folder).config.dim == tiny.VAE["dim"]
-    assert wan_mlx.load_text_encoder(folder, "float32").config.dim == tiny.TEXT["dim"]
+    assert wan_mlx.load_transformer(folder, "float32").config.num_layers == checkpoints.DIT["num_layers"]
+    assert wan_mlx.load_vae(folder).config.dim == checkpoints.VAE["dim"]
+    assert wan_mlx.load_text_encoder(folder, "float32").config.dim == checkpoints.TEXT["dim"]
 
 
 def test_config_says_what_the_folder_is(official_folder, sharded):

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 
-import oracles
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from oracles import official, randomize, relative_error
+from oracles import diffusers_transformer, official, randomize, relative_error
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from wan_mlx.errors import WeightsError
@@ -71,8 +70,8 @@ def official_transformer(config: TransformerConfig) -> Shapes:
 
 
 @cache
-def diffusers_transformer(config: TransformerConfig) -> Shapes:
-    return shapes_of(lambda: oracles.diffusers_transformer(config))
+def diffusers_shapes(config: TransformerConfig) -> Shapes:
+    return shapes_of(lambda: diffusers_transformer(config))
 
 
 @cache
@@ -188,7 +187,7 @@ def comfyui_fp8() -> Shapes:
 
 
 def diffusers_i2v_published() -> Shapes:
-    return diffusers_transformer(I2V) | {f"blocks.{n}.attn2.norm_added_q.weight": (5120,) for n in range(40)}
+    return diffusers_shapes(I2V) | {f"blocks.{n}.attn2.norm_added_q.weight": (5120,) for n in range(40)}
 
 
 def comfyui_text_encoder() -> Shapes:
@@ -207,7 +206,7 @@ def hf_clip_published() -> Shapes:
 CASES = {
     f"{layout} {name}": transformer_case(layout, build, preset.transformer)
     for name, preset in PRESETS.items()
-    for layout, build in (("official", official_transformer), ("diffusers", diffusers_transformer))
+    for layout, build in (("official", official_transformer), ("diffusers", diffusers_shapes))
 } | {
     "comfyui i2v": Case(
         "official transformer",

@@ -1,8 +1,9 @@
 """Every matrix of every kind of model is found by the names that Diffusers' own modules give its LoRA."""
 
+import official_checkpoints as checkpoints
 import pytest
-import tiny
 from diffusers.loaders import lora_conversion_utils
+from oracles import diffusers_transformer
 
 from wan_mlx.weights.layouts import canonical_keys, recognise
 from wan_mlx.weights.lora import _Resolver
@@ -10,7 +11,7 @@ from wan_mlx.weights.lora import _Resolver
 
 def matrices(kind):
     """Diffusers' module → our parameter, for all that have a matrix or a convolution."""
-    state = tiny.diffusers_transformer(kind).state_dict()
+    state = diffusers_transformer(checkpoints.config(kind)).state_dict()
     ours = {key: name for name, key in canonical_keys(recognise(state), state).items()}
     return {
         key.removesuffix(".weight"): ours[key]
@@ -19,7 +20,7 @@ def matrices(kind):
     }, set(ours.values())
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", checkpoints.KINDS)
 def test_every_matrix_has_each_of_its_names(kind):
     modules, parameters = matrices(kind)
     resolve = _Resolver(dict.fromkeys(parameters))
@@ -62,7 +63,7 @@ def test_diffusers_converter_means_the_same_modules(kind):
         assert {name for name, _ in ours} == {f"{name}.weight" for name in blocks}
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", checkpoints.KINDS)
 def test_every_parameter_can_be_a_difference(kind):
     """As lightx2v's extractor names what it does not split in two factors."""
     parameters = matrices(kind)[1]

@@ -1,8 +1,8 @@
 """Runs from pictures and videos go on from what was encoded of them: even where the sources are gone by then."""
 
 import numpy as np
+import official_checkpoints as checkpoints
 import pytest
-import tiny
 from PIL import Image
 
 from wan_mlx.cli.main import main
@@ -25,7 +25,7 @@ def pictures(folder):
 
 @pytest.mark.parametrize("kind", SOURCES)
 def test_goes_on_without_its_sources(tmp_path, monkeypatch, capsys, kind):
-    tiny.write_official_folder(tmp_path / "model", tiny.networks(3, kind), kind)
+    checkpoints.write_official_folder(tmp_path / "model", checkpoints.networks(3, kind), kind)
     here = tmp_path / "here"
     here.mkdir()
     pictures(here)
@@ -58,7 +58,7 @@ def test_goes_on_without_its_sources(tmp_path, monkeypatch, capsys, kind):
 
 def test_changed_source_is_refused(tmp_path, monkeypatch, capsys):
     """Cut before it was encoded: the run cannot be the same."""
-    model = tiny.write_official_folder(tmp_path / "model", tiny.networks(3, "i2v"), "i2v")
+    model = checkpoints.write_official_folder(tmp_path / "model", checkpoints.networks(3, "i2v"), "i2v")
     pictures(tmp_path)
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:

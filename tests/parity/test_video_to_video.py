@@ -6,8 +6,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import official_checkpoints as checkpoints
 import pytest
-import tiny
 from oracles import (
     official,
     official_frames,
@@ -69,7 +69,7 @@ def test_whole_run_against_the_official_networks(networks, pipe, monkeypatch):
     video = torch.from_numpy(source()).movedim(-1, 0).float() / 127.5 - 1
     vae, prompts = scale(VAEConfig()), ("a cat boxing", "a dog")
     with torch.no_grad():
-        texts = [official_text(networks["text_encoder"], tiny.sentencepiece_model(), text) for text in prompts]
+        texts = [official_text(networks["text_encoder"], checkpoints.sentencepiece_model(), text) for text in prompts]
         latents = official_latents(
             lambda latents, t, text: networks["transformer"]([latents], t, [text], 12)[0], texts, (16, 2, 4, 6),
             steps=5, shift=3.0, guidance=4.0, seed=1,

@@ -2,8 +2,8 @@
 
 import mlx.core as mx
 import numpy as np
+import official_checkpoints as checkpoints
 import pytest
-import tiny
 from oracles import (
     official,
     official_frames,
@@ -25,18 +25,18 @@ STEPS, SHIFT, GUIDANCE, SEED = 6, 5.0, 5.0, 42
 
 @pytest.fixture(scope="module")
 def modules():
-    return tiny.networks()
+    return checkpoints.networks()
 
 
 @pytest.fixture(scope="module")
 def folder(modules, tmp_path_factory):
-    return tiny.write_official_folder(tmp_path_factory.mktemp("official") / "Wan2.1-tiny", modules)
+    return checkpoints.write_official_folder(tmp_path_factory.mktemp("official") / "Wan2.1-tiny", modules)
 
 
 def official_run(modules, monkeypatch, solver: str, shape: tuple, guidance: float = GUIDANCE) -> torch.Tensor:
     """Latents of the official text to video."""
     monkeypatch.setattr(official("modules.model"), "flash_attention", unmasked_attention)
-    tokenizer, seq_len = tiny.sentencepiece_model(), shape[1] * shape[2] * shape[3] // 4
+    tokenizer, seq_len = checkpoints.sentencepiece_model(), shape[1] * shape[2] * shape[3] // 4
     texts = [official_text(modules["text_encoder"], tokenizer, text) for text in (PROMPT, NEGATIVE_PROMPT)]
     return official_latents(
         lambda latents, t, text: modules["transformer"]([latents], t, [text], seq_len)[0],
@@ -112,7 +112,7 @@ def test_nan_stops_with_the_step(modules, tmp_path, capsys):
         def state_dict(self):
             return poisoned
 
-    folder = tiny.write_official_folder(tmp_path / "nan", {**modules, "transformer": Poisoned()})
+    folder = checkpoints.write_official_folder(tmp_path / "nan", {**modules, "transformer": Poisoned()})
     assert generate(folder, tmp_path / "out.mp4") == 1
     assert "after step 1 of 6" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))

@@ -6,8 +6,8 @@ Everything from files, as a user has them: a tiny official folder of each kind, 
 from types import SimpleNamespace
 
 import numpy as np
+import official_checkpoints as checkpoints
 import pytest
-import tiny
 from oracles import (
     official,
     official_features,
@@ -93,7 +93,7 @@ def fitted_to_video() -> tuple[int, int, int]:
 
 def official_run(kind: str, modules, shape: tuple[int, int, int], extra_latents: int, velocity) -> tuple:
     """Latents, without those of reference images, and frames. ``shape`` is (width, height, num_frames)."""
-    tokenizer = tiny.sentencepiece_model()
+    tokenizer = checkpoints.sentencepiece_model()
     texts = [official_text(modules["text_encoder"], tokenizer, text) for text in (PROMPT, NEGATIVE[kind])]
     width, height, num_frames = shape
     shape = (16, (num_frames + 3) // 4 + extra_latents, height // 8, width // 8)
@@ -128,7 +128,7 @@ def official_vace(modules, names: str, context_scale: float) -> tuple:
     shape = fitted_to_video() if "v" in names else (*AREA, NUM_FRAMES)
     sources = dict(video=source_video() if "v" in names else None, mask=source_mask() if "m" in names else None)
     context = official_context(encoders(modules), shape[:2], shape[2], **sources, references=references)[None]
-    scales = torch.full((len(tiny.KINDS["vace"]["vace_layers"]),), context_scale)
+    scales = torch.full((len(checkpoints.KINDS["vace"]["vace_layers"]),), context_scale)
 
     def velocity(latents, t, text):
         model = modules["transformer"]

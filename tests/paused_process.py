@@ -37,7 +37,7 @@ sys.exit(generate.main(sys.argv[3:]))
 """
 
 
-class Held:
+class PausedProcess:
     """``python -m wan_mlx.generate`` with these arguments, waiting at ``where``: see `SCRIPT`.
 
     Attributes:

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 
 import sentencepiece
-from oracles import official, official_clip_model, randomize, torch
+from oracles import diffusers_transformer, official, official_clip_model, randomize, torch
 from safetensors.torch import save_file
 
+from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.weights.layouts import canonical_keys, recognise
 
 DIT = dict(dim=48, ffn_dim=80, num_heads=2, num_layers=2, freq_dim=32)
@@ -48,7 +49,7 @@ def networks(seed: int = 0, kind: str = "t2v") -> dict[str, torch.nn.Module]:
     if kind == "t2v":
         dit = official("modules.model").WanModel(model_type="t2v", text_dim=TEXT["dim"], **DIT, in_dim=16, out_dim=16)
     else:
-        dit = diffusers_transformer(kind)
+        dit = diffusers_transformer(config(kind))
     for offset, module in enumerate((text, vae, dit)):
         randomize(module.eval().requires_grad_(False), seed + offset)
     # A text is a few rows among 500 of zeros: at this strength it moves the picture, so that guidance can be tested.
@@ -59,30 +60,9 @@ def networks(seed: int = 0, kind: str = "t2v") -> dict[str, torch.nn.Module]:
     return modules
 
 
-def diffusers_transformer(kind: str) -> torch.nn.Module:
-    from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
-
-    sizes = DIT | KINDS[kind]
-    common = dict(
-        num_attention_heads=sizes["num_heads"],
-        attention_head_dim=sizes["dim"] // sizes["num_heads"],
-        in_channels=sizes["in_dim"],
-        out_channels=16,
-        text_dim=TEXT["dim"],
-        freq_dim=sizes["freq_dim"],
-        ffn_dim=sizes["ffn_dim"],
-        num_layers=sizes["num_layers"],
-    )
-    if kind == "vace":
-        return WanVACETransformer3DModel(
-            **common, vace_layers=sizes["vace_layers"], vace_in_channels=sizes["vace_in_dim"]
-        )
-    return WanTransformer3DModel(
-        **common,
-        image_dim=CLIP["vision_dim"],
-        added_kv_proj_dim=sizes["dim"],
-        pos_embed_seq_len=2 * 257 if kind == "flf2v" else None,
-    )
+def config(kind: str) -> TransformerConfig:
+    """Sizes of the tiny transformer of this kind."""
+    return TransformerConfig(kind, text_dim=TEXT["dim"], image_dim=CLIP["vision_dim"], **DIT | KINDS[kind])
 
 
 def write_official_folder(folder: Path, modules: dict[str, torch.nn.Module], kind: str = "t2v") -> Path:
@@ -97,7 +77,7 @@ def write_official_folder(folder: Path, modules: dict[str, torch.nn.Module], kin
     state = modules["transformer"].state_dict()
     names = canonical_keys(recognise(state), state)
     save_file({name: state[key] for name, key in names.items()}, folder / "diffusion_pytorch_model.safetensors")
-    config = {"_class_name": "VaceWanModel" if kind == "vace" else "WanModel", "model_type": kind, **DIT,
+    described = {"_class_name": "VaceWanModel" if kind == "vace" else "WanModel", "model_type": kind, **DIT,
               "out_dim": 16, "eps": 1e-6, "text_len": 512, **KINDS[kind]}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(described))
     return folder
