@@ -23,7 +23,7 @@ from wan_mlx.media.write import save_video
 from wan_mlx.models.configs import VAEConfig
 from wan_mlx.models.taehv import TAEHVConfig
 from wan_mlx.models.taehv import decode_flop as taehv_flop
-from wan_mlx.planning.flops import decode_flop, forward_parts, seq_len
+from wan_mlx.planning.flops import decode_flop, forward_parts
 from wan_mlx.presets import PRESETS
 from wan_mlx.weights.taehv import load_taehv
 
@@ -50,8 +50,8 @@ def main() -> None:
         previewers["TAEHV"] = TinyDecoder(load_taehv(args.taehv))
     with tempfile.TemporaryDirectory() as folder:
         for name, shape in CASES:
-            config = PRESETS[name].transformer
-            step = 2 * sum(forward_parts(config, seq_len(config, shape)).values())  # two passes
+            preset = PRESETS[name]
+            step = 2 * sum(forward_parts(preset.transformer, preset.geometry.seq_len(shape)).values())  # two passes
             latents = mx.array(np.random.default_rng(0).normal(size=(1, *shape, 16)).astype(np.float32))
             mx.eval(latents)
             for kind, previewer in previewers.items():

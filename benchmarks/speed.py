@@ -29,8 +29,8 @@ AGAINST = ("forward", "decode", "encode")
 
 def forward_flop(name: str, size: tuple[int, int], frames: int) -> float:
     """Operations of one transformer forward, a multiplication and an addition counted as two."""
-    c = PRESETS[name].transformer
-    tokens = ((frames - 1) // 4 + 1) * (size[0] // 16) * (size[1] // 16)
+    c, geometry = PRESETS[name].transformer, PRESETS[name].geometry
+    tokens = geometry.seq_len(geometry.latent_shape(*size, frames))
     linear = 2 * tokens * c.dim * (6 * c.dim + 2 * c.ffn_dim) + 4 * 512 * c.dim**2
     return c.num_layers * (linear + 4 * tokens * (tokens + 512) * c.dim)
 

@@ -6,7 +6,6 @@ Networks have their true sizes and random weights; `wan_mlx` runs on MLX's defau
 from __future__ import annotations
 
 import json
-import math
 import re
 import subprocess
 import sys
@@ -23,8 +22,11 @@ PROMPT = "two cats fight on a stage"
 
 
 def latent_shape(case: dict) -> tuple[int, int, int]:
-    width, height = sizes(case)
-    return (case["frames"] - 1) // 4 + 1, height // 8, width // 8
+    return PRESETS[case["model"]].geometry.latent_shape(*sizes(case), case["frames"])
+
+
+def seq_len(case: dict) -> int:
+    return PRESETS[case["model"]].geometry.seq_len(latent_shape(case))
 
 
 def sizes(case: dict) -> tuple[int, int]:
@@ -45,7 +47,7 @@ class Ours:
     def matmul(self, case):
         import mlx.core as mx
 
-        c, tokens = PRESETS[case["model"]].transformer, math.prod(latent_shape(case)) // 4
+        c, tokens = PRESETS[case["model"]].transformer, seq_len(case)
         x, w = (mx.random.normal(shape).astype(mx.bfloat16) for shape in ((tokens, c.dim), (c.ffn_dim, c.dim)))
         mx.eval(x, w)
         return lambda: mx.eval([x @ w.T for _ in range(10)]), 20.0 * tokens * c.dim * c.ffn_dim
@@ -53,7 +55,7 @@ class Ours:
     def attention(self, case):
         import mlx.core as mx
 
-        c, tokens = PRESETS[case["model"]].transformer, math.prod(latent_shape(case)) // 4
+        c, tokens = PRESETS[case["model"]].transformer, seq_len(case)
         shape = (1, c.num_heads, tokens, c.head_dim)
         q, k, v = (mx.random.normal(shape).astype(mx.bfloat16) for _ in range(3))
         mx.eval(q, k, v)

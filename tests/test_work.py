@@ -3,7 +3,7 @@
 import pytest
 
 from wan_mlx.models.configs import ImageEncoderConfig, TextEncoderConfig, VAEConfig
-from wan_mlx.planning.flops import decode_flop, encode_flop, forward_parts, image_flop, seq_len, text_flop
+from wan_mlx.planning.flops import decode_flop, encode_flop, forward_parts, image_flop, text_flop
 from wan_mlx.presets import PRESETS
 
 
@@ -18,7 +18,7 @@ from wan_mlx.presets import PRESETS
 )  # fmt: skip
 def test_forward(model, latents, tokens, parts, total):
     config = PRESETS[model].transformer
-    assert seq_len(config, latents) == tokens
+    assert PRESETS[model].geometry.seq_len(latents) == tokens
     found = [flop / 1e12 for flop in forward_parts(config, tokens).values()]
     assert found[:5] == pytest.approx(parts, abs=0.06) and found[5] == 0
     assert sum(found) == pytest.approx(total, rel=1e-3)

@@ -19,12 +19,13 @@ from . import __version__
 from .caching import make_cache
 from .denoise import denoise, step_reached, with_condition, without_references
 from .files.sentencepiece import read_tokenizer
+from .geometry import Geometry
 from .guidance import Guidance
 from .hub.resolve import Places, preset_of, resolve, resolve_loras
 from .media.preview import Previewer, TinyDecoder, latent_map, tiny_autoencoder
 from .media.write import latents_to_numpy, to_uint8
 from .models import vae_tiling as tiling
-from .models.configs import TEXT_LEN
+from .models.configs import TEXT_LEN, geometry_of
 from .models.text_encoder import pad_context
 from .models.tokenizer import Tokenizer
 from .models.vae_tiling import parse_tiling
@@ -296,6 +297,11 @@ class WanPipeline:
             settings=settings,
             stages=self.reports,
         )
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """The sizes of the model's latents and tokens, from its weights."""
+        return geometry_of(self.config, vae_config_of(self.checkpoint))
 
     request = build_request  # (prompt, **options) → Request
     plan = plan_request  # (request, measure=False) → Plan

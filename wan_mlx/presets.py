@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .models.configs import TextEncoderConfig, TransformerConfig, VAEConfig
+from .geometry import Geometry
+from .models.configs import TextEncoderConfig, TransformerConfig, VAEConfig, geometry_of
 
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -52,6 +53,11 @@ class Preset:
     diffusers: str = ""
     comfyui: str = ""
     gguf: str = ""
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes of the model's latents and tokens."""
+        return geometry_of(self.transformer, self.vae)
 
     def sampling_for(self, width: int, height: int) -> Sampling:
         """Defaults for an output of ``width`` x ``height`` pixels."""

@@ -55,9 +55,9 @@ def build_request(
     Args:
         prompt: not empty.
         negative_prompt: what to avoid; "" for nothing.
-        width, height: pixels, multiples of 16. Where the task follows the proportions of an image or a source
-            video, they are the area.
-        num_frames: 4n+1; a shorter source video makes it fewer.
+        width, height: pixels, multiples of `Geometry.side` (16 for Wan2.1). Where the task follows the proportions of
+            an image or a source video, they are the area.
+        num_frames: 4n+1 for Wan2.1; a shorter source video makes it fewer.
         steps: at least 1.
         guidance_scale: 1 turns guidance off.
         shift: of the sigma schedule, > 0.
@@ -113,6 +113,7 @@ def build_request(
         recipe=recipe,
         video=video,
         strength=(1.0 if video is None else DEFAULT_STRENGTH) if strength is None else strength,
+        geometry=pipe.geometry,
     )
     check_request(request)
     check_guidance(request, pipe.config.num_layers)
@@ -124,14 +125,8 @@ def check_request(request: Request) -> None:
     """Raise ValueError, with the nearest valid choice, if a value cannot be used."""
     if not request.prompt.strip():
         raise ValueError("the prompt is empty; say what the video should show")
-    for name in ("width", "height"):
-        pixels = getattr(request, name)
-        if pixels < 16 or pixels % 16:
-            nearest = max(16, round(pixels / 16) * 16)
-            raise ValueError(f"{name} is {pixels}, expected a positive multiple of 16; nearest: {nearest}")
-    if request.num_frames < 1 or request.num_frames % 4 != 1:
-        nearest = max(1, round((request.num_frames - 1) / 4) * 4 + 1)
-        raise ValueError(f"frames is {request.num_frames}, expected 4n+1 (1, 5, ..., 81, ...); nearest: {nearest}")
+    request.geometry.check_size(request.width, request.height)
+    request.geometry.check_frames(request.num_frames)
     if request.steps < 1:
         raise ValueError(f"steps is {request.steps}, expected at least 1")
     if not request.shift > 0:

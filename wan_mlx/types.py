@@ -3,8 +3,8 @@
 Glossary, used throughout the package:
 
     B            batch; always 1 on the sampling path (guidance is two passes, not a batch of two)
-    T, H, W      pixels: ``num_frames`` (4n+1), ``height``, ``width`` (multiples of 16)
-    t, h, w      latents: ``latent_frames`` = (T-1)/4+1, H/8, W/8
+    T, H, W      pixels: ``num_frames``, ``height``, ``width``; of Wan2.1 4n+1, and multiples of 16
+    t, h, w      latents, as many as the model's `Geometry` says: of Wan2.1 (T-1)/4+1, H/8, W/8
     C            latent channels (16 for every Wan2.1 model)
     L            tokens: ``seq_len`` = t * h/2 * w/2, one per 1x2x2 patch of latents
     D            width of the transformer ("dim")
@@ -19,6 +19,8 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict
+
+from .geometry import WAN_2_1, Geometry
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +50,7 @@ def describe_source(source: Source | None) -> str | None:
 class Request:
     """What the user asked for, complete: no ``None`` is left where a preset has a default.
 
-    ``width`` and ``height`` are pixels (multiples of 16), ``num_frames`` is 4n+1, ``seed`` is >= 0.
+    ``width``, ``height`` (pixels) and ``num_frames`` are as the model's ``geometry`` allows, ``seed`` is >= 0.
 
     Sources are paths, PIL images or numpy arrays (see `wan_mlx.media.read`), None where the task has no use for them:
     ``image`` and ``last_image`` of i2v and flf2v; ``src_video``, ``src_mask`` (white is what to generate) and
@@ -90,11 +92,12 @@ class Request:
     strength: float = 1.0
     original_prompt: str | None = None
     extended_by: str | None = None
+    geometry: Geometry = WAN_2_1
 
     def settings(self) -> dict[str, Any]:
-        """Every field as JSON takes it: sources as `describe_source` has them."""
+        """Every field but the model's ``geometry``, as JSON takes it: sources as `describe_source` has them."""
         return {
-            **vars(self),
+            **{name: value for name, value in vars(self).items() if name != "geometry"},
             **{name: describe_source(getattr(self, name)) for name in SOURCE_FIELDS},
             "src_ref_images": [describe_source(source) for source in self.src_ref_images],
         }
@@ -116,7 +119,7 @@ class Request:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """``(t, h, w)`` of the latents."""
-        return (self.num_frames - 1) // 4 + 1, self.height // 8, self.width // 8
+        return self.geometry.latent_shape(self.width, self.height, self.num_frames)
 
     @property
     def begin(self) -> int:
@@ -165,7 +168,8 @@ class Conditioning:
     ``source_latents``: as ``noise``: the video to start from under this noise; None where noise is all there is.
     ``context`` and ``negative_context``: (1, 512, text_dim), text embeddings zero-padded to 512 rows;
     ``negative_context`` is None when guidance is off.
-    ``condition``: float32 (1, t, h, w, 4 + C), i2v and flf2v: 4 mask channels, 1 where frames are given, then latents.
+    ``condition``: float32 (1, t, h, w, 4 + C), i2v and flf2v: a mask channel for each of a latent frame's frames, 1
+    where they are given, then latents.
     ``image_features``: (N, 257, image_dim), CLIP features of the N given images.
     ``vace_context``: float32 (1, t, h, w, 2C + 64), VACE: latents of what stays, of what changes, and the mask.
     ``context_scale``: strength of VACE's hints.

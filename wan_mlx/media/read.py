@@ -21,13 +21,13 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
+from ..geometry import WAN_2_1, Geometry
 from ..types import Source
 
 log = logging.getLogger(__name__)
 
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # the files that Pillow reads where a video is expected
 ANIMATIONS = ("PNG", "WEBP", "GIF")
-ARRAY_FPS = 16  # of a video in memory, which does not say: Wan2.1's own rate
 STILL_SECONDS = 0.1  # of an animation's frame that gives no duration, as browsers have it
 EXPECTED = "a path, a PIL image or a numpy uint8 array"
 
@@ -72,21 +72,22 @@ def read_image(source: Source) -> np.ndarray:
         return _rgb(image, str(path))
 
 
-def open_video(source: Source) -> Clip:
+def open_video(source: Source, fps: int = 16) -> Clip:
     """A video, an animation or a still picture → `Clip`.
 
     Args:
         source: a path; a PIL image; or an array uint8 or bool: (T, H, W), (T, H, W, 1 or 3 or 4), or one frame
             as `read_image` takes it.
+        fps: of a video in memory, which does not say: the model's own rate.
 
     Raises:
         ValueError: no such file, neither a video nor an image, damaged, or an array of another kind.
     """
     if isinstance(source, np.ndarray):
         frames = _rgb_frames(source, still=source.ndim == 2 or (source.ndim == 3 and source.shape[-1] in (1, 3, 4)))
-        return _clip_in_memory("the array", frames, np.full(len(frames), 1 / ARRAY_FPS))
+        return _clip_in_memory("the array", frames, np.full(len(frames), 1 / fps))
     if isinstance(source, Image.Image):
-        return _clip_in_memory("the PIL image", read_image(source)[None], np.full(1, 1 / ARRAY_FPS))
+        return _clip_in_memory("the PIL image", read_image(source)[None], np.full(1, 1 / fps))
     path = _existing(source, "video")
     try:
         image = _open_picture(path, PICTURES)
@@ -132,12 +133,12 @@ def to_float(image: np.ndarray) -> np.ndarray:
     return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def in_chunks(frames: Iterable[np.ndarray]) -> Iterator[mx.array]:
-    """Frames (H, W, 3) → what the VAE takes at a time: float32 (1, 1, H, W, 3), then (1, 4, H, W, 3) each."""
+def in_chunks(frames: Iterable[np.ndarray], geometry: Geometry = WAN_2_1) -> Iterator[mx.array]:
+    """Frames (H, W, 3) → what the VAE takes at a time: float32 (1, 1, H, W, 3), then (1, temporal, H, W, 3) each."""
     frames, size = iter(frames), 1
     while chunk := list(islice(frames, size)):
         yield mx.array(np.stack(chunk))[None]
-        size = 4
+        size = geometry.temporal
 
 
 def _existing(source: str | Path, kind: str) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..geometry import Geometry
+
 NUM_TRAIN_TIMESTEPS = 1000
 TEXT_LEN = 512
 
@@ -83,3 +85,18 @@ class VAEConfig:
         2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     )  # fmt: skip
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent along height and width; 8 for Wan2.1."""
+        return 2 ** len(self.temporal_downsample)
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per latent frame after the first, which stands for one frame; 4 for Wan2.1."""
+        return 2 ** sum(self.temporal_downsample)
+
+
+def geometry_of(transformer: TransformerConfig, vae: VAEConfig) -> Geometry:
+    """The sizes of latents and tokens that the two networks of a model make together."""
+    return Geometry(vae.temporal_factor, vae.spatial_factor, transformer.patch_size)

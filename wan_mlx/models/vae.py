@@ -291,12 +291,12 @@ class VAE(nn.Module):
     @property
     def spatial_factor(self) -> int:
         """Pixels per latent along height and width; 8 for Wan2.1."""
-        return 2 ** len(self.config.temporal_downsample)
+        return self.config.spatial_factor
 
     @property
     def temporal_factor(self) -> int:
         """Frames per latent frame after the first, which stands for one frame; 4 for Wan2.1."""
-        return 2 ** sum(self.config.temporal_downsample)
+        return self.config.temporal_factor
 
     def encode(self, frames: mx.array) -> mx.array:
         """Mean of the latents of a video that is in memory as a whole.

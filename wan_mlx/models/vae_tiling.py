@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import is_out_of_memory
+from ..geometry import WAN_2_1, Geometry
 from .vae import VAE, Downsample, ResidualBlock, Upsample, flow
 from .vae_layers import CausalCache
 
@@ -32,11 +33,11 @@ SMALLEST_TILE = 64  # pixels: below it, a tile is mostly margin
 RETRIES = (512, 384, 256, 128, SMALLEST_TILE)  # sides to try, one after the other, where memory did not last
 
 
-def parse_tiling(text: str | tuple[int, int] | None) -> str | tuple[int, int]:
+def parse_tiling(text: str | tuple[int, int] | None, geometry: Geometry = WAN_2_1) -> str | tuple[int, int]:
     """``--vae-tiling``: "auto", "off", or the largest tile in pixels as "WxH" or (width, height).
 
     Raises:
-        ValueError: none of these, or a side that is no multiple of 8 or too small.
+        ValueError: none of these, or a side that is no multiple of the pixels per latent or too small.
     """
     if text is None or text in ("auto", "off"):
         return text or "auto"
@@ -47,11 +48,11 @@ def parse_tiling(text: str | tuple[int, int] | None) -> str | tuple[int, int]:
     if not sides or len(sides) != 2:
         raise ValueError(f"vae_tiling is {text!r}, expected auto, off, or a tile's size in pixels such as 384x256")
     for side in sides:
-        if side < SMALLEST_TILE or side % 8:
-            nearest = max(SMALLEST_TILE, round(side / 8) * 8)
+        if side < SMALLEST_TILE or side % geometry.spatial:
+            nearest = max(SMALLEST_TILE, round(side / geometry.spatial) * geometry.spatial)
             raise ValueError(
-                f"vae_tiling is {text!r}, expected multiples of 8 from {SMALLEST_TILE} pixels; nearest to {side}: "
-                f"{nearest}"
+                f"vae_tiling is {text!r}, expected multiples of {geometry.spatial} from {SMALLEST_TILE} pixels; "
+                f"nearest to {side}: {nearest}"
             )
     return tuple(sides)
 
@@ -119,7 +120,7 @@ def decode_in_memory(
     progress: Callable[..., Iterable],
 ) -> Iterator[Any]:
     """`decode`, again in smaller tiles if memory does not last: they make the same frames."""
-    size, given = (8 * latents.shape[3], 8 * latents.shape[2]), 0
+    size, given = (vae.spatial_factor * latents.shape[3], vae.spatial_factor * latents.shape[2]), 0
     while True:
         done = 0
         try:

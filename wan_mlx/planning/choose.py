@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..errors import MemoryPlanError
+from ..geometry import WAN_2_1, Geometry
 from ..models.configs import ImageEncoderConfig
 from ..models.layers import TOKENS_AT_ONCE
 from ..models.vae_tiling import SMALLEST_TILE, parse_tiling
@@ -191,7 +192,7 @@ def choose(
     asked = parse_memory(memory)
     budget = available_memory() if asked is None else asked
     room = FILL * budget
-    tiling, c = parse_tiling(vae_tiling), nets.transformer
+    tiling, c = parse_tiling(vae_tiling, nets.geometry), nets.transformer
     itemsize = 4  # of the VAE
     vae_weights = kept * peaks.vae_weights(nets.vae, itemsize)
 
@@ -202,7 +203,7 @@ def choose(
     held = kept * peaks.load_transformer(nets, stream)
     tile_for = {}
     for name, peak in (("decode", peaks.decode), ("encode", peaks.encode)):
-        tiles = [tiling] if isinstance(tiling, tuple) else [None] if tiling == "off" else tile_choices(latent_shape)
+        tiles = {"off": [None], "auto": tile_choices(latent_shape, nets.geometry)}.get(tiling, [tiling])
 
         def needs(tile, peak=peak) -> int:
             return peak(nets.vae, latent_shape, tile, itemsize) + held
@@ -222,7 +223,7 @@ def choose(
         flop = videos * work.encode_flop(nets.vae, latent_shape) * peaks.tile_work(nets.vae, latent_shape, tile, False)
         peak = peaks.encode(nets.vae, latent_shape, tile, itemsize) + held
         rows.append(Row("encode video", _tiled(tile), peak, flop, vae_bytes))
-    parts = {name: forwards * flop for name, flop in work.forward_parts(c, work.seq_len(c, latent_shape)).items()}
+    parts = {name: forwards * flop for name, flop in work.forward_parts(c, nets.geometry.seq_len(latent_shape)).items()}
     w = nets.weights
     reads = w.stored_outside + w.stored_blocks * (forwards if stream else 1)
     pieces = f", {tokens_at_once} tokens at once" * (tokens_at_once != TOKENS_AT_ONCE)
@@ -237,13 +238,13 @@ def choose(
                 tuple(rows))  # fmt: skip
 
 
-def tile_choices(latent_shape: tuple[int, int, int]) -> list[tuple[int, int] | None]:
+def tile_choices(latent_shape: tuple[int, int, int], geometry: Geometry = WAN_2_1) -> list[tuple[int, int] | None]:
     """Whole frames, then tiles (width, height) in pixels from large to small: the more, the more margins."""
-    _, h, w = latent_shape
+    (_, h, w), each = latent_shape, geometry.spatial
     found: list[tuple[int, int] | None] = [None]
-    for count in range(2, 1 + (8 * h // SMALLEST_TILE or 1) * (8 * w // SMALLEST_TILE or 1)):
+    for count in range(2, 1 + (each * h // SMALLEST_TILE or 1) * (each * w // SMALLEST_TILE or 1)):
         grids = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
-        tiles = [(8 * -(-w // columns), 8 * -(-h // rows)) for rows, columns in grids]
+        tiles = [(each * -(-w // columns), each * -(-h // rows)) for rows, columns in grids]
         tiles = [tile for tile in tiles if min(tile) >= SMALLEST_TILE]
         if tiles:
             found.append(min(tiles, key=sum))  # the squarest has the least margin
@@ -289,12 +290,9 @@ def plan(
     preset, checkpoint = find_model(model)
     nets = networks(checkpoint if isinstance(checkpoint, Checkpoint) else preset, dtype, quantize)
     width, height = width or preset.size[0], height or preset.size[1]
-    for name, pixels in (("width", width), ("height", height)):
-        if pixels < 16 or pixels % 16:
-            raise ValueError(f"{name} is {pixels}, expected a positive multiple of 16; nearest: {nearest(pixels, 16)}")
+    nets.geometry.check_size(width, height)
     frames = preset.num_frames if num_frames is None else num_frames
-    if frames < 1 or frames % 4 != 1:
-        raise ValueError(f"frames is {frames}, expected 4n+1; nearest: {max(1, round((frames - 1) / 4) * 4 + 1)}")
+    nets.geometry.check_frames(frames)
     defaults = preset.sampling_for(width, height)
     guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
     passes = 1 if guidance == 1 else 2
@@ -308,16 +306,16 @@ def plan(
         if quantize not in packed:
             packed[quantize] = networks(checkpoint or preset, dtype, quantize)
         title = f"{preset.name} {width}x{height}, {frames} frames"
-        shape = latent_shape(width, height, frames)
+        shape = nets.geometry.latent_shape(width, height, frames)
         return choose(packed[quantize], title, shape, forwards, memory, vae_tiling)
 
-    found = with_advice(choice(), choice, (width, height), frames, quantize)
+    found = with_advice(choice(), choice, nets.geometry, (width, height), frames, quantize)
     if measure:
         from ..weights.load import parameters_of
         from .speed import timed
 
         parameters = checkpoint and parameters_of(checkpoint, nets.dtype, quantize)
-        found = timed(found, nets, latent_shape(width, height, frames), passes, parameters)
+        found = timed(found, nets, nets.geometry.latent_shape(width, height, frames), passes, parameters)
     return found
 
 
@@ -333,7 +331,7 @@ def plan_request(pipe: WanPipeline, request: Request, measure: bool = False) -> 
     size, frames = (request.width, request.height), request.num_frames
 
     def shape(width: int, height: int, frames: int) -> tuple[int, int, int]:
-        t, h, w = latent_shape(width, height, frames)
+        t, h, w = request.geometry.latent_shape(width, height, frames)
         return t + len(request.src_ref_images), h, w
 
     def choice(
@@ -351,7 +349,7 @@ def plan_request(pipe: WanPipeline, request: Request, measure: bool = False) -> 
             kept=pipe.keeps_loaded,
         )
 
-    found = with_advice(choice(), choice, size, frames, pipe.quantize)
+    found = with_advice(choice(), choice, request.geometry, size, frames, pipe.quantize)
     if measure:
         nets = pipe.sizes(pipe.quantize)
         parameters = parameters_of(pipe.checkpoint, nets.dtype, pipe.quantize)
@@ -359,23 +357,20 @@ def plan_request(pipe: WanPipeline, request: Request, measure: bool = False) -> 
     return found
 
 
-def nearest(value: int, step: int) -> int:
-    return max(step, round(value / step) * step)
-
-
-def latent_shape(width: int, height: int, frames: int) -> tuple[int, int, int]:
-    """(t, h, w) of a video's latents."""
-    return (frames - 1) // 4 + 1, height // 8, width // 8
-
-
 def with_advice(
-    plan: Plan, choice: Callable[..., Plan], size: tuple[int, int], frames: int, quantize: str | None
+    plan: Plan,
+    choice: Callable[..., Plan],
+    geometry: Geometry,
+    size: tuple[int, int],
+    frames: int,
+    quantize: str | None,
 ) -> Plan:
     """The plan and, if it does not fit, options that would, each alone.
 
     Args:
         plan: as asked for.
         choice: makes a plan with what is changed: width and height, frames, quantize or memory.
+        geometry: the model's.
         size, frames, quantize: what was asked for.
     """
     if plan.fits:
@@ -390,11 +385,11 @@ def with_advice(
             except ValueError:  # its sizes do not suit, or it is packed already
                 break
     for share in (0.75, 0.65, 0.5, 0.35):
-        width, height = (nearest(round(side * share), 16) for side in size)
+        width, height = (geometry.nearest_side(round(side * share)) for side in size)
         if choice(width=width, height=height).fits:
             found.append(f"--size {width}x{height}")
             break
-    for fewer in (61, 49, 33, 17, 5, 1):
+    for fewer in map(geometry.nearest_frames, (61, 49, 33, 17, 5, 1)):
         if fewer < frames and choice(frames=fewer).fits:
             found.append(f"--frames {fewer}")
             break

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 
 IMAGE_TOKENS = 257  # CLIP's, for each image
-
-
-def seq_len(config: TransformerConfig, latent_shape: tuple[int, int, int]) -> int:
-    """Tokens of latents (t, h, w)."""
-    return math.prod(n // p for n, p in zip(latent_shape, config.patch_size, strict=True))
 
 
 def image_tokens(config: TransformerConfig) -> int:

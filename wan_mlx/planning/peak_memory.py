@@ -15,8 +15,9 @@ from functools import lru_cache
 import mlx.core as mx
 
 from ..cuda import read as cuda
+from ..geometry import Geometry
 from ..models.attention import UNFUSED_SCORES, has_fused_kernel, keys_to_append
-from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig, geometry_of
 from ..models.layers import FEED_FORWARD_TOKENS, FEW_TOKENS
 from ..models.quantized_linear import Packing
 from ..models.rope import row_order
@@ -29,7 +30,7 @@ from ..models.vae_tiling import decoder_spans, encoder_spans, split
 from ..weights.component import parameter_shapes
 from ..weights.parameters import dtype_of
 from ..weights.prefetch import most_in_flight
-from .flops import frames_at, seq_len, stages
+from .flops import frames_at, stages
 
 # Arrays as wide as the tokens (L, D) that live at once while queries, keys and values are made: the tokens, their norm,
 # and of queries and keys each the projection and its rotation, since keys are submitted before queries are done.
@@ -94,6 +95,11 @@ class Networks:
     text_block: int  # bytes of one block of the text encoder
     text_stored: int  # bytes of the text encoder's blocks in its file
     packings: Mapping[str, Packing] = field(default_factory=dict)  # of the transformer's packed matrices
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes of its latents and tokens."""
+        return geometry_of(self.transformer, self.vae)
 
 
 def on_cpu() -> bool:
@@ -188,7 +194,7 @@ def denoise(
 ) -> int:
     """Weights, and one forward's arrays; two passes are made one after the other, on the CPU at once."""
     c, w = nets.transformer, nets.weights
-    tokens = seq_len(c, latent_shape)
+    tokens = nets.geometry.seq_len(latent_shape)
     wide = tokens * c.dim * nets.dtype.size
     attending = TOKENS_ALIVE_SETTLED if tokens_at_once <= FEW_TOKENS else TOKENS_ALIVE
     attending += TOKENS_ALIVE_OPERATIONS * on_cpu()
@@ -248,7 +254,7 @@ def tile_work(
     if tile is None:
         return 1.0
     t, h, w = latent_shape
-    factor, whole, tiled = 2 ** len(config.temporal_downsample), 0.0, 0.0
+    factor, whole, tiled = config.spatial_factor, 0.0, 0.0
     spans_of = decoder_spans if decoding else encoder_spans
     sums = []
     for length, side in zip((h, w), tile[::-1], strict=True):
@@ -269,7 +275,7 @@ def tile_kinds(
     """How many different shapes tiles have with their margins."""
     if tile is None:
         return 1
-    kinds, factor = 1, 2 ** len(config.temporal_downsample)
+    kinds, factor = 1, config.spatial_factor
     spans_of = decoder_spans if decoding else encoder_spans
     for length, side in zip(latent_shape[1:], tile[::-1], strict=True):
         parts = split(length, max(1, side // factor))
@@ -287,7 +293,7 @@ def convolutions(config: VAEConfig, decoding: bool) -> list[int]:
 
 def _vae(config, latent_shape, tile, itemsize, decoding) -> int:
     t, h, w = latent_shape
-    factor, widest = 2 ** len(config.temporal_downsample), config.dim * config.dim_mult[-1]
+    factor, widest = config.spatial_factor, config.dim * config.dim_mult[-1]
     weights = vae_weights(config, itemsize)
     spans_of = decoder_spans if decoding else encoder_spans
     given, right = [], []  # pixels of the largest tile at each stage: before, and what is passed on
@@ -327,5 +333,5 @@ def _vae(config, latent_shape, tile, itemsize, decoding) -> int:
         middle = 0
         whole_video = t * h * w * widest * itemsize
         if not decoding:
-            whole_video += ((t - 1) * 2 ** sum(temporal) + 1) * h * w * factor**2 * 3 * 4
+            whole_video += ((t - 1) * config.temporal_factor + 1) * h * w * factor**2 * 3 * 4
     return round(weights + (caches + middle) * itemsize + peak + whole_video + overhead())

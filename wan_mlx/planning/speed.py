@@ -122,13 +122,13 @@ def measure_rates(
         parameters: the transformer's, if its weights are here.
     """
     at_a_time = passes if peaks.on_cpu() and not plan.stream else 1
-    tokens = work.seq_len(nets.transformer, latent_shape)
+    tokens = nets.geometry.seq_len(latent_shape)
     encodes = any(row.stage == "encode video" for row in plan.rows)
     with limited_cache(plan):  # as in the run: memory that must be asked for anew each time makes all slower
         attending = attention_rate(nets, tokens, at_a_time)
         forward = transformer_rate(nets, tokens, at_a_time, plan.tokens_at_once, attending.flop)
-        decode = decode_rate(nets.vae, _corner(latent_shape, plan.decode_tile))
-        encode = encode_rate(nets.vae, _corner(latent_shape, plan.encode_tile)) if encodes else Rate(0.0, 0.0)
+        decode = decode_rate(nets.vae, _corner(nets.vae, latent_shape, plan.decode_tile))
+        encode = encode_rate(nets.vae, _corner(nets.vae, latent_shape, plan.encode_tile)) if encodes else Rate(0.0, 0.0)
         reading = reading_rate(parameters, plan.stream) if parameters else None
     mx.clear_cache()
     first = {
@@ -399,10 +399,14 @@ def _seconds(run: Callable[[], None], at_a_time: int) -> float:
     return (perf_counter() - started) / at_a_time
 
 
-def _corner(latent_shape: tuple[int, int, int], tile: tuple[int, int] | None) -> tuple[int, int, int]:
+def _corner(
+    config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None
+) -> tuple[int, int, int]:
     """The latents of one of the tiles (width, height) in pixels."""
+    if tile is None:
+        return latent_shape
     t, h, w = latent_shape
-    return latent_shape if tile is None else (t, min(h, tile[1] // 8), min(w, tile[0] // 8))
+    return t, min(h, tile[1] // config.spatial_factor), min(w, tile[0] // config.spatial_factor)
 
 
 def _two_frames(latent_shape: tuple[int, int, int], side: int) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import mlx.core as mx
 from .. import __version__
 from ..cli.flags import FREE_ON_RESUME, MODEL_FLAGS, PATH_FLAGS, flag_names
 from ..errors import WanError
+from ..geometry import WAN_2_1, Geometry
 from ..hub.resolve import BUNDLED
 from ..media.write import read_settings
 from ..types import SOURCE_FIELDS, Request
@@ -40,6 +42,7 @@ def make_record(pipe: WanPipeline, request: Request, flags: Mapping[str, Any]) -
     for name in SOURCE_FIELDS:
         fields[name] = _absolute(fields[name])
     fields["src_ref_images"] = [_absolute(name) for name in fields["src_ref_images"]]
+    fields["geometry"] = list(astuple(request.geometry))
     sources = [fields[name] for name in SOURCE_FIELDS] + fields["src_ref_images"]
     record = {
         "flags": _normal_flags(flags) | {"seed": request.seed},
@@ -85,7 +88,8 @@ def request_of(record: Mapping[str, Any]) -> Request:
         WanError: it is of another version of wan_mlx, which had other fields.
     """
     try:
-        return Request(**_tuples(record["request"]))
+        fields = _tuples(record["request"])
+        return Request(**{**fields, "geometry": Geometry(*fields.get("geometry", astuple(WAN_2_1)))})
     except TypeError as error:
         raise WanError(
             f"the run was begun by wan_mlx {record['machine']['wan_mlx']}, whose requests differ from those of "

@@ -16,8 +16,8 @@ def fit(request: Request) -> Request:
     for name, image in (("first", request.image), ("last", request.last_image)):
         if image is None:
             raise ValueError(f"first and last frame to video needs both images, the {name} one was not given")
-    if request.num_frames < 5:
-        raise ValueError(f"frames is {request.num_frames}, expected room for a first and a last one; nearest: 5")
+    if request.num_frames < (least := request.geometry.num_frames(latent_frames=2)):
+        raise ValueError(f"frames is {request.num_frames}, expected room for a first and a last one; nearest: {least}")
     read_image(request.last_image)
     return i2v.fit(request)
 

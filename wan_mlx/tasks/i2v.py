@@ -12,26 +12,28 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from ..geometry import WAN_2_1, Geometry
 from ..media.read import in_chunks, read_image, to_float
 from ..resize import resize_bicubic
 from ..types import Conditioning, Encoders, Request
 from . import t2v
 
 
-def output_size(image_size: tuple[int, int], area: int) -> tuple[int, int]:
-    """(width, height) in pixels, multiples of 16, of about ``area`` and of the image's (width, height) proportions.
+def output_size(image_size: tuple[int, int], area: int, geometry: Geometry = WAN_2_1) -> tuple[int, int]:
+    """(width, height) in pixels of about ``area`` and of the image's (width, height) proportions, in whole tokens.
 
     Raises:
-        ValueError: the image is so narrow that one side would be below 16 pixels.
+        ValueError: the image is so narrow that one side would be below a token's.
     """
     width, height = image_size
     aspect = height / width
-    # Latents per side, in the official order: floored to whole ones, then to whole patches of two.
-    rows = round(math.sqrt(area * aspect) // 8 // 2 * 2)
-    columns = round(math.sqrt(area / aspect) // 8 // 2 * 2)
+    # In the official order: floored to whole latents, then to whole patches of them.
+    latents = geometry.side // geometry.spatial
+    rows = int(math.sqrt(area * aspect) // geometry.spatial // latents)
+    columns = int(math.sqrt(area / aspect) // geometry.spatial // latents)
     if not (rows and columns):
         raise ValueError(f"an image of {width}x{height} is too narrow for a video of {area} pixels; crop it")
-    return columns * 8, rows * 8
+    return columns * geometry.side, rows * geometry.side
 
 
 def fit(request: Request) -> Request:
@@ -43,7 +45,7 @@ def fit(request: Request) -> Request:
     if request.image is None:
         raise ValueError("image to video needs an image, none was given")
     height, width = read_image(request.image).shape[:2]
-    width, height = output_size((width, height), request.width * request.height)
+    width, height = output_size((width, height), request.width * request.height, request.geometry)
     return replace(request, width=width, height=height)
 
 
@@ -70,13 +72,14 @@ def condition_on_frames(request: Request, encoders: Encoders, known: Mapping[int
     grey = np.zeros((request.height, request.width, 3), np.float32)
     resized = {number: resize_bicubic(image, *grey.shape[:2]) for number, image in images.items()}
     frames = (resized.get(number, grey) for number in range(request.num_frames))
-    (latents,) = encoders.encode_videos([in_chunks(frames)])
-    mask = mx.broadcast_to(_mask(request.num_frames, known), (*latents.shape[:-1], 4))
+    (latents,) = encoders.encode_videos([in_chunks(frames, request.geometry)])
+    mask = _mask(request.num_frames, known, request.geometry.temporal)
+    mask = mx.broadcast_to(mask, (*latents.shape[:-1], mask.shape[-1]))
     return replace(base, condition=mx.concatenate([mask, latents], axis=-1), image_features=features)
 
 
-def _mask(num_frames: int, known: Mapping[int, np.ndarray]) -> mx.array:
-    """float32 (t, 1, 1, 4): 1 where a frame is given. The channels are a latent frame's four frames, the first of
-    all being counted four times."""
+def _mask(num_frames: int, known: Mapping[int, np.ndarray], temporal: int) -> mx.array:
+    """float32 (t, 1, 1, temporal): 1 where a frame is given. The channels are a latent frame's frames, the first of
+    all being counted ``temporal`` times."""
     given = [float(number in known) for number in range(num_frames)]
-    return mx.array([given[0]] * 3 + given).reshape(-1, 1, 1, 4)
+    return mx.array([given[0]] * (temporal - 1) + given).reshape(-1, 1, 1, temporal)

@@ -30,8 +30,9 @@ def fit(request: Request) -> Request:
         )
     if request.begin and request.cfg_zero is not None:
         raise ValueError("cfg_zero leaves the first steps from noise at zero; a run from a video does not make them")
-    available = len(at_rate(open_video(request.video), request.fps, request.num_frames))
-    return replace(request, num_frames=(available - 1) // 4 * 4 + 1)
+    available = len(at_rate(open_video(request.video, request.fps), request.fps, request.num_frames))
+    geometry = request.geometry
+    return replace(request, num_frames=geometry.num_frames(geometry.latent_frames(available)))
 
 
 def condition(request: Request, encoders: Encoders, extra_latents: int = 0) -> Conditioning:
@@ -59,8 +60,8 @@ def _source_latents(request: Request, encoders: Encoders) -> mx.array | None:
     # At full strength nothing of the video is left, and it is not read.
     if request.video is None or request.begin == 0:
         return None
-    clip = open_video(request.video)
+    clip = open_video(request.video, request.fps)
     numbers = at_rate(clip, request.fps, request.num_frames)
     frames = (to_float(cover(frame, request.height, request.width)) for frame in clip.read(numbers))
-    (latents,) = encoders.encode_videos([in_chunks(frames)])
+    (latents,) = encoders.encode_videos([in_chunks(frames, request.geometry)])
     return latents

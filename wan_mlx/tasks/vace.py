@@ -14,17 +14,17 @@ from itertools import repeat
 import mlx.core as mx
 import numpy as np
 
+from ..geometry import WAN_2_1, Geometry
 from ..media.read import Clip, cover, in_chunks, open_video, read_image, to_float
 from ..types import Conditioning, Encoders, Request
 from . import t2v
 
 log = logging.getLogger(__name__)
 
-PATCH = 16  # pixels per side of a token
-STRIDE = 8  # pixels per side of a latent
 
-
-def output_shape(source: tuple[int, int, int], area: int, num_frames: int) -> tuple[int, int, int]:
+def output_shape(
+    source: tuple[int, int, int], area: int, num_frames: int, geometry: Geometry = WAN_2_1
+) -> tuple[int, int, int]:
     """(width, height, num_frames) to generate after a source video, in the official code's way.
 
     Width and height keep the source's proportions and neither exceed ``area`` nor enlarge it. A source that is
@@ -33,25 +33,26 @@ def output_shape(source: tuple[int, int, int], area: int, num_frames: int) -> tu
 
     Args:
         source: (num_frames, height, width) of the source video.
-        area: pixels, of a size whose sides are multiples of 16.
-        num_frames: 4n+1.
+        area: pixels, of a size that the geometry allows.
+        num_frames: as many as it allows.
+        geometry: the model's.
 
     Raises:
-        ValueError: a side of the result would be below 16 pixels.
+        ValueError: a side of the result would be below a token's.
     """
     source_frames, height, width = source
-    latent_frames = (num_frames - 1) // 4 + 1
-    patches = min(area / PATCH**2, (height // PATCH) * (width // PATCH))
+    side, latent_frames = geometry.side, geometry.latent_frames(num_frames)
+    patches = min(area / side**2, (height // side) * (width // side))
     rows = columns = 0
     if patches:
-        tokens = latent_frames * area / PATCH**2
-        latent_frames = min((source_frames - 1) // 4 + 1, int(tokens / patches))
+        tokens = latent_frames * area / side**2
+        latent_frames = min(geometry.latent_frames(source_frames), int(tokens / patches))
         patches = min(patches, int(tokens / latent_frames))
         rows = round(math.sqrt(patches * height / width))
         columns = int(patches / rows) if rows else 0
     if not (rows and columns):
         raise ValueError(f"a source video of {width}x{height} pixels is too small or too narrow; crop or enlarge it")
-    return columns * PATCH, rows * PATCH, (latent_frames - 1) * 4 + 1
+    return columns * side, rows * side, geometry.num_frames(latent_frames)
 
 
 def fit(request: Request) -> Request:
@@ -72,7 +73,8 @@ def fit(request: Request) -> Request:
     if mask is not None:
         _check_lengths(mask, clip)
     shape = (clip.num_frames, clip.height, clip.width)
-    width, height, num_frames = output_shape(shape, request.width * request.height, request.num_frames)
+    area = request.width * request.height
+    width, height, num_frames = output_shape(shape, area, request.num_frames, request.geometry)
     return replace(request, width=width, height=height, num_frames=num_frames)
 
 
@@ -97,10 +99,15 @@ def condition(request: Request, encoders: Encoders) -> Conditioning:
         frames, mask = read_source(request)
         videos = [_where(frames, mask <= 127), _where(frames, mask > 127)]
     base = t2v.condition(request, encoders, len(references))
-    latents = encoders.encode_videos([in_chunks(video) for video in (*videos, *([r] for r in references))])
+    to_encode = (*videos, *([reference] for reference in references))
+    latents = encoders.encode_videos([in_chunks(video, request.geometry) for video in to_encode])
     stays, changes, of_references = latents[0], latents[len(videos) - 1], latents[len(videos) :]
-    context = [_join(latent, mx.zeros_like(latent), None) for latent in of_references]
-    context.append(_join(stays, changes, mask_to_latents(mask)))
+    channels = request.geometry.spatial**2
+    context = [
+        mx.concatenate([latent, mx.zeros_like(latent), mx.zeros((*latent.shape[:-1], channels))], axis=-1)
+        for latent in of_references
+    ]
+    context.append(mx.concatenate([stays, changes, mask_to_latents(mask, request.geometry)], axis=-1))
     return replace(
         base,
         vace_context=mx.concatenate(context, axis=1),
@@ -117,12 +124,12 @@ def read_source(request: Request) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: a source cannot be read or is too short, or the mask is of another length.
     """
-    size = request.height, request.width
+    size, geometry = (request.height, request.width), request.geometry
     video = open_video(request.src_video)
     if request.num_frames > video.num_frames:
         raise ValueError(
             f"source video {video.name} has {video.num_frames} frames, expected at least {request.num_frames}; "
-            f"nearest number of frames: {(video.num_frames - 1) // 4 * 4 + 1}"
+            f"nearest number of frames: {geometry.num_frames(geometry.latent_frames(video.num_frames))}"
         )
     numbers = spread(video.times, request.num_frames)
     if request.src_mask is None:
@@ -164,27 +171,23 @@ def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return canvas
 
 
-def mask_to_latents(mask: np.ndarray) -> mx.array:
-    """uint8 (T, H, W) → float32 (1, t, H/8, W/8, 64) in [0, 1]: each 8x8 square as channels, row by row."""
+def mask_to_latents(mask: np.ndarray, geometry: Geometry = WAN_2_1) -> mx.array:
+    """uint8 (T, H, W) → float32 (1, t, h, w, channels) in [0, 1]: each latent's square of pixels as channels, row by
+    row."""
     num_frames, height, width = mask.shape
-    latent_frames = (num_frames + 3) // 4
+    latent_frames, h, w = geometry.latent_shape(width, height, num_frames)
+    side = geometry.spatial
     # PyTorch's "nearest-exact", which takes the frame under the middle of each latent frame.
     middles = np.arange(latent_frames, dtype=np.float32) + np.float32(0.5)
     numbers = np.floor(middles * np.float32(num_frames / latent_frames)).astype(int)
-    squares = mask[numbers].reshape(latent_frames, height // STRIDE, STRIDE, width // STRIDE, STRIDE)
-    channels = squares.transpose(0, 1, 3, 2, 4).reshape(1, latent_frames, height // STRIDE, width // STRIDE, STRIDE**2)
+    squares = mask[numbers].reshape(latent_frames, h, side, w, side)
+    channels = squares.transpose(0, 1, 3, 2, 4).reshape(1, latent_frames, h, w, side**2)
     return mx.array(channels.astype(np.float32) / np.float32(255))  # grey levels stay, unlike in the latents
 
 
 def _where(frames: np.ndarray, chosen: np.ndarray) -> Iterable[np.ndarray]:
     """Frames in [-1, 1], grey where ``chosen`` (T, H, W) is False, one at a time."""
     return (to_float(frame) * keep[..., None] for frame, keep in zip(frames, chosen, strict=True))
-
-
-def _join(stays: mx.array, changes: mx.array, mask: mx.array | None) -> mx.array:
-    if mask is None:
-        mask = mx.zeros((*stays.shape[:-1], STRIDE**2))
-    return mx.concatenate([stays, changes, mask], axis=-1)
 
 
 def _resize_bilinear(image: np.ndarray, axis: int, size: int) -> np.ndarray:

@@ -1,0 +1,72 @@
+"""How pixels and frames become latents, and latents tokens: every question of sizes that depends on the model.
+
+A causal VAE makes one latent frame of a video's first frame and one of every ``temporal`` frames after it; the
+transformer makes one token of each patch of latents.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a model's latents and tokens.
+
+    Attributes:
+        temporal: frames per latent frame, except the first, which stands for one.
+        spatial: pixels per latent along height and width.
+        patch: (t, h, w), latents per token along each axis.
+    """
+
+    temporal: int
+    spatial: int
+    patch: tuple[int, int, int]
+
+    @property
+    def side(self) -> int:
+        """The number of pixels of which widths and heights are multiples: a token's side."""
+        return self.spatial * math.lcm(*self.patch[1:])
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames of a video; of a length that is not allowed, those of the longest allowed one below it."""
+        return (num_frames - 1) // self.temporal + 1
+
+    def num_frames(self, latent_frames: int) -> int:
+        """Frames that so many latent frames decode to."""
+        return (latent_frames - 1) * self.temporal + 1
+
+    def latent_shape(self, width: int, height: int, num_frames: int) -> tuple[int, int, int]:
+        """``(t, h, w)`` of a video's latents."""
+        return self.latent_frames(num_frames), height // self.spatial, width // self.spatial
+
+    def seq_len(self, latent_shape: tuple[int, int, int]) -> int:
+        """Tokens of latents (t, h, w)."""
+        return math.prod(n // p for n, p in zip(latent_shape, self.patch, strict=True))
+
+    def nearest_side(self, pixels: float) -> int:
+        """The allowed width or height nearest to ``pixels``."""
+        return max(1, round(pixels / self.side)) * self.side
+
+    def nearest_frames(self, num_frames: int) -> int:
+        """The allowed number of frames nearest to ``num_frames``."""
+        return self.num_frames(max(1, round((num_frames - 1) / self.temporal) + 1))
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raise ValueError, with the nearest valid choice, unless videos can have this size."""
+        for name, pixels in (("width", width), ("height", height)):
+            if pixels < self.side or pixels % self.side:
+                raise ValueError(f"{name} is {pixels}, expected a positive multiple of {self.side}; "
+                                 f"nearest: {self.nearest_side(pixels)}")  # fmt: skip
+
+    def check_frames(self, num_frames: int) -> None:
+        """Raise ValueError, with the nearest valid choice, unless videos can have this many frames."""
+        if num_frames < 1 or self.num_frames(self.latent_frames(num_frames)) != num_frames:
+            raise ValueError(
+                f"frames is {num_frames}, expected {self.temporal}n+1 (1, {self.num_frames(2)}, ..., "
+                f"{self.num_frames(21)}, ...); nearest: {self.nearest_frames(num_frames)}"
+            )
+
+
+WAN_2_1 = Geometry(temporal=4, spatial=8, patch=(1, 2, 2))
