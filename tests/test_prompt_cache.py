@@ -67,6 +67,15 @@ def test_a_hit_is_bit_for_bit_what_is_computed(folder, no_encoder, dtype):
     assert mx.array_equal(second[2], second[0])
 
 
+@pytest.mark.parametrize("option", [dict(dtype="bfloat16"), dict(quantize="q8")])
+def test_another_dtype_or_quantisation_is_another_entry(folder, option):
+    options = {"dtype": "float32"} | option
+    pipe(dtype="float32").encode_text(TEXTS[:1])
+    got = pipe(**options).encode_text(TEXTS[:1])[0]
+    want = pipe(**options, prompt_cache=False).encode_text(TEXTS[:1])[0]
+    assert len(entries(folder)) == 2 and got.dtype == want.dtype and mx.array_equal(got, want)
+
+
 def test_only_the_text_that_is_new_is_encoded(monkeypatch):
     pipe().encode_text(TEXTS[:1])
     asked, tokenizer = [], pipeline.Tokenizer

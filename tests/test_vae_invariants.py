@@ -8,9 +8,11 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_mlx_model import VAE_CONFIG, random, random_vae
 
+from wan_mlx.hub.resolve import BUNDLED
 from wan_mlx.models.configs import VAEConfig
 from wan_mlx.models.vae import VAE
 from wan_mlx.models.vae_layers import CausalCache, CausalConv
+from wan_mlx.weights.load import load_vae
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,18 @@ def test_chunked_encode_equals_whole(vae):
     chunks = (mx.array(frames[:, a:b]) for a, b in ((0, 1), (1, 5), (5, 9), (9, 13)))
     assert whole.shape == (1, 4, 2, 3, 4) and whole.dtype == mx.float32
     assert np.array_equal(vae.encode_chunks(chunks), whole)
+
+
+def test_zeros_stand_before_the_first_frame():
+    """nano's VAE: mean |value| of each frame, where the first frame, repeated before itself, gives 0.44 and 0.53."""
+    vae, rng = load_vae(BUNDLED["nano"]), np.random.default_rng(0)
+    latents = rng.standard_normal((1, 3, 2, 2, 16), dtype=np.float32)
+    frames = rng.uniform(-1, 1, (1, 9, 16, 16, 3)).astype(np.float32)
+    of_frames = np.abs(decoded(vae, mx.array(latents))).mean((0, 2, 3, 4))
+    of_latents = np.abs(np.array(vae.encode(mx.array(frames)))).mean((0, 2, 3, 4))
+    means = [0.54245, 0.4488, 0.552, 0.52154, 0.54918, 0.56815, 0.59024, 0.50713, 0.54359]
+    np.testing.assert_allclose(of_frames, means, rtol=1e-4)
+    np.testing.assert_allclose(of_latents, [0.44888, 0.41503, 0.41258], rtol=1e-4)
 
 
 @pytest.mark.parametrize("prefix", [1, 2, 3])
