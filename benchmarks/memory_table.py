@@ -227,13 +227,14 @@ class Bench:
         )
         plan = pipe.plan(request, measure=True)
         print(plan, flush=True)
-        for _ in pipe.stages(request):
+        run = pipe.run(request)
+        for _ in run:
             pass
         planned = {row.stage: row for row in plan.rows}
         names = {"conditioning": "encode text", "denoise": "denoise", "decode": "decode"}
         title = f"run {model} {width}x{height}x{frames} --memory {memory or 'auto'}"
-        loading = sum(report.seconds for report in pipe.reports if report.name == "load transformer")
-        for report in pipe.reports:
+        loading = sum(report.seconds for report in run.reports if report.name == "load transformer")
+        for report in run.reports:
             if report.name in names:
                 row = planned[names[report.name]]
                 seconds = report.seconds + loading * (report.name == "denoise")
@@ -241,8 +242,8 @@ class Bench:
                 how = row.how + pieces * (report.name == "denoise" and pieces not in row.how)
                 self.row(f"{title}: {row.stage}, {how}", row.peak, report.peak_bytes, seconds,
                          **foreseen(row.seconds, seconds))  # fmt: skip
-        whole = max(report.peak_bytes for report in pipe.reports)
-        seconds = sum(report.seconds for report in pipe.reports)
+        whole = max(report.peak_bytes for report in run.reports)
+        seconds = sum(report.seconds for report in run.reports)
         self.row(f"{title}: whole", plan.peak, whole, seconds, **foreseen(plan.seconds, seconds))
 
 

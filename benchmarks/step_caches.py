@@ -113,7 +113,8 @@ def runs(pipe: WanPipeline, cache: str, prompts: list[str], seeds: range, option
             video = pipe(prompt, seed=seed, cache=cache, **options)
             frames.append(video.frames)
             seconds += next(stage.seconds for stage in video.stages if stage.name == "denoise")
-            computed, asked = computed + pipe.forwards[0], asked + pipe.forwards[1]
+            forwards = video.settings["forwards"]
+            computed, asked = computed + forwards[0], asked + forwards[1]
     count = len(frames)
     return {"frames": frames, "seconds": seconds / count, "computed": computed / count, "forwards": asked / count}
 

@@ -52,12 +52,13 @@ def compare(pipe: wan_mlx.WanPipeline, case: tuple[int, int, int, int]) -> dict:
     plan = pipe.plan(request, measure=True)
     planning = time.perf_counter() - started
     plan.check()
-    for _ in pipe.stages(request):
+    run = pipe.run(request)
+    for _ in run:
         pass
     predicted, measured = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
     for row in plan.rows:
         predicted[next(stage for stage, rows in SAME.items() if row.stage in rows)] += row.seconds
-    for report in pipe.reports:
+    for report in run.reports:
         measured["denoise" if report.name == "load transformer" else report.name] += report.seconds
     return {"predicted": predicted, "measured": measured, "planning": planning, "load": os.getloadavg()[0]}
 

@@ -8,7 +8,7 @@ import time
 
 SCRIPT = """
 import select, signal, sys
-from wan_mlx import denoise, generate, pipeline
+from wan_mlx import denoise, generate, opened
 from wan_mlx.media import write as media
 from wan_mlx.runs import folder as run_folder
 
@@ -30,7 +30,7 @@ if where == "step":  # in the middle of step `number`
 elif where == "saving":  # with a file half done
     run_folder._flush = held(run_folder._flush, number)
 elif where == "frame":  # in the middle of decoding latent frame `number`
-    pipeline.to_uint8 = held(pipeline.to_uint8, number)
+    opened.to_uint8 = held(opened.to_uint8, number)
 elif where == "ffmpeg":  # with ffmpeg running
     media.VideoWriter.write = held(media.VideoWriter.write, number)
 sys.exit(generate.main(sys.argv[3:]))

@@ -81,7 +81,7 @@ def test_wrong_command(command, capsys):
 
 def test_requests_are_those_of_single_commands(command, flags, capsys, monkeypatch):
     """One load of each network, and one pass over the text encoder, for all of them."""
-    from wan_mlx import pipeline
+    from wan_mlx import opened
 
     write(
         {"prompt": "一只猫", "output": "a.npz"},
@@ -91,8 +91,8 @@ def test_requests_are_those_of_single_commands(command, flags, capsys, monkeypat
     loads = []
     with monkeypatch.context() as patch:
         for name in ("load_transformer", "load_vae", "load_text_encoder"):
-            load = getattr(pipeline, name)
-            patch.setattr(pipeline, name, lambda *a, load=load, **k: loads.append(load.__name__) or load(*a, **k))
+            load = getattr(opened, name)
+            patch.setattr(opened, name, lambda *a, load=load, **k: loads.append(load.__name__) or load(*a, **k))
         assert main([*command, "--report", "r.jsonl"]) == 0
     assert sorted(loads) == ["load_text_encoder", "load_transformer", "load_vae"]
     assert capsys.readouterr().out.split() == ["a.npz", "b.npz", "batch_0003.png"]

@@ -258,7 +258,7 @@ def main(arguments: list[str]) -> int:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command, homes, monkeypatch, capsys):
     made = []
-    monkeypatch.setattr(pipeline.WanPipeline, "stages", counted(pipeline.WanPipeline.stages, made))
+    monkeypatch.setattr(pipeline.WanPipeline, "run", counted(pipeline.WanPipeline.run, made))
     monkeypatch.setattr(timing, "measure_rates", lambda *_: timing.Rates(1e12, 1e12, 1e12, 1e12))
     for is_dry in (True, False) if command in MADE else (True,):
         monkeypatch.chdir(homes[not is_dry])
@@ -272,10 +272,10 @@ def test_command_runs(command, homes, monkeypatch, capsys):
     assert bool(made) == (command in MADE and (makes or "--config" in words))
 
 
-def counted(stages, made):
+def counted(run, made):
     def count(self, request, resume=None):
         made.append(request)
-        return stages(self, request, resume)
+        return run(self, request, resume)
 
     return count
 

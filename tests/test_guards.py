@@ -59,7 +59,7 @@ def test_latents_out_of_proportion():
 
 
 def test_a_bad_video_is_kept_and_reported(tmp_path, monkeypatch, capsys, flags):
-    monkeypatch.setattr("wan_mlx.pipeline.to_uint8", lambda frames, rounding: np.zeros(frames.shape, np.uint8))
+    monkeypatch.setattr("wan_mlx.opened.to_uint8", lambda frames, rounding: np.zeros(frames.shape, np.uint8))
     assert main([*flags, "--output", str(tmp_path / "a.npz")]) == 3
     said = capsys.readouterr()
     assert "the video is black" in said.err and "doctor" in said.err and said.out.strip() == str(tmp_path / "a.npz")
@@ -91,7 +91,7 @@ def test_not_finite_keeps_the_last_good_state(tmp_path, monkeypatch, capsys, fla
 
 def test_low_disk_is_seen_before_the_run(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1 << 20))
-    monkeypatch.setattr(wan_mlx.WanPipeline, "stages", lambda *args: pytest.fail("it ran"))
+    monkeypatch.setattr(wan_mlx.WanPipeline, "run", lambda *args: pytest.fail("it ran"))
     assert main([*flags, "--output", str(tmp_path / "a.npz")]) == 1
     assert "0.00 GB free, the run needs about" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -479,7 +479,7 @@ def nano_loras(tmp_path_factory):
 
 
 def test_a_pipeline_swaps_loras_without_loading_again(nano_loras, monkeypatch):
-    from wan_mlx import pipeline
+    from wan_mlx import opened
 
     loads = []
 
@@ -487,7 +487,7 @@ def test_a_pipeline_swaps_loras_without_loading_again(nano_loras, monkeypatch):
         loads.append(args)
         return load_transformer(*args, **options)
 
-    monkeypatch.setattr(pipeline, "load_transformer", load)
+    monkeypatch.setattr(opened, "load_transformer", load)
     pipe = wan_mlx.WanPipeline.from_pretrained("nano", "float32", progress=False)
     with pipe.keep_loaded():
         plain = sampled(pipe)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import wan_mlx
-from wan_mlx import pipeline
+from wan_mlx import opened
 from wan_mlx.cli.main import main
 from wan_mlx.prompts import cache as prompt_cache
 from wan_mlx.prompts.cache import ENDING, PromptCache, cache_folder, file_identity
@@ -44,12 +44,12 @@ def entries(folder: Path) -> list[Path]:
 def no_encoder(monkeypatch):
     """Opening the text encoder or the tokenizer is an error."""
 
-    def opened(*args, **kwargs):
+    def refused(*args, **kwargs):
         raise AssertionError("the text encoder was opened")
 
     def forbid():
-        monkeypatch.setattr(pipeline, "load_text_encoder", opened)
-        monkeypatch.setattr(pipeline, "Tokenizer", opened)
+        monkeypatch.setattr(opened, "load_text_encoder", refused)
+        monkeypatch.setattr(opened, "Tokenizer", refused)
 
     return forbid
 
@@ -78,12 +78,12 @@ def test_another_dtype_or_quantisation_is_another_entry(folder, option):
 
 def test_only_the_text_that_is_new_is_encoded(monkeypatch):
     pipe().encode_text(TEXTS[:1])
-    asked, tokenizer = [], pipeline.Tokenizer
+    asked, tokenizer = [], opened.Tokenizer
 
     def recording(path):
         return lambda text: asked.append(text) or tokenizer(path)(text)
 
-    monkeypatch.setattr(pipeline, "Tokenizer", recording)
+    monkeypatch.setattr(opened, "Tokenizer", recording)
     got = pipe().encode_text(TEXTS)
     assert asked == TEXTS[1:]
     assert all(mx.array_equal(a, b) for a, b in zip(got, pipe(prompt_cache=False).encode_text(TEXTS), strict=True))
@@ -92,7 +92,7 @@ def test_only_the_text_that_is_new_is_encoded(monkeypatch):
 def test_only_the_real_length_is_stored(folder):
     pipe().encode_text(TEXTS)
     shapes = sorted(mx.load(str(path))["embedding"].shape[0] for path in entries(folder))
-    tokenizer = pipeline.Tokenizer(pipe().checkpoint.files["tokenizer"])
+    tokenizer = opened.Tokenizer(pipe().checkpoint.files["tokenizer"])
     assert shapes == sorted(len(tokenizer(text)) for text in TEXTS)
 
 

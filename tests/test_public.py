@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import wan_mlx
+from wan_mlx.request_builder import build_request
 from wan_mlx.types import Options
 
 PACKAGE = Path(wan_mlx.__file__).parent
@@ -33,9 +34,9 @@ def test_help_of_the_package_reads():
 
 
 def test_options_of_a_call_are_those_of_a_request():
-    taken = inspect.signature(wan_mlx.WanPipeline.request).parameters
+    taken = inspect.signature(build_request).parameters
     named = {name: entry.__forward_arg__ for name, entry in Options.__annotations__.items()}
-    assert named == {name: entry.annotation for name, entry in list(taken.items())[2:]}  # after pipe and prompt
+    assert named == {name: entry.annotation for name, entry in list(taken.items())[4:]}  # after the prompt
 
 
 @pytest.mark.parametrize(

@@ -77,12 +77,12 @@ def test_callback_that_returns_false_stops(pipe, whole):
 
 def test_kept_loaded_is_loaded_anew(pipe, whole, monkeypatch):
     """Two videos in one block: weights are read once, and nothing of the first is in the second."""
-    from wan_mlx import pipeline
+    from wan_mlx import opened
 
     loads = []
     for name in ("load_transformer", "load_vae", "load_text_encoder"):
-        load = getattr(pipeline, name)
-        monkeypatch.setattr(pipeline, name, lambda *a, load=load, **k: loads.append(load.__name__) or load(*a, **k))
+        load = getattr(opened, name)
+        monkeypatch.setattr(opened, name, lambda *a, load=load, **k: loads.append(load.__name__) or load(*a, **k))
     with pipe.keep_loaded():
         pipe("a green square moves up on a black background", **SMALL | {"steps": 1})
         video = pipe(PROMPT, **SMALL)

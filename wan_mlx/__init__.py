@@ -8,8 +8,9 @@
     video.grid()                                               # a contact sheet
     print(wan_mlx.plan("t2v-14B", memory="16GB"))              # what fits, before anything is downloaded
 
-What is asked for is a `Request`, which `WanPipeline.request` fills with the model's defaults; `WanPipeline.stages`
-yields what comes of it piece by piece: the `Conditioning`, a `Step` for every sampling step, then decoded frames.
+What is asked for is a `Request`, which `WanPipeline.request` fills with the model's defaults. `WanPipeline.run` makes a
+`Run` of it, whose events (`wan_mlx.events`) tell all that happens; `WanPipeline.stages` yields only what comes of it:
+the `Conditioning`, a `Step` for every sampling step, then decoded frames.
 `PRESETS` has the released models with their defaults, and the functions `load_...` give single networks. Wrong
 arguments raise ValueError; what else can go wrong raises a `WanError`. `wan_mlx.types` explains the shapes.
 """
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
     from .presets import PRESETS as PRESETS
     from .prompts.extend import PromptExtender as PromptExtender
     from .prompts.extend import extend_prompt as extend_prompt
+    from .run import Run as Run
     from .types import Conditioning as Conditioning
     from .types import Request as Request
     from .types import Step as Step
@@ -50,6 +52,7 @@ os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
 # Name → module it lives in. Imported on first use, so that `import wan_mlx` is instant.
 _PUBLIC = {
     "WanPipeline": "pipeline",
+    "Run": "run",
     "PRESETS": "presets",
     "Request": "types",
     "Conditioning": "types",

@@ -1,134 +1,31 @@
-"""The pipeline: encode the texts, denoise, decode; each stage's weights are gone before the next stage's are read."""
+"""The pipeline: an opened model that makes videos."""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import replace
-from functools import cached_property, lru_cache, partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-import numpy as np
-from tqdm.auto import tqdm
-
-from . import __version__
-from .caching import make_cache
-from .denoise import denoise, step_reached, with_condition, without_references
-from .files.sentencepiece import read_tokenizer
-from .geometry import Geometry
-from .guidance import Guidance
-from .hub.resolve import Places, preset_of, resolve, resolve_loras
-from .media.preview import Previewer, TinyDecoder, latent_map, tiny_autoencoder
-from .media.write import latents_to_numpy, to_uint8
-from .models import vae_tiling as tiling
-from .models.configs import TEXT_LEN, geometry_of
-from .models.text_encoder import pad_context
-from .models.tokenizer import Tokenizer
+from .hub.resolve import Places, preset_of, resolve
 from .models.vae_tiling import parse_tiling
-from .planning.choose import Plan, limited_cache, plan_request
+from .opened import OpenedModel
 from .planning.machine import parse_memory
-from .presets import PARTS, Preset, find_preset, preset_for
-from .prompts.cache import PromptCache
+from .presets import PARTS, find_preset
 from .prompts.extend import extend_requests
-from .recipes import scheduler_for
 from .request_builder import build_request
-from .tasks import TASKS
-from .types import Conditioning, Options, Request, RunState, StageReport, Step
+from .run import Output, Run
+from .types import Options, Request, RunState, Step
 from .video import Video
-from .weights.checkpoint import Checkpoint, open_checkpoint
-from .weights.component import open_component
-from .weights.load import (
-    check_loras,
-    config_of,
-    load_image_encoder,
-    load_text_encoder,
-    load_transformer,
-    load_vae,
-    modes_of,
-    no_progress,
-    parse_dtype,
-    sizes_of,
-    vae_config_of,
-)
-from .weights.lora import LoraChoice, describe_lora, normalise_loras
+from .weights.checkpoint import open_checkpoint
+from .weights.lora import LoraChoice, normalise_loras
 from .weights.quantize import check_mode
-from .weights.set_loras import set_loras
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of Python 3.11
 
-log = logging.getLogger(__name__)
 
-# What `WanPipeline.stages` yields: the conditioning, then each step, then decoded frames uint8 (n, H, W, 3).
-Event = Conditioning | Step | np.ndarray
-
-
-class WanPipeline:
-    """A Wan2.1 model, opened but not resident: calling it makes a video.
-
-    Attributes:
-        preset: the released model whose sampling defaults are used.
-        guessed_preset: whether it was chosen by the weights' shapes, no name being known.
-        config: sizes of the transformer, from its weights.
-        quantized: mode in which the transformer and the text encoder are packed, for those that are.
-        loras: path and strength of each LoRA in use; `set_loras` changes them.
-        sizes: quantisation → the sizes of its networks (`Networks`), as plans need them.
-        reports: seconds and peak memory of each stage of the latest run.
-        forwards: of the latest run, the transformer's forwards computed, and how many a run without step cache and
-            with guidance all along makes; None before its first step.
-        stage: the one that is running, as it will be called in ``reports``.
-        taehv: the file of TAEHV's weights, if it is used; ``draft`` tells whether for the video itself.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: str = "bfloat16",
-        preset: Preset | None = None,
-        progress: bool = True,
-        quantize: str | None = None,
-        vae_tiling: str | tuple[int, int] | None = None,
-        loras: Iterable[LoraChoice] | LoraChoice | None = None,
-        prompt_cache: bool = True,
-        memory: str | int | None = None,
-        taehv: str | Path | None = None,
-        draft: bool = False,
-    ):
-        kind = parse_dtype(dtype)
-        parse_memory(memory)
-        self.memory = memory
-        self.prompt_cache = prompt_cache
-        self.vae_tiling = parse_tiling(vae_tiling)
-        self.quantized = modes_of(checkpoint, quantize)
-        self.checkpoint = checkpoint
-        self.dtype, self.quantize = dtype, quantize
-        self.config = config_of(checkpoint)
-        self.guessed_preset = preset is None and checkpoint.model is None
-        self.preset = preset or (find_preset(checkpoint.model) if checkpoint.model else preset_for(self.config))
-        self.progress = progress
-        self.latent_channels = self.config.out_dim
-        self.reports: list[StageReport] = []
-        self.loras = normalise_loras(loras)
-        check_loras(checkpoint, self.loras)
-        self._merge_loras = True
-        self.stage: str | None = None
-        self.taehv, self.draft = taehv and Path(taehv), draft
-        self._tiny = tiny_autoencoder(checkpoint, taehv, draft)
-        self._kept: dict[str, Any] | None = None  # what stays loaded within `keep_loaded`
-        self._plan: Plan | None = None  # of the latest run
-        self.sizes = lru_cache(partial(sizes_of, checkpoint, kind))
-        self.forwards: tuple[int, int] | None = None
-        if self.preset.task != self.config.model_type:
-            raise ValueError(
-                f"{checkpoint.path} holds a {self.config.model_type} model, "
-                f"but the task {self.preset.name} needs a {self.preset.task} model"
-            )
-        if self.preset.task not in TASKS:
-            raise ValueError(f"{self.preset.task} models are not supported yet; supported: {', '.join(TASKS)}")
+class WanPipeline(OpenedModel):
+    """A Wan2.1 model, opened but not resident: calling it makes a video. Its attributes are `OpenedModel`'s."""
 
     @classmethod
     def from_pretrained(
@@ -201,28 +98,6 @@ class WanPipeline:
             checkpoint, dtype, found, progress, quantize, vae_tiling, here.loras, prompt_cache, memory, taehv, draft
         )
 
-    def set_loras(self, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
-        """Use these LoRAs, in place of those before, from the next video on; none restores the model exactly.
-
-        They are kept beside the transformer's weights, so that within `keep_loaded` they can be swapped without
-        loading it again (but once, if LoRAs are merged into it).
-
-        Args:
-            loras: as for `from_pretrained`.
-
-        Raises:
-            ValueError: an entry is no LoRA.
-            WeightsError: a file does not suit the model; then nothing has changed.
-        """
-        loras = resolve_loras(normalise_loras(loras), progress=self.progress)
-        check_loras(self.checkpoint, loras)
-        kept = (self._kept or {}).get("transformer")
-        if kept is not None and kept.lora_state.merged:
-            del self._kept["transformer"]
-        elif kept is not None:
-            set_loras(kept, loras)
-        self.loras, self._merge_loras = loras, False
-
     def __call__(
         self,
         prompt: str,
@@ -246,7 +121,8 @@ class WanPipeline:
             ValueError: an option is wrong.
             SamplingError: the latents stopped being finite.
         """
-        return self._make(*extend_requests([self.request(prompt, **options)], extend_prompt), callback)
+        (request,) = extend_requests([self.request(prompt, **options)], extend_prompt)
+        return self.run(request).video(callback)
 
     def images(
         self,
@@ -272,233 +148,36 @@ class WanPipeline:
         first = self.request(prompt, **{"num_frames": 1, **options})
         requests = extend_requests(first.series(num_images), extend_prompt)
         with self.keep_loaded():
-            return [self._make(request, callback) for request in requests]
+            return [self.run(request).video(callback) for request in requests]
 
-    def _make(self, request: Request, callback: Callable[[Step], Any] | None) -> Video:
-        settings = self.settings(request)
-        frames, latents = [], None
-        with closing(self.stages(request)) as events:
-            for event in events:
-                if isinstance(event, Step):
-                    latents = event.latents
-                    if callback is not None and callback(event) is False and event.index + 1 < event.total:
-                        latents, settings["stopped_after"] = event.denoised, event.index + 1
-                        break
-                elif isinstance(event, np.ndarray):
-                    frames.append(event)
-        if not frames:
-            frames = list(self.decode(latents))
-        if self.forwards:
-            settings["forwards"] = list(self.forwards)
-        return Video(
-            frames=np.concatenate(frames),
-            latents=latents_to_numpy(latents),
-            fps=request.fps,
-            settings=settings,
-            stages=self.reports,
-        )
+    def request(self, prompt: str, **options: Unpack[Options]) -> Request:
+        """Fill in the model's defaults and check every value; ``options`` are those of `build_request`.
 
-    @cached_property
-    def geometry(self) -> Geometry:
-        """The sizes of the model's latents and tokens, from its weights."""
-        return geometry_of(self.config, vae_config_of(self.checkpoint))
+        Raises:
+            ValueError: a value is wrong; names the nearest valid one.
+        """
+        return build_request(self.preset, self.config, self.geometry, prompt, **options)
 
-    request = build_request  # (prompt, **options) → Request
-    plan = plan_request  # (request, measure=False) → Plan
+    def run(self, request: Request, resume: RunState | None = None) -> Run:
+        """One request on its way to a video: iterate over the `Run` for its events.
 
-    def settings(self, request: Request) -> dict[str, Any]:
-        """Everything needed to make the video again, as embedded in its file."""
-        return {
-            "model": self.preset.name,
-            "checkpoint": self.checkpoint.path.name,
-            **request.settings(),
-            "dtype": self.dtype,
-            **({"quantize": self.quantize} if self.quantize else {}),
-            **({"quantized": self.quantized} if self.quantized else {}),
-            **({"loras": [describe_lora(path, strength) for path, strength in self.loras]} if self.loras else {}),
-            **({"draft": self.taehv.name} if self.draft else {}),
-            "versions": {"wan_mlx": __version__, "mlx": mx.__version__},
-        }
+        Args:
+            resume: what an earlier run of the same request had reached: this one goes on from there, bit for bit, and
+                tells the step reached once more, with ``seconds`` 0.
 
-    def stages(self, request: Request, resume: RunState | None = None) -> Iterator[Event]:
-        """Run the stages in order and yield what each gives: Conditioning, Steps, decoded frames.
+        Raises:
+            MemoryPlanError: it does not fit.
+        """
+        return Run(self, request, resume)
+
+    def stages(self, request: Request, resume: RunState | None = None) -> Iterator[Output]:
+        """Run the stages in order and yield what each gives: Conditioning, Steps, decoded frames uint8 (n, H, W, 3).
 
         The caller may stop at any point; what was loaded is then dropped.
 
         Args:
-            resume: what an earlier run of the same request had reached: it goes on from there, bit for bit, and
-                yields the step reached once more, with ``seconds`` 0.
+            resume: as for `run`.
         """
-        self.reports, self.forwards = [], None
-        plan = self.plan(request)
-        plan.check()
-        if resume is not None:
-            plan = plan.as_begun(resume.how)
-        self._plan = plan
-        with limited_cache(plan):
-            yield from self._stages(request, resume)
-
-    @property
-    def how(self) -> dict[str, Any]:
-        """How the latest run was computed: `Plan.how`, which a resumed run is to follow."""
-        return {} if self._plan is None else self._plan.how
-
-    def _stages(self, request: Request, resume: RunState | None) -> Iterator[Event]:
-        open_component(self.checkpoint.files["vae"], "vae")  # a damaged file is not for after an hour's work to find
-        if resume is None:
-            with self._stage("conditioning"):
-                resume = RunState(TASKS[request.task].condition(request, self))
-                mx.eval(resume.conditioning.arrays())
-        yield resume.conditioning
-        trim = resume.conditioning.trim_latents
-        for step in self._denoise(request, resume):
-            latents = without_references(step, trim).latents
-            yield replace(without_references(step, trim), previewer=self.preview)
-        del resume, step
-        yield from self.decode(latents)
-
-    def _denoise(self, request: Request, reached: RunState) -> Iterator[Step]:
-        """The step reached and those that are left, for which alone the transformer is loaded."""
-        scheduler = scheduler_for(request)
-        if reached.steps:
-            yield step_reached(scheduler, reached)
-        if reached.steps == len(scheduler.timesteps):
-            return
-        with self._stage("load transformer"):
-            model = with_condition(self._load("transformer"), reached.conditioning)
-        with self._stage("denoise"):
-            cache = make_cache(request.cache, request.steps_made, self.preset.name, request.begin)
-            steps = denoise(
-                model,
-                reached.conditioning,
-                scheduler,
-                Guidance.of(request),
-                cache,
-                first=reached.steps,
-                state=reached.state,
-            )
-            for step in self._bar("denoising")(steps, total=len(scheduler.timesteps), initial=reached.steps):
-                self.forwards = (cache.computed, step.passes * step.total)
-                yield step
-
-    @property
-    def keeps_loaded(self) -> bool:
-        """Whether it is within `keep_loaded`."""
-        return self._kept is not None
-
-    @contextmanager
-    def keep_loaded(self) -> Iterator[None]:
-        """Within this block transformer and VAE stay loaded from one video to the next, and texts stay encoded."""
-        if self._kept is not None:
-            yield
-            return
-        self._kept = {}
-        try:
-            yield
-        finally:
-            self._kept = None
-            mx.clear_cache()
-
-    def _load(self, network: str) -> Any:
-        """The transformer or the VAE: loaded now, or kept since it was."""
-        kept = {} if self._kept is None else self._kept
-        if network not in kept:
-            if network == "transformer":
-                bar = self._bar("loading transformer")
-                stream = self._plan is not None and self._plan.stream
-                kept[network] = load_transformer(
-                    self.checkpoint, self.dtype, bar, self.quantize, stream, self.loras, self._merge_loras
-                )
-            else:
-                kept[network] = load_vae(self.checkpoint, progress=self._bar("loading VAE"))
-        if network == "transformer" and self._plan is not None:
-            kept[network].tokens_at_once = self._plan.tokens_at_once
-        return kept[network]
-
-    def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
-        """Texts → embeddings zero-padded to (1, 512, text_dim), in one pass over the encoder's weights.
-
-        Texts whose embeddings are on disk are not encoded; if all are, the encoder is not opened.
-        """
-        known = {} if self._kept is None else self._kept.setdefault("texts", {})
-        cache = PromptCache.of(self.checkpoint, self.dtype, self.quantize) if self.prompt_cache else None
-        for text in texts:
-            if cache and text not in known and (kept := cache.get(text)) is not None:
-                known[text] = kept
-        if new := [text for text in dict.fromkeys(texts) if text not in known]:
-            tokenizer = Tokenizer(read_tokenizer(self.checkpoint.files["tokenizer"]))
-            encoder = load_text_encoder(self.checkpoint, self.dtype, self._bar("encoding text"), self.quantize)
-            known.update(zip(new, encoder([tokenizer(text) for text in new]), strict=True))
-            mx.eval([known[text] for text in new])
-            for text in new if cache else ():
-                cache.put(text, known[text])
-        contexts = [pad_context(known[text], TEXT_LEN) for text in texts]
-        mx.eval(contexts)
-        return contexts
-
-    def encode_images(self, images: mx.array) -> mx.array:
-        """Images (N, H, W, 3) in [-1, 1] → CLIP features (N, 257, image_dim)."""
-        features = load_image_encoder(self.checkpoint, progress=self._bar("loading CLIP"))(images)
-        mx.eval(features)
-        return features
-
-    def encode_videos(self, videos: Sequence[Iterable[mx.array]]) -> list[mx.array]:
-        """Videos in chunks of frames in [-1, 1] → normalised latents (1, t, h, w, C) each."""
-        vae = self._load("vae")
-        tile = self._tile("encode_tile")
-        return [tiling.encode(vae, self._bar("encoding video")(video), tile) for video in videos]
-
-    def preview(self, latents: mx.array) -> np.ndarray:
-        """Small pictures of latents (1, t, h, w, C), such as `Step.denoised`: uint8 (t, h, w, 3).
-
-        Raises:
-            ValueError: no colours are known for this VAE's latents.
-        """
-        return self.previewer(latents)
-
-    @cached_property
-    def previewer(self) -> Previewer:
-        return TinyDecoder(self._tiny) if self._tiny else latent_map(vae_config_of(self.checkpoint))
-
-    def decode(self, latents: mx.array) -> Iterator[np.ndarray]:
-        """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time."""
-        still = latents.shape[1] == 1  # the official code rounds stills and truncates videos
-        finish = partial(to_uint8, rounding=still)
-        if self.draft:
-            with self._stage("decode"):
-                for frames in self._bar("decoding a draft")(self._tiny.decode(latents), total=latents.shape[1]):
-                    yield finish(frames[0])
-            return
-        with self._stage("decode"):
-            decode = tiling.decode if self.vae_tiling == "off" else tiling.decode_in_memory
-            for frames in decode(self._load("vae"), latents, self._tile(), finish, self._bar("decoding")):
-                yield frames[0]
-
-    @property
-    def tiled(self) -> bool:
-        """Whether videos are decoded in tiles, whose frames all come at the end."""
-        return self._tile() is not None and not self.draft
-
-    def _tile(self, which: str = "decode_tile") -> tuple[int, int] | None:
-        """The VAE's largest tile (width, height) in pixels, or None for whole frames."""
-        if isinstance(self.vae_tiling, tuple):
-            return self.vae_tiling
-        return None if self._plan is None else getattr(self._plan, which)
-
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        """Time a stage, note its peak memory, and give freed memory back when it ends."""
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        self.stage = name
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stage = None
-            self.reports.append(StageReport(name, time.perf_counter() - started, mx.get_peak_memory()))
-            mx.clear_cache()
-            log.info("%s: %.1f s, peak %.2f GiB", name, self.reports[-1].seconds, self.reports[-1].peak_bytes / 2**30)
-
-    def _bar(self, description: str):
-        return partial(tqdm, desc=description, leave=False) if self.progress else no_progress
+        run = self.run(request, resume)
+        del resume  # with every step the arrays it holds become old
+        yield from run.outputs()

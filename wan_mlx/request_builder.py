@@ -5,26 +5,27 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .caching import resolve_cache
+from .geometry import Geometry
 from .guidance import check_guidance, zero_steps_of
+from .models.configs import TransformerConfig
+from .presets import Preset
 from .recipes import find_recipe
 from .schedulers import SOLVERS
 from .tasks import fit_sources
 from .types import Request, Source
-
-if TYPE_CHECKING:
-    from .pipeline import WanPipeline
 
 MAX_RANDOM_SEED = 2**31
 DEFAULT_STRENGTH = 0.7  # of video to video
 
 
 def build_request(
-    pipe: WanPipeline,
+    preset: Preset,
+    config: TransformerConfig,
+    geometry: Geometry,
     prompt: str,
     negative_prompt: str | None = None,
     width: int | None = None,
@@ -53,6 +54,9 @@ def build_request(
     """Fill in the preset's defaults and check every value.
 
     Args:
+        preset: the model's defaults.
+        config: the sizes of its transformer.
+        geometry: of its latents and tokens.
         prompt: not empty.
         negative_prompt: what to avoid; "" for nothing.
         width, height: pixels, multiples of `Geometry.side` (16 for Wan2.1). Where the task follows the proportions of
@@ -82,24 +86,24 @@ def build_request(
     Raises:
         ValueError: a value is wrong; names the nearest valid one. A source is missing, or not for this model.
     """
-    width, height = width or pipe.preset.size[0], height or pipe.preset.size[1]
-    defaults = pipe.preset.sampling_for(width, height)
+    width, height = width or preset.size[0], height or preset.size[1]
+    defaults = preset.sampling_for(width, height)
     if recipe is not None:
         bound = find_recipe(recipe).fill(steps=steps, guidance_scale=guidance_scale, shift=shift, solver=solver)
         steps, guidance_scale, shift, solver = bound.values()
     request = Request(
         prompt=prompt,
-        negative_prompt=pipe.preset.negative_prompt if negative_prompt is None else negative_prompt,
+        negative_prompt=preset.negative_prompt if negative_prompt is None else negative_prompt,
         width=width,
         height=height,
-        num_frames=pipe.preset.num_frames if num_frames is None else num_frames,
+        num_frames=preset.num_frames if num_frames is None else num_frames,
         steps=defaults.steps if steps is None else steps,
         guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
         shift=defaults.shift if shift is None else shift,
         solver="unipc" if solver is None else solver,
         seed=secrets.randbelow(MAX_RANDOM_SEED) if seed is None or seed < 0 else seed,
-        fps=pipe.preset.fps,
-        task=pipe.preset.task,
+        fps=preset.fps,
+        task=preset.task,
         image=image,
         last_image=last_image,
         src_video=src_video,
@@ -107,17 +111,17 @@ def build_request(
         src_ref_images=tuple(src_ref_images),
         context_scale=context_scale,
         guidance_range=tuple(guidance_range),
-        cfg_zero=zero_steps_of(pipe.preset.task) if cfg_zero is True else None if cfg_zero is False else cfg_zero,
+        cfg_zero=zero_steps_of(preset.task) if cfg_zero is True else None if cfg_zero is False else cfg_zero,
         skip_layers=tuple(skip_layers),
         skip_range=tuple(skip_range),
         recipe=recipe,
         video=video,
         strength=(1.0 if video is None else DEFAULT_STRENGTH) if strength is None else strength,
-        geometry=pipe.geometry,
+        geometry=geometry,
     )
     check_request(request)
-    check_guidance(request, pipe.config.num_layers)
-    request = replace(request, cache=resolve_cache(cache, request.steps_made, pipe.preset.name, pipe.config))
+    check_guidance(request, config.num_layers)
+    request = replace(request, cache=resolve_cache(cache, request.steps_made, preset.name, config))
     return fit_sources(request)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import wan_mlx.pipeline
+import wan_mlx.opened
 from wan_mlx import WanPipeline
 from wan_mlx.cli.main import main
 from wan_mlx.media.write import read_settings
@@ -43,7 +43,7 @@ def counted(monkeypatch, *names) -> dict[str, int]:
         return loading
 
     for name in names:
-        monkeypatch.setattr(wan_mlx.pipeline, name, count(name, getattr(wan_mlx.pipeline, name)))
+        monkeypatch.setattr(wan_mlx.opened, name, count(name, getattr(wan_mlx.opened, name)))
     return counts
 
 

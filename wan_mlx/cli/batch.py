@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Stopped, UsageError
+from ..events import unheard
 from ..media.preview import PreviewFiles, open_previews
 from ..media.write import check_output
 from ..prompts.extend import Extension
@@ -127,7 +128,7 @@ def _run_jobs(
                 note(f"error: line {job.line}: {said}")
             else:
                 said = {"complaint": result.complaint} if result.complaint else {}
-                peak = max((stage.peak_bytes for stage in pipe.reports), default=0)
+                peak = max((stage.peak_bytes for stage in result.reports), default=0)
                 rest = {"seconds": round(result.seconds, 1), "peak_gib": round(peak / 2**30, 2)}
                 report.add(job, "suspect" if said else "done", **said, **rest)
                 tell_result(job.output, **said, **rest)
@@ -159,8 +160,8 @@ def _make(job: Job, interrupts: Interrupts) -> Result:
     """Make one video, or go on with it."""
 
     def make() -> Result:
-        on_event = job.previews.watcher(job.request, interrupts) if job.previews else None
-        return make_file(job.pipe, job.request, folder, job.args.overwrite, interrupts, on_event)
+        listener = job.previews.watcher(job.request, interrupts) if job.previews else unheard
+        return make_file(job.pipe, job.request, folder, job.args.overwrite, interrupts, listener)
 
     with RunFolder(job.output) as folder:
         record = folder.record()

@@ -18,7 +18,7 @@ import wan_mlx
 
 from ..errors import UsageError
 from .flags import FREE_ON_RESUME, MODEL_HELP, NO_MEANING, build_parser, given_flags
-from .terminal import Progress, event, fail, note, result, set_voice
+from .terminal import event, fail, hear, note, result, set_voice
 
 if TYPE_CHECKING:
     from ..media.preview import PreviewFiles
@@ -391,15 +391,13 @@ def generate_to_file(
     """Make the video that ``folder`` is for, from where it is; returns the exit code."""
     from ..runs.run import make_file
 
-    tell = Progress(pipe, request)
     event("start", output=str(folder.output), settings=pipe.settings(request))
-    on_event = previews.watcher(request, interrupts, tell) if previews else tell
-    made = make_file(pipe, request, folder, overwrite, interrupts, on_event)
-    tell.stages()
-    for report in pipe.reports:
+    listener = previews.watcher(request, interrupts, hear) if previews else hear
+    made = make_file(pipe, request, folder, overwrite, interrupts, listener)
+    for report in made.reports:
         note(f"{report.name:<18}{report.seconds:9.1f} s   peak {report.peak_bytes / 2**30:6.2f} GiB")
-    if pipe.forwards:
-        note(f"{'forwards':<18}{pipe.forwards[0]:9} of {pipe.forwards[1]}")
+    if made.forwards:
+        note(f"{'forwards':<18}{made.forwards[0]:9} of {made.forwards[1]}")
     if previews:
         note(f"{'previews':<18}{previews.seconds:9.1f} s   of denoise, {previews.count} times")
     note(f"{'total':<18}{made.seconds:9.1f} s")

@@ -12,11 +12,11 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..events import Decoded, Event, Previewed, StageEnded, Stepped
+
 if TYPE_CHECKING:
     import argparse
 
-    from ..pipeline import WanPipeline
-    from ..types import Request
 
 RED, DIM, PLAIN = "\033[31m", "\033[2m", "\033[0m"
 LABEL_WIDTH = 10  # of the lines that say what will run
@@ -80,27 +80,7 @@ def _coloured(text: str, colour: str) -> str:
     return text if plain else f"{colour}{text}{PLAIN}"
 
 
-class Progress:
-    """Tells the events of one run as `WanPipeline.stages` yields them."""
-
-    def __init__(self, pipe: WanPipeline, request: Request):
-        self.pipe, self.request = pipe, request
-        self.told, self.frames = 0, 0
-
-    def __call__(self, event_of_run: Any) -> None:
-        from ..types import Conditioning, Step
-
-        if isinstance(event_of_run, Step):
-            step = event_of_run
-            event("step", index=step.index, total=step.total, seconds=round(step.seconds, 3), sigma=step.sigma,
-                  forwards=step.forwards)  # fmt: skip
-        elif not isinstance(event_of_run, Conditioning):
-            self.frames += len(event_of_run)
-            event("frames", done=self.frames, total=self.request.num_frames)
-        self.stages()
-
-    def stages(self) -> None:
-        """Tell the stages that have ended since this was asked last."""
-        for report in self.pipe.reports[self.told :]:
-            event("stage", name=report.name, seconds=round(report.seconds, 3), peak_bytes=report.peak_bytes)
-        self.told = len(self.pipe.reports)
+def hear(event: Event) -> None:
+    """Listen to a run."""
+    if _voice.as_json and isinstance(event, StageEnded | Stepped | Decoded | Previewed):
+        print(json.dumps(event.as_json(), ensure_ascii=False), flush=True)

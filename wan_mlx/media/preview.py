@@ -22,8 +22,8 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ..cli.terminal import event
 from ..errors import WanError
+from ..events import Event, Listener, Previewed, Stepped, unheard
 from ..models.configs import VAEConfig
 from ..models.taehv import TAEHV
 from ..types import Step
@@ -180,21 +180,20 @@ class PreviewFiles:
         self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - started
 
     def watcher(
-        self, request: Request, interrupts: Interrupts, then: Callable[[Any], None] | None = None
-    ) -> Callable[[Any], None]:
-        """What `wan_mlx.runs.run.make_file` is to call with each event: shows the steps that are due, and the last.
+        self, request: Request, interrupts: Interrupts, then: Listener = unheard
+    ) -> Listener:
+        """The listener of `wan_mlx.runs.run.make_file`: shows the steps that are due, and the last.
 
         ``then`` is called with each event, too.
         """
 
-        def on_event(happened: Any) -> None:
-            if then is not None:
-                then(happened)
-            if isinstance(happened, Step) and (self.is_due(happened) or interrupts.asked):
-                self.write(happened, request)
-                event("preview", animation=str(self.path), sheet=str(self.sheet), step=happened.index)
+        def listener(event: Event) -> None:
+            then(event)
+            if isinstance(event, Stepped) and (self.is_due(event.step) or interrupts.asked):
+                self.write(event.step, request)
+                then(Previewed(self.path, self.sheet, event.step.index))
 
-        return on_event
+        return listener
 
 
 def open_previews(

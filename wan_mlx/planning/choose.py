@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
@@ -26,9 +26,6 @@ from . import flops as work
 from . import peak_memory as peaks
 from .machine import available_memory, parse_memory
 from .peak_memory import Networks
-
-if TYPE_CHECKING:
-    from ..pipeline import WanPipeline
 
 log = logging.getLogger(__name__)
 
@@ -319,12 +316,26 @@ def plan(
     return found
 
 
-def plan_request(pipe: WanPipeline, request: Request, measure: bool = False) -> Plan:
-    """How this request keeps within the memory there is: what is resident, streamed or tiled, and its peaks.
+def plan_request(
+    request: Request,
+    name: str,
+    sizes: Callable[[str | None], Networks],
+    quantize: str | None = None,
+    memory: str | int | None = None,
+    vae_tiling: str | tuple[int, int] | None = None,
+    kept: bool = False,
+    parameters: Callable[[mx.Dtype, str | None], Any] | None = None,
+) -> Plan:
+    """How a request keeps within the memory there is: what is resident, streamed or tiled, and its peaks.
 
-    ``measure``: times too, for which parts of the networks are timed for some seconds.
+    Args:
+        name: what to call the model.
+        sizes: quantisation → the model's networks.
+        quantize, memory, vae_tiling: as for `WanPipeline.from_pretrained`.
+        kept: whether transformer and VAE stay loaded from one video to the next.
+        parameters: (dtype, quantisation) → the transformer's parameters; given, parts of the networks are timed for
+            some seconds, and the plan has times too.
     """
-    from ..weights.load import parameters_of
     from .speed import timed
 
     passes = 1 if request.guidance_scale == 1 else 2
@@ -335,25 +346,24 @@ def plan_request(pipe: WanPipeline, request: Request, measure: bool = False) -> 
         return t + len(request.src_ref_images), h, w
 
     def choice(
-        width=request.width, height=request.height, frames=frames, quantize=pipe.quantize, memory=pipe.memory
+        width=request.width, height=request.height, frames=frames, quantize=quantize, memory=memory
     ) -> Plan:
         return choose(
-            pipe.sizes(quantize),
-            f"{pipe.preset.name} {width}x{height}, {frames} frames",
+            sizes(quantize),
+            f"{name} {width}x{height}, {frames} frames",
             shape(width, height, frames),
             passes * request.steps_made,
             memory,
-            pipe.vae_tiling,
+            vae_tiling,
             step_cache=request.cache not in (None, "none"),
             videos=None if request.video is None else 1,
-            kept=pipe.keeps_loaded,
+            kept=kept,
         )
 
-    found = with_advice(choice(), choice, request.geometry, size, frames, pipe.quantize)
-    if measure:
-        nets = pipe.sizes(pipe.quantize)
-        parameters = parameters_of(pipe.checkpoint, nets.dtype, pipe.quantize)
-        found = timed(found, nets, shape(*size, frames), passes, parameters)
+    found = with_advice(choice(), choice, request.geometry, size, frames, quantize)
+    if parameters is not None:
+        nets = sizes(quantize)
+        found = timed(found, nets, shape(*size, frames), passes, parameters(nets.dtype, quantize))
     return found
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import SamplingError
+from ..events import Conditioned, Decoded, Event, Listener, Stepped, unheard
 from ..media.checks import WHAT_TO_TRY, FrameStatistics, check_disk, disk_needed, latents_complaint
 from ..media.write import VideoWriter, latents_to_numpy
-from ..types import Conditioning, Request, Step
+from ..run import Run
+from ..types import Request, StageReport
 from .folder import Behind, FrameStore, RunFolder
 from .interrupt import Interrupts
 
@@ -31,11 +32,14 @@ class Result:
         path: the video.
         seconds: of this process's part.
         complaint: what is wrong with the video, if anything looks wrong.
+        reports, forwards: of its `Run`.
     """
 
     path: Path
     seconds: float
     complaint: str | None = None
+    reports: list[StageReport] = field(default_factory=list)
+    forwards: tuple[int, int] | None = None
 
 
 def make_file(
@@ -44,14 +48,14 @@ def make_file(
     folder: RunFolder,
     overwrite: bool = False,
     interrupts: Interrupts | None = None,
-    on_event: Callable[[Any], None] | None = None,
+    listener: Listener = unheard,
 ) -> Result:
     """Make the video ``folder.output`` and delete ``folder``, which is locked and has begun or goes on.
 
     Args:
         overwrite: replace the output if it exists.
         interrupts: asked for after each step and each decoded latent frame.
-        on_event: called with each event of `WanPipeline.stages` once it is kept.
+        listener: called with each event of the run, which is kept by then.
 
     Raises:
         Stopped: it was asked for; what is done is kept.
@@ -64,9 +68,10 @@ def make_file(
     VideoWriter(folder.output, request.fps, (request.width, request.height), folder.record()["settings"], overwrite)
     frames = folder.open_frames(request.height, request.width)
     with _Encoding(request, folder, frames, overwrite) as encoding:
+        run = None
         if frames.count < request.num_frames:
             try:
-                _sample(pipe, request, folder, frames, encoding, interrupts, on_event)
+                run = _sample(pipe, request, folder, frames, encoding, interrupts, listener)
             except SamplingError:
                 folder.mark_not_finite()
                 raise
@@ -74,7 +79,8 @@ def make_file(
     folder.delete()
     if complaint:
         complaint = f"{complaint}; {WHAT_TO_TRY}"
-    return Result(folder.output, time.perf_counter() - started, complaint)
+    reports, forwards = (run.reports, run.forwards) if run else ([], None)
+    return Result(folder.output, time.perf_counter() - started, complaint, reports, forwards)
 
 
 def _sample(
@@ -84,30 +90,32 @@ def _sample(
     store: FrameStore,
     encoding: _Encoding,
     interrupts: Interrupts,
-    on_event: Callable[[Any], None] | None,
-) -> None:
-    # A step or a latent frame is worth waiting for; loading is not, nor the one result of all tiles.
-    interrupts.patient = lambda: pipe.stage == "denoise" or (pipe.stage == "decode" and not pipe.tiled)
+    listener: Listener,
+) -> Run:
     state = folder.state()
-    steps_before, seen = (0, 0) if state is None else (state.steps, 0)
+    steps_before = 0 if state is None else state.steps
     known = state is not None
-    with closing(pipe.stages(request, state)) as events:
-        del state  # with every step the arrays it holds become old
+    run = pipe.run(request, state)
+    del state  # with every step the arrays it holds become old
+    interrupts.patient = lambda: run.stops_soon
+
+    def keep(event: Event) -> None:
+        if isinstance(event, Conditioned):
+            if not known:
+                folder.save_conditioning(event.conditioning, run.plan.how)
+        elif isinstance(event, Stepped):
+            if event.step.index >= steps_before:
+                folder.save_step(event.step, {"forwards": run.forwards})
+        elif isinstance(event, Decoded) and event.done > store.count:
+            # Decoding starts at the first frame, and comes in the same chunks as those that are kept.
+            encoding.add(event.frames)
+
+    run.listen(keep).listen(listener)
+    with closing(iter(run)) as events:
         for event in events:
-            if isinstance(event, Conditioning):
-                if not known:
-                    folder.save_conditioning(event, pipe.how)
-            elif isinstance(event, Step):
-                if event.index >= steps_before:
-                    folder.save_step(event, {"forwards": pipe.forwards})
-            else:  # decoding starts at the first frame, and comes in the same chunks as those that are kept
-                seen += len(event)
-                if seen > store.count:
-                    encoding.add(event)
-            if on_event is not None:
-                on_event(event)
             del event
             interrupts.check()
+    return run
 
 
 class _Encoding:

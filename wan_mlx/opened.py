@@ -1,0 +1,278 @@
+"""An opened model: its files, choices and sizes; each network is loaded when its stage comes, or kept loaded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import __version__
+from .events import Listener, counted, unheard
+from .files.sentencepiece import read_tokenizer
+from .geometry import Geometry
+from .hub.resolve import resolve_loras
+from .media.preview import Previewer, TinyDecoder, latent_map, tiny_autoencoder
+from .media.write import to_uint8
+from .models import vae_tiling as tiling
+from .models.configs import TEXT_LEN, geometry_of
+from .models.text_encoder import pad_context
+from .models.tokenizer import Tokenizer
+from .models.vae_tiling import parse_tiling
+from .planning.choose import Plan, choose, plan_request
+from .planning.machine import parse_memory
+from .presets import Preset, find_preset, preset_for
+from .progress_bars import ProgressBars
+from .prompts.cache import PromptCache
+from .tasks import TASKS
+from .types import Request
+from .weights.checkpoint import Checkpoint
+from .weights.component import open_component
+from .weights.load import (
+    check_loras,
+    config_of,
+    load_image_encoder,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    modes_of,
+    parameters_of,
+    parse_dtype,
+    sizes_of,
+    vae_config_of,
+)
+from .weights.lora import LoraChoice, describe_lora, normalise_loras
+from .weights.set_loras import set_loras
+
+
+class OpenedModel:
+    """A Wan2.1 model, opened but not resident.
+
+    Attributes:
+        preset: the released model whose sampling defaults are used.
+        guessed_preset: whether it was chosen by the weights' shapes, no name being known.
+        config: sizes of the transformer, from its weights.
+        quantized: mode in which the transformer and the text encoder are packed, for those that are.
+        loras: path and strength of each LoRA in use; `set_loras` changes them.
+        sizes: quantisation → the sizes of its networks (`Networks`), as plans need them.
+        taehv: the file of TAEHV's weights, if it is used; ``draft`` tells whether for the video itself.
+        listener: hears the `Progress` of all work: progress bars, if they are wanted.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: str = "bfloat16",
+        preset: Preset | None = None,
+        progress: bool = True,
+        quantize: str | None = None,
+        vae_tiling: str | tuple[int, int] | None = None,
+        loras: Iterable[LoraChoice] | LoraChoice | None = None,
+        prompt_cache: bool = True,
+        memory: str | int | None = None,
+        taehv: str | Path | None = None,
+        draft: bool = False,
+    ):
+        kind = parse_dtype(dtype)
+        parse_memory(memory)
+        self.memory = memory
+        self.prompt_cache = prompt_cache
+        self.vae_tiling = parse_tiling(vae_tiling)
+        self.quantized = modes_of(checkpoint, quantize)
+        self.checkpoint = checkpoint
+        self.dtype, self.quantize = dtype, quantize
+        self.config = config_of(checkpoint)
+        self.guessed_preset = preset is None and checkpoint.model is None
+        self.preset = preset or (find_preset(checkpoint.model) if checkpoint.model else preset_for(self.config))
+        self.progress = progress
+        self.listener: Listener = ProgressBars() if progress else unheard
+        self.latent_channels = self.config.out_dim
+        self.loras = normalise_loras(loras)
+        check_loras(checkpoint, self.loras)
+        self._merge_loras = True
+        self.taehv, self.draft = taehv and Path(taehv), draft
+        self._tiny = tiny_autoencoder(checkpoint, taehv, draft)
+        self._kept: dict[str, Any] | None = None  # what stays loaded within `keep_loaded`
+        self.running = threading.Lock()  # held by the run that is under way
+        self.sizes = lru_cache(partial(sizes_of, checkpoint, kind))
+        if self.preset.task != self.config.model_type:
+            raise ValueError(
+                f"{checkpoint.path} holds a {self.config.model_type} model, "
+                f"but the task {self.preset.name} needs a {self.preset.task} model"
+            )
+        if self.preset.task not in TASKS:
+            raise ValueError(f"{self.preset.task} models are not supported yet; supported: {', '.join(TASKS)}")
+
+    def set_loras(self, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
+        """Use these LoRAs, in place of those before, from the next video on; none restores the model exactly.
+
+        They are kept beside the transformer's weights, so that within `keep_loaded` they can be swapped without
+        loading it again (but once, if LoRAs are merged into it).
+
+        Args:
+            loras: as for `from_pretrained`.
+
+        Raises:
+            ValueError: an entry is no LoRA.
+            WeightsError: a file does not suit the model; then nothing has changed.
+        """
+        loras = resolve_loras(normalise_loras(loras), progress=self.progress)
+        check_loras(self.checkpoint, loras)
+        kept = (self._kept or {}).get("transformer")
+        if kept is not None and kept.lora_state.merged:
+            del self._kept["transformer"]
+        elif kept is not None:
+            set_loras(kept, loras)
+        self.loras, self._merge_loras = loras, False
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """The sizes of the model's latents and tokens, from its weights."""
+        return geometry_of(self.config, vae_config_of(self.checkpoint))
+
+    def plan(self, request: Request, measure: bool = False) -> Plan:
+        """How a request keeps within the memory there is: what is resident, streamed or tiled, and its peaks.
+
+        Args:
+            measure: times too, for which parts of the networks are timed for some seconds.
+        """
+        return plan_request(
+            request,
+            self.preset.name,
+            self.sizes,
+            self.quantize,
+            self.memory,
+            self.vae_tiling,
+            kept=self.keeps_loaded,
+            parameters=partial(parameters_of, self.checkpoint) if measure else None,
+        )
+
+    def settings(self, request: Request) -> dict[str, Any]:
+        """Everything needed to make the video again, as embedded in its file."""
+        return {
+            "model": self.preset.name,
+            "checkpoint": self.checkpoint.path.name,
+            **request.settings(),
+            "dtype": self.dtype,
+            **({"quantize": self.quantize} if self.quantize else {}),
+            **({"quantized": self.quantized} if self.quantized else {}),
+            **({"loras": [describe_lora(path, strength) for path, strength in self.loras]} if self.loras else {}),
+            **({"draft": self.taehv.name} if self.draft else {}),
+            "versions": {"wan_mlx": __version__, "mlx": mx.__version__},
+        }
+
+    @property
+    def keeps_loaded(self) -> bool:
+        """Whether it is within `keep_loaded`."""
+        return self._kept is not None
+
+    @contextmanager
+    def keep_loaded(self) -> Iterator[None]:
+        """Within this block transformer and VAE stay loaded from one video to the next, and texts stay encoded."""
+        if self._kept is not None:
+            yield
+            return
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+            mx.clear_cache()
+
+    def check_vae(self) -> None:
+        """Raise WeightsError if the VAE's file is damaged."""
+        open_component(self.checkpoint.files["vae"], "vae")
+
+    def load(self, network: str, plan: Plan | None = None, listener: Listener | None = None) -> Any:
+        """The "transformer" or the "vae": loaded now, as ``plan`` has it, or kept since it was."""
+        kept = {} if self._kept is None else self._kept
+        listener = listener or self.listener
+        if network not in kept:
+            if network == "transformer":
+                progress, stream = counted(listener, "loading transformer"), plan is not None and plan.stream
+                kept[network] = load_transformer(
+                    self.checkpoint, self.dtype, progress, self.quantize, stream, self.loras, self._merge_loras
+                )
+            else:
+                kept[network] = load_vae(self.checkpoint, progress=counted(listener, "loading VAE"))
+        if network == "transformer" and plan is not None:
+            kept[network].tokens_at_once = plan.tokens_at_once
+        return kept[network]
+
+    def encode_text(self, texts: Sequence[str], listener: Listener | None = None) -> list[mx.array]:
+        """Texts → embeddings zero-padded to (1, 512, text_dim), in one pass over the encoder's weights.
+
+        Texts whose embeddings are on disk are not encoded; if all are, the encoder is not opened.
+        """
+        known = {} if self._kept is None else self._kept.setdefault("texts", {})
+        cache = PromptCache.of(self.checkpoint, self.dtype, self.quantize) if self.prompt_cache else None
+        for text in texts:
+            if cache and text not in known and (kept := cache.get(text)) is not None:
+                known[text] = kept
+        if new := [text for text in dict.fromkeys(texts) if text not in known]:
+            tokenizer = Tokenizer(read_tokenizer(self.checkpoint.files["tokenizer"]))
+            progress = counted(listener or self.listener, "encoding text")
+            encoder = load_text_encoder(self.checkpoint, self.dtype, progress, self.quantize)
+            known.update(zip(new, encoder([tokenizer(text) for text in new]), strict=True))
+            mx.eval([known[text] for text in new])
+            for text in new if cache else ():
+                cache.put(text, known[text])
+        contexts = [pad_context(known[text], TEXT_LEN) for text in texts]
+        mx.eval(contexts)
+        return contexts
+
+    def encode_images(self, images: mx.array, listener: Listener | None = None) -> mx.array:
+        """Images (N, H, W, 3) in [-1, 1] → CLIP features (N, 257, image_dim)."""
+        progress = counted(listener or self.listener, "loading CLIP")
+        features = load_image_encoder(self.checkpoint, progress=progress)(images)
+        mx.eval(features)
+        return features
+
+    def encode_videos(
+        self, videos: Sequence[Iterable[mx.array]], plan: Plan | None = None, listener: Listener | None = None
+    ) -> list[mx.array]:
+        """Videos in chunks of frames in [-1, 1] → normalised latents (1, t, h, w, C) each."""
+        vae, tile = self.load("vae", plan, listener), self.tile_of(plan, "encode_tile")
+        progress = counted(listener or self.listener, "encoding video")
+        return [tiling.encode(vae, progress(video), tile) for video in videos]
+
+    def decode(
+        self, latents: mx.array, plan: Plan | None = None, listener: Listener | None = None
+    ) -> Iterator[np.ndarray]:
+        """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time."""
+        still = latents.shape[1] == 1  # the official code rounds stills and truncates videos
+        finish, listener = partial(to_uint8, rounding=still), listener or self.listener
+        if self.draft:
+            progress = counted(listener, "decoding a draft")
+            for frames in progress(self._tiny.decode(latents), total=latents.shape[1]):
+                yield finish(frames[0])
+            return
+        decode = tiling.decode if self.vae_tiling == "off" else tiling.decode_in_memory
+        if plan is None and self.vae_tiling is None:
+            plan = choose(self.sizes(self.quantize), "decode", latents.shape[1:4], 1, self.memory)
+        vae, tile = self.load("vae", plan, listener), self.tile_of(plan)
+        for frames in decode(vae, latents, tile, finish, counted(listener, "decoding")):
+            yield frames[0]
+
+    def tile_of(self, plan: Plan | None, which: str = "decode_tile") -> tuple[int, int] | None:
+        """The VAE's largest tile (width, height) in pixels, or None for whole frames."""
+        if isinstance(self.vae_tiling, tuple):
+            return self.vae_tiling
+        return None if plan is None else getattr(plan, which)
+
+    def preview(self, latents: mx.array) -> np.ndarray:
+        """Small pictures of latents (1, t, h, w, C), such as `Step.denoised`: uint8 (t, h, w, 3).
+
+        Raises:
+            ValueError: no colours are known for this VAE's latents.
+        """
+        return self.previewer(latents)
+
+    @cached_property
+    def previewer(self) -> Previewer:
+        return TinyDecoder(self._tiny) if self._tiny else latent_map(vae_config_of(self.checkpoint))

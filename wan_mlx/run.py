@@ -1,0 +1,264 @@
+"""One run of an opened model: encode, denoise, decode; a stage's weights are gone before the next stage's are read."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .caching import make_cache
+from .denoise import denoise, step_reached, with_condition, without_references
+from .errors import BusyError, Stopped
+from .events import Conditioned, Decoded, Event, Listener, Progress, StageEnded, StageStarted, Stepped, counted
+from .guidance import Guidance
+from .media.write import latents_to_numpy
+from .opened import OpenedModel
+from .planning.choose import Plan, limited_cache
+from .recipes import scheduler_for
+from .tasks import TASKS
+from .types import Conditioning, Request, RunState, StageReport, Step
+from .video import Video
+
+log = logging.getLogger(__name__)
+
+# What `Run.outputs` yields: the conditioning, then each step, then decoded frames uint8 (n, H, W, 3).
+Output = Conditioning | Step | np.ndarray
+
+
+class Run:
+    """One request on its way to a video: iterate over it, once, for the events as they happen.
+
+    The run happens while it is iterated over, in that thread, and ends when the iteration does; a model makes one
+    video at a time. Listeners (`listen`) hear each event before it is yielded.
+
+    Attributes:
+        pipe, request: of which model, and what is asked for.
+        plan: what is resident, streamed or tiled.
+        stage: the one that is at work, as it will be called in ``reports``; None between stages.
+        reports: seconds and peak memory of each stage that has ended.
+        forwards: the transformer's forwards computed so far, and how many a run without step cache and with guidance
+            all along makes; None before the first step.
+        stopped_after: the number of steps after which `finish` ended sampling; None if it did not.
+
+    Raises:
+        MemoryPlanError: it does not fit.
+    """
+
+    def __init__(self, pipe: OpenedModel, request: Request, resume: RunState | None = None):
+        self.pipe, self.request = pipe, request
+        plan = pipe.plan(request)
+        plan.check()
+        self.plan: Plan = plan if resume is None else plan.as_begun(resume.how)
+        self.stage: str | None = None
+        self.reports: list[StageReport] = []
+        self.forwards: tuple[int, int] | None = None
+        self.stopped_after: int | None = None
+        self.latent_channels = pipe.latent_channels
+        self._resume = resume
+        self._listeners: list[Listener] = [pipe.listener]
+        self._happened: deque[Event] = deque()
+        self._begun = self._stopping = self._finishing = False
+
+    def listen(self, listener: Listener) -> Run:
+        """Have ``listener`` called with each event the moment it happens, in the thread of the run; returns the run.
+
+        What a listener raises ends the run.
+        """
+        self._listeners.append(listener)
+        return self
+
+    def stop(self) -> None:
+        """End the run after the step or the decoded frames at work: the iteration then raises `Stopped`.
+
+        Any thread may call this.
+        """
+        self._stopping = True
+
+    def finish(self) -> None:
+        """Sample no more after the step at work: the video is that step's estimate. Any thread may call this."""
+        self._finishing = True
+
+    @property
+    def stops_soon(self) -> bool:
+        """Whether `stop` would be heard soon: in the midst of steps or decoded frames, not while weights are read."""
+        return self.stage == "denoise" or (self.stage == "decode" and not self.tiled)
+
+    @property
+    def tiled(self) -> bool:
+        """Whether the video is decoded in tiles, whose frames all come at the end."""
+        return self.pipe.tile_of(self.plan) is not None and not self.pipe.draft
+
+    def __iter__(self) -> Iterator[Event]:
+        """Run, and yield every event but `Progress`.
+
+        Raises:
+            BusyError: another run of this model is under way.
+            ValueError: the run has begun before.
+            SamplingError: the latents stopped being finite.
+            Stopped: `stop` was called.
+        """
+        if self._begun:
+            raise ValueError("this run has begun already; pipe.run(request) makes another")
+        with self._alone(), limited_cache(self.plan):
+            self._begun = True
+            for _ in self._stages():
+                while self._happened:
+                    yield self._happened.popleft()
+                if self._stopping:
+                    raise Stopped()
+            while self._happened:
+                yield self._happened.popleft()
+
+    def outputs(self) -> Iterator[Output]:
+        """Run, and yield what the stages give: the Conditioning, each Step, then decoded frames uint8 (n, H, W, 3)."""
+        with closing(iter(self)) as events:
+            for event in events:
+                if isinstance(event, Conditioned):
+                    yield event.conditioning
+                elif isinstance(event, Stepped):
+                    yield event.step
+                elif isinstance(event, Decoded):
+                    yield event.frames
+
+    def video(self, callback: Callable[[Step], Any] | None = None) -> Video:
+        """Run to the end, and gather the frames.
+
+        Args:
+            callback: called with each step; if it returns False, sampling ends there (`finish`).
+        """
+        settings = self.pipe.settings(self.request)
+        frames, latents = [], None
+        with closing(self.outputs()) as outputs:
+            for output in outputs:
+                if isinstance(output, Step):
+                    latents, estimate = output.latents, output.denoised
+                    if callback is not None and callback(output) is False:
+                        self.finish()
+                elif isinstance(output, np.ndarray):
+                    frames.append(output)
+        if self.stopped_after is not None:
+            latents, settings["stopped_after"] = estimate, self.stopped_after
+        if self.forwards:
+            settings["forwards"] = list(self.forwards)
+        return Video(
+            frames=np.concatenate(frames),
+            latents=latents_to_numpy(latents),
+            fps=self.request.fps,
+            settings=settings,
+            stages=self.reports,
+        )
+
+    # The stages. A generator below yields wherever events have been told that are to be passed on.
+
+    def _stages(self) -> Iterator[None]:
+        self.pipe.check_vae()  # a damaged file is not for after an hour's work to find
+        reached = yield from self._condition()
+        latents = yield from self._sample(reached)
+        del reached
+        yield from self._decode(latents)
+
+    def _condition(self) -> Generator[None, None, RunState]:
+        reached, self._resume = self._resume, None
+        if reached is None:
+            with self._stage("conditioning"):
+                yield
+                reached = RunState(TASKS[self.request.task].condition(self.request, self))
+                mx.eval(reached.conditioning.arrays())
+        self._tell(Conditioned(reached.conditioning))
+        yield
+        return reached
+
+    def _sample(self, reached: RunState) -> Generator[None, None, mx.array]:
+        """Make the steps that are left; returns the latents (1, t, h, w, C) to decode."""
+        request, conditioning = self.request, reached.conditioning
+        scheduler = scheduler_for(request)
+        total, trim = len(scheduler.timesteps), conditioning.trim_latents
+        if reached.steps:
+            latents = self._step(step_reached(scheduler, reached), trim)
+            yield
+        if reached.steps == total:
+            return latents
+        with self._stage("load transformer"):
+            yield
+            model = with_condition(self.pipe.load("transformer", self.plan, self._tell), conditioning)
+        with self._stage("denoise"):
+            yield
+            cache = make_cache(request.cache, request.steps_made, self.pipe.preset.name, request.begin)
+            guidance, first = Guidance.of(request), reached.steps
+            steps = denoise(model, conditioning, scheduler, guidance, cache, first=first, state=reached.state)
+            with closing(counted(self._tell, "denoising")(steps, total=total, initial=first)) as steps:
+                for step in steps:
+                    self.forwards = (cache.computed, step.passes * step.total)
+                    latents = self._step(step, trim)
+                    yield
+                    if self._finishing and step.index + 1 < total:
+                        self.stopped_after = step.index + 1
+                        return without_references(step, trim).denoised
+        return latents
+
+    def _step(self, step: Step, trim: int) -> mx.array:
+        """Tell a step, without the references that it has; returns its latents."""
+        shown = replace(without_references(step, trim), previewer=self.pipe.preview)
+        self._tell(Stepped(shown))
+        return shown.latents
+
+    def _decode(self, latents: mx.array) -> Iterator[None]:
+        done = 0
+        with self._stage("decode"):
+            yield
+            for frames in self.pipe.decode(latents, self.plan, self._tell):
+                done += len(frames)
+                self._tell(Decoded(frames, done, self.request.num_frames))
+                del frames
+                yield
+
+    # What a task may ask for while it makes the conditioning: `wan_mlx.types.Encoders`
+
+    def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
+        return self.pipe.encode_text(texts, self._tell)
+
+    def encode_images(self, images: mx.array) -> mx.array:
+        return self.pipe.encode_images(images, self._tell)
+
+    def encode_videos(self, videos: Sequence[Iterable[mx.array]]) -> list[mx.array]:
+        return self.pipe.encode_videos(videos, self.plan, self._tell)
+
+    def _tell(self, event: Event) -> None:
+        for listener in self._listeners:
+            listener(event)
+        if not isinstance(event, Progress):
+            self._happened.append(event)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Time a stage, note its peak memory, and give freed memory back when it ends."""
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        self.stage = name
+        self._tell(StageStarted(name))
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stage = None
+            report = StageReport(name, time.perf_counter() - started, mx.get_peak_memory())
+            self.reports.append(report)
+            mx.clear_cache()
+            log.info("%s: %.1f s, peak %.2f GiB", name, report.seconds, report.peak_bytes / 2**30)
+            self._tell(StageEnded(report))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self.pipe.running.acquire(blocking=False):
+            raise BusyError("this pipeline is making another video; wait until that run ends, or open another pipeline")
+        try:
+            yield
+        finally:
+            self.pipe.running.release()
