@@ -8,9 +8,8 @@ import time
 
 SCRIPT = """
 import select, signal, sys
-from wan_mlx import denoise, generate, opened
+from wan_mlx import denoise, generate, opened, storage
 from wan_mlx.media import write as media
-from wan_mlx.runs import folder as run_folder
 
 def held(function, number):
     calls = iter(range(1_000_000))
@@ -28,7 +27,7 @@ where, number = sys.argv[1], int(sys.argv[2])
 if where == "step":  # in the middle of step `number`
     denoise.guided_velocity = held(denoise.guided_velocity, number)
 elif where == "saving":  # with a file half done
-    run_folder._flush = held(run_folder._flush, number)
+    storage.flush = held(storage.flush, number)
 elif where == "frame":  # in the middle of decoding latent frame `number`
     opened.to_uint8 = held(opened.to_uint8, number)
 elif where == "ffmpeg":  # with ffmpeg running

@@ -14,8 +14,8 @@ import pytest
 from hub_server import COMMIT, serving
 from huggingface_hub import constants
 
+from wan_mlx import storage as disk
 from wan_mlx.errors import Stopped, WeightsError
-from wan_mlx.files import storage as disk
 from wan_mlx.hub import download
 from wan_mlx.hub import resolve as hub
 from wan_mlx.hub.names import Location, parse_location

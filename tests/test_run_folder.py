@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 from paused_process import PausedProcess, run, wait_for_the_end_of
 
+from wan_mlx import storage
 from wan_mlx.cli.main import main
 from wan_mlx.errors import BusyError, WanError
 from wan_mlx.media.write import ENDINGS, read_settings, save_video
 from wan_mlx.pipeline import WanPipeline
 from wan_mlx.runs import folder as run_folder
-from wan_mlx.runs.folder import RunFolder, fingerprint
+from wan_mlx.runs.folder import RunFolder
 from wan_mlx.runs.record import request_of
+from wan_mlx.storage import SAMPLE_BYTES, SAMPLES, fingerprint
 from wan_mlx.types import Conditioning, Step
 
 
@@ -86,13 +88,13 @@ class TestFolder:
 
     def test_a_step_is_flushed_while_the_next_computes(self, folder, monkeypatch):
         folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))
-        goes_on, flush = threading.Event(), run_folder._flush
+        goes_on, flush = threading.Event(), storage.flush
 
         def slowly(path):
             assert goes_on.wait(60)
             flush(path)
 
-        monkeypatch.setattr(run_folder, "_flush", slowly)
+        monkeypatch.setattr(storage, "flush", slowly)
         folder.save_step(step(0))  # returns, though flushing has not begun
         assert not list(folder.path.glob("step-*"))
         threading.Timer(0.05, goes_on.set).start()
@@ -128,7 +130,7 @@ class TestFolder:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(run_folder, "_flush", full)
+            patch.setattr(storage, "flush", full)
             folder.save_step(step(1))
             with pytest.raises(WanError, match="step-0002.safetensors cannot be written.*No space left"):
                 folder.save_step(step(2))
@@ -228,14 +230,17 @@ class TestFolder:
 
 class TestFingerprint:
     def test_tells_files_apart(self, tmp_path):
-        data = np.random.default_rng(0).bytes(3 << 20)
+        data = np.random.default_rng(0).bytes(2 * SAMPLES * SAMPLE_BYTES)
         path = tmp_path / "a"
         path.write_bytes(data)
         known = fingerprint(path)
-        assert known["size"] == 3 << 20 and fingerprint(path) == known
+        assert known["size"] == len(data) and fingerprint(path) == known
         for position in (0, len(data) - 1):
             path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
             assert fingerprint(path) != known
+        middle, length = len(data) // 2, 3 * SAMPLE_BYTES  # over at least one sample
+        path.write_bytes(data[:middle] + bytes(length) + data[middle + length :])
+        assert fingerprint(path) != known
         path.write_bytes(data[:-1])
         assert fingerprint(path) != known
 

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import wan_mlx
+from wan_mlx.storage import free_space
 
 if TYPE_CHECKING:
     from .selftest import Check
@@ -129,9 +129,8 @@ def surroundings() -> Iterator[Check]:
     yield Check("memory", "ok" if memory >= LITTLE_MEMORY else "warn", f"{memory / 1e9:.1f} GB",
                 "" if memory >= LITTLE_MEMORY else "use --memory, a small size and few frames")  # fmt: skip
     folder = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    existing = next((parent for parent in (folder, *folder.parents) if parent.is_dir()), Path.cwd())
-    free = shutil.disk_usage(existing).free
-    yield Check("disk for models", "ok" if free >= LITTLE_DISK else "warn", f"{free / 1e9:.0f} GB free in {existing}",
+    free = free_space(folder)
+    yield Check("disk for models", "ok" if free >= LITTLE_DISK else "warn", f"{free / 1e9:.0f} GB free for {folder}",
                 "" if free >= LITTLE_DISK else "T2V-1.3B is a download of 17.5 GB, the 14B models of 69 to 83; set "
                 "HF_HOME to a folder on a larger disk")  # fmt: skip
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..hub.resolve import BUNDLED
-from ..runs.folder import fingerprint
+from ..storage import fingerprint
 
 # max |a - b| / max |b|: wide enough for TF32 and Winograd, far below anything that would be seen in a video.
 TOLERANCE = {mx.float32: 5e-3, mx.bfloat16: 4e-2}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import threading
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import WeightsError
+from ..storage import publish
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def _fetch(repo: str, commit: str, file: RemoteFile, advance: Callable[[int], No
         else:
             expected = remote.etag if remote.etag == file.etag else None  # a mirror may have etags of its own
             _Transfer(url, name, RemoteFile(file.path, file.size, expected), advance, stop).into(_partial(blob))
-            os.replace(_partial(blob), blob)
+            publish(_partial(blob), blob)
     hf_hub_download(repo, file.path, revision=commit)  # finds the blob and links to it
 
 
@@ -135,7 +135,6 @@ class _Transfer:
             if self.output.tell() < self.file.size or not self.file.size:
                 _persist(self._fetch_rest, self.output.tell, self.name, self.stop)
             self._write(b"")
-            os.fsync(self.output.fileno())
         found = self.digest.hexdigest()
         if self.file.etag and found != self.file.etag:
             partial.unlink()

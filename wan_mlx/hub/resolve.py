@@ -15,8 +15,8 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import Stopped, WeightsError
-from ..files.storage import free_space, gigabytes
 from ..presets import PARTS, Preset
+from ..storage import free_space, gigabytes
 from . import modelscope
 from .download import RemoteFile, bytes_here, fetch_files, one_line
 from .names import Location, needed_files, parse_location, preset_at, weights_in

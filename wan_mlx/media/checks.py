@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import WanError
+from ..storage import free_space
 from ..types import Request
 
 # Luma is BT.601 on [0, 255]. A plain background with a small moving shape has a deviation of 5 and more.
@@ -80,7 +80,7 @@ def disk_needed(request: Request, latent_channels: int) -> int:
 
 def check_disk(folder: Path, needed: int) -> None:
     """Raise WanError, before an hour of work, if the disk has no room for what the run keeps and makes."""
-    free, needed = shutil.disk_usage(folder).free, needed + DISK_RESERVE
+    free, needed = free_space(folder), needed + DISK_RESERVE
     if free < needed:
         raise WanError(
             f"the disk of {folder.absolute()} has {free / 1e9:.2f} GB free, the run needs about {needed / 1e9:.2f} GB; "

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ..errors import SamplingError, WanError
+from ..storage import publish
 
 ENDINGS = (".mp4", ".gif", ".webp", ".png", ".npz")
 MAX_FPS = 240
@@ -167,7 +168,7 @@ class VideoWriter:
                 kept = self.path.with_name(self._temporary.name.lstrip("."))
                 os.replace(self._temporary, kept)
                 raise ValueError(f"output {self.path} appeared during the run; it was kept, and this video is {kept}")
-            os.replace(self._temporary, self.path)
+            publish(self._temporary, self.path)
         finally:
             self._encoder.close()
             self._temporary.unlink(missing_ok=True)

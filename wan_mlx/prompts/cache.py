@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from ..errors import WanError
+from ..storage import fingerprint, shards_of, whole_file
+
 if TYPE_CHECKING:
     from ..weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files; another number, and older ones are not found
+FORMAT = 2  # of the files; another number, and older ones are not found
 MOST_ENTRIES = 200
 MOST_BYTES = 256 * 2**20
-# Of a weight file, this much of its beginning and end is hashed: headers, and a .pth's list of check sums.
-HASHED_BYTES = 256 * 2**10
 ENDING = ".safetensors"
 
 
@@ -42,22 +42,8 @@ def cache_folder() -> Path:
 
 
 def file_identity(path: Path) -> list[Any]:
-    """What tells a weight file from another without reading it whole: size, time of change, hash of both ends.
-
-    Of an index of shards, the identity of each shard too. Where the file lies does not matter.
-    """
-    stat = path.stat()
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        digest.update(file.read(HASHED_BYTES))
-        if stat.st_size > HASHED_BYTES:
-            file.seek(max(HASHED_BYTES, stat.st_size - HASHED_BYTES))
-            digest.update(file.read())
-    identity = [stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
-    if path.name.endswith(".index.json"):
-        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        identity += [file_identity(path.parent / shard) for shard in shards]
-    return identity
+    """Tells a weight file from another; where it lies does not matter. Of an index, each shard's identity."""
+    return [[fingerprint(file), file.stat().st_mtime_ns] for file in shards_of(path)]
 
 
 class PromptCache:
@@ -109,16 +95,12 @@ class PromptCache:
         """Keep the embedding of a text, and drop what was not used for longest where there are too many."""
         if self.identity is None:
             return
-        temporary = self.folder / f".{secrets.token_hex(8)}{ENDING}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                mx.save_safetensors(str(temporary), {"embedding": embedding}, {"sha256": _digest(embedding)})
-                os.replace(temporary, self._path(text))
-            finally:
-                temporary.unlink(missing_ok=True)
+            with whole_file(self._path(text)) as path:
+                mx.save_safetensors(str(path), {"embedding": embedding}, {"sha256": _digest(embedding)})
             self._trim()
-        except (OSError, RuntimeError) as error:
+        except (OSError, WanError) as error:
             self._complain(error)
 
     def _path(self, text: str) -> Path:

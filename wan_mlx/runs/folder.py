@@ -18,11 +18,9 @@ that are here already are not written again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -33,6 +31,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .. import storage
 from ..errors import BusyError, WanError
 from ..types import Conditioning, RunState, Step
 
@@ -41,7 +40,6 @@ log = logging.getLogger(__name__)
 ENDING = ".wan"
 KEPT_STEPS = 2
 LARGE_STATE = 300_000_000  # bytes; with a step cache it is gigabytes
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of a weight file, to tell it from another without reading gigabytes
 
 
 class Behind:
@@ -111,7 +109,8 @@ class RunFolder:
 
     def amend(self, record: dict[str, Any]) -> None:
         """Note what the run is from now on."""
-        _write(self.path / "run.json", lambda path: path.write_text(json.dumps(record, indent=1), encoding="utf-8"))
+        with storage.whole_file(self.path / "run.json") as path:
+            path.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     def record(self) -> dict[str, Any] | None:
         """What `begin` noted; None if no run has begun here.
@@ -137,7 +136,8 @@ class RunFolder:
         arrays = conditioning.arrays()
         rest = {name: value for name, value in vars(conditioning).items() if name not in arrays and value is not None}
         metadata = {"values": json.dumps(rest), "how": json.dumps(how or {})}
-        _write(self.path / "conditioning.safetensors", lambda path: mx.save_safetensors(str(path), arrays, metadata))
+        with storage.whole_file(self.path / "conditioning.safetensors") as path:
+            mx.save_safetensors(str(path), arrays, metadata)
 
     def save_step(self, step: Step, notes: Mapping[str, Any] | None = None) -> None:
         """Keep the step's state, with ``notes`` that JSON can hold, and drop those before the last but one.
@@ -204,14 +204,14 @@ class RunFolder:
 
     def mark_finished(self, video: Path) -> None:
         """Flush the finished video, and note what it is: it is about to be moved to its place."""
-        _flush(video)
-        text = json.dumps({"sha256": _sha256(video)})
-        _write(self.path / "finished.json", lambda path: path.write_text(text, encoding="utf-8"))
+        storage.flush(video)
+        with storage.whole_file(self.path / "finished.json") as path:
+            path.write_text(json.dumps({"sha256": storage.sha256(video)}), encoding="utf-8")
 
     def is_finished(self) -> bool:
         """Whether the output is the video that this run made: it was cut only before its folder was gone."""
         text = _read_text(self.path / "finished.json")
-        return bool(text) and self.output.is_file() and json.loads(text)["sha256"] == _sha256(self.output)
+        return bool(text) and self.output.is_file() and json.loads(text)["sha256"] == storage.sha256(self.output)
 
     def delete(self) -> None:
         """Remove the folder; what says that there is something to go on with goes before what tells that it is done."""
@@ -256,7 +256,8 @@ class RunFolder:
         return sorted(self.path.glob("step-*.safetensors"), key=_count_of)
 
     def _keep_step(self, path: Path, state: dict[str, mx.array], metadata: dict[str, str]) -> None:
-        _write(path, lambda path: mx.save_safetensors(str(path), state, metadata))
+        with storage.whole_file(path) as temporary:
+            mx.save_safetensors(str(temporary), state, metadata)
         state.clear()
         for old in self._step_files()[:-KEPT_STEPS]:
             old.unlink()
@@ -282,8 +283,8 @@ class FrameStore:
     def add(self, frames: np.ndarray) -> None:
         """Append frames, uint8 (n, height, width, 3); they are on the disk when this returns."""
         data = np.ascontiguousarray(frames).data.cast("B")
-        _append(self.raw, data)
-        _append(self.index, f"{len(frames)} {zlib.crc32(data):08x}\n".encode())
+        storage.append(self.raw, data)
+        storage.append(self.index, f"{len(frames)} {zlib.crc32(data):08x}\n".encode())
         self._chunks.append(len(frames))
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -325,28 +326,6 @@ class FrameStore:
         else:
             os.truncate(self.raw, good_bytes)
             os.truncate(self.index, len(good_text))
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """What tells a file from another: its size, and the SHA-256 of all of a small file or of 16 samples of a large one.
-
-    An index of shards stands for its shards.
-    """
-    if path.name.endswith(".index.json"):
-        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        parts = [fingerprint(path.parent / name) for name in shards]
-        digest = hashlib.sha256("".join(part["sha256"] for part in parts).encode())
-        return {"size": sum(part["size"] for part in parts), "sha256": digest.hexdigest()}
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= SAMPLES * SAMPLE_BYTES:
-            digest.update(file.read())
-        else:
-            for i in range(SAMPLES):
-                file.seek(i * (size - SAMPLE_BYTES) // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return {"size": size, "sha256": digest.hexdigest()}
 
 
 def _acquire(path: Path) -> int | None:
@@ -397,72 +376,8 @@ def _writer() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "wan_mlx-steps")
 
 
-def _write(path: Path, write) -> None:
-    """Let ``write`` make the file under another name, flush it to the disk, and give it its name."""
-    _keep(_write_aside(path, write), path)
-
-
-def _write_aside(path: Path, write) -> Path:
-    temporary = path.with_name(f".wan_mlx-{path.name}")
-    try:
-        write(temporary)
-    except (OSError, RuntimeError) as error:  # MLX's own writing raises the latter
-        temporary.unlink(missing_ok=True)
-        raise _not_written(path, error) from error
-    return temporary
-
-
-def _keep(temporary: Path, path: Path) -> None:
-    try:
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _not_written(path, error) from error
-
-
-def _append(path: Path, data: bytes | memoryview) -> None:
-    try:
-        with path.open("ab") as file:
-            file.write(data)
-        _flush(path)
-    except OSError as error:
-        raise _not_written(path, error) from error
-
-
-def _not_written(path: Path, error: Exception) -> WanError:
-    free = shutil.disk_usage(path.parent).free
-    return WanError(f"{path} cannot be written ({error}); the disk has {free / 1e9:.2f} GB free")
-
-
-def _flush(path: Path) -> None:
-    """Have the system put the file (or the folder's list of names) on the disk, past its own caches."""
-    import fcntl
-
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync leaves it in the drive's cache
-            try:
-                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-                return
-            except OSError:  # not on every file system
-                pass
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return ""
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from .. import __version__
+from .. import __version__, storage
 from ..cli.flags import FREE_ON_RESUME, MODEL_FLAGS, PATH_FLAGS, flag_names
 from ..errors import WanError
 from ..geometry import WAN_2_1, Geometry
@@ -19,7 +19,7 @@ from ..hub.resolve import BUNDLED
 from ..media.write import read_settings
 from ..types import SOURCE_FIELDS, Request
 from ..weights.lora import normalise_loras
-from .folder import RunFolder, fingerprint
+from .folder import RunFolder
 
 if TYPE_CHECKING:
     from ..pipeline import WanPipeline
@@ -48,8 +48,8 @@ def make_record(pipe: WanPipeline, request: Request, flags: Mapping[str, Any]) -
         "flags": _normal_flags(flags) | {"seed": request.seed},
         "request": fields,
         "settings": pipe.settings(request),
-        "weights": {name: fingerprint(path) for name, path in _weights(pipe).items()},
-        "sources": {name: fingerprint(Path(name)) for name in sources if name and Path(name).is_file()},
+        "weights": {name: storage.fingerprint(path) for name, path in _weights(pipe).items()},
+        "sources": {name: storage.fingerprint(Path(name)) for name in sources if name and Path(name).is_file()},
         "machine": {"wan_mlx": __version__, "mlx": mx.__version__, "device": _device()},
     }
     return json.loads(json.dumps(record))
@@ -154,11 +154,11 @@ def check_identity(record: Mapping[str, Any], pipe: WanPipeline, folder: RunFold
     if folder.steps_done == request_of(record).steps_made:
         done |= {name for name in _weights(pipe) if name == "transformer" or name.startswith("lora")}
     for name, path in _weights(pipe).items():
-        if name not in done and record["weights"].get(name) != fingerprint(path):
+        if name not in done and record["weights"].get(name) != storage.fingerprint(path):
             raise WanError(f"{path} is not the file that the run was begun with; put that back, or start anew with "
                            "--overwrite instead of --resume")  # fmt: skip
     for name, known in (() if encoded else record["sources"].items()):
-        if not Path(name).is_file() or fingerprint(Path(name)) != known:
+        if not Path(name).is_file() or storage.fingerprint(Path(name)) != known:
             raise WanError(f"{name} is not the file that the run was begun with; put that back, or start anew with "
                            "--overwrite instead of --resume")  # fmt: skip
     now = {"wan_mlx": __version__, "mlx": mx.__version__, "device": _device()}

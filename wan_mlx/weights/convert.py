@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,10 +22,10 @@ import numpy as np
 from .. import __version__
 from ..errors import WeightsError
 from ..files.sentencepiece import read_tokenizer
-from ..files.storage import free_space, gigabytes, new_folder
 from ..hub.names import parse_location
 from ..hub.resolve import Places, preset_of
 from ..presets import MLX_FILES, PRESETS
+from ..storage import fingerprint, free_space, gigabytes, new_folder
 from .checkpoint import MLX_FORMAT, Checkpoint, open_checkpoint
 from .component import (
     MLX_LAYOUT,
@@ -45,8 +45,6 @@ Specs = dict[str, tuple[tuple[int, ...], mx.Dtype]]
 
 SHARD_BYTES = 4 * 10**9
 BLOCK = re.compile(r"(vace_blocks|blocks)\.(\d+)\.")
-# Of a source's file: how many pieces of what size are hashed, at even distances.
-SAMPLES, SAMPLE_BYTES = 256, 2**16
 
 CONFIG_OF = {
     "transformer": transformer_config,
@@ -121,7 +119,7 @@ def convert(
         networks.append(Network(parameters, {name: _kept(parameters, name) for name in weights.shapes}, shard_bytes))
         config["dtypes"][component] = networks[-1].dtypes()
         config["source"]["layouts"][component] = MLX_LAYOUT if weights.channels_last else weights.layout.name
-        config["source"]["fingerprints"][component] = fingerprint(weights.file.files)
+        config["source"]["fingerprints"][component] = fingerprint(weights.path)["sha256"]
     tokenizer = read_tokenizer(checkpoint.files["tokenizer"])
     needed, free = sum(network.nbytes for network in networks) + len(tokenizer), free_space(out.parent)
     if needed > free:
@@ -257,24 +255,6 @@ def _kept(parameters: Parameters, name: str) -> Specs:
     stored = weights.file.tensors[weights.sources[name][0]].dtype
     narrow = next((d for d, s in SAFETENSORS_NAMES.items() if s == stored and d.size == 2), wanted)
     return {name: (weights.shapes[name], narrow if wanted == mx.float32 else wanted)}
-
-
-def fingerprint(files: Iterable[Path]) -> str:
-    """A cheap mark of some files' content: SHA-256 of each one's size and of 64 KiB at 256 even distances.
-
-    Two files with the same mark are the same in practice, unless one was changed in a few places only; the whole is
-    not read, which for 69 GB would take longer than converting them.
-    """
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{size} ".encode())
-        last = max(0, size - SAMPLE_BYTES)
-        with open(path, "rb", buffering=0) as file:
-            for place in sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}):
-                file.seek(place)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def _card(name: str, config: Mapping[str, Any], nbytes: int) -> str:

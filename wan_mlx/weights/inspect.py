@@ -15,7 +15,6 @@ from ..errors import WeightsError
 from ..files.base import BLOCKS
 from ..files.fp8 import FP8, Fp8File
 from ..files.sentencepiece import read_tokenizer
-from ..files.storage import gigabytes
 from ..models.configs import TransformerConfig
 from ..models.image_encoder import ImageEncoder, last_block_shapes
 from ..models.text_encoder import parameter_shapes as text_encoder_shapes
@@ -23,6 +22,7 @@ from ..models.transformer import Transformer
 from ..models.vace import VaceTransformer
 from ..models.vae import VAE
 from ..presets import NETWORKS, PRESETS
+from ..storage import gigabytes
 from .checkpoint import look_at
 from .component import (
     ComponentWeights,

@@ -7,7 +7,6 @@ own parameters. Whatever matches none of them is an error; what belongs to a tex
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -24,6 +23,7 @@ from ..errors import WeightsError
 from ..files.base import WeightsFile
 from ..files.fp8 import FP8, fold
 from ..files.open import open_weights
+from ..storage import sha256
 from .layouts import LAYOUTS
 
 log = logging.getLogger(__name__)
@@ -253,11 +253,7 @@ def describe_lora(path: Path, strength: float) -> dict[str, Any]:
 
 @lru_cache
 def _hash(path: Path, modified: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
+    return sha256(path)
 
 
 def _file_of(path: Path) -> Path:
