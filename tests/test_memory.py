@@ -114,7 +114,7 @@ def on_a_gpu(monkeypatch):
     """Predict as for a GPU with fused attention."""
     monkeypatch.setattr(peaks, "has_fused_kernel", lambda dtype, head_dim: dtype != mx.float32)
     monkeypatch.setattr(peaks, "on_cpu", lambda: False)
-    monkeypatch.setattr(peaks.cuda, "in_use", lambda: True)
+    monkeypatch.setattr(wan_mlx.cuda, "in_use", lambda: True)
 
 
 @pytest.mark.parametrize(

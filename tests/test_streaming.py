@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+import wan_mlx
 from wan_mlx.caching import StepCache
 from wan_mlx.cuda import read as cuda
 from wan_mlx.errors import WeightsError
@@ -210,7 +211,7 @@ class PretendedDriver:
 def as_on_cuda(monkeypatch):
     """Blocks are read as on CUDA, in many pieces."""
     driver = PretendedDriver()
-    monkeypatch.setattr(cuda, "in_use", lambda: True)
+    monkeypatch.setattr(wan_mlx.cuda, "in_use", lambda: True)
     monkeypatch.setattr(cuda, "driver", lambda: driver)
     monkeypatch.setattr(cuda, "address_of", lambda array: ctypes.addressof(ctypes.c_char.from_buffer(array)))
     monkeypatch.setattr(cuda, "PIECE", 10_000)
@@ -248,16 +249,16 @@ def test_loaded_as_on_cuda_is_what_is_loaded_elsewhere(file, request, monkeypatc
 @pytest.mark.parametrize("stream", [False, True])
 def test_reading_is_timed_as_it_is_done_on_cuda(file, as_on_cuda, monkeypatch, stream):
     """By what is read after kernels are compiled, which the first time takes long."""
-    now, fill, filled = [0.0], cuda.Landing.fill, []
+    now, fill, filled = [0.0], cuda.StagingBuffer.fill, []
 
-    def slow(self, address, spots, stopped):
-        fill(self, address, spots, stopped)
-        filled.append(sum(spot.nbytes for spot in spots.values()))
+    def slow(self, address, ranges, stopped):
+        fill(self, address, ranges, stopped)
+        filled.append(sum(place.nbytes for place in ranges.values()))
         now[0] += filled[-1] / 5e6 if len(filled) > 1 else 1000.0
 
     monkeypatch.setattr(timing, "perf_counter", lambda: now[0])
     monkeypatch.setattr(timing, "READ_BYTES", 2_000_000)
-    monkeypatch.setattr(cuda.Landing, "fill", slow)
+    monkeypatch.setattr(cuda.StagingBuffer, "fill", slow)
     config = CONFIGS["t2v"]
     parameters = transformer_parameters(open_component(file("t2v"), "transformer"), config, mx.bfloat16)
     assert timing.reading_rate(parameters, stream) == pytest.approx(5e6)
@@ -265,14 +266,14 @@ def test_reading_is_timed_as_it_is_done_on_cuda(file, as_on_cuda, monkeypatch, s
 
 
 def test_ctrl_c_ends_reading_as_on_cuda(file, as_on_cuda, monkeypatch):
-    """What lands must not go on landing in memory that is no longer held."""
+    """Reading must not go on into memory that is no longer held."""
     stopped = []
 
     def interrupted(self):
-        stopped.append(self.stopped)
+        stopped.append(self._stopped)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ahead.LandedAhead, "result", interrupted)
+    monkeypatch.setattr(ahead.Prefetch, "result", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_transformer(file("t2v"), "float32")
     assert len(stopped) == 1 and stopped[0].is_set()
@@ -308,19 +309,19 @@ def test_a_file_that_ends_early_as_on_cuda(file, as_on_cuda, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("dtype, count", [("float32", 2), ("bfloat16", 1)])
-def test_a_landing_is_filled_again_only_when_its_block_is_done(file, as_on_cuda, monkeypatch, dtype, count):
-    landings, make = [], cuda.Landing
-    monkeypatch.setattr(cuda, "Landing", lambda nbytes: landings.append(make(nbytes)) or landings[-1])
+def test_a_staging_buffer_is_filled_again_only_when_its_block_is_done(file, as_on_cuda, monkeypatch, dtype, count):
+    buffers, make = [], cuda.StagingBuffer
+    monkeypatch.setattr(cuda, "StagingBuffer", lambda nbytes: buffers.append(make(nbytes)) or buffers[-1])
     model = load_transformer(file("t2v"), dtype, stream=True)
     kept = load_transformer(file("t2v"), dtype)
-    landings.clear()
+    buffers.clear()
     for index, block in enumerate(model.stream([f"blocks.{i}" for i in range(4)])):
         time.sleep(0.2)  # the next one is there by now
         for (name, mine), (_, wanted) in zip(
             tree_flatten(block.parameters()), tree_flatten(kept.blocks[index].parameters()), strict=True
         ):
             assert mx.array_equal(mine, wanted), name
-    assert len(landings) == count
+    assert len(buffers) == count
 
 
 def test_tensors_that_are_changed_are_taken_in_turn(monkeypatch):
@@ -328,8 +329,8 @@ def test_tensors_that_are_changed_are_taken_in_turn(monkeypatch):
     nbytes = dict(a=6, b=5, c=30, d=4, e=1, f=50)
     in_turn = [["a"], ["b"], ["c"], ["d", "e", "f"]]
     assert list(ahead.batches(nbytes, {"a", "b", "c", "d", "e"})) == in_turn
-    assert ahead.most_in_flight([6, 5, 30], 7) == 37 and ahead.most_in_flight([6, 3], 0) == 9
-    assert ahead.most_in_flight([], 7) == 7
+    assert ahead.most_in_flight([6, 5, 30], 7, 0, 0, 0) == 37 and ahead.most_in_flight([6, 3], 0, 0, 0, 0) == 9
+    assert ahead.most_in_flight([], 7, 0, 0, 0) == 7
 
 
 def test_what_goes_wrong_while_reading_is_raised_where_the_block_is_asked_for(file, tmp_path, monkeypatch):
@@ -379,11 +380,11 @@ def test_nothing_is_read_any_more_when_a_pass_is_given_up(file, monkeypatch):
     assert len(list(model.stream(["blocks.0"]))) == 1  # the next pass does not find it locked
 
 
-def test_a_landing_that_something_computes_with_is_not_taken(monkeypatch):
-    """Blocks that compute with what lies in their landing, and others, in any order."""
-    monkeypatch.setattr(cuda, "Landing", lambda nbytes: SimpleNamespace(memory=SimpleNamespace(size=nbytes)))
-    landings, before = ahead.Landings(), None
-    for stays_free in (False, True, True, False, False, True, False, True, False, False):
-        landing = landings.next(10, stays_free)
-        assert landing is not before
-        before = None if stays_free else landing
+def test_a_staging_buffer_that_something_computes_with_is_not_taken(monkeypatch):
+    """Blocks that compute with the arrays of their buffer, and others, in any order."""
+    monkeypatch.setattr(cuda, "StagingBuffer", lambda nbytes: SimpleNamespace(memory=SimpleNamespace(size=nbytes)))
+    buffers, before = cuda.StagingBuffers(), None
+    for stays_idle in (False, True, True, False, False, True, False, True, False, False):
+        buffer = buffers.next(10, stays_idle)
+        assert buffer is not before
+        before = None if stays_idle else buffer

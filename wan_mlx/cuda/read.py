@@ -1,11 +1,11 @@
-"""From files straight into the GPU's memory, on CUDA; elsewhere memory is shared, and none of this is used.
+"""Files read straight into the GPU's memory.
 
 On CUDA, arrays that MLX's CPU side makes or looks into lie in managed memory: its pages move to the GPU one by one when
 a kernel first touches them, and copying there is slow while kernels run. Besides, whoever waits for the CPU side waits
-for a kernel that tells of it, which is run when those before it leave room. So a `Landing` is memory of the GPU's own,
-which MLX's GPU side has made and nothing else touches, and files are read into it past MLX: threads read pieces into
-page-locked memory, over and over the same, and the GPU's copy engine takes them from there, through the CUDA driver
-that MLX runs on.
+for a kernel that tells of it, which is run when those before it leave room. So a `StagingBuffer` is memory of the GPU
+alone, which MLX's GPU side has made and nothing else touches, and files are read into it past MLX: threads read pieces
+into page-locked memory, over and over the same, and the GPU's copy engine takes them from there, through the CUDA
+driver that MLX runs on.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from ..errors import WeightsError
-
-if TYPE_CHECKING:
-    from ..files.base import Spot
+from ..files.base import ByteRange
 
 MOST_THREADS = 8
 # Bytes that a thread reads and copies at a time.
@@ -33,11 +30,6 @@ ALIGNMENT = 256  # of every tensor
 
 _PORTABLE = 1  # page-locked for every context
 _OWN_STREAM = ctypes.c_void_p(2)  # CU_STREAM_PER_THREAD
-
-
-def in_use() -> bool:
-    """Whether the current device is a GPU of CUDA's whose driver can be asked."""
-    return mx.default_device().type == mx.DeviceType.gpu and not mx.metal.is_available() and driver() is not None
 
 
 @lru_cache
@@ -95,76 +87,94 @@ def _address_kernel():
     )
 
 
-class Landing:
+class StagingBuffer:
     """A stretch of memory on the GPU that tensors are read into, again and again."""
 
     def __init__(self, nbytes: int):
         self.memory = mx.zeros((nbytes,), mx.uint8)
         mx.eval(self.memory)
 
-    def fill(self, address: int, spots: Mapping[str, Spot], stopped: threading.Event) -> None:
-        """Read tensors, in their order one behind the other; given up when ``stopped`` is set.
+    def address(self) -> int:
+        """Asked before each `fill`: whoever looks into an array of the memory from the CPU moves it."""
+        return address_of(self.memory)
 
-        ``address``: `address_of` the memory. Whoever has looked into an array of it from the CPU has moved it, so it is
-        to be asked for every time.
+    def fill(self, address: int, ranges: Mapping[str, ByteRange], stopped: threading.Event) -> None:
+        """Read tensors, in their order one behind the other; given up when ``stopped`` is set.
 
         Raises:
             WeightsError: a file has changed, ends early or cannot be read.
         """
-        files = {id(spot.file): spot.file for spot in spots.values()}.values()
+        files = {id(place.file): place.file for place in ranges.values()}.values()
         for file in files:
             file.check_unchanged()
         pieces = []
-        for spot, start in zip(spots.values(), starts(spots), strict=True):
-            for at in range(0, spot.nbytes, PIECE):
-                length = min(PIECE, spot.nbytes - at)
-                pieces.append(_threads().submit(_read_piece, spot, at, length, address + start + at, stopped))
+        for place, start in zip(ranges.values(), starts(ranges), strict=True):
+            for at in range(0, place.nbytes, PIECE):
+                length = min(PIECE, place.nbytes - at)
+                pieces.append(_threads().submit(_read_piece, place, at, length, address + start + at, stopped))
         wait(pieces)
         for piece in pieces:
             piece.result()
         for file in files:
             file.check_unchanged()  # every piece opened it anew
 
-    def arrays(self, spots: Mapping[str, Spot]) -> dict[str, mx.array]:
-        """What `fill` has read, as arrays that stand until it is called again; nothing is copied."""
+    def arrays(self, ranges: Mapping[str, ByteRange]) -> dict[str, mx.array]:
+        """The tensors that `fill` has read, as arrays that stand until it is called again; nothing is copied."""
         found = {}
-        for (key, spot), start in zip(spots.items(), starts(spots), strict=True):
-            found[key] = self.memory[start : start + spot.nbytes].view(spot.dtype).reshape(spot.shape)
+        for (key, place), start in zip(ranges.items(), starts(ranges), strict=True):
+            found[key] = self.memory[start : start + place.nbytes].view(place.dtype).reshape(place.shape)
         return found
 
 
-def one_landing(anew: int, whole: int) -> bool:
-    """Whether one `Landing` serves all blocks: if most of their bytes are read to make something else from them."""
-    return 2 * anew > whole
+class StagingBuffers:
+    """Buffers for two blocks, taken in turn: one is filled while the block in the other computes."""
+
+    def __init__(self):
+        self.idle: StagingBuffer | None = None
+        self.busy: StagingBuffer | None = None
+
+    def next(self, nbytes: int, stays_idle: bool = False) -> StagingBuffer:
+        """An idle buffer of at least ``nbytes``; ``stays_idle``: no computation will use its arrays themselves."""
+        if self.idle is None or self.idle.memory.size < nbytes:
+            self.idle = None
+            self.idle = StagingBuffer(nbytes)
+        buffer = self.idle
+        if not stays_idle:
+            self.idle, self.busy = self.busy, self.idle
+        return buffer
+
+    def bytes_for(self, ranges: Mapping[str, ByteRange]) -> int:
+        """Bytes that a buffer must have for these tensors."""
+        return sum(map(_padded, ranges.values()))
+
+    @staticmethod
+    def one_serves(changed: int, whole: int) -> bool:
+        """Whether one buffer serves all blocks: if most of their bytes are read to make something else from them."""
+        return 2 * changed > whole
 
 
-def starts(spots: Mapping[str, Spot]) -> list[int]:
-    """Where in a `Landing` each tensor begins."""
-    return list(accumulate(map(_padded, spots.values()), initial=0))[:-1]
+def starts(ranges: Mapping[str, ByteRange]) -> list[int]:
+    """Where in a `StagingBuffer` each tensor begins."""
+    return list(accumulate(map(_padded, ranges.values()), initial=0))[:-1]
 
 
-def needed(spots: Mapping[str, Spot]) -> int:
-    """Bytes that a `Landing` must have for them."""
-    return sum(map(_padded, spots.values()))
+def _padded(place: ByteRange) -> int:
+    return -(-place.nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _padded(spot: Spot) -> int:
-    return -(-spot.nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _read_piece(spot: Spot, at: int, length: int, target: int, stopped: threading.Event) -> None:
+def _read_piece(place: ByteRange, at: int, length: int, target: int, stopped: threading.Event) -> None:
     if stopped.is_set():
         return
     cuda = driver()
     piece = cuda.staging()[:length]
     try:
-        with open(spot.file.path, "rb", buffering=0) as file:
-            spot.file.fill(piece, file, spot.start + at)
+        with open(place.file.path, "rb", buffering=0) as file:
+            place.file.fill(piece, file, place.start + at)
     except OSError as error:
-        raise WeightsError(f"{spot.file.path}: cannot be read ({error.strerror or error})") from None
+        raise WeightsError(f"{place.file.path}: cannot be read ({error.strerror or error})") from None
     cuda.copy(piece, target)
 
 
 @lru_cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "wan_mlx-landing")
+    return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "wan_mlx-staging")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -55,7 +55,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class Spot:
+class ByteRange:
     """Where in a file a tensor's bytes lie, just as its array wants them."""
 
     file: WeightsFile
@@ -68,11 +68,20 @@ class Spot:
 class WeightsFile:
     """A source of named tensors. Nothing is cached: an array lives as long as the caller keeps it.
 
+    A format is a subclass: it says whether a file `begins` as its files do, reads the header, and says where each
+    tensor's bytes start. Things that one format has (blocks, fields) have a default here, so that nobody need ask for
+    the format of a file.
+
     Attributes:
         path: the file that was opened.
         metadata: safetensors' ``__metadata__``, else empty; of shards, the entries on which all agree.
         tensors: name → shape and dtype of every tensor, from headers only.
+        fields: a GGUF's metadata, else empty: numbers and text as they are, lists as what `values` reads.
+        scales: of scaled fp8, key → the scale that `read` multiplies by; else empty.
     """
+
+    fields: Mapping[str, Any] = {}
+    scales: Mapping[str, np.ndarray] = {}
 
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str] | None = None):
         self.path = path
@@ -82,6 +91,11 @@ class WeightsFile:
         self.tensors = tensors
         self.metadata = metadata or {}
         self._stamp = stamp(path)
+
+    @classmethod
+    def begins(cls, head: bytes) -> bool:
+        """Whether a file that begins with these bytes (16 or more) is of this format."""
+        raise NotImplementedError
 
     def read(self, key: str) -> mx.array:
         """The tensor in torch's shape and its own dtype: lazy from safetensors, read at once from a .pth.
@@ -128,6 +142,26 @@ class WeightsFile:
                     self._fill_row(target, file, start + row * row_stride * values.itemsize, stride)
         return _to_mlx(values[inverse], info.dtype)
 
+    def has_rows_of_blocks(self, key: str) -> bool:
+        """Whether `raw` can give the tensor: 2-D and stored in GGUF's blocks, each row whole ones."""
+        return False
+
+    def raw(self, key: str) -> np.ndarray:
+        """The blocks as stored: uint8 (rows, bytes of a row) of a 2-D tensor whose ``dtype`` is in `BLOCKS`.
+
+        Raises:
+            WeightsError: no such tensor, or one that is not made of whole rows of blocks.
+        """
+        raise WeightsError(f"{self.path}: {key} ({self._info(key).dtype}) is not made of rows of blocks")
+
+    def values(self, name: str) -> list[Any]:
+        """A list among the `fields`.
+
+        Raises:
+            WeightsError: there is none of that name, or it is no list.
+        """
+        raise WeightsError(f"{self.path}: its metadata has no list {name}")
+
     def _check_rows(self, key: str, indices: np.ndarray) -> np.ndarray:
         shape = self._info(key).shape
         if len(shape) != 2:
@@ -154,11 +188,11 @@ class WeightsFile:
         """The files that hold the tensors, this one or its shards."""
         return [self.path]
 
-    def spot(self, key: str) -> Spot | None:
+    def byte_range(self, key: str) -> ByteRange | None:
         """Where the tensor lies, if `read` gives its bytes as they are."""
         info = self._info(key)
         plain = info.dtype in _AS_STORED and self._strides(key) == contiguous(info.shape) and self._is_plain(key)
-        return Spot(self, self._start(key), info.nbytes, _AS_STORED[info.dtype], info.shape) if plain else None
+        return ByteRange(self, self._start(key), info.nbytes, _AS_STORED[info.dtype], info.shape) if plain else None
 
     def nbytes(self, key: str) -> int:
         """Bytes of the tensor as stored."""

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import WeightsError
-from .base import Spot, WeightsFile
+from .base import ByteRange, WeightsFile
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 # ComfyUI's names of the formats that are read; the others (nvfp4, mxfp8, int8_tensorwise …) are refused by name.
@@ -64,8 +64,8 @@ class Fp8File(WeightsFile):
         self._info(key)
         return self._true(key, self.file.read_now(key), self.scales.get(key))
 
-    def spot(self, key: str) -> Spot | None:
-        return None if key in self.scales or self.tensors[key].dtype in FP8 else self.file.spot(key)
+    def byte_range(self, key: str) -> ByteRange | None:
+        return None if key in self.scales or self.tensors[key].dtype in FP8 else self.file.byte_range(key)
 
     def rows(self, key: str, indices: np.ndarray) -> mx.array:
         scale = self.scales.get(key)

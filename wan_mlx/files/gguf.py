@@ -64,7 +64,7 @@ class GGUFFile(WeightsFile):
     """One .gguf; a tensor is read and its blocks turned into numbers on every `read`.
 
     Attributes:
-        fields: the metadata: numbers and text as they are, lists as `Array` (see `values`).
+        fields: the metadata: numbers and text as they are, lists as `Array`.
     """
 
     def __init__(self, path: Path):
@@ -79,15 +79,14 @@ class GGUFFile(WeightsFile):
         if blocks and find_spec("gguf") is None:
             raise WeightsError(f"{path}: {blocks[0]} blocks need the gguf package: pip install 'wan-mlx[gguf]'")
 
-    def values(self, name: str) -> list[Any]:
-        """A list of the metadata.
+    @classmethod
+    def begins(cls, head: bytes) -> bool:
+        return head.startswith(b"GGUF")
 
-        Raises:
-            WeightsError: there is none of that name, or it is no list.
-        """
+    def values(self, name: str) -> list[Any]:
         array = self.fields.get(name)
         if not isinstance(array, Array):
-            raise WeightsError(f"{self.path}: its metadata has no list {name}")
+            return super().values(name)
         self.check_unchanged()
         with open(self.path, "rb", buffering=2**20) as file:
             return _Header(self.path, file, array.position).values(array)
@@ -115,17 +114,9 @@ class GGUFFile(WeightsFile):
         return mx.array(self._numbers(key, self._blocks(key, wanted))[inverse])
 
     def raw(self, key: str) -> np.ndarray:
-        """The blocks as stored: uint8 (rows, bytes of a row) of a 2-D tensor whose ``dtype`` is in `BLOCKS`.
-
-        Raises:
-            WeightsError: no such tensor, or one that is not made of whole rows of blocks.
-        """
-        if not self.has_rows_of_blocks(key):
-            raise WeightsError(f"{self.path}: {key} ({self.tensors[key].dtype}) is not made of rows of blocks")
-        return self._blocks(key)
+        return self._blocks(key) if self.has_rows_of_blocks(key) else super().raw(key)
 
     def has_rows_of_blocks(self, key: str) -> bool:
-        """Whether `raw` can give it: 2-D and quantised, each row whole blocks."""
         info = self._info(key)
         return info.dtype in BLOCKS and len(info.shape) == 2 and self._stored[key].shape == info.shape
 

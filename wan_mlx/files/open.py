@@ -1,7 +1,7 @@
 """One way to read every kind of weight file: what it holds is known from headers, a tensor is read when asked for.
 
 `open_weights` decides the kind by content: safetensors (`safetensors`), an index JSON over shards, torch's zip format
-(`pth`) or GGUF (`gguf`). Another kind is another subclass of `WeightsFile` and a line in `open_weights` and ``_kind``.
+(`pth`) or GGUF (`gguf`). Another format is a module with a subclass of `WeightsFile`, and a name in `FORMATS`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import WeightsError
-from .base import MAX_HEADER_BYTES, Spot, TensorInfo, WeightsFile, nearest, stamp
+from .base import MAX_HEADER_BYTES, ByteRange, TensorInfo, WeightsFile, nearest, stamp
 from .gguf import GGUFFile
 from .pth import ITEMSIZE, open_storage, read_index
 from .safetensors import SafetensorsFile, parse_json
@@ -33,9 +33,12 @@ def open_weights(path: str | Path) -> WeightsFile:
     Raises:
         WeightsError: the file is missing, not one of these, truncated, damaged or hostile; the message is one line.
     """
-    kinds = {"safetensors": SafetensorsFile, "torch": TorchFile, "index": ShardedFile, "gguf": GGUFFile}
     path = Path(path)
-    return kinds[_kind(path, _head(path))](path)
+    head = _head(path)
+    kind = format_of(head)
+    if kind is None:
+        raise WeightsError(f"{path}: {_looks_like(head)}")
+    return kind(path)
 
 
 class TorchFile(WeightsFile):
@@ -44,6 +47,10 @@ class TorchFile(WeightsFile):
     def __init__(self, path: Path):
         self._views = _read_index(path, stamp(path))
         super().__init__(path, {key: TensorInfo(view.shape, view.dtype) for key, view in self._views.items()})
+
+    @classmethod
+    def begins(cls, head: bytes) -> bool:
+        return head.startswith(b"PK\x03\x04")
 
     def _strides(self, key: str) -> tuple[int, ...]:
         return self._views[key].strides
@@ -77,7 +84,7 @@ class ShardedFile(WeightsFile):
         missing = [name for name in names if not (path.parent / name).is_file()]
         if missing:
             raise WeightsError(f"{path}: missing {_some(missing)}; the index needs {len(names)} files beside it")
-        indexes = [name for name in names if _kind(path.parent / name, _head(path.parent / name)) == "index"]
+        indexes = [name for name in names if format_of(_head(path.parent / name)) is ShardedFile]
         if indexes:
             raise WeightsError(f"{path}: the shard {_some(indexes)} is an index itself")
         shards = {name: open_weights(path.parent / name) for name in names}
@@ -86,6 +93,10 @@ class ShardedFile(WeightsFile):
         agreed = {k: v for k, v in metadata[0].items() if all(m.get(k) == v for m in metadata)}
         super().__init__(path, {key: shards[name].tensors[key] for key, name in owners.items()}, agreed)
         self._shards = {key: shards[name] for key, name in owners.items()}
+
+    @classmethod
+    def begins(cls, head: bytes) -> bool:
+        return head.lstrip().startswith(b"{")
 
     @property
     def files(self) -> list[Path]:
@@ -107,9 +118,9 @@ class ShardedFile(WeightsFile):
         self._info(key)
         return self._shards[key].rows(key, indices)
 
-    def spot(self, key: str) -> Spot | None:
+    def byte_range(self, key: str) -> ByteRange | None:
         self._info(key)
-        return self._shards[key].spot(key)
+        return self._shards[key].byte_range(key)
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
@@ -157,43 +168,35 @@ def _head(path: Path) -> bytes:
     return head
 
 
-def _kind(path: Path, head: bytes) -> str:
-    """What a file is ("safetensors", "torch", "index" or "gguf"), by its first bytes."""
-    if head.startswith(b"GGUF"):
-        return "gguf"
-    if head.startswith(b"PK\x03\x04"):
-        return "torch"
-    # Before the index: the first byte of a header's length may happen to be a brace.
-    length = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and length <= MAX_HEADER_BYTES:
-        return "safetensors"
-    text = head.lstrip()
-    if text.startswith(b"{"):
-        return "index"
+# Asked in this order: the first byte of a safetensors header's length may happen to be a brace, as an index's first is.
+FORMATS: tuple[type[WeightsFile], ...] = (GGUFFile, TorchFile, SafetensorsFile, ShardedFile)
+
+
+def format_of(head: bytes) -> type[WeightsFile] | None:
+    """The format of a file that begins with these bytes, 16 or more; None if it is no weight file."""
+    return next((kind for kind in FORMATS if kind.begins(head)), None)
+
+
+def _looks_like(head: bytes) -> str:
+    """What a file that is no weight file may be, and what was expected."""
     if head[8:9] == b"{":
-        raise WeightsError(
-            f"{path}: a safetensors header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"
-        )
-    raise WeightsError(
-        f"{path}: {_looks_like(head, text)}; expected safetensors, its index JSON, a GGUF, or a .pth by torch.save"
-    )
-
-
-def _looks_like(head: bytes, text: bytes) -> str:
+        length = int.from_bytes(head[:8], "little")
+        return f"a safetensors header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"
+    found = f"an unknown format (it begins with {head[:8].hex(' ')})"
     if head.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the file itself (run `git lfs pull`, or download it again)"
-    if text[:14].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "an HTML page, not weights (a download that needs a login or another address)"
-    if head[257:262] == b"ustar":
-        return "a tar archive"
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return (
+        found = "a git-lfs pointer, not the file itself (run `git lfs pull`, or download it again)"
+    elif head.lstrip()[:14].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        found = "an HTML page, not weights (a download that needs a login or another address)"
+    elif head[257:262] == b"ustar":
+        found = "a tar archive"
+    elif head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        found = (
             "a bare pickle or torch's format before 1.6 (with torch, re-save it: "
             "torch.save(torch.load(old, map_location='cpu', weights_only=True), new))"
         )
-    if head.startswith(b"PK"):
-        return "an empty or split zip archive"
-    return f"an unknown format (it begins with {head[:8].hex(' ')})"
+    elif head.startswith(b"PK"):
+        found = "an empty or split zip archive"
+    return f"{found}; expected safetensors, its index JSON, a GGUF, or a .pth by torch.save"
 
 
 def _names(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import WeightsError
-from .base import TensorInfo, WeightsFile
+from .base import MAX_HEADER_BYTES, TensorInfo, WeightsFile
 from .parallel_read import PIECE
 from .pth import ITEMSIZE, MAX_DIM, MAX_NDIM
 
@@ -34,6 +34,10 @@ class SafetensorsFile(WeightsFile):
         self.is_lazy = _UNKNOWN_TO_MLX.isdisjoint(info.dtype for info in tensors.values())
         self._pools: dict[str, dict[str, mx.array]] = {}
 
+    @classmethod
+    def begins(cls, head: bytes) -> bool:
+        return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES
+
     def read(self, key: str) -> mx.array:
         info = self._info(key)
         if not self.is_lazy:
@@ -42,7 +46,7 @@ class SafetensorsFile(WeightsFile):
         # mx.load opens the file once for all its arrays, so one call serves a whole pass and a thousand lazy arrays do
         # not need a thousand open files. An array leaves the pool when handed out; those that stay hold no data.
         # An array is bound to the stream that was current when it was loaded, so there is a pool for each of the few
-        # that take turns (`ahead`).
+        # that take turns (`prefetch`).
         # Equal streams have no equal hash.
         streams = f"{mx.default_stream(mx.default_device())} {mx.default_stream(mx.cpu)}"
         array = self._pools.get(streams, {}).pop(key, None)

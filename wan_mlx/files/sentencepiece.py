@@ -21,9 +21,7 @@ import numpy as np
 
 from ..errors import WeightsError
 from .base import WeightsFile
-from .gguf import Array, GGUFFile
-from .open import open_weights
-from .safetensors import SafetensorsFile
+from .open import ShardedFile, format_of, open_weights
 
 EMBEDDED = "spiece_model"  # ComfyUI's tensor
 GGUF_TOKENS = "tokenizer.ggml.tokens"
@@ -89,7 +87,7 @@ def _bytes_field(number: int, value: bytes) -> bytes:
 
 def has_tokenizer(file: WeightsFile) -> bool:
     """Whether a text encoder's file brings its tokenizer along."""
-    return EMBEDDED in file.tensors or (isinstance(file, GGUFFile) and isinstance(file.fields.get(GGUF_TOKENS), Array))
+    return EMBEDDED in file.tensors or GGUF_TOKENS in file.fields
 
 
 def find_tokenizer(folder: Path) -> Path | None:
@@ -113,7 +111,7 @@ def read_tokenizer(path: str | Path) -> bytes:
     try:
         with open(path, "rb") as file:
             head = file.read(16)
-            if head.startswith(b"GGUF") or head[8:9] == b"{":
+            if format_of(head) not in (None, ShardedFile):
                 return _from_weights(open_weights(path))
             size = os.fstat(file.fileno()).st_size
             if size > _MAX_BYTES:
@@ -127,16 +125,16 @@ def read_tokenizer(path: str | Path) -> bytes:
 def _from_weights(file: WeightsFile) -> bytes:
     if not has_tokenizer(file):
         raise WeightsError(f"{file.path}: holds no tokenizer; give umT5's spiece.model with --tokenizer")
-    if isinstance(file, GGUFFile):
+    if GGUF_TOKENS in file.fields:
         return _from_gguf(file).serialize()
     info = file.tensors[EMBEDDED]
-    if info.dtype not in ("U8", "I8") or info.nbytes > _MAX_BYTES or not isinstance(file, SafetensorsFile):
+    if info.dtype not in ("U8", "I8") or info.nbytes > _MAX_BYTES:
         raise WeightsError(f"{file.path}: {EMBEDDED} is {info.dtype} {info.shape}, expected bytes in U8")
     with mx.stream(mx.cpu):
         return np.array(file.read(EMBEDDED)).tobytes()
 
 
-def _from_gguf(file: GGUFFile) -> Unigram:
+def _from_gguf(file: WeightsFile) -> Unigram:
     """llama.cpp's ``tokenizer.ggml.*`` → the model, without what fills the vocabulary up to the embedding's rows."""
     fields = {name.removeprefix("tokenizer.ggml."): value for name, value in file.fields.items()}
     if fields.get("model") != "t5":

@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from ..cuda import read as cuda
 from ..geometry import Geometry
 from ..models.attention import UNFUSED_SCORES, has_fused_kernel, keys_to_append
 from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig, geometry_of
@@ -146,14 +145,10 @@ def weight_bytes(
         else:
             changed.setdefault(block, []).append(as_stored)
     outside, stored_outside = kept.pop(""), in_file.pop("")
-    if cuda.in_use():  # one or two blocks lie there as they are stored, and what is made from one beside them
-        in_flight = []
-        for b in kept:
-            one = cuda.one_landing(sum(changed.get(b, [])) + packed_later.get(b, 0), in_file[b])
-            beside = in_file[b] - kept[b] if one else 2 * (in_file[b] - kept[b]) + made_anew.get(b, 0)
-            in_flight.append(max(0, beside))
-    else:
-        in_flight = [most_in_flight(changed.get(b, []), packed_later.get(b, 0)) for b in kept]
+    in_flight = [
+        most_in_flight(changed.get(b, []), packed_later.get(b, 0), in_file[b], kept[b], made_anew.get(b, 0))
+        for b in kept
+    ]
     return WeightBytes(
         outside, sum(kept.values()), max(kept.values()), stored_outside, sum(in_file.values()), max(in_file.values()),
         unpacked, max(in_flight),

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from statistics import fmean
 from time import perf_counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..cuda import read as cuda
+from .. import cuda
 from ..guidance import at_once
 from ..models.attention import attention
 from ..models.configs import TransformerConfig, VAEConfig
@@ -30,12 +30,14 @@ from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import ForwardPass, Transformer
 from ..models.vace import VaceTransformer
 from ..models.vae import VAE
-from ..weights.parameters import Parameters, dtype_of, load_landed, locate
-from ..weights.prefetch import Landings
+from ..weights.parameters import Parameters, dtype_of, load_staged, locate
 from . import flops as work
 from . import peak_memory as peaks
 from .choose import Plan, limited_cache
 from .peak_memory import Networks
+
+if TYPE_CHECKING:
+    from ..cuda.read import StagingBuffers
 
 # Seconds of each thing that is timed: enough to tell, and no GPU work so long that macOS would end it.
 ENOUGH, MOST_TIMES = 0.4, 100
@@ -240,8 +242,9 @@ def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
         return None
     # From all over it, and not the same each time: what was read before is in the system's cache.
     names = random.sample(list(stored), len(stored))
-    if cuda.in_use() and (stream or weights.spots(names) is not None):
-        return _landing_rate(parameters, stored, names, stream)
+    staging = cuda.staging_buffers()
+    if staging is not None and (stream or weights.byte_ranges(names) is not None):
+        return _staged_rate(parameters, stored, names, stream, staging)
     read, seconds = 0, 0.0
     for name in names:
         started = perf_counter()
@@ -254,23 +257,24 @@ def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
     return read / seconds
 
 
-def _landing_rate(parameters: Parameters, stored: dict[str, int], names: list[str], stream: bool) -> float:
-    """The same as weights are read on CUDA: many tensors at once, of a block into memory that is there already."""
+def _staged_rate(
+    parameters: Parameters, stored: dict[str, int], names: list[str], stream: bool, staging: StagingBuffers
+) -> float:
+    """The same through staging buffers: many tensors at once, of a block into memory that is there already."""
     some, read = [], 0
     while names and read < READ_BYTES:
         some.append(names.pop())
         read += stored[some[-1]]
     one_of_each = {re.sub(r"\d+", "", name): name for name in parameters.weights.shapes}.values()
-    load_landed(parameters, one_of_each)  # kernels are compiled
-    landings = Landings()
-    if stream and (spots := parameters.weights.spots(some)):
+    load_staged(parameters, one_of_each, staging)  # kernels are compiled
+    if stream and (ranges := parameters.weights.byte_ranges(some)):
         for _ in range(2):
-            landings.next(cuda.needed(spots), stays_free=False)
+            staging.next(staging.bytes_for(ranges))
     started = perf_counter()
     if stream:
-        parameters.finish(parameters.read_ahead(some, landings).result())
+        parameters.finish(parameters.prefetch(some, staging).result())
     else:
-        load_landed(parameters, some)
+        load_staged(parameters, some, staging)
     return read / (perf_counter() - started)
 
 

@@ -19,9 +19,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import WeightsError
-from ..files.base import BLOCKS, Spot, WeightsFile
+from ..files.base import BLOCKS, ByteRange, WeightsFile
 from ..files.fp8 import FP8, fold
-from ..files.gguf import GGUFFile
 from ..files.open import open_weights
 from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from ..models.quantized_linear import Packing
@@ -112,7 +111,7 @@ class ComponentWeights:
         keys = self.quantization.packings[name].shapes(self.shapes[name])
         return {key: have[stem + key] if stem + key in have else read(stem + key) for key in keys}
 
-    def spots(self, names: Iterable[str]) -> dict[str, Spot] | None:
+    def byte_ranges(self, names: Iterable[str]) -> dict[str, ByteRange] | None:
         """Where all lies that `read` and `packed` want for these; None if some of it is not stored as it is read."""
         keys: list[str] = []
         for name in names:
@@ -121,7 +120,7 @@ class ComponentWeights:
                 keys += [name.removesuffix("weight") + part for part in parts]
             else:
                 keys += self.sources[name]
-        found = {key: self.file.spot(key) for key in keys}
+        found = {key: self.file.byte_range(key) for key in keys}
         return None if None in found.values() else found
 
     def repackable(self, name: str) -> bool:
@@ -161,8 +160,6 @@ class ComponentWeights:
 
     def _blocks(self) -> dict[str, str]:
         """The matrices that quantisation packs and that are stored in GGUF's blocks, and the type of each."""
-        if not isinstance(self.file, GGUFFile):
-            return {}
         return {
             name: self.stored_dtype(name)
             for name in quantizable(self.component, self.sources)
@@ -172,7 +169,7 @@ class ComponentWeights:
     def raw(self, name: str) -> tuple[np.ndarray, str] | None:
         """A 2-D tensor's GGUF blocks as stored, uint8 (rows, bytes of a row), and their type; None if it has none."""
         source = self.sources[name][0]
-        if len(self.shapes[name]) != 2 or len(self.sources[name]) > 1 or not isinstance(self.file, GGUFFile):
+        if len(self.shapes[name]) != 2 or len(self.sources[name]) > 1:
             return None
         return (self.file.raw(source), self.stored_dtype(name)) if self.file.has_rows_of_blocks(source) else None
 

@@ -13,7 +13,7 @@ from sentencepiece import SentencePieceProcessor
 
 from ..errors import WeightsError
 from ..files.base import BLOCKS
-from ..files.fp8 import FP8, Fp8File
+from ..files.fp8 import FP8
 from ..files.sentencepiece import read_tokenizer
 from ..models.configs import TransformerConfig
 from ..models.image_encoder import ImageEncoder, last_block_shapes
@@ -189,7 +189,7 @@ def _quantization_of(weights: ComponentWeights) -> str:
     kinds = [f"{kind} {count}" for kind, count in dtypes.most_common() if kind in BLOCKS or kind in FP8]
     if not kinds:
         return ""
-    if not isinstance(weights.file, Fp8File):
+    if set(FP8).isdisjoint(dtypes):
         return f"{', '.join(kinds)} tensors"
     scales = weights.file.scales.values()
     rows = "one scale per row" if any(scale.size > 1 for scale in scales) else "one scale per tensor"

@@ -11,21 +11,24 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cuda import read as cuda
+from .. import cuda
 from ..errors import WeightsError
-from ..files.base import Spot
+from ..files.base import ByteRange
 from ..models.layers import Linear
 from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import BLOCK_LISTS, FLOAT32_PARAMETERS, Transformer
 from .component import NOTHING, SAFETENSORS_NAMES, ComponentWeights, check_keys, parameter_shapes
 from .lora import Loras
-from .prefetch import IN_FLIGHT, Ahead, EvaluatedAhead, LandedAhead, Landings, ReadAhead
+from .prefetch import IN_FLIGHT, Prefetch, prefetch_in_turn, prefetch_lazy, prefetch_staged
 from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
+
+if TYPE_CHECKING:
+    from ..cuda.read import StagingBuffers
 
 # Name of a parameter → the order its rows (axis 0) are wanted in, or None for the order they are stored in.
 RowOrder = Callable[[str], "mx.array | None"]
@@ -97,7 +100,7 @@ class Parameters:
             if is_matrix(name, self.weights.shapes[name]) and (not merge or name in self.quantization.packings)
         }
         self.merged = loras.names - self.beside
-        self._landing: dict[tuple[str, ...], tuple[dict[str, Spot] | None, bool]] = {}
+        self._ranges: dict[tuple[str, ...], tuple[dict[str, ByteRange] | None, bool]] = {}
 
     @property
     def component(self) -> str:
@@ -137,10 +140,10 @@ class Parameters:
         """Only what is stored: `start` without casting and reordering; ``have``: as for `ComponentWeights.read`."""
         return {name: self._read(name, now, have) for name in names}
 
-    def landed(
+    def start_staged(
         self, names: Iterable[str], have: Mapping[str, mx.array], copied: bool
     ) -> dict[str, dict[str, mx.array]]:
-        """`start` of what was read already, by its key in the file; ``copied``: also what nothing is to be done to."""
+        """`start` of tensors that were read already, by their keys in the file; ``copied``: copy the unchanged too."""
         found = {}
         for name, arrays in self.read(names, have=have).items():
             if copied and not self._is_changed(name):
@@ -148,32 +151,39 @@ class Parameters:
             found[name] = self._changed(name, arrays)
         return found
 
-    def read_ahead(self, names: Iterable[str], landings: Landings, kept: bool = False) -> Ahead:
+    def prefetch(self, names: Iterable[str], staging: StagingBuffers | None = None, kept: bool = False) -> Prefetch:
         """`start`, and make it resident in another thread; `finish` takes the result.
 
-        ``kept``: beyond what is read next.
+        Args:
+            names: of the tensors.
+            staging: buffers to read into, where there are any (`cuda.staging_buffers`).
+            kept: whether the result is kept beyond what is read next.
         """
         names = tuple(names)
-        spots, copied = self._where_to_land(names) if cuda.in_use() else (None, False)
-        copied = copied or kept
-        if spots is not None:
-            landing = landings.next(cuda.needed(spots), stays_free=copied)
-            return LandedAhead(landing, spots, lambda have: self.landed(names, have, copied), resident=copied)
+        if staging is not None:
+            ranges, copied = self._staged(names, staging)
+            copied = copied or kept
+            if ranges is not None:
+                buffer = staging.next(staging.bytes_for(ranges), stays_idle=copied)
+                start = partial(self.start_staged, names, copied=copied)
+                return prefetch_staged(buffer, ranges, start, resident=copied)
         if not self.weights.file.is_lazy:
-            return ReadAhead(self.start, names)
+            return prefetch_in_turn(self.start, names)
         nbytes = {name: self.weights.stored_bytes(name) for name in names}
-        return EvaluatedAhead(self.start, nbytes, {name for name in nbytes if self._is_changed(name)})
+        return prefetch_lazy(self.start, nbytes, {name for name in nbytes if self._is_changed(name)})
 
-    def _where_to_land(self, names: tuple[str, ...]) -> tuple[dict[str, Spot] | None, bool]:
-        """`ComponentWeights.spots`, and whether a block computes with nothing that lies there but with copies.
+    def _staged(
+        self, names: tuple[str, ...], staging: StagingBuffers
+    ) -> tuple[dict[str, ByteRange] | None, bool]:
+        """`ComponentWeights.byte_ranges`, and whether a block computes with copies alone of what is read there.
 
         That is so where most is cast or packed. Found out once: blocks are read at every pass.
         """
-        if names not in self._landing:
+        if names not in self._ranges:
             sizes = {name: self.weights.stored_bytes(name) for name in names}
             anew = sum(size for name, size in sizes.items() if self._has_work(name) or self._is_changed(name))
-            self._landing[names] = self.weights.spots(names), cuda.one_landing(anew, sum(sizes.values()))
-        return self._landing[names]
+            self._ranges[names] = self.weights.byte_ranges(names), staging.one_serves(anew, sum(sizes.values()))
+        return self._ranges[names]
 
     def finish(self, started: dict[str, dict[str, mx.array]], resident: bool = True) -> list[tuple[str, mx.array]]:
         """What `start` returned, with the rest done: name → array pairs, resident, or all that had more to be done.
@@ -201,7 +211,7 @@ class Parameters:
 
     def _check_scales(self, started: Mapping[str, Mapping[str, mx.array]]) -> None:
         """Raise WeightsError if something that is packed as stored has a scale that is not finite."""
-        with mx.stream(mx.gpu if cuda.in_use() else mx.cpu):
+        with mx.stream(cuda.device_of_new_weights()):
             good = {}
             for name, arrays in started.items():
                 if name in self.as_stored and not self._has_work(name):
@@ -289,8 +299,11 @@ def load_module(
     check_keys(parameters.weights, {**parameter_shapes(module), **unread})
     parameters.fit(module, without=unread)
     names = [name for name in parameters.weights.shapes if name not in unread]
-    load = load_landed if cuda.in_use() and parameters.weights.spots(names) is not None else load_in_turn
-    module.load_weights(load(parameters, progress(names)))
+    staging = cuda.staging_buffers()
+    if staging is not None and parameters.weights.byte_ranges(names) is not None:
+        module.load_weights(load_staged(parameters, progress(names), staging))
+    else:
+        module.load_weights(load_in_turn(parameters, progress(names)))
     module.lora_state = LoraState(bool(parameters.merged), parameters.row_order)
     return module.eval()
 
@@ -307,27 +320,29 @@ def load_in_turn(parameters: Parameters, names: Iterable[str]) -> list[tuple[str
     return arrays + parameters.finish(before)
 
 
-def load_landed(parameters: Parameters, names: Iterable[str]) -> list[tuple[str, mx.array]]:
-    """On CUDA: `IN_FLIGHT` bytes at a time into the GPU's memory (`cuda`), or one tensor, cast and reordered there."""
-    arrays, landings = [], Landings()
+def load_staged(
+    parameters: Parameters, names: Iterable[str], staging: StagingBuffers
+) -> list[tuple[str, mx.array]]:
+    """`IN_FLIGHT` bytes at a time, or one tensor, into a staging buffer, cast and reordered from there."""
+    arrays = []
     some, size = [], 0
 
-    def land() -> None:
-        ahead = parameters.read_ahead(some, landings, kept=True)
+    def load() -> None:
+        prefetch = parameters.prefetch(some, staging, kept=True)
         try:
-            arrays.extend(parameters.finish(ahead.result()))
+            arrays.extend(parameters.finish(prefetch.result()))
         finally:
-            ahead.stop()  # or it would go on after Ctrl-C
+            prefetch.stop()  # or it would go on after Ctrl-C
 
     for name in names:
         more = parameters.weights.stored_bytes(name)
         if some and size + more > IN_FLIGHT:
-            land()
+            load()
             some, size = [], 0
         some.append(name)
         size += more
     if some:
-        land()
+        load()
     return arrays
 
 
@@ -345,8 +360,8 @@ def stream_blocks(
 ) -> Iterator[nn.Module]:
     """Yield loaded blocks in the order of ``places``; while one computes, the next is being read.
 
-    At most two blocks are resident: reading is done by threads of its own (`ahead`), a block is resident before it is
-    yielded, and is emptied when the next is asked for. The caller evaluates what it computed with a block before that.
+    At most two blocks are resident: a thread of its own reads (`prefetch`), a block is resident before it is yielded,
+    and is emptied when the next is asked for. The caller evaluates what it computed with a block before that.
 
     Args:
         places: what the names of each block's parameters begin with, such as "blocks.0".
@@ -356,19 +371,19 @@ def stream_blocks(
     Raises:
         WeightsError, RuntimeError: what was wrong with the file, when the block is asked for that it keeps from being.
     """
-    following: tuple[nn.Module, str, Ahead] | None = None
-    landings = Landings()
+    following: tuple[nn.Module, str, Prefetch] | None = None
+    staging = cuda.staging_buffers()
 
-    def start_reading(place: str) -> tuple[nn.Module, str, Ahead]:
+    def start_reading(place: str) -> tuple[nn.Module, str, Prefetch]:
         block, prefix = make_block(place), f"{place}."
         names = [prefix + name for name in parameter_shapes(block)]
-        return parameters.fit(block, prefix), prefix, parameters.read_ahead(names, landings)
+        return parameters.fit(block, prefix), prefix, parameters.prefetch(names, staging)
 
     try:
         following = start_reading(places[0]) if places else None
         for index in range(len(places)):
-            block, prefix, ahead = following
-            arrays = parameters.finish(ahead.result(), ahead.resident)
+            block, prefix, prefetch = following
+            arrays = parameters.finish(prefetch.result(), prefetch.resident)
             block.load_weights([(name.removeprefix(prefix), array) for name, array in arrays])
             del arrays
             following = start_reading(places[index + 1]) if index + 1 < len(places) else None

@@ -1,23 +1,27 @@
-"""Reading ahead: a thread that makes resident what a block consists of while the block before it computes.
+"""Prefetching: a thread loads the next block's weights while the current one computes.
 
 On Apple silicon and on a CPU it evaluates lazy arrays on a CPU stream of its own: MLX reads a file where an array is
-evaluated, into memory that computing shares, and no GPU work may wait on a file. A file that gives no lazy arrays it
-reads tensor by tensor (`direct`), and changes each when it is there. On CUDA it has files read into the GPU's memory
-(`cuda`). Casting and reordering are left there to whoever computes with them: in between, each would have
-to wait until what runs makes room for it.
+evaluated, into memory that computing shares, and no GPU work may wait on a file. A file that gives no lazy arrays is
+read tensor by tensor, each cast and reordered when it is there. Where there are staging buffers (`wan_mlx.cuda`), files
+are read into those, and casting and reordering are left to whoever computes: in between, each would have to wait until
+the running kernels make room for it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ..cuda import read as cuda
-from ..files.base import Spot
+from .. import cuda
+from ..files.base import ByteRange
+
+if TYPE_CHECKING:
+    from ..cuda.read import StagingBuffer
 
 # Bytes of the file that are in flight at a time, of tensors that are changed on the way; one may be larger.
 IN_FLIGHT = 64 * 2**20
@@ -43,43 +47,50 @@ def _reader() -> Reader:
     return Reader()
 
 
-class Ahead:
-    """Tensors that are being read; ``resident``: whether nothing is left to evaluate in the result."""
+class Prefetch:
+    """Tensors that the thread is loading.
 
-    resident = True
+    Args:
+        load: called in the thread; the event it is given says to give up.
+        finish: called with its result by whoever asks for the tensors; returns them.
+        resident: whether nothing is left to evaluate in the result. Otherwise it must be evaluated before the buffer it
+            lies in is filled again.
+    """
 
-    def __init__(self):
-        self.stopped = threading.Event()
-        self.future: Future | None = None
+    def __init__(
+        self,
+        load: Callable[[threading.Event], Any],
+        finish: Callable[[Any], Started] = lambda loaded: loaded,
+        resident: bool = True,
+    ):
+        self.resident, self._finish, self._stopped = resident, finish, threading.Event()
+        self._future = _reader().thread.submit(load, self._stopped)
 
     def result(self) -> Started:
         """All of it, in the order of the names; raises what went wrong in the thread."""
-        raise NotImplementedError
+        return self._finish(self._future.result())
 
     def stop(self) -> None:
         """Give up; returns when nothing is read any more."""
-        self.stopped.set()
-        wait([self.future])
+        self._stopped.set()
+        wait([self._future])
 
 
-class EvaluatedAhead(Ahead):
-    """Lazy arrays that the thread evaluates.
+def prefetch_lazy(
+    start: Callable[[Sequence[str]], Started], nbytes: dict[str, int], changed: set[str]
+) -> Prefetch:
+    """Have lazy arrays evaluated.
 
     Args:
         start: names → lazy arrays of each, on the current stream.
         nbytes: name → bytes in the file.
         changed: names of the tensors that are cast or reordered on the way, and so take memory twice.
     """
+    reader = _reader()
+    with reader.turn, mx.stream(reader.stream):  # some files are read at once
+        started = start(list(nbytes))
 
-    def __init__(self, start: Callable[[Sequence[str]], Started], nbytes: dict[str, int], changed: set[str]):
-        super().__init__()
-        reader = _reader()
-        with reader.turn, mx.stream(reader.stream):  # some files are read at once
-            started = start(list(nbytes))
-        self.future = reader.thread.submit(_evaluate, reader, started, nbytes, changed, self.stopped)
-
-    def result(self) -> Started:
-        return self.future.result()
+    return Prefetch(partial(_evaluate, reader, started, nbytes, changed))
 
 
 def _evaluate(
@@ -92,71 +103,31 @@ def _evaluate(
     return started
 
 
-class ReadAhead(Ahead):
-    """Tensors of a file that gives no lazy arrays, read and changed in the thread, one after the other.
+def prefetch_in_turn(start: Callable[[Sequence[str], bool], Started], names: Sequence[str]) -> Prefetch:
+    """Have tensors of a file that gives no lazy arrays read and changed, one after the other.
 
     Args:
         start: names, and that they are to be read at once → arrays of each, on the current stream.
         names: of the tensors.
     """
 
-    def __init__(self, start: Callable[[Sequence[str], bool], Started], names: Sequence[str]):
-        super().__init__()
-        self.future = _reader().thread.submit(_read_at_once, start, names, self.stopped)
+    def read(stopped: threading.Event) -> Started:
+        found: Started = {}
+        for name in names:
+            if not stopped.is_set():
+                found |= start([name], True)
+                mx.eval(found[name])
+        return found
 
-    def result(self) -> Started:
-        return self.future.result()
-
-
-def _read_at_once(
-    start: Callable[[Sequence[str], bool], Started], names: Sequence[str], stopped: threading.Event
-) -> Started:
-    found: Started = {}
-    for name in names:
-        if not stopped.is_set():
-            found |= start([name], True)
-            mx.eval(found[name])
-    return found
+    return Prefetch(read)
 
 
-class LandedAhead(Ahead):
-    """Tensors that the thread has read into the GPU's memory; casting and reordering are left.
-
-    Args:
-        landing: where to; its arrays stand until it is filled again.
-        spots: key in the file → where it lies.
-        start: arrays by their keys in the file → `Started`, not evaluated.
-        resident: whether the result must be evaluated before more is read, as nothing in it lies in the landing.
-    """
-
-    def __init__(
-        self, landing: cuda.Landing, spots: Mapping[str, Spot], start: Callable[[dict], Started], resident: bool
-    ):
-        super().__init__()
-        self.landing, self.spots, self.start, self.resident = landing, spots, start, resident
-        self.future = _reader().thread.submit(landing.fill, cuda.address_of(landing.memory), spots, self.stopped)
-
-    def result(self) -> Started:
-        self.future.result()
-        return self.start(self.landing.arrays(self.spots))
-
-
-class Landings:
-    """Memory for two blocks, taken in turn: one is read while the one before it computes."""
-
-    def __init__(self):
-        self.free: cuda.Landing | None = None
-        self.in_use: cuda.Landing | None = None
-
-    def next(self, nbytes: int, stays_free: bool) -> cuda.Landing:
-        """The one that nothing computes with, at least so large; ``stays_free``: nor will anything."""
-        if self.free is None or self.free.memory.size < nbytes:
-            self.free = None
-            self.free = cuda.Landing(nbytes)
-        landing = self.free
-        if not stays_free:
-            self.free, self.in_use = self.in_use, self.free
-        return landing
+def prefetch_staged(
+    buffer: StagingBuffer, ranges: Mapping[str, ByteRange], start: Callable[[dict], Started], resident: bool
+) -> Prefetch:
+    """Have tensors read into a staging buffer; ``start`` makes arrays by their keys in the file `Started`."""
+    fill = partial(buffer.fill, buffer.address(), ranges)
+    return Prefetch(fill, lambda _: start(buffer.arrays(ranges)), resident)
 
 
 def batches(nbytes: dict[str, int], changed: set[str]) -> Iterator[list[str]]:
@@ -174,11 +145,17 @@ def batches(nbytes: dict[str, int], changed: set[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def most_in_flight(changed: list[int], worked: int) -> int:
+def most_in_flight(changed: list[int], packed: int, stored: int, kept: int, made: int) -> int:
     """The most bytes that reading a block takes beside it.
 
     Args:
         changed: bytes in the file of each tensor that is cast or reordered on the way.
-        worked: of all that are merged or packed when the block is there.
+        packed: bytes in the file of all that are merged or packed when the block is there.
+        stored: bytes of the block in the file.
+        kept: bytes of the loaded block.
+        made: bytes of what is made from ``changed`` and ``packed``.
     """
-    return worked + (min(sum(changed), max(IN_FLIGHT, *changed)) if changed else 0)
+    staged = cuda.staged_bytes(stored, kept, sum(changed) + packed, made)
+    if staged is not None:
+        return staged
+    return packed + (min(sum(changed), max(IN_FLIGHT, *changed)) if changed else 0)
