@@ -23,14 +23,13 @@ from wan_mlx import presets as configs
 from wan_mlx.cli import doctor, selftest, terminal
 from wan_mlx.cli import main as generate
 from wan_mlx.cli.flags import build_parser
-from wan_mlx.hub.resolve import BUNDLED
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.planning import choose as memory
 from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning import speed as timing
-from wan_mlx.presets import PRESETS
+from wan_mlx.presets import BUNDLED, PRESETS
 from wan_mlx.weights.component import parameter_shapes
 
 ROOT = Path(__file__).parent.parent

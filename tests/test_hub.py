@@ -159,17 +159,17 @@ def test_parts_given_apart_are_not_fetched_twice(server, tmp_path):
     server.repos["a/loras"] = {"style.safetensors": b"low rank", "other.safetensors": b"no"}
     loras = [(Path("a/loras:style.safetensors"), 0.8), (vae, 0.5)]
     places = Places(REPO, {"text_encoder": "someone/mlx", "vae": vae}, loras)
-    told = places.survey()
+    told = places.downloads()
     assert [str(download.location) for download in told] == [REPO, "someone/mlx", "a/loras:style.safetensors"]
     assert not server.got()
-    here = places.resolve()
+    here = places.fetch()
     assert here.parts["vae"] == vae and here.loras[1] == (vae, 0.5)
     assert here.loras[0][0].read_bytes() == b"low rank" and here.loras[0][1] == 0.8
     fetched = {path for path, needed in OFFICIAL.items() if needed} - {BIG, "Wan2.1_VAE.pth"}
     assert set(server.got()) == fetched | {"text_encoder.safetensors", "style.safetensors"}
     assert written(here.model).keys() == fetched
     assert written(here.parts["text_encoder"]).keys() == {"config.json", "text_encoder.safetensors"}
-    assert sum(download.missing for download in places.survey()) == 0
+    assert sum(download.missing for download in places.downloads()) == 0
 
 
 def test_loras_of_a_hub(server, monkeypatch):

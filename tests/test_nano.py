@@ -12,7 +12,7 @@ import pytest
 
 import wan_mlx
 from wan_mlx.errors import WeightsError
-from wan_mlx.hub.resolve import BUNDLED
+from wan_mlx.presets import BUNDLED
 from wan_mlx.weights.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parent.parent

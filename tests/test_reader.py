@@ -26,7 +26,7 @@ from crafted import (
 )
 
 from wan_mlx.errors import WeightsError
-from wan_mlx.files import open as reader
+from wan_mlx.files import pth as torch_file
 from wan_mlx.files.open import TensorInfo, open_weights
 
 # --- safetensors
@@ -284,8 +284,8 @@ def test_pth_tensor(pth, compression):
 
 
 def test_a_pickle_is_read_again_when_the_file_has_changed(pth, monkeypatch):
-    seen, read_index = [], reader.read_index
-    monkeypatch.setattr(reader, "read_index", lambda path: seen.append(path) or read_index(path))
+    seen, read_index = [], torch_file.read_index
+    monkeypatch.setattr(torch_file, "read_index", lambda path: seen.append(path) or read_index(path))
     path = pth(mapping(x=tensor()))
     assert open_weights(path).tensors == open_weights(path).tensors and len(seen) == 1
     pth(mapping(x=tensor(), y=tensor()))

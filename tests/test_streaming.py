@@ -19,12 +19,12 @@ from wan_mlx.cuda import read as cuda
 from wan_mlx.errors import WeightsError
 from wan_mlx.files.open import WeightsFile
 from wan_mlx.guidance import Guidance, guided_velocity
-from wan_mlx.hub.resolve import BUNDLED
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.planning import speed as timing
 from wan_mlx.planning.peak_memory import weight_bytes
+from wan_mlx.presets import BUNDLED
 from wan_mlx.types import Conditioning
 from wan_mlx.weights import parameters
 from wan_mlx.weights import prefetch as ahead

@@ -8,7 +8,6 @@ import pytest
 import tiny_mlx_model
 
 import wan_mlx
-from wan_mlx.hub.resolve import BUNDLED
 from wan_mlx.models import transformer, vae
 from wan_mlx.models.configs import VAEConfig
 from wan_mlx.models.quantized_linear import QuantizedLinear
@@ -17,7 +16,7 @@ from wan_mlx.planning import flops as work
 from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning import speed as timing
 from wan_mlx.planning.speed import Rates
-from wan_mlx.presets import PRESETS
+from wan_mlx.presets import BUNDLED, PRESETS
 from wan_mlx.weights.load import parameters_of
 
 # Seconds: of a block, for any number of tokens and for 32, and of what is outside the blocks.

@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map_with_path
 
-from wan_mlx.hub.resolve import BUNDLED
 from wan_mlx.models.configs import VAEConfig
 from wan_mlx.models.vae import VAE
+from wan_mlx.presets import BUNDLED
 
 LATER_BLOCK = re.compile(r"blocks\.[1-9]\d*\.")
 VAE_CONFIG = VAEConfig(dim=8, z_dim=4, mean=(0.5, -0.3, 0.0, 1.0), std=(1.0, 2.0, 0.7, 1.5))

@@ -1,8 +1,10 @@
-"""The errors of the package. A wrong argument is a ``ValueError``; what else can go wrong is a `WanError`."""
+"""The errors of the package, and words for messages. A wrong argument is a ``ValueError``, the rest a `WanError`."""
 
 from __future__ import annotations
 
+import difflib
 import signal
+from collections.abc import Collection, Iterable
 
 
 class WanError(Exception):
@@ -51,3 +53,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     words = ("out of memory", "unable to allocate", "attempting to allocate", "insufficient memory", "outofmemory")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in text for word in words))
+
+
+def some(names: Collection[str], most: int = 5) -> str:
+    """The first names of many, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join([*names][:most]) or "none") + more
+
+
+def closest(given: object, choices: Iterable[str], count: int = 1) -> str:
+    """The choices whose spelling is closest to what was given."""
+    return ", ".join(difflib.get_close_matches(str(given), list(choices), n=count, cutoff=0.0)) or "none"

@@ -89,7 +89,7 @@ class WanPipeline(OpenedModel):
         found, loras = find_preset(preset) if preset else None, normalise_loras(loras)
         parts = dict(zip(PARTS, (transformer, text_encoder, vae, image_encoder, tokenizer), strict=True))
         places = Places(model, {part: place for part, place in parts.items() if place is not None}, loras)
-        here = places.resolve(source, progress)
+        here = places.fetch(source, progress)
         taehv = None if taehv is None else resolve(taehv, source, progress)
         checkpoint = open_checkpoint(here.model, here.parts)
         if found is None and checkpoint.model is None:

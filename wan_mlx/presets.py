@@ -6,6 +6,7 @@ Constants follow the official repository's ``wan/configs`` and the defaults of i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .geometry import Geometry
 from .models.configs import TextEncoderConfig, TransformerConfig, VAEConfig, geometry_of
@@ -15,6 +16,8 @@ NEGATIVE_PROMPT = (
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
+# Models that come with the package: name → folder.
+BUNDLED = {name: Path(__file__).parent / "assets" / name for name in ("nano", "nano-i2v")}
 CAMERA_SHAKE = "镜头晃动，"
 SCENE_CUT = "镜头切换，"
 

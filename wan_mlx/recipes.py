@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import WanError
+from .errors import WanError, closest
 from .files.open import open_weights
 from .schedulers import Grid, Scheduler, make_scheduler
 from .types import Request
@@ -101,8 +100,9 @@ def find_recipe(name: str) -> Recipe:
         ValueError: unknown name.
     """
     if name not in RECIPES:
-        nearest = difflib.get_close_matches(str(name), RECIPES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown recipe {name!r}, expected one of {', '.join(RECIPES)}; nearest: {nearest}")
+        raise ValueError(
+            f"unknown recipe {name!r}, expected one of {', '.join(RECIPES)}; nearest: {closest(name, RECIPES)}"
+        )
     return RECIPES[name]
 
 

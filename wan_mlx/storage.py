@@ -126,8 +126,11 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def sha256(path: Path) -> str:
     """Of the whole file."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def shards_of(path: Path) -> list[Path]:

@@ -118,7 +118,7 @@ def test_what_is_not_here_is_not_fetched(capsys, monkeypatch):
         def __str__(self):
             return "owner/name: 1 file"
 
-    monkeypatch.setattr("weights_convert.Places.survey", lambda self, hub: [Download()])
+    monkeypatch.setattr("wan_mlx.hub.resolve.Places.downloads", lambda self, hub: [Download()])
     assert main(["owner/name", "--inspect"]) == 0
     assert capsys.readouterr().out == "not on this machine: owner/name: 1 file\n"
 

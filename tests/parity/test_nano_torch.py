@@ -21,7 +21,7 @@ from PIL import Image
 from test_tasks import official_image, official_y
 
 import wan_mlx
-from wan_mlx.hub.resolve import BUNDLED
+from wan_mlx.presets import BUNDLED
 from wan_mlx.weights.checkpoint import Checkpoint, open_checkpoint
 from wan_mlx.weights.layouts import canonical_keys, recognise
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 
+from ..errors import closest
 from ..models.configs import TransformerConfig
 from ..presets import PRESETS
 from .constants import MAGCACHE, TEACACHE
@@ -36,8 +36,7 @@ def resolve_cache(text: str | None, steps: int, model: str, config: TransformerC
     """
     name, *given = (text or "none").strip().lower().split(":")
     if name not in NAMES:
-        nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown cache {text!r}, expected {FORMS}; nearest: {nearest}")
+        raise ValueError(f"unknown cache {text!r}, expected {FORMS}; nearest: {closest(name, NAMES)}")
     if name == "none":
         if given:
             raise ValueError(f"cache {text!r} gives settings to none; expected {FORMS}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import time
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Stopped, UsageError
+from ..errors import Stopped, UsageError, closest
 from ..events import unheard
 from ..media.preview import PreviewFiles, open_previews
 from ..media.write import check_output
@@ -268,8 +267,7 @@ def line_flags(parser: Parser, text: str) -> list[str]:
     arguments = []
     for key, value in line.items():
         if key not in actions:
-            near = difflib.get_close_matches(key, actions, n=1, cutoff=0.0)[0]
-            raise UsageError(f"unknown key {key!r}; nearest: {near!r}")
+            raise UsageError(f"unknown key {key!r}; nearest: {closest(key, actions)!r}")
         arguments += _arguments(actions[key], key, value)
     return arguments
 

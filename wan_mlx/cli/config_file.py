@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..hub.resolve import BUNDLED
+from ..presets import BUNDLED
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 USAGE, FAILURE, SUSPECT, INTERRUPTED = 2, 1, 3, 130
 # What ``wan-mlx`` does besides: first argument → module whose ``main`` takes the rest.
-COMMANDS = {"models": ".list_models", "doctor": ".doctor", "completion": ".completion"}
+COMMANDS = {"models": ".list_models", "doctor": ".doctor", "completion": ".completion",
+            "convert": ".convert", "inspect": ".convert"}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv and argv[0] in COMMANDS:
-            return importlib.import_module(COMMANDS[argv[0]], __package__).main(argv[1:])
+            command, *rest = argv
+            rest = ["--inspect", *rest] if command == "inspect" else rest
+            return importlib.import_module(COMMANDS[command], __package__).main(rest)
         argv = with_config(argv)
         args = build_parser().parse_args(argv)
         set_voice(args)

@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..hub.resolve import BUNDLED
+from ..presets import BUNDLED
 from ..storage import fingerprint
 
 # max |a - b| / max |b|: wide enough for TF32 and Winograd, far below anything that would be seen in a video.

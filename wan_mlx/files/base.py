@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -14,11 +13,20 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from ..errors import WeightsError
+from ..errors import WeightsError, closest
 from .parallel_read import read_tensor
-from .pth import ITEMSIZE
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit, here an index's and a GGUF's too
+# Far above any published model: of tensors in a file, letters of a name, axes, and of one axis.
+MAX_ENTRIES, MAX_NAME, MAX_NDIM, MAX_DIM = 100_000, 1024, 16, 2**31 - 1
+
+# Bytes of a value, by safetensors' names of the dtypes.
+ITEMSIZE = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
 
 # numpy's dtype for the raw values; MLX's for what `read` returns where the two differ.
 _NUMPY = {
@@ -262,8 +270,7 @@ class WeightsFile:
 
     def _info(self, key: str) -> TensorInfo:
         if key not in self.tensors:
-            near = difflib.get_close_matches(key, self.tensors, n=3) or list(self.tensors)[:3]
-            raise WeightsError(f"{self.path}: no tensor {key!r}; {nearest(near)}")
+            raise WeightsError(f"{self.path}: no tensor {key!r}; nearest are {closest(key, self.tensors, 3)}")
         return self.tensors[key]
 
     def check_unchanged(self) -> None:
@@ -297,7 +304,3 @@ def stamp(path: Path) -> tuple[int, int]:
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read any more ({error.strerror})") from None
     return status.st_size, status.st_mtime_ns
-
-
-def nearest(names: list[str]) -> str:
-    return f"nearest are {', '.join(names[:3])}" if names else "nothing is near"

@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import WeightsError
+from ..errors import WeightsError, some
 from .base import ByteRange, WeightsFile
 
 FP8 = ("F8_E4M3", "F8_E5M2")
@@ -164,7 +164,7 @@ def _scale_keys(file: WeightsFile) -> dict[str, str]:
     if found or any(_MARKER.fullmatch(key) for key in keys):
         lost = [key for key in without_scales(keys) if keys[key].dtype in FP8 and key not in found]
         if lost:
-            raise WeightsError(f"{file.path}: {len(lost)} fp8 weights of a scaled file have no scale: {_some(lost)}")
+            raise WeightsError(f"{file.path}: {len(lost)} fp8 weights of a scaled file have no scale: {some(lost, 3)}")
     return found
 
 
@@ -182,7 +182,3 @@ def _read_scale(file: WeightsFile, weight: str, key: str) -> np.ndarray:
         bad = scale[~(np.isfinite(scale) & (scale > 0))][0]
         raise WeightsError(f"{file.path}: {key} holds {bad}, expected numbers above 0; download the file again")
     return scale.reshape((rows,) + (1,) * (len(shape) - 1))
-
-
-def _some(keys: Collection[str], most: int = 3) -> str:
-    return ", ".join([*keys][:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")

@@ -20,8 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import WeightsError
-from .base import BLOCKS, MAX_HEADER_BYTES, TensorInfo, WeightsFile
-from .pth import MAX_DIM, MAX_ENTRIES, MAX_NAME, MAX_NDIM
+from .base import BLOCKS, MAX_DIM, MAX_ENTRIES, MAX_HEADER_BYTES, MAX_NAME, MAX_NDIM, TensorInfo, WeightsFile
 
 # ggml's numbers of its types; what is not in BLOCKS or plain is refused by name.
 TYPES = {

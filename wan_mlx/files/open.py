@@ -6,22 +6,17 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import WeightsError
-from .base import MAX_HEADER_BYTES, ByteRange, TensorInfo, WeightsFile, nearest, stamp
+from ..errors import WeightsError, closest, some
+from .base import MAX_HEADER_BYTES, ByteRange, WeightsFile
 from .gguf import GGUFFile
-from .pth import ITEMSIZE, open_storage, read_index
+from .pth import TorchFile
 from .safetensors import SafetensorsFile, parse_json
 
 
@@ -41,40 +36,6 @@ def open_weights(path: str | Path) -> WeightsFile:
     return kind(path)
 
 
-class TorchFile(WeightsFile):
-    """One .pth, .pt, .bin or .ckpt in torch's zip format; a tensor is read from the file on every `read`."""
-
-    def __init__(self, path: Path):
-        self._views = _read_index(path, stamp(path))
-        super().__init__(path, {key: TensorInfo(view.shape, view.dtype) for key, view in self._views.items()})
-
-    @classmethod
-    def begins(cls, head: bytes) -> bool:
-        return head.startswith(b"PK\x03\x04")
-
-    def _strides(self, key: str) -> tuple[int, ...]:
-        return self._views[key].strides
-
-    def _is_plain(self, key: str) -> bool:
-        return self._views[key].storage.start is not None
-
-    def _start(self, key: str) -> int:
-        view = self._views[key]
-        return view.storage.start + view.offset * ITEMSIZE[view.dtype]
-
-    @contextmanager
-    def _open(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
-        view = self._views[key]
-        with open_storage(self.path, view.storage) as (file, start):
-            yield file, start + view.offset * ITEMSIZE[view.dtype]
-
-
-@lru_cache(maxsize=8)
-def _read_index(path: Path, stamp: tuple[int, int]) -> dict:
-    """`read_index`, once as long as the file has this `stamp`: a run opens each file several times."""
-    return read_index(path)
-
-
 class ShardedFile(WeightsFile):
     """Several files under one index JSON (``{"weight_map": {tensor: file name}}``)."""
 
@@ -83,10 +44,10 @@ class ShardedFile(WeightsFile):
         names = sorted(set(owners.values()))
         missing = [name for name in names if not (path.parent / name).is_file()]
         if missing:
-            raise WeightsError(f"{path}: missing {_some(missing)}; the index needs {len(names)} files beside it")
+            raise WeightsError(f"{path}: missing {some(missing)}; the index needs {len(names)} files beside it")
         indexes = [name for name in names if format_of(_head(path.parent / name)) is ShardedFile]
         if indexes:
-            raise WeightsError(f"{path}: the shard {_some(indexes)} is an index itself")
+            raise WeightsError(f"{path}: the shard {some(indexes)} is an index itself")
         shards = {name: open_weights(path.parent / name) for name in names}
         _check_shards(path, owners, shards)
         metadata = [shard.metadata for shard in shards.values()]
@@ -140,7 +101,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
 def _check_shards(path: Path, owners: dict[str, str], shards: dict[str, WeightsFile]) -> None:
     lacking = [f"{key} ({name})" for key, name in owners.items() if key not in shards[name].tensors]
     extra = [f"{key} ({name})" for name, shard in shards.items() for key in shard.tensors if owners.get(key) != name]
-    problems = [f"shards lack {_some(lacking)}"] * bool(lacking) + [f"shards also hold {_some(extra)}"] * bool(extra)
+    problems = [f"shards lack {some(lacking)}"] * bool(lacking) + [f"shards also hold {some(extra)}"] * bool(extra)
     if problems:
         raise WeightsError(f"{path}: the index does not match its shards: {'; '.join(problems)}")
 
@@ -150,7 +111,7 @@ def _head(path: Path) -> bytes:
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            raise WeightsError(f"{path}: a folder; expected one weight file, {nearest(_names(path))}")
+            raise WeightsError(f"{path}: a folder; expected one weight file, it holds {some(_names(path), 3)}")
         if not stat.S_ISREG(mode):
             raise WeightsError(f"{path}: not a regular file")
         with open(path, "rb") as file:
@@ -158,9 +119,8 @@ def _head(path: Path) -> bytes:
     except (FileNotFoundError, NotADirectoryError):
         if not path.parent.is_dir():
             raise WeightsError(f"{path}: no such file, and no folder {path.parent}") from None
-        names = _names(path.parent)
-        near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4) or names
-        raise WeightsError(f"{path}: no such file; {nearest(near)}") from None
+        near = closest(path.name, _names(path.parent), 3)
+        raise WeightsError(f"{path}: no such file; nearest are {near}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise WeightsError(f"{path}: cannot be opened ({error})") from None
     if not head:
@@ -204,7 +164,3 @@ def _names(folder: Path) -> list[str]:
         return sorted(os.listdir(folder))
     except OSError:
         return []
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,10 +1,14 @@
-"""The tensors of a torch zip archive (.pth, .pt, .bin, .ckpt), found without running its pickle.
+"""Torch's zip archives (.pth, .pt, .bin, .ckpt), read without running their pickle.
 
 ``torch.save`` writes a zip: ``<name>/data.pkl`` is a pickled dict whose leaves call torch's rebuild functions, and
 ``<name>/data/<key>`` are the raw storages, uncompressed. A pickle is a program, so this module has its own evaluator of
 the few opcodes that a dict of tensors needs. It works on inert values: a global is only a name out of a fixed list, and
 nothing is ever imported, called or given attributes. The format followed is that of ``torch/serialization.py``
 (``_save``) and ``torch/_utils.py`` (``_rebuild_tensor_v2``, ``_rebuild_tensor_v3``).
+
+`pickle.Unpickler` with an allow-list in ``find_class`` would be shorter and stops code too, but a small file could
+still end the process: it hashes dict keys of any kind, so a tuple nested 200,000 deep overflows the C stack (a
+segmentation fault), it allocates whatever a memo index claims, and BUILD sets attributes of any object.
 """
 
 from __future__ import annotations
@@ -18,61 +22,34 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import WeightsError
+from .base import ITEMSIZE, MAX_DIM, MAX_ENTRIES, MAX_NAME, MAX_NDIM, TensorInfo, WeightsFile, contiguous, stamp
 
 log = logging.getLogger(__name__)
-
-ITEMSIZE = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
-}
 
 # Far above any published model (a 14B state dict has 1,300 tensors, 40 opcodes and 200 bytes of pickle for each), low
 # enough that a hostile file costs seconds and megabytes at most.
 MAX_PICKLE_BYTES = 64_000_000
 MAX_OPCODES = 4_000_000
-MAX_ENTRIES = 100_000
 MAX_DEPTH = 32
-MAX_NAME = 1024
-MAX_NDIM = 16
-MAX_DIM = 2**31 - 1
 SMALL_TENSOR_BYTES = 2**24
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
-_STORAGES = {
-    "DoubleStorage": "F64",
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-}
+# torch's names of the dtypes: of older ones the typed storage's class too.
 _DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
+    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"},
+    **{f"{sign}int{bits}": f"{sign.upper() or 'I'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"},
+}
+_STORAGES = {
+    **{"DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"},
+    **{"LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8"},
+    **{"ByteStorage": "U8", "BoolStorage": "BOOL"},
 }
 
 
@@ -110,6 +87,40 @@ class _Global:
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
+
+
+class TorchFile(WeightsFile):
+    """One .pth, .pt, .bin or .ckpt in torch's zip format; a tensor is read from the file on every `read`."""
+
+    def __init__(self, path: Path):
+        self._views = _read_index(path, stamp(path))
+        super().__init__(path, {key: TensorInfo(view.shape, view.dtype) for key, view in self._views.items()})
+
+    @classmethod
+    def begins(cls, head: bytes) -> bool:
+        return head.startswith(b"PK\x03\x04")
+
+    def _strides(self, key: str) -> tuple[int, ...]:
+        return self._views[key].strides
+
+    def _is_plain(self, key: str) -> bool:
+        return self._views[key].storage.start is not None
+
+    def _start(self, key: str) -> int:
+        view = self._views[key]
+        return view.storage.start + view.offset * ITEMSIZE[view.dtype]
+
+    @contextmanager
+    def _open(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
+        view = self._views[key]
+        with open_storage(self.path, view.storage) as (file, start):
+            yield file, start + view.offset * ITEMSIZE[view.dtype]
+
+
+@lru_cache(maxsize=8)
+def _read_index(path: Path, stamp: tuple[int, int]) -> dict:
+    """`read_index`, once as long as the file has this `stamp`: a run opens each file several times."""
+    return read_index(path)
 
 
 def read_index(path: Path) -> dict[str, TorchTensor]:
@@ -257,7 +268,7 @@ class _Archive:
         if elements and max(elements, last + 1 - offset) * size > max(self.file_size, SMALL_TENSOR_BYTES):
             raise WeightsError(f"a tensor of shape {_shape(shape)} is larger than its file ({self.file_size:,} bytes)")
         # torch leaves any number in the stride of a dimension that is never stepped along.
-        dense = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        dense = contiguous(shape)
         strides = tuple(s if n > 1 and elements else d for n, s, d in zip(shape, strides, dense, strict=True))
         return TorchTensor(storage, dtype, offset, shape, strides)
 
@@ -301,89 +312,73 @@ _LITERALS = {
 }
 _CONSTANTS = {
     **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False},
-    **{"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple},
+    **{"EMPTY_DICT": dict, "EMPTY_LIST": list},
 }
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-
-
-class _Stack:
-    """The evaluator's stack; items below the last mark are out of reach, as in pickle's own machine."""
-
-    def __init__(self):
-        self.items: list[Any] = []
-        self.marks: list[int] = []
-
-    def take(self, count: int) -> list[Any]:
-        at = len(self.items) - count
-        if at < (self.marks[-1] if self.marks else 0):
-            raise WeightsError("damaged pickle (its stack runs empty)")
-        taken = self.items[at:]
-        del self.items[at:]
-        return taken
-
-    def take_marked(self) -> list[Any]:
-        if not self.marks:
-            raise WeightsError("damaged pickle (a mark is missing)")
-        taken = self.take(len(self.items) - self.marks[-1])
-        self.marks.pop()
-        return taken
-
-    def top(self) -> Any:
-        value = self.take(1)[0]
-        self.items.append(value)
-        return value
+_MARKED = ("TUPLE", "SETITEMS", "APPENDS")  # take all down to the last mark
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def _evaluate(data: bytes, storage_of, tensor_of) -> Any:
     """The value a pickle describes, built from inert parts only."""
-    stack, memo = _Stack(), {}
-    push = stack.items.append
+    stack, below, memo = [], [], {}  # a mark puts the stack aside, so that nothing below it can be reached
+
+    def take(count: int) -> list[Any]:
+        if count > len(stack):
+            raise IndexError
+        taken = stack[len(stack) - count :]
+        del stack[len(stack) - count :]
+        return taken
+
     try:
         for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):
             name = opcode.name
             if count > MAX_OPCODES:
                 raise WeightsError(f"its pickle has more than {MAX_OPCODES:,} steps")
+            marked: list[Any] = []
+            if name in _MARKED:
+                marked, stack = stack, below.pop()
             if name in _LITERALS:
-                push(arg)
+                stack.append(arg)
             elif name in _CONSTANTS:
-                push(_CONSTANTS[name]())
+                stack.append(_CONSTANTS[name]())
             elif name in ("BINGET", "LONG_BINGET"):
-                if arg not in memo:
-                    raise WeightsError("damaged pickle (it recalls a value that was never stored)")
-                push(memo[arg])
+                stack.append(memo[arg])
             elif name in ("BINPUT", "LONG_BINPUT"):
-                memo[arg] = stack.top()
+                memo[arg] = stack[-1]
             elif name == "MEMOIZE":
-                memo[len(memo)] = stack.top()
+                memo[len(memo)] = stack[-1]
             elif name == "MARK":
-                stack.marks.append(len(stack.items))
+                below.append(stack)
+                stack = []
             elif name in _TUPLES:
-                push(tuple(stack.take(_TUPLES[name])))
+                stack.append(tuple(take(_TUPLES[name])))
             elif name == "TUPLE":
-                push(tuple(stack.take_marked()))
+                stack.append(tuple(marked))
             elif name in ("SETITEM", "SETITEMS"):
-                pairs = stack.take(2) if name == "SETITEM" else stack.take_marked()
-                _set_items(stack.top(), pairs)
+                pairs = take(2) if name == "SETITEM" else marked
+                _set_items(stack[-1], pairs)
             elif name in ("APPEND", "APPENDS"):
-                values = stack.take(1) if name == "APPEND" else stack.take_marked()
-                _extend(stack.top(), values)
+                values = take(1) if name == "APPEND" else marked
+                _extend(stack[-1], values)
             elif name == "GLOBAL":
-                push(_global(*arg.split(" ", 1)))
+                stack.append(_global(*arg.split(" ", 1)))
             elif name == "STACK_GLOBAL":
-                push(_global(*stack.take(2)))
+                stack.append(_global(*take(2)))
             elif name == "BINPERSID":
-                push(storage_of(stack.take(1)[0]))
+                stack.append(storage_of(*take(1)))
             elif name == "REDUCE":
-                push(_call(*stack.take(2), tensor_of))
+                stack.append(_call(*take(2), tensor_of))
             elif name == "BUILD":
                 # The state of an OrderedDict is its attribute `_metadata`: module versions, of no use here.
-                stack.take(1)
-                if not isinstance(stack.top(), dict):
-                    raise WeightsError(f"its pickle sets the state of a {_kind(stack.top())}; only a dict may have one")
+                take(1)
+                if not isinstance(stack[-1], dict):
+                    raise WeightsError(f"its pickle sets the state of a {_kind(stack[-1])}; only a dict may have one")
             elif name == "STOP":
-                return stack.top()
+                return stack[-1]
             elif name not in ("PROTO", "FRAME"):
                 raise WeightsError(f"its pickle uses the opcode {name}, which a state dict does not need")
+    except (IndexError, KeyError):
+        raise WeightsError("damaged pickle (it takes a value or a mark that is not there)") from None
     except ValueError as error:  # pickletools: an unknown opcode, an argument cut short, text that is not UTF-8
         raise WeightsError(f"damaged pickle ({error})") from None
     raise WeightsError("damaged pickle (it has no end)")

@@ -13,9 +13,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import WeightsError
-from .base import MAX_HEADER_BYTES, TensorInfo, WeightsFile
+from .base import ITEMSIZE, MAX_DIM, MAX_HEADER_BYTES, MAX_NDIM, TensorInfo, WeightsFile
 from .parallel_read import PIECE
-from .pth import ITEMSIZE, MAX_DIM, MAX_NDIM
 
 # One such tensor makes mx.load refuse the whole file.
 _UNKNOWN_TO_MLX = {"F64", "F8_E5M2"}

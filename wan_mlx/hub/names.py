@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ..errors import WeightsError
+from ..errors import WeightsError, some
 from ..presets import COMFYUI_TRANSFORMERS, DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES, PARTS, PRESETS, Preset
 
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[^:]+))?")
@@ -136,6 +136,4 @@ def weights_in(names: Iterable[str], repo: str) -> str:
     found = sorted(name for name in names if name.endswith(WEIGHT_ENDINGS))
     if not found:
         return "it holds no weight files"
-    return f"give one of its files, as {repo}:{found[0]}; it holds {', '.join(found[:6])}" + (
-        f" and {len(found) - 6} more" if len(found) > 6 else ""
-    )
+    return f"give one of its files, as {repo}:{found[0]}; it holds {some(found, 6)}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import Stopped, WeightsError
-from ..presets import PARTS, Preset
+from ..presets import BUNDLED, PARTS, Preset
 from ..storage import free_space, gigabytes
 from . import modelscope
 from .download import RemoteFile, bytes_here, fetch_files, one_line
@@ -23,8 +23,6 @@ from .names import Location, needed_files, parse_location, preset_at, weights_in
 
 log = logging.getLogger(__name__)
 
-# Models that come with the package, by name.
-BUNDLED = {name: Path(__file__).parent.parent / "assets" / name for name in ("nano", "nano-i2v")}
 SOURCES = ("huggingface", "modelscope")
 
 
@@ -131,13 +129,13 @@ class Places:
         named = [(self.model, rest), *((place, [part]) for part, place in self.parts.items())]
         return named + [(lora, []) for lora in map(_lora_name, self.loras) if isinstance(lora, str)]
 
-    def survey(self, source: str = "huggingface") -> list[Download]:
-        """What `resolve` would fetch, repository by repository; as the function of that name."""
+    def downloads(self, source: str = "huggingface") -> list[Download]:
+        """The downloads that `fetch` would make, repository by repository; see `survey`."""
         found = [survey(place, source, parts) for place, parts in self._named()]
         return [download for download in found if download]
 
-    def resolve(self, source: str = "huggingface", progress: bool = False) -> Places:
-        """The same on this machine, after one check that there is room for all of it; as the function of that name."""
+    def fetch(self, source: str = "huggingface", progress: bool = False) -> Places:
+        """The same places on this machine, after one check that there is room for all of it; see `resolve`."""
         named = self._named()
         downloads = [survey(place, source, parts) for place, parts in named]
         check_room([download for download in downloads if download])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import difflib
 import html
 import json
 import os
@@ -23,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from ..errors import SamplingError, WanError
+from ..errors import SamplingError, WanError, closest
 from ..storage import publish
 
 ENDINGS = (".mp4", ".gif", ".webp", ".png", ".npz")
@@ -64,7 +63,7 @@ def check_output(path: str | Path, overwrite: bool = False) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() not in ENDINGS:
-        nearest = difflib.get_close_matches(path.suffix.lower(), ENDINGS, n=1, cutoff=0.0)[0]
+        nearest = closest(path.suffix.lower(), ENDINGS)
         given = f"the ending {path.suffix!r}" if path.suffix else "no ending"
         raise ValueError(f"output {path} has {given}, expected one of {' '.join(ENDINGS)}; nearest: {nearest}")
     folder = path.parent

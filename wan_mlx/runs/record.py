@@ -15,8 +15,8 @@ from .. import __version__, storage
 from ..cli.flags import FREE_ON_RESUME, MODEL_FLAGS, PATH_FLAGS, flag_names
 from ..errors import WanError
 from ..geometry import WAN_2_1, Geometry
-from ..hub.resolve import BUNDLED
 from ..media.write import read_settings
+from ..presets import BUNDLED
 from ..types import SOURCE_FIELDS, Request
 from ..weights.lora import normalise_loras
 from .folder import RunFolder

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from ..errors import closest
 from .dmd import DMD
 from .dpmpp import DPMSolverPP
 from .euler import Euler
@@ -26,6 +25,7 @@ def make_scheduler(
         ValueError: unknown name, fewer than one step, no step left, or a shift that is not above 0.
     """
     if name not in SOLVERS:
-        nearest = difflib.get_close_matches(str(name), SOLVERS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown solver {name!r}, expected one of {', '.join(SOLVERS)}; nearest: {nearest}")
+        raise ValueError(
+            f"unknown solver {name!r}, expected one of {', '.join(SOLVERS)}; nearest: {closest(name, SOLVERS)}"
+        )
     return SOLVERS[name](steps, shift, grid, seed, begin)

@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..errors import WeightsError
+from ..errors import WeightsError, some
 from ..files.base import BLOCKS, ByteRange, WeightsFile
 from ..files.fp8 import FP8, fold
 from ..files.open import open_weights
@@ -185,7 +185,7 @@ class ComponentWeights:
         odd = [name for name in self.sources if self.stored_dtype(name) not in READABLE]
         if odd:
             raise WeightsError(
-                f"{self.path}: {_some(odd)} of dtype {self.stored_dtype(odd[0])}; expected floats, fp8 or GGUF blocks"
+                f"{self.path}: {some(odd)} of dtype {self.stored_dtype(odd[0])}; expected floats, fp8 or GGUF blocks"
             )
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -233,19 +233,14 @@ def check_keys(weights: ComponentWeights, expected: Mapping[str, tuple[int, ...]
     wrong = sorted(k for k in expected.keys() & weights.shapes.keys() if tuple(expected[k]) != weights.shapes[k])
     problems = []
     if missing:
-        problems.append(f"lacks {_some(missing)}")
+        problems.append(f"lacks {some(missing)}")
     if extra:
-        problems.append(f"holds unexpected {_some(extra)}")
+        problems.append(f"holds unexpected {some(extra)}")
     if wrong:
         shapes = [f"{k} {weights.shapes[k]} instead of {tuple(expected[k])}" for k in wrong]
-        problems.append(f"has other shapes: {_some(shapes)}")
+        problems.append(f"has other shapes: {some(shapes)}")
     if problems:
         raise WeightsError(f"{weights.path}: as a {weights.component} it {'; it '.join(problems)}")
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -22,8 +22,6 @@ import numpy as np
 from .. import __version__
 from ..errors import WeightsError
 from ..files.sentencepiece import read_tokenizer
-from ..hub.names import parse_location
-from ..hub.resolve import Places, preset_of
 from ..presets import MLX_FILES, PRESETS
 from ..storage import fingerprint, free_space, gigabytes, new_folder
 from .checkpoint import MLX_FORMAT, Checkpoint, open_checkpoint
@@ -63,41 +61,33 @@ def convert(
     progress: Progress = no_progress,
     quantize: str | None = None,
     overwrite: bool = False,
-    hub: str = "huggingface",
     shard_bytes: int = SHARD_BYTES,
     parts: Mapping[str, str | Path] | None = None,
+    name: str | None = None,
 ) -> Path:
     """Write ``source`` as an MLX folder; it appears when it is whole, and after Ctrl-C or a failure nothing is left.
 
     Args:
-        source: whatever `WanPipeline.from_pretrained` takes: a folder, a preset's name, a hub id …
+        source: a folder or file on this machine, as `open_checkpoint` takes it, or an opened model.
         out: a folder that does not exist yet.
         dtype: of transformer and text encoder; the transformer's time path, norms and head stay float32.
         vae_dtype: of the VAE. The image encoder stays as it is.
         model: name of the preset whose sampling defaults the folder should use; recorded in its config.json.
-        progress: wraps the iteration over tensors; a download shows a bar of its own.
+        progress: wraps the iteration over tensors.
         quantize: mode to pack the blocks of transformer and text encoder in, as for `load_transformer`.
         overwrite: replace ``out`` if it is an MLX folder; anything else is never removed.
-        hub: to download from, "huggingface" or "modelscope".
         shard_bytes: a network larger than this is split, never within a block.
-        parts: name in `PARTS` → what to take instead of what ``source`` has, as `WanPipeline.from_pretrained` does.
+        parts: name in `PARTS` → a file or folder to use instead of what ``source`` has.
+        name: what config.json and README.md call the source; the folder's or file's name if None.
 
     Raises:
         ValueError: ``out`` exists, or ``quantize`` is no mode, or not possible for these weights.
         WeightsError: ``source`` cannot be loaded, or there is no room for the folder.
     """
     out = Path(out).expanduser()
-    _check_out(out, overwrite)
-    if model is not None and model not in PRESETS:
-        raise ValueError(f"model is {model!r}, expected one of {', '.join(PRESETS)}")
-    if isinstance(source, Checkpoint):
-        checkpoint, name = source, source.path.name
-    else:
-        here = Places(source, parts or {}).resolve(hub, progress is not no_progress)
-        checkpoint = open_checkpoint(here.model, here.parts)
-        location = None if Path(source).expanduser().exists() else parse_location(source)
-        name = str(location) if location else checkpoint.path.resolve().name
-        model = model or checkpoint.model or getattr(preset_of(source), "name", None)
+    check_target(out, overwrite, model)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, parts)
+    name = name or checkpoint.path.resolve().name
     config: dict[str, Any] = {
         "format": MLX_FORMAT,
         "version": 1,
@@ -136,7 +126,11 @@ def convert(
     return out
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
+def check_target(out: str | Path, overwrite: bool = False, model: str | None = None) -> None:
+    """Raise ValueError if `convert` would refuse these arguments."""
+    if model is not None and model not in PRESETS:
+        raise ValueError(f"model is {model!r}, expected one of {', '.join(PRESETS)}")
+    out = Path(out).expanduser()
     if not out.exists():
         return
     if not overwrite:

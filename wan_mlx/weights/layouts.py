@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
-from ..errors import WeightsError
+from ..errors import WeightsError, some
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def recognise(keys: Iterable[str]) -> Layout:
             canonical_keys(layout, keys)
             return layout
     known = ", ".join(str(layout) for layout in LAYOUTS)
-    raise WeightsError(f"{len(keys)} keys of no known network: {_some(keys)}; expected one of: {known}")
+    raise WeightsError(f"{len(keys)} keys of no known network: {some(keys)}; expected one of: {known}")
 
 
 def canonical_keys(layout: Layout, keys: Iterable[str]) -> dict[str, str | tuple[str, ...]]:
@@ -134,17 +134,12 @@ def canonical_keys(layout: Layout, keys: Iterable[str]) -> dict[str, str | tuple
         missing += [part for part in parts if part not in originals and part not in missing]
     if unknown:
         raise WeightsError(
-            f"{layout} with {len(unknown)} of {len(originals)} keys that Wan2.1 does not have: {_some(unknown)}"
+            f"{layout} with {len(unknown)} of {len(originals)} keys that Wan2.1 does not have: {some(unknown)}"
         )
     if missing:
-        raise WeightsError(f"{layout} without {_some(missing)}, though it has the tensors that belong with them")
+        raise WeightsError(f"{layout} without {some(missing)}, though it has the tensors that belong with them")
     sources = {name: tuple(originals[part] for part in parts) for name, parts in found.items()}
     return {name: parts[0] if len(parts) == 1 else parts for name, parts in sources.items()}
-
-
-def _some(keys: list[str], most: int = 5) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return (", ".join(keys[:most]) or "none") + more
 
 
 _END = r"(weight|bias)"

@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import WeightsError
+from ..errors import WeightsError, some
 from ..files.base import WeightsFile
 from ..files.fp8 import FP8, fold
 from ..files.open import open_weights
@@ -307,8 +307,7 @@ def _unknown(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]) -
         hint = "; it was made for a VACE model with other layers, or this is none"
     else:
         hint = "; was it made for another model?"
-    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-    return f"{file.path}: {len(unknown)} keys match nothing in this transformer: {', '.join(unknown[:5])}{more}{hint}"
+    return f"{file.path}: {len(unknown)} keys match nothing in this transformer: {some(unknown)}{hint}"
 
 
 class _Resolver:

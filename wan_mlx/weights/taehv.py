@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import WeightsError
+from ..errors import WeightsError, some
 from ..files.base import WeightsFile
 from ..files.open import open_weights
 from ..models.taehv import TAEHV, TAEHVConfig
@@ -38,8 +38,7 @@ def load_taehv(path: str | Path, dtype: str | mx.Dtype = "float32") -> TAEHV:
           if expected[name] != found[name]),
     ]
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise WeightsError(f"{file.path}: is no TAEHV of Wan 2.1: it {', '.join(problems[:3])}{more}")
+        raise WeightsError(f"{file.path}: is no TAEHV of Wan 2.1: it {some(problems, 3)}")
     arrays = [(name, _channels_last(file.read(name))[-shape[0] :].astype(dtype)) for name, shape in expected.items()]
     mx.eval([array for _, array in arrays])
     model.load_weights(arrays)

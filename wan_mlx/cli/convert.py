@@ -1,0 +1,105 @@
+"""``wan-mlx convert SOURCE OUT``: a checkpoint made into one MLX folder; ``wan-mlx inspect SOURCE``: describe one.
+
+``python weights_convert.py SOURCE OUT`` and ``--inspect SOURCE`` in a clone are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..errors import WanError
+from ..hub.names import parse_location
+from ..hub.resolve import Places, preset_of
+from ..presets import PARTS
+from ..weights.checkpoint import open_checkpoint
+from ..weights.convert import check_target, convert
+from ..weights.inspect import inspect_source
+from ..weights.load import no_progress
+
+DESCRIPTION = """Convert a published checkpoint into one MLX folder: give SOURCE and OUT.
+
+With --inspect, say what SOURCE is instead.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 (failure), 2 (usage) or 130 (interrupted)."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("source", help="what --model takes: a folder or file, a preset such as t2v-1.3B, a hub id")
+    parser.add_argument("out", nargs="?", help="folder to write; must not exist")
+    parser.add_argument(
+        "--inspect", action="store_true", help="say what SOURCE is, from its headers, and write nothing"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is an MLX folder")
+    parser.add_argument("--dtype", default="bfloat16", help="of transformer and text encoder (default bfloat16)")
+    parser.add_argument("--vae-dtype", default="float32", help="of the VAE (default float32)")
+    parser.add_argument(
+        "--quantize",
+        metavar="MODE",
+        help="keep the blocks of transformer and text encoder in few bits: q8 q6 auto q5 q4 q3 (q4-g32 for another "
+        "group), mxfp8 mxfp4 nvfp4; none unpacks packed weights, nearest packs every GGUF type in the form that comes "
+        "nearest (default: as stored, and Q8_0 Q5_0 Q5_1 Q4_0 Q4_1 stay packed as they are)",
+    )
+    parser.add_argument("--model", help="preset whose sampling defaults to record, such as t2v-1.3B")
+    for part in PARTS:
+        parser.add_argument(
+            f"--{part.replace('_', '-')}", metavar="PATH", help="what to take instead of what SOURCE has"
+        )
+    parser.add_argument("--source", dest="hub", default="huggingface", help="hub: huggingface (default) or modelscope")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    args = parser.parse_args(argv)
+    parts = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
+    try:
+        if args.inspect == (args.out is not None):
+            raise ValueError("give SOURCE and OUT, the folder to write; or --inspect and SOURCE alone")
+        if args.inspect:
+            return inspect(args.source, parts, args.hub)
+        check_target(args.out, args.overwrite, args.model)  # before a download of 69 GB
+        places = Places(args.source, parts)
+        for download in places.downloads(args.hub):
+            if download.missing:
+                print(f"download  {download}", file=sys.stderr)
+        here = places.fetch(args.hub, progress=not args.quiet)
+        checkpoint = open_checkpoint(here.model, here.parts)
+        location = None if Path(args.source).expanduser().exists() else parse_location(args.source)
+        out = convert(
+            checkpoint,
+            args.out,
+            args.dtype,
+            args.vae_dtype,
+            args.model or checkpoint.model or getattr(preset_of(args.source), "name", None),
+            no_progress if args.quiet else partial(tqdm, desc="converting", leave=False),
+            args.quantize,
+            args.overwrite,
+            name=str(location) if location else None,
+        )
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written, a download goes on where it was", file=sys.stderr)
+        return 130
+    except (ValueError, WanError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    print(out)
+    return 0
+
+
+def inspect(source: str, parts: dict[str, str], hub: str) -> int:
+    """Print what a model is, or what of it would have to be downloaded first; 1 if it cannot be loaded."""
+    places = Places(source, parts)
+    missing = [download for download in places.downloads(hub) if download.missing]
+    if missing:
+        for download in missing:
+            print(f"not on this machine: {download}")
+        return 0
+    here = places.fetch(hub)
+    found = inspect_source(here.model, here.parts)
+    print(*found.lines(), sep="\n")
+    return 0 if found.is_sound else 1
+
