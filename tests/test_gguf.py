@@ -14,7 +14,8 @@ from crafted_gguf import GGML, SCALES, array, blocks, field, info, write_gguf
 
 from benchmarks.gguf_quantisers import quantise
 from wan_mlx.errors import WeightsError
-from wan_mlx.files.open import TensorInfo, open_weights
+from wan_mlx.files.base import TensorInfo
+from wan_mlx.files.open import open_weights
 
 gguf = pytest.importorskip("gguf")
 

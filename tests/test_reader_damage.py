@@ -30,7 +30,8 @@ from crafted import (
 )
 
 from wan_mlx.errors import WeightsError
-from wan_mlx.files.open import TensorInfo, open_weights
+from wan_mlx.files.base import TensorInfo
+from wan_mlx.files.open import open_weights
 
 # --- hostile pickles
 

@@ -17,7 +17,7 @@ import wan_mlx
 from wan_mlx.caching import StepCache
 from wan_mlx.cuda import read as cuda
 from wan_mlx.errors import WeightsError
-from wan_mlx.files.open import WeightsFile
+from wan_mlx.files.base import WeightsFile
 from wan_mlx.guidance import Guidance, guided_velocity
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.transformer import Transformer

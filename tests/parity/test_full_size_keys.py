@@ -7,7 +7,7 @@ import test_layouts
 from oracles import official, torch
 
 from wan_mlx.errors import WeightsError
-from wan_mlx.files.open import TensorInfo
+from wan_mlx.files.base import TensorInfo, WeightsFile
 from wan_mlx.models.configs import ImageEncoderConfig, TextEncoderConfig, VAEConfig
 from wan_mlx.models.image_encoder import ImageEncoder, last_block_shapes
 from wan_mlx.models.text_encoder import text_encoder_shapes
@@ -26,7 +26,7 @@ from wan_mlx.weights.component import (
 )
 
 
-class HeaderOnly:
+class HeaderOnly(WeightsFile):
     """What a weight file's header tells; there is no data behind it."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]):

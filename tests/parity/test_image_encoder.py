@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import wan_mlx
 from wan_mlx.errors import WeightsError
-from wan_mlx.files.open import TensorInfo
+from wan_mlx.files.base import TensorInfo
 from wan_mlx.models.configs import ImageEncoderConfig
 from wan_mlx.models.image_encoder import ImageEncoder, last_block_shapes
 from wan_mlx.presets import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES

@@ -11,7 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from wan_mlx.errors import WeightsError  # noqa: E402
-from wan_mlx.files.open import TensorInfo, open_weights  # noqa: E402
+from wan_mlx.files.base import TensorInfo  # noqa: E402
+from wan_mlx.files.open import open_weights  # noqa: E402
 
 DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",

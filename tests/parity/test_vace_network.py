@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from oracles import diffusers_transformer, in_halves, randomize, relative_error
 
 from wan_mlx.errors import WeightsError
-from wan_mlx.files.open import TensorInfo
+from wan_mlx.files.base import TensorInfo, WeightsFile
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
@@ -191,7 +191,7 @@ def test_other_width_of_the_vace_context_is_refused(diffusers_folder):
         load_transformer(open_checkpoint(diffusers_folder), "float32")
 
 
-class HeaderOnly:
+class HeaderOnly(WeightsFile):
     """What a weight file's header tells; there is no data behind it."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]):

@@ -14,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..planning.speed import worth_timing
 from ..presets import BUNDLED
 from ..storage import fingerprint
 
@@ -126,6 +127,7 @@ def rates() -> dict[str, float]:
         lambda n: 4 * 12 * (16 * n) ** 2 * 128,
         8,
         largest=1024,
+        power=2,
     )
     w = _random(mx.float32, (96, 3, 3, 96))
     found["convolution float32"] = _rate(
@@ -183,18 +185,17 @@ def _nano_weights() -> str:
     return " ".join(fingerprint(path)["sha256"][:16] for path in sorted(BUNDLED["nano"].glob("[!.]*")))
 
 
-def _rate(make, compute, flop, start: int, largest: int = 1 << 14, seconds: float = 0.15) -> float:
-    """TFLOP/s of ``compute(make(n))``, with n doubled from ``start`` until it takes long enough to be timed."""
-    n, took = start, 0.0
-    while True:
+def _rate(make, compute, flop, start: int, largest: int = 1 << 14, power: int = 1) -> float:
+    """TFLOP/s of ``compute(make(n))``, of an n from ``start`` on at which it takes long enough to be timed."""
+
+    def seconds_at(n: int) -> float:
         x = make(n)
-        mx.eval(compute(x))  # kernels are compiled at the first run
         started = time.perf_counter()
         mx.eval(compute(x))
-        took = time.perf_counter() - started
-        if took >= seconds or n >= largest:
-            return flop(n) / took / 1e12
-        n = min(largest, n * 2)
+        return time.perf_counter() - started
+
+    n, seconds, _ = worth_timing(seconds_at, start, largest, power)
+    return flop(n) / seconds / 1e12
 
 
 def _random(dtype: mx.Dtype, shape: tuple[int, ...], scale: float = 1.0, seed: int = 0) -> mx.array:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,76 +44,15 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Network:
-    """One network's file.
-
-    Attributes:
-        part: which of the networks.
-        file: where it is; the index of shards.
-        layout: whose names its tensors have.
-        sizes: what it is, in a few words.
-        tensors, parameters: how many.
-        nbytes: dtype as stored → bytes, without scales and what is ignored.
-        quantization: how its matrices are stored if not as floats, else "".
-        fault: why it cannot be loaded; "" if it is whole.
-    """
-
-    part: str
-    file: Path
-    layout: str
-    sizes: str
-    tensors: int
-    parameters: int
-    nbytes: Mapping[str, int]
-    quantization: str
-    fault: str
-
-
-@dataclass(frozen=True)
 class Inspection:
-    """What a source holds.
+    """What a source holds: ``rows`` of (name, text), and whether everything that is there can be loaded."""
 
-    Attributes:
-        path: what was looked at.
-        layout: "official", "diffusers", "mlx" or "single files".
-        model: its kind, and the released models whose sizes it has; "" without a transformer.
-        networks: in the order they are used.
-        tokenizer: where it is and how many pieces it has; "" if there is none.
-        missing: parts that must be given apart to make a video.
-    """
-
-    path: Path
-    layout: str
-    model: str
-    networks: list[Network]
-    tokenizer: str
-    missing: list[str] = field(default_factory=list)
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether everything that is there can be loaded."""
-        return not any(network.fault for network in self.networks)
+    rows: list[tuple[str, str]]
+    is_sound: bool
 
     def lines(self) -> list[str]:
         """As the command line prints it."""
-        rows = [("source", f"{self.path} ({self.layout})")]
-        if self.model:
-            rows.append(("model", self.model))
-        for network in self.networks:
-            rows.append((network.part.replace("_", " "), f"{_relative(network.file, self.path)}: {network.sizes}"))
-            total = gigabytes(sum(network.nbytes.values()))
-            dtypes = ", ".join(f"{dtype} {gigabytes(size)}" for dtype, size in _largest_first(network.nbytes))
-            parameters = f"{network.parameters / 1e9:.2f} billion parameters"
-            rows.append(("", f"{network.layout} names, {network.tensors} tensors, {parameters}"))
-            rows.append(("", f"{total}: {dtypes}"))
-            if network.quantization:
-                rows.append(("", f"quantised: {network.quantization}"))
-            if network.fault:
-                rows.append(("", f"cannot be loaded: {network.fault}"))
-        if self.tokenizer:
-            rows.append(("tokenizer", self.tokenizer))
-        rows.append(("missing", ", ".join(self.missing).replace("_", " ") or "nothing: a whole model"))
-        return [f"{name:<15}{text}" for name, text in rows]
+        return [f"{name:<15}{text}" for name, text in self.rows]
 
 
 def inspect_source(source: str | Path, parts: Mapping[str, str | Path] | None = None) -> Inspection:
@@ -124,27 +63,36 @@ def inspect_source(source: str | Path, parts: Mapping[str, str | Path] | None = 
         WeightsError: nothing in it was recognised; says what was seen.
     """
     found = look_at(source, {part: Path(place).expanduser() for part, place in (parts or {}).items()})
-    networks, model = [], ""
+    rows, networks, sound = [("source", f"{found.path} ({found.layout})")], [], True
     for part in (part for part in NETWORKS if part in found.files):
         weights = open_component(found.files[part], part)
         sizes, fault, config = _sizes_of(weights, found.configs.get(part, {}))
         if isinstance(config, TransformerConfig):
-            model = _model_of(config, found.model)
-        networks.append(_network(weights, sizes, fault))
-    tokenizer = _tokenizer_at(found.files["tokenizer"], found.path) if "tokenizer" in found.files else ""
-    return Inspection(found.path, found.layout, model, networks, tokenizer, found.missing())
+            rows.append(("model", _model_of(config, found.model)))
+        networks.append((part.replace("_", " "), f"{_relative(weights.path, found.path)}: {sizes}"))
+        networks += [("", text) for text in _contents(weights)]
+        if fault:
+            networks.append(("", f"cannot be loaded: {fault}"))
+            sound = False
+    rows += networks
+    if "tokenizer" in found.files:
+        rows.append(("tokenizer", _tokenizer_at(found.files["tokenizer"], found.path)))
+    rows.append(("missing", ", ".join(found.missing()).replace("_", " ") or "nothing: a whole model"))
+    return Inspection(rows, sound)
 
 
-def _network(weights: ComponentWeights, sizes: str, fault: str) -> Network:
+def _contents(weights: ComponentWeights) -> Iterator[str]:
+    """Names and number of the tensors, bytes of each dtype as stored, quantisation."""
     nbytes: Counter[str] = Counter()
-    for sources in weights.sources.values():
-        for source in sources:
-            info = weights.file.tensors[source]
-            nbytes[info.dtype] += info.nbytes
-    return Network(
-        weights.component, weights.path, weights.layout.name, sizes, len(weights.shapes),
-        sum(math.prod(shape) for shape in weights.shapes.values()), nbytes, _quantization_of(weights), fault,
-    )  # fmt: skip
+    for source in (source for sources in weights.sources.values() for source in sources):
+        info = weights.file.tensors[source]
+        nbytes[info.dtype] += info.nbytes
+    parameters = sum(math.prod(shape) for shape in weights.shapes.values())
+    yield f"{weights.layout.name} names, {len(weights.shapes)} tensors, {parameters / 1e9:.2f} billion parameters"
+    dtypes = ", ".join(f"{dtype} {gigabytes(size)}" for dtype, size in nbytes.most_common())
+    yield f"{gigabytes(sum(nbytes.values()))}: {dtypes}"
+    if quantization := _quantization_of(weights):
+        yield f"quantised: {quantization}"
 
 
 def _sizes_of(weights: ComponentWeights, config: Mapping[str, Any]) -> tuple[str, str, Any]:
@@ -206,7 +154,3 @@ def _tokenizer_at(file: Path, base: Path) -> str:
 
 def _relative(file: Path, base: Path) -> str:
     return str(file.relative_to(base)) if base in file.parents else str(file)
-
-
-def _largest_first(nbytes: Mapping[str, int]) -> list[tuple[str, int]]:
-    return sorted(nbytes.items(), key=lambda item: -item[1])
