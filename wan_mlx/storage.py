@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -39,6 +38,8 @@ def gigabytes(count: int) -> str:
 
 def flush(path: Path) -> None:
     """Wait until a file's bytes, or a folder's entries, are on the disk, past the system's caches and the drive's."""
+    import fcntl  # not on Windows
+
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync leaves the bytes in the drive's cache

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Whether this machine computes what Wan needs, how fast, and what to do if not."
 OLDEST_MLX = (0, 32, 4)
-PACKAGES = ("mlx", "mlx-lm", "numpy", "huggingface-hub", "safetensors", "sentencepiece", "imageio-ffmpeg", "pillow")
+PACKAGES = ("mlx", "mlx-lm", "numpy", "huggingface-hub", "sentencepiece", "imageio-ffmpeg", "pillow")
 # TFLOP of one forward of T2V-1.3B at 832x480, 81 frames: what matmul and what attention does; 50 steps of two passes.
 LINEAR_TFLOP, ATTENTION_TFLOP, FORWARDS = 82.1, 200.9, 100
 LITTLE_MEMORY, LITTLE_DISK = 8e9, 40e9

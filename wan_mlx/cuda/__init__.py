@@ -5,30 +5,19 @@ On CUDA, weight files are read into staging buffers in the GPU's own memory; `re
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import mlx.core as mx
 
-if TYPE_CHECKING:
-    from .read import StagingBuffers
+from .read import StagingBuffers, driver
 
 
 def in_use() -> bool:
     """Whether the current device is an NVIDIA GPU whose driver can be asked."""
-    if mx.default_device().type != mx.DeviceType.gpu or mx.metal.is_available():
-        return False
-    from .read import driver
-
-    return driver() is not None
+    return mx.default_device().type == mx.DeviceType.gpu and not mx.metal.is_available() and driver() is not None
 
 
 def staging_buffers() -> StagingBuffers | None:
     """Two buffers in the GPU's memory to read a network's weights into; None where files are read by MLX."""
-    if not in_use():
-        return None
-    from .read import StagingBuffers
-
-    return StagingBuffers()
+    return StagingBuffers() if in_use() else None
 
 
 def device_of_new_weights() -> mx.Device:
@@ -47,7 +36,5 @@ def staged_bytes(stored: int, kept: int, changed: int, made: int) -> int | None:
     """
     if not in_use():
         return None
-    from .read import StagingBuffers
-
     beside = stored - kept if StagingBuffers.one_serves(changed, stored) else 2 * (stored - kept) + made
     return max(0, beside)

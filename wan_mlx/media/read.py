@@ -2,6 +2,9 @@
 
 As in the official code transparency is dropped, not blended (``convert("RGB")``). Unlike there a picture stands as its
 EXIF orientation or display matrix says, and 16-bit greyscale is scaled to 8 bits instead of clipped.
+
+Pillow and imageio-ffmpeg's program are called without imageio: it has no time of each frame, which `at_rate` needs for
+films of no constant rate, and clips 16-bit greyscale.
 """
 
 from __future__ import annotations

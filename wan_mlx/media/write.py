@@ -270,7 +270,7 @@ def _check_mp4(size: tuple[int, int], text: str) -> None:
 
 
 class _FFmpeg:
-    """imageio-ffmpeg's program at the end of a pipe; imageio's own wrapper neither sees it fail nor waits for it."""
+    """imageio-ffmpeg's program at the end of a pipe; its own writer neither sees it fail nor waits for it."""
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int], text: str):
         command = [

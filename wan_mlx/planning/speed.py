@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from statistics import fmean
 from time import perf_counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +22,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .. import cuda
+from ..cuda import StagingBuffers
 from ..guidance import at_once
 from ..models.attention import attention
 from ..models.configs import TransformerConfig, VAEConfig
@@ -35,9 +36,6 @@ from . import flops as work
 from . import peak_memory as peaks
 from .choose import Plan, limited_cache
 from .peak_memory import Networks
-
-if TYPE_CHECKING:
-    from ..cuda.read import StagingBuffers
 
 # Seconds of each thing that is timed: enough to tell, and no GPU work so long that macOS would end it.
 ENOUGH, MOST_TIMES = 0.4, 100

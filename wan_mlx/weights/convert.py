@@ -202,7 +202,10 @@ class Network:
         return digests
 
     def _write_shard(self, path: Path, names: list[str], steps: Iterator[str]) -> str:
-        """Write one safetensors file a tensor at a time, so that an 11 GB text encoder converts in little memory."""
+        """Write one safetensors file a tensor at a time, so that an 11 GB text encoder converts in little memory.
+
+        The safetensors package and MLX take all tensors of a file at once, and sort them by name.
+        """
         metadata = {"layout": MLX_LAYOUT, "component": self.parameters.component}
         if self.parameters.quantization.packings:
             metadata |= self.parameters.quantization.to_metadata()

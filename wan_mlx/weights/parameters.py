@@ -11,12 +11,13 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import cuda
+from ..cuda import StagingBuffers
 from ..errors import WeightsError
 from ..files.base import ByteRange
 from ..models.layers import Linear
@@ -26,9 +27,6 @@ from .component import NOTHING, SAFETENSORS_NAMES, ComponentWeights, check_keys,
 from .lora import Loras
 from .prefetch import IN_FLIGHT, Prefetch, prefetch_in_turn, prefetch_lazy, prefetch_staged
 from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
-
-if TYPE_CHECKING:
-    from ..cuda.read import StagingBuffers
 
 # Name of a parameter → the order its rows (axis 0) are wanted in, or None for the order they are stored in.
 RowOrder = Callable[[str], "mx.array | None"]

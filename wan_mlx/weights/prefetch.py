@@ -13,15 +13,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
 from .. import cuda
+from ..cuda.read import StagingBuffer
 from ..files.base import ByteRange
-
-if TYPE_CHECKING:
-    from ..cuda.read import StagingBuffer
 
 # Bytes of the file that are in flight at a time, of tensors that are changed on the way; one may be larger.
 IN_FLIGHT = 64 * 2**20
