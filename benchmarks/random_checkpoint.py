@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from wan_mlx.models.configs import TextEncoderConfig
-from wan_mlx.models.text_encoder import text_encoder_shapes
+from wan_mlx.models.text_encoder import parameter_shapes as text_encoder_shapes
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vae import VAE
 from wan_mlx.presets import Preset, find_preset

@@ -10,9 +10,10 @@ import pytest
 from crafted import bytes_of, mapping, storage, tensor, write_pth
 
 from wan_mlx.errors import WeightsError
-from wan_mlx.files.open import TorchFile, open_weights
+from wan_mlx.files.open import open_weights
+from wan_mlx.files.pth import TorchFile
 from wan_mlx.models.configs import TextEncoderConfig
-from wan_mlx.models.text_encoder import text_encoder_shapes
+from wan_mlx.models.text_encoder import parameter_shapes
 from wan_mlx.weights.load import load_text_encoder
 
 CONFIG = TextEncoderConfig(vocab_size=40, dim=128, dim_attn=128, dim_ffn=256, num_heads=2, num_layers=4)
@@ -29,7 +30,7 @@ def files(tmp_path_factory):
         pth, safetensors = (folder / f"{dtype.size}.{ending}" for ending in ("pth", "safetensors"))
         arrays = {
             name: mx.array(rng.normal(size=shape).astype(np.float32) * shape[-1] ** -0.5).astype(dtype)
-            for name, shape in text_encoder_shapes(CONFIG).items()
+            for name, shape in parameter_shapes(CONFIG).items()
         }
         mx.save_safetensors(str(safetensors), arrays)
         views = {
@@ -57,7 +58,7 @@ def test_same_bits_as_from_safetensors(files, stored, dtype):
 
 def test_the_next_block_is_read_while_one_computes(files, monkeypatch):
     """By a thread: only the embeddings' rows, and what no block holds, are read where they are asked for."""
-    names = [name for name in text_encoder_shapes(CONFIG) if name.startswith("blocks.1.")]
+    names = [name for name in parameter_shapes(CONFIG) if name.startswith("blocks.1.")]
     read, done, real = [], threading.Event(), TorchFile.read
 
     def watched(self, key):
@@ -77,7 +78,7 @@ def test_the_next_block_is_read_while_one_computes(files, monkeypatch):
 
 
 def test_no_more_than_two_blocks_are_resident(files):
-    stored = sum(4 * int(np.prod(s)) for n, s in text_encoder_shapes(CONFIG).items() if n.startswith("blocks.0."))
+    stored = sum(4 * int(np.prod(s)) for n, s in parameter_shapes(CONFIG).items() if n.startswith("blocks.0."))
     encoder = load_text_encoder(files[mx.float32][0], "float32")
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -124,5 +125,5 @@ def test_which_files_are_lazy(files, tmp_path):
     for source in (pth, safetensors):
         shard = tmp_path / source.name
         shard.write_bytes(source.read_bytes())
-        index.write_text(json.dumps({"weight_map": dict.fromkeys(text_encoder_shapes(CONFIG), shard.name)}))
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(parameter_shapes(CONFIG), shard.name)}))
         assert open_weights(index).is_lazy == open_weights(source).is_lazy

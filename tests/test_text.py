@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from wan_mlx.errors import WeightsError
 from wan_mlx.models.configs import TextEncoderConfig
-from wan_mlx.models.text_encoder import EncoderBlock, TextEncoder, pad_context, relative_buckets, text_encoder_shapes
+from wan_mlx.models.text_encoder import EncoderBlock, TextEncoder, pad_context, parameter_shapes, relative_buckets
 from wan_mlx.models.tokenizer import EXTRA_IDS, Tokenizer, clean
 
 SENTENCES = [
@@ -170,12 +170,12 @@ def test_bfloat16_stays_bfloat16_and_near():
 
 
 def test_parameter_shapes_are_a_block_s_own_for_every_layer():
-    shapes = text_encoder_shapes(TINY)
+    shapes = parameter_shapes(TINY)
     assert len(shapes) == 2 + TINY.num_layers * 10
     assert shapes["token_embedding.weight"] == (50, 24) and shapes["norm.weight"] == (24,)
     assert shapes["blocks.2.ffn.gate.0.weight"] == (40, 24)
     assert shapes["blocks.0.pos_embedding.embedding.weight"] == (32, 4)
-    assert sum(int(np.prod(shape)) for shape in text_encoder_shapes(TextEncoderConfig()).values()) == 5_680_910_336
+    assert sum(int(np.prod(shape)) for shape in parameter_shapes(TextEncoderConfig()).values()) == 5_680_910_336
 
 
 def test_relative_buckets():

@@ -10,7 +10,7 @@ from wan_mlx.errors import WeightsError
 from wan_mlx.files.base import TensorInfo, WeightsFile
 from wan_mlx.models.configs import ImageEncoderConfig, TextEncoderConfig, VAEConfig
 from wan_mlx.models.image_encoder import ImageEncoder, last_block_shapes
-from wan_mlx.models.text_encoder import text_encoder_shapes
+from wan_mlx.models.text_encoder import parameter_shapes as text_encoder_shapes
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.models.vae import VAE

@@ -8,7 +8,7 @@ from oracles import official, randomize, relative_error
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wan_mlx.models.configs import TextEncoderConfig
-from wan_mlx.models.text_encoder import EncoderBlock, TextEncoder, relative_buckets, text_encoder_shapes
+from wan_mlx.models.text_encoder import EncoderBlock, TextEncoder, parameter_shapes, relative_buckets
 
 BOUND = 2e-5
 CONFIG = TextEncoderConfig(vocab_size=96, dim=48, dim_attn=32, dim_ffn=80, num_heads=4, num_layers=3)
@@ -136,4 +136,4 @@ def test_full_size_names_and_shapes():
     with torch.device("meta"):
         model = module.umt5_xxl(encoder_only=True, return_tokenizer=False, device="meta")
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert text_encoder_shapes(TextEncoderConfig()) == expected
+    assert parameter_shapes(TextEncoderConfig()) == expected

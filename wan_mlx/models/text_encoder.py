@@ -103,7 +103,7 @@ class EncoderBlock(nn.Module):
         return x + self.ffn(self.norm2(x))
 
 
-def text_encoder_shapes(config: TextEncoderConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: TextEncoderConfig) -> dict[str, tuple[int, ...]]:
     """Official name → shape of every parameter of the encoder; nothing is allocated."""
     block = {name: tuple(array.shape) for name, array in tree_flatten(EncoderBlock(config).parameters())}
     return {

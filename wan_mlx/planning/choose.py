@@ -437,7 +437,7 @@ def networks(model: Any, dtype: str, quantize: str | None) -> Networks:
     Raises:
         ValueError: ``dtype`` or ``quantize`` is none, or does not suit.
     """
-    from ..models.text_encoder import text_encoder_shapes
+    from ..models.text_encoder import parameter_shapes as text_encoder_shapes
     from ..models.transformer import Transformer
     from ..models.vace import VaceTransformer
     from ..weights.component import parameter_shapes

@@ -20,7 +20,7 @@ from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerC
 from ..models.layers import FEED_FORWARD_TOKENS, FEW_TOKENS
 from ..models.quantized_linear import Packing
 from ..models.rope import row_order
-from ..models.text_encoder import text_encoder_shapes
+from ..models.text_encoder import parameter_shapes as text_encoder_shapes
 from ..models.transformer import BLOCK_LISTS, Transformer
 from ..models.vace import VaceTransformer
 from ..models.vae import VAE, VALUES_AT_ONCE

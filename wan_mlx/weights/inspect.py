@@ -17,7 +17,7 @@ from ..files.fp8 import FP8
 from ..files.sentencepiece import read_tokenizer
 from ..models.configs import TransformerConfig
 from ..models.image_encoder import ImageEncoder, last_block_shapes
-from ..models.text_encoder import text_encoder_shapes
+from ..models.text_encoder import parameter_shapes as text_encoder_shapes
 from ..models.transformer import Transformer
 from ..models.vace import VaceTransformer
 from ..models.vae import VAE

@@ -14,7 +14,7 @@ from ..errors import WeightsError
 from ..models.configs import TransformerConfig, VAEConfig
 from ..models.image_encoder import ImageEncoder, last_block_shapes
 from ..models.rope import row_order
-from ..models.text_encoder import EncoderBlock, TextEncoder, text_encoder_shapes
+from ..models.text_encoder import EncoderBlock, TextEncoder, parameter_shapes
 from ..models.transformer import Transformer
 from ..models.vace import VaceTransformer
 from ..models.vae import VAE
@@ -199,7 +199,7 @@ def load_text_encoder(
     config, dtype = text_encoder_config(weights, config), parse_dtype(dtype)
     if dtype == mx.float16:
         raise ValueError("umT5 overflows float16; give bfloat16 or float32")
-    check_keys(weights, text_encoder_shapes(config))
+    check_keys(weights, parameter_shapes(config))
     parameters = Parameters(weights, dtype, quantize)
     return TextEncoder(
         config,
