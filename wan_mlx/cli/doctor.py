@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 DESCRIPTION = "Whether this machine computes what Wan needs, how fast, and what to do if not."
 OLDEST_MLX = (0, 32, 4)
 PACKAGES = ("mlx", "mlx-lm", "numpy", "huggingface-hub", "sentencepiece", "imageio-ffmpeg", "pillow")
-# TFLOP of one forward of T2V-1.3B at 832x480, 81 frames: what matmul and what attention does; 50 steps of two passes.
-LINEAR_TFLOP, ATTENTION_TFLOP, FORWARDS = 82.1, 200.9, 100
+# Of T2V-1.3B at 832x480, 81 frames: tokens, and forwards of 50 steps of two passes.
+TOKENS, FORWARDS = 32_760, 100
 LITTLE_MEMORY, LITTLE_DISK = 8e9, 40e9
 
 
@@ -174,13 +174,19 @@ def ffmpeg() -> Check:
 
 def judge(checks: list[Check], rates: dict[str, float]) -> str:
     """What a person is to make of it."""
+    from ..planning.flops import forward_parts
+    from ..presets import PRESETS
+
     bad = [check for check in checks if check.status == "fail"]
     doubtful = [check for check in checks if check.status == "warn"]
     if bad:
         first = bad[0]
         return (f"{len(bad)} of {len(checks)} checks failed: {', '.join(check.name for check in bad)}. "
                 f"First: {first.advice}")  # fmt: skip
-    seconds = FORWARDS * (LINEAR_TFLOP / rates["matmul bfloat16"] + ATTENTION_TFLOP / rates["attention bfloat16"])
+    parts = forward_parts(PRESETS["t2v-1.3B"].transformer, TOKENS)
+    attending = sum(flop for name, flop in parts.items() if name.endswith("attention"))
+    tflop = {"attention bfloat16": attending / 1e12, "matmul bfloat16": (sum(parts.values()) - attending) / 1e12}
+    seconds = FORWARDS * sum(tflop[name] / rates[name] for name in tflop)
     remarks = f" ({', '.join(check.name for check in doubtful)}: see above)" if doubtful else ""
     return (f"All is well{remarks}. At these rates T2V-1.3B denoises 832x480, 81 frames, 50 steps in about "
             f"{_duration(seconds)}.")  # fmt: skip

@@ -8,26 +8,20 @@ the data is shared out among threads: both copying from the system's cache and c
 
 from __future__ import annotations
 
-import ctypes
 import io
 import json
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from typing import BinaryIO
 
 import mlx.core as mx
-import numpy as np
 
 # More threads than this do not read faster from the system's cache.
 MOST_THREADS = 8
 # Bytes that a thread reads at a time.
 PIECE = 4 * 2**20
-
-_HUGE_PAGE = 2 * 2**20
-_MADV_HUGEPAGE = 14
 
 
 def read_tensor(
@@ -90,7 +84,6 @@ class _OneTensor(io.RawIOBase):
         spans = range(0, len(view), PIECE)
         if len(spans) <= 1:
             return self._read_piece(view, start)
-        _ask_for_huge_pages(view)
         pieces = [_threads().submit(self._read_piece, view[at : at + PIECE], start + at) for at in spans]
         try:
             wait(pieces)
@@ -112,28 +105,3 @@ class _OneTensor(io.RawIOBase):
 @lru_cache
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "wan_mlx-file")
-
-
-@lru_cache
-def _madvise() -> Callable | None:
-    if sys.platform != "linux":
-        return None
-    function = getattr(ctypes.CDLL(None), "madvise", None)
-    if function is not None:
-        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
-
-
-def _ask_for_huge_pages(view: memoryview) -> None:
-    """Advise Linux to clear memory 2 MiB at a time, as numpy does for its own: 4 KiB at a time takes most of reading.
-
-    Advice only: where it does not apply, the call fails without effect.
-    """
-    advise = _madvise()
-    if advise is None:
-        return
-    address = np.frombuffer(view, np.uint8).ctypes.data
-    first = -(-address // _HUGE_PAGE) * _HUGE_PAGE
-    last = (address + len(view)) // _HUGE_PAGE * _HUGE_PAGE
-    if first < last:
-        advise(first, last - first, _MADV_HUGEPAGE)
