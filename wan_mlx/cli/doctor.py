@@ -83,7 +83,7 @@ def all_checks() -> Iterator[Check]:
 
 
 def machine() -> dict[str, str]:
-    """What there is, one line each."""
+    """The machine and its packages, one line each."""
     import mlx.core as mx
 
     info = mx.device_info()
@@ -107,7 +107,7 @@ def machine() -> dict[str, str]:
 
 
 def surroundings() -> Iterator[Check]:
-    """What can be told without computing anything."""
+    """Checks that compute nothing."""
     import mlx.core as mx
 
     from .selftest import Check
@@ -173,7 +173,7 @@ def ffmpeg() -> Check:
 
 
 def judge(checks: list[Check], rates: dict[str, float]) -> str:
-    """What a person is to make of it."""
+    """The verdict in a sentence or two."""
     from ..planning.flops import forward_parts
     from ..presets import PRESETS
 
@@ -218,7 +218,7 @@ def _memory() -> float:
 
 
 def _swap() -> str | None:
-    """What macOS says of its swap: where much is used, everything is slow."""
+    """macOS's own line about its swap: where much is used, everything is slow."""
     if platform.system() != "Darwin":
         return None
     done = subprocess.run(["sysctl", "-n", "vm.swapusage"], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What `wan_mlx.doctor` computes: MLX's operations at Wan's own shapes against numpy, their rates, and nano's video.
+"""doctor's computations: MLX's operations at Wan's own shapes against numpy, their rates, and nano's video.
 
 Known to have gone wrong on some GPU or other: convolutions that return zeros where scratch memory ran out (mlx #3979,
 #4242), attention over more than 32,768 keys (mlx #2894, #3360, #3361), NaN out of narrow floats.
@@ -27,7 +27,7 @@ NANO_REFERENCE = Path(__file__).parent.parent / "assets" / "doctor" / "nano.npz"
 NANO_REQUEST = dict(
     prompt="a red circle moves right on a blue background", width=64, height=64, num_frames=5, steps=4, seed=7
 )
-NANO_BLOCK = 4  # pixels: what is stored of each frame is the mean of such squares
+NANO_BLOCK = 4  # pixels: the mean of each such square of a frame is stored
 NANO_TOLERANCE = {"float32": 4.0, "bfloat16": 10.0}  # of 255 levels, in any square; noise would be at 100
 
 UPDATE = (
@@ -211,7 +211,7 @@ def _numpy(x: mx.array) -> np.ndarray:
 
 
 def _compare(got: mx.array, want: np.ndarray, dtype: mx.Dtype) -> tuple[float, float, str]:
-    """Relative error, what is allowed, and what is wrong beyond an error's size."""
+    """Relative error, the allowed one, and a fault other than an error's size."""
     fault = _fault(got, "rows", axes=(-1,))
     return _relative(_numpy(got), want), TOLERANCE[dtype], fault
 

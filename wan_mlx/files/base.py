@@ -1,4 +1,4 @@
-"""What every kind of weight file has in common: its tensors are known from headers, each is read when asked for."""
+"""The base class of weight files: their tensors are known from headers, and each is read when asked for."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _NUMPY = {
     **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
     **{"BOOL": np.uint8, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8},
 }
-# What becomes other values on the way (`_to_mlx`), so cannot be read into MLX's memory.
+# Dtypes whose values are converted (`_to_mlx`), so that they cannot be read into MLX's memory.
 _CHANGED = {"F64", "BOOL"}
-# What `WeightsFile.read` returns such tensors in, with their bytes as they are.
+# Dtypes whose bytes `WeightsFile.read` returns unchanged, and MLX's names of them.
 _AS_STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U8": mx.uint8, "U32": mx.uint32}
 # GGUF's block formats: how many values a block has, and how many bytes.
 BLOCKS = {
@@ -51,7 +51,7 @@ _PIECE = 2**20
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor; ``dtype`` is safetensors' name for it (F32, F8_E4M3 …) or ggml's (Q4_K …)."""
+    """A tensor in a header; ``dtype`` is safetensors' name for it (F32, F8_E4M3 …) or ggml's (Q4_K …)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -298,7 +298,7 @@ def _to_mlx(values: np.ndarray, dtype: str) -> mx.array:
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """What changes with the file: its size, and when it was written."""
+    """Size and time of writing of a file: they change when the file does."""
     try:
         status = os.stat(path)
     except OSError as error:

@@ -22,7 +22,7 @@ import numpy as np
 from ..errors import WeightsError
 from .base import BLOCKS, MAX_DIM, MAX_ENTRIES, MAX_HEADER_BYTES, MAX_NAME, MAX_NDIM, TensorInfo, WeightsFile
 
-# ggml's numbers of its types; what is not in BLOCKS or plain is refused by name.
+# ggml's numbers of its types; those neither in BLOCKS nor PLAIN are refused by name.
 TYPES = {
     **{0: "F32", 1: "F16", 30: "BF16", 28: "F64", 24: "I8", 25: "I16", 26: "I32", 27: "I64"},
     **{2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1"},

@@ -1,4 +1,4 @@
-"""One way to read every kind of weight file: what it holds is known from headers, a tensor is read when asked for.
+"""`open_weights` opens a weight file of any format: headers are read at once, a tensor when it is asked for.
 
 `open_weights` decides the kind by content: safetensors (`safetensors`), an index JSON over shards, torch's zip format
 (`pth`) or GGUF (`gguf`). Another format is a module with a subclass of `WeightsFile`, and a name in `FORMATS`.
@@ -138,7 +138,7 @@ def format_of(head: bytes) -> type[WeightsFile] | None:
 
 
 def _looks_like(head: bytes) -> str:
-    """What a file that is no weight file may be, and what was expected."""
+    """The rest of an error's line: the kind of a file that is no weight file, and the expected ones."""
     if head[8:9] == b"{":
         length = int.from_bytes(head[:8], "little")
         return f"a safetensors header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"

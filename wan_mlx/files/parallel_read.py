@@ -49,7 +49,7 @@ def read_tensor(
 
 
 class _OneTensor(io.RawIOBase):
-    """What looks like a safetensors file of one tensor; its data are ``nbytes`` of another file from ``start``."""
+    """Looks like a safetensors file of one tensor; its data are ``nbytes`` of another file from ``start``."""
 
     def __init__(self, open_file, start: int, dtype: str, shape: tuple[int, ...], nbytes: int):
         entry = {"tensor": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]}}
@@ -67,7 +67,7 @@ class _OneTensor(io.RawIOBase):
         return self.position
 
     def readinto(self, target) -> int:
-        """Fill all of ``target``, which MLX expects; what goes wrong is kept in ``error``."""
+        """Fill all of ``target``, which MLX expects; an error is kept in ``error``."""
         view = memoryview(target).cast("B")
         at = self.position
         self.position += len(view)

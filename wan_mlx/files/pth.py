@@ -412,7 +412,7 @@ def _extend(target: Any, values: list[Any]) -> None:
 
 
 def _call(function: Any, args: Any, tensor_of) -> Any:
-    """What one of the allowed functions would return."""
+    """The value that one of the allowed functions stands for."""
     if not isinstance(function, _Global) or not isinstance(args, tuple):
         raise WeightsError(f"its pickle calls a {_kind(function)}; refused")
     evaluate, counts = _CALLS.get((function.module, function.name), (None, ()))
@@ -445,7 +445,7 @@ def _size(_, shape):
     return shape
 
 
-# What may be called: the function that stands in for it, and how many arguments torch passes.
+# The allowed functions: name → stand-in, and how many arguments torch passes.
 _CALLS = {
     ("collections", "OrderedDict"): (lambda _: {}, (0,)),
     ("torch._utils", "_rebuild_tensor_v2"): (_rebuild_v2, (6, 7)),

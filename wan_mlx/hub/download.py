@@ -56,7 +56,7 @@ def fetch_files(repo: str, commit: str, files: list[RemoteFile], advance: Callab
         jobs = [pool.submit(_fetch, repo, commit, file, advance, stop) for file in files]
         try:
             wait(jobs, return_when=FIRST_EXCEPTION)
-        finally:  # also after Ctrl-C: what still runs ends at its next chunk
+        finally:  # also after Ctrl-C: running downloads end at their next chunk
             if not all(job.done() for job in jobs):
                 stop.set()
             pool.shutdown(cancel_futures=True)
@@ -166,7 +166,7 @@ class _Transfer:
         if start:
             headers["Range"] = f"bytes={start}-"
         patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        # Through the hub's address each time: what it redirects to is valid for an hour.
+        # Through the hub's address each time: the address it redirects to is valid for an hour.
         with get_session().stream(
             "GET", self.url, headers=headers, timeout=patience, follow_redirects=True
         ) as response:

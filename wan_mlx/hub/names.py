@@ -132,7 +132,7 @@ def _shards(index: str, names: set[str]) -> list[str]:
 
 
 def weights_in(names: Iterable[str], repo: str) -> str:
-    """What of a repository can be given instead, for an error's line."""
+    """The files of a repository that can be given instead, for an error's line."""
     found = sorted(name for name in names if name.endswith(WEIGHT_ENDINGS))
     if not found:
         return "it holds no weight files"

@@ -28,7 +28,7 @@ SOURCES = ("huggingface", "modelscope")
 
 @dataclass(frozen=True)
 class Download:
-    """What of a repository is needed, and how much of that is not here yet (bytes)."""
+    """The files that are needed of a repository, and how many of their bytes are in the cache."""
 
     location: Location
     source: str
@@ -60,7 +60,7 @@ class Download:
 def resolve(
     model: str | Path, source: str = "huggingface", progress: bool = False, parts: Collection[str] = PARTS
 ) -> Path:
-    """A folder or file for ``model``: what it names here, or the downloaded repository (or file of one) it names.
+    """The folder or file that ``model`` names: one on this machine, or a repository or file of one, downloaded.
 
     Only the files needed are fetched, an interrupted download goes on where it stopped, and free space is checked
     first. ``HF_HOME``, ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` are honoured.
@@ -81,7 +81,7 @@ def resolve(
 
 
 def survey(model: str | Path, source: str = "huggingface", parts: Collection[str] = PARTS) -> Download | None:
-    """What `resolve` would fetch, from the repository's listing; nothing is downloaded.
+    """The download that `resolve` would make, from the repository's listing; nothing is downloaded.
 
     Returns:
         None if there is nothing to fetch from a hub: a model on this machine, or the hub is out of reach but the
@@ -216,7 +216,7 @@ def preset_of(model: str | Path) -> Preset | None:
 
 
 def _remote(model: str | Path) -> Location | None:
-    """What ``model`` names on a hub, unless it names something on this machine."""
+    """The place on a hub that ``model`` names, unless it names something on this machine."""
     return None if _here(model) is not None else parse_location(model)
 
 

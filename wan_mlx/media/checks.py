@@ -1,4 +1,4 @@
-"""What is looked at so that a bad run does not pass for a good one, with every threshold in one place."""
+"""Sanity checks on latents and frames: NaN, black, flat, saturated; and on free disk space. All thresholds are here."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FrameStatistics:
             self.jumps, self.pairs = self.jumps + int(jumps.sum()), self.pairs + jumps.size
 
     def complaint(self) -> str | None:
-        """What is wrong with the video, in words for the user; None if nothing is."""
+        """A warning about the video, in words for the user; None if it looks right."""
         if self.brightest <= BLACK_LUMA:
             return f"the video is black (no luma above {self.brightest:.1f} of 255)"
         if self.deviation <= FLAT_DEVIATION:
@@ -54,7 +54,7 @@ class FrameStatistics:
 
 
 def latents_complaint(latents: np.ndarray) -> str | None:
-    """What is wrong with finished latents, normalised: that they collapsed, or grew out of all proportion."""
+    """A warning that finished latents, normalised, collapsed or grew out of proportion; None if they look right."""
     low, high = LATENTS_DEVIATION
     deviation = float(latents.std())
     if low <= deviation <= high:

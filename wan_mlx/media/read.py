@@ -110,7 +110,7 @@ def open_video(source: Source, fps: int = 16) -> Clip:
 def at_rate(clip: Clip, fps: float, most: int) -> list[int]:
     """Numbers of the frames to show at ``fps`` frames per second, from the start, at most ``most`` and at least one."""
     count = max(1, min(most, int(float(clip.times[-1, 1]) * fps + 0.5)))
-    # What stands in the middle of a frame's time: rounding of the times cannot reach it where the rates agree.
+    # The middle of each frame's time: rounding of the times cannot reach it where the rates agree.
     middles = (np.arange(count) + 0.5) / fps
     return np.searchsorted(clip.times[:, 1], middles, side="right").clip(max=clip.num_frames - 1).tolist()
 
@@ -237,7 +237,7 @@ def _decode(path: Path, height: int, width: int, indices: Sequence[int]) -> Iter
 
 
 def _first_line(said: str) -> str:
-    """What ffmpeg complained of first, without the part of itself that did."""
+    """ffmpeg's first message, without the name of the component that wrote it."""
     return re.sub(r"^\[.*?\] ", "", said.strip().split("\n")[0])
 
 

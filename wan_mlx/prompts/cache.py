@@ -1,4 +1,4 @@
-"""Encoded prompts kept on disk: what was encoded once is not encoded again, and umT5's 11 GB stay unread.
+"""Prompt cache: encoded prompts on disk, so that none is encoded twice and umT5's 11 GB stay unread.
 
 A hit is bit for bit what the encoder would compute: the key holds all that the result depends on, and a check sum
 guards the file. Prompts themselves are not written, only their hash. Whatever goes wrong here never stops a run.

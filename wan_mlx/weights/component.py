@@ -1,4 +1,4 @@
-"""What a weight file holds under the official names: strict about keys and shapes.
+"""One network's weights under the official names: strict about keys and shapes.
 
 Sizes come from the weights' own shapes; config.json only adds what shapes cannot tell and must not contradict them.
 How a tensor becomes a parameter of a network is in `parameters`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ SAFETENSORS_NAMES = {
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 READABLE = {"F64", "F32", "F16", "BF16", *FP8, *BLOCKS}
 MLX_LAYOUT = "mlx"
-NOTHING: Mapping[str, mx.array] = {}
+# Key in a file → its tensor.
+Fetch = Callable[[str], mx.array]
 LARGEST_SIZE = 2**20  # of a dimension, exclusive; umT5's vocabulary has 256,384
 
 
@@ -44,7 +45,7 @@ class ComponentWeights:
     Attributes:
         component: "transformer", "text_encoder", "vae" or "image_encoder".
         shapes: name → shape of every tensor, known without reading any; of packed ones, the matrix's.
-        quantization: what is stored packed in MLX's forms, and how; None if nothing is.
+        quantization: the matrices that are stored packed in MLX's forms, and how; None if none is.
         packable: packing of each matrix that `packed` can give as it is stored: those, and some of GGUF's blocks.
         nearest: packing of the other matrices stored in GGUF's blocks that comes nearest.
     """
@@ -77,25 +78,23 @@ class ComponentWeights:
     def path(self) -> Path:
         return self.file.path
 
-    def read(self, name: str, now: bool = False, have: Mapping[str, mx.array] = NOTHING) -> mx.array:
+    def read(self, name: str, fetch: Fetch | None = None) -> mx.array:
         """The tensor in our layout and its stored dtype, float32 if it is packed.
 
-        Lazy wherever the file allows it; ``now``, it is read at once, with several threads. Of what the file holds,
-        ``have`` is read already.
+        ``fetch`` gives the file's tensors: by default `WeightsFile.read`, which is lazy wherever the file allows it.
         """
         if self.quantization is not None and name in self.quantization.packings:
-            return self.quantization.packings[name].unpack(self.packed(name, now, have), mx.float32)
-        read = self.file.read_now if now else self.file.read
-        parts = [have[source] if source in have else read(source) for source in self.sources[name]]
+            return self.quantization.packings[name].unpack(self.packed(name, fetch), mx.float32)
+        parts = [(fetch or self.file.read)(source) for source in self.sources[name]]
         array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
         if not self.channels_last and array.ndim >= 4:
             array = mx.moveaxis(array.reshape(self._torch_shape(name)), 1, -1)
         return array.reshape(self.shapes[name])
 
-    def packed(self, name: str, now: bool = False, have: Mapping[str, mx.array] = NOTHING) -> dict[str, mx.array]:
+    def packed(self, name: str, fetch: Fetch | None = None) -> dict[str, mx.array]:
         """Weight, scales and, in affine modes, biases of a matrix in `packable`, or that is `repackable`.
 
-        Lazy, ``now`` and ``have`` as for `read`.
+        ``fetch``: as for `read`.
 
         Raises:
             WeightsError: blocks of a GGUF file hold scales that are not finite.
@@ -107,9 +106,8 @@ class ComponentWeights:
             except WeightsError as error:
                 raise WeightsError(f"{self.path}: {name}: {error}") from None
         stem = name.removesuffix("weight")
-        read = self.file.read_now if now else self.file.read
         keys = self.quantization.packings[name].shapes(self.shapes[name])
-        return {key: have[stem + key] if stem + key in have else read(stem + key) for key in keys}
+        return {key: (fetch or self.file.read)(stem + key) for key in keys}
 
     def byte_ranges(self, names: Iterable[str]) -> dict[str, ByteRange] | None:
         """Where all lies that `read` and `packed` want for these; None if some of it is not stored as it is read."""
@@ -265,7 +263,7 @@ def _count(shapes: Mapping[str, Any], pattern: str) -> int:
 
 
 def _said(config_class, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What config.json says of the fields of ``config_class``, each of the kind it must be; null says nothing."""
+    """The fields of ``config_class`` that config.json gives, their kinds checked; null gives nothing."""
     said = {}
     for field in fields(config_class):
         value = config.get(field.name)

@@ -148,7 +148,7 @@ class Network:
     """One network that is to be written.
 
     Attributes:
-        parameters: what is written.
+        parameters: the parameters to write.
         kept: parameter → the tensors it is stored as.
         shard_bytes: most bytes of one file, unless a block alone has more.
     """
@@ -174,7 +174,7 @@ class Network:
         groups: dict[tuple, list[str]] = {}
         for place, name in enumerate(self.kept):
             block = BLOCK.match(name)
-            # What is not of a block comes first, each tensor a group of its own; the hints are computed before blocks.
+            # Tensors outside blocks come first, each a group of its own; VACE's blocks are computed before the others.
             groups.setdefault((1, block[1] == "blocks", int(block[2])) if block else (0, False, place), []).append(name)
         shards, room = [[]], self.shard_bytes
         for _, names in sorted(groups.items()):

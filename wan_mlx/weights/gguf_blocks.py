@@ -93,7 +93,7 @@ EXACT: dict[str, tuple[str, int, Callable[[np.ndarray], Parts]]] = {
     "Q4_1": ("q4-g32", 20, _q4_1),
 }
 NEARLY_EXACT = {"Q5_K": ("q5-g32", 176, _q5_k), "Q4_K": ("q4-g32", 144, _q4_k)}
-# What the others are packed in, from their numbers: enough bits for the second rounding to add little to the first.
+# Packings of the other types, from their numbers: enough bits for the second rounding to add little to the first.
 PACKED_AGAIN = {"Q6_K": "q8-g32", "IQ4_NL": "q5-g32", "IQ4_XS": "q5-g32", "Q3_K": "q5-g32", "Q2_K": "q4-g32"}
 
 

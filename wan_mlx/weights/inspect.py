@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its headers alone: layout, networks, sizes, dtypes, quantisation, and what it lacks."""
+"""Describes a checkpoint from its headers: layout, networks, sizes, dtypes, quantisation, missing parts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a source holds: ``rows`` of (name, text), and whether everything that is there can be loaded."""
+    """A description as ``rows`` of (name, text), and whether every network that is there can be loaded."""
 
     rows: list[tuple[str, str]]
     is_sound: bool

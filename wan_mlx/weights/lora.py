@@ -2,7 +2,7 @@
 
 A file changes a weight by ``strength * (alpha / rank) * up @ down``, or by ``strength * diff``; without an alpha the
 scale is 1, and where PEFT's configuration says so it is ``alpha / sqrt(rank)``. Keys are resolved against the model's
-own parameters. Whatever matches none of them is an error; what belongs to a text encoder is reported as unused.
+own parameters. A key that matches none of them is an error; keys of a text encoder are reported as unused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .layouts import LAYOUTS
 
 log = logging.getLogger(__name__)
 
-# What may stand before a module's name, by tool: ComfyUI and lightx2v, Diffusers, PEFT, DiffSynth.
+# Prefixes of a module's name, by tool: ComfyUI and lightx2v, Diffusers, PEFT, DiffSynth.
 PREFIX = re.compile(
     r"(?:base_model\.model\.)?(?:(?:model\.)?diffusion_model\.|transformer\.|unet\.|pipe\.(?:dit|vace)\.|dit\.|model\.)?"
 )
@@ -54,7 +54,7 @@ PEFT_CONFIG = "adapter_config.json"
 
 @dataclass
 class Part:
-    """What one file does to one parameter: keys in the file, and the scale of ``up @ down``."""
+    """The change of one parameter by one file: keys in the file, and the scale of ``up @ down``."""
 
     down: str = ""
     up: str = ""
@@ -93,7 +93,7 @@ class Lora:
         return down, up, self.strength * part.scale
 
     def difference(self, name: str) -> mx.array | None:
-        """What is added as it is, float32, strength included."""
+        """The difference that is added besides the factors, float32, strength included."""
         part = self.parts[name]
         total = None
         for key, scale in ((part.diff, 1.0), (part.up_bias, part.scale)):
@@ -163,7 +163,7 @@ class Loras:
         return {**shapes, "lora_dense": (outputs, inputs)} if dense else shapes
 
     def side(self, name: str) -> dict[str, mx.array]:
-        """What to keep beside a matrix instead of merging: factors of all LoRAs stacked along the rank, scales in up.
+        """The LoRAs beside a matrix, not merged: factors of all of them stacked along the rank, scales in up.
 
         Float32: ``lora_a`` (ranks, inputs), ``lora_b`` (outputs, ranks), and ``lora_dense`` if a file has a ``diff``.
         """
@@ -246,7 +246,7 @@ def open_loras(loras: Iterable[tuple[Path, float]], shapes: Mapping[str, tuple[i
 
 
 def describe_lora(path: Path, strength: float) -> dict[str, Any]:
-    """What a video's settings say of a LoRA; the hash is what it can be known again by."""
+    """A LoRA as a video's settings note it; its SHA-256 identifies the file."""
     file = _file_of(path)
     return {"file": file.name, "strength": strength, "sha256": _hash(file, file.stat().st_mtime_ns)}
 
@@ -352,7 +352,7 @@ class _Resolver:
         return next((self.joined[target] for target in targets if target in self.joined), None)
 
     def _renamed(self, name: str, joint: str) -> Iterable[str]:
-        """What the layouts' rules make of a name whose parts are joined by ``joint``."""
+        """The names that the layouts' rules give to one whose parts are joined by ``joint``."""
         for rule in self.rules:
             pattern = rule.pattern if joint == "." else rule.pattern.replace(r"\.", joint)
             match = re.fullmatch(pattern, name)
@@ -400,7 +400,7 @@ def _scale(file: WeightsFile, name: str, part: Part, config: _PeftConfig | None)
 
 @dataclass(frozen=True)
 class _PeftConfig:
-    """What PEFT or Diffusers wrote of a LoRA beside its weights."""
+    """A LoRA's configuration as PEFT or Diffusers writes it beside the weights."""
 
     path: Path
     alpha: float | None = None

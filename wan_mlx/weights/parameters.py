@@ -23,7 +23,7 @@ from ..files.base import ByteRange
 from ..models.layers import Linear
 from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import BLOCK_LISTS, FLOAT32_PARAMETERS, Transformer
-from .component import NOTHING, SAFETENSORS_NAMES, ComponentWeights, check_keys, parameter_shapes
+from .component import SAFETENSORS_NAMES, ComponentWeights, Fetch, check_keys, parameter_shapes
 from .lora import Loras
 from .prefetch import IN_FLIGHT, Prefetch, prefetch_in_turn, prefetch_lazy, prefetch_staged
 from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
@@ -43,7 +43,7 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def locate(module: nn.Module, name: str) -> tuple[Any, str | int]:
-    """Where the layer stands whose weight is called ``name``: what holds it, and its key there."""
+    """The module that holds the layer whose weight is called ``name``, and the layer's key there."""
     *path, last, _ = name.split(".")
     for part in path:
         module = module[int(part) if part.isdigit() else part]
@@ -107,7 +107,7 @@ class Parameters:
     def fit(self, module: nn.Module, prefix: str = "", without: Collection[str] = ()) -> nn.Module:
         """Put packed layers into ``module`` where its weights are packed, and room for LoRAs where they stay beside.
 
-        ``prefix`` is what its names begin with; of those, it has not the ones ``without`` which it is.
+        ``prefix`` is what its names begin with; ``without``: names that ``module`` does not define.
         """
         for name, packing in self.quantization.packings.items():
             if name.startswith(prefix) and name not in without:
@@ -130,20 +130,16 @@ class Parameters:
         Nothing but reading, casting and reordering happens here, so nothing that a GPU should do. ``now``: it is read
         before this returns, with several threads.
         """
-        return {name: self._changed(name, arrays) for name, arrays in self.read(names, now).items()}
-
-    def read(
-        self, names: Iterable[str], now: bool = False, have: Mapping[str, mx.array] = NOTHING
-    ) -> dict[str, dict[str, mx.array]]:
-        """Only what is stored: `start` without casting and reordering; ``have``: as for `ComponentWeights.read`."""
-        return {name: self._read(name, now, have) for name in names}
+        fetch = self.weights.file.read_now if now else self.weights.file.read
+        return {name: self._changed(name, self._read(name, fetch)) for name in names}
 
     def start_staged(
-        self, names: Iterable[str], have: Mapping[str, mx.array], copied: bool
+        self, names: Iterable[str], staged: Mapping[str, mx.array], copied: bool
     ) -> dict[str, dict[str, mx.array]]:
         """`start` of tensors that were read already, by their keys in the file; ``copied``: copy the unchanged too."""
         found = {}
-        for name, arrays in self.read(names, have=have).items():
+        for name in names:
+            arrays = self._read(name, staged.__getitem__)
             if copied and not self._is_changed(name):
                 arrays = {key: mx.where(mx.array(True), array, array) for key, array in arrays.items()}
             found[name] = self._changed(name, arrays)
@@ -184,7 +180,7 @@ class Parameters:
         return self._ranges[names]
 
     def finish(self, started: dict[str, dict[str, mx.array]], resident: bool = True) -> list[tuple[str, mx.array]]:
-        """What `start` returned, with the rest done: name → array pairs, resident, or all that had more to be done.
+        """Merge and pack the arrays that `start` returned: name → array pairs, resident, or those that were worked on.
 
         Merging and packing run on the default device, one parameter at a time, after what they take was read: on
         Apple silicon GPU work would otherwise wait on the file, and macOS ends GPU work that waits.
@@ -233,14 +229,14 @@ class Parameters:
         kept = SAFETENSORS_NAMES[dtype_of(self.component, name, self.dtype)]
         return name not in self.as_stored and self.weights.stored_dtype(name) != kept
 
-    def _read(self, name: str, now: bool, have: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    def _read(self, name: str, fetch: Fetch) -> dict[str, mx.array]:
         if name in self.as_stored and not self._has_work(name):
-            packed = self.weights.packed(name, now, have)
+            packed = self.weights.packed(name, fetch)
             return {name.removesuffix("weight") + key: array for key, array in packed.items()}
-        return {name: self.weights.read(name, now, have)}
+        return {name: self.weights.read(name, fetch)}
 
     def _changed(self, name: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-        """What `_read` gave, cast and reordered, as far as there is not more to do."""
+        """The arrays that `_read` gave, cast and reordered, unless they are to be merged or packed first."""
         if self._has_work(name):
             return arrays
         if name not in self.as_stored:
@@ -264,7 +260,7 @@ class Parameters:
 
 
 def _quantization(weights: ComponentWeights, quantize: str | None) -> Quantization:
-    """What to pack, and how."""
+    """The matrices to pack, and how."""
     check_mode(quantize)
     if quantize == EXPAND:
         return Quantization(EXPAND)
@@ -346,7 +342,7 @@ def load_staged(
 
 @dataclass
 class LoraState:
-    """What `set_loras` must know of a loaded network: whether LoRAs are merged in, the order of rows, originals."""
+    """State of a loaded network for `set_loras`: whether LoRAs are merged in, the order of rows, originals."""
 
     merged: bool
     row_order: RowOrder
@@ -362,12 +358,12 @@ def stream_blocks(
     and is emptied when the next is asked for. The caller evaluates what it computed with a block before that.
 
     Args:
-        places: what the names of each block's parameters begin with, such as "blocks.0".
+        places: the prefix of the names of each block's parameters, such as "blocks.0".
         make_block: place → a block, not loaded and not quantised.
         parameters: where its parameters come from; checked against the whole network's before (`check_keys`).
 
     Raises:
-        WeightsError, RuntimeError: what was wrong with the file, when the block is asked for that it keeps from being.
+        WeightsError, RuntimeError: the file is damaged; raised when the block that it concerns is asked for.
     """
     following: tuple[nn.Module, str, Prefetch] | None = None
     staging = cuda.staging_buffers()

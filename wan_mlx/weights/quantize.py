@@ -1,4 +1,4 @@
-"""What is quantised, and how: a mode's name → the packing of every weight."""
+"""Plans quantisation: a mode's name → the packing of every weight."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Quantization:
 
     Attributes:
         mode: as users type it.
-        packings: weight's name → packing; what is not in it stays as it is.
+        packings: weight's name → packing; weights that are not in it stay as they are.
     """
 
     mode: str
@@ -45,7 +45,7 @@ class Quantization:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], path) -> Quantization | None:
-        """What a file says of itself; None if it holds nothing packed.
+        """From a file's own metadata; None if it holds nothing packed.
 
         Raises:
             WeightsError: the entry is damaged.
