@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from paused_process import PausedProcess, run, wait_for_the_end_of
 
-from wan_mlx import storage
+from wan_mlx import cuda, storage
 from wan_mlx.cli.main import main
 from wan_mlx.errors import BusyError, WanError
 from wan_mlx.media.write import ENDINGS, read_settings, save_video
@@ -109,7 +109,7 @@ class TestFolder:
     def test_whatever_the_arrays_are_like(self, folder, monkeypatch, how):
         """Strided, or parts of others: a thread that writes cannot make anything else of them."""
         monkeypatch.setattr(run_folder, "LARGE_STATE", 0 if how == "large" else 10**9)
-        monkeypatch.setattr(mx.cuda, "is_available", lambda: how == "cuda")
+        monkeypatch.setattr(cuda, "in_use", lambda: how == "cuda")
         folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))
         odd, whole = step(0), mx.arange(24).reshape(2, 3, 4).astype(mx.bfloat16)
         odd.state.update({"a": whole.T, "b": whole[:, 1:, ::2]})

@@ -31,7 +31,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import storage
+from .. import cuda, storage
 from ..errors import BusyError, WanError
 from ..types import Conditioning, RunState, Step
 
@@ -148,7 +148,7 @@ class RunFolder:
         self._steps.settle()
         large = sum(array.nbytes for array in step.state.values()) > LARGE_STATE
         # On CUDA what the CPU looks into moves away from the GPU, which goes on with it: so it looks into copies.
-        copied = mx.cuda.is_available() and not large
+        copied = cuda.in_use() and not large
         state = {name: mx.contiguous(array + 0 if copied else array) for name, array in step.state.items()}
         mx.eval(state)  # another thread cannot
         metadata = {"notes": json.dumps(notes or {})}
