@@ -165,7 +165,7 @@ class VideoWriter:
                 self.when_whole(self._temporary)
             if not self.overwrite and os.path.lexists(self.path):  # somebody else's, since we checked
                 kept = self.path.with_name(self._temporary.name.lstrip("."))
-                os.replace(self._temporary, kept)
+                publish(self._temporary, kept)
                 raise ValueError(f"output {self.path} appeared during the run; it was kept, and this video is {kept}")
             publish(self._temporary, self.path)
         finally:
