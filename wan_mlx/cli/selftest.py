@@ -14,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..pipeline import WanPipeline
 from ..planning.speed import worth_timing
 from ..presets import BUNDLED
 from ..storage import fingerprint
@@ -163,8 +164,6 @@ def nano(dtype: str) -> Check:
 
 def nano_means(dtype: str) -> np.ndarray:
     """float32 (T, H/4, W/4, 3): the means of squares of nano's frames."""
-    from ..pipeline import WanPipeline
-
     pipe = WanPipeline.from_pretrained("nano", dtype=dtype, progress=False, prompt_cache=False)
     frames = pipe(**NANO_REQUEST).frames.astype(np.float32)
     count, height, width, _ = frames.shape
