@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import wan_mlx
-from wan_mlx.storage import free_space
+
+from ..planning.flops import forward_parts
+from ..presets import PRESETS
+from ..storage import free_space
 
 if TYPE_CHECKING:
     from .selftest import Check
@@ -174,9 +177,6 @@ def ffmpeg() -> Check:
 
 def judge(checks: list[Check], rates: dict[str, float]) -> str:
     """The verdict in a sentence or two."""
-    from ..planning.flops import forward_parts
-    from ..presets import PRESETS
-
     bad = [check for check in checks if check.status == "fail"]
     doubtful = [check for check in checks if check.status == "warn"]
     if bad:
