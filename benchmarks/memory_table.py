@@ -26,7 +26,6 @@ import mlx.core as mx
 import numpy as np
 
 import wan_mlx
-from wan_mlx.hub.resolve import BUNDLED
 from wan_mlx.models import vae_tiling as tiling
 from wan_mlx.models.configs import TextEncoderConfig, VAEConfig
 from wan_mlx.models.text_encoder import parameter_shapes as text_encoder_shapes
@@ -36,7 +35,7 @@ from wan_mlx.models.vae import VAE
 from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning.choose import GIB, TEXT_TOKENS
 from wan_mlx.planning.peak_memory import Networks, text_block_bytes, weight_bytes
-from wan_mlx.presets import PRESETS, Preset
+from wan_mlx.presets import BUNDLED, PRESETS, Preset
 from wan_mlx.weights.component import parameter_shapes
 from wan_mlx.weights.load import load_transformer, load_vae
 from wan_mlx.weights.quantize import plan_quantization

@@ -8,10 +8,10 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_mlx_model import VAE_CONFIG, random, random_vae
 
-from wan_mlx.hub.resolve import BUNDLED
 from wan_mlx.models.configs import VAEConfig
 from wan_mlx.models.vae import VAE
 from wan_mlx.models.vae_layers import CausalCache, CausalConv
+from wan_mlx.presets import BUNDLED
 from wan_mlx.weights.load import load_vae
 
 
