@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 
+from wan_mlx.models.execution import Execution
 from wan_mlx.presets import PRESETS
 from wan_mlx.weights.load import load_transformer
 
@@ -52,7 +53,7 @@ def theirs(folder: Path, dtype: torch.dtype, inputs: list[np.ndarray]) -> np.nda
 
 
 def ours(folder: Path, inputs: list[np.ndarray]) -> np.ndarray:
-    model = load_transformer(folder / "diffusion_pytorch_model.safetensors")
+    model = Execution(load_transformer(folder / "diffusion_pytorch_model.safetensors"))
     latents, context = (mx.array(a) for a in inputs)
     return np.array(model(latents, 500.0, context))
 

@@ -28,10 +28,12 @@ import numpy as np
 import wan_mlx
 from wan_mlx.models import vae_tiling as tiling
 from wan_mlx.models.configs import TextEncoderConfig, VAEConfig
-from wan_mlx.models.text_encoder import parameter_shapes as text_encoder_shapes
+from wan_mlx.models.execution import Execution
+from wan_mlx.models.text_encoder import TextEncoder
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.models.vae import VAE
+from wan_mlx.models.vae_execution import VAEExecution
 from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning.choose import GIB, TEXT_TOKENS
 from wan_mlx.planning.peak_memory import Networks, text_block_bytes, weight_bytes
@@ -124,7 +126,8 @@ class Bench:
             return write(self.folder / f"{model}.safetensors", parameter_shapes(network(preset)), mx.bfloat16)
         if part == "vae":
             return write(self.folder / "vae.safetensors", parameter_shapes(VAE(preset.vae)), mx.float32)
-        return write(self.folder / "text_encoder.safetensors", text_encoder_shapes(preset.text_encoder), mx.bfloat16)
+        shapes = parameter_shapes(TextEncoder(preset.text_encoder))
+        return write(self.folder / "text_encoder.safetensors", shapes, mx.bfloat16)
 
     def networks(self, model: str, quantize: str | None = None) -> Networks:
         preset = self.presets[model]
@@ -149,7 +152,8 @@ class Bench:
     def forward(self, model, width, height, frames, stream, quantize, tokens_at_once) -> None:
         """One forward, and of a streamed one what reading and computing take alone."""
         c, shape = self.presets[model].transformer, ((frames - 1) // 4 + 1, height // 8, width // 8)
-        transformer = load_transformer(self.file("transformer", model), quantize=quantize, stream=stream)
+        loaded = load_transformer(self.file("transformer", model), quantize=quantize, stream=stream)
+        transformer = loaded if stream else Execution(loaded)
         transformer.tokens_at_once = tokens_at_once
         latents = mx.random.normal((1, *shape, c.out_dim), key=mx.random.key(0))
         context = mx.random.normal((1, c.text_len, c.text_dim), key=mx.random.key(1)).astype(mx.bfloat16)
@@ -174,29 +178,29 @@ class Bench:
         alone["arrays alive"] = (peak - (predicted_weights(nets, stream))) / wide
         self.row(name, predicted, peak, seconds, **alone)
 
-    def reading(self, transformer: Transformer) -> float:
+    def reading(self, transformer: Execution) -> float:
         """Seconds to read all blocks, with nothing computed."""
-        names = [f"blocks.{i}" for i in range(transformer.config.num_layers)]
         started = time.perf_counter()
-        for _ in transformer.stream(names):
+        for _ in transformer.blocks(transformer.model.block_order()):
             pass
         return time.perf_counter() - started
 
-    def computing(self, transformer: Transformer, run: Callable[[], None]) -> float:
+    def computing(self, transformer: Execution, run: Callable[[], None]) -> float:
         """Seconds of a forward that is given one block, already read, for all."""
-        stream, first = transformer.stream, next(transformer.stream(["blocks.0"]))
-        kept = transformer.new_block(transformer.config, "blocks.0")
+        blocks, model = transformer.blocks, transformer.model
+        first = next(blocks(["blocks.0"]))
+        kept = model.new_block(model.config, "blocks.0")
         kept.update(first.parameters())
         mx.eval(kept.parameters())
-        transformer.stream = lambda names: (kept for _ in names)
+        transformer.blocks = lambda names: (kept for _ in names)
         _, seconds = measured(run, warm_up=True)
-        transformer.stream = stream
+        transformer.blocks = blocks
         return seconds
 
     def video(self, direction, width, height, frames, tile) -> None:
         """One decode or encode in float32."""
-        vae, shape = load_vae(self.file("vae")), ((frames - 1) // 4 + 1, height // 8, width // 8)
-        config = vae.config
+        vae, shape = VAEExecution(load_vae(self.file("vae"))), ((frames - 1) // 4 + 1, height // 8, width // 8)
+        config = vae.vae.config
         if direction == "decode":
             latents = mx.random.normal((1, *shape, config.z_dim), key=mx.random.key(0))
             mx.eval(latents)

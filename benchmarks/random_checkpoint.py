@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from wan_mlx.models.configs import TextEncoderConfig
-from wan_mlx.models.text_encoder import parameter_shapes as text_encoder_shapes
+from wan_mlx.models.text_encoder import TextEncoder
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vae import VAE
 from wan_mlx.presets import Preset, find_preset
@@ -67,7 +67,8 @@ def write(folder: Path, preset: Preset, text: TextEncoderConfig | None = None) -
     text = text or preset.text_encoder
     (folder / "google/umt5-xxl").mkdir(parents=True)
     (folder / "google/umt5-xxl/spiece.model").write_bytes(small_tokenizer())
-    torch.save(random_state(text_encoder_shapes(text), torch.bfloat16), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    text_shapes = parameter_shapes(TextEncoder(text))
+    torch.save(random_state(text_shapes, torch.bfloat16), folder / "models_t5_umt5-xxl-enc-bf16.pth")
     for module, name in ((VAE(preset.vae), "Wan2.1_VAE.pth"), (Transformer(preset.transformer), None)):
         shapes = {k: published_shape(k, s, preset.transformer.in_dim) for k, s in parameter_shapes(module).items()}
         state = random_state(shapes, torch.float32)

@@ -66,7 +66,9 @@ class Ours:
         import mlx.core as mx
 
         config = PRESETS[case["model"]].transformer
-        model = random_transformer(config, case.get("quantize"))
+        from wan_mlx.models.execution import Execution
+
+        model = Execution(random_transformer(config, case.get("quantize")))
         shape = (1, *latent_shape(case))
         latents, context = mx.random.normal((*shape, 16)), mx.random.normal((1, config.text_len, config.text_dim))
         extra = {}
@@ -84,10 +86,11 @@ class Ours:
         import mlx.core as mx
 
         from wan_mlx.models.vae import VAE
+        from wan_mlx.models.vae_execution import VAEExecution
 
         vae = VAE(PRESETS[case["model"]].vae)
         fill(vae, lambda name: {"float32": mx.float32, "bfloat16": mx.bfloat16}[case["dtype"]])
-        return vae
+        return VAEExecution(vae)
 
     def decode(self, case):
         import mlx.core as mx
@@ -106,7 +109,8 @@ class Ours:
         vae, (width, height) = self._vae(case), sizes(case)
         video = mx.random.uniform(-1, 1, (1, case["frames"], height, width, 3))
         mx.eval(video)
-        return lambda: mx.eval(vae.encode(video)), None
+        chunks = [video[:, :1], *(video[:, i : i + 4] for i in range(1, case["frames"], 4))]
+        return lambda: mx.eval(vae.encode_chunks(chunks)), None
 
     def text(self, case):
         import mlx.core as mx

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from arrays import relative_error
 
-from wan_mlx.models import attention, transformer
+from wan_mlx.cuda import attention as cuda_attention
+from wan_mlx.models import execution
+from wan_mlx.models.attention import SelfAttention, attention
 from wan_mlx.models.configs import TransformerConfig
-from wan_mlx.models.layers import Pacer
+from wan_mlx.models.execution import Pacer
 from wan_mlx.models.rope import rope_table
 
 LENGTH, COUNT, HEADS, HEAD_DIM = 1016, 8, 2, 16
@@ -38,7 +40,7 @@ def test_appended_keys_move_the_result_by_no_more_than_their_share(case):
         k[:] = k[:, :1]
     q = rng.normal(size=(2, 64, HEADS, HEAD_DIM)) * np.linspace(-3, 3, 64)[None, :, None, None] + direction
     k, v = k.astype(np.float32), rng.normal(size=k.shape).astype(np.float32) + 1
-    more_k, more_v = (np.array(attention.append_mean(mx.array(x), COUNT)) for x in (k, v))
+    more_k, more_v = (np.array(cuda_attention.append_mean(mx.array(x), COUNT)) for x in (k, v))
     assert more_k.shape == more_v.shape == (2, LENGTH + COUNT, HEADS, HEAD_DIM)
     assert np.array_equal(more_k[:, :LENGTH], k) and np.array_equal(more_v[:, :LENGTH], v)
     shares = weights(q, more_k)
@@ -52,31 +54,31 @@ def test_appended_keys_move_the_result_by_no_more_than_their_share(case):
 def test_the_mean_of_bfloat16_is_summed_in_more_digits():
     """A sum of 30,000 ones in bfloat16 stays at 256."""
     x = mx.ones((1, 30_000, 1, 4), mx.bfloat16)
-    assert mx.abs(attention.append_mean(x, 1)[0, -1].astype(mx.float32) - 1).max() < 0.01
+    assert mx.abs(cuda_attention.append_mean(x, 1)[0, -1].astype(mx.float32) - 1).max() < 0.01
 
 
 @pytest.mark.parametrize("length, expected", [(32760, 8), (75600, 48), (32768, 0), (1000, 0), (127 * 1024 - 127, 0)])
 def test_keys_are_appended_on_cuda_where_they_are_few(monkeypatch, length, expected):
-    assert attention.keys_to_append(length, mx.bfloat16, 128) == 0  # here
+    assert cuda_attention.keys_to_append(length) == 0  # here
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(attention, "has_fused_kernel", lambda dtype, head_dim: dtype == mx.bfloat16)
-    assert attention.keys_to_append(length, mx.bfloat16, 128) == expected
-    assert attention.keys_to_append(length, mx.float32, 128) == 0
+    assert cuda_attention.keys_to_append(length) == expected
     x = mx.zeros((1, length, 1, 8), mx.bfloat16)
-    assert attention.whole_tiles(x).shape == (1, length + expected, 1, 8)
+    assert cuda_attention.fill_last_tile(x).shape == (1, length + expected, 1, 8)
 
 
 def test_self_attention_appends_to_keys_and_values_alone(monkeypatch):
     """And attends to nothing else: with and without, the outcome is the same within the share of the appended."""
     config = TransformerConfig("t2v", dim=48, ffn_dim=64, num_heads=2, num_layers=1, freq_dim=32, text_dim=32)
-    layer, x = transformer.SelfAttention(config), mx.random.normal((1, 4095, 48), key=mx.random.key(1))
+    layer, x = SelfAttention(config), mx.random.normal((1, 4095, 48), key=mx.random.key(1))
     for i, project in enumerate((layer.q, layer.k, layer.v)):
         project.weight = mx.random.normal((48, 48), key=mx.random.key(2 + i)) * 48**-0.5
     table, pace = rope_table((1, 63, 65), 24), Pacer()
-    q, k, v = layer.queries_keys_values(x, table, pace)
-    monkeypatch.setattr(attention, "keys_to_append", lambda length, dtype, head_dim: -length % 128)
-    more = layer.queries_keys_values(x, table, pace)
+    q, k, v = execution.queries_keys_values(layer, x, table, pace)
+    monkeypatch.setattr(cuda_attention, "keys_to_append", lambda length: -length % 128)
+    assert execution.queries_keys_values(layer, x, table, pace)[1].shape[1] == 4095  # no kernel that it would speed up
+    monkeypatch.setattr(execution, "has_fused_kernel", lambda dtype, head_dim: True)
+    more = execution.queries_keys_values(layer, x, table, pace)
     assert [a.shape[1] for a in more] == [4095, 4096, 4096]
     assert mx.array_equal(more[0], q) and mx.array_equal(more[1][:, :-1], k) and mx.array_equal(more[2][:, :-1], v)
-    error = relative_error(attention.attention(*more, pace), attention.attention(q, k, v, pace))
+    error = relative_error(attention(*more), attention(q, k, v))
     assert 0 < error < 2 / 4096

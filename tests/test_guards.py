@@ -12,7 +12,7 @@ from wan_mlx.cli.main import main
 from wan_mlx.errors import WanError, is_out_of_memory
 from wan_mlx.media.checks import FrameStatistics, check_disk, latents_complaint
 from wan_mlx.media.write import read_settings
-from wan_mlx.models.vae import VAE
+from wan_mlx.models.vae_execution import VAEExecution
 
 COMMAND = "python -m wan_mlx.generate --resume"
 
@@ -128,13 +128,13 @@ class TestDecodeOutOfMemory:
 
     def test_tiles_go_on_where_whole_frames_failed(self, pipe, latents, monkeypatch, caplog):
         want = list(pipe.decode(latents))
-        decode = VAE.decode
+        decode = VAEExecution.decode
 
         def one_frame_only(self, latents):
             yield next(decode(self, latents))
             raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
 
-        monkeypatch.setattr(VAE, "decode", one_frame_only)
+        monkeypatch.setattr(VAEExecution, "decode", one_frame_only)
         got = list(pipe.decode(latents))
         assert "again in tiles of 128x128" in caplog.text
         assert [frames.shape[0] for frames in got] == [1, 4]

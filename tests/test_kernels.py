@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from wan_mlx.cli import doctor
-from wan_mlx.models import kernels, layers, rope
+from wan_mlx.models import fused, kernels, rope
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -180,13 +180,13 @@ def test_layers_are_the_same_with_them(on_gpu, monkeypatch, channels):
     gate, scale, shift = (normal(seed, 1, 1, channels) for seed in (2, 3, 4))
 
     def results():
-        yield layers.modulated_norm(x, scale, shift, 1e-6)
-        yield from layers.add_and_norm(x, y, gate, scale, shift, 1e-6)
-        yield layers.gated_add(x, y, gate)
-        yield layers.gated_add(x, [y[:, :2], y[:, 2:4], y[:, 4:]], gate)
+        yield fused.modulated_norm(x, scale, shift, 1e-6)
+        yield from fused.add_and_norm(x, y, gate, scale, shift, 1e-6)
+        yield fused.gated_add(x, y, gate)
+        yield fused.gated_add(x, [y[:, :2], y[:, 2:4], y[:, 4:]], gate)
         x2, y2 = (mx.repeat(array, 2, axis=0) for array in (x, y))
-        yield layers.gated_add(x2, [y2[:, :3], y2[:, 3:]], gate)
-        yield layers.gelu_tanh(4 * x)
+        yield fused.gated_add(x2, [y2[:, :3], y2[:, 3:]], gate)
+        yield fused.gelu_tanh(4 * x)
 
     got = list(results())
     monkeypatch.setattr(kernels, "usable", lambda *arrays, **constants: False)
@@ -198,9 +198,9 @@ def test_layers_are_the_same_with_them(on_gpu, monkeypatch, channels):
 def test_rotation_is_the_same_with_them(on_gpu, monkeypatch, head_dim):
     heads, grid = 2, (2, 1, 3)
     x, weight, table = normal(0, 2, 6, heads * head_dim), normal(1, heads * head_dim), rope.rope_table(grid, head_dim)
-    got = rope.norm_and_rotate(x, weight, heads, table, 1e-6)
+    got = fused.norm_and_rotate(x, weight, heads, table, 1e-6)
     monkeypatch.setattr(kernels, "usable", lambda *arrays, **constants: False)
-    assert mx.allclose(got, rope.norm_and_rotate(x, weight, heads, table, 1e-6), rtol=1e-5, atol=1e-5)
+    assert mx.allclose(got, fused.norm_and_rotate(x, weight, heads, table, 1e-6), rtol=1e-5, atol=1e-5)
 
 
 def test_doctor_tells(on_gpu, monkeypatch):

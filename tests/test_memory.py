@@ -10,13 +10,15 @@ import pytest
 
 import wan_mlx
 from wan_mlx.cli.main import main
+from wan_mlx.cuda.deferred_frees import DeferredFrees
 from wan_mlx.errors import MemoryPlanError
 from wan_mlx.models import vae_tiling as tiling
 from wan_mlx.models.configs import TransformerConfig, VAEConfig
-from wan_mlx.models.layers import FEW_TOKENS, LateFrees, Pacer
+from wan_mlx.models.execution import FEW_TOKENS, Pacer, queries_keys_values
 from wan_mlx.models.rope import rope_table
 from wan_mlx.models.transformer import SelfAttention
 from wan_mlx.models.vae import VAE
+from wan_mlx.models.vae_execution import VAEExecution
 from wan_mlx.planning import choose as memory
 from wan_mlx.planning import machine as budget
 from wan_mlx.planning import peak_memory as peaks
@@ -132,7 +134,7 @@ def test_what_the_released_models_need(monkeypatch, model, size, budget, stream,
 
 
 def test_keys_and_values_that_are_copied_to_be_longer_are_counted(monkeypatch):
-    """`attention.whole_tiles`, on CUDA: as many more bytes as one array as wide as the tokens has."""
+    """`fill_last_tile`, on CUDA: as many more bytes as one array as wide as the tokens has."""
     on_a_gpu(monkeypatch)
     plain = wan_mlx.plan("t2v-14B", 1280, 720, 81, memory="10GiB").rows[1].peak
     monkeypatch.setattr(peaks, "keys_to_append", lambda length, *_: -length % 128)
@@ -286,7 +288,7 @@ def test_where_memory_is_short_keys_wait_for_queries():
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(attention.queries_keys_values(tokens, table, Pacer(FEW_TOKENS)))
+    mx.eval(queries_keys_values(attention, tokens, table, Pacer(FEW_TOKENS)))
     assert mx.get_peak_memory() - before <= 5.2 * tokens.nbytes
     assert min(memory.LADDER, key=lambda step: (not step[0], step[1])) == (True, FEW_TOKENS)
 
@@ -301,8 +303,7 @@ def test_what_is_freed_late_is_waited_for_when_it_is_much(monkeypatch):
 
     monkeypatch.setattr(mx, "get_active_memory", lambda: active[0])
     monkeypatch.setattr(mx, "synchronize", synchronize)
-    late = LateFrees(100)
-    pace = Pacer(late=late)
+    pace = Pacer(frees=DeferredFrees(100))
 
     def grow_to(*sizes):
         for size in sizes:
@@ -331,7 +332,7 @@ def test_predicted_decode_is_what_is_measured(tile):
     mx.clear_cache()
     before = mx.get_active_memory() - peaks.vae_weights(config, 4)
     mx.reset_peak_memory()
-    for _ in tiling.decode(vae, latents, tile):
+    for _ in tiling.decode(VAEExecution(vae), latents, tile):
         pass
     assert mx.get_peak_memory() - before == pytest.approx(peaks.decode(config, (3, 2, 32), tile, 4), rel=0.25)
 

@@ -20,6 +20,7 @@ from wan_mlx.errors import WeightsError
 from wan_mlx.files.base import WeightsFile
 from wan_mlx.guidance import Guidance, guided_velocity
 from wan_mlx.models.configs import TransformerConfig
+from wan_mlx.models.execution import Execution
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.planning import speed as timing
@@ -91,7 +92,7 @@ def test_streamed_equals_resident(file, kind, dtype, quantize, skip_layers):
     for _ in range(2):
         assert mx.array_equal(streamed(*args, **kwargs, skip_layers=skip_layers), want)
     assert mx.isfinite(want).all() and want.std() > 0.01
-    held = {name.split(".")[0] for name, _ in tree_flatten(streamed.parameters())}
+    held = {name.split(".")[0] for name, _ in tree_flatten(streamed.model.parameters())}
     assert "head" in held and not held & {"blocks", "vace_blocks"}
 
 
@@ -99,7 +100,7 @@ def test_blocks_are_read_anew_at_every_pass_and_only_those_that_run(file, monkey
     asked = []
     new_block = VaceTransformer.new_block
     model = load_transformer(file("vace"), "float32", stream=True)
-    model.stream.make_block = lambda place: asked.append(place) or new_block(model.config, place)
+    model.blocks.make_block = lambda place: asked.append(place) or new_block(CONFIGS["vace"], place)
     args, kwargs = inputs("vace")
     order = ["blocks.0", "vace_blocks.0", "blocks.1", "blocks.2", "vace_blocks.1", "blocks.3"]
     mx.eval(model(*args, **kwargs))
@@ -113,7 +114,7 @@ def test_the_next_block_is_being_read_while_one_computes(file, monkeypatch):
     start, finish = Parameters.start, Parameters.finish
     monkeypatch.setattr(Parameters, "start", lambda self, *args: events.append("start") or start(self, *args))
     monkeypatch.setattr(Parameters, "finish", lambda self, *args: events.append("finish") or finish(self, *args))
-    for _ in model.stream(["blocks.0", "blocks.1", "blocks.2"]):
+    for _ in model.blocks(["blocks.0", "blocks.1", "blocks.2"]):
         events.append("computes")
     assert events == ["start", "finish", *["start", "computes", "finish"] * 2, "computes"]
 
@@ -154,8 +155,8 @@ def test_fewer_tokens_at_once_change_nothing(file, kind):
     args, kwargs = inputs(kind)
     model = load_transformer(file(kind), "float32")
     whole = model(*args, **kwargs)
-    model.tokens_at_once = 5  # of 12: pieces of 5, 5 and 2
-    np.testing.assert_allclose(model(*args, **kwargs), whole, rtol=0, atol=1e-5 * np.abs(np.array(whole)).max())
+    pieces = Execution(model, tokens_at_once=5)  # of 12: pieces of 5, 5 and 2
+    np.testing.assert_allclose(pieces(*args, **kwargs), whole, rtol=0, atol=1e-5 * np.abs(np.array(whole)).max())
 
 
 def test_a_streamed_model_goes_when_it_is_dropped(file):
@@ -180,12 +181,12 @@ def test_reading_takes_what_is_predicted(file, monkeypatch, dtype, in_flight):
     if in_flight:
         monkeypatch.setattr(ahead, "IN_FLIGHT", in_flight)
     model = load_transformer(file("t2v"), dtype, stream=True)
-    weights = weight_bytes(config, model.dtype, {})
+    weights = weight_bytes(config, model.model.dtype, {})
     assert weights.in_flight < whole / 4 if in_flight else weights.in_flight == whole
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    for _ in model.stream([f"blocks.{i}" for i in range(4)]):
+    for _ in model.blocks([f"blocks.{i}" for i in range(4)]):
         time.sleep(0.3)  # the next is read meanwhile
     predicted = 2 * weights.largest + weights.in_flight
     assert 2 * weights.largest * 0.9 < mx.get_peak_memory() - before <= 1.1 * predicted
@@ -291,7 +292,7 @@ def test_packed_weights_are_read_as_on_cuda(as_on_cuda, tmp_path):
 def test_a_file_that_is_cut_short_while_it_is_read_as_on_cuda(file, as_on_cuda, tmp_path):
     path = tmp_path / "t2v.safetensors"
     path.write_bytes(file("t2v").read_bytes())
-    blocks = load_transformer(path, "float32", stream=True).stream(["blocks.0", "blocks.1", "blocks.2"])
+    blocks = load_transformer(path, "float32", stream=True).blocks(["blocks.0", "blocks.1", "blocks.2"])
     next(blocks)
     os.truncate(path, 20_000)
     with pytest.raises(WeightsError, match="changed since it was opened|bytes early"):
@@ -305,7 +306,7 @@ def test_a_file_that_ends_early_as_on_cuda(file, as_on_cuda, tmp_path, monkeypat
     monkeypatch.setattr(WeightsFile, "check_unchanged", lambda self: None)
     os.truncate(path, 20_000)
     with pytest.raises(WeightsError, match="t2v.safetensors: ends [0-9,]+ bytes early; download it again"):
-        list(model.stream(["blocks.0"]))
+        list(model.blocks(["blocks.0"]))
 
 
 @pytest.mark.parametrize("dtype, count", [("float32", 2), ("bfloat16", 1)])
@@ -315,7 +316,7 @@ def test_a_staging_buffer_is_filled_again_only_when_its_block_is_done(file, as_o
     model = load_transformer(file("t2v"), dtype, stream=True)
     kept = load_transformer(file("t2v"), dtype)
     buffers.clear()
-    for index, block in enumerate(model.stream([f"blocks.{i}" for i in range(4)])):
+    for index, block in enumerate(model.blocks([f"blocks.{i}" for i in range(4)])):
         time.sleep(0.2)  # the next one is there by now
         for (name, mine), (_, wanted) in zip(
             tree_flatten(block.parameters()), tree_flatten(kept.blocks[index].parameters()), strict=True
@@ -346,14 +347,14 @@ def test_what_goes_wrong_while_reading_is_raised_where_the_block_is_asked_for(fi
 
     names = ["blocks.0", "blocks.1", "blocks.2"]
     monkeypatch.setattr(Parameters, "start", cut_short)
-    blocks = model.stream(names)
+    blocks = model.blocks(names)
     next(blocks)
     with pytest.raises(RuntimeError, match="[Uu]nable to read"):
         next(blocks)
     assert cut and next(blocks, None) is None
     monkeypatch.undo()
     whole = load_transformer(file("t2v"), "float32", stream=True)
-    assert len(list(whole.stream(names))) == 3
+    assert len(list(whole.blocks(names))) == 3
 
 
 def test_nothing_is_read_any_more_when_a_pass_is_given_up(file, monkeypatch):
@@ -371,13 +372,13 @@ def test_nothing_is_read_any_more_when_a_pass_is_given_up(file, monkeypatch):
         return started
 
     monkeypatch.setattr(ahead, "_evaluate", slow)
-    blocks = model.stream(["blocks.0", "blocks.1", "blocks.2"])
+    blocks = model.blocks(["blocks.0", "blocks.1", "blocks.2"])
     next(blocks)
     begun.wait()
     threading.Timer(0.2, go_on.set).start()
     blocks.close()  # waits for the thread
     assert read == [None, True]
-    assert len(list(model.stream(["blocks.0"]))) == 1  # the next pass does not find it locked
+    assert len(list(model.blocks(["blocks.0"]))) == 1  # the next pass does not find it locked
 
 
 def test_a_staging_buffer_that_something_computes_with_is_not_taken(monkeypatch):

@@ -13,7 +13,8 @@ from wan_mlx.errors import WeightsError
 from wan_mlx.files.open import open_weights
 from wan_mlx.files.pth import TorchFile
 from wan_mlx.models.configs import TextEncoderConfig
-from wan_mlx.models.text_encoder import parameter_shapes
+from wan_mlx.models.text_encoder import TextEncoder
+from wan_mlx.weights.component import parameter_shapes
 from wan_mlx.weights.load import load_text_encoder
 
 CONFIG = TextEncoderConfig(vocab_size=40, dim=128, dim_attn=128, dim_ffn=256, num_heads=2, num_layers=4)
@@ -30,7 +31,7 @@ def files(tmp_path_factory):
         pth, safetensors = (folder / f"{dtype.size}.{ending}" for ending in ("pth", "safetensors"))
         arrays = {
             name: mx.array(rng.normal(size=shape).astype(np.float32) * shape[-1] ** -0.5).astype(dtype)
-            for name, shape in parameter_shapes(CONFIG).items()
+            for name, shape in parameter_shapes(TextEncoder(CONFIG)).items()
         }
         mx.save_safetensors(str(safetensors), arrays)
         views = {
@@ -58,7 +59,7 @@ def test_same_bits_as_from_safetensors(files, stored, dtype):
 
 def test_the_next_block_is_read_while_one_computes(files, monkeypatch):
     """By a thread: only the embeddings' rows, and what no block holds, are read where they are asked for."""
-    names = [name for name in parameter_shapes(CONFIG) if name.startswith("blocks.1.")]
+    names = [name for name in parameter_shapes(TextEncoder(CONFIG)) if name.startswith("blocks.1.")]
     read, done, real = [], threading.Event(), TorchFile.read
 
     def watched(self, key):
@@ -78,7 +79,8 @@ def test_the_next_block_is_read_while_one_computes(files, monkeypatch):
 
 
 def test_no_more_than_two_blocks_are_resident(files):
-    stored = sum(4 * int(np.prod(s)) for n, s in parameter_shapes(CONFIG).items() if n.startswith("blocks.0."))
+    shapes = parameter_shapes(TextEncoder(CONFIG))
+    stored = sum(4 * int(np.prod(shape)) for name, shape in shapes.items() if name.startswith("blocks.0."))
     encoder = load_text_encoder(files[mx.float32][0], "float32")
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -125,5 +127,5 @@ def test_which_files_are_lazy(files, tmp_path):
     for source in (pth, safetensors):
         shard = tmp_path / source.name
         shard.write_bytes(source.read_bytes())
-        index.write_text(json.dumps({"weight_map": dict.fromkeys(parameter_shapes(CONFIG), shard.name)}))
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(parameter_shapes(TextEncoder(CONFIG)), shard.name)}))
         assert open_weights(index).is_lazy == open_weights(source).is_lazy

@@ -10,8 +10,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from wan_mlx.errors import WeightsError
 from wan_mlx.models.configs import TextEncoderConfig
-from wan_mlx.models.text_encoder import EncoderBlock, TextEncoder, pad_context, parameter_shapes, relative_buckets
+from wan_mlx.models.execution import StreamedTextEncoder
+from wan_mlx.models.text_encoder import EncoderBlock, TextEncoder, pad_context, relative_buckets
 from wan_mlx.models.tokenizer import EXTRA_IDS, Tokenizer, clean
+from wan_mlx.weights.component import parameter_shapes
 
 SENTENCES = [
     "a cat boxing on a stage, realistic style", "two dogs run over the beach at dusk", "the quick brown fox jumps",
@@ -131,10 +133,11 @@ def random_blocks(config: TextEncoderConfig, dtype=mx.float32) -> list[EncoderBl
     return blocks
 
 
-def encoder(dtype=mx.float32, blocks=None) -> TextEncoder:
+def encoder(dtype=mx.float32, blocks=None) -> StreamedTextEncoder:
     table = mx.random.normal((TINY.vocab_size, TINY.dim), key=mx.random.key(99)).astype(dtype)
     held = random_blocks(TINY, dtype)
-    return TextEncoder(TINY, lambda ids: table[mx.array(ids)], blocks or (lambda: held), mx.ones(TINY.dim), dtype)
+    blocks, norm = blocks or (lambda: held), mx.ones(TINY.dim)
+    return StreamedTextEncoder(TINY, lambda ids: table[mx.array(ids)], blocks, norm, dtype)
 
 
 def test_together_equals_alone():
@@ -170,12 +173,13 @@ def test_bfloat16_stays_bfloat16_and_near():
 
 
 def test_parameter_shapes_are_a_block_s_own_for_every_layer():
-    shapes = parameter_shapes(TINY)
+    shapes = parameter_shapes(TextEncoder(TINY))
     assert len(shapes) == 2 + TINY.num_layers * 10
     assert shapes["token_embedding.weight"] == (50, 24) and shapes["norm.weight"] == (24,)
     assert shapes["blocks.2.ffn.gate.0.weight"] == (40, 24)
     assert shapes["blocks.0.pos_embedding.embedding.weight"] == (32, 4)
-    assert sum(int(np.prod(shape)) for shape in parameter_shapes(TextEncoderConfig()).values()) == 5_680_910_336
+    full_size = parameter_shapes(TextEncoder(TextEncoderConfig()))
+    assert sum(int(np.prod(shape)) for shape in full_size.values()) == 5_680_910_336
 
 
 def test_relative_buckets():

@@ -10,6 +10,7 @@ from wan_mlx.hub.resolve import resolve
 from wan_mlx.media.write import to_uint8
 from wan_mlx.models import vae_tiling as tiling
 from wan_mlx.models.vae import ResidualBlock, flow
+from wan_mlx.models.vae_execution import VAEExecution
 from wan_mlx.models.vae_layers import CausalCache, CausalConv
 
 SAME = dict(rtol=0, atol=1e-5)  # of float32 values around 1
@@ -25,7 +26,7 @@ def chunks_of(frames):
 
 
 def decoded(vae, latents, tile, **options):
-    return np.concatenate(list(tiling.decode(vae, latents, tile, **options)), axis=1)
+    return np.concatenate(list(tiling.decode(VAEExecution(vae), latents, tile, **options)), axis=1)
 
 
 @pytest.mark.parametrize("size, tile", [((32, 2), (64, 64)), ((2, 25), (72, 1000)), ((9, 9), (64, 64))])
@@ -37,9 +38,9 @@ def test_tiled_decode_equals_whole(vae, size, tile):
 @pytest.mark.parametrize("size, tile", [((24, 2), (64, 64)), ((2, 17), (72, 1000)), ((9, 9), (64, 64))])
 def test_tiled_encode_equals_whole(vae, size, tile):
     chunks = chunks_of(random(1, 5, *(8 * n for n in size), 3))
-    whole = tiling.encode(vae, chunks, None)
+    whole = tiling.encode(VAEExecution(vae), chunks, None)
     assert np.array_equal(whole, vae.encode_chunks(chunks)) and whole.shape == (1, 2, *size, 4)
-    np.testing.assert_allclose(tiling.encode(vae, iter(chunks), tile), whole, **SAME)
+    np.testing.assert_allclose(tiling.encode(VAEExecution(vae), iter(chunks), tile), whole, **SAME)
 
 
 @pytest.mark.parametrize("direction", ["decoder", "encoder"])
@@ -72,7 +73,7 @@ def test_margins_are_as_wide_as_the_convolutions_reach(vae, direction, stage):
 
 def test_a_still_and_frames_in_order(vae):
     latents = random(1, 3, 2, 9, 4)
-    shapes = [frames.shape for frames in tiling.decode(vae, latents, (64, 64))]
+    shapes = [frames.shape for frames in tiling.decode(VAEExecution(vae), latents, (64, 64))]
     assert shapes == [frames.shape for frames in vae.decode(latents)] == [(1, n, 16, 72, 3) for n in (1, 4, 4)]
     np.testing.assert_allclose(decoded(vae, latents[:, :1], (64, 64)), decoded(vae, latents[:, :1], None), **SAME)
 
@@ -104,7 +105,8 @@ def test_tiles_take_less_memory(vae):
     mx.eval(latents, frames)
     small, whole = (peak(lambda tile=tile: decoded(vae, latents, tile)) for tile in ((80, 80), None))
     assert small < 0.5 * whole
-    small, whole = (peak(lambda tile=tile: tiling.encode(vae, chunks_of(frames), tile)) for tile in ((80, 80), None))
+    run = VAEExecution(vae)
+    small, whole = (peak(lambda tile=tile: tiling.encode(run, chunks_of(frames), tile)) for tile in ((80, 80), None))
     assert small < 0.6 * whole
 
 
@@ -115,7 +117,7 @@ def test_nano_shows_no_seam():
     video = np.stack([np.sin((rows * (1 + c) + columns * (3 - c) + 4 * times) / 10) for c in range(3)], axis=-1)[None]
     chunks = chunks_of(mx.array(video.astype(np.float32)))
     latents = vae.encode_chunks(chunks)
-    np.testing.assert_allclose(tiling.encode(vae, chunks, (64, 64)), latents, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(tiling.encode(VAEExecution(vae), chunks, (64, 64)), latents, rtol=0, atol=1e-4)
     whole, tiled = (decoded(vae, latents, tile) for tile in (None, (64, 64)))
     assert whole.std() > 0.2  # a picture, not grey
     error, at_border = np.abs(tiled - whole), np.zeros(192, bool)

@@ -8,9 +8,11 @@ import pytest
 import tiny_mlx_model
 
 import wan_mlx
-from wan_mlx.models import transformer, vae
 from wan_mlx.models.configs import VAEConfig
+from wan_mlx.models.execution import Execution
 from wan_mlx.models.quantized_linear import QuantizedLinear
+from wan_mlx.models.vae_execution import VAEExecution
+from wan_mlx.models.vae_layers import CausalConv
 from wan_mlx.planning import choose as memory
 from wan_mlx.planning import flops as work
 from wan_mlx.planning import peak_memory as peaks
@@ -80,12 +82,12 @@ def test_a_forward_takes_what_its_blocks_and_the_rest_take(nets, clock, monkeypa
     monkeypatch.setattr(timing, "ENOUGH", enough)
     counts = []
 
-    def block(_, x, *rest):
+    def block(_, block, x, *rest):
         counts.append(x.shape[1])
         return ANYWAY + BLOCK * x.shape[1] / 32
 
-    takes(monkeypatch, clock, transformer.Block, "__call__", block)
-    takes(monkeypatch, clock, transformer.Transformer, "leave", lambda _, x, this_pass: OUTSIDE * x.shape[1] / 32)
+    takes(monkeypatch, clock, Execution, "run_block", block)
+    takes(monkeypatch, clock, Execution, "leave", lambda _, x, *rest: OUTSIDE * x.shape[1] / 32)
     rate = timing.transformer_rate(nets, 32, passes, 8192, attending=1e30).flop
     assert max(counts) == (16 if enough == 0.1 else 32)
     parts = work.forward_parts(nets.transformer, 32)
@@ -95,7 +97,7 @@ def test_a_forward_takes_what_its_blocks_and_the_rest_take(nets, clock, monkeypa
 
 def test_attention_is_counted_once(nets, clock, monkeypatch):
     """With the two rates together, a forward takes what it took, whatever rate attention seemed to have."""
-    takes(monkeypatch, clock, transformer.Block, "__call__", lambda *_: BLOCK)
+    takes(monkeypatch, clock, Execution, "run_block", lambda *_: BLOCK)
     parts = work.forward_parts(nets.transformer, 12)
     for attending in (parts["self attention"] / 0.5, 1e30):
         rate = timing.transformer_rate(nets, 12, 1, 8192, attending).flop
@@ -118,7 +120,9 @@ def test_the_vae_is_timed_by_a_later_frame_of_a_part(clock, monkeypatch, frames)
     config, firsts = tiny_mlx_model.VAE_CONFIG, []
 
     def frame(flop, scale):
-        def seconds(_, x, cache):
+        def seconds(_, layer, x, cache):
+            if not isinstance(layer, CausalConv):
+                return 0.0
             firsts.append(not cache.frames)
             h, w = (n // scale for n in x.shape[1:3])
             if firsts[-1] and frames > 1:
@@ -127,10 +131,11 @@ def test_the_vae_is_timed_by_a_later_frame_of_a_part(clock, monkeypatch, frames)
 
         return seconds
 
-    takes(monkeypatch, clock, vae.Decoder, "__call__", frame(work.decode_flop, 1))
-    takes(monkeypatch, clock, vae.Encoder, "__call__", frame(work.encode_flop, 8))
     shape = (frames, 3, 6)
-    assert timing.decode_rate(config, shape).flop == pytest.approx(1e6)
+    with monkeypatch.context() as decoding:
+        takes(decoding, clock, VAEExecution, "_run", frame(work.decode_flop, 1))
+        assert timing.decode_rate(config, shape).flop == pytest.approx(1e6)
+    takes(monkeypatch, clock, VAEExecution, "_run", frame(work.encode_flop, 8))
     assert timing.encode_rate(config, shape).flop == pytest.approx(1e6)
     assert any(firsts) and any(not first for first in firsts) == (frames > 1)
 

@@ -9,8 +9,9 @@ from mlx.utils import tree_flatten
 from tiny_mlx_model import VAE_CONFIG, random, random_vae
 
 from wan_mlx.models.configs import VAEConfig
-from wan_mlx.models.vae import VAE
-from wan_mlx.models.vae_layers import CausalCache, CausalConv
+from wan_mlx.models.vae import VAE, flow
+from wan_mlx.models.vae_execution import PacedCache, VAEExecution
+from wan_mlx.models.vae_layers import CausalCache
 from wan_mlx.presets import BUNDLED
 from wan_mlx.weights.load import load_vae
 
@@ -22,6 +23,11 @@ def vae():
 
 def decoded(vae, latents):
     return np.concatenate(list(vae.decode(latents)), axis=1)
+
+
+def encoded(vae, frames):
+    chunks = [frames[:, :1], *(frames[:, i : i + 4] for i in range(1, frames.shape[1], 4))]
+    return VAEExecution(vae).encode_chunks(map(mx.array, chunks))
 
 
 def test_chunked_encode_equals_whole(vae):
@@ -67,11 +73,12 @@ def test_one_pass_leaves_nothing_for_the_next(vae):
 
 def test_frames_one_by_one_equal_several_at_a_time(vae, monkeypatch):
     latents, frames = random(1, 4, 2, 3, 4), random(1, 13, 16, 24, 3)
-    several = decoded(vae, latents), vae.encode(frames)
+    run = VAEExecution(vae)
+    several = decoded(run, latents), encoded(vae, frames)
     for most in (1, 2 * 16 * 24 * 8):  # one frame at a time everywhere, then at most two of the largest
-        monkeypatch.setattr("wan_mlx.models.vae.VALUES_AT_ONCE", most)
-        np.testing.assert_allclose(decoded(vae, latents), several[0], atol=1e-5)
-        np.testing.assert_allclose(vae.encode(frames), several[1], atol=1e-5)
+        monkeypatch.setattr("wan_mlx.models.vae_execution.VALUES_AT_ONCE", most)
+        np.testing.assert_allclose(decoded(run, latents), several[0], atol=1e-5)
+        np.testing.assert_allclose(encoded(vae, frames), several[1], atol=1e-5)
 
 
 @pytest.fixture
@@ -85,8 +92,8 @@ def exact_allocations():
 
 def held_beyond_the_cache(step, chunks):
     """Bytes that stay allocated after ``step`` has run over chunks, in excess of the frames in its cache."""
-    step(mx.zeros(chunks[0]), CausalCache())  # what is made of the weights stays
-    cache = CausalCache()
+    step(mx.zeros(chunks[0]), PacedCache())  # arrays made of the weights stay
+    cache = PacedCache()
     before = mx.get_active_memory()
     for shape in chunks:
         step(mx.random.uniform(-1, 1, shape, key=mx.random.key(0)), cache)
@@ -96,32 +103,40 @@ def held_beyond_the_cache(step, chunks):
 
 
 def test_cache_owns_its_memory(vae, exact_allocations):
-    decode = held_beyond_the_cache(lambda x, cache: list(vae.decoder(x, cache)), [(1, 8, 12, 4)] * 2)
-    encode = held_beyond_the_cache(vae._encode_chunk, [(1, n, 64, 96, 3) for n in (1, 4)])
+    run = VAEExecution(vae)
+    decoder = [*vae.decoder.whole, *vae.decoder.local]
+    encoder = [*vae.encoder.local, *vae.encoder.whole]
+    decode = held_beyond_the_cache(lambda x, cache: list(run.flow(decoder, [x], cache)), [(1, 8, 12, 4)] * 2)
+    encode = held_beyond_the_cache(
+        lambda x, cache: list(run.flow(encoder, [x], cache)), [(n, 64, 96, 3) for n in (1, 4)]
+    )
     # One frame of pixels kept alive by a slice would be 74 kB.
     assert abs(decode) < 20_000 and abs(encode) < 20_000
 
 
 def test_weights_that_are_replaced_are_used(vae):
-    """Though what is made of them is kept."""
+    """Though arrays made of them are kept."""
     first, other = VAE(vae.config), VAE(vae.config)
+    run = VAEExecution(first)
     first.update(vae.parameters())
     other.load_weights([(name, 0.9 * array) for name, array in tree_flatten(vae.parameters())])
     latents = mx.random.normal((1, 3, 2, 3, vae.config.z_dim), key=mx.random.key(0))
 
-    before, wanted = decoded(first, latents), decoded(other, latents)
+    before, wanted = decoded(run, latents), decoded(other, latents)
     first.load_weights(tree_flatten(other.parameters()))
-    assert np.array_equal(decoded(first, latents), wanted) and not np.allclose(before, wanted, atol=1e-3)
+    assert np.array_equal(decoded(run, latents), wanted) and not np.allclose(before, wanted, atol=1e-3)
 
 
-def test_taps_are_not_copied():
-    conv = CausalConv(4, 8)
-    conv.weight = mx.random.normal((8, 3, 3, 3, 4))
-    weight, taps = np.array(conv.weight), conv.taps()
+def test_execution_lays_taps_out_so_that_none_is_copied():
+    vae = random_vae()
+    conv = vae.decoder.conv1
+    weight = np.array(conv.weight)
+    VAEExecution(vae)
+    taps = conv.taps()
     mx.eval(taps)
     for tap, mine in enumerate(taps):
         assert np.array_equal(mine, weight[:, tap])
-    assert np.array_equal(conv.weight, weight) and conv.taps()[1].shape == (8, 3, 3, 4)
+    assert np.array_equal(conv.weight, weight) and taps[1].shape == (weight.shape[0], 3, 3, weight.shape[-1])
     starts = [ctypes.addressof(ctypes.c_char.from_buffer(tap)) for tap in taps]
     assert [start - starts[0] for start in starts] == [0, taps[0].nbytes, 2 * taps[0].nbytes]
 
@@ -129,7 +144,7 @@ def test_taps_are_not_copied():
 def test_cache_does_not_grow(vae):
     cache, sizes = CausalCache(), []
     for _ in range(4):
-        list(vae.decoder(mx.ones((1, 2, 3, 4)), cache))
+        list(flow([*vae.decoder.whole, *vae.decoder.local], [mx.ones((1, 2, 3, 4))], cache))
         sizes.append([frame.shape for frames in cache.frames.values() for frame in frames])
     assert sizes[0] == sizes[1] == sizes[2] == sizes[3]
     assert {len(frames) for frames in cache.frames.values()} == {2}

@@ -21,8 +21,10 @@ from .media.preview import Previewer, TinyDecoder, latent_map, tiny_autoencoder
 from .media.write import to_uint8
 from .models import vae_tiling as tiling
 from .models.configs import TEXT_LEN, geometry_of
+from .models.execution import Execution, encode_images
 from .models.text_encoder import pad_context
 from .models.tokenizer import Tokenizer
+from .models.vae_execution import VAEExecution
 from .models.vae_tiling import parse_tiling
 from .planning.choose import Plan, choose, plan_request
 from .planning.machine import parse_memory
@@ -124,7 +126,7 @@ class OpenedModel:
         loras = resolve_loras(normalise_loras(loras), progress=self.progress)
         check_loras(self.checkpoint, loras)
         kept = (self._kept or {}).get("transformer")
-        if kept is not None and kept.lora_state.merged:
+        if kept is not None and kept.model.lora_state.merged:
             del self._kept["transformer"]
         elif kept is not None:
             set_loras(kept, loras)
@@ -195,11 +197,12 @@ class OpenedModel:
         if network not in kept:
             if network == "transformer":
                 progress, stream = counted(listener, "loading transformer"), plan is not None and plan.stream
-                kept[network] = load_transformer(
+                model = load_transformer(
                     self.checkpoint, self.dtype, progress, self.quantize, stream, self.loras, self._merge_loras
                 )
+                kept[network] = model if isinstance(model, Execution) else Execution(model)
             else:
-                kept[network] = load_vae(self.checkpoint, progress=counted(listener, "loading VAE"))
+                kept[network] = VAEExecution(load_vae(self.checkpoint, progress=counted(listener, "loading VAE")))
         if network == "transformer" and plan is not None:
             kept[network].tokens_at_once = plan.tokens_at_once
         return kept[network]
@@ -229,9 +232,7 @@ class OpenedModel:
     def encode_images(self, images: mx.array, listener: Listener | None = None) -> mx.array:
         """Images (N, H, W, 3) in [-1, 1] → CLIP features (N, 257, image_dim)."""
         progress = counted(listener or self.listener, "loading CLIP")
-        features = load_image_encoder(self.checkpoint, progress=progress)(images)
-        mx.eval(features)
-        return features
+        return encode_images(load_image_encoder(self.checkpoint, progress=progress), images)
 
     def encode_videos(
         self, videos: Sequence[Iterable[mx.array]], plan: Plan | None = None, listener: Listener | None = None

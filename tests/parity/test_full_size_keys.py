@@ -10,7 +10,7 @@ from wan_mlx.errors import WeightsError
 from wan_mlx.files.base import TensorInfo, WeightsFile
 from wan_mlx.models.configs import ImageEncoderConfig, TextEncoderConfig, VAEConfig
 from wan_mlx.models.image_encoder import ImageEncoder, last_block_shapes
-from wan_mlx.models.text_encoder import parameter_shapes as text_encoder_shapes
+from wan_mlx.models.text_encoder import TextEncoder
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.models.vae import VAE
@@ -60,7 +60,7 @@ def test_text_encoder():
     sizes = dict(vocab=256384, dim=4096, dim_attn=4096, dim_ffn=10240, num_heads=64, num_layers=24, num_buckets=32)
     weights = on_meta(official("modules.t5").T5Encoder, shared_pos=False, **sizes)
     assert text_encoder_config(weights, {}) == TextEncoderConfig()
-    check_keys(weights, text_encoder_shapes(TextEncoderConfig()))
+    check_keys(weights, parameter_shapes(TextEncoder(TextEncoderConfig())))
 
 
 def test_vae():
@@ -86,7 +86,7 @@ def test_huggingface_text_encoder():
     for shapes in (test_layouts.hf_text_encoder(), test_layouts.gguf_text_encoder()):
         weights = ComponentWeights(HeaderOnly(shapes))
         assert text_encoder_config(weights, {}) == TextEncoderConfig()
-        check_keys(weights, text_encoder_shapes(TextEncoderConfig()))
+        check_keys(weights, parameter_shapes(TextEncoder(TextEncoderConfig())))
 
 
 def test_diffusers_vae():

@@ -8,7 +8,8 @@ from oracles import official, randomize, relative_error
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wan_mlx.models.configs import TextEncoderConfig
-from wan_mlx.models.text_encoder import EncoderBlock, TextEncoder, parameter_shapes, relative_buckets
+from wan_mlx.models.text_encoder import TextEncoder, relative_buckets
+from wan_mlx.weights.component import parameter_shapes
 
 BOUND = 2e-5
 CONFIG = TextEncoderConfig(vocab_size=96, dim=48, dim_attn=32, dim_ffn=80, num_heads=4, num_layers=3)
@@ -34,17 +35,10 @@ def reference():
 
 def ours(state: dict[str, torch.Tensor], dtype: mx.Dtype = mx.float32) -> TextEncoder:
     """An encoder over weights with the official names. Every key is used exactly once."""
-    weights = {name: mx.array(tensor.float().numpy()).astype(dtype) for name, tensor in state.items()}
-    table, norm = weights.pop("token_embedding.weight"), weights.pop("norm.weight")
-    blocks = []
-    for index in range(CONFIG.num_layers):
-        prefix = f"blocks.{index}."
-        own = [name for name in weights if name.startswith(prefix)]
-        block = EncoderBlock(CONFIG)
-        block.load_weights([(name[len(prefix) :], weights.pop(name)) for name in own], strict=True)
-        blocks.append(block)
-    assert not weights
-    return TextEncoder(CONFIG, lambda ids: table[mx.array(ids)], lambda: blocks, norm, dtype)
+    weights = [(name, mx.array(tensor.float().numpy()).astype(dtype)) for name, tensor in state.items()]
+    encoder = TextEncoder(CONFIG)
+    encoder.load_weights(weights, strict=True)
+    return encoder
 
 
 def prompt(length: int) -> list[int]:
@@ -136,4 +130,4 @@ def test_full_size_names_and_shapes():
     with torch.device("meta"):
         model = module.umt5_xxl(encoder_only=True, return_tokenizer=False, device="meta")
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert parameter_shapes(TextEncoderConfig()) == expected
+    assert parameter_shapes(TextEncoder(TextEncoderConfig())) == expected

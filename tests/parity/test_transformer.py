@@ -9,8 +9,9 @@ from diffusers import WanTransformer3DModel
 from mlx.utils import tree_flatten
 from oracles import diffusers_transformer, in_halves, official, randomize, relative_error, unmasked_attention
 
+from wan_mlx.models import execution
 from wan_mlx.models.configs import TransformerConfig
-from wan_mlx.models.layers import Pacer
+from wan_mlx.models.execution import Execution, Pacer
 from wan_mlx.models.rope import rope_table, scale_and_rotate
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.weights.layouts import canonical_keys, recognise
@@ -83,7 +84,7 @@ def test_block_alone(official_model):
         want = reference(
             x, e[:, None].expand(1, 30, 6, config.dim), torch.tensor([30]), torch.tensor([grid]), freqs, context, None
         )
-    got = block(to_mlx(x), to_mlx(e), to_mlx(context), None, rope_table(grid, config.head_dim), Pacer())
+    got = block(to_mlx(x), to_mlx(e), to_mlx(context), None, rope_table(grid, config.head_dim))
     assert relative_error(got, want) < BOUND
 
 
@@ -174,30 +175,25 @@ def test_bfloat16_no_further_from_float32_than_diffusers(tmp_path):
 
 
 def test_tokens_in_chunks_equal_whole(monkeypatch):
-    from wan_mlx.models import attention, layers
-
     config = tiny_config()
     model = Transformer(config)
     load_state(model, official_state(diffusers_model(config, seed=9)), config.head_dim)
     mx.random.seed(0)
     latents, context = mx.random.normal((1, 3, 6, 10, 16)), mx.random.normal((1, TEXT_LEN, config.text_dim))
     whole = np.array(model(latents, 500.0, context))
-    monkeypatch.setattr(layers, "TOKENS_AT_ONCE", 7)
-    monkeypatch.setattr(attention, "UNFUSED_SCORES", 2 * 512 * 3)
-    assert relative_error(model(latents, 500.0, context), whole) < 1e-6
+    monkeypatch.setattr(execution, "UNFUSED_SCORES", 2 * 512 * 3)
+    assert relative_error(Execution(model, tokens_at_once=7)(latents, 500.0, context), whole) < 1e-6
 
 
 @pytest.mark.parametrize("flop", [1, 4 * 45 * 24 * 5, 4 * 45 * 45 * 24, 1e12])
 def test_attention_split_as_on_metal_equals_whole(monkeypatch, flop):
-    from wan_mlx.models import attention
-
-    monkeypatch.setattr(attention, "DISPATCH_FLOP", flop)
-    monkeypatch.setattr(attention, "has_fused_kernel", lambda *_: True)
+    monkeypatch.setattr(execution, "DISPATCH_FLOP", flop)
+    monkeypatch.setattr(execution, "has_fused_kernel", lambda *_: True)
     mx.random.seed(1)
     q, k, v = (mx.random.normal((1, 45, 3, 24)) for _ in range(3))
     heads_first = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     want = mx.fast.scaled_dot_product_attention(*heads_first, scale=24**-0.5).transpose(0, 2, 1, 3).flatten(2)
-    assert relative_error(attention.attention(q, k, v, Pacer()), want) < 1e-6
+    assert relative_error(execution.attention(q, k, v, Pacer()), want) < 1e-6
 
 
 @pytest.mark.parametrize(

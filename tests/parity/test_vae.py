@@ -7,7 +7,7 @@ import torch
 from mlx.utils import tree_flatten
 from oracles import official, randomize, relative_error
 
-from wan_mlx.models import vae as vae_module
+from wan_mlx.models import vae_execution
 from wan_mlx.models.configs import VAEConfig
 from wan_mlx.models.vae import VAE, AttentionBlock, RMSNorm
 from wan_mlx.models.vae_layers import CausalCache
@@ -118,15 +118,19 @@ def test_clipped_to_unit_range():
     assert relative_error(got, want.clamp(-1, 1)) <= BOUND
 
 
-@pytest.mark.parametrize("scores", [1, 7 * 24, 1 << 24])
-def test_attention_in_query_chunks(monkeypatch, scores):
-    monkeypatch.setattr(vae_module, "SCORES_AT_ONCE", scores)
+@pytest.mark.parametrize("scores", [None, 1, 7 * 24, 1 << 24])
+def test_attention_whole_and_in_query_chunks(monkeypatch, scores):
     theirs = official("modules.vae2_1").AttentionBlock(16).requires_grad_(False)
     randomize(theirs)
     ours = AttentionBlock(16)
     ours.load_weights([(k, to_mlx(convert(k, v))) for k, v in theirs.state_dict().items()], strict=True)
     x = random(1, 16, 1, 4, 6)
-    got = ours(to_mlx(x[:, :, 0].movedim(1, -1)), CausalCache())
+    frame = to_mlx(x[:, :, 0].movedim(1, -1))
+    if scores is None:
+        got = ours(frame, CausalCache())
+    else:
+        monkeypatch.setattr(vae_execution, "SCORES_AT_ONCE", scores)
+        got = vae_execution.attend_within_frames(ours, frame)
     assert relative_error(got, theirs(x)[:, :, 0].movedim(1, -1)) <= BOUND
 
 

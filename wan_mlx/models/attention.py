@@ -1,90 +1,97 @@
-"""Scaled dot-product attention in dispatches of bounded size."""
+"""Attention: among video tokens with rotary positions, and from video tokens to text and images.
+
+Follows the official ``wan/modules/model.py``. Parameter names are the official checkpoint's.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+
 import mlx.core as mx
+import mlx.nn as nn
 
-from .layers import Pacer
-
-# macOS ends GPU work after about five seconds; 2 TFLOP is below one second on every M-series GPU. Elsewhere nothing
-# does, and one dispatch is a tenth faster than several whose results are put together.
-DISPATCH_FLOP = 2e12 if mx.metal.is_available() else 1e18
-# Where no fused kernel exists the scores are a real array: this many at a time (256 MB in float32).
-UNFUSED_SCORES = 1 << 26
-FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
-# cuDNN takes so many keys at a time. Where the last tile is not whole every tile takes longer, as if each were masked:
-# 10.3 ms instead of 9.5 for 32,760 tokens on an H200.
-KEY_TILE = 128
-# How many keys may be appended for each that is there (`whole_tiles`).
-MOST_APPENDED = 1 / 1024
+from .configs import TransformerConfig
+from .layers import Linear
+from .rope import RopeTable, norm_and_rotate
 
 
-def has_fused_kernel(dtype: mx.Dtype, head_dim: int) -> bool:
-    """Whether MLX computes attention without storing the scores, on the default device."""
-    if mx.default_device().type != mx.DeviceType.gpu or head_dim not in FUSED_HEAD_DIMS:
-        return False
-    return mx.metal.is_available() or dtype in (mx.float16, mx.bfloat16)
-
-
-def keys_to_append(length: int, dtype: mx.Dtype, head_dim: int) -> int:
-    """How many keys `whole_tiles` appends to so many."""
-    missing = -length % KEY_TILE
-    faster = mx.cuda.is_available() and has_fused_kernel(dtype, head_dim)
-    return missing if faster and missing <= MOST_APPENDED * length else 0
-
-
-def whole_tiles(x: mx.array) -> mx.array:
-    """Keys or values with their mean appended up to whole tiles, where that is faster; (B, L, heads, head_dim).
-
-    What is appended weighs next to nothing, whatever the queries: the mean key's product with a query is the mean of
-    all keys' products, and the exponential of a mean is at most the mean of the exponentials. So it weighs no more than
-    keys do on average, and n of them no more than n / L of all. By that share, at most, a result moves towards the mean
-    value; bfloat16 rounds a number by up to twice `MOST_APPENDED` of it.
-    """
-    return append_mean(x, keys_to_append(x.shape[1], x.dtype, x.shape[-1]))
-
-
-def append_mean(x: mx.array, count: int) -> mx.array:
-    """x (B, L, heads, head_dim) with its mean over L appended ``count`` times: (B, L + count, heads, head_dim)."""
-    if not count:
-        return x
-    batch, length, *rest = x.shape
-    rows = x.flatten(2)
-    mean = mx.full((1, length), 1 / length, x.dtype) @ rows  # summed in float32, as `mx.mean` is not on CUDA
-    rows = mx.concatenate([rows, mx.broadcast_to(mean, (batch, count, rows.shape[-1]))], axis=1)
-    return rows.reshape(batch, length + count, *rest)
-
-
-def attention(q: mx.array, k: mx.array, v: mx.array, pace: Pacer) -> mx.array:
+def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """Attention without a mask (Wan needs none), softmax in float32, scale 1/sqrt(head_dim).
 
     Args:
         q: (B, Lq, heads, head_dim).
         k, v: (B, Lk, heads, head_dim).
-        pace: called after each dispatch, when there are several.
 
     Returns:
         (B, Lq, heads * head_dim).
     """
-    batch, rows, heads, head_dim = q.shape
-    work_per_row = batch * k.shape[1]
-    if has_fused_kernel(q.dtype, head_dim):
-        limit, work_per_row = DISPATCH_FLOP, 4.0 * work_per_row * head_dim
-    else:
-        limit = UNFUSED_SCORES
-    heads_at_once = max(1, min(heads, int(limit / (work_per_row * rows))))
-    rows_at_once = max(1, min(rows, int(limit / (work_per_row * heads_at_once))))
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    groups = []
-    for head in range(0, heads, heads_at_once):
-        group = slice(head, head + heads_at_once)
-        parts = []
-        for row in range(0, rows, rows_at_once):
-            part = mx.fast.scaled_dot_product_attention(
-                q[:, group, row : row + rows_at_once], k[:, group], v[:, group], scale=head_dim**-0.5
-            )
-            parts.append(part.transpose(0, 2, 1, 3))
-            if heads_at_once < heads or rows_at_once < rows:
-                pace(parts[-1])
-        groups.append(mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
-    return (mx.concatenate(groups, axis=2) if len(groups) > 1 else groups[0]).flatten(2)
+    attended = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+    return attended.transpose(0, 2, 1, 3).flatten(2)
+
+
+class RMSNorm(nn.Module):
+    """The weight of a query or key norm over all heads."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = mx.ones((dim,))
+
+
+class Attention(nn.Module):
+    """The projections and norms that both kinds of attention have."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.heads, self.eps = config.num_heads, config.eps
+        for name in ("q", "k", "v", "o"):
+            setattr(self, name, Linear(config.dim, config.dim))
+        self.norm_q = RMSNorm(config.dim)
+        self.norm_k = RMSNorm(config.dim)
+
+
+class SelfAttention(Attention):
+    """Attention among video tokens, with rotary positions."""
+
+    def queries_keys_values(self, x: mx.array, rope: RopeTable) -> tuple[mx.array, mx.array, mx.array]:
+        """Normed tokens (B, L, D) → queries, keys and values (B, L, heads, head_dim), as `attention` takes them."""
+        q = norm_and_rotate(self.q(x), self.norm_q.weight, self.heads, rope, self.eps)
+        k = norm_and_rotate(self.k(x), self.norm_k.weight, self.heads, rope, self.eps)
+        return q, k, split_heads(self.v(x), self.heads)
+
+
+class CrossAttention(Attention):
+    """Attention from video tokens to text and, in image-conditioned models, to CLIP features."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        if config.has_image_branch:
+            self.k_img = Linear(config.dim, config.dim)
+            self.v_img = Linear(config.dim, config.dim)
+            self.norm_k_img = RMSNorm(config.dim)
+
+    def keys_values(self, context: mx.array, image_context: mx.array | None) -> list[tuple[mx.array, mx.array]]:
+        """Keys and values of the text and, if there is one, of the image: each (B, length, heads, head_dim)."""
+        pairs = [(self._normed(self.k(context), self.norm_k), split_heads(self.v(context), self.heads))]
+        if image_context is not None:
+            keys, values = self.k_img(image_context), self.v_img(image_context)
+            pairs.append((self._normed(keys, self.norm_k_img), split_heads(values, self.heads)))
+        return pairs
+
+    def queries(self, x: mx.array) -> mx.array:
+        """Normed tokens (B, L, D) → queries (B, L, heads, head_dim)."""
+        return self._normed(self.q(x), self.norm_q)
+
+    def __call__(self, x: mx.array, pairs: Sequence[tuple[mx.array, mx.array]]) -> mx.array:
+        """Normed tokens (B, L, D), keys and values of what they attend to → (B, L, D)."""
+        q = self.queries(x)
+        return self.o(reduce(mx.add, (attention(q, k, v) for k, v in pairs)))
+
+    def _normed(self, x, norm):
+        return split_heads(mx.fast.rms_norm(x, norm.weight.astype(x.dtype), self.eps), self.heads)
+
+
+def split_heads(x: mx.array, heads: int) -> mx.array:
+    """(B, L, D) → (B, L, heads, D / heads)."""
+    return x.reshape(*x.shape[:2], heads, -1)

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from ..resize import resize_bicubic
 from .attention import attention
 from .configs import ImageEncoderConfig
-from .layers import Linear, Pacer
+from .layers import Linear
 
 # Of the RGB channels, in [0, 1], over CLIP's training images.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -38,9 +38,9 @@ class SelfAttention(nn.Module):
         self.to_qkv = Linear(config.dim, 3 * config.dim)
         self.proj = Linear(config.dim, config.dim)
 
-    def __call__(self, x: mx.array, pace: Pacer) -> mx.array:
+    def __call__(self, x: mx.array) -> mx.array:
         qkv = self.to_qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)
-        return self.proj(attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], pace))
+        return self.proj(attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]))
 
 
 class Block(nn.Module):
@@ -54,8 +54,8 @@ class Block(nn.Module):
         wide = config.mlp_ratio * config.dim
         self.mlp = [Linear(config.dim, wide), nn.gelu, Linear(wide, config.dim)]
 
-    def __call__(self, x: mx.array, pace: Pacer) -> mx.array:
-        x = x + self.attn(self.norm1(x), pace)
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.attn(self.norm1(x))
         y = self.norm2(x)
         for layer in self.mlp:
             y = layer(y)
@@ -87,16 +87,18 @@ class ImageEncoder(nn.Module):
         Raises:
             ValueError: another shape.
         """
+        x = self.embed(images)
+        for block in self.transformer:
+            x = block(x)
+        return x
+
+    def embed(self, images: np.ndarray | mx.array) -> mx.array:
+        """Images (N, H, W, 3) → class token and embedded patches, with their positions (N, 257, dim)."""
         if images.ndim != 4:
             raise ValueError(f"images have shape {tuple(images.shape)}, expected (N, H, W, 3)")
         x = self._patches(preprocess(images, self.config.image_size))
         x = mx.concatenate([mx.repeat(self.cls_embedding, x.shape[0], axis=0), x], axis=1)
-        x = self.pre_norm(x + self.pos_embedding)
-        pace = Pacer()
-        for block in self.transformer:
-            x = block(x, pace)
-            pace(x)
-        return x
+        return self.pre_norm(x + self.pos_embedding)
 
     def _patches(self, pixels: np.ndarray) -> mx.array:
         """(N, size, size, 3) → (N, patches, dim)."""

@@ -8,9 +8,9 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from . import kernels
-
 THETA = 10000.0
+# Cosines and sines as `rope_table` makes them.
+RopeTable = tuple[mx.array, mx.array]
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
@@ -20,7 +20,7 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=4)
-def rope_table(grid: tuple[int, int, int], head_dim: int) -> tuple[mx.array, mx.array]:
+def rope_table(grid: tuple[int, int, int], head_dim: int) -> RopeTable:
     """Cosines and sines for every token of a patch grid.
 
     Built in float64: at hundreds of positions, float32 angles are already visibly wrong.
@@ -42,9 +42,7 @@ def rope_table(grid: tuple[int, int, int], head_dim: int) -> tuple[mx.array, mx.
         angles.append(np.broadcast_to(angle.reshape(shape), (*grid, dim // 2)))
     angle = np.concatenate(angles, axis=-1).reshape(-1, 1, 1, head_dim // 2)
     sin = np.concatenate([-np.sin(angle), np.sin(angle)], axis=-2)
-    tables = mx.array(np.cos(angle).astype(np.float32)), mx.array(sin.astype(np.float32))
-    mx.eval(tables)
-    return tables
+    return mx.array(np.cos(angle).astype(np.float32)), mx.array(sin.astype(np.float32))
 
 
 # The parameters whose rows make queries and keys that are rotated.
@@ -73,7 +71,7 @@ def _rotate(x, swapped, scale, swapped_scale, cos, sin):
     return (a * cos + b * sin).astype(x.dtype)
 
 
-def scale_and_rotate(x: mx.array, scale: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
+def scale_and_rotate(x: mx.array, scale: mx.array, table: RopeTable) -> mx.array:
     """Apply the query/key norm's weight and the rotation in one pass, in float32 inside.
 
     A pair (a, b) becomes (a cos - b sin, b cos + a sin): the pair times the cosine plus the swapped pair times
@@ -91,18 +89,10 @@ def scale_and_rotate(x: mx.array, scale: mx.array, table: tuple[mx.array, mx.arr
     return _rotate(pairs, pairs[..., ::-1, :], scales, scales[..., ::-1, :], *table).reshape(x.shape)
 
 
-def norm_and_rotate(
-    x: mx.array, weight: mx.array, heads: int, table: tuple[mx.array, mx.array], eps: float
-) -> mx.array:
+def norm_and_rotate(x: mx.array, weight: mx.array, heads: int, table: RopeTable, eps: float) -> mx.array:
     """Queries or keys (B, L, D) → normed over all heads and rotated (B, L, heads, D / heads).
 
     ``weight`` is the norm's (D,), in the order of x's channels, each head's in halves.
     """
-    shape = (*x.shape[:2], heads, -1)
-    head_dim = x.shape[-1] // heads
-    if head_dim % 8 == 0 and kernels.usable(kernels.rms_norm_and_rotate, x, weight, head_dim=head_dim):
-        cosines, sines = (part.reshape(x.shape[1], -1) for part in table)
-        x = kernels.rms_norm_and_rotate(x, weight.astype(mx.float32), eps, cosines, sines, head_dim)
-        return x.reshape(shape)
-    x = mx.fast.rms_norm(x, None, eps).reshape(shape)
+    x = mx.fast.rms_norm(x, None, eps).reshape(*x.shape[:2], heads, -1)
     return scale_and_rotate(x, weight.reshape(heads, -1), table)

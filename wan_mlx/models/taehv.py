@@ -138,7 +138,6 @@ class TAEHV(nn.Module):
         for start in range(0, len(frames), TEMPORAL * at_once):
             x = (frames[start : start + TEMPORAL * at_once].astype(mx.float32) + 1) / 2
             latents.append(self._encode(x.astype(self.encoder[0].weight.dtype), cache).astype(mx.float32))
-            mx.eval(latents[-1])
         return mx.concatenate(latents)[None]
 
     def decode(self, latents: mx.array, at_once: int = 1, small: bool = False) -> Iterator[mx.array]:
@@ -151,7 +150,7 @@ class TAEHV(nn.Module):
                 makes frames larger is left out, as the reference suggests for previews.
 
         Returns:
-            An iterator over float32 (1, n, 8h, 8w, 3) in [-1, 1], evaluated: of the first latent frame n is 1, of
+            An iterator over float32 (1, n, 8h, 8w, 3) in [-1, 1]: of the first latent frame n is 1, of
             every other 4. If ``small``, (1, n, h, w, 3), n as many as latent frames.
 
         Raises:
@@ -169,9 +168,7 @@ class TAEHV(nn.Module):
             frames = self._decode(x, cache, small)
             if start == 0 and not small:  # a lone first frame is the last of the four that it would be decoded to
                 frames = frames[TEMPORAL - 1 :]
-            frames = 2 * mx.clip(frames.astype(mx.float32), 0, 1)[None] - 1
-            mx.eval(frames)
-            yield frames
+            yield 2 * mx.clip(frames.astype(mx.float32), 0, 1)[None] - 1
 
     def _encode(self, x: mx.array, cache: CausalCache) -> mx.array:
         first, _, *middle, last = self.encoder

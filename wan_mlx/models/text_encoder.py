@@ -1,4 +1,4 @@
-"""Token ids → text embeddings: the umT5 encoder, whose 11 GB pass through memory block by block.
+"""Token ids → text embeddings: the umT5 encoder.
 
 Follows the official ``wan/modules/t5.py`` (``T5Encoder`` with ``shared_pos=False``): T5 1.1's blocks, but each with a
 relative position bias of its own, and attention without scaling. Parameter names are the official checkpoint's.
@@ -8,14 +8,12 @@ float16 is not offered: umT5's activations exceed its range (there the official 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
-from ..errors import WeightsError
 from .configs import TEXT_LEN, TextEncoderConfig
 from .layers import Embedding, Linear
 
@@ -103,78 +101,51 @@ class EncoderBlock(nn.Module):
         return x + self.ffn(self.norm2(x))
 
 
-def parameter_shapes(config: TextEncoderConfig) -> dict[str, tuple[int, ...]]:
-    """Official name → shape of every parameter of the encoder; nothing is allocated."""
-    block = {name: tuple(array.shape) for name, array in tree_flatten(EncoderBlock(config).parameters())}
-    return {
-        "token_embedding.weight": (config.vocab_size, config.dim),
-        **{f"blocks.{i}.{name}": shape for i in range(config.num_layers) for name, shape in block.items()},
-        "norm.weight": (config.dim,),
-    }
+class TextEncoder(nn.Module):
+    """The umT5 encoder. At full size it is run block by block: `wan_mlx.models.execution.StreamedTextEncoder`."""
 
-
-class TextEncoder:
-    """The umT5 encoder over weights that it does not hold.
-
-    Args:
-        config: sizes.
-        embed: int32 ids (L,) → their rows of ``token_embedding.weight``, (L, dim).
-        blocks: called once per pass; yields the loaded blocks in order. Nothing computed with one is pending when
-            the next is asked for.
-        norm_weight: (dim,).
-        dtype: of the computation, bfloat16 or float32.
-
-    Raises:
-        ValueError: another dtype.
-    """
-
-    def __init__(
-        self,
-        config: TextEncoderConfig,
-        embed: Callable[[np.ndarray], mx.array],
-        blocks: Callable[[], Iterable[EncoderBlock]],
-        norm_weight: mx.array,
-        dtype: mx.Dtype = mx.bfloat16,
-    ):
-        if dtype not in (mx.bfloat16, mx.float32):
-            raise ValueError(f"dtype is {dtype}, expected bfloat16 or float32 (umT5 overflows float16)")
-        self.config, self.dtype = config, dtype
-        self.embed, self.blocks, self.norm_weight = embed, blocks, norm_weight
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = Embedding(config.vocab_size, config.dim)
+        self.blocks = [EncoderBlock(config) for _ in range(config.num_layers)]
+        self.norm = nn.RMSNorm(config.dim, config.eps)
 
     def __call__(self, ids: Sequence[Sequence[int]]) -> list[mx.array]:
-        """Encode several prompts in one pass over the weights.
+        """Encode several prompts.
 
         Args:
             ids: the ids of each prompt, not padded.
 
         Returns:
-            One (L, dim) array per prompt, L its number of ids, in ``dtype``.
+            One (L, dim) array per prompt, L its number of ids, in the weights' dtype.
 
         Raises:
             ValueError: a prompt without ids, or an id outside the vocabulary.
-            WeightsError: ``blocks`` yields another number of blocks than the config has layers.
         """
         # Each prompt is computed alone at its true length. The official code pads to 512, gives padded keys the lowest
         # score a float has, so zero weight, and drops padded rows at the end: what remains is the same.
-        states = [self._embed(prompt) for prompt in ids]
-        count = 0
-        for block in self.blocks():
-            states = [block(x) for x in states]
-            mx.eval(states)
-            count += 1
-        if count != self.config.num_layers:
-            raise WeightsError(f"the text encoder was given {count} blocks, expected {self.config.num_layers}")
-        return [mx.fast.rms_norm(x, self.norm_weight.astype(self.dtype), self.config.eps)[0] for x in states]
+        encoded = []
+        for prompt in ids:
+            x = self.token_embedding(mx.array(checked_ids(prompt, self.config.vocab_size)))[None]
+            for block in self.blocks:
+                x = block(x)
+            encoded.append(self.norm(x)[0])
+        return encoded
 
-    def _embed(self, prompt: Sequence[int]) -> mx.array:
-        tokens = np.asarray(prompt, dtype=np.int32)
-        if tokens.ndim != 1 or not tokens.size:
-            raise ValueError(f"a prompt has ids of shape {tokens.shape}, expected (L,) with L at least 1")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise ValueError(
-                f"ids run from {tokens.min()} to {tokens.max()}, expected 0 to {self.config.vocab_size - 1}"
-            )
-        return self.embed(tokens).astype(self.dtype)[None]
+
+def checked_ids(prompt: Sequence[int], vocab_size: int) -> np.ndarray:
+    """The ids of a prompt, int32 (L,).
+
+    Raises:
+        ValueError: there is none, or one is outside the vocabulary.
+    """
+    ids = np.asarray(prompt, dtype=np.int32)
+    if ids.ndim != 1 or not ids.size:
+        raise ValueError(f"a prompt has ids of shape {ids.shape}, expected (L,) with L at least 1")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(f"ids run from {ids.min()} to {ids.max()}, expected 0 to {vocab_size - 1}")
+    return ids
 
 
 def pad_context(embedding: mx.array, text_len: int = TEXT_LEN) -> mx.array:

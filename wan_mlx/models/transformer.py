@@ -2,111 +2,44 @@
 
 Follows the official ``wan/modules/model.py``. Parameter names are the official checkpoint's. Wide arrays keep the
 weights' dtype; the time path, modulation, norms' statistics, the patch embedding and the head are float32.
+
+Everything here is a function of arrays: it can be differentiated, compiled and compared with the paper. How it is run
+on a machine, in how many pieces and with which kernels, is in `wan_mlx.models.execution`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .attention import attention, whole_tiles
+from .attention import CrossAttention, SelfAttention, attention
 from .configs import TransformerConfig
-from .layers import (
-    FEED_FORWARD_TOKENS,
-    TOKENS_AT_ONCE,
-    AffineNorm,
-    LateFrees,
-    Linear,
-    Pacer,
-    RMSNorm,
-    add_and_norm,
-    gated_add,
-    gelu_tanh,
-    in_token_chunks,
-    modulated_norm,
-    token_parts,
-)
-from .rope import norm_and_rotate, rope_table
+from .layers import AffineNorm, Linear, gated_add, gelu_tanh, modulated_norm
+from .rope import RopeTable, rope_table
 
-# Bytes that may wait to be freed; more where all tokens are computed at once, and waiting for less made a forward take
-# 8 % longer.
-LATE, LATE_WHOLE = 200_000_000, 600_000_000
 # Attributes that are lists of blocks, of all transformers.
 BLOCK_LISTS = ("blocks", "vace_blocks")
 # Parameters that stay float32 whatever the dtype of the rest: few bytes, and rounding them shows.
 FLOAT32_PARAMETERS = r"(^|.*\.)(time_\w+|\w*patch_embedding|head|modulation|norm\w*|emb_pos)(\..*|$)"
 
 
-class Attention(nn.Module):
-    """The projections and norms that both kinds of attention have."""
+class Modulation(NamedTuple):
+    """What the timestep does to one block: shift, scale and gate of self-attention and of the feed-forward.
 
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.heads, self.eps = config.num_heads, config.eps
-        for name in ("q", "k", "v", "o"):
-            setattr(self, name, Linear(config.dim, config.dim))
-        self.norm_q = RMSNorm(config.dim)
-        self.norm_k = RMSNorm(config.dim)
+    Each is float32 (B, 1, D). Scales are what a norm's result is multiplied by.
+    """
 
-
-class SelfAttention(Attention):
-    """Attention among video tokens, with rotary positions."""
-
-    def queries_keys_values(self, x: mx.array, table: tuple[mx.array, mx.array], pace: Pacer) -> list[mx.array]:
-        """Normed tokens (B, L, D) → queries, keys and values (B, L, heads, head_dim), as `attention` takes them.
-
-        Of keys and values there may be a few more: see `whole_tiles`.
-        """
-        arrays = []
-        # While values are made, queries and keys are waited for: what they were made from is gone before attention.
-        steps = (self.q, self.norm_q, pace), (self.k, self.norm_k, pace.small), (self.v, None, pace)
-        for project, norm, have_computed in steps:
-            made = self._heads_of(project(x), norm, table)
-            arrays.append(made if project is self.q else whole_tiles(made))
-            del made
-            have_computed(arrays[-1])
-            pace.settle()
-        return arrays
-
-    def _heads_of(self, x, norm, table):
-        if norm is None:
-            return _split_heads(x, self.heads)
-        return norm_and_rotate(x, norm.weight, self.heads, table, self.eps)
-
-
-class CrossAttention(Attention):
-    """Attention from video tokens to text and, in image-conditioned models, to CLIP features."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__(config)
-        if config.has_image_branch:
-            self.k_img = Linear(config.dim, config.dim)
-            self.v_img = Linear(config.dim, config.dim)
-            self.norm_k_img = RMSNorm(config.dim)
-
-    def keys_values(self, context: mx.array, image_context: mx.array | None) -> list[tuple[mx.array, mx.array]]:
-        """Keys and values of the text and, if there is one, of the image: each (B, length, heads, head_dim)."""
-        pairs = [self._key_value(context, self.k, self.norm_k, self.v)]
-        if image_context is not None:
-            pairs.append(self._key_value(image_context, self.k_img, self.norm_k_img, self.v_img))
-        return pairs
-
-    def _key_value(self, context, project_k, norm, project_v):
-        return self._normed(project_k(context), norm), _split_heads(project_v(context), self.heads)
-
-    def _normed(self, x, norm):
-        return _split_heads(mx.fast.rms_norm(x, norm.weight.astype(x.dtype), self.eps), self.heads)
-
-    def __call__(self, x: mx.array, pairs: Sequence[tuple[mx.array, mx.array]], pace: Pacer) -> mx.array:
-        q = self._normed(self.q(x), self.norm_q)
-        attended = reduce(mx.add, (attention(q, k, v, pace) for k, v in pairs))  # sum() would add them to 0
-        pace(attended)
-        return self.o(attended)
+    shift_attn: mx.array
+    scale_attn: mx.array
+    gate_attn: mx.array
+    shift_ffn: mx.array
+    scale_ffn: mx.array
+    gate_ffn: mx.array
 
 
 class Block(nn.Module):
@@ -116,7 +49,7 @@ class Block(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.self_attn = SelfAttention(config)
-        self.norm3 = AffineNorm(config.dim)
+        self.norm3 = AffineNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config)
         self.ffn = [Linear(config.dim, config.ffn_dim), gelu_tanh, Linear(config.ffn_dim, config.dim)]
         self.modulation = mx.zeros((1, 6, config.dim))
@@ -127,50 +60,31 @@ class Block(nn.Module):
         modulation: mx.array,
         context: mx.array,
         image_context: mx.array | None,
-        table: tuple[mx.array, mx.array],
-        pace: Pacer,
+        rope: RopeTable,
     ) -> mx.array:
         """x (B, L, D), modulation float32 (B, 6, D), context (B, 512, D) → (B, L, D)."""
-        m = self.modulation + modulation
-        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = (m[:, i : i + 1] for i in range(6))
-        # A long video's memory is arrays as wide as x: none is held longer than it is needed, and what can wait for the
-        # pieces below does.
-        normed = modulated_norm(x, 1 + scale_attn, shift_attn, self.eps)
-        pace.small(normed)
-        heads = self.self_attn.queries_keys_values(normed, table, pace)
-        del normed
-        attended = attention(*heads, pace)
-        del heads
-        pace(attended)
+        m = self.modulate(modulation)
+        q, k, v = self.self_attn.queries_keys_values(modulated_norm(x, m.scale_attn, m.shift_attn, self.eps), rope)
         pairs = self.cross_attn.keys_values(context, image_context)
+        return self.after_attention(x, attention(q, k, v), m, pairs)
 
-        def tokenwise(pieces):
-            x, attended = pieces
-            pieces.clear()
-            norm3 = self.norm3
-            x, y = add_and_norm(x, self.self_attn.o(attended), gate_attn, norm3.weight, norm3.bias, self.eps)
-            del attended
-            pace.small(x, y)
-            ungated = mx.ones_like(gate_ffn)
-            x, y = add_and_norm(x, self.cross_attn(y, pairs, pace), ungated, 1 + scale_ffn, shift_ffn, self.eps)
-            pace(x, y)  # the widest arrays are next: nothing of what was before is still there beside them
-            pieces.append(y)
-            del y
-            parts = token_parts(feed_forward, pieces, min(FEED_FORWARD_TOKENS, pace.tokens_at_once))
-            x = gated_add(x, parts, gate_ffn)
-            pace.submit(x)
-            return x
+    def after_attention(
+        self, x: mx.array, attended: mx.array, m: Modulation, pairs: Sequence[tuple[mx.array, mx.array]]
+    ) -> mx.array:
+        """The rest of the block, token by token: x and what they attended to (B, L, D) → (B, L, D)."""
+        x = gated_add(x, self.self_attn.o(attended), m.gate_attn)
+        x = x + self.cross_attn(self.norm3(x), pairs)
+        y = modulated_norm(x, m.scale_ffn, m.shift_ffn, self.eps)
+        for layer in self.ffn:
+            y = layer(y)
+        return gated_add(x, y, m.gate_ffn)
 
-        def feed_forward(pieces):
-            y = pieces.pop()
-            for layer in self.ffn:
-                y = layer(y)
-            pace(y)
-            return y
-
-        pieces = [x, attended]
-        del x, attended
-        return in_token_chunks(tokenwise, pieces, pace, pace.tokens_at_once)
+    def modulate(self, modulation: mx.array) -> Modulation:
+        """The time projection float32 (B, 6, D) → this block's modulation."""
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = mx.split(
+            self.modulation + modulation, 6, axis=1
+        )
+        return Modulation(shift_attn, 1 + scale_attn, gate_attn, shift_ffn, 1 + scale_ffn, gate_ffn)
 
 
 class Head(nn.Module):
@@ -182,18 +96,11 @@ class Head(nn.Module):
         self.head = Linear(config.dim, int(np.prod(config.patch_size)) * config.out_dim)
         self.modulation = mx.zeros((1, 2, config.dim))
 
-    def __call__(self, x: mx.array, time: mx.array, pace: Pacer) -> mx.array:
+    def __call__(self, x: mx.array, time: mx.array) -> mx.array:
         """x (B, L, D), time float32 (B, D) → float32 (B, L, patch volume * out_dim)."""
-        m = self.modulation + time[:, None]
-        shift, scale = m[:, 0:1], m[:, 1:2]
-
-        def project(pieces):
-            x = mx.fast.layer_norm(pieces.pop().astype(mx.float32), None, None, self.eps)
-            x = self.head(x * (1 + scale) + shift)
-            pace(x)
-            return x
-
-        return in_token_chunks(project, [x], pace, min(FEED_FORWARD_TOKENS, pace.tokens_at_once))
+        shift, scale = mx.split(self.modulation + time[:, None], 2, axis=1)
+        x = mx.fast.layer_norm(x.astype(mx.float32), None, None, self.eps)
+        return self.head(x * (1 + scale) + shift)
 
 
 class ImageEmbedding(nn.Module):
@@ -225,22 +132,33 @@ class ImageEmbedding(nn.Module):
 class ForwardPass:
     """What stays the same in one forward pass, from the first block to the head.
 
-    ``grid`` is in patches, ``time`` the embedding (B, D), ``for_blocks`` what `Block` takes beside the tokens.
+    Attributes:
+        grid: patches along (time, height, width).
+        time: the time embedding, float32 (B, D).
+        modulation: the time projection that modulates the blocks, float32 (B, 6, D).
+        context, image_context: text and CLIP features at the width of the transformer (B, length, D).
+        rope: from `rope_table`.
+        vace_context, vace_scale: latents of VACE's control video and the strength of its hints.
     """
 
     grid: tuple[int, int, int]
     time: mx.array
-    pace: Pacer
-    for_blocks: tuple
+    modulation: mx.array
+    context: mx.array
+    image_context: mx.array | None
+    rope: RopeTable
+    vace_context: mx.array | None = None
+    vace_scale: float = 1.0
 
     @property
-    def modulation(self) -> mx.array:
-        """The time projection that modulates the blocks, float32 (B, 6, D)."""
-        return self.for_blocks[0]
+    def for_blocks(self) -> tuple[mx.array, mx.array, mx.array | None, RopeTable]:
+        """What `Block` takes beside the tokens."""
+        return self.modulation, self.context, self.image_context, self.rope
 
 
-# (tokens before the blocks, this pass, run the blocks) → tokens after the blocks. It runs them, or knows better.
-Through = Callable[[mx.array, ForwardPass, Callable[[mx.array], mx.array]], mx.array]
+# (tokens before the blocks, this pass, run the blocks) → tokens after the blocks. A hook around the blocks: it runs
+# them, or knows better.
+BlocksHook = Callable[[mx.array, ForwardPass, Callable[[mx.array], mx.array]], mx.array]
 
 
 class Transformer(nn.Module):
@@ -254,10 +172,6 @@ class Transformer(nn.Module):
         self.text_embedding = [Linear(config.text_dim, dim), gelu_tanh, Linear(dim, dim)]
         self.time_embedding = [Linear(config.freq_dim, dim), nn.silu, Linear(dim, dim)]
         self.time_projection = [nn.silu, Linear(dim, 6 * dim)]
-        self.tokens_at_once = TOKENS_AT_ONCE  # where tokens are independent; fewer take less memory
-        self._late = LateFrees(LATE)
-        # Reads the blocks where they are not resident: (their names, in order) → the blocks, each valid until the next.
-        self.stream: Callable[[Sequence[str]], Iterator[Block]] | None = None
         self.blocks = [self.new_block(config, f"blocks.{i}") for i in range(config.num_layers)]
         self.head = Head(config)
         if config.has_image_branch:
@@ -275,7 +189,7 @@ class Transformer(nn.Module):
         context: mx.array,
         condition: mx.array | None = None,
         image_features: mx.array | None = None,
-        through: Through | None = None,
+        through: BlocksHook | None = None,
         skip_layers: Collection[int] = (),
     ) -> mx.array:
         """Predict the velocity (noise minus clean latents).
@@ -295,58 +209,51 @@ class Transformer(nn.Module):
         Raises:
             ValueError: an argument has the wrong shape.
         """
+        x, this_pass = self.enter(latents, timestep, context, condition, image_features)
+        return self.leave(self._blocks(x, this_pass, through, skip_layers), this_pass)
+
+    def enter(
+        self,
+        latents: mx.array,
+        timestep: float | Sequence[float],
+        context: mx.array,
+        condition: mx.array | None = None,
+        image_features: mx.array | None = None,
+    ) -> tuple[mx.array, ForwardPass]:
+        """Everything before the blocks, of the arguments of a call → tokens (B, L, D), and what comes with them."""
         self._check(latents, context, condition, image_features)
         if condition is not None:
             latents = mx.concatenate([latents, condition.astype(latents.dtype)], axis=-1)
-        x, this_pass = self.enter(latents, timestep, context, image_features)
+        x, grid = self.patchify(latents, self.patch_embedding)
+        time, modulation = self.embed_time(timestep)
+        text, image = self.embed_context(context, image_features)
+        return x, ForwardPass(grid, time, modulation, text, image, rope_table(grid, self.config.head_dim))
 
-        def run_blocks(x):
-            layers = (layer for layer in range(self.config.num_layers) if layer not in skip_layers)
-            tokens = [x]
-            del x
-            for _, block in self.each_block([f"blocks.{layer}" for layer in layers]):
-                tokens.append(self.done(block(tokens.pop(), *this_pass.for_blocks)))
-            return tokens.pop()
+    def leave(self, x: mx.array, this_pass: ForwardPass) -> mx.array:
+        """Everything after the blocks: tokens (B, L, D) → velocity, float32 (B, t, h, w, out_dim)."""
+        return self.unpatchify(self.head(x, this_pass.time), this_pass.grid)
 
-        tokens = [x]
-        del x  # or it would be held through all the blocks
-        x = run_blocks(tokens.pop()) if through is None else through(tokens.pop(), this_pass, run_blocks)
-        return self.leave(x, this_pass)
+    def _blocks(self, x, this_pass, through, skip_layers):
+        def run_blocks(x: mx.array) -> mx.array:
+            return self.run_blocks(x, this_pass, skip_layers)
+
+        return run_blocks(x) if through is None else through(x, this_pass, run_blocks)
+
+    def run_blocks(self, x: mx.array, this_pass: ForwardPass, skip_layers: Collection[int] = ()) -> mx.array:
+        """Tokens (B, L, D) through the blocks."""
+        for layer, block in enumerate(self.blocks):
+            if layer not in skip_layers:
+                x = block(x, *this_pass.for_blocks)
+        return x
+
+    def block_order(self, skip_layers: Collection[int] = ()) -> list[str]:
+        """Names of the blocks in the order in which they can be run one after the other."""
+        return [f"blocks.{layer}" for layer in range(self.config.num_layers) if layer not in skip_layers]
 
     @staticmethod
     def new_block(config: TransformerConfig, name: str) -> Block:
         """A block for the parameters whose names begin with ``name``, not loaded."""
         return Block(config)
-
-    def each_block(self, names: Sequence[str]) -> Iterator[tuple[str, Block]]:
-        """Names and blocks in order, resident or as they are read."""
-        if self.stream is not None:
-            yield from zip(names, self.stream(names), strict=True)
-            return
-        for name in names:
-            kind, index = name.split(".")
-            yield name, self[kind][int(index)]
-
-    def done(self, *arrays: mx.array) -> mx.array:
-        """To be called with all that was computed with a block; returns the last array."""
-        if self.stream is not None:
-            mx.eval(arrays)  # the block is emptied when the next one is asked for
-        return arrays[-1]
-
-    def enter(
-        self, latents: mx.array, timestep: float | Sequence[float], context: mx.array, image_features: mx.array | None
-    ) -> tuple[mx.array, ForwardPass]:
-        """Everything before the blocks: latents (B, t, h, w, in_dim) → tokens (B, L, D), and what comes with them."""
-        x, grid = self.patchify(latents, self.patch_embedding)
-        time, modulation = self.embed_time(timestep)
-        text, image = self.embed_context(context, image_features)
-        self._late.most = LATE_WHOLE if self.tokens_at_once > FEED_FORWARD_TOKENS else LATE
-        table, pace = rope_table(grid, self.config.head_dim), Pacer(self.tokens_at_once, self._late)
-        return x, ForwardPass(grid, time, pace, (modulation, text, image, table, pace))
-
-    def leave(self, x: mx.array, this_pass: ForwardPass) -> mx.array:
-        """Everything after the blocks: tokens (B, L, D) → velocity, float32 (B, t, h, w, out_dim)."""
-        return self.unpatchify(self.head(x, this_pass.time, this_pass.pace), this_pass.grid)
 
     def _check(self, latents, context, condition, image_features):
         c = self.config
@@ -402,6 +309,3 @@ def sinusoid(position: np.ndarray, dim: int) -> np.ndarray:
     angle = np.outer(position.astype(np.float64), 10000.0 ** (-np.arange(half) / half))
     return np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
 
-
-def _split_heads(x: mx.array, heads: int) -> mx.array:
-    return x.reshape(*x.shape[:2], heads, -1)

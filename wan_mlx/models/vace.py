@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
 from .configs import TransformerConfig
 from .layers import Linear, gated_add
-from .transformer import Block, Through, Transformer
+from .transformer import Block, BlocksHook, ForwardPass, Transformer
 
 
 class VaceBlock(Block):
@@ -46,7 +47,7 @@ class VaceTransformer(Transformer):
         context: mx.array,
         vace_context: mx.array,
         vace_scale: float = 1.0,
-        through: Through | None = None,
+        through: BlocksHook | None = None,
         skip_layers: Collection[int] = (),
     ) -> mx.array:
         """Predict the velocity (noise minus clean latents).
@@ -66,37 +67,51 @@ class VaceTransformer(Transformer):
         Raises:
             ValueError: an argument has the wrong shape.
         """
-        self._check(latents, context, None, None)
+        x, this_pass = self.enter(latents, timestep, context, vace_context, vace_scale)
+        return self.leave(self._blocks(x, this_pass, through, skip_layers), this_pass)
+
+    def enter(
+        self,
+        latents: mx.array,
+        timestep: float | Sequence[float],
+        context: mx.array,
+        vace_context: mx.array,
+        vace_scale: float = 1.0,
+    ) -> tuple[mx.array, ForwardPass]:
+        x, this_pass = super().enter(latents, timestep, context)
         expected = (*latents.shape[:-1], self.config.vace_in_dim)
         if vace_context.shape != expected:
             raise ValueError(f"vace_context has shape {vace_context.shape}, expected {expected} for these latents")
-        x, this_pass = self.enter(latents, timestep, context, None)
+        return x, replace(this_pass, vace_context=vace_context, vace_scale=vace_scale)
 
-        def run_blocks(x):
-            control, _ = self.patchify(vace_context, self.vace_patch_embedding)
-            start, scale = x, mx.array(vace_scale, dtype=mx.float32)
-            for name, block in self.each_block(self._order(skip_layers)):
-                if name.startswith("blocks."):
-                    x = self.done(block(x, *this_pass.for_blocks))
-                    continue
-                if "before_proj" in block:
-                    control, start = block.before_proj(control) + start, None
-                    this_pass.pace(control)
-                # The official code makes all hints first and keeps them. Control tokens do not depend on the blocks
-                # before, so a hint can be made where it is added, and no block runs while one is held.
-                control = block(control, *this_pass.for_blocks)
-                x = gated_add(x, block.after_proj(control), scale)
-                this_pass.pace(x)
-                self.done(control, x)
-            return x
+    def run_blocks(self, x: mx.array, this_pass: ForwardPass, skip_layers: Collection[int] = ()) -> mx.array:
+        """Tokens (B, L, D) through the blocks, each hint added after its layer."""
+        hints = dict(zip(self.config.vace_layers, self.hints(x, this_pass), strict=True))
+        scale = mx.array(this_pass.vace_scale, dtype=mx.float32)
+        for layer, block in enumerate(self.blocks):
+            if layer not in skip_layers:
+                x = block(x, *this_pass.for_blocks)
+            if layer in hints:
+                x = gated_add(x, hints[layer], scale)
+        return x
 
-        tokens = [x]
-        del x  # or it would be held through all the blocks
-        x = run_blocks(tokens.pop()) if through is None else through(tokens.pop(), this_pass, run_blocks)
-        return self.leave(x, this_pass)
+    def hints(self, x: mx.array, this_pass: ForwardPass) -> list[mx.array]:
+        """What the VACE blocks make of the control video, given the tokens x: each (B, L, D)."""
+        control, hints = self.control_tokens(this_pass), []
+        for block in self.vace_blocks:
+            if "before_proj" in block:
+                control = block.before_proj(control) + x
+            control = block(control, *this_pass.for_blocks)
+            hints.append(block.after_proj(control))
+        return hints
 
-    def _order(self, skip_layers: Collection[int]) -> list[str]:
-        """Names of the blocks in the order they are run in."""
+    def control_tokens(self, this_pass: ForwardPass) -> mx.array:
+        """The control video's patches at the width of the transformer (B, L, D)."""
+        return self.patchify(this_pass.vace_context, self.vace_patch_embedding)[0]
+
+    def block_order(self, skip_layers: Collection[int] = ()) -> list[str]:
+        # The official code makes all hints first and keeps them. Control tokens do not depend on the blocks before, so
+        # a hint can be made where it is added, and no block runs while one is held.
         names, hints = [], iter(range(len(self.config.vace_layers)))
         for layer in range(self.config.num_layers):
             if layer not in skip_layers:

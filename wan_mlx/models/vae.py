@@ -1,13 +1,15 @@
 """The causal 3D VAE of Wan2.1: video ↔ latents.
 
-Follows the official ``wan/modules/vae.py``, but a few frames at a time, which causality makes equal: layers take and
-give consecutive frames (n, H, W, C), and a `CausalCache` holds the frames they look back to. Parameter names are the
-official checkpoint's, so lists keep the numbering of its ``nn.Sequential``, with None where a layer has no parameters.
+Follows the official ``wan/modules/vae.py``, but any number of frames at a time, which causality makes equal: layers
+take and give consecutive frames (n, H, W, C), and a `CausalCache` holds the frames they look back to. Parameter names
+are the official checkpoint's, so lists keep the numbering of its ``nn.Sequential``, with None where a layer has no
+parameters. How it is run on a machine is in `wan_mlx.models.vae_execution`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
@@ -15,12 +17,6 @@ import mlx.nn as nn
 
 from .configs import VAEConfig
 from .vae_layers import CausalCache, CausalConv, Conv, PointConv, TimeConv
-
-# The one attention head is 384 wide, which no fused kernel takes: this many scores at a time (64 MB in float32).
-SCORES_AT_ONCE = 1 << 24
-# Small frames are computed several at a time, which the GPU does faster; up to so many values, since several
-# temporaries of this size live at once.
-VALUES_AT_ONCE = 20_000_000
 
 
 class RMSNorm(nn.Module):
@@ -54,8 +50,8 @@ class ResidualBlock(nn.Module):
 
     def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
-        y = cache.pace(conv1(silu(norm1(x)), cache))
-        return cache.pace(conv2(silu(norm2(y)), cache, residual=self.shortcut(x) if "shortcut" in self else x))
+        y = conv1(silu(norm1(x)), cache)
+        return conv2(silu(norm2(y)), cache, residual=self.shortcut(x) if "shortcut" in self else x)
 
 
 class AttentionBlock(nn.Module):
@@ -68,14 +64,14 @@ class AttentionBlock(nn.Module):
         self.proj = PointConv(dim, dim, rank=2)
 
     def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
+        q, k, v = self.queries_keys_values(x)
+        attended = mx.fast.scaled_dot_product_attention(q, k, v, scale=x.shape[-1] ** -0.5)
+        return x + self.proj(attended.reshape(x.shape))
+
+    def queries_keys_values(self, x: mx.array) -> Sequence[mx.array]:
+        """Frames (n, H, W, C) → queries, keys and values (n, 1, H * W, C)."""
         n, h, w, c = x.shape
-        q, k, v = self.to_qkv(self.norm(x)).reshape(n, 1, h * w, 3 * c).split(3, axis=-1)
-        rows = max(1, SCORES_AT_ONCE // (n * h * w))
-        parts = []
-        for row in range(0, h * w, rows):
-            parts.append(mx.fast.scaled_dot_product_attention(q[:, :, row : row + rows], k, v, scale=c**-0.5))
-            mx.eval(parts[-1])  # without it the scores of all parts would be alive at once
-        return x + self.proj(mx.concatenate(parts, axis=2).reshape(x.shape))
+        return self.to_qkv(self.norm(x)).reshape(n, 1, h * w, 3 * c).split(3, axis=-1)
 
 
 class Downsample(nn.Module):
@@ -89,16 +85,23 @@ class Downsample(nn.Module):
 
     def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
         """(n, H, W, C) → (m, H/2, W/2, C): as many frames or, in time, one for the first frame and each two after."""
+        return self.in_time(self.in_space(x), cache)
+
+    def in_space(self, x: mx.array) -> mx.array:
+        """(n, H, W, C) → (n, H/2, W/2, C)."""
         conv = self.resample[1]
         # Padded below and on the right only.
-        x = cache.pace(mx.conv_general(x, conv.weight, stride=2, padding=([0, 0], [1, 1])) + conv.bias)
+        return mx.conv_general(x, conv.weight, stride=2, padding=([0, 0], [1, 1])) + conv.bias
+
+    def in_time(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
+        """Frames (n, H, W, C) → half as many, where that is asked for."""
         if "time_conv" not in self:
             yield x
             return
         frames = [*cache.get(self), *mx.split(x, len(x))]
         if not cache.get(self):  # the first frame stands for itself
             yield frames[0]
-        # Pairs: each is seen with the frame before it. What waits for its second frame is kept.
+        # Pairs: each is seen with the frame before it. A frame that waits for its second is kept.
         pairs = (len(frames) - 1) // 2
         cache.keep(self, *frames[2 * pairs :])
         if pairs:
@@ -116,73 +119,72 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int, temporal: bool):
         super().__init__()
-        self._phases: tuple[mx.array | None, mx.array | None] = (None, None)
         self.resample = [None, Conv(dim, dim // 2, 3, 3)]
         if temporal:
             self.time_conv = TimeConv(dim, 2 * dim)
 
     def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
-        """(n, H, W, C) → (m, 2H, 2W, C/2), a few frames at a time."""
-        for frames in in_batches(self._in_time(x, cache), scale=2):  # four times the pixels, half as wide
-            yield self._in_space(frames, cache)  # not held here: it is as large as the frames that follow from it
+        """(n, H, W, C) → (m, 2H, 2W, C/2)."""
+        yield self.in_space(self.in_time(x, cache), self.phase_weights())
 
-    def _in_space(self, x, cache):
+    def in_space(self, x: mx.array, phase_weights: mx.array) -> mx.array:
         """(n, H, W, C) → (n, 2H, 2W, C/2): every pixel doubled, then a 3x3 convolution, in one step at half the work.
 
         Four neighbours among the doubled pixels are one pixel of ``x``, so each of the four results at a pixel sees 2x2
-        pixels of ``x`` with sums of the kernel's values, and the doubled frame is never made.
+        pixels of ``x`` with sums of the kernel's values (`phase_weights`), and the doubled frame is never made.
         """
         conv, (n, h, w, _) = self.resample[1], x.shape
-        # (n, H+1, W+1, 4 * width): at (i, j) what is seen of pixels i-1, i and j-1, j, for phases (a, b).
-        seen = mx.conv2d(x, self._phase_weights(), padding=1)
+        # (n, H+1, W+1, 4 * width): at (i, j) the sums over pixels i-1, i and j-1, j, for phases (a, b).
+        seen = mx.conv2d(x, phase_weights, padding=1)
         # The result at (2i + a, 2j + b) is phase (a, b) at (i + a, j + b).
         width = len(conv.bias)
         column, row = 4 * width, 4 * width * (w + 1)
         strides = ((h + 1) * row, row, row + 2 * width, column, column + width, 1)
         y = mx.as_strided(seen, (n, h, 2, w, 2, width), strides) + conv.bias
-        return cache.pace(y.reshape(n, 2 * h, 2 * w, width))
+        return y.reshape(n, 2 * h, 2 * w, width)
 
-    def _phase_weights(self) -> mx.array:
-        """(4 * width, 2, 2, C), made once."""
-        made_from, weight = self._phases
-        conv = self.resample[1]
-        if made_from is not conv.weight:
-            phases = mx.array(PHASES)
-            weight = mx.einsum("aru,bsv,ouvc->aborsc", phases, phases, conv.weight.astype(mx.float32))
-            weight = weight.reshape(-1, *weight.shape[3:]).astype(conv.weight.dtype)
-            self._phases = conv.weight, weight
-        return weight
+    def phase_weights(self) -> mx.array:
+        """The convolution's weight as 2x2 kernels over the pixels before doubling, (4 * width, 2, 2, C)."""
+        weight, phases = self.resample[1].weight, mx.array(PHASES)
+        sums = mx.einsum("aru,bsv,ouvc->aborsc", phases, phases, weight.astype(mx.float32))
+        return sums.reshape(-1, *sums.shape[3:]).astype(weight.dtype)
 
-    def _in_time(self, x, cache):
+    def in_time(self, x: mx.array, cache: CausalCache) -> mx.array:
+        """Frames (n, H, W, C) → twice as many, where that is asked for."""
         if "time_conv" not in self:
             return x
         if not cache.get(self):
             # The first frame is not doubled, and the second finds zeros before it instead of the first.
             cache.keep(self, *(mx.zeros_like(x[:1]),) * 2)
-            return x[:1] if len(x) == 1 else mx.concatenate([x[:1], self._in_time(x[1:], cache)])
+            return x[:1] if len(x) == 1 else mx.concatenate([x[:1], self.in_time(x[1:], cache)])
         y = self.time_conv(*cache.look_back(self, x))
         n, h, w, c = x.shape
         return y.reshape(n, h, w, 2, c).transpose(0, 3, 1, 2, 4).reshape(2 * n, h, w, c)
-
-
-def in_batches(x: mx.array, scale: int = 1) -> Iterator[mx.array]:
-    """Frames (n, H, W, C) in pieces of at most ``VALUES_AT_ONCE`` values when they have grown ``scale`` times."""
-    count = max(1, VALUES_AT_ONCE // (scale * x[0].size))
-    for start in range(0, len(x), count):
-        yield x[start : start + count]
 
 
 def middle_blocks(dim: int) -> list[nn.Module]:
     return [ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim)]
 
 
-def apply_head(head: Sequence, x: mx.array, cache: CausalCache) -> mx.array:
-    """Norm, SiLU, causal convolution."""
-    norm, _, conv = head
-    return cache.pace(conv(silu(norm(x)), cache), x)
+@dataclass(frozen=True)
+class Head:
+    """The last layers, as one: norm, SiLU, causal convolution."""
+
+    layers: Sequence
+
+    def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
+        norm, _, conv = self.layers
+        return conv(silu(norm(x)), cache)
 
 
-def flow(layers: Sequence[Callable], frames: Iterable[mx.array], cache: CausalCache) -> Iterator[mx.array]:
+def run_layer(layer: Callable, x: mx.array, cache: CausalCache) -> mx.array | Iterator[mx.array]:
+    """A layer's own result: frames, or, of a layer that resamples, pieces of them."""
+    return layer(x, cache)
+
+
+def flow(
+    layers: Sequence[Callable], frames: Iterable[mx.array], cache: CausalCache, run: Callable = run_layer
+) -> Iterator[mx.array]:
     """Send ``frames``, pieces (n, H, W, C) of a video, through ``layers``; resampling changes how many there are.
 
     Each piece goes all the way before the next one starts, so that few large frames exist at a time.
@@ -190,15 +192,18 @@ def flow(layers: Sequence[Callable], frames: Iterable[mx.array], cache: CausalCa
     for x in frames:
         for i, layer in enumerate(layers):
             if isinstance(layer, (Downsample, Upsample)):
-                yield from flow(layers[i + 1 :], layer(x, cache), cache)
+                yield from flow(layers[i + 1 :], run(layer, x, cache), cache, run)
                 break
-            x = layer(x, cache)
+            x = run(layer, x, cache)
         else:
             yield x
 
 
 class Encoder(nn.Module):
-    """Frames (n, H, W, 3) → latent frames (m, h, w, 2 * z_dim), before the last 1x1x1 convolution."""
+    """Frames (n, H, W, 3) → latent frames (m, h, w, 2 * z_dim), before the last 1x1x1 convolution.
+
+    A latent frame comes out after frames 1, 5, 9, ...
+    """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -221,20 +226,14 @@ class Encoder(nn.Module):
     @property
     def whole(self) -> list[Callable]:
         """The layers after them, which see whole frames."""
-        return [*self.middle, partial(apply_head, self.head)]
-
-    def batches(self, x: mx.array) -> Iterator[mx.array]:
-        """As many frames at a time as the first layers should get."""
-        # The first layer makes frames of 3 channels `dim` channels wide.
-        return in_batches(x, scale=len(self.conv1.bias) // 3)
-
-    def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
-        """Encode the next frames: a latent frame comes out after frames 1, 5, 9, ..."""
-        return flow([*self.local, *self.whole], self.batches(x), cache)
+        return [*self.middle, Head(self.head)]
 
 
 class Decoder(nn.Module):
-    """Latent frames (n, h, w, z_dim), after the first 1x1x1 convolution → frames (m, H, W, 3)."""
+    """Latent frames (n, h, w, z_dim), after the first 1x1x1 convolution → frames (m, H, W, 3).
+
+    The first latent frame gives one frame, every other four.
+    """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -259,11 +258,7 @@ class Decoder(nn.Module):
     @property
     def local(self) -> list[Callable]:
         """The layers after them, of which every pixel sees only its neighbourhood."""
-        return [*self.upsamples, partial(apply_head, self.head)]
-
-    def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
-        """Decode the next latent frames: the first gives one frame, every other four."""
-        return flow([*self.whole, *self.local], [x], cache)
+        return [*self.upsamples, Head(self.head)]
 
 
 class VAE(nn.Module):
@@ -324,9 +319,13 @@ class VAE(nn.Module):
         Raises:
             ValueError: a chunk has another shape, or there is none.
         """
-        cache = CausalCache(ahead=True)
-        latents = [self._encode_chunk(chunk, cache) for chunk in self.checked_chunks(chunks)]
-        return mx.stack(latents, axis=1)
+        frames = (self.enter(chunk) for chunk in self.checked_chunks(chunks))
+        moments = flow([*self.encoder.local, *self.encoder.whole], frames, CausalCache())
+        return mx.stack([self.pack(frame) for frame in moments], axis=1)
+
+    def enter(self, chunk: mx.array) -> mx.array:
+        """A chunk float32 (1, n, H, W, 3) → the frames (n, H, W, 3) that the encoder takes."""
+        return chunk[0].astype(self.encoder.conv1.weight.dtype)
 
     def checked_chunks(self, chunks: Iterable[mx.array]) -> Iterator[mx.array]:
         """The same chunks; raises ValueError as `encode_chunks` does."""
@@ -348,27 +347,25 @@ class VAE(nn.Module):
             latents: float32 (1, t, h, w, C), normalised as ``encode`` returns them.
 
         Returns:
-            An iterator over float32 (1, n, 8h, 8w, 3), evaluated and clipped to [-1, 1]: n is 1 for the first latent
-            frame, then 4.
+            An iterator over float32 (1, n, 8h, 8w, 3), clipped to [-1, 1]: n is 1 for the first latent frame, then 4.
 
         Raises:
             ValueError: ``latents`` has another shape.
         """
+        self.check_latents(latents)
+        cache, layers = CausalCache(), [*self.decoder.whole, *self.decoder.local]
+        return (self.to_frames(flow(layers, [z], cache)) for z in self.unpack(latents))
+
+    def check_latents(self, latents: mx.array) -> None:
+        """Raise ValueError if latents have another shape than (1, t, h, w, C)."""
         z_dim = self.config.z_dim
         if latents.ndim != 5 or latents.shape[0] != 1 or latents.shape[-1] != z_dim or 0 in latents.shape:
             raise ValueError(f"latents have shape {latents.shape}, expected (1, t, h, w, {z_dim}), channels last")
-        return self._decode_frames(latents)
-
-    def _encode_chunk(self, chunk, cache):
-        (moments,) = self.encoder(chunk[0].astype(self.encoder.conv1.weight.dtype), cache)
-        return self.pack(moments)
 
     def pack(self, moments: mx.array) -> mx.array:
-        """What the encoder gives (1, h, w, 2C) → a frame of latents float32 (1, h, w, C), normalised."""
+        """The encoder's result (1, h, w, 2C) → a frame of latents float32 (1, h, w, C), normalised."""
         mean = self.conv1(moments).astype(mx.float32)[..., : self.config.z_dim]
-        latents = (mean - mx.array(self.config.mean)) / mx.array(self.config.std)
-        mx.eval(latents)
-        return latents
+        return (mean - mx.array(self.config.mean)) / mx.array(self.config.std)
 
     def unpack(self, latents: mx.array) -> Iterator[mx.array]:
         """Normalised latents float32 (1, t, h, w, C) → the frames (1, h, w, C) that the decoder takes."""
@@ -379,14 +376,7 @@ class VAE(nn.Module):
     def to_frames(self, decoded: Iterable[mx.array]) -> mx.array:
         """Frames (n, H, W, 3) from the decoder, in pieces → float32 (1, n, H, W, 3), clipped to [-1, 1]."""
         frames = mx.concatenate(list(decoded))[None]
-        frames = mx.clip(frames.astype(mx.float32), -1.0, 1.0)
-        mx.eval(frames)
-        return frames
-
-    def _decode_frames(self, latents):
-        cache = CausalCache(ahead=True)
-        for z in self.unpack(latents):
-            yield self.to_frames(self.decoder(z, cache))
+        return mx.clip(frames.astype(mx.float32), -1.0, 1.0)
 
     def _check_frames(self, frames):
         if frames.ndim != 5 or frames.shape[0] != 1 or frames.shape[-1] != 3 or 0 in frames.shape:

@@ -22,8 +22,8 @@ import numpy as np
 
 from ..errors import is_out_of_memory
 from ..geometry import WAN_2_1, Geometry
-from .vae import VAE, Downsample, ResidualBlock, Upsample, flow
-from .vae_layers import CausalCache
+from .vae import VAE, Downsample, ResidualBlock, Upsample
+from .vae_execution import PacedCache, VAEExecution
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def smaller_tile(tile: tuple[int, int] | None, size: tuple[int, int]) -> tuple[i
 
 
 def decode(
-    vae: VAE,
+    run: VAEExecution,
     latents: mx.array,
     tile: tuple[int, int] | None,
     finish: Callable[[mx.array], np.ndarray] = np.array,
@@ -73,7 +73,7 @@ def decode(
     """Decode, in tiles unless ``tile`` is None.
 
     Args:
-        vae: used in the dtype of its weights.
+        run: the VAE, used in the dtype of its weights.
         latents: float32 (1, t, h, w, C), normalised.
         tile: largest (width, height) in pixels, without margins.
         finish: makes of float32 (1, n, H, W, 3) in [-1, 1] what is kept, of the same shape; of a tiled video all of it
@@ -87,19 +87,20 @@ def decode(
     Raises:
         ValueError: ``latents`` has another shape.
     """
-    whole = vae.decode(latents)  # checks the shape; nothing is computed before the first frame is asked for
+    vae = run.vae
+    whole = run.decode(latents)  # checks the shape; nothing is computed before the first frame is asked for
     if tile is None:
         for frames in progress(whole, total=latents.shape[1]):
             yield finish(frames)
         return
     _, count, height, width, _ = latents.shape
-    middle = list(flow(vae.decoder.whole, vae.unpack(latents), CausalCache()))
+    middle = list(run.flow(vae.decoder.whole, vae.unpack(latents), PacedCache()))
     tiles = decoder_tiles(vae, (height, width), tile)
     canvas = None
     work = iter(progress(range(len(tiles) * count), total=len(tiles) * count))
     for area in tiles:
         rows, columns = (slice(*span) for span in area.target)
-        for index, frames in enumerate(_decode_tile(vae, middle, area)):
+        for index, frames in enumerate(_decode_tile(run, middle, area)):
             next(work)
             pixels = finish(frames)
             if canvas is None:
@@ -113,18 +114,19 @@ def decode(
 
 
 def decode_in_memory(
-    vae: VAE,
+    run: VAEExecution,
     latents: mx.array,
     tile: tuple[int, int] | None,
     finish: Callable[[mx.array], Any],
     progress: Callable[..., Iterable],
 ) -> Iterator[Any]:
     """`decode`, again in smaller tiles if memory does not last: they make the same frames."""
-    size, given = (vae.spatial_factor * latents.shape[3], vae.spatial_factor * latents.shape[2]), 0
+    factor, given = run.vae.spatial_factor, 0
+    size = factor * latents.shape[3], factor * latents.shape[2]
     while True:
         done = 0
         try:
-            for frames in decode(vae, latents, tile, finish, progress):
+            for frames in decode(run, latents, tile, finish, progress):
                 done += 1
                 if done > given:
                     given = done
@@ -138,15 +140,11 @@ def decode_in_memory(
         mx.clear_cache()
 
 
-def encode(
-    vae: VAE,
-    chunks: Iterable[mx.array],
-    tile: tuple[int, int] | None,
-) -> mx.array:
+def encode(run: VAEExecution, chunks: Iterable[mx.array], tile: tuple[int, int] | None) -> mx.array:
     """Encode, in tiles unless ``tile`` is None: for that, the whole video is kept in memory as it came.
 
     Args:
-        vae: used in the dtype of its weights.
+        run: the VAE, used in the dtype of its weights.
         chunks: float32 (1, 1, H, W, 3), then (1, 4, H, W, 3), in [-1, 1].
         tile: largest (width, height) in pixels, without margins.
 
@@ -156,18 +154,22 @@ def encode(
     Raises:
         ValueError: a chunk has another shape, or there is none.
     """
+    vae = run.vae
     if tile is None:
-        return vae.encode_chunks(chunks)
+        return run.encode_chunks(chunks)
     video = list(vae.checked_chunks(chunks))
     height, width = (n // vae.spatial_factor for n in video[0].shape[2:4])
     canvas: list[list[Any]] = [[] for _ in video]
     for area in encoder_tiles(vae, (height, width), tile):
-        for parts, part in zip(canvas, _encode_tile(vae, video, area), strict=True):
+        for parts, part in zip(canvas, _encode_tile(run, video, area), strict=True):
             parts.append((area.target, part))
     del video
     frames = (_put_together(parts, height, width) for parts in canvas)
-    moments = flow(vae.encoder.whole, frames, CausalCache())
-    return mx.stack([vae.pack(frame) for frame in moments], axis=1)
+    latents = []
+    for moments in run.flow(vae.encoder.whole, frames, PacedCache()):
+        latents.append(vae.pack(moments))
+        mx.eval(latents[-1])
+    return mx.stack(latents, axis=1)
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ class Cut:
     rows: Span
     columns: Span
 
-    def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
+    def __call__(self, x: mx.array, cache: PacedCache) -> mx.array:
         if (self.rows, self.columns) == ((0, x.shape[1]), (0, x.shape[2])):
             return x
         # Copied, because a slice would keep the whole alive.
@@ -294,19 +296,18 @@ def _with_cuts(layers: Sequence, area: Area) -> list:
     return [layer for group, cut in groups for layer in (*group, Cut(*cut))]
 
 
-def _decode_tile(vae: VAE, middle: Sequence[mx.array], area: Area) -> Iterator[mx.array]:
+def _decode_tile(run: VAEExecution, middle: Sequence[mx.array], area: Area) -> Iterator[mx.array]:
     """float32 (1, n, H, W, 3) of the tile for each latent frame."""
-    cache, layers, first = CausalCache(), _with_cuts(vae.decoder.local, area), Cut(*area.source)
-    for frame in middle:
-        yield vae.to_frames(flow(layers, [first(frame, cache)], cache))
+    cache, layers, first = PacedCache(), _with_cuts(run.vae.decoder.local, area), Cut(*area.source)
+    return run.decode_frames((first(frame, cache) for frame in middle), layers, cache)
 
 
-def _encode_tile(vae: VAE, video: Sequence[mx.array], area: Area) -> Iterator[mx.array]:
+def _encode_tile(run: VAEExecution, video: Sequence[mx.array], area: Area) -> Iterator[mx.array]:
     """(1, h, w, channels) of the tile for each chunk, before the middle."""
-    cache, layers, first = CausalCache(), _with_cuts(vae.encoder.local, area), Cut(*area.source)
+    cache, layers, first = PacedCache(), _with_cuts(run.vae.encoder.local, area), Cut(*area.source)
     for chunk in video:
-        frames = first(chunk[0], cache).astype(vae.encoder.conv1.weight.dtype)
-        (encoded,) = flow(layers, vae.encoder.batches(frames), cache)
+        frames = run.vae.enter(first(chunk[0], cache)[None])
+        (encoded,) = run.flow(layers, run.first_batches(frames), cache)
         mx.eval(encoded)
         yield encoded
 

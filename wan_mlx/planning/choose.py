@@ -18,7 +18,7 @@ import mlx.core as mx
 from ..errors import MemoryPlanError
 from ..geometry import WAN_2_1, Geometry
 from ..models.configs import ImageEncoderConfig
-from ..models.layers import TOKENS_AT_ONCE
+from ..models.execution import TOKENS_AT_ONCE
 from ..models.vae_tiling import SMALLEST_TILE, parse_tiling
 from ..presets import Preset
 from ..types import Request
@@ -437,7 +437,7 @@ def networks(model: Any, dtype: str, quantize: str | None) -> Networks:
     Raises:
         ValueError: ``dtype`` or ``quantize`` is none, or does not suit.
     """
-    from ..models.text_encoder import parameter_shapes as text_encoder_shapes
+    from ..models.text_encoder import TextEncoder
     from ..models.transformer import Transformer
     from ..models.vace import VaceTransformer
     from ..weights.component import parameter_shapes
@@ -450,7 +450,7 @@ def networks(model: Any, dtype: str, quantize: str | None) -> Networks:
     check_mode(quantize)
     network = VaceTransformer if model.task == "vace" else Transformer
     shapes = {"transformer": parameter_shapes(network(model.transformer)),
-              "text_encoder": text_encoder_shapes(model.text_encoder)}  # fmt: skip
+              "text_encoder": parameter_shapes(TextEncoder(model.text_encoder))}  # fmt: skip
     plain = quantize in (None, EXPAND, NEAREST)
     packings = {part: {} if plain else plan_quantization(part, quantize, shapes[part]).packings for part in shapes}
     text_block = peaks.text_block_bytes(model.text_encoder, kind, packings["text_encoder"])

@@ -1,8 +1,8 @@
 """The most memory each stage takes, in bytes, from sizes alone: weights, what a stage keeps, and its temporaries.
 
 Weights and what is kept are counted. How many temporaries live at once follows from the order of the code and from
-MLX, which allocates what is submitted before it runs; the numbers of them below were measured, and
-``benchmarks/memory_table.py`` measures them again.
+MLX, which allocates what is submitted before it runs; the numbers of them stand beside that code, in
+`wan_mlx.models.execution` and `vae_execution`, and ``benchmarks/memory_table.py`` measures them.
 """
 
 from __future__ import annotations
@@ -14,46 +14,47 @@ from functools import lru_cache
 
 import mlx.core as mx
 
+from ..cuda.attention import keys_to_append
 from ..geometry import Geometry
-from ..models.attention import UNFUSED_SCORES, has_fused_kernel, keys_to_append
 from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig, geometry_of
-from ..models.layers import FEED_FORWARD_TOKENS, FEW_TOKENS
+from ..models.execution import (
+    FEED_FORWARD_TOKENS,
+    FEW_TOKENS,
+    PIECE_TOKENS,
+    PIECE_WIDE,
+    TOKENS_ALIVE,
+    TOKENS_ALIVE_AT_JOIN,
+    TOKENS_ALIVE_IN_PIECES,
+    TOKENS_ALIVE_OPERATIONS,
+    TOKENS_ALIVE_SETTLED,
+    TOKENS_ALIVE_WHOLE,
+    TOKENS_ALIVE_WHOLE_STREAMED,
+    UNFUSED_SCORES,
+    WHOLE_WIDE,
+    has_fused_kernel,
+)
 from ..models.quantized_linear import Packing
 from ..models.rope import row_order
-from ..models.text_encoder import parameter_shapes as text_encoder_shapes
+from ..models.text_encoder import TextEncoder
 from ..models.transformer import BLOCK_LISTS, Transformer
 from ..models.vace import VaceTransformer
-from ..models.vae import VAE, VALUES_AT_ONCE
-from ..models.vae_layers import LATE
+from ..models.vae import VAE
+from ..models.vae_execution import (
+    DECODE_FRAMES,
+    DEFERRED,
+    ENCODE_FRAMES,
+    JOINED_FRAMES,
+    UNFOLDED_FRAMES,
+    VALUES_AT_ONCE,
+)
 from ..models.vae_tiling import decoder_spans, encoder_spans, split
 from ..weights.component import parameter_shapes
 from ..weights.parameters import dtype_of
 from ..weights.prefetch import most_in_flight
 from .flops import frames_at, stages
 
-# Arrays as wide as the tokens (L, D) that live at once while queries, keys and values are made: the tokens, their norm,
-# and of queries and keys each the projection and its rotation, since keys are submitted before queries are done.
-# Measured on an H200 over a streamed 14B: 7.1; where keys wait for queries (`Pacer.settle`): 6.1. Without the kernels
-# (`wan_mlx.models.kernels`) the norm of each is one more.
-TOKENS_ALIVE, TOKENS_ALIVE_SETTLED = 7.2, 6.2
-TOKENS_ALIVE_OPERATIONS = 0.8
-# The same where tokens are taken a piece at a time: the tokens before and after, and what attention gave; when the
-# pieces are put together these and the whole.
-TOKENS_ALIVE_IN_PIECES, TOKENS_ALIVE_AT_JOIN = 3.0, 3.5
-# Of each of the two pieces in flight: arrays as wide as tokens, and as wide as the feed-forward.
-PIECE_TOKENS, PIECE_WIDE = 5.0, 1.0
-# Where all tokens, or large pieces, are computed at once, and short work is not waited for: arrays as wide as tokens,
-# where blocks are resident, and the next is begun before all is freed, and where they are streamed; and of a piece of
-# the feed-forward. Measured on an H200: 13.3 to 14.2 in all for 1.3B, 10.3 for a streamed 14B.
-TOKENS_ALIVE_WHOLE, TOKENS_ALIVE_WHOLE_STREAMED, WHOLE_WIDE = 11.4, 9.1, 1.7
 # Latents (L, 64) in float32 in the sampling loop: of the solver's history, both passes, and the step's.
 LATENTS_ALIVE = 10
-# Frames of a VAE stage that live at once beside its caches, for each frame of a piece, and once more for pieces of
-# several frames, which are put behind the two before them, as new frames for the cache are made while the old ones are
-# there. Measured on an H200, beside what is freed late (`layers.LateFrees`).
-DECODE_FRAMES, ENCODE_FRAMES, JOINED_FRAMES = 8.4, 8.0, 9.0
-# More where convolutions are matmuls over every pixel's neighbourhood, written out, for three taps: on the CPU.
-UNFOLDED_FRAMES = 27.0
 # What a GPU's backend itself allocates.
 GPU_OVERHEAD = 40_000_000
 
@@ -158,7 +159,7 @@ def weight_bytes(
 def text_block_bytes(config: TextEncoderConfig, dtype: mx.Dtype, packings: Mapping) -> int:
     """Bytes of one block of the text encoder, resident."""
     size = 0
-    for name, shape in text_encoder_shapes(config).items():
+    for name, shape in parameter_shapes(TextEncoder(config)).items():
         if name.startswith("blocks.0."):
             packed = packings[name].shapes(shape).values() if name in packings else [(shape, dtype)]
             size += sum(math.prod(s) * d.size for s, d in packed)
@@ -193,7 +194,8 @@ def denoise(
     wide = tokens * c.dim * nets.dtype.size
     attending = TOKENS_ALIVE_SETTLED if tokens_at_once <= FEW_TOKENS else TOKENS_ALIVE
     attending += TOKENS_ALIVE_OPERATIONS * on_cpu()
-    attending += keys_to_append(tokens, nets.dtype, c.head_dim) > 0  # values, while they are copied
+    fills = has_fused_kernel(nets.dtype, c.head_dim) and keys_to_append(tokens) > 0
+    attending += fills  # values, while they are copied
     if tokens_at_once > FEED_FORWARD_TOKENS:
         beside = TOKENS_ALIVE_WHOLE_STREAMED if stream else TOKENS_ALIVE_WHOLE
         piece = min(tokens, tokens_at_once) / tokens
@@ -308,7 +310,7 @@ def _vae(config, latent_shape, tile, itemsize, decoding) -> int:
         caches += 2 * given[stage] * (into + (2 * blocks - 1) * width)
         frame = given[stage] * width * itemsize
         count = max(1, min(frames, VALUES_AT_ONCE // (given[stage] * width)))
-        late = LATE if decoding and not on_cpu() else 0
+        late = DEFERRED if decoding and not on_cpu() else 0
         peak = max(peak, (each * count + (JOINED_FRAMES if count > 1 else 0)) * frame + late + held)
         if last and decoding:
             caches += 2 * given[stage] * width

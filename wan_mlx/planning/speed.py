@@ -24,13 +24,13 @@ from mlx.utils import tree_flatten
 from .. import cuda
 from ..cuda import StagingBuffers
 from ..guidance import at_once
-from ..models.attention import attention
 from ..models.configs import TransformerConfig, VAEConfig
-from ..models.layers import Pacer
+from ..models.execution import Execution, Pacer, attention
 from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import ForwardPass, Transformer
 from ..models.vace import VaceTransformer
 from ..models.vae import VAE
+from ..models.vae_execution import VAEExecution
 from ..weights.parameters import Parameters, dtype_of, load_staged, locate
 from . import flops as work
 from . import peak_memory as peaks
@@ -143,13 +143,13 @@ def transformer_rate(nets: Networks, tokens: int, at_a_time: int, tokens_at_once
     """Of a forward without self-attention, which is taken to run at ``attending`` FLOP per second."""
     whole = nets.transformer
     model = random_transformer(replace(whole, num_layers=1, vace_layers=whole.vace_layers[:1]), nets)
-    model.tokens_at_once = tokens_at_once
+    run = Execution(model, tokens_at_once=tokens_at_once)
 
     def forward(count: int, **hooks) -> float:
         # The same part of the text as of the tokens.
         model.config = replace(model.config, text_len=max(1, whole.text_len * count // tokens))
         latents, context, more = _inputs(model.config, count, nets.dtype)
-        return _seconds(lambda: mx.eval(model(latents, 500.0, context, **more, **hooks)), at_a_time)
+        return _seconds(lambda: mx.eval(run(latents, 500.0, context, **more, **hooks)), at_a_time)
 
     def without_attention(count: int, with_block: float) -> float:
         """Seconds of a whole forward, from those with one block."""
@@ -192,10 +192,11 @@ def decode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> Rate:
     vae = VAE(config)
     for part in (vae.conv2, vae.decoder):
         random_weights(part)
+    run = VAEExecution(vae)
 
     def decode(side: int) -> float:
         shape = _two_frames(latent_shape, side)
-        frames = vae.decode(random_array((1, *shape, config.z_dim), 1.0, mx.float32))
+        frames = run.decode(random_array((1, *shape, config.z_dim), 1.0, mx.float32))
         for _ in range(shape[0]):
             started = perf_counter()
             next(frames)
@@ -210,6 +211,7 @@ def encode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> Rate:
     vae = VAE(config)
     for part in (vae.conv1, vae.encoder):
         random_weights(part)
+    run = VAEExecution(vae)
 
     def encode(side: int) -> float:
         count, *size = _two_frames(latent_shape, side)
@@ -222,7 +224,7 @@ def encode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> Rate:
                 started.append(perf_counter())
                 yield chunk
 
-        mx.eval(vae.encode_chunks(chunks()))
+        mx.eval(run.encode_chunks(chunks()))
         return perf_counter() - started[-1]
 
     side, seconds, first = worth_timing(encode, 2, max(latent_shape[1:]), power=2)

@@ -17,7 +17,7 @@ from ..files.fp8 import FP8
 from ..files.sentencepiece import read_tokenizer
 from ..models.configs import TransformerConfig
 from ..models.image_encoder import ImageEncoder, last_block_shapes
-from ..models.text_encoder import parameter_shapes as text_encoder_shapes
+from ..models.text_encoder import TextEncoder
 from ..models.transformer import Transformer
 from ..models.vace import VaceTransformer
 from ..models.vae import VAE
@@ -104,7 +104,7 @@ def _sizes_of(weights: ComponentWeights, config: Mapping[str, Any]) -> tuple[str
             words = f"{c.num_layers} layers of {c.dim}, {c.num_heads} heads"
         elif weights.component == "text_encoder":
             c = text_encoder_config(weights, config)
-            shapes = text_encoder_shapes(c)
+            shapes = parameter_shapes(TextEncoder(c))
             words = f"umT5 encoder, {c.num_layers} layers of {c.dim}, {c.vocab_size:,} words"
         elif weights.component == "vae":
             c = vae_config(weights, config)

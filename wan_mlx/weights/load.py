@@ -12,9 +12,10 @@ import mlx.core as mx
 
 from ..errors import WeightsError
 from ..models.configs import TransformerConfig, VAEConfig
+from ..models.execution import Execution, StreamedTextEncoder
 from ..models.image_encoder import ImageEncoder, last_block_shapes
 from ..models.rope import row_order
-from ..models.text_encoder import EncoderBlock, TextEncoder, parameter_shapes
+from ..models.text_encoder import EncoderBlock, TextEncoder
 from ..models.transformer import Transformer
 from ..models.vace import VaceTransformer
 from ..models.vae import VAE
@@ -26,6 +27,7 @@ from .component import (
     check_keys,
     image_encoder_config,
     open_component,
+    parameter_shapes,
     text_encoder_config,
     transformer_config,
     vae_config,
@@ -103,8 +105,11 @@ def load_transformer(
     stream: bool = False,
     loras: Iterable[LoraChoice] | LoraChoice | None = None,
     merge: bool = True,
-) -> Transformer:
+) -> Transformer | Execution:
     """Load the diffusion transformer, a `VaceTransformer` if the weights are VACE's.
+
+    It is the plain network, which computes whatever it is given at once and can be differentiated. `Execution` runs it
+    in the memory there is; with ``stream`` the result is one, called alike.
 
     Args:
         path: model folder, or the transformer's own folder or file (without config.json, heads are 128 wide).
@@ -185,7 +190,7 @@ def load_text_encoder(
     dtype: str | mx.Dtype = "bfloat16",
     progress: Progress = no_progress,
     quantize: str | None = None,
-) -> TextEncoder:
+) -> StreamedTextEncoder:
     """Open the umT5 encoder from a model folder or its own file.
 
     Its blocks are read from the file as they are needed and never all resident; ``progress`` wraps that iteration.
@@ -199,9 +204,9 @@ def load_text_encoder(
     config, dtype = text_encoder_config(weights, config), parse_dtype(dtype)
     if dtype == mx.float16:
         raise ValueError("umT5 overflows float16; give bfloat16 or float32")
-    check_keys(weights, parameter_shapes(config))
+    check_keys(weights, parameter_shapes(TextEncoder(config)))
     parameters = Parameters(weights, dtype, quantize)
-    return TextEncoder(
+    return StreamedTextEncoder(
         config,
         embed=lambda ids: weights.rows("token_embedding.weight", ids).astype(dtype),
         blocks=lambda: progress(

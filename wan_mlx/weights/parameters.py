@@ -20,6 +20,7 @@ from .. import cuda
 from ..cuda import StagingBuffers
 from ..errors import WeightsError
 from ..files.base import ByteRange
+from ..models.execution import Execution
 from ..models.layers import Linear
 from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import BLOCK_LISTS, FLOAT32_PARAMETERS, Transformer
@@ -389,7 +390,7 @@ def stream_blocks(
 
 
 class StreamedBlocks:
-    """A transformer's blocks, read from the file each time a pass comes to them (`Transformer.stream`).
+    """A transformer's blocks, read from the file each time a pass comes to them (`Execution.blocks`).
 
     Called with places, it yields their blocks as `stream_blocks` does. One pass at a time: on the CPU guidance makes
     both passes at once, but two would hold four blocks, and the second waits here until the first is through.
@@ -404,14 +405,16 @@ class StreamedBlocks:
             yield from stream_blocks(places, self.make_block, self.parameters)
 
 
-def load_streamed(model: Transformer, parameters: Parameters, progress: Callable[[Iterable[str]], Iterable[str]]):
-    """Fill all of ``model`` but its blocks, which are streamed from now on; returns it."""
+def load_streamed(
+    model: Transformer, parameters: Parameters, progress: Callable[[Iterable[str]], Iterable[str]]
+) -> Execution:
+    """Fill all of ``model`` but its blocks, which are streamed from now on."""
     shapes = parameter_shapes(model)
     check_keys(parameters.weights, shapes)
     in_blocks = {name: shape for name, shape in shapes.items() if name.split(".")[0] in BLOCK_LISTS}
     for name in BLOCK_LISTS:
         if name in model:
             model[name] = []
+    load_module(model, parameters, progress, unread=in_blocks)
     # Not a method of the model: it would keep the model alive after its last use.
-    model.stream = StreamedBlocks(partial(type(model).new_block, model.config), parameters)
-    return load_module(model, parameters, progress, unread=in_blocks)
+    return Execution(model, StreamedBlocks(partial(type(model).new_block, model.config), parameters))

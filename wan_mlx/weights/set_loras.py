@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..models.execution import Execution
 from ..models.layers import SIDE_KEYS
 from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import Transformer
@@ -16,24 +17,25 @@ from .lora import LoraChoice, normalise_loras, open_loras
 from .parameters import LoraState, dtype_of, is_matrix, locate
 
 
-def set_loras(model: Transformer, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
+def set_loras(loaded: Transformer | Execution, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
     """Keep ``loras`` beside a loaded transformer's weights, in place of those set before; none restores it exactly.
 
     A linear layer adds what low-rank factors give to what its own weights give, so its weights, packed or not, are
     never touched. Of the few other parameters (biases, norms, modulation) the originals are kept.
 
     Args:
-        model: a transformer, its blocks resident or streamed.
+        loaded: a transformer, or one whose blocks are streamed.
         loras: each a path, "path:strength", or (path, strength).
 
     Raises:
         ValueError: an entry is no LoRA, or the model was loaded with LoRAs merged into its weights.
         WeightsError: a file does not suit the model; then nothing has changed.
     """
+    model, blocks = (loaded.model, loaded.blocks) if isinstance(loaded, Execution) else (loaded, None)
     state: LoraState = model.lora_state
     if state.merged:
         raise ValueError("LoRAs were merged into these weights as they were loaded; load the model again without them")
-    streamed = model.stream.parameters if model.stream else None
+    streamed = blocks.parameters if blocks else None
     shapes = streamed.weights.shapes if streamed else logical_shapes(model)
     opened = open_loras(normalise_loras(loras), shapes, math.prod(model.config.patch_size))
     opened.report_unused()

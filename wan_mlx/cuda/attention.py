@@ -1,0 +1,39 @@
+"""Keys and values filled up to whole tiles, which cuDNN's attention computes faster; elsewhere nothing is filled."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+# cuDNN takes so many keys at a time. Where the last tile is not whole every tile takes longer, as if each were masked:
+# 10.3 ms instead of 9.5 for 32,760 tokens on an H200.
+KEY_TILE = 128
+# How many keys may be appended for each that is there.
+MOST_APPENDED = 1 / 1024
+
+
+def keys_to_append(length: int) -> int:
+    """How many keys `fill_last_tile` appends to so many."""
+    missing = -length % KEY_TILE
+    return missing if mx.cuda.is_available() and missing <= MOST_APPENDED * length else 0
+
+
+def fill_last_tile(x: mx.array) -> mx.array:
+    """Keys or values with their mean appended up to whole tiles, where that is faster; (B, L, heads, head_dim).
+
+    The appended keys weigh next to nothing, whatever the queries: the mean key's product with a query is the mean of
+    all keys' products, and the exponential of a mean is at most the mean of the exponentials. So it weighs no more than
+    keys do on average, and n of them no more than n / L of all. By that share, at most, a result moves towards the mean
+    value; bfloat16 rounds a number by up to twice `MOST_APPENDED` of it.
+    """
+    return append_mean(x, keys_to_append(x.shape[1]))
+
+
+def append_mean(x: mx.array, count: int) -> mx.array:
+    """x (B, L, heads, head_dim) with its mean over L appended ``count`` times: (B, L + count, heads, head_dim)."""
+    if not count:
+        return x
+    batch, length, *rest = x.shape
+    rows = x.flatten(2)
+    mean = mx.full((1, length), 1 / length, x.dtype) @ rows  # summed in float32, as `mx.mean` is not on CUDA
+    rows = mx.concatenate([rows, mx.broadcast_to(mean, (batch, count, rows.shape[-1]))], axis=1)
+    return rows.reshape(batch, length + count, *rest)

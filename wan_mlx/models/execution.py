@@ -1,0 +1,401 @@
+"""How the networks are run on this machine: when work is submitted, in how many pieces, with which kernels.
+
+The networks beside this module say what is computed. `Execution` runs a transformer by calling the same pieces of its
+blocks (queries, keys and values; attention; the rest, token by token), resident or streamed from a file, and gives the
+same numbers: in float32 on a CPU, the same bits. `vae_execution` does it for the VAE.
+
+The numbers of arrays alive beside the code are for `wan_mlx.planning.peak_memory`; a change of the order here is a
+change of those. ``benchmarks/memory_table.py`` measures them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial, reduce
+
+import mlx.core as mx
+import numpy as np
+
+from ..cuda.attention import fill_last_tile
+from ..cuda.deferred_frees import DeferredFrees
+from ..errors import WeightsError
+from . import fused
+from .attention import CrossAttention, SelfAttention, split_heads
+from .configs import TextEncoderConfig
+from .image_encoder import ImageEncoder
+from .rope import RopeTable
+from .text_encoder import EncoderBlock, checked_ids
+from .transformer import Block, BlocksHook, ForwardPass, Modulation, Transformer
+from .vace import VaceBlock
+
+# Everything after self-attention treats tokens one by one, so it runs on this many at a time: the 5.8x wider
+# feed-forward arrays then stay small, and matmuls are still large enough to run at full speed. Where memory is short
+# it is fewer (`wan_mlx.planning.choose`).
+TOKENS_AT_ONCE = 32768 if mx.cuda.is_available() else 8192
+# The feed-forward never takes more: no faster, and its arrays are the largest there are.
+FEED_FORWARD_TOKENS = 8192
+# From here down memory is so short that nothing is submitted while something else runs beside wide arrays.
+FEW_TOKENS = 1024
+# Bytes that may wait to be freed; more where all tokens are computed at once, and waiting for less made a forward take
+# 8 % longer.
+DEFERRED, DEFERRED_WHOLE = 200_000_000, 600_000_000
+
+# macOS ends GPU work after about five seconds; 2 TFLOP is below one second on every M-series GPU. Elsewhere nothing
+# does, and one dispatch is a tenth faster than several whose results are put together.
+DISPATCH_FLOP = 2e12 if mx.metal.is_available() else 1e18
+# Where no fused kernel exists the scores are a real array: this many at a time (256 MB in float32).
+UNFUSED_SCORES = 1 << 26
+FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
+
+# (names of blocks, in order) → the blocks, each valid until the next is asked for.
+StreamedBlocks = Callable[[Sequence[str]], Iterator[Block]]
+
+
+class Pacer:
+    """Submits work piece by piece: one piece runs while the next waits, and no more.
+
+    MLX allocates the arrays of whatever is submitted long before the GPU gets there, so a whole block submitted at
+    once holds all its temporaries at once. With two pieces in flight memory stays low and the GPU never idles:
+
+        pace(a)    a submitted                          a runs
+        pace(b)    b submitted, a waited for            b runs
+        submit(c)  c submitted, nothing waited for      b, then c run: c is too small to wait for
+        pace(d)    d submitted, b and c waited for      d runs
+        finish()   d waited for                         nothing runs, nothing is held
+
+    Attributes:
+        tokens_at_once: size of the pieces where tokens are independent (`in_token_chunks`).
+        frees: bounds the memory that is freed late, if anything does.
+    """
+
+    def __init__(self, tokens_at_once: int = TOKENS_AT_ONCE, frees: DeferredFrees | None = None):
+        self.tokens_at_once, self.frees = tokens_at_once, frees
+        self.running: tuple[mx.array, ...] = ()
+
+    def __call__(self, *arrays: mx.array) -> None:
+        """Submit the computation of ``arrays``, and wait until the piece before it is done."""
+        mx.async_eval(*arrays)
+        mx.eval(*self.running)
+        self.running = arrays
+        if self.frees:
+            self.frees.limit()
+
+    def submit(self, *arrays: mx.array) -> None:
+        """Submit a piece too small to wait for: the GPU would run dry before the next one is there."""
+        mx.async_eval(*arrays)
+        self.running = (*self.running, *arrays)
+
+    def small(self, *arrays: mx.array) -> None:
+        """Submit a piece that is soon done, to be waited for only where memory matters more than time."""
+        if self.tokens_at_once > FEED_FORWARD_TOKENS:
+            self.submit(*arrays)
+        else:
+            self(*arrays)
+
+    def settle(self) -> None:
+        """Wait for the running piece where memory is short, so that its temporaries are gone before the next one."""
+        if self.tokens_at_once <= FEW_TOKENS:
+            mx.eval(*self.running)
+
+    def finish(self) -> None:
+        """Wait for all that was submitted, and hold nothing of it."""
+        mx.eval(*self.running)
+        self.running = ()
+
+
+class Execution:
+    """A transformer as it is run: called like the network, with the same result.
+
+    Args:
+        model: the network. If its blocks are streamed it holds none.
+        blocks: reads the blocks where they are not resident.
+        tokens_at_once: size of the pieces where tokens are independent; fewer take less memory.
+    """
+
+    def __init__(
+        self, model: Transformer, blocks: StreamedBlocks | None = None, tokens_at_once: int = TOKENS_AT_ONCE
+    ):
+        self.model, self.blocks, self.tokens_at_once = model, blocks, tokens_at_once
+        self._frees = DeferredFrees(DEFERRED)
+
+    def __call__(
+        self,
+        latents: mx.array,
+        timestep: float | Sequence[float],
+        context: mx.array,
+        *conditions: mx.array | None,
+        through: BlocksHook | None = None,
+        skip_layers: Collection[int] = (),
+        **named: mx.array | float | None,
+    ) -> mx.array:
+        """The velocity, float32 (B, t, h, w, out_dim); arguments and errors are those of the network."""
+        x, this_pass = self.model.enter(latents, timestep, context, *conditions, **named)
+        self._frees.most = DEFERRED_WHOLE if self.tokens_at_once > FEED_FORWARD_TOKENS else DEFERRED
+        pace = Pacer(self.tokens_at_once, self._frees)
+
+        def run_blocks(x: mx.array) -> mx.array:
+            tokens = [x]
+            del x
+            self._run_blocks(tokens, this_pass, pace, skip_layers)
+            return tokens.pop()
+
+        tokens = [x]
+        del x  # or it would be held through all the blocks
+        x = run_blocks(tokens.pop()) if through is None else through(tokens.pop(), this_pass, run_blocks)
+        return self.leave(x, this_pass, pace)
+
+    def _run_blocks(
+        self, tokens: list[mx.array], this_pass: ForwardPass, pace: Pacer, skip_layers: Collection[int]
+    ) -> None:
+        """The one array of ``tokens`` (B, L, D) through the blocks, in place, so that no caller holds an old one."""
+        control = start = scale = None
+        if this_pass.vace_context is not None:
+            control, start = self.model.control_tokens(this_pass), tokens[0]
+            scale = mx.array(this_pass.vace_scale, dtype=mx.float32)
+        for block in self._each_block(self.model.block_order(skip_layers)):
+            if isinstance(block, VaceBlock):
+                if "before_proj" in block:
+                    control, start = block.before_proj(control) + start, None
+                    pace(control)
+                control = self.run_block(block, control, this_pass, pace)
+                tokens.append(fused.gated_add(tokens.pop(), block.after_proj(control), scale))
+                pace(tokens[0])
+            else:
+                tokens.append(self.run_block(block, tokens.pop(), this_pass, pace))
+            if self.blocks is not None:  # a streamed block is emptied when the next one is asked for
+                mx.eval(tokens if control is None else [control, *tokens])
+
+    def _each_block(self, names: Sequence[str]) -> Iterator[Block]:
+        """Blocks in order, resident or as they are read."""
+        if self.blocks is not None:
+            yield from self.blocks(names)
+            return
+        for name in names:
+            kind, index = name.split(".")
+            yield self.model[kind][int(index)]
+
+    def run_block(self, block: Block, x: mx.array, this_pass: ForwardPass, pace: Pacer) -> mx.array:
+        """`Block.__call__`: x (B, L, D) → (B, L, D)."""
+        # A long video's memory is arrays as wide as x: none is held longer than it is needed, and what can wait for the
+        # pieces below does.
+        m = block.modulate(this_pass.modulation)
+        normed = fused.modulated_norm(x, m.scale_attn, m.shift_attn, block.eps)
+        pace.small(normed)
+        heads = queries_keys_values(block.self_attn, normed, this_pass.rope, pace)
+        del normed
+        attended = attention(*heads, pace)
+        del heads
+        pace(attended)
+        pairs = block.cross_attn.keys_values(this_pass.context, this_pass.image_context)
+        pieces = [x, attended]
+        del x, attended
+        rest = partial(_after_attention, block, m, pairs, pace)
+        return in_token_chunks(rest, pieces, pace, pace.tokens_at_once)
+
+    def leave(self, x: mx.array, this_pass: ForwardPass, pace: Pacer) -> mx.array:
+        """`Transformer.leave`: tokens (B, L, D) → velocity, float32 (B, t, h, w, out_dim)."""
+
+        def project(pieces: list[mx.array]) -> mx.array:
+            y = self.model.head(pieces.pop(), this_pass.time)
+            pace(y)
+            return y
+
+        patches = in_token_chunks(project, [x], pace, min(FEED_FORWARD_TOKENS, pace.tokens_at_once))
+        return self.model.unpatchify(patches, this_pass.grid)
+
+
+# Arrays as wide as the tokens (L, D) that live at once while queries, keys and values are made: the tokens, their norm,
+# and of queries and keys each the projection and its rotation, since keys are submitted before queries are done.
+# Measured on an H200 over a streamed 14B: 7.1; where keys wait for queries (`Pacer.settle`): 6.1. Without the kernels
+# the norm of each is one more.
+TOKENS_ALIVE, TOKENS_ALIVE_SETTLED, TOKENS_ALIVE_OPERATIONS = 7.2, 6.2, 0.8
+
+
+def queries_keys_values(layer: SelfAttention, x: mx.array, rope: RopeTable, pace: Pacer) -> list[mx.array]:
+    """`SelfAttention.queries_keys_values`, one after the other.
+
+    On CUDA there may be a few more keys and values, which weigh next to nothing (`cuda.attention.fill_last_tile`).
+    """
+    # While values are made, queries and keys are waited for: what they were made from is gone before attention.
+    q = fused.norm_and_rotate(layer.q(x), layer.norm_q.weight, layer.heads, rope, layer.eps)
+    fill = has_fused_kernel(q.dtype, q.shape[-1])
+    pace(q)
+    pace.settle()
+    k = fused.norm_and_rotate(layer.k(x), layer.norm_k.weight, layer.heads, rope, layer.eps)
+    if fill:
+        k = fill_last_tile(k)
+    pace.small(k)
+    pace.settle()
+    v = split_heads(layer.v(x), layer.heads)
+    if fill:
+        v = fill_last_tile(v)
+    pace(v)
+    pace.settle()
+    return [q, k, v]
+
+
+# The same where tokens are taken a piece at a time: the tokens before and after, and the result of attention; when the
+# pieces are put together these and the whole.
+TOKENS_ALIVE_IN_PIECES, TOKENS_ALIVE_AT_JOIN = 3.0, 3.5
+# Of each of the two pieces in flight: arrays as wide as tokens, and as wide as the feed-forward.
+PIECE_TOKENS, PIECE_WIDE = 5.0, 1.0
+# Where all tokens, or large pieces, are computed at once, and short work is not waited for: arrays as wide as tokens,
+# where blocks are resident, and the next is begun before all is freed, and where they are streamed; and of a piece of
+# the feed-forward. Measured on an H200: 13.3 to 14.2 in all for 1.3B, 10.3 for a streamed 14B.
+TOKENS_ALIVE_WHOLE, TOKENS_ALIVE_WHOLE_STREAMED, WHOLE_WIDE = 11.4, 9.1, 1.7
+
+
+def _after_attention(
+    block: Block,
+    m: Modulation,
+    pairs: Sequence[tuple[mx.array, mx.array]],
+    pace: Pacer,
+    pieces: list[mx.array],
+) -> mx.array:
+    """`Block.after_attention` of some tokens; ``pieces`` are x and the result of attention, and are emptied."""
+    x, attended = pieces
+    pieces.clear()
+    norm3 = block.norm3
+    x, y = fused.add_and_norm(x, block.self_attn.o(attended), m.gate_attn, norm3.weight, norm3.bias, block.eps)
+    del attended
+    pace.small(x, y)
+    cross = _cross_attention(block.cross_attn, y, pairs, pace)
+    x, y = fused.add_and_norm(x, cross, mx.ones_like(m.gate_ffn), m.scale_ffn, m.shift_ffn, block.eps)
+    del cross
+    pace(x, y)  # the widest arrays are next: nothing of what was before is still there beside them
+    pieces.append(y)
+    del y
+
+    def feed_forward(pieces: list[mx.array]) -> mx.array:
+        up, _, down = block.ffn
+        y = down(fused.gelu_tanh(up(pieces.pop())))
+        pace(y)
+        return y
+
+    parts = token_parts(feed_forward, pieces, min(FEED_FORWARD_TOKENS, pace.tokens_at_once))
+    x = fused.gated_add(x, parts, m.gate_ffn)
+    pace.submit(x)
+    return x
+
+
+def _cross_attention(
+    layer: CrossAttention, x: mx.array, pairs: Sequence[tuple[mx.array, mx.array]], pace: Pacer
+) -> mx.array:
+    q = layer.queries(x)
+    attended = reduce(mx.add, (attention(q, k, v, pace) for k, v in pairs))  # sum() would add them to 0
+    pace(attended)
+    return layer.o(attended)
+
+
+def has_fused_kernel(dtype: mx.Dtype, head_dim: int) -> bool:
+    """Whether MLX computes attention without storing the scores, on the default device."""
+    if mx.default_device().type != mx.DeviceType.gpu or head_dim not in FUSED_HEAD_DIMS:
+        return False
+    return mx.metal.is_available() or dtype in (mx.float16, mx.bfloat16)
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, pace: Pacer) -> mx.array:
+    """`attention.attention` in dispatches of bounded size; ``pace`` is called after each, when there are several."""
+    batch, rows, heads, head_dim = q.shape
+    work_per_row = batch * k.shape[1]
+    if has_fused_kernel(q.dtype, head_dim):
+        limit, work_per_row = DISPATCH_FLOP, 4.0 * work_per_row * head_dim
+    else:
+        limit = UNFUSED_SCORES
+    heads_at_once = max(1, min(heads, int(limit / (work_per_row * rows))))
+    rows_at_once = max(1, min(rows, int(limit / (work_per_row * heads_at_once))))
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    groups = []
+    for head in range(0, heads, heads_at_once):
+        group = slice(head, head + heads_at_once)
+        parts = []
+        for row in range(0, rows, rows_at_once):
+            part = mx.fast.scaled_dot_product_attention(
+                q[:, group, row : row + rows_at_once], k[:, group], v[:, group], scale=head_dim**-0.5
+            )
+            parts.append(part.transpose(0, 2, 1, 3))
+            if heads_at_once < heads or rows_at_once < rows:
+                pace(parts[-1])
+        groups.append(mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
+    return (mx.concatenate(groups, axis=2) if len(groups) > 1 else groups[0]).flatten(2)
+
+
+def in_token_chunks(
+    function: Callable[[list[mx.array]], mx.array], arrays: list[mx.array], pace: Pacer, at_once: int
+) -> mx.array:
+    """``function(arrays)`` for a function that treats tokens (B, L, D) independently, ``at_once`` tokens at a time.
+
+    The list, or that of the slices, is the function's to empty, so that nothing is held longer than it is needed. It
+    has its result computed: ``pace(result)``.
+    """
+    parts = token_parts(function, arrays, at_once)
+    whole = fused.joined(parts)
+    if len(parts) > 1:
+        pace.submit(whole)  # or the parts would live until the next array is computed
+    return whole
+
+
+def token_parts(
+    function: Callable[[list[mx.array]], mx.array], arrays: list[mx.array], at_once: int
+) -> list[mx.array]:
+    """The same, not put together: ``at_once`` tokens in each part but the last."""
+    length = arrays[0].shape[1]
+    if length <= at_once:
+        return [function(arrays)]
+    return [function([x[:, start : start + at_once] for x in arrays]) for start in range(0, length, at_once)]
+
+
+class StreamedTextEncoder:
+    """The umT5 encoder over weights that pass through memory block by block; called like `TextEncoder`.
+
+    Args:
+        config: sizes.
+        embed: int32 ids (L,) → their rows of ``token_embedding.weight``, (L, dim).
+        blocks: called once per pass; yields the loaded blocks in order. Nothing computed with one is pending when
+            the next is asked for.
+        norm_weight: (dim,).
+        dtype: of the computation, bfloat16 or float32.
+
+    Raises:
+        ValueError: another dtype.
+    """
+
+    def __init__(
+        self,
+        config: TextEncoderConfig,
+        embed: Callable[[np.ndarray], mx.array],
+        blocks: Callable[[], Iterable[EncoderBlock]],
+        norm_weight: mx.array,
+        dtype: mx.Dtype = mx.bfloat16,
+    ):
+        if dtype not in (mx.bfloat16, mx.float32):
+            raise ValueError(f"dtype is {dtype}, expected bfloat16 or float32 (umT5 overflows float16)")
+        self.config, self.dtype = config, dtype
+        self.embed, self.blocks, self.norm_weight = embed, blocks, norm_weight
+
+    def __call__(self, ids: Sequence[Sequence[int]]) -> list[mx.array]:
+        """Encode several prompts in one pass over the weights; arguments, result and errors are `TextEncoder`'s.
+
+        Raises:
+            WeightsError: ``blocks`` yields another number of blocks than the config has layers.
+        """
+        prompts = [checked_ids(prompt, self.config.vocab_size) for prompt in ids]
+        states = [self.embed(prompt).astype(self.dtype)[None] for prompt in prompts]
+        count = 0
+        for block in self.blocks():
+            states = [block(x) for x in states]
+            mx.eval(states)
+            count += 1
+        if count != self.config.num_layers:
+            raise WeightsError(f"the text encoder was given {count} blocks, expected {self.config.num_layers}")
+        return [mx.fast.rms_norm(x, self.norm_weight.astype(self.dtype), self.config.eps)[0] for x in states]
+
+
+def encode_images(encoder: ImageEncoder, images: np.ndarray | mx.array) -> mx.array:
+    """`ImageEncoder.__call__`, block by block."""
+    x, pace = encoder.embed(images), Pacer()
+    for block in encoder.transformer:
+        x = block(x)
+        pace(x)
+    pace.finish()
+    return x

@@ -1,0 +1,188 @@
+"""How the VAE is run on this machine: a few frames at a time, large work waited for, weights laid out once.
+
+`VAEExecution` calls the VAE's own layers and gives the same numbers; in float32 on a CPU, the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..cuda.deferred_frees import DeferredFrees
+from .execution import Pacer
+from .vae import VAE, AttentionBlock, Downsample, Head, ResidualBlock, Upsample, flow, silu
+from .vae_layers import CausalCache, CausalConv, TemporalConv, convolve
+
+# The one attention head is 384 wide, which no fused kernel takes: this many scores at a time (64 MB in float32).
+SCORES_AT_ONCE = 1 << 24
+# Small frames are computed several at a time, which the GPU does faster; up to so many values, since several
+# temporaries of this size live at once.
+VALUES_AT_ONCE = 20_000_000
+# Work on larger arrays is waited for, each a convolution, before more is submitted.
+BYTES_AHEAD = 12_000_000
+# Frames kept, of layers that nothing else paces.
+MOST_NOT_MADE = 4
+# Bytes that may wait to be freed, in tiles, which are there to save memory, and elsewhere.
+DEFERRED, DEFERRED_AHEAD = 100_000_000, 400_000_000
+# For `wan_mlx.planning.peak_memory`: frames of a stage that live at once beside its caches, for each frame of a piece,
+# and once more for pieces of several frames, which are put behind the two before them, as new frames for the cache are
+# made while the old ones are there. Measured on an H200, beside the memory that is freed late.
+DECODE_FRAMES, ENCODE_FRAMES, JOINED_FRAMES = 8.4, 8.0, 9.0
+# More where convolutions are matmuls over every pixel's neighbourhood, written out, for three taps: on the CPU.
+UNFOLDED_FRAMES = 27.0
+
+
+class PacedCache(CausalCache):
+    """A causal cache that has the work of its pass computed as it comes.
+
+    Args:
+        ahead: whether work may be submitted to a GPU before the last submission is done. It takes more memory.
+    """
+
+    def __init__(self, ahead: bool = False):
+        super().__init__()
+        self._not_made: list[mx.array] = []  # of the frames, copies not yet submitted
+        self._ahead = ahead and mx.default_device() == mx.gpu
+        self._pacer = Pacer()
+        self._frees = DeferredFrees(DEFERRED_AHEAD if self._ahead else DEFERRED)
+
+    def pace(self, y: mx.array, x: mx.array | None = None) -> mx.array:
+        """Have ``y`` computed and return it: at once if it, or ``x`` which it comes from, is large.
+
+        Everything that is submitted at once is alive at once, so large ones take turns. Between small ones a GPU would
+        wait for the next, so those are submitted ahead, if that is allowed.
+        """
+        self._pacer(y, *self._not_made)
+        self._not_made = []
+        if not self._ahead or max(y.nbytes, 0 if x is None else x.nbytes) > BYTES_AHEAD:
+            self._pacer.finish()
+        self._frees.limit()
+        return y
+
+    def keep(self, layer: Callable, *frames: mx.array) -> None:
+        super().keep(layer, *frames)
+        # A copy not yet made keeps its source alive, but every submission costs a GPU time: `pace` makes them.
+        self._not_made += self.get(layer)
+        if len(self._not_made) > MOST_NOT_MADE:
+            mx.async_eval(*self._not_made)
+            self._not_made = []
+
+
+class VAEExecution:
+    """A VAE as it is run: `encode_chunks` and `decode` as the VAE's own, evaluated."""
+
+    def __init__(self, vae: VAE):
+        self.vae = vae
+        self._made: dict[int, tuple[mx.array, Any]] = {}  # of a layer: its weight, and the value made of it
+        for layer in vae.modules():
+            if isinstance(layer, TemporalConv):  # the taps one behind the other, so that none is copied when used
+                layer.weight = mx.moveaxis(mx.contiguous(mx.moveaxis(layer.weight, 1, 0)), 0, 1)
+
+    def encode_chunks(self, chunks: Iterable[mx.array]) -> mx.array:
+        """`VAE.encode_chunks`: normalised latents float32 (1, t, h, w, C)."""
+        encoder, cache = self.vae.encoder, PacedCache(ahead=True)
+        latents = []
+        for chunk in self.vae.checked_chunks(chunks):
+            frames = self.first_batches(self.vae.enter(chunk))
+            (moments,) = self.flow([*encoder.local, *encoder.whole], frames, cache)
+            latents.append(self.vae.pack(moments))
+            mx.eval(latents[-1])
+        return mx.stack(latents, axis=1)
+
+    def decode(self, latents: mx.array) -> Iterator[mx.array]:
+        """`VAE.decode`: frames float32 (1, n, 8h, 8w, 3) in [-1, 1] as they are decoded."""
+        self.vae.check_latents(latents)
+        layers = [*self.vae.decoder.whole, *self.vae.decoder.local]
+        return self.decode_frames(self.vae.unpack(latents), layers, PacedCache(ahead=True))
+
+    def decode_frames(
+        self, frames: Iterable[mx.array], layers: Sequence[Callable], cache: PacedCache
+    ) -> Iterator[mx.array]:
+        """Pieces of latent frames through the last layers of the decoder: float32 (1, n, H, W, 3) for each."""
+        for z in frames:
+            decoded = self.vae.to_frames(self.flow(layers, [z], cache))
+            mx.eval(decoded)
+            yield decoded
+
+    def flow(
+        self, layers: Sequence[Callable], frames: Iterable[mx.array], cache: PacedCache
+    ) -> Iterator[mx.array]:
+        """`vae.flow` with every layer run as it is here."""
+        return flow(layers, frames, cache, self._run)
+
+    def first_batches(self, x: mx.array) -> Iterator[mx.array]:
+        """Frames (n, H, W, 3), as many at a time as the encoder's first layers should get."""
+        # The first layer makes frames of 3 channels `dim` channels wide.
+        return in_batches(x, scale=len(self.vae.encoder.conv1.bias) // 3)
+
+    def _run(self, layer: Callable, x: mx.array, cache: PacedCache) -> mx.array | Iterator[mx.array]:
+        if isinstance(layer, ResidualBlock):
+            return self._residual_block(layer, x, cache)
+        if isinstance(layer, AttentionBlock):
+            return attend_within_frames(layer, x)
+        if isinstance(layer, Upsample):
+            return self._upsample(layer, x, cache)
+        if isinstance(layer, Downsample):
+            return layer.in_time(cache.pace(layer.in_space(x)), cache)
+        if isinstance(layer, CausalConv):
+            return self._convolution(layer, x, cache)
+        if isinstance(layer, Head):
+            norm, _, conv = layer.layers
+            return cache.pace(self._convolution(conv, silu(norm(x)), cache), x)
+        return layer(x, cache)
+
+    def _residual_block(self, block: ResidualBlock, x: mx.array, cache: PacedCache) -> mx.array:
+        norm1, _, conv1, norm2, _, _, conv2 = block.residual
+        y = cache.pace(self._convolution(conv1, silu(norm1(x)), cache))
+        shortcut = block.shortcut(x) if "shortcut" in block else x
+        return cache.pace(self._convolution(conv2, silu(norm2(y)), cache, shortcut))
+
+    def _upsample(self, layer: Upsample, x: mx.array, cache: PacedCache) -> Iterator[mx.array]:
+        phases = self._made_once(layer, layer.resample[1].weight, layer.phase_weights)
+        for frames in in_batches(layer.in_time(x, cache), scale=2):  # four times the pixels, half as wide
+            # The result is not held here: it is as large as the frames that follow from it.
+            yield cache.pace(layer.in_space(frames, phases))
+
+    def _convolution(
+        self, conv: CausalConv, x: mx.array, cache: PacedCache, residual: mx.array | None = None
+    ) -> mx.array:
+        width = len(conv.bias)
+        if width % 8 == 0 or mx.default_device() != mx.gpu:
+            return conv(x, cache, residual)
+        # cuDNN computes channels in eights; other widths MLX unfolds, which is nine times the frame.
+
+        def in_eights() -> list[mx.array]:
+            return [mx.pad(a, [(0, -width % 8)] + [(0, 0)] * (a.ndim - 1)) for a in (*conv.taps(), conv.bias)]
+
+        *taps, bias = self._made_once(conv, conv.weight, in_eights)
+        y = convolve(cache.look_back(conv, x), taps, bias, None)[..., :width]
+        return y if residual is None else y + residual
+
+    def _made_once(self, layer: nn.Module, weight: mx.array, make: Callable[[], Any]) -> Any:
+        """The value that ``make`` gives of the layer's weight, made anew only when that has been replaced."""
+        known, made = self._made.get(id(layer), (None, None))
+        if known is not weight:
+            made = make()
+            self._made[id(layer)] = weight, made
+        return made
+
+
+def attend_within_frames(block: AttentionBlock, x: mx.array) -> mx.array:
+    """`AttentionBlock.__call__`: frames (n, H, W, C) → (n, H, W, C), some rows of scores at a time."""
+    q, k, v = block.queries_keys_values(x)
+    n, _, pixels, c = q.shape
+    rows, parts = max(1, SCORES_AT_ONCE // (n * pixels)), []
+    for row in range(0, pixels, rows):
+        parts.append(mx.fast.scaled_dot_product_attention(q[:, :, row : row + rows], k, v, scale=c**-0.5))
+        mx.eval(parts[-1])  # without it the scores of all parts would be alive at once
+    return x + block.proj(mx.concatenate(parts, axis=2).reshape(x.shape))
+
+
+def in_batches(x: mx.array, scale: int = 1) -> Iterator[mx.array]:
+    """Frames (n, H, W, C) in pieces of at most ``VALUES_AT_ONCE`` values when they have grown ``scale`` times."""
+    count = max(1, VALUES_AT_ONCE // (scale * x[0].size))
+    for start in range(0, len(x), count):
+        yield x[start : start + count]
