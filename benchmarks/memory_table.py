@@ -26,21 +26,21 @@ import mlx.core as mx
 import numpy as np
 
 import wan_mlx
+from wan_mlx.geometry import WAN_2_1
 from wan_mlx.models import vae_tiling as tiling
 from wan_mlx.models.configs import TextEncoderConfig, VAEConfig
 from wan_mlx.models.execution import Execution
+from wan_mlx.models.networks import new_transformer
 from wan_mlx.models.text_encoder import TextEncoder
-from wan_mlx.models.transformer import Transformer
-from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.models.vae import VAE
 from wan_mlx.models.vae_execution import VAEExecution
 from wan_mlx.planning import peak_memory as peaks
-from wan_mlx.planning.choose import GIB, TEXT_TOKENS
-from wan_mlx.planning.peak_memory import Networks, text_block_bytes, weight_bytes
+from wan_mlx.planning.choose import TEXT_TOKENS
+from wan_mlx.planning.plan import GIB
+from wan_mlx.planning.sizes import Networks, sizes_of, weight_bytes
 from wan_mlx.presets import BUNDLED, PRESETS, Preset
 from wan_mlx.weights.component import parameter_shapes
 from wan_mlx.weights.load import load_transformer, load_vae
-from wan_mlx.weights.quantize import plan_quantization
 
 # Forwards: model, width, height, frames, streamed, quantised, tokens at once.
 FORWARDS = [
@@ -123,7 +123,8 @@ class Bench:
         """The weights of a network."""
         preset = self.presets[model]
         if part == "transformer":
-            return write(self.folder / f"{model}.safetensors", parameter_shapes(network(preset)), mx.bfloat16)
+            shapes = parameter_shapes(new_transformer(preset.transformer))
+            return write(self.folder / f"{model}.safetensors", shapes, mx.bfloat16)
         if part == "vae":
             return write(self.folder / "vae.safetensors", parameter_shapes(VAE(preset.vae)), mx.float32)
         shapes = parameter_shapes(TextEncoder(preset.text_encoder))
@@ -131,15 +132,12 @@ class Bench:
 
     def networks(self, model: str, quantize: str | None = None) -> Networks:
         preset = self.presets[model]
-        shapes = parameter_shapes(network(preset))
-        packings = plan_quantization("transformer", quantize, shapes).packings if quantize else {}
+        nets = sizes_of(preset, "bfloat16", quantize)
+        shapes = parameter_shapes(new_transformer(preset.transformer))
         stored = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
-        weights = weight_bytes(preset.transformer, mx.bfloat16, packings, stored)
-        block = text_block_bytes(preset.text_encoder, mx.bfloat16, {})
-        text_stored = block * preset.text_encoder.num_layers
-        return Networks(
-            preset.transformer, preset.text_encoder, preset.vae, None, mx.bfloat16, weights, block, text_stored
-        )
+        (transformer,) = nets.experts
+        weights = weight_bytes(preset.transformer, mx.bfloat16, transformer.packings, stored)
+        return replace(nets, parts=(replace(transformer, weights=weights), *nets.parts[1:]))
 
     def row(self, what: str, predicted: int, measured: int, seconds: float, **more) -> None:
         row = {"what": what, "predicted_gib": predicted / GIB, "measured_gib": measured / GIB,
@@ -151,7 +149,8 @@ class Bench:
 
     def forward(self, model, width, height, frames, stream, quantize, tokens_at_once) -> None:
         """One forward, and of a streamed one what reading and computing take alone."""
-        c, shape = self.presets[model].transformer, ((frames - 1) // 4 + 1, height // 8, width // 8)
+        preset = self.presets[model]
+        c, shape = preset.transformer, preset.geometry.latent_shape(width, height, frames)
         loaded = load_transformer(self.file("transformer", model), quantize=quantize, stream=stream)
         transformer = loaded if stream else Execution(loaded)
         transformer.tokens_at_once = tokens_at_once
@@ -199,7 +198,7 @@ class Bench:
 
     def video(self, direction, width, height, frames, tile) -> None:
         """One decode or encode in float32."""
-        vae, shape = VAEExecution(load_vae(self.file("vae"))), ((frames - 1) // 4 + 1, height // 8, width // 8)
+        vae, shape = VAEExecution(load_vae(self.file("vae"))), WAN_2_1.latent_shape(width, height, frames)
         config = vae.vae.config
         if direction == "decode":
             latents = mx.random.normal((1, *shape, config.z_dim), key=mx.random.key(0))
@@ -272,7 +271,7 @@ def against(rows: list[dict], bench: Bench) -> list[dict]:
 def predict(what: str, how: str, bench: Bench) -> float:
     """Bytes of what a row's description says."""
     width, height, frames = map(int, re.search(r"(\d+)x(\d+)x(\d+)", what).groups())
-    shape = ((frames - 1) // 4 + 1, height // 8, width // 8)
+    shape = WAN_2_1.latent_shape(width, height, frames)
     if "encode text" in what:
         return peaks.encode_text(bench.networks("t2v-1.3B"), TEXT_TOKENS)
     if direction := re.match("decode|encode", how):
@@ -287,10 +286,6 @@ def predict(what: str, how: str, bench: Bench) -> float:
 def predicted_weights(nets: Networks, stream: bool) -> int:
     w = nets.weights
     return w.outside + 2 * w.largest + w.in_flight if stream else w.all
-
-
-def network(preset: Preset) -> Transformer:
-    return (VaceTransformer if preset.task == "vace" else Transformer)(preset.transformer)
 
 
 def furthest_off(rows: list[dict]) -> str:
@@ -321,7 +316,7 @@ def machine() -> dict[str, str]:
 
 def grey(width: int, height: int, frames: int) -> Iterator[mx.array]:
     """A video in the chunks that the VAE takes."""
-    for count in (1, *[4] * ((frames - 1) // 4)):
+    for count in (1, *[WAN_2_1.temporal] * (WAN_2_1.latent_frames(frames) - 1)):
         yield mx.zeros((1, count, height, width, 3))
 
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from wan_mlx.planning.flops import forward_parts
 from wan_mlx.presets import PRESETS
 
 HERE = Path(__file__).parent
@@ -29,10 +30,9 @@ AGAINST = ("forward", "decode", "encode")
 
 def forward_flop(name: str, size: tuple[int, int], frames: int) -> float:
     """Operations of one transformer forward, a multiplication and an addition counted as two."""
-    c, geometry = PRESETS[name].transformer, PRESETS[name].geometry
-    tokens = geometry.seq_len(geometry.latent_shape(*size, frames))
-    linear = 2 * tokens * c.dim * (6 * c.dim + 2 * c.ffn_dim) + 4 * 512 * c.dim**2
-    return c.num_layers * (linear + 4 * tokens * (tokens + 512) * c.dim)
+    preset = PRESETS[name]
+    tokens = preset.geometry.seq_len(preset.geometry.latent_shape(*size, frames))
+    return sum(forward_parts(preset.transformer, tokens).values())
 
 
 class Worker:

@@ -229,14 +229,13 @@ def random_transformer(config, quantize: str | None = None):
     """A transformer in bfloat16, or with packed blocks, made on the device one layer at a time."""
     import mlx.core as mx
 
+    from wan_mlx.models.networks import new_transformer
     from wan_mlx.models.quantized_linear import QuantizedLinear
-    from wan_mlx.models.transformer import Transformer
-    from wan_mlx.models.vace import VaceTransformer
     from wan_mlx.weights.component import parameter_shapes
     from wan_mlx.weights.parameters import dtype_of
     from wan_mlx.weights.quantize import plan_quantization
 
-    model = (VaceTransformer if config.model_type == "vace" else Transformer)(config)
+    model = new_transformer(config)
     shapes = parameter_shapes(model)
     fill(model, lambda name: dtype_of("transformer", name, mx.bfloat16))
     if quantize:

@@ -24,8 +24,7 @@ from wan_mlx.cli import doctor, selftest, terminal
 from wan_mlx.cli import main as generate
 from wan_mlx.cli.flags import build_parser
 from wan_mlx.models.configs import TransformerConfig
-from wan_mlx.models.transformer import Transformer
-from wan_mlx.models.vace import VaceTransformer
+from wan_mlx.models.networks import new_transformer
 from wan_mlx.planning import choose as memory
 from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning import speed as timing
@@ -114,9 +113,8 @@ MADE = covering(COMMANDS)
 
 def sparse(path: Path, config: TransformerConfig) -> None:
     """A transformer's file of true size, whose data are a hole in the disk."""
-    network = VaceTransformer if config.model_type == "vace" else Transformer
     header, end = {"__metadata__": {"layout": "mlx", "component": "transformer"}}, 0
-    for name, shape in parameter_shapes(network(config)).items():
+    for name, shape in parameter_shapes(new_transformer(config)).items():
         begin, end = end, end + 2 * int(np.prod(shape))
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
@@ -126,9 +124,8 @@ def sparse(path: Path, config: TransformerConfig) -> None:
 
 
 def tiny(path: Path, config: TransformerConfig) -> None:
-    network = VaceTransformer if config.model_type == "vace" else Transformer
     mx.random.seed(0)
-    arrays = {name: 0.05 * mx.random.normal(shape) for name, shape in parameter_shapes(network(config)).items()}
+    arrays = {name: 0.05 * mx.random.normal(shape) for name, shape in parameter_shapes(new_transformer(config)).items()}
     mx.save_safetensors(str(path), arrays, {"layout": "mlx", "component": "transformer"})
 
 

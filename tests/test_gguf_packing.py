@@ -15,7 +15,7 @@ from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.layers import Linear
 from wan_mlx.models.quantized_linear import Packing, QuantizedLinear
 from wan_mlx.models.transformer import Transformer
-from wan_mlx.weights.checkpoint import Checkpoint, open_checkpoint
+from wan_mlx.weights.checkpoint import open_checkpoint
 from wan_mlx.weights.component import open_component
 from wan_mlx.weights.convert import convert
 from wan_mlx.weights.gguf_blocks import EXACT, NEARLY_EXACT, PACKED_AGAIN, _pack, repack
@@ -166,8 +166,8 @@ def test_a_damaged_block_is_named(tmp_path):
 
 
 def test_the_converter_keeps_what_is_packed(tmp_path):
-    path, nano = write(tmp_path / "m.gguf", ["Q8_0", "Q4_1", "Q4_K"]), open_checkpoint(resolve("nano"))
-    source = Checkpoint(tmp_path, {**nano.files, "transformer": path}, {})
+    path = write(tmp_path / "m.gguf", ["Q8_0", "Q4_1", "Q4_K"])
+    source = open_checkpoint(resolve("nano"), {"transformer": path})
     folder = convert(source, tmp_path / "kept", dtype="float32")
     assert json.loads((folder / "config.json").read_text())["quantization"] == {"transformer": "q4-g32+q8-g32"}
     for quantize, converted in ((None, folder), ("nearest", convert(source, tmp_path / "near", quantize="nearest"))):

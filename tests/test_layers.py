@@ -71,9 +71,7 @@ BREACHES = {
     ("cli.main", "__init__"),
     ("media.preview", "pipeline"),
     ("media.preview", "runs.interrupt"),
-    ("planning.choose", "planning.speed"),  # closes a circle
     ("runs.record", "cli.flags"),
-    ("weights.load", "planning.peak_memory"),
 }
 LATE_BREACHES = {
     ("cli.config_file", "cli.flags"),
@@ -82,16 +80,6 @@ LATE_BREACHES = {
     ("cli.main", "runs.interrupt"),
     ("cli.terminal", "logging"),
     ("hub.resolve", "tqdm"),
-    ("planning.choose", "hub.resolve"),
-    ("planning.choose", "models.text_encoder"),
-    ("planning.choose", "models.transformer"),
-    ("planning.choose", "models.vace"),
-    ("planning.choose", "planning.speed"),
-    ("planning.choose", "presets"),
-    ("planning.choose", "weights.checkpoint"),
-    ("planning.choose", "weights.component"),
-    ("planning.choose", "weights.load"),
-    ("planning.choose", "weights.quantize"),
     ("prompts.extend", "PIL"),
     ("prompts.extend", "media.read"),
 }

@@ -14,8 +14,8 @@ import wan_mlx
 from wan_mlx.errors import WeightsError
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.layers import SIDE_KEYS
+from wan_mlx.models.networks import new_transformer
 from wan_mlx.models.transformer import Transformer
-from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.weights.load import load_transformer
 from wan_mlx.weights.lora import describe_lora, normalise_loras, parse_lora
 from wan_mlx.weights.set_loras import set_loras
@@ -60,7 +60,7 @@ def base(tmp_path_factory):
     """kind → (file, name → float32 array) of tiny transformers."""
     made = {}
     for kind, config in KINDS.items():
-        model = (VaceTransformer if kind == "vace" else Transformer)(config)
+        model = new_transformer(config)
         rng = np.random.default_rng(len(kind))
         arrays = {name: random(rng, *array.shape) for name, array in tree_flatten(model.parameters())}
         path = tmp_path_factory.mktemp("base") / f"{kind}.safetensors"

@@ -64,8 +64,8 @@ def test_it_is_small(name, most):
 def test_nano_i2v_shares_the_parts_of_nano(tmp_path):
     checkpoint, nano = (open_checkpoint(BUNDLED[name]) for name in ("nano-i2v", "nano"))
     assert checkpoint.model == "nano-i2v" and checkpoint.files["vae"] == BUNDLED["nano"] / "vae.safetensors"
-    assert checkpoint.configs["text_encoder"] == nano.configs["text_encoder"]
-    assert checkpoint.configs["transformer"]["model_type"] == "i2v"
+    assert checkpoint.part("text_encoder") == nano.part("text_encoder")
+    assert checkpoint.part("transformer").config["model_type"] == "i2v"
     config = json.loads((BUNDLED["nano-i2v"] / "config.json").read_bytes())
     for place in ("../nano", "..", "", "/etc", 7):
         (tmp_path / "config.json").write_text(json.dumps(config | {"parts_from": place}))

@@ -24,7 +24,7 @@ from wan_mlx.models.execution import Execution
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.planning import speed as timing
-from wan_mlx.planning.peak_memory import weight_bytes
+from wan_mlx.planning.sizes import weight_bytes
 from wan_mlx.presets import BUNDLED
 from wan_mlx.types import Conditioning
 from wan_mlx.weights import parameters

@@ -17,6 +17,7 @@ from wan_mlx.planning import choose as memory
 from wan_mlx.planning import flops as work
 from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning import speed as timing
+from wan_mlx.planning.sizes import sizes_of
 from wan_mlx.planning.speed import Rates
 from wan_mlx.presets import BUNDLED, PRESETS
 from wan_mlx.weights.load import parameters_of
@@ -27,7 +28,7 @@ ANYWAY, BLOCK, OUTSIDE = 0.01, 1.0, 0.25
 
 @pytest.fixture
 def nets():
-    return memory.networks(replace(PRESETS["nano"], vae=VAEConfig(dim=8)), "float32", None)
+    return sizes_of(replace(PRESETS["nano"], vae=VAEConfig(dim=8)), "float32", None)
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_what_the_first_run_of_a_size_takes_more_counts_once(nets, monkeypatch):
 
 
 def test_packed_weights_are_timed_packed():
-    nets = memory.networks(PRESETS["nano"], "bfloat16", "q8")
+    nets = sizes_of(PRESETS["nano"], "bfloat16", "q8")
     model = timing.random_transformer(replace(nets.transformer, num_layers=1), nets)
     assert isinstance(model.blocks[0].ffn[0], QuantizedLinear) and model.dtype == mx.bfloat16
     latents, context, more = timing._inputs(model.config, 4, mx.bfloat16)
@@ -214,7 +215,7 @@ def test_every_kind_of_model_can_be_timed(monkeypatch, model):
     if model == "vace":
         small = replace(preset.transformer, model_type="vace", num_layers=3, vace_layers=(0, 2))
         preset = replace(preset, task="vace", transformer=small)
-    nets = memory.networks(replace(preset, vae=VAEConfig(dim=8)), "float32", None)
+    nets = sizes_of(replace(preset, vae=VAEConfig(dim=8)), "float32", None)
     plan = memory.choose(nets, "tiny", (2, 4, 4), 4, "4GB")
     state = mx.random.state[0].tolist()
     plan = timing.timed(plan, nets, (2, 4, 4), 2)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
     from .errors import WanError as WanError
     from .errors import WeightsError as WeightsError
     from .pipeline import WanPipeline as WanPipeline
-    from .planning.choose import Plan as Plan
     from .planning.choose import plan as plan
+    from .planning.plan import Plan as Plan
     from .presets import PRESETS as PRESETS
     from .prompts.extend import PromptExtender as PromptExtender
     from .prompts.extend import extend_prompt as extend_prompt
@@ -59,7 +59,7 @@ _PUBLIC = {
     "Step": "types",
     "Video": "video",
     "plan": "planning.choose",
-    "Plan": "planning.choose",
+    "Plan": "planning.plan",
     "MemoryPlanError": "errors",
     "WanError": "errors",
     "WeightsError": "errors",

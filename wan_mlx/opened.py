@@ -26,8 +26,10 @@ from .models.text_encoder import pad_context
 from .models.tokenizer import Tokenizer
 from .models.vae_execution import VAEExecution
 from .models.vae_tiling import parse_tiling
-from .planning.choose import Plan, choose, plan_request
+from .planning.choose import choose, plan_request
 from .planning.machine import parse_memory
+from .planning.plan import Plan
+from .planning.sizes import sizes_of
 from .presets import Preset, find_preset, preset_for
 from .progress_bars import ProgressBars
 from .prompts.cache import PromptCache
@@ -45,7 +47,6 @@ from .weights.load import (
     modes_of,
     parameters_of,
     parse_dtype,
-    sizes_of,
     vae_config_of,
 )
 from .weights.lora import LoraChoice, describe_lora, normalise_loras

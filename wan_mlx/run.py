@@ -20,7 +20,7 @@ from .events import Conditioned, Decoded, Event, Listener, Progress, StageEnded,
 from .guidance import Guidance
 from .media.write import latents_to_numpy
 from .opened import OpenedModel
-from .planning.choose import Plan, limited_cache
+from .planning.plan import Plan, limited_cache
 from .recipes import scheduler_for
 from .tasks import TASKS
 from .types import Conditioning, Request, RunState, StageReport, Step

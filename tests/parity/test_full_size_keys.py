@@ -10,9 +10,9 @@ from wan_mlx.errors import WeightsError
 from wan_mlx.files.base import TensorInfo, WeightsFile
 from wan_mlx.models.configs import ImageEncoderConfig, TextEncoderConfig, VAEConfig
 from wan_mlx.models.image_encoder import ImageEncoder, last_block_shapes
+from wan_mlx.models.networks import new_transformer
 from wan_mlx.models.text_encoder import TextEncoder
 from wan_mlx.models.transformer import Transformer
-from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.models.vae import VAE
 from wan_mlx.presets import PRESETS
 from wan_mlx.weights.component import (
@@ -75,11 +75,10 @@ def test_vae():
 def test_every_released_transformer(name, layout):
     """Sizes from the file alone; then neither a key too many nor one too few, and every shape."""
     config = PRESETS[name].transformer
-    shapes = {"diffusers": test_layouts.diffusers_transformer, "official": test_layouts.official_transformer}[layout]
+    shapes = {"diffusers": test_layouts.diffusers_shapes, "official": test_layouts.official_transformer}[layout]
     weights = ComponentWeights(HeaderOnly(shapes(config)))
     assert weights.layout.name == layout and transformer_config(weights, {}) == config
-    network = VaceTransformer if config.model_type == "vace" else Transformer
-    check_keys(weights, parameter_shapes(network(config)))
+    check_keys(weights, parameter_shapes(new_transformer(config)))
 
 
 def test_huggingface_text_encoder():

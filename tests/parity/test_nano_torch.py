@@ -59,7 +59,7 @@ def load(module: torch.nn.Module, path) -> torch.nn.Module:
 
 def networks(checkpoint: Checkpoint) -> SimpleNamespace:
     """The reference classes at the model's sizes, with its weights; ``scale`` goes with the VAE."""
-    c, t, v = (checkpoint.configs[name] for name in ("transformer", "text_encoder", "vae"))
+    c, t, v = (checkpoint.part(kind).config for kind in ("transformer", "text_encoder", "vae"))
     text = official("modules.t5").T5Encoder(
         vocab=t["vocab_size"], shared_pos=False, dropout=0.0,
         **{k: t[k] for k in ("dim", "dim_attn", "dim_ffn", "num_heads", "num_layers", "num_buckets")},
@@ -93,7 +93,7 @@ def diffusers_dit(config: dict) -> torch.nn.Module:
 
 def clip(checkpoint: Checkpoint):
     """The official CLIP with the model's weights; the last block, which Wan leaves out, stays random."""
-    c = checkpoint.configs["image_encoder"]
+    c = checkpoint.part("image_encoder").config
     wrapper = official_clip_model(
         0, image_size=c["image_size"], vision_dim=c["dim"], vision_heads=c["num_heads"],
         vision_layers=c["num_layers"], embed_dim=24, vocab_size=30, max_text_len=10, text_dim=16, text_heads=2,

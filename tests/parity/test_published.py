@@ -19,6 +19,7 @@ from wan_mlx.files.open import open_weights
 from wan_mlx.presets import PRESETS, preset_for
 from wan_mlx.weights.checkpoint import Checkpoint, open_checkpoint
 from wan_mlx.weights.component import ComponentWeights
+from wan_mlx.weights.parts import Part
 
 VIDEO = dict(width=32, height=32, num_frames=5, steps=2, seed=1, shift=5, guidance_scale=5)
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
@@ -324,7 +325,8 @@ def test_command_line_says_where_parts_come_from(comfyui, official_folder, capsy
 
 def test_command_line_says_which_defaults_a_file_leaves_open():
     preset = PRESETS["i2v-14B-480P"]
-    checkpoint = Checkpoint(Path("dit.gguf"), {"transformer": Path("dit.gguf"), "vae": Path("x/vae.safetensors")})
+    files = {"transformer": Path("dit.gguf"), "vae": Path("x/vae.safetensors")}
+    checkpoint = Checkpoint(Path("dit.gguf"), tuple(Part(kind, kind, file) for kind, file in files.items()))
     pipe = SimpleNamespace(checkpoint=checkpoint, preset=preset, guessed_preset=True)
     (vae, other) = origins(pipe)
     assert vae == "vae from x/vae.safetensors"

@@ -8,15 +8,12 @@ MLX, which allocates what is submitted before it runs; the numbers of them stand
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
 
 import mlx.core as mx
 
 from ..cuda.attention import keys_to_append
-from ..geometry import Geometry
-from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig, geometry_of
+from ..models.configs import VAEConfig
 from ..models.execution import (
     FEED_FORWARD_TOKENS,
     FEW_TOKENS,
@@ -33,11 +30,6 @@ from ..models.execution import (
     WHOLE_WIDE,
     has_fused_kernel,
 )
-from ..models.quantized_linear import Packing
-from ..models.rope import row_order
-from ..models.text_encoder import TextEncoder
-from ..models.transformer import BLOCK_LISTS, Transformer
-from ..models.vace import VaceTransformer
 from ..models.vae import VAE
 from ..models.vae_execution import (
     DECODE_FRAMES,
@@ -49,57 +41,13 @@ from ..models.vae_execution import (
 )
 from ..models.vae_tiling import decoder_spans, encoder_spans, split
 from ..weights.component import parameter_shapes
-from ..weights.parameters import dtype_of
-from ..weights.prefetch import most_in_flight
 from .flops import frames_at, stages
+from .sizes import Networks, WeightBytes
 
 # Latents (L, 64) in float32 in the sampling loop: of the solver's history, both passes, and the step's.
 LATENTS_ALIVE = 10
 # What a GPU's backend itself allocates.
 GPU_OVERHEAD = 40_000_000
-
-
-@dataclass(frozen=True)
-class WeightBytes:
-    """Bytes of a network's weights, resident and as stored in its file.
-
-    ``outside`` is what no block holds, ``blocks`` all blocks, ``largest`` the largest block; ``unpacked`` is the
-    largest matrix of packed ones when it is unpacked, 0 if none is packed; ``in_flight`` is what reading a block takes
-    beside it, for what is packed when all of it is there, or cast or put into another order on the way.
-    """
-
-    outside: int
-    blocks: int
-    largest: int
-    stored_outside: int
-    stored_blocks: int
-    stored_largest: int
-    unpacked: int = 0
-    in_flight: int = 0
-
-    @property
-    def all(self) -> int:
-        return self.outside + self.blocks
-
-
-@dataclass(frozen=True)
-class Networks:
-    """What is known of a model before its weights are read."""
-
-    transformer: TransformerConfig
-    text_encoder: TextEncoderConfig
-    vae: VAEConfig
-    image_encoder: ImageEncoderConfig | None
-    dtype: mx.Dtype
-    weights: WeightBytes
-    text_block: int  # bytes of one block of the text encoder
-    text_stored: int  # bytes of the text encoder's blocks in its file
-    packings: Mapping[str, Packing] = field(default_factory=dict)  # of the transformer's packed matrices
-
-    @property
-    def geometry(self) -> Geometry:
-        """The sizes of its latents and tokens."""
-        return geometry_of(self.transformer, self.vae)
 
 
 def on_cpu() -> bool:
@@ -110,67 +58,12 @@ def overhead() -> int:
     return 0 if on_cpu() else GPU_OVERHEAD
 
 
-def weight_bytes(
-    config: TransformerConfig, dtype: mx.Dtype, packings: Mapping, stored: Mapping[str, int] | None = None
-) -> WeightBytes:
-    """Bytes of a transformer.
-
-    Args:
-        config: its sizes.
-        dtype: of what is not packed and not kept in float32.
-        packings: weight's name → `Packing`, of those that are packed.
-        stored: name → bytes in the file; None takes float32, as published.
-    """
-    kept: dict[str, int] = {}
-    in_file: dict[str, int] = {}
-    packed_later: dict[str, int] = {}
-    changed: dict[str, list[int]] = {}
-    made_anew: dict[str, int] = {}
-    unpacked = 0
-    network = VaceTransformer if config.model_type == "vace" else Transformer
-    for name, shape in parameter_shapes(network(config)).items():
-        block = ".".join(name.split(".")[:2]) if name.split(".")[0] in BLOCK_LISTS else ""
-        if name in packings:
-            size = sum(math.prod(s) * d.size for s, d in packings[name].shapes(shape).values())
-            unpacked = max(unpacked, math.prod(shape) * dtype.size)
-        else:
-            size = math.prod(shape) * dtype_of("transformer", name, dtype).size
-        kept[block] = kept.get(block, 0) + size
-        as_stored = stored[name] if stored else 4 * math.prod(shape)
-        in_file[block] = in_file.get(block, 0) + as_stored
-        if not block or as_stored == size and row_order(name, config.dim, config.head_dim) is None:
-            continue
-        made_anew[block] = made_anew.get(block, 0) + size
-        if name in packings and as_stored != size:
-            packed_later[block] = packed_later.get(block, 0) + as_stored
-        else:
-            changed.setdefault(block, []).append(as_stored)
-    outside, stored_outside = kept.pop(""), in_file.pop("")
-    in_flight = [
-        most_in_flight(changed.get(b, []), packed_later.get(b, 0), in_file[b], kept[b], made_anew.get(b, 0))
-        for b in kept
-    ]
-    return WeightBytes(
-        outside, sum(kept.values()), max(kept.values()), stored_outside, sum(in_file.values()), max(in_file.values()),
-        unpacked, max(in_flight),
-    )  # fmt: skip
-
-
-def text_block_bytes(config: TextEncoderConfig, dtype: mx.Dtype, packings: Mapping) -> int:
-    """Bytes of one block of the text encoder, resident."""
-    size = 0
-    for name, shape in parameter_shapes(TextEncoder(config)).items():
-        if name.startswith("blocks.0."):
-            packed = packings[name].shapes(shape).values() if name in packings else [(shape, dtype)]
-            size += sum(math.prod(s) * d.size for s, d in packed)
-    return size
-
-
 def encode_text(nets: Networks, tokens: int) -> int:
     """Two blocks of the text encoder, and the scores of its attention."""
-    scores = 3 * 4 * nets.text_encoder.num_heads * tokens**2
-    context = 4 * nets.transformer.text_len * nets.text_encoder.dim * nets.dtype.size
-    return 2 * nets.text_block + scores + context + overhead()
+    c, blocks = nets.text_encoder.config, nets.text_encoder.weights
+    scores = 3 * 4 * c.num_heads * tokens**2
+    context = 4 * nets.transformer.text_len * c.dim * nets.dtype.size
+    return 2 * blocks.largest + scores + context + overhead()
 
 
 def encode_images(nets: Networks) -> int:
@@ -180,9 +73,9 @@ def encode_images(nets: Networks) -> int:
     return 4 * ((c.num_layers - 1) * block + 3 * c.patch_size**2 * c.dim) + overhead()
 
 
-def load_transformer(nets: Networks, stream: bool) -> int:
+def load_transformer(weights: WeightBytes, stream: bool) -> int:
     """All weights, or those outside the blocks."""
-    return nets.weights.outside if stream else nets.weights.all
+    return weights.outside if stream else weights.all
 
 
 def denoise(

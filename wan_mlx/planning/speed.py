@@ -26,16 +26,16 @@ from ..cuda import StagingBuffers
 from ..guidance import at_once
 from ..models.configs import TransformerConfig, VAEConfig
 from ..models.execution import Execution, Pacer, attention
+from ..models.networks import new_transformer
 from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import ForwardPass, Transformer
-from ..models.vace import VaceTransformer
 from ..models.vae import VAE
 from ..models.vae_execution import VAEExecution
 from ..weights.parameters import Parameters, dtype_of, load_staged, locate
 from . import flops as work
 from . import peak_memory as peaks
-from .choose import Plan, limited_cache
-from .peak_memory import Networks
+from .plan import Plan, limited_cache
+from .sizes import Networks
 
 # Seconds of each thing that is timed: enough to tell, and no GPU work so long that macOS would end it.
 ENOUGH, MOST_TIMES = 0.4, 100
@@ -359,11 +359,11 @@ def random_weights(
 
 def random_transformer(config: TransformerConfig, nets: Networks) -> Transformer:
     """A transformer of these sizes, its matrices packed as those of ``nets`` are."""
-    model = (VaceTransformer if config.model_type == "vace" else Transformer)(config)
-    packed = {name for name, _ in tree_flatten(model.parameters())} & nets.packings.keys()
+    model, packings = new_transformer(config), nets.experts[0].packings
+    packed = {name for name, _ in tree_flatten(model.parameters())} & packings.keys()
     for name in packed:
         parent, index = locate(model, name)
-        (rows, columns), packing = parent[index].weight.shape, nets.packings[name]
+        (rows, columns), packing = parent[index].weight.shape, packings[name]
         parent[index] = layer = QuantizedLinear(columns, rows, True, packing)
         few = packing.pack(random_array((min(rows, FEW_ROWS), columns), columns**-0.5, mx.float32))
         for key, array in few.items():

@@ -68,9 +68,9 @@ class PromptCache:
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype: str, quantize: str | None) -> PromptCache:
         """For the text encoder of a checkpoint, loaded in this dtype and quantisation."""
-        files, config = checkpoint.files, checkpoint.configs.get("text_encoder")
-        settings = {"dtype": str(dtype), "quantize": quantize, "config": config}
-        return cls([files["text_encoder"], files["tokenizer"]], settings)
+        encoder = checkpoint.part("text_encoder")
+        settings = {"dtype": str(dtype), "quantize": quantize, "config": encoder.config}
+        return cls([encoder.file, checkpoint.part("tokenizer").file], settings)
 
     def get(self, text: str) -> mx.array | None:
         """The embedding of a text, or None if it is not kept, or not whole."""

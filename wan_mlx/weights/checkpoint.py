@@ -1,4 +1,4 @@
-"""Which file holds which network: in a folder of any layout, in a single file, or in a set given part by part.
+"""Which file holds which part: in a folder of any layout, in a single file, or in a set given part by part.
 
 Published folders are known by their config and their fixed names. Everything else is opened, headers only, and known by
 its keys; file names decide nothing.
@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..files.open import open_weights
 from ..files.sentencepiece import find_tokenizer, has_tokenizer
 from ..presets import COMFYUI_PARTS, DIFFUSERS_FILES, MLX_FILES, NETWORKS, OFFICIAL_FILES, PARTS
 from .component import ComponentWeights, open_component
+from .parts import Part
 
 # What Diffusers and transformers call the entries of config.json that shapes cannot tell.
 DIFFUSERS_NAMES = {
@@ -45,31 +46,49 @@ _MAX_DEPTH, _MAX_FILES = 3, 5000
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model: the file of each part, and what config.json says of each.
+    """A model on this machine: its parts.
 
-    ``files`` has all of `PARTS`, but for "image_encoder", which only models that read images come with. ``configs`` has
-    an entry per network, and under "quantization" each network's mode where an MLX folder records it.
+    ``parts`` are of all kinds in `PARTS`, but for "image_encoder", which only models that read images come with.
+    ``model`` is the preset's name, where the folder records it.
     """
 
     path: Path
-    files: dict[str, Path]
-    configs: dict[str, Any] = field(default_factory=dict)
-    model: str | None = None  # the preset's name, where the folder records it
+    parts: tuple[Part, ...] = ()
+    model: str | None = None
     layout: str = "single files"
 
-    def missing(self) -> list[str]:
-        """The parts that a whole model still needs."""
-        lacking = [part for part in PARTS if part not in self.files and part != "image_encoder"]
-        needs_images = "image_encoder" not in self.files and "transformer" in self.files and self._reads_images()
-        return lacking + ["image_encoder"] * needs_images
+    def of_kind(self, kind: str) -> list[Part]:
+        """The parts of one kind, in order."""
+        return [part for part in self.parts if part.kind == kind]
 
-    def _reads_images(self) -> bool:
-        config = self.configs.get("transformer", {})
+    def part(self, kind: str) -> Part:
+        """The first part of a kind.
+
+        Raises:
+            WeightsError: there is none.
+        """
+        for part in self.of_kind(kind):
+            return part
+        raise WeightsError(f"{self.path} holds no {kind}, only {', '.join(self.files)}")
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """A part's name → its file."""
+        return {part.name: part.file for part in self.parts}
+
+    def missing(self) -> list[str]:
+        """The kinds of parts that a whole model still needs."""
+        lacking = [kind for kind in PARTS if not self.of_kind(kind)]
+        return [kind for kind in lacking if kind != "image_encoder" or any(map(self._reads_images, self.parts))]
+
+    def _reads_images(self, part: Part) -> bool:
+        if part.kind != "transformer":
+            return False
         if self.layout == "diffusers":  # its config has the width of the image features, or None
-            return config.get("image_dim") is not None
-        if "model_type" in config:
-            return config["model_type"] in ("i2v", "flf2v")
-        return "img_emb.proj.1.weight" in ComponentWeights(open_weights(self.files["transformer"])).shapes
+            return part.config.get("image_dim") is not None
+        if "model_type" in part.config:
+            return part.config["model_type"] in ("i2v", "flf2v")
+        return "img_emb.proj.1.weight" in ComponentWeights(open_weights(part.file)).shapes
 
 
 def open_checkpoint(path: str | Path, parts: Mapping[str, str | Path | None] | None = None) -> Checkpoint:
@@ -100,39 +119,35 @@ def look_at(path: str | Path, given: Mapping[str, Path] | None = None) -> Checkp
     """
     path, given = _existing(Path(path).expanduser(), "model"), given or {}
     found = _look_at_folder(path, given) if path.is_dir() else _look_at_file(path)
-    files, configs = dict(found.files), dict(found.configs)
-    for part, place in given.items():
-        files[part], config, quantization = find_part(_existing(place, part.replace("_", " ")), part)
-        configs[part] = config
-        packed = {k: v for k, v in (configs.get("quantization") or {}).items() if k != part}
-        configs["quantization"] = packed | ({part: quantization} if quantization else {})
-    if "text_encoder" in given and "tokenizer" not in given:
-        files |= _tokenizer_of(files["text_encoder"])
-    elif "text_encoder" in files and "tokenizer" not in files:
-        files |= _tokenizer_of(files["text_encoder"])
-    return Checkpoint(found.path, files, configs, found.model, found.layout)
+    parts = {part.name: part for part in found.parts}
+    for kind, place in given.items():
+        part = find_part(_existing(place, kind.replace("_", " ")), kind)
+        parts = {name: other for name, other in parts.items() if other.kind != kind or name == kind} | {kind: part}
+    # A text encoder's own tokenizer, unless one was given, or came with the rest of a model.
+    if "text_encoder" in parts and "tokenizer" not in given and ("text_encoder" in given or "tokenizer" not in parts):
+        parts |= _tokenizer_of(parts["text_encoder"].file)
+    return replace(found, parts=tuple(parts.values()))
 
 
-def find_part(place: Path, part: str) -> tuple[Path, dict[str, Any], str | None]:
-    """The file of one part, what config.json says of it, and its recorded quantisation.
+def find_part(place: Path, kind: str) -> Part:
+    """One part of a model.
 
-    ``place``: that file, or a folder: a whole model, or the part's own with its config.json.
+    ``place``: its file, or a folder: a whole model, or the part's own with its config.json.
 
     Raises:
         WeightsError: it is not there, or is there twice.
     """
-    if part == "tokenizer":
+    if kind == "tokenizer":
         file = find_tokenizer(place) if place.is_dir() else place
         if file is None:
             raise WeightsError(f"{place} holds no tokenizer, expected umT5's spiece.model")
-        return file, {}, None
+        return Part(kind, kind, file)
     if not place.is_dir():
-        return place, *_config_beside(open_component(place, part))
-    found = _look_at_folder(place, {other: place for other in NETWORKS if other != part})
-    if part not in found.files:
-        raise WeightsError(f"{place} holds no {part}, only {', '.join(found.files) or _listing(place)}")
-    quantization = (found.configs.get("quantization") or {}).get(part)
-    return found.files[part], found.configs.get(part, {}), quantization
+        return _part_of(open_component(place, kind))
+    found = _look_at_folder(place, {other: place for other in NETWORKS if other != kind})
+    if not found.of_kind(kind):
+        raise WeightsError(f"{place} holds no {kind}, only {', '.join(found.files) or _listing(place)}")
+    return found.part(kind)
 
 
 def _look_at_folder(folder: Path, given: Mapping[str, Path]) -> Checkpoint:
@@ -140,13 +155,14 @@ def _look_at_folder(folder: Path, given: Mapping[str, Path]) -> Checkpoint:
     if config.get("format") == MLX_FORMAT:
         found = _open_mlx(folder, config)
     elif (folder / "model_index.json").is_file() or (folder / "transformer" / "config.json").is_file():
-        found = Checkpoint(folder, _find(folder, DIFFUSERS_FILES), _diffusers_configs(folder), None, "diffusers")
+        parts = _parts(_find(folder, DIFFUSERS_FILES), _diffusers_configs(folder))
+        found = Checkpoint(folder, parts, layout="diffusers")
     else:
         files = _find(folder, OFFICIAL_FILES)
         # The transformer's file has the name that Diffusers gives to every network.
         if files.keys() <= {"transformer"} and "num_heads" not in config:
             return _search(folder, given)
-        found = Checkpoint(folder, files, {"transformer": config}, None, "official")
+        found = Checkpoint(folder, _parts(files, {"transformer": config}), layout="official")
     if any(part not in given for part in found.missing()):
         found = _search(folder, given, found)
     return found
@@ -164,25 +180,25 @@ def _open_mlx(folder: Path, config: dict[str, Any]) -> Checkpoint:
         others = _read_config(beside / "config.json")
         files = {**_find(beside, MLX_FILES), **files}
         config = {**{part: others.get(part, {}) for part in NETWORKS if part not in config}, **config}
-    return Checkpoint(folder, files, config, config.get("model"), "mlx")
+    return Checkpoint(folder, _parts(files, config), config.get("model"), "mlx")
+
+
+def _parts(files: Mapping[str, Path], config: Mapping[str, Any]) -> tuple[Part, ...]:
+    """Parts, of each kind one, and what a folder's ``config`` says of each."""
+    packed = config.get("quantization")
+    return tuple(
+        Part(kind, kind, file, config.get(kind, {}), packed.get(kind) if isinstance(packed, dict) else packed)
+        for kind, file in files.items()
+    )
 
 
 def _look_at_file(file: Path) -> Checkpoint:
-    return _single_files(file, {(weights := ComponentWeights(open_weights(file))).component: weights})
-
-
-def _single_files(path: Path, networks: Mapping[str, ComponentWeights]) -> Checkpoint:
-    configs: dict[str, Any] = {"quantization": {}}
-    for part, weights in networks.items():
-        configs[part], quantization = _config_beside(weights)
-        if quantization:
-            configs["quantization"][part] = quantization
-    return Checkpoint(path, {part: weights.path for part, weights in networks.items()}, configs)
+    return Checkpoint(file, (_part_of(ComponentWeights(open_weights(file))),))
 
 
 def _search(folder: Path, given: Mapping[str, Path], known: Checkpoint | None = None) -> Checkpoint:
     """What the weight files below a folder hold, by their keys; ``known`` parts are taken as they are."""
-    known = known or Checkpoint(folder, {})
+    known = known or Checkpoint(folder)
     networks: dict[str, list[ComponentWeights]] = {}
     refused = []
     for file in _weight_files(folder):
@@ -193,19 +209,18 @@ def _search(folder: Path, given: Mapping[str, Path], known: Checkpoint | None = 
             networks.setdefault(weights.component, []).append(weights)
         except WeightsError as error:
             refused.append(str(error))
-    networks = {part: files for part, files in networks.items() if part not in given and part not in known.files}
-    for part, files in networks.items():
+    networks = {kind: files for kind, files in networks.items() if kind not in given and not known.of_kind(kind)}
+    for kind, files in networks.items():
         if len(files) > 1:
             names = ", ".join(str(weights.path.relative_to(folder)) for weights in files)
-            raise WeightsError(f"{folder} holds {len(files)} files of a {part}: {names}; choose one with {_flag(part)}")
-    found = _single_files(folder, {part: files[0] for part, files in networks.items()})
-    files, configs = {**found.files, **known.files}, {**found.configs, **known.configs}
-    if not files and not given:
+            raise WeightsError(f"{folder} holds {len(files)} files of a {kind}: {names}; choose one with {_flag(kind)}")
+    parts = {kind: _part_of(files[0]) for kind, files in networks.items()} | {part.name: part for part in known.parts}
+    if not parts and not given:
         why = f"of its files, {refused[0]}" if refused else f"it holds {_listing(folder)}"
         raise WeightsError(f"{folder} is not a complete Wan2.1 folder: no file of a Wan2.1 network in it; {why}")
-    if "tokenizer" not in files and (tokenizer := find_tokenizer(folder)):
-        files["tokenizer"] = tokenizer
-    return Checkpoint(folder, files, configs, known.model, known.layout)
+    if "tokenizer" not in parts and (tokenizer := find_tokenizer(folder)):
+        parts["tokenizer"] = Part("tokenizer", "tokenizer", tokenizer)
+    return replace(known, parts=tuple(parts.values()))
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:
@@ -244,27 +259,26 @@ def _begins_like_weights(file: Path) -> bool:
     return head.startswith((b"GGUF", b"PK\x03\x04")) or head[8:9] == b"{"
 
 
-def _tokenizer_of(text_encoder: Path) -> dict[str, Path]:
+def _tokenizer_of(text_encoder: Path) -> dict[str, Part]:
     """The tokenizer inside a text encoder's file, or beside it."""
-    if has_tokenizer(open_weights(text_encoder)):
-        return {"tokenizer": text_encoder}
-    found = find_tokenizer(text_encoder.parent) or find_tokenizer(text_encoder.parent.parent)
-    return {"tokenizer": found} if found else {}
+    found = text_encoder if has_tokenizer(open_weights(text_encoder)) else None
+    found = found or find_tokenizer(text_encoder.parent) or find_tokenizer(text_encoder.parent.parent)
+    return {"tokenizer": Part("tokenizer", "tokenizer", found)} if found else {}
 
 
-def _config_beside(weights: ComponentWeights) -> tuple[dict[str, Any], str | None]:
-    """What the config.json in a file's folder says of the network, and its quantisation."""
-    part = weights.component
-    config = _read_config(weights.path.parent / "config.json")
+def _part_of(weights: ComponentWeights) -> Part:
+    """The part that a file is, with what the config.json in its folder says of it."""
+    kind, file = weights.component, weights.path
+    config = _read_config(file.parent / "config.json")
     if config.get("format") == MLX_FORMAT:
-        return config.get(part, {}), (config.get("quantization") or {}).get(part)
-    if not (part == "transformer" and "num_heads" in config):
-        config = _renamed(config, part)
-    return config, weights.quantization and weights.quantization.mode
+        return _parts({kind: file}, config)[0]
+    if not (kind == "transformer" and "num_heads" in config):
+        config = _renamed(config, kind)
+    return Part(kind, kind, file, config, weights.quantization and weights.quantization.mode)
 
 
-def _renamed(config: dict[str, Any], part: str) -> dict[str, Any]:
-    return {ours: config[theirs] for theirs, ours in DIFFUSERS_NAMES[part].items() if theirs in config}
+def _renamed(config: dict[str, Any], kind: str) -> dict[str, Any]:
+    return {ours: config[theirs] for theirs, ours in DIFFUSERS_NAMES[kind].items() if theirs in config}
 
 
 def _diffusers_configs(folder: Path) -> dict[str, dict[str, Any]]:

@@ -426,3 +426,12 @@ def vae_config(weights: ComponentWeights, config: Mapping[str, Any]) -> VAEConfi
             "(Wan2.2-TI2V-5B has its own VAE, which is not supported)"
         )
     return _merge(VAEConfig, found, said, weights.path)
+
+
+# Kind of network → (weights, what config.json says of them) → its sizes; WeightsError if they make no sense.
+CONFIG_OF: dict[str, Callable[[ComponentWeights, Mapping[str, Any]], Any]] = {
+    "transformer": transformer_config,
+    "text_encoder": text_encoder_config,
+    "vae": vae_config,
+    "image_encoder": image_encoder_config,
+}

@@ -25,15 +25,7 @@ from ..files.sentencepiece import read_tokenizer
 from ..presets import MLX_FILES, PRESETS
 from ..storage import fingerprint, free_space, gigabytes, new_folder
 from .checkpoint import MLX_FORMAT, Checkpoint, open_checkpoint
-from .component import (
-    MLX_LAYOUT,
-    SAFETENSORS_NAMES,
-    image_encoder_config,
-    open_component,
-    text_encoder_config,
-    transformer_config,
-    vae_config,
-)
+from .component import CONFIG_OF, MLX_LAYOUT, SAFETENSORS_NAMES, open_component
 from .load import Progress, no_progress, parse_dtype
 from .parameters import Parameters, dtype_of
 from .quantize import QUANTIZED
@@ -43,13 +35,6 @@ Specs = dict[str, tuple[tuple[int, ...], mx.Dtype]]
 
 SHARD_BYTES = 4 * 10**9
 BLOCK = re.compile(r"(vace_blocks|blocks)\.(\d+)\.")
-
-CONFIG_OF = {
-    "transformer": transformer_config,
-    "text_encoder": text_encoder_config,
-    "vae": vae_config,
-    "image_encoder": image_encoder_config,
-}
 
 
 def convert(
@@ -97,20 +82,18 @@ def convert(
         "dtypes": {},
     }
     networks = []
-    for component, config_of in CONFIG_OF.items():
-        if component not in checkpoint.files:
-            continue
-        weights = open_component(checkpoint.files[component], component)
-        config[component] = asdict(config_of(weights, checkpoint.configs.get(component, {})))
-        kept = parse_dtype({"vae": vae_dtype, "image_encoder": "float32"}.get(component, dtype))
-        parameters = Parameters(weights, kept, quantize if component in QUANTIZED else None)
+    for part in (part for kind in CONFIG_OF for part in checkpoint.of_kind(kind)):
+        weights = open_component(part.file, part.kind)
+        config[part.name] = asdict(CONFIG_OF[part.kind](weights, part.config))
+        kept = parse_dtype({"vae": vae_dtype, "image_encoder": "float32"}.get(part.kind, dtype))
+        parameters = Parameters(weights, kept, quantize if part.kind in QUANTIZED else None)
         if parameters.quantization.packings:
-            config.setdefault("quantization", {})[component] = parameters.quantization.mode
+            config.setdefault("quantization", {})[part.name] = parameters.quantization.mode
         networks.append(Network(parameters, {name: _kept(parameters, name) for name in weights.shapes}, shard_bytes))
-        config["dtypes"][component] = networks[-1].dtypes()
-        config["source"]["layouts"][component] = MLX_LAYOUT if weights.channels_last else weights.layout.name
-        config["source"]["fingerprints"][component] = fingerprint(weights.path)["sha256"]
-    tokenizer = read_tokenizer(checkpoint.files["tokenizer"])
+        config["dtypes"][part.name] = networks[-1].dtypes()
+        config["source"]["layouts"][part.name] = MLX_LAYOUT if weights.channels_last else weights.layout.name
+        config["source"]["fingerprints"][part.name] = fingerprint(weights.path)["sha256"]
+    tokenizer = read_tokenizer(checkpoint.part("tokenizer").file)
     needed, free = sum(network.nbytes for network in networks) + len(tokenizer), free_space(out.parent)
     if needed > free:
         raise WeightsError(f"{out} needs {gigabytes(needed)}, and its disk has {gigabytes(free)} free")

@@ -17,9 +17,8 @@ from ..files.fp8 import FP8
 from ..files.sentencepiece import read_tokenizer
 from ..models.configs import TransformerConfig
 from ..models.image_encoder import ImageEncoder, last_block_shapes
+from ..models.networks import new_transformer
 from ..models.text_encoder import TextEncoder
-from ..models.transformer import Transformer
-from ..models.vace import VaceTransformer
 from ..models.vae import VAE
 from ..presets import NETWORKS, PRESETS
 from ..storage import gigabytes
@@ -64,19 +63,19 @@ def inspect_source(source: str | Path, parts: Mapping[str, str | Path] | None = 
     """
     found = look_at(source, {part: Path(place).expanduser() for part, place in (parts or {}).items()})
     rows, networks, sound = [("source", f"{found.path} ({found.layout})")], [], True
-    for part in (part for part in NETWORKS if part in found.files):
-        weights = open_component(found.files[part], part)
-        sizes, fault, config = _sizes_of(weights, found.configs.get(part, {}))
+    for part in (part for kind in NETWORKS for part in found.of_kind(kind)):
+        weights = open_component(part.file, part.kind)
+        sizes, fault, config = _sizes_of(weights, part.config)
         if isinstance(config, TransformerConfig):
             rows.append(("model", _model_of(config, found.model)))
-        networks.append((part.replace("_", " "), f"{_relative(weights.path, found.path)}: {sizes}"))
+        networks.append((part.name.replace("_", " "), f"{_relative(weights.path, found.path)}: {sizes}"))
         networks += [("", text) for text in _contents(weights)]
         if fault:
             networks.append(("", f"cannot be loaded: {fault}"))
             sound = False
     rows += networks
-    if "tokenizer" in found.files:
-        rows.append(("tokenizer", _tokenizer_at(found.files["tokenizer"], found.path)))
+    for part in found.of_kind("tokenizer"):
+        rows.append(("tokenizer", _tokenizer_at(part.file, found.path)))
     rows.append(("missing", ", ".join(found.missing()).replace("_", " ") or "nothing: a whole model"))
     return Inspection(rows, sound)
 
@@ -100,7 +99,7 @@ def _sizes_of(weights: ComponentWeights, config: Mapping[str, Any]) -> tuple[str
     try:
         if weights.component == "transformer":
             c = transformer_config(weights, config)
-            shapes = parameter_shapes((VaceTransformer if c.model_type == "vace" else Transformer)(c))
+            shapes = parameter_shapes(new_transformer(c))
             words = f"{c.num_layers} layers of {c.dim}, {c.num_heads} heads"
         elif weights.component == "text_encoder":
             c = text_encoder_config(weights, config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,29 +14,21 @@ from ..errors import WeightsError
 from ..models.configs import TransformerConfig, VAEConfig
 from ..models.execution import Execution, StreamedTextEncoder
 from ..models.image_encoder import ImageEncoder, last_block_shapes
+from ..models.networks import new_transformer
 from ..models.rope import row_order
 from ..models.text_encoder import EncoderBlock, TextEncoder
 from ..models.transformer import Transformer
-from ..models.vace import VaceTransformer
 from ..models.vae import VAE
-from ..planning.peak_memory import Networks, text_block_bytes, weight_bytes
 from .checkpoint import Checkpoint, find_part
-from .component import (
-    DTYPES,
-    ComponentWeights,
-    check_keys,
-    image_encoder_config,
-    open_component,
-    parameter_shapes,
-    text_encoder_config,
-    transformer_config,
-    vae_config,
-)
+from .component import CONFIG_OF, DTYPES, ComponentWeights, check_keys, open_component, parameter_shapes
 from .lora import LoraChoice, normalise_loras, open_loras
 from .parameters import Parameters, load_module, load_streamed, stream_blocks
+from .parts import Part
 from .quantize import QUANTIZED
 from .set_loras import set_loras
 
+# What a network is loaded from: a model, one of its parts, its folder, or the network's own folder or file.
+Source = str | Path | Checkpoint | Part
 # Wraps an iteration as ``tqdm`` does: progress(items, total=...) → items.
 Progress = Callable[..., Iterable]
 
@@ -59,46 +51,49 @@ def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
     return DTYPES[dtype]
 
 
-def _open(path: str | Path | Checkpoint, component: str) -> tuple[ComponentWeights, Mapping[str, Any]]:
-    """The component's weights and configuration, from a model, its folder, or the component's own folder or file."""
-    if isinstance(path, Checkpoint):
-        if component not in path.files:
-            raise WeightsError(f"{path.path} holds no {component}, only {', '.join(path.files)}")
-        file, config = path.files[component], path.configs.get(component, {})
-        said = path.configs.get("quantization", {})
-        said = said.get(component) if isinstance(said, dict) else said
+def open_network(source: Source, kind: str) -> tuple[ComponentWeights, Any]:
+    """The weights of a network and its sizes, such as a `TransformerConfig`; no weights are read."""
+    if isinstance(source, Checkpoint):
+        part = source.part(kind)
+    elif isinstance(source, Part):
+        part = source
     else:
-        file, config, said = find_part(Path(path).expanduser(), component)
-    weights = open_component(file, component)
+        part = find_part(Path(source).expanduser(), kind)
+    weights = open_component(part.file, kind)
     found = weights.quantization and weights.quantization.mode
-    if said != found:
+    if part.recorded != found:
         raise WeightsError(
-            f"{file.parent}: config.json says that its {component}'s quantisation is {said or 'none'}, "
+            f"{part.file.parent}: config.json says that its {kind}'s quantisation is {part.recorded or 'none'}, "
             f"but the file's is {found or 'none'}"
         )
-    return weights, config
+    return weights, CONFIG_OF[kind](weights, part.config)
 
 
 def modes_of(checkpoint: Checkpoint, quantize: str | None) -> dict[str, str]:
-    """Component → the mode it will be packed in, those alone that will be; no weights are read.
+    """A part's name → the mode it will be packed in, of those parts that will be; no weights are read.
 
     Raises:
         ValueError: a part of ``checkpoint`` cannot be quantised so.
     """
-    found = {part: Parameters(_open(checkpoint, part)[0], mx.float32, quantize).quantization for part in QUANTIZED}
-    return {component: quantization.mode for component, quantization in found.items() if quantization.packings}
+    found = {
+        part.name: Parameters(open_network(part, kind)[0], mx.float32, part.quantize or quantize).quantization
+        for kind in QUANTIZED
+        for part in checkpoint.of_kind(kind)
+    }
+    return {name: quantization.mode for name, quantization in found.items() if quantization.packings}
 
 
 def check_loras(checkpoint: Checkpoint, loras: Iterable[LoraChoice]) -> None:
-    """Raise WeightsError, before any weights are read, if a LoRA does not suit the transformer of ``checkpoint``."""
-    if loras:
-        weights, config = _open(checkpoint, "transformer")
-        patch = math.prod(transformer_config(weights, config).patch_size)
-        open_loras(normalise_loras(loras), weights.shapes, patch)
+    """Raise WeightsError, before any weights are read, if a LoRA does not suit a transformer of ``checkpoint``: one of
+    ``loras``, which are for all of them, or its own."""
+    for part in checkpoint.of_kind("transformer"):
+        if chosen := [*normalise_loras(loras), *part.loras]:
+            weights, config = open_network(part, "transformer")
+            open_loras(chosen, weights.shapes, math.prod(config.patch_size))
 
 
 def load_transformer(
-    path: str | Path | Checkpoint,
+    path: Source,
     dtype: str | mx.Dtype = "bfloat16",
     progress: Progress = no_progress,
     quantize: str | None = None,
@@ -127,12 +122,10 @@ def load_transformer(
         WeightsError: the file is not a whole Wan2.1 transformer, or a LoRA does not suit it.
         ValueError: an unknown dtype or mode, or the weights are packed in another mode already.
     """
-    weights, config = _open(path, "transformer")
-    config = transformer_config(weights, config)
-    network = VaceTransformer if config.model_type == "vace" else Transformer
+    weights, config = open_network(path, "transformer")
     load, beside = load_streamed if stream else load_module, stream or not merge
     parameters = transformer_parameters(weights, config, parse_dtype(dtype), quantize, None if beside else loras)
-    model = load(network(config), parameters, progress)
+    model = load(new_transformer(config), parameters, progress)
     if beside and loras:
         set_loras(model, loras)
     return model
@@ -153,18 +146,18 @@ def transformer_parameters(
     return Parameters(weights, dtype, quantize, opened, merge, row_order=order)
 
 
-def load_vae(path: str | Path | Checkpoint, dtype: str | mx.Dtype = "float32", progress: Progress = no_progress) -> VAE:
+def load_vae(path: Source, dtype: str | mx.Dtype = "float32", progress: Progress = no_progress) -> VAE:
     """Load the VAE from a model folder or its own file.
 
     Raises:
         WeightsError: the file is not a whole Wan2.1 VAE.
     """
-    weights, config = _open(path, "vae")
-    return load_module(VAE(vae_config(weights, config)), Parameters(weights, parse_dtype(dtype)), progress)
+    weights, config = open_network(path, "vae")
+    return load_module(VAE(config), Parameters(weights, parse_dtype(dtype)), progress)
 
 
 def load_image_encoder(
-    path: str | Path | Checkpoint, dtype: str | mx.Dtype = "float32", progress: Progress = no_progress
+    path: Source, dtype: str | mx.Dtype = "float32", progress: Progress = no_progress
 ) -> ImageEncoder:
     """Load CLIP's vision tower from a model folder or its own file; the last block and the text tower stay unread.
 
@@ -180,13 +173,12 @@ def load_image_encoder(
     dtype = parse_dtype(dtype)
     if dtype == mx.bfloat16:
         raise ValueError("bfloat16 is too coarse for CLIP; give float32 or float16")
-    weights, config = _open(path, "image_encoder")
-    config = image_encoder_config(weights, config)
+    weights, config = open_network(path, "image_encoder")
     return load_module(ImageEncoder(config), Parameters(weights, dtype), progress, unread=last_block_shapes(config))
 
 
 def load_text_encoder(
-    path: str | Path | Checkpoint,
+    path: Source,
     dtype: str | mx.Dtype = "bfloat16",
     progress: Progress = no_progress,
     quantize: str | None = None,
@@ -200,8 +192,8 @@ def load_text_encoder(
         WeightsError: the file is not a whole umT5 encoder.
         ValueError: float16, whose range umT5 exceeds; or ``quantize`` does not suit.
     """
-    weights, config = _open(path, "text_encoder")
-    config, dtype = text_encoder_config(weights, config), parse_dtype(dtype)
+    weights, config = open_network(path, "text_encoder")
+    dtype = parse_dtype(dtype)
     if dtype == mx.float16:
         raise ValueError("umT5 overflows float16; give bfloat16 or float32")
     check_keys(weights, parameter_shapes(TextEncoder(config)))
@@ -222,48 +214,18 @@ def load_text_encoder(
 
 def config_of(checkpoint: Checkpoint) -> TransformerConfig:
     """Sizes of the transformer; no weights are read."""
-    return transformer_config(*_open(checkpoint, "transformer"))
+    return open_network(checkpoint, "transformer")[1]
 
 
 def vae_config_of(checkpoint: Checkpoint) -> VAEConfig:
     """Sizes of the VAE; no weights are read."""
-    return vae_config(*_open(checkpoint, "vae"))
+    return open_network(checkpoint, "vae")[1]
 
 
-def parameters_of(checkpoint: Checkpoint, dtype: mx.Dtype, quantize: str | None = None) -> Parameters:
+def parameters_of(source: Source, dtype: mx.Dtype, quantize: str | None = None) -> Parameters:
     """The transformer's parameters, none of them read.
 
     Raises:
         ValueError: ``quantize`` does not suit.
     """
-    weights, config = _open(checkpoint, "transformer")
-    return transformer_parameters(weights, transformer_config(weights, config), dtype, quantize)
-
-
-def sizes_of(checkpoint: Checkpoint, dtype: mx.Dtype, quantize: str | None = None) -> Networks:
-    """What a plan needs to know of a model on this machine; no weights are read.
-
-    Raises:
-        ValueError: ``quantize`` does not suit.
-    """
-    weights, config = _open(checkpoint, "transformer")
-    config = transformer_config(weights, config)
-    packings = transformer_parameters(weights, config, dtype, quantize).quantization.packings
-    stored = {name: weights.stored_bytes(name) for name in weights.sources}
-    text, text_config = _open(checkpoint, "text_encoder")
-    text_config = text_encoder_config(text, text_config)
-    in_blocks = [key for name, keys in text.sources.items() if name.startswith("blocks.") for key in keys]
-    text_packings = Parameters(text, dtype, quantize).quantization.packings
-    vae, said = _open(checkpoint, "vae")
-    images = image_encoder_config(*_open(checkpoint, "image_encoder")) if config.has_image_branch else None
-    return Networks(
-        config,
-        text_config,
-        vae_config(vae, said),
-        images,
-        dtype,
-        weight_bytes(config, dtype, packings, stored),
-        text_block_bytes(text_config, dtype, text_packings),
-        sum(text.file.nbytes(key) for key in in_blocks),
-        packings,
-    )
+    return transformer_parameters(*open_network(source, "transformer"), dtype, quantize)

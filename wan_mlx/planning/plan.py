@@ -1,0 +1,152 @@
+"""A plan: what is resident, streamed or tiled in a run, and each stage's peak of memory, work and time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import MemoryPlanError
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+# Predictions are within a tenth of what was measured, above or below (docs/memory.md); a budget is filled up to here.
+FILL = 0.96
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage of a plan.
+
+    ``how`` says what is resident, streamed or tiled; ``peak`` and ``reads`` are bytes, ``flop`` floating-point
+    operations and ``attention`` those of them that are self-attention, ``seconds`` None where no rate was measured.
+    """
+
+    stage: str
+    how: str
+    peak: int
+    flop: float
+    reads: int
+    attention: float = 0.0
+    seconds: float | None = None
+
+
+def duration(seconds: float) -> str:
+    """As people read it: "8.1 s", "12:05" (minutes), "3:20:00" (hours)."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def number(value: float) -> str:
+    """Three or four digits that matter, never an exponent: "0.508", "264.1", "652,300"."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run keeps within its memory. Printed, it is a table.
+
+    Attributes:
+        title: model and video.
+        budget: bytes that MLX may hold; ``chosen`` tells whether they were asked for or found.
+        stream: whether the transformer's blocks are read at every pass instead of being resident.
+        tokens_at_once: size of the pieces in which tokens are computed where they are independent.
+        decode_tile, encode_tile: the VAE's tiles (width, height) in pixels; None for whole frames.
+        rows: the stages in order.
+        advice: what would fit, if this does not.
+    """
+
+    title: str
+    budget: int
+    chosen: bool
+    stream: bool
+    tokens_at_once: int
+    decode_tile: tuple[int, int] | None
+    encode_tile: tuple[int, int] | None
+    rows: tuple[Row, ...]
+    advice: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the stage that takes most."""
+        return max(row.peak for row in self.rows)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole run; None where no rate was measured."""
+        seconds = [row.seconds for row in self.rows]
+        return None if None in seconds else sum(seconds)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= FILL * self.budget
+
+    @property
+    def cache_limit(self) -> int:
+        """Bytes of freed memory that MLX may keep for reuse."""
+        return max(100_000_000, self.budget - self.peak)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The choices that may tell in the last bits of a video, and the peak that goes with them, as JSON has them."""
+        names = ("stream", "tokens_at_once", "decode_tile", "encode_tile", "peak")
+        return {name: list(v) if isinstance(v := getattr(self, name), tuple) else v for name in names}
+
+    def as_begun(self, how: Mapping[str, Any]) -> Plan:
+        """This plan with the choices of the run that goes on, so that it does so bit for bit, if they still fit."""
+        if not how or how == self.how:
+            return self
+        if how["peak"] > FILL * self.budget:
+            log.warning("there is less memory than when the run began: it goes on in smaller pieces, and the last bits "
+                        "may differ")  # fmt: skip
+            return self
+        choices = {name: tuple(value) if isinstance(value, list) else value for name, value in how.items()}
+        del choices["peak"]
+        return replace(self, **choices)
+
+    def check(self) -> None:
+        """Raise MemoryPlanError, saying what would fit, if this does not."""
+        if not self.fits:
+            worst = max(self.rows, key=lambda row: row.peak)
+            options = "; ".join(self.advice) or "no option makes it fit"
+            raise MemoryPlanError(
+                f"{self.title} needs about {number(self.peak / GIB)} GiB to {worst.stage}, but plans fill at most "
+                f"{number(FILL * self.budget / GIB)} of the {number(self.budget / GIB)} GiB that are "
+                f"{'allowed' if self.chosen else 'free'}: {options}"
+            )
+
+    def __str__(self) -> str:
+        timed = self.seconds is not None
+        lines = [
+            f"{self.title}, within {number(self.budget / GIB)} GiB {'as asked' if self.chosen else 'of this machine'}",
+            f"{'stage':<14}{'how':<42}{'peak GiB':>9}{'TFLOP':>11}{'reads GB':>10}" + f"{'time':>13}" * timed,
+        ]
+        for row in self.rows:
+            seconds = f"{duration(row.seconds):>13}" if timed else ""
+            numbers = f"{row.peak / GIB:>9.2f}{number(row.flop / 1e12):>11}{number(row.reads / 1e9):>10}{seconds}"
+            lines.append(f"{row.stage:<14}{row.how:<42}{numbers}")
+        total = f"{duration(self.seconds):>13}" if timed else ""
+        lines.append(
+            f"{'whole run':<56}{self.peak / GIB:>9.2f}{number(sum(row.flop for row in self.rows) / 1e12):>11}"
+            f"{number(sum(row.reads for row in self.rows) / 1e9):>10}{total}"
+        )
+        options = "; ".join(self.advice) or "nothing"
+        lines.append("it fits" if self.fits else f"it does not fit; what would: {options}")
+        return "\n".join(lines)
+
+
+@contextmanager
+def limited_cache(plan: Plan) -> Iterator[None]:
+    """Within this block MLX keeps no more freed memory than the plan has room for."""
+    before = mx.set_cache_limit(plan.cache_limit)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)

@@ -1,0 +1,229 @@
+"""What a plan needs to know of a model before its weights are read: the sizes of each part, and their bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from ..geometry import Geometry
+from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig, geometry_of
+from ..models.networks import new_transformer
+from ..models.quantized_linear import Packing
+from ..models.rope import row_order
+from ..models.text_encoder import TextEncoder
+from ..models.transformer import BLOCK_LISTS
+from ..presets import Preset
+from ..weights.checkpoint import Checkpoint
+from ..weights.component import parameter_shapes
+from ..weights.load import config_of, open_network, parse_dtype
+from ..weights.parameters import Parameters, dtype_of
+from ..weights.prefetch import most_in_flight
+from ..weights.quantize import EXPAND, NEAREST, QUANTIZED, check_mode, plan_quantization
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of a network's weights, resident and as stored in its file.
+
+    ``outside`` is what no block holds, ``blocks`` all blocks, ``largest`` the largest block; ``unpacked`` is the
+    largest matrix of packed ones when it is unpacked, 0 if none is packed; ``in_flight`` is what reading a block takes
+    beside it, for what is packed when all of it is there, or cast or put into another order on the way.
+    """
+
+    outside: int
+    blocks: int
+    largest: int
+    stored_outside: int
+    stored_blocks: int
+    unpacked: int = 0
+    in_flight: int = 0
+
+    @property
+    def all(self) -> int:
+        return self.outside + self.blocks
+
+
+def weight_bytes(
+    config: TransformerConfig, dtype: mx.Dtype, packings: Mapping, stored: Mapping[str, int] | None = None
+) -> WeightBytes:
+    """Bytes of a transformer.
+
+    Args:
+        config: its sizes.
+        dtype: of what is not packed and not kept in float32.
+        packings: weight's name → `Packing`, of those that are packed.
+        stored: name → bytes in the file; None takes float32, as published.
+    """
+    kept: dict[str, int] = {}
+    in_file: dict[str, int] = {}
+    packed_later: dict[str, int] = {}
+    changed: dict[str, list[int]] = {}
+    made_anew: dict[str, int] = {}
+    unpacked = 0
+    for name, shape in parameter_shapes(new_transformer(config)).items():
+        block = ".".join(name.split(".")[:2]) if name.split(".")[0] in BLOCK_LISTS else ""
+        if name in packings:
+            size = sum(math.prod(s) * d.size for s, d in packings[name].shapes(shape).values())
+            unpacked = max(unpacked, math.prod(shape) * dtype.size)
+        else:
+            size = math.prod(shape) * dtype_of("transformer", name, dtype).size
+        kept[block] = kept.get(block, 0) + size
+        as_stored = stored[name] if stored else 4 * math.prod(shape)
+        in_file[block] = in_file.get(block, 0) + as_stored
+        if not block or as_stored == size and row_order(name, config.dim, config.head_dim) is None:
+            continue
+        made_anew[block] = made_anew.get(block, 0) + size
+        if name in packings and as_stored != size:
+            packed_later[block] = packed_later.get(block, 0) + as_stored
+        else:
+            changed.setdefault(block, []).append(as_stored)
+    outside, stored_outside = kept.pop(""), in_file.pop("")
+    in_flight = [
+        most_in_flight(changed.get(b, []), packed_later.get(b, 0), in_file[b], kept[b], made_anew.get(b, 0))
+        for b in kept
+    ]
+    return WeightBytes(
+        outside, sum(kept.values()), max(kept.values()), stored_outside, sum(in_file.values()), unpacked,
+        max(in_flight),
+    )  # fmt: skip
+
+
+def text_block_bytes(config: TextEncoderConfig, dtype: mx.Dtype, packings: Mapping) -> int:
+    """Bytes of one block of the text encoder, resident."""
+    size = 0
+    for name, shape in parameter_shapes(TextEncoder(config)).items():
+        if name.startswith("blocks.0."):
+            packed = packings[name].shapes(shape).values() if name in packings else [(shape, dtype)]
+            size += sum(math.prod(s) * d.size for s, d in packed)
+    return size
+
+
+
+
+def text_weight_bytes(
+    config: TextEncoderConfig, dtype: mx.Dtype, packings: Mapping, stored: Mapping[str, int]
+) -> WeightBytes:
+    """Bytes of the text encoder's blocks; its embedding rows are read one by one. Arguments as for `weight_bytes`."""
+    block = text_block_bytes(config, dtype, packings)
+    in_file = sum(size for name, size in stored.items() if name.startswith("blocks."))
+    return WeightBytes(0, config.num_layers * block, block, 0, in_file)
+
+
+@dataclass(frozen=True)
+class PartSizes:
+    """What is known of a part before its weights are read.
+
+    Attributes:
+        name, kind: as of a `Part`.
+        config: its sizes, such as a `TransformerConfig`.
+        packings: of its matrices that are packed, by name.
+        weights: their bytes, of networks that consist of blocks.
+    """
+
+    name: str
+    kind: str
+    config: Any
+    packings: Mapping[str, Packing] = field(default_factory=dict)
+    weights: WeightBytes | None = None
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What is known of a model before its weights are read: of each part, and ``dtype``, in which it computes."""
+
+    parts: tuple[PartSizes, ...]
+    dtype: mx.Dtype
+
+    def of_kind(self, kind: str) -> list[PartSizes]:
+        return [part for part in self.parts if part.kind == kind]
+
+    @property
+    def experts(self) -> list[PartSizes]:
+        """The transformers, one of which is at work at a time."""
+        return self.of_kind("transformer")
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        """Sizes of each transformer: experts have the same."""
+        return self.experts[0].config
+
+    @property
+    def weights(self) -> WeightBytes:
+        """Bytes of a transformer: of several the most."""
+        return WeightBytes(*map(max, zip(*(astuple(expert.weights) for expert in self.experts), strict=True)))
+
+    @property
+    def text_encoder(self) -> PartSizes:
+        return self.of_kind("text_encoder")[0]
+
+    @property
+    def vae(self) -> VAEConfig:
+        return self.of_kind("vae")[0].config
+
+    @property
+    def image_encoder(self) -> ImageEncoderConfig:
+        return self.of_kind("image_encoder")[0].config
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes of its latents and tokens."""
+        return geometry_of(self.transformer, self.vae)
+
+
+# Kind → (sizes, dtype, packings, bytes of each tensor in its file) → bytes of its weights.
+BYTES_OF = {"transformer": weight_bytes, "text_encoder": text_weight_bytes}
+
+
+def sizes_of(model: Preset | Checkpoint, dtype: str | mx.Dtype, quantize: str | None = None) -> Networks:
+    """What is known of a released model, or of one on this machine; no weights are read.
+
+    Args:
+        model: of a released one the bytes are those of the official files.
+        dtype, quantize: as for `WanPipeline.from_pretrained`.
+
+    Raises:
+        ValueError: ``dtype`` or ``quantize`` is none, or does not suit.
+    """
+    dtype = parse_dtype(dtype)
+    check_mode(quantize)
+    found = _published(model, quantize) if isinstance(model, Preset) else _opened(model, dtype, quantize)
+    parts = []
+    for name, kind, config, packings, stored in found:
+        weights = BYTES_OF[kind](config, dtype, packings, stored) if kind in BYTES_OF else None
+        parts.append(PartSizes(name, kind, config, packings, weights))
+    return Networks(tuple(parts), dtype)
+
+
+# Name and kind of a part, its sizes, packings, and the bytes of each tensor in its file.
+Found = tuple[str, str, Any, Mapping[str, Packing], Mapping[str, int]]
+
+
+def _published(preset: Preset, quantize: str | None) -> Iterator[Found]:
+    """Transformers are published in float32, text encoders in bfloat16."""
+    networks = {
+        "transformer": (preset.transformer, parameter_shapes(new_transformer(preset.transformer)), 4),
+        "text_encoder": (preset.text_encoder, parameter_shapes(TextEncoder(preset.text_encoder)), 2),
+    }
+    for kind, (config, shapes, itemsize) in networks.items():
+        plain = quantize in (None, EXPAND, NEAREST)
+        packings = {} if plain else plan_quantization(kind, quantize, shapes).packings
+        yield kind, kind, config, packings, {name: itemsize * math.prod(shape) for name, shape in shapes.items()}
+    yield "vae", "vae", preset.vae, {}, {}
+    if preset.transformer.has_image_branch:
+        yield "image_encoder", "image_encoder", ImageEncoderConfig(), {}, {}
+
+
+def _opened(checkpoint: Checkpoint, dtype: mx.Dtype, quantize: str | None) -> Iterator[Found]:
+    kinds = ["transformer", "text_encoder", "vae"]
+    if config_of(checkpoint).has_image_branch:
+        kinds.append("image_encoder")
+    for part in (part for kind in kinds for part in checkpoint.of_kind(kind) or [checkpoint.part(kind)]):
+        weights, config = open_network(part, part.kind)
+        packings = {}
+        if part.kind in QUANTIZED:
+            packings = Parameters(weights, dtype, part.quantize or quantize).quantization.packings
+        yield part.name, part.kind, config, packings, {name: weights.stored_bytes(name) for name in weights.sources}
