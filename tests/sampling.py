@@ -3,7 +3,7 @@
 import numpy as np
 from arrays import random_array
 
-from wan_mlx.denoise import denoise
+from wan_mlx.denoise import always, denoise
 from wan_mlx.guidance import Guidance
 from wan_mlx.schedulers import make_scheduler
 from wan_mlx.types import Conditioning, Step
@@ -23,7 +23,7 @@ def conditioning() -> Conditioning:
 def walk(model, cache=None, guidance: Guidance | None = None, *, steps: int, solver: str = "unipc") -> list[Step]:
     """Every step from `conditioning`'s noise on."""
     scheduler = make_scheduler(solver, steps, SHIFT)
-    return list(denoise(model, conditioning(), scheduler, guidance or Guidance(SCALE), cache))
+    return list(denoise(always(model, guidance or Guidance(SCALE)), conditioning(), scheduler, cache))
 
 
 def latents(*args, **options) -> np.ndarray:

@@ -21,7 +21,7 @@ from wan_mlx.caching import (
     resolve_cache,
 )
 from wan_mlx.caching.constants import MAGCACHE, TEACACHE
-from wan_mlx.denoise import denoise
+from wan_mlx.denoise import always, denoise
 from wan_mlx.guidance import Guidance
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.transformer import Transformer
@@ -125,13 +125,13 @@ def test_resumed_equals_uninterrupted(model, name, stop, tmp_path):
     whole = CACHES[name]()
     want = walk(model, whole)
     before = CACHES[name]()
-    steps = denoise(model, conditioning(), make_scheduler("unipc", STEPS, SHIFT), Guidance(SCALE), before)
+    steps = denoise(always(model, Guidance(SCALE)), conditioning(), make_scheduler("unipc", STEPS, SHIFT), before)
     state = [next(steps) for _ in range(stop)][-1].state
     mx.save_safetensors(str(tmp_path / "state.safetensors"), state)
     after, scheduler = CACHES[name](), make_scheduler("unipc", STEPS, SHIFT)
     state = mx.load(str(tmp_path / "state.safetensors"))
     mx.eval(state)
-    got = list(denoise(model, conditioning(), scheduler, Guidance(SCALE), after, first=stop, state=state))
+    got = list(denoise(always(model, Guidance(SCALE)), conditioning(), scheduler, after, first=stop, state=state))
     assert [step.forwards for step in got] == [step.forwards for step in want[stop:]]
     assert np.array_equal(np.array(got[-1].latents), np.array(want[-1].latents))
     assert after.computed == whole.computed
@@ -216,7 +216,7 @@ class TestAgainstAPlainStatement:
     def run(self, model, cache):
         computed = []
         scheduler = make_scheduler("unipc", STEPS, SHIFT)
-        for step in denoise(model, conditioning(), scheduler, Guidance(1.0), cache):
+        for step in denoise(always(model, Guidance()), conditioning(), scheduler, cache):
             computed.append(step.forwards == 1)
         return computed, np.array(step.latents)
 
@@ -401,7 +401,7 @@ def test_no_more_is_kept_than_a_residual_for_each_pass(model, name):
     """Of tokens; EasyCache's are of latents, of which it keeps three more."""
     most = 4 * int(np.prod(GRID)) * (2 + 3) if name == "easycache" else 4 * 2 * 4 * SIZES["dim"]
     cache = CACHES[name]()
-    for _ in denoise(model, conditioning(), make_scheduler("unipc", STEPS, SHIFT), Guidance(SCALE), cache):
+    for _ in denoise(always(model, Guidance(SCALE)), conditioning(), make_scheduler("unipc", STEPS, SHIFT), cache):
         kept = [array for branch in cache.branches for key, array in branch.arrays.items() if key != "signal"]
         assert sum(array.nbytes for array in kept) <= most
     assert sum(array.nbytes for array in kept) == most

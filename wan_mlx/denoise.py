@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -15,12 +15,19 @@ from .guidance import Guidance, Model, guided_velocity, plain_passes
 from .schedulers import Scheduler
 from .types import Conditioning, RunState, Step
 
+# Timestep → the model that serves it, and how it is guided. Of several experts one is there at a time.
+Serving = Callable[[float], tuple[Model, Guidance]]
+
+
+def always(model: Model, guidance: Guidance) -> Serving:
+    """One model serves every timestep."""
+    return lambda timestep: (model, guidance)
+
 
 def denoise(
-    model: Model,
+    serving: Serving,
     conditioning: Conditioning,
     scheduler: Scheduler,
-    guidance: Guidance,
     cache: StepCache | None = None,
     first: int = 0,
     state: Mapping[str, mx.array] | None = None,
@@ -28,11 +35,11 @@ def denoise(
     """Walk from noise to clean latents, yielding a `Step` after each step, evaluated.
 
     Args:
-        model: (latents float32 (1, t, h, w, C), timestep, context) → velocity; `Transformer`'s ``through`` and
+        serving: asked before each step for the model, (latents float32 (1, t, h, w, C), timestep, context) → velocity,
+            and for the passes that a step makes and how they are combined. `Transformer`'s ``through`` and
             ``skip_layers`` are given only where a cache or the guidance uses them.
         conditioning: what to start from, and the texts.
         scheduler: solver with its sigma grid; its history changes as the loop goes.
-        guidance: which passes a step makes, and how they are combined.
         cache: decides which forwards are not computed; its state changes as the loop goes. None: all are.
         first, state: go on at step ``first`` with the `Step.state` of the step before it, as if there had been no
             break, bit for bit.
@@ -53,7 +60,9 @@ def denoise(
         timestep = float(scheduler.timesteps[index])
         started = time.perf_counter()
         computed = cache.computed if index else 0
+        model, guidance = serving(timestep)
         velocity = guided_velocity(model, latents, timestep, conditioning, guidance, index, total, cache)
+        del model  # the next step's may be another, and is loaded when this one is gone
         latents = scheduler.step(index, velocity, latents)
         state = {
             "latents": latents,

@@ -12,7 +12,7 @@ from test_schedulers import fake_model
 import wan_mlx
 from wan_mlx.caching import StepCache
 from wan_mlx.cli.main import main
-from wan_mlx.denoise import denoise
+from wan_mlx.denoise import always, denoise
 from wan_mlx.guidance import Guidance
 from wan_mlx.noise import latent_noise
 from wan_mlx.recipes import RECIPES, find_recipe, recipe_notes, scheduler_for, suggest_recipe
@@ -37,7 +37,8 @@ def ours(recipe: str, steps: int | None = None) -> list[np.ndarray]:
 
     asked = request(recipe, steps)
     conditioning = Conditioning(latent_noise(SHAPE[1:], SHAPE[0], SEED), mx.zeros((1, 2, 3)))
-    walk = denoise(model, conditioning, scheduler_for(asked), Guidance(asked.guidance_scale), StepCache(asked.steps))
+    serving = always(model, Guidance(asked.guidance_scale))
+    walk = denoise(serving, conditioning, scheduler_for(asked), StepCache(asked.steps))
     return [np.moveaxis(np.array(step.latents)[0], -1, 0) for step in walk], told
 
 
@@ -119,11 +120,11 @@ def test_resumed_draws_the_same_noise(recipe):
         return mx.array(np.moveaxis(fake_model(np.moveaxis(np.array(latents), -1, 1), timestep), 1, -1))
 
     conditioning = Conditioning(latent_noise(SHAPE[1:], SHAPE[0], SEED), mx.zeros((1, 2, 3)))
-    whole = list(denoise(model, conditioning, scheduler_for(request(recipe)), Guidance()))
+    serving = always(model, Guidance())
+    whole = list(denoise(serving, conditioning, scheduler_for(request(recipe))))
     for first in range(1, len(whole)):
-        rest = denoise(
-            model, conditioning, scheduler_for(request(recipe)), Guidance(), first=first, state=whole[first - 1].state
-        )
+        scheduler, state = scheduler_for(request(recipe)), whole[first - 1].state
+        rest = denoise(serving, conditioning, scheduler, first=first, state=state)
         assert mx.array_equal(list(rest)[-1].latents, whole[-1].latents)
     assert relative_error(np.moveaxis(np.array(whole[-1].latents)[0], -1, 0), want[-1]) == 0
 
