@@ -50,6 +50,7 @@ from .weights.load import (
     vae_config_of,
 )
 from .weights.lora import LoraChoice, describe_lora, normalise_loras
+from .weights.parts import Part
 from .weights.set_loras import set_loras
 
 
@@ -126,11 +127,12 @@ class OpenedModel:
         """
         loras = resolve_loras(normalise_loras(loras), progress=self.progress)
         check_loras(self.checkpoint, loras)
-        kept = (self._kept or {}).get("transformer")
-        if kept is not None and kept.model.lora_state.merged:
-            del self._kept["transformer"]
-        elif kept is not None:
-            set_loras(kept, loras)
+        for part in self.checkpoint.of_kind("transformer"):
+            kept = (self._kept or {}).get(part.name)
+            if kept is not None and kept.model.lora_state.merged:
+                del self._kept[part.name]
+            elif kept is not None:
+                set_loras(kept, [*loras, *part.loras])
         self.loras, self._merge_loras = loras, False
 
     @cached_property
@@ -189,24 +191,37 @@ class OpenedModel:
 
     def check_vae(self) -> None:
         """Raise WeightsError if the VAE's file is damaged."""
-        open_component(self.checkpoint.files["vae"], "vae")
+        open_component(self.checkpoint.part("vae").file, "vae")
 
-    def load(self, network: str, plan: Plan | None = None, listener: Listener | None = None) -> Any:
-        """The "transformer" or the "vae": loaded now, as ``plan`` has it, or kept since it was."""
+    def expert(self, timestep: float) -> Part:
+        """The transformer that serves a timestep."""
+        return next(part for part in self.checkpoint.of_kind("transformer") if part.serves(timestep))
+
+    def load_expert(self, part: Part, plan: Plan | None = None, listener: Listener | None = None) -> Execution:
+        """A transformer: loaded now, as ``plan`` has it, or kept since it was."""
         kept = {} if self._kept is None else self._kept
-        listener = listener or self.listener
-        if network not in kept:
-            if network == "transformer":
-                progress, stream = counted(listener, "loading transformer"), plan is not None and plan.stream
-                model = load_transformer(
-                    self.checkpoint, self.dtype, progress, self.quantize, stream, self.loras, self._merge_loras
-                )
-                kept[network] = model if isinstance(model, Execution) else Execution(model)
-            else:
-                kept[network] = VAEExecution(load_vae(self.checkpoint, progress=counted(listener, "loading VAE")))
-        if network == "transformer" and plan is not None:
-            kept[network].tokens_at_once = plan.tokens_at_once
-        return kept[network]
+        if part.name not in kept:
+            model = load_transformer(
+                part,
+                self.dtype,
+                counted(listener or self.listener, f"loading {part.label}"),
+                part.quantize or self.quantize,
+                stream=plan is not None and plan.stream,
+                loras=[*self.loras, *part.loras],
+                merge=self._merge_loras,
+            )
+            kept[part.name] = model if isinstance(model, Execution) else Execution(model)
+        if plan is not None:
+            kept[part.name].tokens_at_once = plan.tokens_at_once
+        return kept[part.name]
+
+    def load_vae(self, listener: Listener | None = None) -> VAEExecution:
+        """The VAE: loaded now, or kept since it was."""
+        kept = {} if self._kept is None else self._kept
+        if "vae" not in kept:
+            progress = counted(listener or self.listener, "loading VAE")
+            kept["vae"] = VAEExecution(load_vae(self.checkpoint, progress=progress))
+        return kept["vae"]
 
     def encode_text(self, texts: Sequence[str], listener: Listener | None = None) -> list[mx.array]:
         """Texts → embeddings zero-padded to (1, 512, text_dim), in one pass over the encoder's weights.
@@ -214,14 +229,15 @@ class OpenedModel:
         Texts whose embeddings are on disk are not encoded; if all are, the encoder is not opened.
         """
         known = {} if self._kept is None else self._kept.setdefault("texts", {})
-        cache = PromptCache.of(self.checkpoint, self.dtype, self.quantize) if self.prompt_cache else None
+        quantize = self.checkpoint.part("text_encoder").quantize or self.quantize
+        cache = PromptCache.of(self.checkpoint, self.dtype, quantize) if self.prompt_cache else None
         for text in texts:
             if cache and text not in known and (kept := cache.get(text)) is not None:
                 known[text] = kept
         if new := [text for text in dict.fromkeys(texts) if text not in known]:
-            tokenizer = Tokenizer(read_tokenizer(self.checkpoint.files["tokenizer"]))
+            tokenizer = Tokenizer(read_tokenizer(self.checkpoint.part("tokenizer").file))
             progress = counted(listener or self.listener, "encoding text")
-            encoder = load_text_encoder(self.checkpoint, self.dtype, progress, self.quantize)
+            encoder = load_text_encoder(self.checkpoint, self.dtype, progress, quantize)
             known.update(zip(new, encoder([tokenizer(text) for text in new]), strict=True))
             mx.eval([known[text] for text in new])
             for text in new if cache else ():
@@ -239,7 +255,7 @@ class OpenedModel:
         self, videos: Sequence[Iterable[mx.array]], plan: Plan | None = None, listener: Listener | None = None
     ) -> list[mx.array]:
         """Videos in chunks of frames in [-1, 1] → normalised latents (1, t, h, w, C) each."""
-        vae, tile = self.load("vae", plan, listener), self.tile_of(plan, "encode_tile")
+        vae, tile = self.load_vae(listener), self.tile_of(plan, "encode_tile")
         progress = counted(listener or self.listener, "encoding video")
         return [tiling.encode(vae, progress(video), tile) for video in videos]
 
@@ -257,7 +273,7 @@ class OpenedModel:
         decode = tiling.decode if self.vae_tiling == "off" else tiling.decode_in_memory
         if plan is None and self.vae_tiling is None:
             plan = choose(self.sizes(self.quantize), "decode", latents.shape[1:4], 1, self.memory)
-        vae, tile = self.load("vae", plan, listener), self.tile_of(plan)
+        vae, tile = self.load_vae(listener), self.tile_of(plan)
         for frames in decode(vae, latents, tile, finish, counted(listener, "decoding")):
             yield frames[0]
 

@@ -6,8 +6,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +18,7 @@ from .caching import make_cache
 from .denoise import denoise, step_reached, with_condition, without_references
 from .errors import BusyError, Stopped
 from .events import Conditioned, Decoded, Event, Listener, Progress, StageEnded, StageStarted, Stepped, counted
-from .guidance import Guidance
+from .guidance import Guidance, Model
 from .media.write import latents_to_numpy
 from .opened import OpenedModel
 from .planning.plan import Plan, limited_cache
@@ -25,6 +26,7 @@ from .recipes import scheduler_for
 from .tasks import TASKS
 from .types import Conditioning, Request, RunState, StageReport, Step
 from .video import Video
+from .weights.parts import Part
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class Run:
         self.stopped_after: int | None = None
         self.latent_channels = pipe.latent_channels
         self._resume = resume
+        self._expert: tuple[Part, Model] | None = None  # the transformer that is there, and its part
         self._listeners: list[Listener] = [pipe.listener]
         self._happened: deque[Event] = deque()
         self._begun = self._stopping = self._finishing = False
@@ -185,14 +188,13 @@ class Run:
             yield
         if reached.steps == total:
             return latents
-        with self._stage("load transformer"):
-            yield
-            model = with_condition(self.pipe.load("transformer", self.plan, self._tell), conditioning)
-        with self._stage("denoise"):
+        first = reached.steps
+        with ExitStack() as stage:
+            serving = partial(self._serving, stage, conditioning)
+            serving(float(scheduler.timesteps[first]))
             yield
             cache = make_cache(request.cache, request.steps_made, self.pipe.preset.name, request.begin)
-            guidance, first = Guidance.of(request), reached.steps
-            steps = denoise(model, conditioning, scheduler, guidance, cache, first=first, state=reached.state)
+            steps = denoise(serving, conditioning, scheduler, cache, first=first, state=reached.state)
             with closing(counted(self._tell, "denoising")(steps, total=total, initial=first)) as steps:
                 for step in steps:
                     self.forwards = (cache.computed, step.passes * step.total)
@@ -202,6 +204,20 @@ class Run:
                         self.stopped_after = step.index + 1
                         return without_references(step, trim).denoised
         return latents
+
+    def _serving(self, stage: ExitStack, conditioning: Conditioning, timestep: float) -> tuple[Model, Guidance]:
+        """The transformer that serves a timestep, loaded when the one before it is gone; ``stage`` is that of sampling.
+        """
+        part = self.pipe.expert(timestep)
+        if self._expert is None or self._expert[0] is not part:
+            self._expert = None
+            stage.close()
+            with self._stage(f"load {part.label}"):
+                model = self.pipe.load_expert(part, self.plan, self._tell)
+                self._expert = part, with_condition(model, conditioning)
+            stage.callback(setattr, self, "_expert", None)
+            stage.enter_context(self._stage("denoise"))
+        return self._expert[1], Guidance.of(self.request)
 
     def _step(self, step: Step, trim: int) -> mx.array:
         """Tell a step, without the references that it has; returns its latents."""

@@ -134,7 +134,8 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
     previews = open_previews(pipe, args.preview, args.preview_every, [path for _, path in jobs], args.overwrite)
     describe(pipe, request, *made, *(path for _, path in jobs))
     tell_watching(pipe, previews)
-    distilled = [pipe.checkpoint.path, pipe.checkpoint.files["transformer"], *(path for path, _ in pipe.loras)]
+    experts = [part.file for part in pipe.checkpoint.of_kind("transformer")]
+    distilled = [pipe.checkpoint.path, *experts, *(path for path, _ in pipe.loras)]
     for line in recipe_notes(distilled, request.recipe):
         note(f"          {line}")
     asked = args.size or pipe.preset.size

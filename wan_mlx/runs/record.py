@@ -150,9 +150,10 @@ def check_identity(record: Mapping[str, Any], pipe: WanPipeline, folder: RunFold
         WanError: weights or sources that are still needed are not those that the run was begun with.
     """
     encoded = folder.is_unfinished
-    done = {*ENCODERS} if encoded else set()
-    if folder.steps_done == request_of(record).steps_made:
-        done |= {name for name in _weights(pipe) if name == "transformer" or name.startswith("lora")}
+    kinds = ENCODERS * encoded + ("transformer",) * (folder.steps_done == request_of(record).steps_made)
+    done = {part.name for part in pipe.checkpoint.parts if part.kind in kinds}
+    if "transformer" in kinds:
+        done |= {name for name in _weights(pipe) if name.startswith("lora")}
     for name, path in _weights(pipe).items():
         if name not in done and record["weights"].get(name) != storage.fingerprint(path):
             raise WanError(f"{path} is not the file that the run was begun with; put that back, or start anew with "
@@ -170,7 +171,8 @@ def check_identity(record: Mapping[str, Any], pipe: WanPipeline, folder: RunFold
 def _weights(pipe: WanPipeline) -> dict[str, Path]:
     """Every file that the run reads weights from."""
     draft = {"taehv": pipe.taehv} if pipe.draft else {}
-    return {**pipe.checkpoint.files, **{f"lora {i}": path for i, (path, _) in enumerate(pipe.loras)}, **draft}
+    loras = [*pipe.loras, *(lora for part in pipe.checkpoint.parts for lora in part.loras)]
+    return {**pipe.checkpoint.files, **{f"lora {i}": path for i, (path, _) in enumerate(loras)}, **draft}
 
 
 def _normal_flags(flags: Mapping[str, Any]) -> dict[str, Any]:

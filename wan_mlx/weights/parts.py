@@ -33,6 +33,11 @@ class Part:
     loras: tuple[tuple[Path, float], ...] = ()
     timesteps: tuple[float, float] = (0.0, math.inf)
 
+    @property
+    def label(self) -> str:
+        """Its name as people read it."""
+        return self.name.replace("_", " ")
+
     def serves(self, timestep: float) -> bool:
         """Whether it is this expert's timestep."""
         first, end = self.timesteps
