@@ -66,8 +66,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     width, height = (int(n) for n in args.size.split("x"))
-    rng, text_dim = np.random.default_rng(0), PRESETS[args.preset].transformer.text_dim
-    shapes = ((1, (args.frames - 1) // 4 + 1, height // 8, width // 8, 16), (1, 512, text_dim))
+    rng, preset = np.random.default_rng(0), PRESETS[args.preset]
+    c, latent_shape = preset.transformer, preset.geometry.latent_shape(width, height, args.frames)
+    shapes = ((1, *latent_shape, c.out_dim), (1, c.text_len, c.text_dim))
     # Exact in bfloat16 too, so that only the arithmetic differs.
     inputs = [torch.from_numpy(rng.standard_normal(s, np.float32)).bfloat16().float().numpy() for s in shapes]
     with tempfile.TemporaryDirectory() as folder:

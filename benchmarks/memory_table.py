@@ -173,7 +173,7 @@ class Bench:
         name = f"{model} {width}x{height}x{frames} {'streamed' if stream else 'resident'}"
         name += f" {quantize}" * bool(quantize) + f" {tokens_at_once} tokens" * (tokens_at_once != 8192)
         predicted = peaks.denoise(nets, shape, stream, tokens_at_once)
-        wide = math.prod(shape) // 4 * c.dim * 2
+        wide = preset.geometry.seq_len(shape) * c.dim * 2
         alone["arrays alive"] = (peak - (predicted_weights(nets, stream))) / wide
         self.row(name, predicted, peak, seconds, **alone)
 

@@ -249,12 +249,10 @@ def test_commands_that_start_without_mlx(command):
 def test_sizes_that_models_shows_are_those_of_the_networks():
     from math import prod
 
-    from wan_mlx.models.transformer import Transformer
-    from wan_mlx.models.vace import VaceTransformer
+    from wan_mlx.models.networks import new_network
     from wan_mlx.presets import PRESETS
     from wan_mlx.weights.component import parameter_shapes
 
     for preset in PRESETS.values():
-        network = VaceTransformer if preset.task == "vace" else Transformer
-        shapes = parameter_shapes(network(preset.transformer)).values()
+        shapes = parameter_shapes(new_network(preset.transformer)).values()
         assert preset.parameters == sum(prod(shape) for shape in shapes), preset.name

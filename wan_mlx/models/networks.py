@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from .configs import TransformerConfig
+from collections.abc import Callable
+from typing import Any
+
+import mlx.nn as nn
+
+from .configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from .image_encoder import ImageEncoder
+from .text_encoder import TextEncoder
 from .transformer import Transformer
 from .vace import VaceTransformer
+from .vae import VAE
 
 TRANSFORMERS: dict[str, type[Transformer]] = {
     "t2v": Transformer,
@@ -17,3 +25,16 @@ TRANSFORMERS: dict[str, type[Transformer]] = {
 def new_transformer(config: TransformerConfig) -> Transformer:
     """A transformer of these sizes, without weights."""
     return TRANSFORMERS[config.model_type](config)
+
+
+NETWORKS: dict[type, Callable[[Any], nn.Module]] = {
+    TransformerConfig: new_transformer,
+    TextEncoderConfig: TextEncoder,
+    VAEConfig: VAE,
+    ImageEncoderConfig: ImageEncoder,
+}
+
+
+def new_network(config: Any) -> nn.Module:
+    """The network of these sizes, without weights."""
+    return NETWORKS[type(config)](config)

@@ -11,10 +11,9 @@ import mlx.core as mx
 
 from ..geometry import Geometry
 from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig, geometry_of
-from ..models.networks import new_transformer
+from ..models.networks import new_network
 from ..models.quantized_linear import Packing
 from ..models.rope import row_order
-from ..models.text_encoder import TextEncoder
 from ..models.transformer import BLOCK_LISTS
 from ..presets import Preset
 from ..weights.checkpoint import Checkpoint
@@ -64,7 +63,7 @@ def weight_bytes(
     changed: dict[str, list[int]] = {}
     made_anew: dict[str, int] = {}
     unpacked = 0
-    for name, shape in parameter_shapes(new_transformer(config)).items():
+    for name, shape in parameter_shapes(new_network(config)).items():
         block = ".".join(name.split(".")[:2]) if name.split(".")[0] in BLOCK_LISTS else ""
         if name in packings:
             size = sum(math.prod(s) * d.size for s, d in packings[name].shapes(shape).values())
@@ -95,7 +94,7 @@ def weight_bytes(
 def text_block_bytes(config: TextEncoderConfig, dtype: mx.Dtype, packings: Mapping) -> int:
     """Bytes of one block of the text encoder, resident."""
     size = 0
-    for name, shape in parameter_shapes(TextEncoder(config)).items():
+    for name, shape in parameter_shapes(new_network(config)).items():
         if name.startswith("blocks.0."):
             packed = packings[name].shapes(shape).values() if name in packings else [(shape, dtype)]
             size += sum(math.prod(s) * d.size for s, d in packed)
@@ -204,12 +203,9 @@ Found = tuple[str, str, Any, Mapping[str, Packing], Mapping[str, int]]
 
 def _published(preset: Preset, quantize: str | None) -> Iterator[Found]:
     """Transformers are published in float32, text encoders in bfloat16."""
-    networks = {
-        "transformer": (preset.transformer, parameter_shapes(new_transformer(preset.transformer)), 4),
-        "text_encoder": (preset.text_encoder, parameter_shapes(TextEncoder(preset.text_encoder)), 2),
-    }
-    for kind, (config, shapes, itemsize) in networks.items():
-        plain = quantize in (None, EXPAND, NEAREST)
+    plain = quantize in (None, EXPAND, NEAREST)
+    for kind, config, itemsize in (("transformer", preset.transformer, 4), ("text_encoder", preset.text_encoder, 2)):
+        shapes = parameter_shapes(new_network(config))
         packings = {} if plain else plan_quantization(kind, quantize, shapes).packings
         yield kind, kind, config, packings, {name: itemsize * math.prod(shape) for name, shape in shapes.items()}
     yield "vae", "vae", preset.vae, {}, {}

@@ -16,29 +16,25 @@ from ..files.base import BLOCKS
 from ..files.fp8 import FP8
 from ..files.sentencepiece import read_tokenizer
 from ..models.configs import TransformerConfig
-from ..models.image_encoder import ImageEncoder, last_block_shapes
-from ..models.networks import new_transformer
-from ..models.text_encoder import TextEncoder
-from ..models.vae import VAE
+from ..models.image_encoder import last_block_shapes
+from ..models.networks import new_network
 from ..presets import NETWORKS, PRESETS
 from ..storage import gigabytes
 from .checkpoint import look_at
-from .component import (
-    ComponentWeights,
-    check_keys,
-    image_encoder_config,
-    open_component,
-    parameter_shapes,
-    text_encoder_config,
-    transformer_config,
-    vae_config,
-)
+from .component import CONFIG_OF, ComponentWeights, check_keys, open_component, parameter_shapes
 
 KINDS = {
     "t2v": "text to video",
     "i2v": "image to video",
     "flf2v": "first and last frame to video",
     "vace": "VACE: editing, control and references",
+}
+# Kind of network → its sizes in a few words.
+WORDS = {
+    "transformer": "{c.num_layers} layers of {c.dim}, {c.num_heads} heads",
+    "text_encoder": "umT5 encoder, {c.num_layers} layers of {c.dim}, {c.vocab_size:,} words",
+    "vae": "{c.z_dim} latent channels",
+    "image_encoder": "CLIP's vision tower, {c.num_layers} layers of {c.dim}, images of {c.image_size} pixels",
 }
 
 
@@ -96,27 +92,14 @@ def _contents(weights: ComponentWeights) -> Iterator[str]:
 
 def _sizes_of(weights: ComponentWeights, config: Mapping[str, Any]) -> tuple[str, str, Any]:
     """A network in a few words, why it cannot be loaded, and its configuration (None if that is why)."""
+    kind = weights.component
     try:
-        if weights.component == "transformer":
-            c = transformer_config(weights, config)
-            shapes = parameter_shapes(new_transformer(c))
-            words = f"{c.num_layers} layers of {c.dim}, {c.num_heads} heads"
-        elif weights.component == "text_encoder":
-            c = text_encoder_config(weights, config)
-            shapes = parameter_shapes(TextEncoder(c))
-            words = f"umT5 encoder, {c.num_layers} layers of {c.dim}, {c.vocab_size:,} words"
-        elif weights.component == "vae":
-            c = vae_config(weights, config)
-            shapes = parameter_shapes(VAE(c))
-            words = f"{c.z_dim} latent channels"
-        else:
-            c = image_encoder_config(weights, config)
-            shapes = parameter_shapes(ImageEncoder(c)) | last_block_shapes(c)
-            words = f"CLIP's vision tower, {c.num_layers} layers of {c.dim}, images of {c.image_size} pixels"
-        check_keys(weights, shapes)
+        c = CONFIG_OF[kind](weights, config)
+        unread = last_block_shapes(c) if kind == "image_encoder" else {}
+        check_keys(weights, parameter_shapes(new_network(c)) | unread)
     except (WeightsError, ValueError) as error:
         return "of unknown size", str(error), None
-    return words, "", c
+    return WORDS[kind].format(c=c), "", c
 
 
 def _model_of(config: TransformerConfig, recorded: str | None) -> str:
