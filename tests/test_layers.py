@@ -71,10 +71,8 @@ BREACHES = {
     ("cli.main", "__init__"),
     ("media.preview", "pipeline"),
     ("media.preview", "runs.interrupt"),
-    ("runs.record", "cli.flags"),
 }
 LATE_BREACHES = {
-    ("cli.config_file", "cli.flags"),
     ("cli.main", "cli.config_file"),
     ("cli.main", "errors"),
     ("cli.main", "runs.interrupt"),

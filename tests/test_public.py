@@ -1,7 +1,6 @@
 """What `import wan_mlx` offers: names that editors see as they are, help that reads, contact sheets."""
 
 import ast
-import inspect
 import pydoc
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import pytest
 from PIL import Image
 
 import wan_mlx
-from wan_mlx.request_builder import build_request
-from wan_mlx.types import Options
 
 PACKAGE = Path(wan_mlx.__file__).parent
 
@@ -31,12 +28,6 @@ def test_help_of_the_package_reads():
         documented = getattr(wan_mlx, name)
         assert name == "PRESETS" or (documented.__doc__ and not documented.__doc__.startswith(f"{name}(")), name
     assert "from_pretrained" in said and "ValueError" in said and "video.grid()" in said
-
-
-def test_options_of_a_call_are_those_of_a_request():
-    taken = inspect.signature(build_request).parameters
-    named = {name: entry.__forward_arg__ for name, entry in Options.__annotations__.items()}
-    assert named == {name: entry.annotation for name, entry in list(taken.items())[4:]}  # after the prompt
 
 
 @pytest.mark.parametrize(

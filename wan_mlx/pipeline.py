@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from .hub.resolve import Places, preset_of, resolve
 from .models.vae_tiling import parse_tiling
 from .opened import OpenedModel
+from .options import RequestOptions
 from .planning.machine import parse_memory
 from .presets import PARTS, find_preset
 from .prompts.extend import extend_requests
 from .request_builder import build_request
 from .run import Output, Run
-from .types import Options, Request, RunState, Step
+from .types import Request, RunState, Step
 from .video import Video
 from .weights.checkpoint import open_checkpoint
 from .weights.lora import LoraChoice, normalise_loras
@@ -103,7 +104,7 @@ class WanPipeline(OpenedModel):
         prompt: str,
         callback: Callable[[Step], Any] | None = None,
         extend_prompt: bool | str | Path = False,
-        **options: Unpack[Options],
+        **options: Unpack[RequestOptions],
     ) -> Video:
         """Make a video.
 
@@ -130,7 +131,7 @@ class WanPipeline(OpenedModel):
         num_images: int = 1,
         callback: Callable[[Step], Any] | None = None,
         extend_prompt: bool | str | Path = False,
-        **options: Unpack[Options],
+        **options: Unpack[RequestOptions],
     ) -> list[Video]:
         """Make stills of one prompt, with the seeds ``seed``, ``seed + 1``, ...: the model is loaded once.
 
@@ -150,7 +151,7 @@ class WanPipeline(OpenedModel):
         with self.keep_loaded():
             return [self.run(request).video(callback) for request in requests]
 
-    def request(self, prompt: str, **options: Unpack[Options]) -> Request:
+    def request(self, prompt: str, **options: Unpack[RequestOptions]) -> Request:
         """Fill in the model's defaults and check every value; ``options`` are those of `build_request`.
 
         Raises:

@@ -1,128 +1,77 @@
-"""What is asked for → a `Request` with every value filled in and checked."""
+"""The options of a call → a `Request` with every value filled in and checked."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-import numpy as np
-
+from . import options
 from .caching import resolve_cache
+from .errors import closest
 from .geometry import Geometry
 from .guidance import check_guidance, zero_steps_of
 from .models.configs import TransformerConfig
 from .presets import Preset
 from .recipes import find_recipe
-from .schedulers import SOLVERS
 from .tasks import fit_sources
-from .types import Request, Source
+from .types import Request
 
 MAX_RANDOM_SEED = 2**31
 DEFAULT_STRENGTH = 0.7  # of video to video
 
 
 def build_request(
-    preset: Preset,
-    config: TransformerConfig,
-    geometry: Geometry,
-    prompt: str,
-    negative_prompt: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    num_frames: int | None = None,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    shift: float | None = None,
-    solver: str | None = None,
-    seed: int | None = None,
-    image: Source | None = None,
-    last_image: Source | None = None,
-    src_video: Source | None = None,
-    src_mask: Source | None = None,
-    src_ref_images: Sequence[Source] = (),
-    context_scale: float = 1.0,
-    cache: str | None = None,
-    guidance_range: tuple[float, float] = (0.0, 1.0),
-    cfg_zero: bool | int | None = None,
-    skip_layers: Sequence[int] = (),
-    skip_range: tuple[float, float] = (0.1, 1.0),
-    recipe: str | None = None,
-    video: Source | None = None,
-    strength: float | None = None,
+    preset: Preset, config: TransformerConfig, geometry: Geometry, prompt: str, **given: Any
 ) -> Request:
     """Fill in the preset's defaults and check every value.
 
     Args:
-        preset: the model's defaults.
-        config: the sizes of its transformer.
-        geometry: of its latents and tokens.
+        preset: whose defaults are taken.
+        config: the transformer's sizes.
+        geometry: of the model's latents and tokens.
         prompt: not empty.
-        negative_prompt: what to avoid; "" for nothing.
-        width, height: pixels, multiples of `Geometry.side` (16 for Wan2.1). Where the task follows the proportions of
-            an image or a source video, they are the area.
-        num_frames: 4n+1 for Wan2.1; a shorter source video makes it fewer.
-        steps: at least 1.
-        guidance_scale: 1 turns guidance off.
-        shift: of the sigma schedule, > 0.
-        solver: "unipc" (None), "dpm++", "euler" or "dmd".
-        seed: >= 0; None or negative draws one.
-        image, last_image: first frame (i2v, flf2v) and last frame (flf2v): a path, PIL image or uint8 (H, W, 3).
-        src_video, src_mask, src_ref_images: what VACE edits, where (white), and after which pictures.
-        context_scale: strength of VACE's hints.
-        cache: a step cache, which leaves out forwards: "teacache:0.08", "magcache", "easycache:0.05"; see
-            `wan_mlx.caching.FORMS`. None or "none" computes all.
-        guidance_range: the part of the steps where guidance is on; elsewhere one pass is made instead of two.
-        cfg_zero: CFG-Zero*, True or the number of first steps at which the velocity is zero.
-        skip_layers, skip_range: skip-layer guidance: blocks left out of the pass without the prompt, and in which
-            part of the steps.
-        recipe: how to sample a distilled model or LoRA, a name in `wan_mlx.recipes.RECIPES`: it sets steps, noise
-            levels, solver, shift and guidance together.
-        video: what a text-to-video model starts from instead of noise alone: its first ``num_frames`` at 16 per
-            second, cut to the size.
-        strength: above 0 (the video as it was) to 1 (nothing of it is left): the last ``strength * steps`` steps
-            are made. 0.7 if there is a video.
+        given: of `options.RequestOptions`; None is as if it were left out.
 
     Raises:
+        TypeError: an option of no such name; names the nearest.
         ValueError: a value is wrong; names the nearest valid one. A source is missing, or not for this model.
     """
-    width, height = width or preset.size[0], height or preset.size[1]
-    defaults = preset.sampling_for(width, height)
-    if recipe is not None:
-        bound = find_recipe(recipe).fill(steps=steps, guidance_scale=guidance_scale, shift=shift, solver=solver)
-        steps, guidance_scale, shift, solver = bound.values()
-    request = Request(
-        prompt=prompt,
-        negative_prompt=preset.negative_prompt if negative_prompt is None else negative_prompt,
-        width=width,
-        height=height,
-        num_frames=preset.num_frames if num_frames is None else num_frames,
-        steps=defaults.steps if steps is None else steps,
-        guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
-        shift=defaults.shift if shift is None else shift,
-        solver="unipc" if solver is None else solver,
-        seed=secrets.randbelow(MAX_RANDOM_SEED) if seed is None or seed < 0 else seed,
-        fps=preset.fps,
-        task=preset.task,
-        image=image,
-        last_image=last_image,
-        src_video=src_video,
-        src_mask=src_mask,
-        src_ref_images=tuple(src_ref_images),
-        context_scale=context_scale,
-        guidance_range=tuple(guidance_range),
-        cfg_zero=zero_steps_of(preset.task) if cfg_zero is True else None if cfg_zero is False else cfg_zero,
-        skip_layers=tuple(skip_layers),
-        skip_range=tuple(skip_range),
-        recipe=recipe,
-        video=video,
-        strength=(1.0 if video is None else DEFAULT_STRENGTH) if strength is None else strength,
-        geometry=geometry,
-    )
+    known = options.of(options.REQUEST)
+    for name in given:
+        if name not in (names := [option.name for option in known]):
+            raise TypeError(f"a request has no option {name!r}; nearest: {closest(name, names)!r}")
+    given = {name: value for name, value in given.items() if value is not None}
+    if recipe := given.get("recipe"):
+        bound = {name: given.get(name) for name in ("steps", "guidance_scale", "shift", "solver")}
+        given |= find_recipe(recipe).fill(**bound)
+    values = {option.name: option.default for option in known}
+    values |= dict(zip(("width", "height"), preset.size, strict=True))
+    values |= {name: getattr(preset, name) for name in ("negative_prompt", "num_frames", "fps", "task")}
+    values["strength"] = DEFAULT_STRENGTH if "video" in given else 1.0
+    values |= given
+    sampling = vars(preset.sampling_for(values["width"], values["height"]))
+    request = completed(Request(**{**values, **sampling, **given, "prompt": prompt}, geometry=geometry))
     check_request(request)
     check_guidance(request, config.num_layers)
-    request = replace(request, cache=resolve_cache(cache, request.steps_made, preset.name, config))
+    request = replace(request, cache=resolve_cache(request.cache, request.steps_made, preset.name, config))
     return fit_sources(request)
+
+
+def completed(request: Request) -> Request:
+    """The request with a seed, with the number of CFG-Zero*'s steps, and tuples for what may have been lists."""
+    seed, zero_steps = request.seed, request.cfg_zero
+    if isinstance(zero_steps, bool):
+        zero_steps = zero_steps_of(request.task) if zero_steps else None
+    return replace(
+        request,
+        seed=secrets.randbelow(MAX_RANDOM_SEED) if seed is None or seed < 0 else seed,
+        cfg_zero=zero_steps,
+        src_ref_images=tuple(request.src_ref_images),
+        guidance_range=tuple(request.guidance_range),
+        skip_layers=tuple(request.skip_layers),
+        skip_range=tuple(request.skip_range),
+    )
 
 
 def check_request(request: Request) -> None:
@@ -131,19 +80,9 @@ def check_request(request: Request) -> None:
         raise ValueError("the prompt is empty; say what the video should show")
     request.geometry.check_size(request.width, request.height)
     request.geometry.check_frames(request.num_frames)
-    if request.steps < 1:
-        raise ValueError(f"steps is {request.steps}, expected at least 1")
-    if not request.shift > 0:
-        raise ValueError(f"shift is {request.shift}, expected a number above 0")
-    if not np.isfinite(request.guidance_scale):
-        raise ValueError(f"guidance is {request.guidance_scale}, expected a finite number")
-    if request.seed >= 2**64:
-        raise ValueError(f"seed is {request.seed}, expected 0 to {2**64 - 1}; nearest: {2**64 - 1}")
-    if request.solver not in SOLVERS:
-        raise ValueError(f"unknown solver {request.solver!r}, expected one of {', '.join(SOLVERS)}")
-    if not 0 < request.strength <= 1:
-        nearest = "1" if request.strength > 1 else f"{1 / request.steps:g}"
-        raise ValueError(f"strength is {request.strength}, expected above 0 and up to 1; nearest: {nearest}")
+    nearest = {"strength": f"{1 / max(1, request.steps):g}"}
+    for option in options.of(options.REQUEST):
+        option.check(getattr(request, option.name), nearest.get(option.name))
     if request.begin == request.steps:
         raise ValueError(
             f"strength {request.strength:g} of {request.steps} steps is not one step; "

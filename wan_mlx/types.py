@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from .geometry import WAN_2_1, Geometry
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # A picture or a video that a task starts from; in quotes, so that neither Pillow nor numpy is imported for it.
 Source: TypeAlias = "str | Path | Image | np.ndarray"
+# A LoRA's file, with its strength where that is not 1: also "path:strength".
+LoraChoice: TypeAlias = "str | Path | tuple[str | Path, float]"
 
 # Fields of a `Request` that hold one source each; src_ref_images holds several.
 SOURCE_FIELDS = ("image", "last_image", "src_video", "src_mask", "video")
@@ -130,34 +132,6 @@ class Request:
     def steps_made(self) -> int:
         """How many steps of the grid are made: all, unless a video is there to start from."""
         return round(self.strength * self.steps)
-
-
-class Options(TypedDict, total=False):
-    """What `WanPipeline.request` takes beside the prompt, for editors and type checkers."""
-
-    negative_prompt: str | None
-    width: int | None
-    height: int | None
-    num_frames: int | None
-    steps: int | None
-    guidance_scale: float | None
-    shift: float | None
-    solver: str | None
-    seed: int | None
-    image: Source | None
-    last_image: Source | None
-    src_video: Source | None
-    src_mask: Source | None
-    src_ref_images: Sequence[Source]
-    context_scale: float
-    cache: str | None
-    guidance_range: tuple[float, float]
-    cfg_zero: bool | int | None
-    skip_layers: Sequence[int]
-    skip_range: tuple[float, float]
-    recipe: str | None
-    video: Source | None
-    strength: float | None
 
 
 @dataclass

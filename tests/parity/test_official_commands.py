@@ -133,8 +133,8 @@ def test_each_official_flag_is_there():
     }  # fmt: skip
     parser = build_parser()
     args = parser.parse_args([word for pair in flags.items() for word in pair])
-    assert (args.size, args.frames, args.model, args.seed) == ((1280, 720), 81, "d", -1)
-    assert (args.solver, args.steps, args.shift, args.guidance, args.output) == ("dpm++", 50, 5.0, 5.0, "f")
+    assert (args.size, args.num_frames, args.model, args.seed) == ((1280, 720), 81, "d", -1)
+    assert (args.solver, args.steps, args.shift, args.guidance_scale, args.output) == ("dpm++", 50, 5.0, 5.0, "f")
     args = parser.parse_args(["--t5_fsdp", "--t5_cpu", "--dit_fsdp", "--use_prompt_extend", "--first_frame", "a",
                               "--last_frame", "b"])  # fmt: skip
     assert args.image == "a" and args.last_image == "b" and args.t5_cpu and args.use_prompt_extend

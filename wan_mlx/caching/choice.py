@@ -6,6 +6,7 @@ import math
 
 from ..errors import closest
 from ..models.configs import TransformerConfig
+from ..options import CACHES
 from ..presets import PRESETS
 from .constants import MAGCACHE, TEACACHE
 from .easycache import EasyCache
@@ -13,7 +14,6 @@ from .magcache import MagCache
 from .protocol import StepCache
 from .teacache import TeaCache
 
-NAMES = ("none", "teacache", "magcache", "easycache")
 FORMS = "none, teacache[:THRESHOLD[:plain|ret]], magcache[:THRESHOLD[:MOST_SKIPS[:RETENTION]]] or "\
         "easycache[:THRESHOLD[:FIRST_STEPS]]"  # fmt: skip
 # A cache needs steps that resemble each other; with fewer than these they do not (Wan2GP#659).
@@ -35,8 +35,8 @@ def resolve_cache(text: str | None, steps: int, model: str, config: TransformerC
         ValueError: not that form, a setting out of range, too few steps, or a model without constants.
     """
     name, *given = (text or "none").strip().lower().split(":")
-    if name not in NAMES:
-        raise ValueError(f"unknown cache {text!r}, expected {FORMS}; nearest: {closest(name, NAMES)}")
+    if name not in CACHES:
+        raise ValueError(f"unknown cache {text!r}, expected {FORMS}; nearest: {closest(name, CACHES)}")
     if name == "none":
         if given:
             raise ValueError(f"cache {text!r} gives settings to none; expected {FORMS}")

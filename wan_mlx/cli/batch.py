@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Stopped, UsageError, closest
+from .. import options
+from ..errors import Stopped, UsageError
 from ..events import unheard
 from ..media.preview import PreviewFiles, open_previews
 from ..media.write import check_output
@@ -21,17 +21,12 @@ from ..runs.record import check_identity, check_same, make_record, request_of, s
 from ..runs.run import Result, make_file
 from ..types import Request
 from . import main as generate
-from .flags import FREE_ON_RESUME, Parser, build_parser
+from .flags import build_parser, json_flags
 from .terminal import note
 from .terminal import result as tell_result
 
 if TYPE_CHECKING:
     from ..pipeline import WanPipeline
-
-# Flags of the whole batch, which no line can set for itself.
-OF_THE_BATCH = ("prompts", "report", "resume", "version", "help", "debug", "quiet", "verbose", "json", "config",
-                "dry_run", "overwrite")  # fmt: skip
-
 
 @dataclass
 class Job:
@@ -172,7 +167,7 @@ def _make(job: Job, interrupts: Interrupts) -> Result:
             with generate.keeping(folder, quietly=True):
                 folder.begin(make_record(job.pipe, job.request, vars(job.args)))
                 return make()
-        free = {*FREE_ON_RESUME, *OF_THE_BATCH, *(("seed",) if job.draws else ())}
+        free = options.free_on_resume() | ({"seed"} if job.draws else set())
         check_same({**vars(job.args), "seed": job.request.seed}, record, free)
         for difference in check_identity(record, job.pipe, folder):
             generate.note(difference)
@@ -205,7 +200,7 @@ def read_jobs(path: Path, argv: list[str], overwrite: bool) -> list[Job]:
         if not text.strip():
             continue
         try:
-            args = parser.parse_args([*argv, *line_flags(parser, text)])
+            args = parser.parse_args([*argv, *json_flags(text)])
             for job in _jobs(number, args, path, pipes):
                 if job.output in outputs:
                     raise UsageError(f"output {job.output} is that of line {outputs[job.output]}, too")
@@ -228,8 +223,7 @@ def _jobs(number: int, args: argparse.Namespace, path: Path, pipes: dict[str, Wa
     extension = Extension.of(args)
     if args.num_images is not None and (args.seed is None or args.seed < 0):
         raise UsageError("num_images without a seed, which names the files; give one")
-    options = generate.pipeline_options(args)
-    key = json.dumps(options, default=str, sort_keys=True)
+    key = json.dumps(generate.pipeline_options(args), default=str, sort_keys=True)
     if key not in pipes:
         pipes[key] = generate.pipeline_from(args)
     request = generate.request_from(pipes[key], args)
@@ -243,57 +237,3 @@ def _jobs(number: int, args: argparse.Namespace, path: Path, pipes: dict[str, Wa
         alone = [args]
     jobs = zip(alone, outputs, strict=True)
     return [Job(number, one, file, pipes[key], request, previews, extension) for one, (request, file) in jobs]
-
-
-def line_flags(parser: Parser, text: str) -> list[str]:
-    """A line of the file, a JSON object of flags and their values, as arguments.
-
-    Raises:
-        UsageError: it is no such thing; names the nearest flag.
-    """
-    try:
-        line = json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"is no JSON: {error}") from error
-    if not isinstance(line, dict):
-        raise UsageError(f"is a JSON {type(line).__name__}, expected an object such as " '{"prompt": "a cat"}')
-    actions = {
-        name: action
-        for action in parser._actions
-        if action.dest not in OF_THE_BATCH
-        for option in action.option_strings
-        for name in (option.lstrip("-"), option.lstrip("-").replace("-", "_"))
-    }
-    arguments = []
-    for key, value in line.items():
-        if key not in actions:
-            raise UsageError(f"unknown key {key!r}; nearest: {closest(key, actions)!r}")
-        arguments += _arguments(actions[key], key, value)
-    return arguments
-
-
-def _arguments(action: argparse.Action, key: str, value: Any) -> list[str]:
-    """A flag with its value as a command line has it; none for null and false."""
-    flag = action.option_strings[0]
-    if value is None or (value is False and action.nargs in (0, "?")):
-        return []
-    if value is True and action.nargs in (0, "?"):
-        return [flag]
-    if isinstance(value, list) and isinstance(action, argparse._AppendAction):
-        return [f"{flag}={entry}" for entry in value]
-    if isinstance(value, list):
-        value = ("x" if key == "size" else ",").join(map(str, value))
-    if isinstance(value, bool | Mapping) or action.nargs == 0:
-        expected = "true or false" if action.nargs == 0 else "a value"
-        raise UsageError(f"{key!r} is {json.dumps(value)}, expected {expected}")
-    return [f"{flag}={value}"]
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; a key that is given twice would be ignored once."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise UsageError(f"the key {key!r} is given twice")
-        found[key] = value
-    return found

@@ -1,29 +1,13 @@
-"""``wan-mlx completion bash|zsh|fish``: a script that completes the command's flags, made from the parser itself."""
+"""``wan-mlx completion bash|zsh|fish``: a script that completes the command's flags, made from the table of options."""
 
 from __future__ import annotations
 
-import argparse
 import shlex
 
+from .. import options
 from ..errors import UsageError
-from ..presets import PRESETS
-from ..recipes import RECIPES
-from ..schedulers import SOLVERS
-from .flags import MODEL_FLAGS, PATH_FLAGS, build_parser
+from ..options import Option
 from .main import COMMANDS
-
-SHELLS = ("bash", "zsh", "fish")
-# Flags that take one of a few values.
-CHOICES = {
-    "solver": tuple(SOLVERS),
-    "recipe": tuple(RECIPES),
-    "dtype": ("bfloat16", "float32"),
-    "quantize": ("q8", "q6", "auto", "q5", "q4", "q3", "mxfp8", "mxfp4", "nvfp4", "none", "nearest"),
-    "cache": ("none", "teacache", "magcache", "easycache"),
-    "source": ("huggingface", "modelscope"),
-    "vae_tiling": ("auto", "off"),
-}
-FILES = {*PATH_FLAGS, *MODEL_FLAGS, "prompt_extend_model", "lora", "prompts", "report", "resume", "config"} - {"model"}
 
 
 def main(argv: list[str]) -> int:
@@ -32,31 +16,39 @@ def main(argv: list[str]) -> int:
     Raises:
         UsageError: no such shell.
     """
-    if len(argv) != 1 or argv[0] not in SHELLS:
-        raise UsageError(f"completion {' '.join(argv)}: expected one of {', '.join(SHELLS)}, as in "
+    scripts = {"bash": bash, "zsh": zsh, "fish": fish}
+    if len(argv) != 1 or argv[0] not in scripts:
+        raise UsageError(f"completion {' '.join(argv)}: expected one of {', '.join(scripts)}, as in "
                          'eval "$(wan-mlx completion bash)"')  # fmt: skip
-    print({"bash": bash, "zsh": zsh, "fish": fish}[argv[0]](), end="")
+    print(scripts[argv[0]](), end="")
     return 0
 
 
-def flags() -> list[argparse.Action]:
-    """The flags that ``--help`` shows."""
-    return [action for action in build_parser()._actions if action.help != argparse.SUPPRESS]
+HELP = Option("show this help message and exit", flags=("-h", "--help"), type=bool)
 
 
-def values_of(action: argparse.Action) -> tuple[str, ...]:
-    """What may follow the flag, where that is one of a few words."""
-    return tuple(PRESETS) if action.dest in ("model", "task") else CHOICES.get(action.dest, tuple(action.choices or ()))
+def shown() -> list[Option]:
+    """The options whose flags ``--help`` shows."""
+    return [HELP, *(option for option in options.flags() if not (option.hidden or option.no_effect))]
+
+
+def words_of(option: Option) -> str:
+    """The words that may follow the flag, where there are a few."""
+    return " ".join(option.choices or option.examples)
+
+
+def takes_file(option: Option) -> bool:
+    return bool(option.place) and not words_of(option)
 
 
 def bash() -> str:
-    words = " ".join(option for action in flags() for option in action.option_strings if option.startswith("--"))
-    cases = ""
-    for action in flags():
-        if words_of_value := " ".join(values_of(action)):
-            names = "|".join(action.option_strings)
-            cases += f'    {names}) COMPREPLY=($(compgen -W "{words_of_value}" -- "$cur"));;\n'
-    files = "|".join(option for action in flags() if action.dest in FILES for option in action.option_strings)
+    words = " ".join(flag for option in shown() for flag in option.flags if flag.startswith("--"))
+    cases = "".join(
+        f'    {"|".join(option.flags)}) COMPREPLY=($(compgen -W "{words_of(option)}" -- "$cur"));;\n'
+        for option in shown()
+        if words_of(option)
+    )
+    files = "|".join(flag for option in shown() if takes_file(option) for flag in option.flags)
     return f"""\
 _wan_mlx() {{
   local cur=${{COMP_WORDS[COMP_CWORD]}} prev=${{COMP_WORDS[COMP_CWORD-1]}}
@@ -73,14 +65,12 @@ complete -o filenames -F _wan_mlx wan-mlx
 
 def zsh() -> str:
     lines = []
-    for action in flags():
-        value = ""
-        if action.nargs != 0:
-            words = values_of(action)
-            kind = f"({' '.join(words)})" if words else "_files" if action.dest in FILES else " "
-            value = f":{action.dest}:{kind}"
-        for option in action.option_strings:
-            described = f"{option}[{(action.help or '').translate(str.maketrans('[]:', '() '))}]{value}"
+    for option in shown():
+        words, value = words_of(option), ""
+        if not option.is_switch:
+            value = f":{option.key}:" + (f"({words})" if words else "_files" if takes_file(option) else " ")
+        for flag in option.flags:
+            described = f"{flag}[{option.described.translate(str.maketrans('[]:', '() '))}]{value}"
             lines.append(f"    {shlex.quote(described)}")
     body = " \\\n".join(lines)
     commands = " ".join(COMMANDS)
@@ -90,11 +80,11 @@ def zsh() -> str:
 
 def fish() -> str:
     lines = [f"complete -c wan-mlx -n __fish_is_first_arg -a {shlex.quote(' '.join(COMMANDS))}"]
-    for action in flags():
-        for option in action.option_strings:
-            name = f"-l {option[2:]}" if option.startswith("--") else f"-s {option[1:]}"
-            words = values_of(action)
-            takes = "" if action.nargs == 0 else " -r" if action.dest in FILES else " -x"
-            known = f" -a {shlex.quote(' '.join(words))}" if words else ""
-            lines.append(f"complete -c wan-mlx {name}{takes}{known} -d {shlex.quote(action.help or '')}")
+    for option in shown():
+        words = words_of(option)
+        takes = "" if option.is_switch else " -r" if takes_file(option) else " -x"
+        known = f" -a {shlex.quote(words)}" if words else ""
+        for flag in option.flags:
+            name = f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}"
+            lines.append(f"complete -c wan-mlx {name}{takes}{known} -d {shlex.quote(option.described)}")
     return "\n".join(lines) + "\n"

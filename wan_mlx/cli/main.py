@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import wan_mlx
 
+from .. import options
 from ..errors import UsageError
-from .flags import FREE_ON_RESUME, MODEL_HELP, NO_MEANING, build_parser, given_flags
+from .flags import MODEL_HELP, build_parser, given_flags
 from .terminal import event, fail, hear, note, result, set_voice
 
 if TYPE_CHECKING:
@@ -101,9 +102,9 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
     check_flags(args)
     if args.plan:
         return show_plan(args)
-    for flag, reason in NO_MEANING.items():
-        if getattr(args, flag) is not None:
-            note(f"--{flag} has no effect here: {reason}")
+    for option in options.flags():
+        if option.no_effect and getattr(args, option.key) is not None:
+            note(f"{option.flags[0]} has no effect here: {option.no_effect}")
     if args.prompt_extend_method == "dashscope":
         note("--prompt_extend_method dashscope has no effect here: prompts never leave this machine, a model here "
              "writes them out")  # fmt: skip
@@ -141,8 +142,8 @@ def run(args: argparse.Namespace, interrupts: Interrupts) -> int:
     asked = args.size or pipe.preset.size
     if asked != (request.width, request.height):
         note(f"          its proportions are the source's; {asked[0]}x{asked[1]} was taken as the area")
-    if (args.frames or request.num_frames) != request.num_frames:
-        note(f"          its length is the source's; {args.frames} frames were asked for")
+    if (args.num_frames or request.num_frames) != request.num_frames:
+        note(f"          its length is the source's; {args.num_frames} frames were asked for")
     if args.dry_run:
         if extension:
             note(f"extend    the prompt by {extension.model or 'the default language model'}")
@@ -215,7 +216,7 @@ def resume(args: argparse.Namespace, given: dict[str, object], interrupts: Inter
         if record is None:
             raise ValueError(f"the run of {output} was cut before it began; start it again without --resume")
         # Other numbers are the way out of NaN, and only there.
-        free = (*FREE_ON_RESUME, "dtype") if folder.was_not_finite else FREE_ON_RESUME
+        free = options.free_on_resume() | ({"dtype"} if folder.was_not_finite else set())
         check_given(given, record, free)
         stored = flags_of(record, build_parser().parse_args([]))
         for name in given:
@@ -276,26 +277,8 @@ def refuse_unfinished(folder: RunFolder, overwrite: bool) -> None:
 
 
 def pipeline_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `WanPipeline.from_pretrained` is to be given."""
-    return dict(
-        model=args.model,
-        dtype=args.dtype,
-        quantize=args.quantize,
-        preset=args.task,
-        progress=not (args.quiet or args.json),
-        vae_tiling=args.vae_tiling,
-        memory=args.memory,
-        source=args.source,
-        loras=args.lora,
-        prompt_cache=not args.no_prompt_cache,
-        taehv=args.taehv,
-        draft=args.draft,
-        transformer=args.transformer,
-        text_encoder=args.text_encoder,
-        vae=args.vae,
-        image_encoder=args.image_encoder,
-        tokenizer=args.tokenizer,
-    )
+    """The keywords for `WanPipeline.from_pretrained`."""
+    return {**options.keywords(vars(args), options.MODEL), "progress": not (args.quiet or args.json)}
 
 
 def pipeline_from(args: argparse.Namespace) -> WanPipeline:
@@ -324,12 +307,12 @@ def show_plan(args: argparse.Namespace) -> int:
         args.model,
         width,
         height,
-        1 if args.frames is None and args.task == "t2i-14B" else args.frames,
+        1 if args.num_frames is None and args.preset == "t2i-14B" else args.num_frames,
         args.steps,
         args.memory,
         dtype=args.dtype,
         quantize=args.quantize,
-        guidance_scale=args.guidance,
+        guidance_scale=args.guidance_scale,
         vae_tiling=args.vae_tiling,
         measure=True,
     )
@@ -338,36 +321,13 @@ def show_plan(args: argparse.Namespace) -> int:
 
 
 def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:
-    width, height = args.size or (None, None)
-    still = args.task == "t2i-14B" or (args.num_images or 1) > 1
-    if args.task == "t2i-14B" and args.frames not in (None, 1):
-        raise UsageError(f"--task t2i-14B makes stills, but --frames is {args.frames}; nearest: 1")
-    return pipe.request(
-        args.prompt,
-        negative_prompt=args.negative_prompt,
-        width=width,
-        height=height,
-        num_frames=1 if still and args.frames is None else args.frames,
-        steps=args.steps,
-        guidance_scale=args.guidance,
-        shift=args.shift,
-        solver=args.solver,
-        seed=args.seed,
-        image=args.image,
-        last_image=args.last_image,
-        src_video=args.src_video,
-        src_mask=args.src_mask,
-        src_ref_images=args.src_ref_images.split(",") if args.src_ref_images else (),
-        context_scale=args.context_scale,
-        cache=args.cache,
-        guidance_range=args.guidance_range,
-        cfg_zero=args.cfg_zero,
-        skip_layers=args.slg[0],
-        skip_range=args.slg[1] or (0.1, 1.0),
-        recipe=args.recipe,
-        video=args.video,
-        strength=args.strength,
-    )
+    asked = options.keywords(vars(args), options.REQUEST)
+    still = args.preset == "t2i-14B" or (args.num_images or 1) > 1
+    if args.preset == "t2i-14B" and args.num_frames not in (None, 1):
+        raise UsageError(f"--task t2i-14B makes stills, but --frames is {args.num_frames}; nearest: 1")
+    if still and args.num_frames is None:
+        asked["num_frames"] = 1
+    return pipe.request(**asked)
 
 
 def default_output(model: str, request: Request) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def tell_downloads(args: argparse.Namespace) -> bool:
     """Say what must be fetched before the model can be opened, and how large it is; whether that is anything."""
     parts = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
-    downloads = Places(args.model, parts, normalise_loras(args.lora)).downloads(args.source)
+    downloads = Places(args.model, parts, normalise_loras(args.loras)).downloads(args.source)
     missing = [download for download in downloads if download.missing]
     for download in missing:
         note(f"download  {download}")

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from .. import __version__, storage
-from ..cli.flags import FREE_ON_RESUME, MODEL_FLAGS, PATH_FLAGS, flag_names
+from .. import __version__, options, storage
 from ..errors import WanError
 from ..geometry import WAN_2_1, Geometry
 from ..media.write import read_settings
@@ -25,11 +24,6 @@ if TYPE_CHECKING:
     from ..pipeline import WanPipeline
     from ..prompts.extend import Extension
 
-# Flag → the field of the request that says what it came to, where it was left to the model.
-REQUEST_FIELDS = {
-    "prompt": "prompt", "negative_prompt": "negative_prompt", "frames": "num_frames", "steps": "steps",
-    "guidance": "guidance_scale", "shift": "shift", "solver": "solver", "seed": "seed",
-}  # fmt: skip
 # What the same request may say differently of itself once it is made.
 NOT_COMPARED = ("versions", "forwards")
 # What each kept file makes superfluous: these weights may be gone or different when the run goes on.
@@ -97,7 +91,7 @@ def request_of(record: Mapping[str, Any]) -> Request:
         ) from error
 
 
-def check_given(given: Mapping[str, Any], record: Mapping[str, Any], free: Collection[str] = FREE_ON_RESUME) -> None:
+def check_given(given: Mapping[str, Any], record: Mapping[str, Any], free: Collection[str]) -> None:
     """Raise ValueError, naming each difference, if flags given beside ``--resume`` are not those of the run.
 
     Those in ``free`` may differ.
@@ -107,12 +101,10 @@ def check_given(given: Mapping[str, Any], record: Mapping[str, Any], free: Colle
         if name in free:
             continue
         stored = record["flags"].get(name)
-        if stored is None and name in REQUEST_FIELDS:
-            stored = record["request"][REQUEST_FIELDS[name]]
-        if stored is None and name == "size":
-            stored = [record["request"]["width"], record["request"]["height"]]
+        if stored is None:  # it was left to the model
+            stored = options.value_in(record["request"], name)
         if json.loads(json.dumps(_normal(name, value))) != stored:
-            differences.append(f"{flag_names()[name]} is {_said(stored)}, {_said(value)} was given")
+            differences.append(f"{options.flag_names()[name]} is {_said(stored)}, {_said(value)} was given")
     _refuse(differences)
 
 
@@ -129,7 +121,7 @@ def check_same(flags: Mapping[str, Any], record: Mapping[str, Any], free: Collec
     """
     stored = record["flags"]
     _refuse(
-        f"--{name} is {_said(stored.get(name))}, {_said(value)} was given"
+        f"{options.flag_names()[name]} is {_said(stored.get(name))}, {_said(value)} was given"
         for name, value in _normal_flags(flags).items()
         if name not in free and value != stored.get(name)
     )
@@ -181,17 +173,15 @@ def _normal_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def _normal(name: str, value: Any) -> Any:
     """A flag's value, as JSON takes it, such that it means the same in another folder."""
-    if name == "lora":
+    places = {option.key: option.place for option in options.flags()}
+    if name == "loras":
         return [f"{_absolute_if_here(str(path))}:{strength!r}" for path, strength in normalise_loras(value)]
-    if not isinstance(value, str):
+    place = places.get(name)
+    if place and isinstance(value, tuple):
+        return [_absolute(one) for one in value]
+    if not place or not isinstance(value, str):
         return value
-    if name in MODEL_FLAGS:
-        return _absolute_if_here(value)
-    if name not in PATH_FLAGS:
-        return value
-    if name == "src_ref_images":
-        return ",".join(_absolute(part) for part in value.split(","))
-    return _absolute(value)
+    return _absolute(value) if place == "file" else _absolute_if_here(value)
 
 
 def _absolute_if_here(name: str) -> str:

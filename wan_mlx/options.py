@@ -1,0 +1,580 @@
+"""The table of options: each option of a run is declared once, here.
+
+Three classes declare them: `RequestOptions`, the keywords of a call; `ModelOptions`, those of
+`WanPipeline.from_pretrained`; `CommandOptions`, which only the command line has. An annotation gives a keyword's type,
+for editors too, and its `Option` the rest. From them are made the flags of ``wan-mlx`` and their help (`cli.flags`),
+the keys of ``--config`` and of prompt files, the rules of ``--resume``, shell completion, the tables of docs/flags.md,
+and a JSON schema (`schema`). To add an option, declare it here and use it.
+
+Nothing here imports MLX: ``wan-mlx --help`` is to be quick.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, ForwardRef, TypedDict, get_args, get_origin
+
+from .errors import closest
+from .presets import PRESETS
+from .types import LoraChoice, Source
+
+REQUEST, MODEL, COMMAND = "request", "model", "command"
+
+# The groups of flags, in the order of --help and of docs/flags.md.
+WHAT = "what to make"
+EXTEND = "how to have the prompt written out in detail, as the models like it"
+SOURCES = "from which pictures or videos"
+WEIGHTS = "with which model"
+SAMPLE = "how to sample"
+GUIDE = "how to guide, and how to leave out work"
+RUN = "how to run"
+SAY = "what is said"
+WATCH = "how to watch it come"
+OFFICIAL = "accepted for the official command lines; without effect here"
+GROUPS = (WHAT, EXTEND, SOURCES, WEIGHTS, SAMPLE, GUIDE, RUN, SAY, WATCH, OFFICIAL)
+
+SOLVERS = ("unipc", "dpm++", "euler", "dmd")
+RECIPES = ("lightx2v-4step", "fastwan-3step", "causvid", "rcm")
+ONE_GPU = "there is one GPU"
+CACHES = ("none", "teacache", "magcache", "easycache")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The numbers from ``low``, or only those above it, to ``high``; never infinite or NaN."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        if self.low == -math.inf:
+            return "a finite number"
+        if self.high == math.inf:
+            return f"a number above {self.low}" if self.above else f"at least {self.low}"
+        return f"above {self.low} and up to {self.high}" if self.above else f"{self.low} to {self.high}"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes:
+        help: what it does, for ``--help`` and everywhere else; "{choices}" stands for them.
+        more: what docs/flags.md says beside that.
+        group: of the flags.
+        flags: ours first, then the official spellings; empty for a keyword without a flag of its own.
+        metavar: what stands for the value in ``--help``.
+        default: None where it is the model's, or drawn.
+        choices: the only values there are.
+        examples: some values, for completion; others may do as well.
+        limits: of a number.
+        parse: text → value, where the type does not say how; raises ValueError.
+        repeats: the flag may be given again, for a list of all values.
+        sets: the keywords that the flag sets together, where it is not the one that it is declared with.
+        text: values of those keywords (or of a list) → the text that `parse` takes.
+        place: "file", whose meaning depends on the folder one is in, or "name": a file or else a name on a hub.
+        free: it has no part in what a video shows, so that it may change when a run goes on.
+        alone: it is of the whole command, and no key of a prompt or configuration file.
+        hidden: left out of ``--help``.
+        no_effect: why it has none here; it is accepted for the official command lines.
+        name: the Python keyword, and what a video's settings call it.
+        type: of the keyword.
+        of: `REQUEST`, `MODEL` or `COMMAND`: where the keyword is one.
+    """
+
+    help: str
+    more: str = ""
+    group: str = ""
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    limits: Limits | None = None
+    parse: Callable[[str], Any] | None = None
+    repeats: bool = False
+    sets: tuple[str, ...] = ()
+    text: Callable[..., str] = field(default=lambda *values: ",".join(map(str, values)))
+    place: str = ""
+    free: bool = False
+    alone: bool = False
+    hidden: bool = False
+    no_effect: str = ""
+    name: str = ""
+    type: Any = str
+    of: str = COMMAND
+
+    @property
+    def key(self) -> str:
+        """What parsed flags call it: the keyword's name, or the flag's where that sets several keywords."""
+        return _bare(self.flags[0]) if self.sets else self.name
+
+    @property
+    def label(self) -> str:
+        """What errors call it: the flag without its dashes."""
+        return _bare(self.flags[0]) if self.flags else self.name
+
+    @property
+    def keys(self) -> list[str]:
+        """What prompt and configuration files may call it."""
+        spelled = [word for flag in self.flags for word in (flag.lstrip("-"), _bare(flag))]
+        return list(dict.fromkeys([*spelled, *(() if self.sets else (self.name,))]))
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The types that a value may have, but None; pictures and files are text where they are not in memory."""
+        if isinstance(self.type, ForwardRef):
+            return (Sequence[str] if self.repeats or self.default == () else str,)
+        kinds = get_args(self.type) if isinstance(self.type, UnionType) else (self.type,)
+        return tuple(kind for kind in kinds if kind is not NoneType)
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the flag takes no value."""
+        return self.kinds == (bool,)
+
+    @property
+    def value_is_optional(self) -> bool:
+        """Whether the flag may stand alone, which means True."""
+        return bool in self.kinds and not self.is_switch
+
+    @property
+    def described(self) -> str:
+        """`help` with the choices."""
+        words = [f"{word} (default)" if word == self.default else word for word in self.choices or self.examples]
+        return self.help.replace("{choices}", ", ".join(words))
+
+    def read(self, text: str) -> Any:
+        """The value that ``text`` stands for.
+
+        Raises:
+            ValueError: it stands for none.
+        """
+        number = next((kind for kind in self.kinds if kind in (int, float)), None)
+        if self.parse or number is None:
+            return self.parse(text) if self.parse else text
+        try:
+            return number(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is no {'whole ' if number is int else ''}number") from None
+
+    def check(self, value: Any, nearest: str | None = None) -> None:
+        """Raise ValueError, with the nearest valid value, if ``value`` is not one of the choices or within the limits.
+
+        ``nearest``: to what is below the limits, where they do not tell.
+        """
+        if self.choices and value is not None and value not in self.choices:
+            expected = f"one of {', '.join(self.choices)}; nearest: {closest(value, self.choices)}"
+            raise ValueError(f"unknown {self.label} {value!r}, expected {expected}")
+        if self.limits and value is not None and value not in self.limits:
+            if value > self.limits.high:
+                nearest = str(self.limits.high)
+            elif nearest is None and value < self.limits.low and not self.limits.above:
+                nearest = str(self.limits.low)
+            near = f"; nearest: {nearest}" if nearest and math.isfinite(value) else ""
+            raise ValueError(f"{self.label} is {value}, expected {self.limits}{near}")
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of a value."""
+        kinds = [_schema_of(kind) for kind in self.kinds]
+        found = {"description": self.described, **(kinds[0] if len(kinds) == 1 else {"anyOf": kinds})}
+        if self.choices:
+            found["enum"] = list(self.choices)
+        if self.examples:
+            found["examples"] = list(self.examples)
+        if self.default is not None:
+            found["default"] = list(self.default) if isinstance(self.default, tuple) else self.default
+        if self.limits and math.isfinite(self.limits.low):
+            found["exclusiveMinimum" if self.limits.above else "minimum"] = self.limits.low
+        if self.limits and math.isfinite(self.limits.high):
+            found["maximum"] = self.limits.high
+        return found
+
+
+def _bare(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
+def _schema_of(kind: Any) -> dict[str, Any]:
+    """The JSON schema of a Python type."""
+    plain = {int: "integer", float: "number", bool: "boolean"}
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        return {"type": "array", "items": _schema_of(items[0]), "minItems": len(items), "maxItems": len(items)}
+    if get_origin(kind) is Sequence:
+        return {"type": "array", "items": _schema_of(get_args(kind)[0])}
+    return {"type": plain.get(kind, "string")}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)[x*×](\d+)", text.strip().lower())
+    if not match:
+        raise ValueError(f"{text!r} is no size; expected WIDTHxHEIGHT in pixels, such as 832x480")
+    return int(match[1]), int(match[2])
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    match = re.fullmatch(r"([\d.]+)-([\d.]+)", text.strip())
+    try:
+        return float(match[1]), float(match[2])
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{text!r} is no range; expected FROM-TO in fractions of the steps, such as 0.1-0.9"
+        ) from None
+
+
+def parse_skip(text: str) -> tuple[tuple[int, ...], tuple[float, float] | None]:
+    layers, colon, span = text.partition(":")
+    if not re.fullmatch(r"\d+(,\d+)*", layers):
+        raise ValueError(f"{text!r}; expected layers and where to skip them, such as 9,10:0.1-0.9")
+    return tuple(int(layer) for layer in layers.split(",")), parse_range(span) if colon else None
+
+
+def _pair(first: float, second: float) -> str:
+    return f"{first}-{second}"
+
+
+def _size(width: int | None, height: int | None) -> str:
+    if width is None or height is None:
+        raise ValueError(f"{'width' if height is None else 'height'} is given alone; expected both, such as 832x480")
+    return f"{width}x{height}"
+
+
+def _skip(*values: Any) -> str:
+    """Of layers and a range, or of layers alone; "" if there are none."""
+    layers, span = (values, None) if all(isinstance(value, int) for value in values) else values
+    return ",".join(map(str, layers)) + (f":{_pair(*span)}" if span else "") if layers else ""
+
+
+PROMPT = Option(
+    "what the video should show", "In English or Chinese", WHAT, ("--prompt",), "TEXT", name="prompt", of=REQUEST
+)
+
+
+class RequestOptions(TypedDict, total=False):
+    """Keywords of `WanPipeline.request` and of a call beside the prompt, each a field of `Request`; one that is left
+    out or None is the model's default."""
+
+    negative_prompt: Annotated[str | None, Option(
+        "what to avoid (default: the model's own)", '`""` for nothing', WHAT, ("--negative-prompt",), "TEXT",
+    )]
+    width: Annotated[int | None, Option(
+        "pixels, multiples of 16 (default: the model's)",
+        "`832*480` is taken too. It is the area where a source sets the proportions", WHAT, ("--size",), "WxH",
+        parse=parse_size, sets=("width", "height"), text=_size,
+    )]
+    height: Annotated[int | None, Option("pixels, a multiple of 16 (default: the model's)")]
+    num_frames: Annotated[int | None, Option(
+        "4n+1 (default 81: five seconds)", "1 is a picture; a shorter source makes it fewer", WHAT,
+        ("--frames", "--frame_num"), "N",
+    )]
+    image: Annotated["Source | None", Option(
+        "first frame (i2v, flf2v)", "", SOURCES, ("--image", "--first_frame"), "FILE", place="file",
+    )]
+    last_image: Annotated["Source | None", Option(
+        "last frame (flf2v)", "", SOURCES, ("--last-image", "--last_frame"), "FILE", place="file",
+    )]
+    video: Annotated["Source | None", Option(
+        "video to start from instead of noise (t2v)", "Read at 16 frames a second and cut to the size", SOURCES,
+        ("--video",), "FILE", place="file",
+    )]
+    strength: Annotated[float | None, Option(
+        "0 keeps that video, 1 replaces it (default 0.7)", "The last S × steps are made", SOURCES, ("--strength",), "S",
+        limits=Limits(0, 1, above=True),
+    )]
+    src_video: Annotated["Source | None", Option(
+        "video to edit or follow (vace)", "", SOURCES, ("--src_video",), "FILE", place="file",
+    )]
+    src_mask: Annotated["Source | None", Option(
+        "what to generate anew in it, white (vace)", "A picture for the whole video, or a video", SOURCES,
+        ("--src_mask",), "FILE", place="file",
+    )]
+    src_ref_images: Annotated["Sequence[Source]", Option(
+        "pictures of what should appear, a,b,c (vace)", "", SOURCES, ("--src_ref_images",), "FILES", (),
+        parse=lambda text: tuple(text.split(",")), place="file",
+    )]
+    context_scale: Annotated[float, Option(
+        "strength of the source (vace; default 1)", "", SOURCES, ("--context-scale",), "S", 1.0, limits=Limits(),
+    )]
+    steps: Annotated[int | None, Option(
+        "sampling steps", "Default 50; 40 for I2V; 12 for nano", SAMPLE, ("--steps", "--sample_steps"), "N",
+        limits=Limits(1),
+    )]
+    guidance_scale: Annotated[float | None, Option(
+        "guidance scale; 1 is off", "That takes half the time", SAMPLE, ("--guidance", "--sample_guide_scale"), "G",
+        limits=Limits(),
+    )]
+    shift: Annotated[float | None, Option(
+        "shift of the sigma schedule", "More for larger sizes", SAMPLE, ("--shift", "--sample_shift"), "S",
+        limits=Limits(0, above=True),
+    )]
+    solver: Annotated[str | None, Option(
+        "{choices}", "", SAMPLE, ("--solver", "--sample_solver"), "NAME", "unipc", SOLVERS,
+    )]
+    seed: Annotated[int | None, Option(
+        "same seed, same video (default: drawn)", "A negative one is drawn, too", SAMPLE, ("--seed", "--base_seed"),
+        "N", limits=Limits(0, 2**64 - 1),
+    )]
+    cache: Annotated[str | None, Option(
+        "step cache: {choices}; each takes a threshold after a colon (easycache:0.05)", "See below", GUIDE,
+        ("--cache",), "NAME", "none", examples=CACHES,
+    )]
+    recipe: Annotated[str | None, Option(
+        "for distilled models and LoRAs; sets steps, noise levels, solver, shift and guidance: {choices}",
+        "Another value beside it is refused", GUIDE, ("--recipe",), "NAME", None, RECIPES,
+    )]
+    guidance_range: Annotated[tuple[float, float], Option(
+        "guidance only in this part of the steps, such as 0-0.6 (default 0-1)", "", GUIDE, ("--guidance-range",), "A-B",
+        (0.0, 1.0), parse=parse_range, text=_pair,
+    )]
+    cfg_zero: Annotated[bool | int | None, Option(
+        "CFG-Zero*: scaled guidance, and STEPS first steps without motion", "", GUIDE, ("--cfg-zero",), "STEPS",
+    )]
+    skip_layers: Annotated[Sequence[int], Option(
+        "skip-layer guidance, such as 9 or 9,10:0.1-0.9 (default part 0.1-1)", "", GUIDE, ("--slg",), "LAYERS[:A-B]",
+        (), parse=parse_skip, sets=("skip_layers", "skip_range"), text=_skip,
+    )]
+    skip_range: Annotated[tuple[float, float], Option(
+        "in which part of the steps the layers are skipped (default 0.1-1)", default=(0.1, 1.0),
+    )]
+
+
+class CommandOptions(TypedDict, total=False):
+    """Flags that are no keyword, as the parsed command line has them."""
+
+    prompts: Annotated[str | None, Option(
+        "many requests: a JSON object a line, with any flags as keys", "See below", WHAT, ("--prompts",), "FILE",
+        place="file", free=True, alone=True,
+    )]
+    num_images: Annotated[int | None, Option(
+        "N stills with the seeds from --seed on", "The output's name gets `_seedN`", WHAT, ("--num-images",), "N",
+        limits=Limits(1),
+    )]
+    output: Annotated[str | None, Option(
+        ".mp4 .gif .webp .png .npz (default: named by the prompt)", "The ending picks the format", WHAT,
+        ("--output", "--save_file"), "FILE", place="file",
+    )]
+    overwrite: Annotated[bool, Option(
+        "replace the output if it exists", "", WHAT, ("--overwrite",), default=False, free=True, alone=True,
+    )]
+    report: Annotated[str | None, Option(
+        "of --prompts: what became of each line (default: FILE.report.jsonl)", "", WHAT, ("--report",), "FILE",
+        place="file", free=True, alone=True,
+    )]
+    extend_prompt: Annotated[bool, Option(
+        "by a language model on this machine, before anything else is loaded",
+        "It writes the detailed kind of prompt that Wan was trained on, which is shown and kept in the file", EXTEND,
+        ("--extend-prompt",), default=False,
+    )]
+    prompt_extend_model: Annotated[str | None, Option(
+        "any instruct model that mlx-lm runs: hub id or folder (default: mlx-community/Qwen2.5-7B-Instruct-4bit)", "",
+        EXTEND, ("--extend-model", "--prompt_extend_model"), "MODEL", place="name",
+    )]
+    prompt_extend_target_lang: Annotated[str | None, Option(
+        "default: the prompt's own (--use_prompt_extend: zh)", "", EXTEND,
+        ("--extend-language", "--prompt_extend_target_lang"), choices=("zh", "en"),
+    )]
+    use_prompt_extend: Annotated[bool, Option(
+        "the official --extend-prompt", "The prompt is then Chinese, unless a language is given", EXTEND,
+        ("--use_prompt_extend",), default=False, hidden=True,
+    )]
+    prompt_extend_method: Annotated[str | None, Option(
+        "of the official command lines", "`dashscope`, a service, is not used: a model here writes the prompt out",
+        EXTEND, ("--prompt_extend_method",), choices=("local_qwen", "dashscope"), hidden=True,
+    )]
+    resume: Annotated[str | None, Option(
+        "go on with the run that was making FILE, where it was cut",
+        "All flags are those it was started with", RUN, ("--resume",), "FILE", place="file", free=True, alone=True,
+    )]
+    plan: Annotated[bool, Option(
+        "print each stage's memory and time, and stop; no download", "Exit code 1 if it does not fit", RUN, ("--plan",),
+        default=False, alone=True,
+    )]
+    dry_run: Annotated[bool, Option(
+        "say what would run or be downloaded, and stop", "", RUN, ("--dry-run",), default=False, free=True, alone=True,
+    )]
+    config: Annotated[str | None, Option(
+        "take the settings of an earlier video or of a .json file; flags beside it win", "", RUN, ("--config",), "FILE",
+        place="file", free=True, alone=True,
+    )]
+    quiet: Annotated[bool, Option(
+        "say nothing but the result and what went wrong", "", SAY, ("--quiet",), default=False, free=True, alone=True,
+    )]
+    verbose: Annotated[bool, Option(
+        "say more: what is read, fetched and chosen", "", SAY, ("--verbose",), default=False, free=True, alone=True,
+    )]
+    json: Annotated[bool, Option(
+        "one JSON event a line on stdout, for programs", "", SAY, ("--json",), default=False, free=True, alone=True,
+    )]
+    debug: Annotated[bool, Option(
+        "show a traceback when something fails", "", SAY, ("--debug",), default=False, free=True, alone=True,
+    )]
+    version: Annotated[bool, Option(
+        "show versions and stop", "", SAY, ("--version",), default=False, free=True, alone=True,
+    )]
+    preview: Annotated[str | None, Option(
+        "what it is becoming, after every step: a small animation FILE.webp, and FILE.png with its frames side by side",
+        "", WATCH, ("--preview",), "FILE", place="file", free=True,
+    )]
+    preview_every: Annotated[int, Option(
+        "only after every N steps", "", WATCH, ("--preview-every",), "N", 1, limits=Limits(1), free=True,
+    )]
+    offload_model: Annotated[str | None, Option(
+        "", "", OFFICIAL, ("--offload_model",), "BOOL",
+        no_effect="weights are always dropped as soon as a stage is done",
+    )]
+    t5_cpu: Annotated[bool, Option(
+        "", "", OFFICIAL, ("--t5_cpu",), no_effect="the text encoder is always streamed from disk",
+    )]
+    t5_fsdp: Annotated[bool, Option("", "", OFFICIAL, ("--t5_fsdp",), no_effect=ONE_GPU)]
+    dit_fsdp: Annotated[bool, Option("", "", OFFICIAL, ("--dit_fsdp",), no_effect=ONE_GPU)]
+    ulysses_size: Annotated[str | None, Option("", "", OFFICIAL, ("--ulysses_size",), "N", no_effect=ONE_GPU)]
+    ring_size: Annotated[str | None, Option("", "", OFFICIAL, ("--ring_size",), "N", no_effect=ONE_GPU)]
+
+
+class ModelOptions(TypedDict, total=False):
+    """Keywords of `WanPipeline.from_pretrained`."""
+
+    model: Annotated[str | Path, Option(
+        "nano or nano-i2v (bundled), a preset, a folder, a file, or a hub id", "See [formats](formats.md)", WEIGHTS,
+        ("--model", "--ckpt_dir"), "MODEL", examples=tuple(PRESETS), place="name",
+    )]
+    transformer: Annotated[str | Path | None, Option(
+        "file, folder or repository that has it: where --model is one file, or instead of what it has",
+        "It is then not fetched from the model's repository", WEIGHTS, ("--transformer",), "PATH", place="name",
+    )]
+    text_encoder: Annotated[str | Path | None, Option(
+        "file, folder or repository that has it: likewise", "", WEIGHTS, ("--text-encoder",), "PATH", place="name",
+    )]
+    vae: Annotated[str | Path | None, Option(
+        "file, folder or repository that has it: likewise", "", WEIGHTS, ("--vae",), "PATH", place="name",
+    )]
+    image_encoder: Annotated[str | Path | None, Option(
+        "file, folder or repository that has it: likewise", "", WEIGHTS, ("--image-encoder",), "PATH", place="name",
+    )]
+    tokenizer: Annotated[str | Path | None, Option(
+        "file, folder or repository that has it: likewise", "", WEIGHTS, ("--tokenizer",), "PATH", place="name",
+    )]
+    source: Annotated[str, Option(
+        "hub to download from: {choices}", "", WEIGHTS, ("--source",), "HUB", "huggingface",
+        ("huggingface", "modelscope"),
+    )]
+    preset: Annotated[str | None, Option(
+        "take the sampling defaults of this official task, such as t2v-1.3B", "`t2i-14B` makes stills", WEIGHTS,
+        ("--task",), "NAME", examples=(*PRESETS, "t2i-14B"),
+    )]
+    dtype: Annotated[str, Option(
+        "of transformer and text encoder: {choices}", "", WEIGHTS, ("--dtype",), "NAME", "bfloat16",
+        examples=("bfloat16", "float32"),
+    )]
+    quantize: Annotated[str | None, Option(
+        "keep transformer and text encoder in few bits: q8 q6 auto q5 q4 q3 (q4-g32 for another group), mxfp8 mxfp4 "
+        "nvfp4; none unpacks packed weights. Default: as they are stored, and of GGUF files Q8_0 Q5_0 Q5_1 Q4_0 Q4_1 "
+        "stay packed as they are; nearest packs the other GGUF types too, in the form that comes nearest", "", WEIGHTS,
+        ("--quantize",), "MODE",
+        examples=("q8", "q6", "auto", "q5", "q4", "q3", "mxfp8", "mxfp4", "nvfp4", "none", "nearest"),
+    )]
+    loras: Annotated["Iterable[LoraChoice] | LoraChoice | None", Option(
+        "merge a LoRA into the transformer, as in style.safetensors:0.8 or owner/name:style.safetensors:0.8; may be "
+        "given again", "", WEIGHTS, ("--lora",), "FILE[:STRENGTH]", repeats=True, place="name",
+    )]
+    memory: Annotated[str | None, Option(
+        "what MLX may hold, such as 8GB: it decides what stays resident, is streamed from disk or done in tiles "
+        "(default: auto, what this machine has to spare)", "", RUN, ("--memory",), "SIZE", free=True,
+    )]
+    vae_tiling: Annotated[str | tuple[int, int] | None, Option(
+        "decode and encode in tiles of at most so many pixels (384x384): the same video, less memory, more time; off: "
+        "never (default: auto, where memory asks for it)", "", RUN, ("--vae-tiling",), "WxH", examples=("auto", "off"),
+        text=_size, free=True,
+    )]
+    prompt_cache: Annotated[bool, Option(
+        "encode prompts anew, and keep none on disk", "", RUN, ("--no-prompt-cache",), default=True, free=True,
+    )]
+    taehv: Annotated[str | Path | None, Option(
+        "weights of the tiny autoencoder TAEHV, for finer previews: taew2_1.pth, or on the hub "
+        "lightx2v/Autoencoders:taew2_1.safetensors", "", WATCH, ("--taehv",), "FILE", place="name", free=True,
+    )]
+    draft: Annotated[bool, Option(
+        "decode the video with TAEHV, too: fast, less fine", "", WATCH, ("--draft",), default=False,
+    )]
+    progress: Annotated[bool, Option("show progress bars", default=True)]
+
+
+def declared(options: type, of: str) -> list[Option]:
+    """The options that a class declares, in their order."""
+    return [
+        replace(annotation.__metadata__[0], name=name, type=annotation.__origin__, of=of)
+        for name, annotation in options.__annotations__.items()
+    ]
+
+
+OPTIONS: list[Option] = [
+    PROMPT,
+    *declared(RequestOptions, REQUEST),
+    *declared(CommandOptions, COMMAND),
+    *declared(ModelOptions, MODEL),
+]
+
+
+def named(name: str) -> Option:
+    """The option of that Python keyword."""
+    return next(option for option in OPTIONS if option.name == name)
+
+
+def of(face: str) -> list[Option]:
+    """The options whose keyword is one of `REQUEST`, `MODEL` or `COMMAND`."""
+    return [option for option in OPTIONS if option.of == face]
+
+
+def flags() -> list[Option]:
+    """The options that have a flag."""
+    return [option for option in OPTIONS if option.flags]
+
+
+def flag_names() -> dict[str, str]:
+    """Attribute of the parsed flags → the flag that sets it."""
+    return {option.key: option.flags[0] for option in flags()}
+
+
+def keywords(parsed: Mapping[str, Any], face: str) -> dict[str, Any]:
+    """The keywords of ``face`` that parsed flags come to; those left to their default are None or not there."""
+    found: dict[str, Any] = {}
+    for option in flags():
+        if option.of == face and option.sets:
+            found.update(zip(option.sets, parsed[option.key] or (), strict=False))
+        elif option.of == face:
+            found[option.name] = parsed[option.key]
+    return found
+
+
+def value_in(request: Mapping[str, Any], key: str) -> Any:
+    """The value of a parsed flag that a request's fields come from; None if they do not tell."""
+    option = next(option for option in flags() if option.key == key)
+    if not option.sets:
+        return request.get(option.name)
+    values = [request[name] for name in option.sets]
+    return values if values[0] else None
+
+
+def free_on_resume() -> set[str]:
+    """Parsed flags that may differ from the first command's when a run goes on."""
+    return {option.key for option in flags() if option.free or option.no_effect}
+
+
+def schema(*faces: str) -> dict[str, Any]:
+    """The JSON schema of a request, as an object of its keywords; of other ``faces`` too, if given."""
+    options = [option for option in OPTIONS if option.of in (faces or (REQUEST,))]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "properties": {option.name: option.schema() for option in options},
+        "required": [PROMPT.name] if REQUEST in (faces or (REQUEST,)) else [],
+        "additionalProperties": False,
+    }
