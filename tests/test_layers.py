@@ -18,7 +18,7 @@ PACKAGE = Path(wan_mlx.__file__).parent
 
 # Bottom to top. A name is a module or a folder; those of one line may import each other, but not in a circle.
 LAYERS = [
-    "types errors events progress_bars geometry resize noise storage",
+    "types errors events option progress_bars geometry resize noise storage",
     "files",
     "cuda",
     "models",

@@ -14,7 +14,8 @@ from wan_mlx import options, request_builder, types
 from wan_mlx.caching import resolve_cache
 from wan_mlx.cli import completion, config_file, flags
 from wan_mlx.cli.main import request_from
-from wan_mlx.options import COMMAND, MODEL, OPTIONS, REQUEST, Limits, Option
+from wan_mlx.option import COMMAND, MODEL, REQUEST, Limits, Option
+from wan_mlx.options import OPTIONS
 from wan_mlx.pipeline import WanPipeline
 from wan_mlx.presets import PRESETS
 from wan_mlx.recipes import RECIPES

@@ -6,7 +6,7 @@ import shlex
 
 from .. import options
 from ..errors import UsageError
-from ..options import Option
+from ..option import Option
 from .main import COMMANDS
 
 

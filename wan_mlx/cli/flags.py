@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import options
 from ..errors import UsageError, closest
-from ..options import Option
+from ..option import Option
 from ..presets import PRESETS
 
 DESCRIPTION = "Make a video with a Wan2.1 model, on Apple silicon or any other MLX backend."

@@ -1,0 +1,184 @@
+"""One option of a run: its type, flag, limits, text and JSON schema. `options` has the table of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import Any, ForwardRef, get_args, get_origin
+
+from .errors import closest
+
+REQUEST, MODEL, COMMAND = "request", "model", "command"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The numbers from ``low``, or only those above it, to ``high``; never infinite or NaN."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        if self.low == -math.inf:
+            return "a finite number"
+        if self.high == math.inf:
+            return f"a number above {self.low}" if self.above else f"at least {self.low}"
+        return f"above {self.low} and up to {self.high}" if self.above else f"{self.low} to {self.high}"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes:
+        help: what it does, for ``--help`` and everywhere else; "{choices}" stands for them.
+        more: what docs/flags.md says beside that.
+        group: of the flags.
+        flags: ours first, then the official spellings; empty for a keyword without a flag of its own.
+        metavar: what stands for the value in ``--help``.
+        default: None where it is the model's, or drawn.
+        choices: the only values there are.
+        examples: some values, for completion; others may do as well.
+        limits: of a number.
+        parse: text → value, where the type does not say how; raises ValueError.
+        repeats: the flag may be given again, for a list of all values.
+        sets: the keywords that the flag sets together, where it is not the one that it is declared with.
+        text: values of those keywords (or of a list) → the text that `parse` takes.
+        place: "file", whose meaning depends on the folder one is in, or "name": a file or else a name on a hub.
+        free: it has no part in what a video shows, so that it may change when a run goes on.
+        alone: it is of the whole command, and no key of a prompt or configuration file.
+        hidden: left out of ``--help``.
+        no_effect: why it has none here; it is accepted for the official command lines.
+        name: the Python keyword, and what a video's settings call it.
+        type: of the keyword.
+        of: `REQUEST`, `MODEL` or `COMMAND`: where the keyword is one.
+    """
+
+    help: str
+    more: str = ""
+    group: str = ""
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    limits: Limits | None = None
+    parse: Callable[[str], Any] | None = None
+    repeats: bool = False
+    sets: tuple[str, ...] = ()
+    text: Callable[..., str] = field(default=lambda *values: ",".join(map(str, values)))
+    place: str = ""
+    free: bool = False
+    alone: bool = False
+    hidden: bool = False
+    no_effect: str = ""
+    name: str = ""
+    type: Any = str
+    of: str = COMMAND
+
+    @property
+    def key(self) -> str:
+        """What parsed flags call it: the keyword's name, or the flag's where that sets several keywords."""
+        return _bare(self.flags[0]) if self.sets else self.name
+
+    @property
+    def label(self) -> str:
+        """What errors call it: the flag without its dashes."""
+        return _bare(self.flags[0]) if self.flags else self.name
+
+    @property
+    def keys(self) -> list[str]:
+        """What prompt and configuration files may call it."""
+        spelled = [word for flag in self.flags for word in (flag.lstrip("-"), _bare(flag))]
+        return list(dict.fromkeys([*spelled, *(() if self.sets else (self.name,))]))
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The types that a value may have, but None; pictures and files are text where they are not in memory."""
+        if isinstance(self.type, ForwardRef):
+            return (Sequence[str] if self.repeats or self.default == () else str,)
+        kinds = get_args(self.type) if isinstance(self.type, UnionType) else (self.type,)
+        return tuple(kind for kind in kinds if kind is not NoneType)
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the flag takes no value."""
+        return self.kinds == (bool,)
+
+    @property
+    def value_is_optional(self) -> bool:
+        """Whether the flag may stand alone, which means True."""
+        return bool in self.kinds and not self.is_switch
+
+    @property
+    def described(self) -> str:
+        """`help` with the choices."""
+        words = [f"{word} (default)" if word == self.default else word for word in self.choices or self.examples]
+        return self.help.replace("{choices}", ", ".join(words))
+
+    def read(self, text: str) -> Any:
+        """The value that ``text`` stands for.
+
+        Raises:
+            ValueError: it stands for none.
+        """
+        number = next((kind for kind in self.kinds if kind in (int, float)), None)
+        if self.parse or number is None:
+            return self.parse(text) if self.parse else text
+        try:
+            return number(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is no {'whole ' if number is int else ''}number") from None
+
+    def check(self, value: Any, nearest: str | None = None) -> None:
+        """Raise ValueError, with the nearest valid value, if ``value`` is not one of the choices or within the limits.
+
+        ``nearest``: to what is below the limits, where they do not tell.
+        """
+        if self.choices and value is not None and value not in self.choices:
+            expected = f"one of {', '.join(self.choices)}; nearest: {closest(value, self.choices)}"
+            raise ValueError(f"unknown {self.label} {value!r}, expected {expected}")
+        if self.limits and value is not None and value not in self.limits:
+            if value > self.limits.high:
+                nearest = str(self.limits.high)
+            elif nearest is None and value < self.limits.low and not self.limits.above:
+                nearest = str(self.limits.low)
+            near = f"; nearest: {nearest}" if nearest and math.isfinite(value) else ""
+            raise ValueError(f"{self.label} is {value}, expected {self.limits}{near}")
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of a value."""
+        kinds = [_schema_of(kind) for kind in self.kinds]
+        found = {"description": self.described, **(kinds[0] if len(kinds) == 1 else {"anyOf": kinds})}
+        if self.choices:
+            found["enum"] = list(self.choices)
+        if self.examples:
+            found["examples"] = list(self.examples)
+        if self.default is not None:
+            found["default"] = list(self.default) if isinstance(self.default, tuple) else self.default
+        if self.limits and math.isfinite(self.limits.low):
+            found["exclusiveMinimum" if self.limits.above else "minimum"] = self.limits.low
+        if self.limits and math.isfinite(self.limits.high):
+            found["maximum"] = self.limits.high
+        return found
+
+
+def _bare(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
+def _schema_of(kind: Any) -> dict[str, Any]:
+    """The JSON schema of a Python type."""
+    plain = {int: "integer", float: "number", bool: "boolean"}
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        return {"type": "array", "items": _schema_of(items[0]), "minItems": len(items), "maxItems": len(items)}
+    if get_origin(kind) is Sequence:
+        return {"type": "array", "items": _schema_of(get_args(kind)[0])}
+    return {"type": plain.get(kind, "string")}
