@@ -179,6 +179,13 @@ def test_requests_have_a_field_for_each():
     assert {option.name for option in options.of(REQUEST)} <= fields
 
 
+def test_signatures_and_help_name_each():
+    for function in (WanPipeline.__call__, WanPipeline.images, WanPipeline.request):
+        taken = inspect.signature(function).parameters
+        assert {option.name for option in options.of(REQUEST)} <= {*taken} and "options" not in taken
+        assert taken["steps"].annotation == int | None and "steps: sampling steps" in function.__doc__
+
+
 def test_from_pretrained_takes_what_the_table_says():
     taken = inspect.signature(WanPipeline.from_pretrained).parameters
     assert {option.name for option in options.of(MODEL)} == {*taken}

@@ -9,15 +9,18 @@ and a JSON schema (`schema`). To add an option, declare it here and use it.
 Nothing here imports MLX: ``wan-mlx --help`` is to be quick.
 """
 
+import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict, TypeVar
 
 from .option import COMMAND, MODEL, REQUEST, Limits, Option
 from .presets import PRESETS
 from .types import LoraChoice, Source
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # The groups of flags, in the order of --help and of docs/flags.md.
 WHAT = "what to make"
@@ -386,6 +389,25 @@ def value_in(request: Mapping[str, Any], key: str) -> Any:
         return request.get(option.name)
     values = [request[name] for name in option.sets]
     return values if values[0] else None
+
+
+def told(function: Function) -> Function:
+    """``function``, which takes ``**options: Unpack[RequestOptions]``, with each of them in its signature and
+    docstring, for help() and notebooks."""
+    signature, taken = inspect.signature(function), [option for option in of(REQUEST) if option is not PROMPT]
+    named = [
+        inspect.Parameter(
+            option.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=option.default,
+            annotation=getattr(option.type, "__forward_arg__", option.type),
+        )
+        for option in taken
+    ]
+    function.__signature__ = signature.replace(parameters=[*list(signature.parameters.values())[:-1], *named])
+    lines = [f"    {option.name}: {option.described}" for option in taken]
+    function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Options:", *lines])
+    return function
 
 
 def free_on_resume() -> set[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .hub.resolve import Places, preset_of, resolve
 from .models.vae_tiling import parse_tiling
 from .opened import OpenedModel
-from .options import RequestOptions
+from .options import RequestOptions, told
 from .planning.machine import parse_memory
 from .presets import PARTS, find_preset
 from .prompts.extend import extend_requests
@@ -99,6 +99,7 @@ class WanPipeline(OpenedModel):
             checkpoint, dtype, found, progress, quantize, vae_tiling, here.loras, prompt_cache, memory, taehv, draft
         )
 
+    @told
     def __call__(
         self,
         prompt: str,
@@ -125,6 +126,7 @@ class WanPipeline(OpenedModel):
         (request,) = extend_requests([self.request(prompt, **options)], extend_prompt)
         return self.run(request).video(callback)
 
+    @told
     def images(
         self,
         prompt: str,
@@ -151,8 +153,9 @@ class WanPipeline(OpenedModel):
         with self.keep_loaded():
             return [self.run(request).video(callback) for request in requests]
 
+    @told
     def request(self, prompt: str, **options: Unpack[RequestOptions]) -> Request:
-        """Fill in the model's defaults and check every value; ``options`` are those of `build_request`.
+        """Fill in the model's defaults and check every value; ``options`` are those of `RequestOptions`.
 
         Raises:
             ValueError: a value is wrong; names the nearest valid one.
