@@ -34,7 +34,7 @@ from .presets import Preset, find_preset, preset_for
 from .progress_bars import ProgressBars
 from .prompts.cache import PromptCache
 from .tasks import TASKS
-from .types import Request
+from .types import LoraChoice, Request
 from .weights.checkpoint import Checkpoint
 from .weights.component import open_component
 from .weights.load import (
@@ -49,7 +49,7 @@ from .weights.load import (
     parse_dtype,
     vae_config_of,
 )
-from .weights.lora import LoraChoice, describe_lora, normalise_loras
+from .weights.lora import describe_lora, normalise_loras
 from .weights.parts import Part
 from .weights.set_loras import set_loras
 

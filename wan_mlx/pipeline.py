@@ -15,10 +15,10 @@ from .presets import PARTS, find_preset
 from .prompts.extend import extend_requests
 from .request_builder import build_request
 from .run import Output, Run
-from .types import Request, RunState, Step
+from .types import LoraChoice, Request, RunState, Step
 from .video import Video
 from .weights.checkpoint import open_checkpoint
-from .weights.lora import LoraChoice, normalise_loras
+from .weights.lora import normalise_loras
 from .weights.quantize import check_mode
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ from ..models.rope import row_order
 from ..models.text_encoder import EncoderBlock, TextEncoder
 from ..models.transformer import Transformer
 from ..models.vae import VAE
+from ..types import LoraChoice
 from .checkpoint import Checkpoint, find_part
 from .component import CONFIG_OF, DTYPES, ComponentWeights, check_keys, open_component, parameter_shapes
-from .lora import LoraChoice, normalise_loras, open_loras
+from .lora import normalise_loras, open_loras
 from .parameters import Parameters, load_module, load_streamed, stream_blocks
 from .parts import Part
 from .quantize import QUANTIZED

@@ -24,6 +24,7 @@ from ..files.base import WeightsFile
 from ..files.fp8 import FP8, fold
 from ..files.open import open_weights
 from ..storage import sha256
+from ..types import LoraChoice
 from .layouts import LAYOUTS
 
 log = logging.getLogger(__name__)
@@ -198,10 +199,6 @@ def parse_lora(text: str) -> tuple[str, float]:
     if not math.isfinite(strength):
         raise ValueError(f"the strength of the LoRA {text!r} is not finite; expected a number such as {path}:0.8")
     return path, strength
-
-
-# A LoRA as users name it: its path, or that and a strength.
-LoraChoice = str | Path | tuple[str | Path, float]
 
 
 def normalise_loras(loras: Iterable[LoraChoice] | LoraChoice | None) -> list[tuple[Path, float]]:

@@ -13,7 +13,8 @@ from ..models.execution import Execution
 from ..models.layers import SIDE_KEYS
 from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import Transformer
-from .lora import LoraChoice, normalise_loras, open_loras
+from ..types import LoraChoice
+from .lora import normalise_loras, open_loras
 from .parameters import LoraState, dtype_of, is_matrix, locate
 
 
