@@ -1,9 +1,9 @@
-"""What a run keeps beside its output while it goes, so that it can go on after Ctrl-C, kill -9 or a power cut.
+"""A run's folder: checkpoints beside its output, from which it goes on after Ctrl-C, kill -9 or a power cut.
 
 Beside ``cat.mp4`` there is ``cat.mp4.wan`` until the video is complete:
 
     lock                      held by the process at work; the system frees it when that dies
-    run.json                  the flags, the request, the settings to embed, what tells model and sources apart
+    run.json                  the flags, the request, the settings to embed, fingerprints of model and sources
     conditioning.safetensors  texts, images and sources as encoded, and the noise: so no encoder is loaded again
     step-0012.safetensors     `Step.state` after step 12; the last two are kept
     frames.raw, frames.index  decoded frames uint8, and a line per latent frame: how many, and their CRC-32
@@ -100,7 +100,7 @@ class RunFolder:
                 os.close(self._lock)
                 self._lock = None
 
-    # What the run is
+    # Identity
 
     def begin(self, record: dict[str, Any]) -> None:
         """Start anew: drop what an earlier run left, and note what this one is (anything JSON can hold)."""
@@ -113,7 +113,7 @@ class RunFolder:
             path.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     def record(self) -> dict[str, Any] | None:
-        """What `begin` noted; None if no run has begun here.
+        """The record that `begin` noted; None if no run has begun here.
 
         Raises:
             WanError: the file is damaged.
@@ -157,7 +157,7 @@ class RunFolder:
             self._steps.settle()
 
     def state(self) -> RunState | None:
-        """How far the run has come, to go on from: what `WanPipeline.stages` takes; None before any of it."""
+        """The state to resume from, as `WanPipeline.stages` takes it; None before anything is kept."""
         path = self.path / "conditioning.safetensors"
         if not path.is_file():
             return None
@@ -167,7 +167,7 @@ class RunFolder:
         return RunState(conditioning, done, state, json.loads(metadata["how"]))
 
     def notes(self) -> dict[str, Any]:
-        """What `save_step` was given to note at the last step."""
+        """The notes that `save_step` was given at the last step."""
         return self._last_step()[2]
 
     @property
@@ -214,7 +214,7 @@ class RunFolder:
         return bool(text) and self.output.is_file() and json.loads(text)["sha256"] == storage.sha256(self.output)
 
     def delete(self) -> None:
-        """Remove the folder; what says that there is something to go on with goes before what tells that it is done."""
+        """Remove the folder; the files that a resume needs go before the note that the video is finished."""
         for _ in range(3):  # an ffmpeg whose process was killed may write a file yet before it sees that
             self._clear()
             (self.path / "lock").unlink(missing_ok=True)
@@ -225,7 +225,7 @@ class RunFolder:
                 return
             except OSError as error:
                 kept = error
-        log.warning("%s stays: %s", self.path, kept.strerror)  # what is left in it is somebody else's
+        log.warning("%s stays: %s", self.path, kept.strerror)  # the rest of its files are somebody else's
 
     def _clear(self) -> None:
         self._steps.settle()
