@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import WeightsError
-from ..files.open import open_weights
+from ..files.open import ShardedFile, format_of, open_weights
 from ..files.sentencepiece import find_tokenizer, has_tokenizer
 from ..presets import COMFYUI_PARTS, DIFFUSERS_FILES, MLX_FILES, NETWORKS, OFFICIAL_FILES, PARTS
 from .component import ComponentWeights, open_component
@@ -253,10 +253,9 @@ def _begins_like_weights(file: Path) -> bool:
         if not file.is_file():
             return False
         with open(file, "rb") as opened:
-            head = opened.read(9)
+            return format_of(opened.read(16)) not in (None, ShardedFile)
     except OSError:
         return False
-    return head.startswith((b"GGUF", b"PK\x03\x04")) or head[8:9] == b"{"
 
 
 def _tokenizer_of(text_encoder: Path) -> dict[str, Part]:
