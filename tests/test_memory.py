@@ -133,17 +133,6 @@ def test_what_the_released_models_need(monkeypatch, model, size, budget, stream,
     assert [row.stage for row in plan.rows] == ["encode text", "denoise", "decode"]
 
 
-def test_keys_and_values_that_are_copied_to_be_longer_are_counted(monkeypatch):
-    """`fill_last_tile`, on CUDA: as many more bytes as one array as wide as the tokens has."""
-    on_a_gpu(monkeypatch)
-    plain = wan_mlx.plan("t2v-14B", 1280, 720, 81, memory="10GiB").rows[1].peak
-    monkeypatch.setattr(peaks, "keys_to_append", lambda length, *_: -length % 128)
-    assert wan_mlx.plan("t2v-14B", 1280, 720, 81, memory="10GiB").rows[1].peak - plain == 75_600 * 5120 * 2
-    plain = wan_mlx.plan("t2v-14B", 1024, 1024, 1, memory="10GiB").rows[1].peak  # 4096 tokens: whole tiles
-    monkeypatch.setattr(peaks, "keys_to_append", lambda *_: 0)
-    assert wan_mlx.plan("t2v-14B", 1024, 1024, 1, memory="10GiB").rows[1].peak == plain
-
-
 def test_quantised_weights_need_less(monkeypatch):
     on_a_gpu(monkeypatch)
     plain, q8, q4 = (

@@ -206,9 +206,9 @@ class Execution:
 
 # Arrays as wide as the tokens (L, D) that live at once while queries, keys and values are made: the tokens, their norm,
 # and of queries and keys each the projection and its rotation, since keys are submitted before queries are done.
-# Measured on an H200 over a streamed 14B: 7.1; where keys wait for queries (`Pacer.settle`): 6.1. Without the kernels
-# the norm of each is one more.
-TOKENS_ALIVE, TOKENS_ALIVE_SETTLED, TOKENS_ALIVE_OPERATIONS = 7.2, 6.2, 0.8
+# Queries are done, and keys nearly, when values are made. Measured on an H200 over a streamed 14B: 6.9; where keys wait
+# for queries (`Pacer.settle`): 5.9. Without the kernels the norm of each is one more.
+TOKENS_ALIVE, TOKENS_ALIVE_SETTLED, TOKENS_ALIVE_OPERATIONS = 6.9, 5.9, 0.8
 
 
 def queries_keys_values(layer: SelfAttention, x: mx.array, rope: RopeTable, pace: Pacer) -> list[mx.array]:
@@ -238,7 +238,7 @@ def queries_keys_values(layer: SelfAttention, x: mx.array, rope: RopeTable, pace
 # pieces are put together these and the whole.
 TOKENS_ALIVE_IN_PIECES, TOKENS_ALIVE_AT_JOIN = 3.0, 3.5
 # Of each of the two pieces in flight: arrays as wide as tokens, and as wide as the feed-forward.
-PIECE_TOKENS, PIECE_WIDE = 5.0, 1.0
+PIECE_TOKENS, PIECE_WIDE = 4.0, 0.75
 # Where all tokens, or large pieces, are computed at once, and short work is not waited for: arrays as wide as tokens,
 # where blocks are resident, and the next is begun before all is freed, and where they are streamed; and of a piece of
 # the feed-forward. Measured on an H200: 13.3 to 14.2 in all for 1.3B, 10.3 for a streamed 14B.

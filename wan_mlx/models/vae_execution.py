@@ -150,15 +150,18 @@ class VAEExecution:
         self, conv: CausalConv, x: mx.array, cache: PacedCache, residual: mx.array | None = None
     ) -> mx.array:
         width = len(conv.bias)
-        if width % 8 == 0 or mx.default_device() != mx.gpu:
-            return conv(x, cache, residual)
         # cuDNN computes channels in eights; other widths MLX unfolds, which is nine times the frame.
+        missing = -width % 8 if mx.default_device() == mx.gpu else 0
 
-        def in_eights() -> list[mx.array]:
-            return [mx.pad(a, [(0, -width % 8)] + [(0, 0)] * (a.ndim - 1)) for a in (*conv.taps(), conv.bias)]
+        def taps_and_bias() -> list[mx.array]:
+            arrays = [*conv.taps(), conv.bias]
+            return [mx.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in arrays] if missing else arrays
 
-        *taps, bias = self._made_once(conv, conv.weight, in_eights)
-        y = convolve(cache.look_back(conv, x), taps, bias, None)[..., :width]
+        *taps, bias = self._made_once(conv, conv.weight, taps_and_bias)
+        frames = cache.look_back(conv, x)
+        if not missing:
+            return convolve(frames, taps, bias, residual)
+        y = convolve(frames, taps, bias, None)[..., :width]
         return y if residual is None else y + residual
 
     def _made_once(self, layer: nn.Module, weight: mx.array, make: Callable[[], Any]) -> Any:

@@ -12,7 +12,6 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from ..cuda.attention import keys_to_append
 from ..models.configs import VAEConfig
 from ..models.execution import (
     FEED_FORWARD_TOKENS,
@@ -87,8 +86,6 @@ def denoise(
     wide = tokens * c.dim * nets.dtype.size
     attending = TOKENS_ALIVE_SETTLED if tokens_at_once <= FEW_TOKENS else TOKENS_ALIVE
     attending += TOKENS_ALIVE_OPERATIONS * on_cpu()
-    fills = has_fused_kernel(nets.dtype, c.head_dim) and keys_to_append(tokens) > 0
-    attending += fills  # values, while they are copied
     if tokens_at_once > FEED_FORWARD_TOKENS:
         beside = TOKENS_ALIVE_WHOLE_STREAMED if stream else TOKENS_ALIVE_WHOLE
         piece = min(tokens, tokens_at_once) / tokens
