@@ -20,7 +20,7 @@ from PIL import Image
 import weights_convert
 from wan_mlx import pipeline
 from wan_mlx import presets as configs
-from wan_mlx.cli import doctor, selftest, terminal
+from wan_mlx.cli import doctor, selftest
 from wan_mlx.cli import main as generate
 from wan_mlx.cli.flags import build_parser
 from wan_mlx.models.configs import TransformerConfig
@@ -29,6 +29,7 @@ from wan_mlx.planning import choose as memory
 from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning import speed as timing
 from wan_mlx.presets import BUNDLED, PRESETS
+from wan_mlx.prompts.extend import Extension
 from wan_mlx.weights.component import parameter_shapes
 
 ROOT = Path(__file__).parent.parent
@@ -186,12 +187,10 @@ def homes(tmp_path_factory, pico):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """The doctor measures nothing and no language model is there: `test_doctor` and `test_prompt_extend` show both."""
-    monkeypatch.setattr(generate, "extend", lambda extension, requests: requests)
+    monkeypatch.setattr(Extension, "__call__", lambda extension, requests, tell: requests)
     monkeypatch.setattr(selftest, "_rate", lambda *_, **__: 1.0)
     monkeypatch.setattr(selftest, "operations", lambda: iter(()))
     monkeypatch.setattr(selftest, "nano", lambda dtype: selftest.Check(f"nano, {dtype}", "ok", ""))
-    yield
-    terminal.set_voice(build_parser().parse_args([]))
 
 
 def substituted(words: list[str], home: Path, keep_nano: bool) -> list[str]:

@@ -21,6 +21,7 @@ from wan_mlx.hub import resolve as hub
 from wan_mlx.hub.names import Location, parse_location
 from wan_mlx.hub.resolve import Places, cached, is_cached, preset_of, resolve, resolve_loras, survey
 from wan_mlx.presets import COMFYUI_PARTS, COMFYUI_TRANSFORMERS, PRESETS
+from wan_mlx.progress_bars import ProgressBars
 from wan_mlx.weights.lora import normalise_loras
 
 REPO = "Wan-AI/Wan2.1-T2V-1.3B"
@@ -342,7 +343,7 @@ def test_a_refused_token_is_said(server, monkeypatch):
 def test_a_bar_shows_bytes_unless_quiet(server, capsys):
     resolve("someone/mlx")
     assert capsys.readouterr().err == ""
-    resolve(REPO, progress=True)
+    resolve(REPO, listener=ProgressBars())
     assert f"fetching {REPO}" in capsys.readouterr().err
 
 

@@ -6,9 +6,9 @@ import signal
 import pytest
 from paused_process import PausedProcess, processes_naming
 
+from wan_mlx.cli.interrupt import Interrupts
 from wan_mlx.cli.main import main
 from wan_mlx.errors import Stopped
-from wan_mlx.runs.interrupt import Interrupts
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,16 @@ def test_terminated(tmp_path, flags):
     assert not processes_naming(str(tmp_path))
 
 
+class Stoppable:
+    """A job of nothing."""
+
+    def __init__(self, stops_soon: bool):
+        self.stops_soon, self.stopped = stops_soon, False
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
 class TestInterrupts:
     @pytest.fixture(autouse=True)
     def as_in_a_terminal(self):
@@ -80,20 +90,24 @@ class TestInterrupts:
         signal.signal(signal.SIGINT, before)
 
     def test_patience(self):
-        before = signal.getsignal(signal.SIGINT)
-        with Interrupts() as interrupts:
-            interrupts.check()
-            interrupts.patient = lambda: True
+        before, job = signal.getsignal(signal.SIGINT), Stoppable(stops_soon=True)
+        with Interrupts() as interrupts, interrupts.stopping(job):
             os.kill(os.getpid(), signal.SIGINT)
-            assert interrupts.asked
+            assert interrupts.asked and job.stopped
             with pytest.raises(Stopped) as stopped:
-                interrupts.check()
+                os.kill(os.getpid(), signal.SIGINT)
             assert stopped.value.code == 130
         assert signal.getsignal(signal.SIGINT) is before
 
     def test_no_patience(self):
         with Interrupts(), pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGINT)
+
+    def test_no_patience_while_weights_are_read(self):
+        job = Stoppable(stops_soon=False)
+        with Interrupts() as interrupts, interrupts.stopping(job), pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not job.stopped
 
     def test_ignored_stays_ignored(self):
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

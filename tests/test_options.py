@@ -13,13 +13,13 @@ from PIL import Image
 from wan_mlx import options, request_builder, types
 from wan_mlx.caching import resolve_cache
 from wan_mlx.cli import completion, config_file, flags
-from wan_mlx.cli.main import request_from
+from wan_mlx.cli.jobs import request_from
 from wan_mlx.option import COMMAND, MODEL, REQUEST, Limits, Option
 from wan_mlx.options import OPTIONS
 from wan_mlx.pipeline import WanPipeline
 from wan_mlx.presets import PRESETS
 from wan_mlx.recipes import RECIPES
-from wan_mlx.runs.record import check_given
+from wan_mlx.runs.record import check_same
 from wan_mlx.schedulers import SOLVERS
 from wan_mlx.types import Request
 
@@ -82,10 +82,10 @@ class TestAMadeUpOption:
             assert flags.json_flags(json.dumps({key: 2})) == ["--sparks=2"]
 
     def test_resume(self, made_up):
-        record = {"flags": {}, "request": vars(a_request(sparkle=7))}
-        check_given({"sparkle": 7}, record, options.free_on_resume())
+        record = {"asked": {}, "model": {}, "request": vars(a_request(sparkle=7))}
+        check_same({"sparkle": 7}, record, options.free_on_resume())
         with pytest.raises(ValueError, match="--sparks is 7, 6 was given"):
-            check_given({"sparkle": 6}, record, options.free_on_resume())
+            check_same({"sparkle": 6}, record, options.free_on_resume())
 
     def test_completion(self, made_up):
         assert all("sparks" in script() for script in (completion.bash, completion.zsh, completion.fish))

@@ -15,8 +15,9 @@ from paused_process import PausedProcess, run
 from PIL import Image
 
 import wan_mlx
-from wan_mlx.cli.batch import read_jobs
+from wan_mlx.cli.batch import read_lines
 from wan_mlx.cli.main import main
+from wan_mlx.cli.terminal import Terminal
 from wan_mlx.errors import UsageError
 from wan_mlx.media import preview
 from wan_mlx.media.preview import PreviewFiles, latent_map, read_maps, sheet_of
@@ -172,10 +173,11 @@ def test_files(pico, flags, tmp_path, capsys, monkeypatch):
     write = PreviewFiles.write
 
     def writing(self, step, request):
-        write(self, step, request)
+        event = write(self, step, request)
         with Image.open(watched) as animation, Image.open(watched.with_suffix(".png")) as sheet:
             sizes = animation.size, animation.n_frames, sheet.size
         shown.append((step.index, read_settings(watched)["preview"], *sizes))
+        return event
 
     monkeypatch.setattr(PreviewFiles, "write", writing)
     command = [*talking(flags), "--output", str(tmp_path / "a.mp4"), "--preview", str(watched)]
@@ -273,7 +275,7 @@ def test_each_line_of_a_batch_may_be_watched(flags, tmp_path):
     own = {"prompt": "a", "output": str(tmp_path / "c.png"), "preview": str(tmp_path / "c.webp")}
     lines.write_text(json.dumps(own))
     with pytest.raises(UsageError, match="line 1: preview .* would be written over"):
-        read_jobs(lines, without_prompt(flags), False)
+        read_lines(lines, without_prompt(flags), False, Terminal())
 
 
 def talking(flags):

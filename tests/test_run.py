@@ -157,5 +157,5 @@ def test_bars(capsys):
     for _ in counted(bars, "denoising")(iter(range(2)), total=5, initial=3):
         pass
     said = capsys.readouterr()
-    assert not said.out and all(word in said.err for word in ("decoding", "3/3", "reading", "denoising", "5/5"))
+    assert not said.out and all(word in said.err for word in ("decoding:", "0/3", "reading:", "denoising:", "3/5"))
     assert bars._bar is None

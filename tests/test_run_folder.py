@@ -341,6 +341,23 @@ class TestResume:
         assert output.read_bytes() == whole(".npz")
         assert error_of("--resume", str(output), code=0).endswith("is there, and no run of it is unfinished")
 
+    def test_a_record_is_of_request_and_model(self, tmp_path, monkeypatch, capsys, flags):
+        """And not of flags, as those of the version before, which are refused."""
+        output, path = tmp_path / "a.npz", tmp_path / "a.npz.wan/run.json"
+        with monkeypatch.context() as patch:
+            cut(patch, after=1)
+            assert main([*flags, "--output", str(output)]) == 1
+        record = json.loads(path.read_text())
+        assert record["request"]["num_frames"] == 9 and record["model"]["dtype"] == "float32"
+        assert "flags" not in record and not {"quiet", "json", "resume", "model"} & set(record["asked"])
+        record["flags"] = {**record.pop("asked"), **record.pop("model")}
+        path.write_text(json.dumps(record))
+        capsys.readouterr()
+        assert main(["--resume", str(output)]) == 1
+        error = capsys.readouterr().err
+        assert "was begun by an earlier version of wan_mlx" in error and len(error.splitlines()) == 1
+        assert path.is_file()
+
     def test_overwrite_starts_anew(self, tmp_path, monkeypatch, flags, whole):
         output = tmp_path / "a.npz"
         with monkeypatch.context() as patch:

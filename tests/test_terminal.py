@@ -9,20 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_mlx.cli import terminal
 from wan_mlx.cli.flags import build_parser
 from wan_mlx.cli.main import main
+from wan_mlx.cli.terminal import Terminal
 from wan_mlx.media.write import read_settings
 from wan_mlx.presets import PRESETS
 
 SMALL = ["--model", "nano", "--prompt", "a red circle moves right", "--size", "32x32", "--frames", "5", "--steps", "2",
          "--dtype", "float32", "--guidance", "2", "--guidance-range", "0-0.5", "--seed", "3"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def plain_voice():
-    yield
-    terminal.set_voice(build_parser().parse_args([]))
 
 
 @pytest.fixture(scope="module")
@@ -181,15 +175,16 @@ def test_completion_of_no_such_shell(capsys):
 
 
 def test_colours_on_a_terminal_alone(monkeypatch, capsys):
-    terminal.fail("no", 1)
-    terminal.note("model     nano")
+    say = Terminal()
+    say.fail("no", 1)
+    say.note("model     nano")
     assert capsys.readouterr().err == "error: no\nmodel     nano\n"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    terminal.fail("no", 1)
+    say.fail("no", 1)
     assert capsys.readouterr().err.startswith("\033[31merror:")
     monkeypatch.setenv("NO_COLOR", "1")
-    terminal.fail("no", 1)
+    say.fail("no", 1)
     assert capsys.readouterr().err == "error: no\n"
 
 

@@ -37,10 +37,10 @@ class Stopped(KeyboardInterrupt):
     ``go_on`` says how to go on with it, where there is something to go on with.
     """
 
-    def __init__(self, signum: int = signal.SIGINT):
+    def __init__(self, signum: int = signal.SIGINT, go_on: str = ""):
         super().__init__(signum)
         self.signum = signum
-        self.go_on = ""
+        self.go_on = go_on
 
     @property
     def code(self) -> int:

@@ -6,7 +6,7 @@ whoever iterates over it. Terminal, ``--json`` and notebooks only listen. Arrays
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -118,12 +118,16 @@ class Decoded(Event):
 
 @dataclass(frozen=True)
 class Previewed(Event):
-    """The preview's files show step ``step`` (from 0) now."""
+    """The preview's files show step ``step`` (from 0) now; making them took ``seconds`` of the stage."""
 
     kind = "preview"
     animation: Path
     sheet: Path
     step: int
+    seconds: float
+
+    def fields(self) -> dict[str, Any]:
+        return {"animation": str(self.animation), "sheet": str(self.sheet), "step": self.step}
 
 
 @dataclass(frozen=True)
@@ -140,20 +144,29 @@ class Note(Event):
 
 @dataclass(frozen=True)
 class Finished(Event):
-    """A file is made: after ``seconds``, with at most ``peak_bytes`` held by MLX; ``complaint`` if it looks wrong."""
+    """A file is made: in ``seconds`` of this process; ``complaint`` if it looks wrong.
+
+    ``reports`` and ``forwards`` are those of the run; there are none where all was done before.
+    """
 
     kind = "result"
     output: Path
     seconds: float = 0.0
     complaint: str | None = None
-    peak_bytes: int = 0
+    reports: Sequence[Report] = ()
+    forwards: tuple[int, int] | None = None
+
+    @property
+    def peak_gib(self) -> float:
+        """The most that MLX held."""
+        return round(max((report.peak_bytes for report in self.reports), default=0) / 2**30, 2)
 
     def fields(self) -> dict[str, Any]:
         return {
             "output": str(self.output),
             "seconds": round(self.seconds, 3),
             "complaint": self.complaint,
-            "peak_gib": round(self.peak_bytes / 2**30, 2),
+            "peak_gib": self.peak_gib,
         }
 
 

@@ -64,6 +64,7 @@ class OpenedModel:
         quantized: mode in which the transformer and the text encoder are packed, for those that are.
         loras: path and strength of each LoRA in use; `set_loras` changes them.
         sizes: quantisation → the sizes of its networks (`Networks`), as plans need them.
+        opened_with: the options that it was opened with, as `from_pretrained` takes them.
         taehv: the file of TAEHV's weights, if it is used; ``draft`` tells whether for the video itself.
         listener: hears the `Progress` of all work: progress bars, if they are wanted.
     """
@@ -90,6 +91,11 @@ class OpenedModel:
         self.quantized = modes_of(checkpoint, quantize)
         self.checkpoint = checkpoint
         self.dtype, self.quantize = dtype, quantize
+        self.opened_with: dict[str, Any] = {
+            "model": checkpoint.path, "dtype": dtype, "quantize": quantize, "preset": preset and preset.name,
+            "vae_tiling": vae_tiling, "loras": loras, "prompt_cache": prompt_cache, "memory": memory, "taehv": taehv,
+            "draft": draft,
+        }  # fmt: skip
         self.config = config_of(checkpoint)
         self.guessed_preset = preset is None and checkpoint.model is None
         self.preset = preset or (find_preset(checkpoint.model) if checkpoint.model else preset_for(self.config))
@@ -125,7 +131,8 @@ class OpenedModel:
             ValueError: an entry is no LoRA.
             WeightsError: a file does not suit the model; then nothing has changed.
         """
-        loras = resolve_loras(normalise_loras(loras), progress=self.progress)
+        given = normalise_loras(loras)
+        loras = resolve_loras(given, listener=self.listener)
         check_loras(self.checkpoint, loras)
         for part in self.checkpoint.of_kind("transformer"):
             kept = (self._kept or {}).get(part.name)
@@ -134,6 +141,7 @@ class OpenedModel:
             elif kept is not None:
                 set_loras(kept, [*loras, *part.loras])
         self.loras, self._merge_loras = loras, False
+        self.opened_with["loras"] = given
 
     @cached_property
     def geometry(self) -> Geometry:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .events import unheard
 from .hub.resolve import Places, preset_of, resolve
 from .models.vae_tiling import parse_tiling
 from .opened import OpenedModel
 from .options import RequestOptions, told
 from .planning.machine import parse_memory
 from .presets import PARTS, find_preset
+from .progress_bars import ProgressBars
 from .prompts.extend import extend_requests
 from .request_builder import build_request
 from .run import Output, Run
@@ -90,14 +92,18 @@ class WanPipeline(OpenedModel):
         found, loras = find_preset(preset) if preset else None, normalise_loras(loras)
         parts = dict(zip(PARTS, (transformer, text_encoder, vae, image_encoder, tokenizer), strict=True))
         places = Places(model, {part: place for part, place in parts.items() if place is not None}, loras)
-        here = places.fetch(source, progress)
-        taehv = None if taehv is None else resolve(taehv, source, progress)
+        given = {**parts, "model": model, "preset": preset, "source": source, "loras": loras, "taehv": taehv}
+        listener = ProgressBars() if progress else unheard
+        here = places.fetch(source, listener)
+        taehv = None if taehv is None else resolve(taehv, source, listener)
         checkpoint = open_checkpoint(here.model, here.parts)
         if found is None and checkpoint.model is None:
             found = preset_of(model)  # two models of the same sizes differ in their defaults
-        return cls(
+        opened = cls(
             checkpoint, dtype, found, progress, quantize, vae_tiling, here.loras, prompt_cache, memory, taehv, draft
         )
+        opened.opened_with |= given
+        return opened
 
     @told
     def __call__(

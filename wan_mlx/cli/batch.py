@@ -7,233 +7,208 @@ import json
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import options
 from ..errors import Stopped, UsageError
-from ..events import unheard
-from ..media.preview import PreviewFiles, open_previews
 from ..media.write import check_output
+from ..pipeline import WanPipeline
 from ..prompts.extend import Extension
 from ..runs.folder import RunFolder
-from ..runs.interrupt import Interrupts
-from ..runs.record import check_identity, check_same, make_record, request_of, seed_of_made
-from ..runs.run import Result, make_file
-from ..types import Request
-from . import main as generate
+from ..runs.job import Job
+from ..runs.record import seed_of_made
 from .flags import build_parser, json_flags
-from .terminal import note
-from .terminal import result as tell_result
+from .interrupt import Interrupts
+from .jobs import check_flags, extend, jobs_from, model_options, open_model, request_from, watch
+from .terminal import FAILURE, SUSPECT, Terminal, explain
 
-if TYPE_CHECKING:
-    from ..pipeline import WanPipeline
 
 @dataclass
-class Job:
-    """A line of the file: its number, its flags with those of the command line, and what they come to."""
+class Line:
+    """What a line of the file asks for, or one of its stills.
 
-    line: int
-    args: argparse.Namespace
-    output: Path
-    pipe: WanPipeline = field(repr=False)
-    request: Request = field(repr=False)
-    previews: PreviewFiles | None = field(default=None, repr=False)
-    extension: Extension | None = None
+    Attributes:
+        number: of the line.
+        draws: whether the seed is drawn, so that any is the one asked for.
+        extension: of the prompt, if it is to be written out.
+    """
 
-    @property
-    def draws(self) -> bool:
-        """Whether the seed is drawn, so that any is the one asked for."""
-        return self.args.seed is None or self.args.seed < 0
+    number: int
+    job: Job
+    draws: bool = False
+    extension: Extension | None = field(default=None, repr=False)
 
 
-def run_batch(args: argparse.Namespace, argv: list[str], interrupts: Interrupts) -> int:
+def run_batch(args: argparse.Namespace, argv: list[str], say: Terminal, interrupts: Interrupts) -> int:
     """Make what the file asks for, and a report of it; returns the exit code.
 
-    All lines are checked before the first is begun. Videos of one model are made one after the other, in the order of
-    the lines. What is complete is skipped, what was cut goes on, and what fails does not stop the rest.
+    The other flags are the defaults of every line. All lines are checked before the first is begun. Videos of one
+    model are made one after the other, in the order of the lines. What is complete is skipped, what was cut goes on,
+    and what fails does not stop the rest.
 
     Raises:
         UsageError: a line is wrong; says which, and what is nearest.
     """
-    jobs = read_jobs(Path(args.prompts), argv, args.overwrite)
-    note(f"batch     {len(jobs)} requests, {len({id(job.pipe) for job in jobs})} models")
+    if args.resume:
+        raise UsageError("--resume does not go with --prompts: the same command again goes on with the batch")
+    for flag in ("prompt", "output"):
+        if getattr(args, flag) is not None:
+            raise UsageError(f"--{flag} does not go with --prompts: it belongs into the lines of {args.prompts}")
+    lines = read_lines(Path(args.prompts), argv, args.overwrite, say)
+    pipes = list(dict.fromkeys(line.job.pipe for line in lines))
+    say.note(f"batch     {len(lines)} requests, {len(pipes)} models")
     if args.dry_run:
-        for job in jobs:
-            note(f"line {job.line}: {job.output}: {job.request.prompt}")
+        for line in lines:
+            say.note(f"line {line.number}: {line.job.output}: {line.job.request.prompt}")
         return 0
+    say.details = False
     path = Path(args.report or Path(args.prompts).with_suffix(".report.jsonl"))
     with path.open("w", encoding="utf-8") as file:
-        report = Report(file)
-        for pipe in dict.fromkeys(job.pipe for job in jobs):
-            _run_jobs([job for job in jobs if job.pipe is pipe], report, interrupts, len(jobs), args)
-    note(f"batch     {report.said()}; see {path}")
+        report = Report(file, len(lines))
+        for pipe in pipes:
+            _make_lines([line for line in lines if line.job.pipe is pipe], report, say, interrupts, args.debug)
+    say.note(f"batch     {report.said()}; see {path}")
     return report.code()
 
 
 class Report:
-    """A line of JSON for each request, written as soon as it is over."""
+    """A line of JSON for each of ``total`` requests, written as soon as it is over."""
 
-    def __init__(self, file):
-        self.file, self.counts = file, {}
+    def __init__(self, file, total: int):
+        self.file, self.total, self.counts = file, total, {}
 
-    def add(self, job: Job, status: str, **rest: Any) -> None:
-        entry = {"line": job.line, "status": status, "output": str(job.output), "seed": job.request.seed, **rest}
+    def add(self, line: Line, status: str, **rest: Any) -> None:
+        output, seed = str(line.job.output), line.job.request.seed
+        entry = {"line": line.number, "status": status, "output": output, "seed": seed, **rest}
         self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self.file.flush()
         self.counts[status] = self.counts.get(status, 0) + 1
+
+    @property
+    def done(self) -> int:
+        return sum(self.counts.values())
 
     def said(self) -> str:
         return ", ".join(f"{count} {status}" for status, count in self.counts.items())
 
     def code(self) -> int:
         if "failed" in self.counts:
-            return generate.FAILURE
-        return generate.SUSPECT if "suspect" in self.counts else 0
+            return FAILURE
+        return SUSPECT if "suspect" in self.counts else 0
 
 
-def _run_jobs(
-    jobs: list[Job], report: Report, interrupts: Interrupts, total: int, args: argparse.Namespace
-) -> None:
+def _make_lines(lines: list[Line], report: Report, say: Terminal, interrupts: Interrupts, debug: bool) -> None:
     """Make the videos of one model."""
-    pipe, left = jobs[0].pipe, []
-    for job in jobs:
-        if not job.args.overwrite and is_made(job):
-            report.add(job, "skipped", reason="complete")
+    pipe, left = lines[0].job.pipe, []
+    for line in lines:
+        if not line.job.overwrite and is_made(line):
+            report.add(line, "skipped", reason="complete")
         else:
-            left.append(job)
-    _extend_prompts(left)
+            left.append(line)
+    _extend_prompts(left, say)
     with pipe.keep_loaded():
-        _encode_texts(pipe, left)
-        for job in left:
-            done = sum(report.counts.values())
-            note(f"\n[{done + 1}/{total}] line {job.line}: {job.output}: {job.request.prompt}")
+        _encode_texts(pipe, left, say)
+        for line in left:
+            job = line.job
+            say.note(f"\n[{report.done + 1}/{report.total}] line {line.number}: {job.output}: {job.request.prompt}")
             started = time.perf_counter()
             try:
-                result = _make(job, interrupts)
+                with interrupts.stopping(job):
+                    made = job.make_or_go_on(say, options.free_on_resume() | ({"seed"} if line.draws else set()))
             except Stopped as stopped:
-                report.add(job, "interrupted", seconds=round(time.perf_counter() - started, 1))
-                stopped.go_on = "; go on with the same command"
-                raise
+                report.add(line, "interrupted", seconds=round(time.perf_counter() - started, 1))
+                raise Stopped(stopped.signum, "; go on with the same command") from stopped
             except Exception as error:
-                if args.debug:
+                if debug:
                     raise
-                said, _ = generate.explain(error)
-                report.add(job, "failed", error=said, seconds=round(time.perf_counter() - started, 1))
-                note(f"error: line {job.line}: {said}")
+                said, _ = explain(error)
+                report.add(line, "failed", error=said, seconds=round(time.perf_counter() - started, 1))
+                say.note(f"error: line {line.number}: {said}")
             else:
-                said = {"complaint": result.complaint} if result.complaint else {}
-                peak = max((stage.peak_bytes for stage in result.reports), default=0)
-                rest = {"seconds": round(result.seconds, 1), "peak_gib": round(peak / 2**30, 2)}
-                report.add(job, "suspect" if said else "done", **said, **rest)
-                tell_result(job.output, **said, **rest)
+                said = {"complaint": made.complaint} if made.complaint else {}
+                rest = {"seconds": round(made.seconds, 1), "peak_gib": made.peak_gib}
+                report.add(line, "suspect" if said else "done", **said, **rest)
 
 
-def _extend_prompts(jobs: list[Job]) -> None:
+def _begins(line: Line) -> bool:
+    """Whether the line is made from the start."""
+    return line.job.overwrite or not RunFolder(line.job.output).is_unfinished
+
+
+def _extend_prompts(lines: list[Line], say: Terminal) -> None:
     """Write the prompts out where that is asked for, those of one language model together."""
-    new = [job for job in jobs if job.extension and (job.args.overwrite or not RunFolder(job.output).is_unfinished)]
-    for extension in dict.fromkeys(job.extension for job in new):
-        those = [job for job in new if job.extension == extension]
-        for job, request in zip(those, generate.extend(extension, [job.request for job in those]), strict=True):
-            job.request = request
+    new = [line for line in lines if line.extension and _begins(line)]
+    for extension in dict.fromkeys(line.extension for line in new):
+        extend(extension, [line.job for line in new if line.extension == extension], say)
 
 
-def _encode_texts(pipe: WanPipeline, jobs: list[Job]) -> None:
+def _encode_texts(pipe: WanPipeline, lines: list[Line], say: Terminal) -> None:
     """All texts in one pass over the text encoder, which are then at hand for each request."""
-    texts = []
-    for job in jobs:
-        if not RunFolder(job.output).is_unfinished:
-            texts += [job.request.prompt] + [job.request.negative_prompt] * (job.request.guidance_scale != 1)
+    requests = [line.job.request for line in lines if _begins(line)]
+    texts = [text for r in requests for text in (r.prompt, r.negative_prompt)[: 1 + (r.guidance_scale != 1)]]
     try:
         if texts:
             pipe.encode_text(list(dict.fromkeys(texts)))
     except Exception as error:  # whose it is will be seen when each is encoded alone
-        note(f"the texts could not be encoded together: {error}")
+        say.note(f"the texts could not be encoded together: {error}")
 
 
-def _make(job: Job, interrupts: Interrupts) -> Result:
-    """Make one video, or go on with it."""
-
-    def make() -> Result:
-        listener = job.previews.watcher(job.request, interrupts) if job.previews else unheard
-        return make_file(job.pipe, job.request, folder, job.args.overwrite, interrupts, listener)
-
-    with RunFolder(job.output) as folder:
-        record = folder.record()
-        if folder.is_finished():
-            folder.delete()
-            return Result(job.output, 0.0)
-        if record is None or job.args.overwrite or not folder.is_unfinished:
-            check_output(job.output, job.args.overwrite)
-            with generate.keeping(folder, quietly=True):
-                folder.begin(make_record(job.pipe, job.request, vars(job.args)))
-                return make()
-        free = options.free_on_resume() | ({"seed"} if job.draws else set())
-        check_same({**vars(job.args), "seed": job.request.seed}, record, free)
-        for difference in check_identity(record, job.pipe, folder):
-            generate.note(difference)
-        job.request = request_of(record)
-        with generate.keeping(folder, quietly=True):
-            return make()
-
-
-def is_made(job: Job) -> bool:
+def is_made(line: Line) -> bool:
     """Whether the output is there and says of itself that it is what the line asks for."""
-    seed = seed_of_made(job.pipe, job.request, job.output, job.draws, job.extension)
+    job = line.job
+    seed = seed_of_made(job.pipe, job.request, job.output, line.draws, line.extension)
     if seed is not None:
         job.request = replace(job.request, seed=seed)
     return seed is not None
 
 
-def read_jobs(path: Path, argv: list[str], overwrite: bool) -> list[Job]:
+def read_lines(path: Path, argv: list[str], overwrite: bool, say: Terminal) -> list[Line]:
     """The requests of the file, checked.
 
     Raises:
         UsageError: the file cannot be read, or a line of it is wrong.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        texts = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prompts {path} cannot be read: {error}") from error
-    parser, pipes, jobs = build_parser(), {}, []
+    parser, pipes, lines = build_parser(), {}, []
     outputs: dict[Path, int] = {}
-    for number, text in enumerate(lines, start=1):
+    for number, text in enumerate(texts, start=1):
         if not text.strip():
             continue
         try:
             args = parser.parse_args([*argv, *json_flags(text)])
-            for job in _jobs(number, args, path, pipes):
-                if job.output in outputs:
-                    raise UsageError(f"output {job.output} is that of line {outputs[job.output]}, too")
-                if not is_made(job):  # then it is skipped
-                    unfinished = RunFolder(job.output).is_unfinished
-                    check_output(job.output, overwrite or unfinished)
-                outputs[job.output] = number
-                jobs.append(job)
+            for line in _lines(number, args, path, pipes, say):
+                output = line.job.output
+                if output in outputs:
+                    raise UsageError(f"output {output} is that of line {outputs[output]}, too")
+                if not is_made(line):  # then it is skipped
+                    check_output(output, overwrite or RunFolder(output).is_unfinished)
+                outputs[output] = number
+                lines.append(line)
         except (UsageError, ValueError) as error:
             raise UsageError(f"{path} line {number}: {error}") from error
-    if not jobs:
+    if not lines:
         raise UsageError(f"--prompts {path} holds no request; expected one JSON object a line, such as "
                          '{"prompt": "a cat boxing", "seed": 1}')  # fmt: skip
-    return jobs
+    return lines
 
 
-def _jobs(number: int, args: argparse.Namespace, path: Path, pipes: dict[str, WanPipeline]) -> list[Job]:
+def _lines(
+    number: int, args: argparse.Namespace, path: Path, pipes: dict[str, WanPipeline], say: Terminal
+) -> list[Line]:
     """What a line asks for: one video, or several stills."""
-    generate.check_flags(args)
-    extension = Extension.of(args)
-    if args.num_images is not None and (args.seed is None or args.seed < 0):
+    check_flags(args)
+    extension, draws = Extension.of(args), args.seed is None or args.seed < 0
+    if args.num_images is not None and draws:
         raise UsageError("num_images without a seed, which names the files; give one")
-    key = json.dumps(generate.pipeline_options(args), default=str, sort_keys=True)
+    model = model_options(args)
+    key = json.dumps(model, default=str, sort_keys=True)
     if key not in pipes:
-        pipes[key] = generate.pipeline_from(args)
-    request = generate.request_from(pipes[key], args)
+        pipes[key] = open_model(model, say)
+    request = request_from(pipes[key], args)
     output = args.output or f"{path.stem}_{number:04d}{'.png' if request.num_frames == 1 else '.mp4'}"
-    outputs = generate.outputs_of(request, Path(output), args.num_images)
-    files = [file for _, file in outputs]
-    previews = open_previews(pipes[key], args.preview, args.preview_every, files, args.overwrite)
-    if args.num_images is not None:  # each as if it had been asked for alone
-        alone = [argparse.Namespace(**{**vars(args), "seed": still.seed}) for still, _ in outputs]
-    else:
-        alone = [args]
-    jobs = zip(alone, outputs, strict=True)
-    return [Job(number, one, file, pipes[key], request, previews, extension) for one, (request, file) in jobs]
+    jobs = jobs_from(pipes[key], args, request, Path(output))
+    watch(jobs, args.preview, args.preview_every)
+    return [Line(number, job, draws, extension) for job in jobs]

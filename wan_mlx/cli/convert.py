@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..errors import WanError
+from ..events import counted, unheard
 from ..hub.names import parse_location
 from ..hub.resolve import Places, preset_of
 from ..presets import PARTS
+from ..progress_bars import ProgressBars
 from ..weights.checkpoint import open_checkpoint
 from ..weights.convert import check_target, convert
 from ..weights.inspect import inspect_source
-from ..weights.load import no_progress
 
 DESCRIPTION = """Convert a published checkpoint into one MLX folder: give SOURCE and OUT.
 
@@ -66,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         for download in places.downloads(args.hub):
             if download.missing:
                 print(f"download  {download}", file=sys.stderr)
-        here = places.fetch(args.hub, progress=not args.quiet)
+        listener = unheard if args.quiet else ProgressBars()
+        here = places.fetch(args.hub, listener)
         checkpoint = open_checkpoint(here.model, here.parts)
         location = None if Path(args.source).expanduser().exists() else parse_location(args.source)
         out = convert(
@@ -75,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             args.dtype,
             args.vae_dtype,
             args.model or checkpoint.model or getattr(preset_of(args.source), "name", None),
-            no_progress if args.quiet else partial(tqdm, desc="converting", leave=False),
+            counted(listener, "converting"),
             args.quantize,
             args.overwrite,
             name=str(location) if location else None,

@@ -2,61 +2,63 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..caching import planned_forwards
 from ..hub.resolve import Places
+from ..media.preview import PreviewFiles
+from ..opened import OpenedModel
 from ..presets import PARTS, of_same_shapes
 from ..types import Request
 from ..weights.lora import normalise_loras
-from .terminal import note
-
-if TYPE_CHECKING:
-    from ..media.preview import PreviewFiles
-    from ..pipeline import WanPipeline
+from .terminal import Terminal
 
 
-def tell_downloads(args: argparse.Namespace) -> bool:
-    """Say what must be fetched before the model can be opened, and how large it is; whether that is anything."""
-    parts = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
-    downloads = Places(args.model, parts, normalise_loras(args.loras)).downloads(args.source)
+def tell_downloads(model: Mapping[str, Any], say: Terminal) -> bool:
+    """Say what must be fetched before the model can be opened, and how large it is; whether that is anything.
+
+    ``model``: keywords for `WanPipeline.from_pretrained`.
+    """
+    parts = {part: model[part] for part in PARTS if model.get(part) is not None}
+    downloads = Places(model["model"], parts, normalise_loras(model["loras"])).downloads(model["source"])
     missing = [download for download in downloads if download.missing]
     for download in missing:
-        note(f"download  {download}")
+        say.note(f"download  {download}")
     return bool(missing)
 
 
-def describe(pipe: WanPipeline, request: Request, *outputs: Path) -> None:
+def describe(pipe: OpenedModel, request: Request, say: Terminal, *outputs: Path) -> None:
     guidance = "off" if request.guidance_scale == 1 else f"{request.guidance_scale:g}"
     packed = "".join(f", {component.replace('_', ' ')} {mode}" for component, mode in pipe.quantized.items())
-    note(f"model     {pipe.checkpoint.path} ({pipe.preset.name} defaults, {pipe.dtype}{packed})")
+    say.note(f"model     {pipe.checkpoint.path} ({pipe.preset.name} defaults, {pipe.dtype}{packed})")
     for line in origins(pipe):
-        note(f"          {line}")
+        say.note(f"          {line}")
     for path, strength in pipe.loras:
-        note(f"lora      {path} at {strength:g}")
-    note(f"prompt    {request.prompt}")
-    note(f"video     {request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps")
-    note(f"sampling  {request.solver}, {request.steps} steps, shift {request.shift:g}, guidance {guidance}, "
-         f"seed {request.seed}")  # fmt: skip
+        say.note(f"lora      {path} at {strength:g}")
+    say.note(f"prompt    {request.prompt}")
+    say.note(f"video     {request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps")
+    say.note(f"sampling  {request.solver}, {request.steps} steps, shift {request.shift:g}, guidance {guidance}, "
+             f"seed {request.seed}")  # fmt: skip
     for line in extras(request, pipe.preset.name):
-        note(line)
+        say.note(line)
     if request.video is not None:
-        note(f"start     {request.video}, strength {request.strength:g}: the last {request.steps_made} of the steps")
+        strength, made = f"{request.strength:g}", request.steps_made
+        say.note(f"start     {request.video}, strength {strength}: the last {made} of the steps")
     for output in outputs:
-        note(f"output    {output}")
+        say.note(f"output    {output}")
 
 
-def tell_watching(pipe: WanPipeline, previews: PreviewFiles | None) -> None:
+def tell_watching(pipe: OpenedModel, previews: PreviewFiles | None, say: Terminal) -> None:
     if previews:
         often = f"every {previews.every} steps" if previews.every > 1 else "every step"
-        note(f"preview   {previews.path}, {previews.sheet}, after {often}{' by TAEHV' if pipe.taehv else ''}")
+        say.note(f"preview   {previews.path}, {previews.sheet}, after {often}{' by TAEHV' if pipe.taehv else ''}")
     if pipe.draft:
-        note(f"draft     decoded by {pipe.taehv.name} instead of the VAE")
+        say.note(f"draft     decoded by {pipe.taehv.name} instead of the VAE")
 
 
-def origins(pipe: WanPipeline) -> list[str]:
+def origins(pipe: OpenedModel) -> list[str]:
     """Parts that were given apart, and which other defaults would suit the same weights."""
     base = pipe.checkpoint.path
     lines = [

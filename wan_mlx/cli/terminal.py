@@ -1,86 +1,110 @@
 """What the command line says: lines for people on stderr, or for programs one JSON event a line on stdout (``--json``).
 
-Events have a key "event": start, stage, step, frames, preview, note, result, error; the keys of each are those that its
-call names. Colours are used on a terminal alone, and not where ``NO_COLOR`` is set.
+Each line of JSON is an event of `wan_mlx.events` under its kind. Colours are used on a terminal alone, and not where
+``NO_COLOR`` is set.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import os
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import time
 
-from ..events import Decoded, Event, Previewed, StageEnded, Stepped
+from ..errors import UsageError, WanError, is_out_of_memory
+from ..events import Event, Failed, Finished, Note, Previewed, Progress
 
-if TYPE_CHECKING:
-    import argparse
-
-
+USAGE, FAILURE, SUSPECT, INTERRUPTED = 2, 1, 3, 130  # exit codes
 RED, DIM, PLAIN = "\033[31m", "\033[2m", "\033[0m"
 LABEL_WIDTH = 10  # of the lines that say what will run
+PROGRESS_EVERY = 0.5  # seconds
+LESS_MEMORY = "try --memory with less than this machine has, --quantize q8 or q4, a smaller --size or fewer --frames"
 
 
-@dataclass
-class Voice:
-    """How much is said, and in which form."""
+class Terminal:
+    """Listens to events, and says them.
 
-    quiet: bool = False
-    as_json: bool = False
+    Args:
+        quiet: say nothing but results, failures and what is important.
+        as_json: for programs.
+        details: say of a result how long its stages took.
+    """
+
+    def __init__(self, quiet: bool = False, as_json: bool = False, details: bool = True):
+        self.quiet, self.as_json, self.details = quiet, as_json, details
+        self._previews: list[Previewed] = []
+        self._progress_at = 0.0
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Terminal:
+        """As the flags ``--quiet``, ``--verbose`` and ``--json`` ask for."""
+        if args.verbose:
+            logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s", level=logging.INFO, force=True)
+        return cls(args.quiet and not args.dry_run, args.json)
+
+    def __call__(self, event: Event) -> None:
+        if self.as_json:
+            self._say_json(event)
+        elif isinstance(event, Note):
+            self._say_note(event)
+        elif isinstance(event, Failed):
+            print(f"{_coloured('error:', RED)} {event.message}", file=sys.stderr)
+        elif isinstance(event, Previewed):
+            self._previews.append(event)
+        elif isinstance(event, Finished):
+            if self.details:
+                self._say_stages(event)
+            print(event.output, flush=True)
+
+    def note(self, text: str, important: bool = False) -> None:
+        """A line that helps and is not the result; an ``important`` one is said even to who wants quiet."""
+        self(Note(text, important))
+
+    def fail(self, message: str, code: int) -> int:
+        """Say what went wrong, in one line; returns the exit code."""
+        self(Failed(message, code))
+        return code
+
+    def _say_json(self, event: Event) -> None:
+        if isinstance(event, Progress) and event.done != event.total:
+            if time.monotonic() < self._progress_at + PROGRESS_EVERY:
+                return
+            self._progress_at = time.monotonic()
+        print(json.dumps(event.as_json(), ensure_ascii=False), flush=True)
+
+    def _say_note(self, event: Note) -> None:
+        if event.important or not self.quiet:
+            label, rest = event.text[:LABEL_WIDTH], event.text[LABEL_WIDTH:]
+            is_label = rest and label.endswith(" ") and label.strip().isalpha()
+            print(_coloured(label, DIM) + rest if is_label else event.text, file=sys.stderr)
+
+    def _say_stages(self, finished: Finished) -> None:
+        for report in finished.reports:
+            self.note(f"{report.name:<18}{report.seconds:9.1f} s   peak {report.peak_bytes / 2**30:6.2f} GiB")
+        if finished.forwards:
+            self.note(f"{'forwards':<18}{finished.forwards[0]:9} of {finished.forwards[1]}")
+        if previews := self._previews:
+            seconds = sum(event.seconds for event in previews)
+            self.note(f"{'previews':<18}{seconds:9.1f} s   of denoise, {len(previews)} times")
+        if finished.seconds:
+            self.note(f"{'total':<18}{finished.seconds:9.1f} s")
+        self._previews = []
 
 
-_voice = Voice()
-
-
-def set_voice(args: argparse.Namespace) -> None:
-    """Speak as the flags ``--quiet``, ``--verbose`` and ``--json`` ask for, from now on."""
-    import logging
-
-    _voice.quiet, _voice.as_json = args.quiet and not args.dry_run, args.json
-    if args.verbose:
-        logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s", level=logging.INFO, force=True)
-
-
-def note(message: str, important: bool = False) -> None:
-    """A line that helps and is not the result; an ``important`` one is said even where ``--quiet`` was asked for."""
-    if _voice.as_json:
-        event("note", text=message.strip())
-    elif important or not _voice.quiet:
-        label, rest = message[:LABEL_WIDTH], message[LABEL_WIDTH:]
-        is_label = rest and label.endswith(" ") and label.strip().isalpha()
-        print(_coloured(label, DIM) + rest if is_label else message, file=sys.stderr)
-
-
-def result(path: object, **data: Any) -> None:
-    """A file that was made: its path, alone on a line of stdout."""
-    if _voice.as_json:
-        event("result", output=str(path), **data)
-    else:
-        print(path, flush=True)
-
-
-def fail(message: str, code: int) -> int:
-    """Say what went wrong, in one line; returns the exit code."""
-    if _voice.as_json:
-        event("error", message=message, code=code)
-    else:
-        print(f"{_coloured('error:', RED)} {message}", file=sys.stderr)
-    return code
-
-
-def event(kind: str, **data: Any) -> None:
-    """Tell a program, if one listens."""
-    if _voice.as_json:
-        print(json.dumps({"event": kind, **data}, ensure_ascii=False), flush=True)
+def explain(error: Exception) -> tuple[str, int]:
+    """One line for the user, and the exit code."""
+    if is_out_of_memory(error):
+        return f"out of memory ({error}); {LESS_MEMORY}", FAILURE
+    if isinstance(error, UsageError | ValueError):
+        return str(error), USAGE
+    if isinstance(error, WanError | ImportError):
+        return str(error), FAILURE
+    # A bug, or the machine's own failure.
+    return f"{type(error).__name__}: {error} (run again with --debug for the traceback)", FAILURE
 
 
 def _coloured(text: str, colour: str) -> str:
     plain = "NO_COLOR" in os.environ or not sys.stderr.isatty()
     return text if plain else f"{colour}{text}{PLAIN}"
-
-
-def hear(event: Event) -> None:
-    """Listen to a run."""
-    if _voice.as_json and isinstance(event, StageEnded | Stepped | Decoded | Previewed):
-        print(json.dumps(event.as_json(), ensure_ascii=False), flush=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import Stopped, WeightsError
+from ..events import Listener, Progress, unheard
 from ..presets import BUNDLED, PARTS, Preset
 from ..storage import free_space, gigabytes
 from . import modelscope
@@ -58,7 +59,10 @@ class Download:
 
 
 def resolve(
-    model: str | Path, source: str = "huggingface", progress: bool = False, parts: Collection[str] = PARTS
+    model: str | Path,
+    source: str = "huggingface",
+    listener: Listener = unheard,
+    parts: Collection[str] = PARTS,
 ) -> Path:
     """The folder or file that ``model`` names: one on this machine, or a repository or file of one, downloaded.
 
@@ -68,7 +72,7 @@ def resolve(
     Args:
         model: a path or a name, see `hub_names`.
         source: "huggingface" or "modelscope" (needs the package of that name).
-        progress: show a bar.
+        listener: hears the `Progress` of the download, from the threads that make it.
         parts: which of `PARTS` are needed of a whole repository.
 
     Raises:
@@ -77,7 +81,7 @@ def resolve(
     """
     download = survey(model, source, parts)
     check_room([download] if download else [])
-    return _take(model, download, progress, parts)
+    return _take(model, download, listener, parts)
 
 
 def survey(model: str | Path, source: str = "huggingface", parts: Collection[str] = PARTS) -> Download | None:
@@ -134,13 +138,13 @@ class Places:
         found = [survey(place, source, parts) for place, parts in self._named()]
         return [download for download in found if download]
 
-    def fetch(self, source: str = "huggingface", progress: bool = False) -> Places:
+    def fetch(self, source: str = "huggingface", listener: Listener = unheard) -> Places:
         """The same places on this machine, after one check that there is room for all of it; see `resolve`."""
         named = self._named()
         downloads = [survey(place, source, parts) for place, parts in named]
         check_room([download for download in downloads if download])
         taken = {
-            str(place): _take(place, download, progress, parts)
+            str(place): _take(place, download, listener, parts)
             for (place, parts), download in zip(named, downloads, strict=True)
         }
         loras = [(taken.get(str(_lora_name(lora)), lora[0]), lora[1]) for lora in self.loras]
@@ -148,10 +152,10 @@ class Places:
 
 
 def resolve_loras(
-    loras: Collection[tuple[Path, float]], source: str = "huggingface", progress: bool = False
+    loras: Collection[tuple[Path, float]], source: str = "huggingface", listener: Listener = unheard
 ) -> list[tuple[Path, float]]:
     """LoRAs and their strengths, those of a hub downloaded; as `resolve`."""
-    return [(resolve(_lora_name(lora), source, progress), lora[1]) for lora in loras]
+    return [(resolve(_lora_name(lora), source, listener), lora[1]) for lora in loras]
 
 
 def _lora_name(lora: tuple[Path, float]) -> str | Path:
@@ -175,9 +179,9 @@ def check_room(downloads: Collection[Download]) -> None:
             )
 
 
-def _take(place: str | Path, download: Download | None, progress: bool, parts: Collection[str]) -> Path:
+def _take(place: str | Path, download: Download | None, listener: Listener, parts: Collection[str]) -> Path:
     if download is not None:
-        return _fetch_from_modelscope(download) if download.source == "modelscope" else _fetch(download, progress)
+        return _fetch_from_modelscope(download) if download.source == "modelscope" else _fetch(download, listener)
     if _remote(place) is None:
         return _here(place) or Path(place).expanduser()  # whoever opens it says that it does not exist
     log.warning("the hub is out of reach; taking %s from the cache", place)
@@ -254,9 +258,8 @@ def _list_files(location: Location) -> tuple[dict[str, RemoteFile], str]:
     return {s.rfilename: RemoteFile(s.rfilename, s.size, etag[s.rfilename]) for s in info.siblings}, info.sha
 
 
-def _fetch(download: Download, progress: bool) -> Path:
+def _fetch(download: Download, listener: Listener) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from tqdm.auto import tqdm
 
     location, commit = download.location, download.commit
 
@@ -266,25 +269,24 @@ def _fetch(download: Download, progress: bool) -> Path:
 
     log.info("%s", download)
     wanted = [file for file in download.files if local(file, commit) is None]
-    bar = tqdm(
-        total=sum(file.size for file in wanted), desc=f"fetching {location.repo}", unit="B", unit_scale=True,
-        leave=False, disable=not progress or not wanted,
-    )  # fmt: skip
-    lock = threading.Lock()
+    done, total, lock = 0, sum(file.size for file in wanted), threading.Lock()
 
     def advance(count: int) -> None:
+        nonlocal done
         with lock:
-            bar.update(count)
+            done += count
+            listener(Progress(f"fetching {location.repo}", done, total, "B"))
 
     try:
-        with bar:
-            fetch_files(location.repo, commit, wanted, advance)
+        if wanted:
+            advance(0)
+        fetch_files(location.repo, commit, wanted, advance)
         first = download.files[0]
         if local(first, location.revision) != local(first, commit):
             hf_hub_download(location.repo, first.path, revision=location.revision)  # notes the branch's commit
     except Stopped as stopped:
-        stopped.go_on = "; what has arrived is kept: the same command goes on from there"
-        raise
+        how = "; what has arrived is kept: the same command goes on from there"
+        raise Stopped(stopped.signum, how) from stopped
     except Exception as error:
         raise explain(error, location) from error
     path = Path(local(first, commit))

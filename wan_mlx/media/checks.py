@@ -66,7 +66,6 @@ def latents_complaint(latents: np.ndarray) -> str | None:
 WHAT_TO_TRY = (
     "try --dtype float32, check that the weights are whole and of this model, and run python -m wan_mlx.doctor"
 )
-LESS_MEMORY = "try --memory with less than this machine has, --quantize q8 or q4, a smaller --size or fewer --frames"
 
 
 def disk_needed(request: Request, latent_channels: int) -> int:

@@ -16,26 +16,21 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
 from ..errors import WanError
-from ..events import Event, Listener, Previewed, Stepped, unheard
+from ..events import Previewed
 from ..models.configs import VAEConfig
 from ..models.taehv import TAEHV
-from ..types import Step
+from ..types import Request, Step
 from ..weights.checkpoint import Checkpoint
 from ..weights.load import vae_config_of
 from ..weights.taehv import load_taehv
 from .write import check_output, contact_sheet, read_settings, save_video, to_uint8
-
-if TYPE_CHECKING:
-    from ..pipeline import WanPipeline
-    from ..runs.interrupt import Interrupts
-    from ..types import Request
 
 log = logging.getLogger(__name__)
 
@@ -138,16 +133,16 @@ class PreviewFiles:
         path: of the animation, ending in ``.webp``.
         every: after how many steps they are made anew; after the last step they always are.
         overwrite: replace files that are no previews.
+        outputs: files of the run, over which they must not be written.
 
     Attributes:
         sheet: path of the contact sheet.
-        count, seconds: how often they were made, and how long that took altogether.
 
     Raises:
-        ValueError: another ending, no such folder, or a file there that is no preview of ours.
+        ValueError: another ending, no such folder, a file there that is no preview of ours, or one of ``outputs``.
     """
 
-    def __init__(self, path: str | Path, every: int = 1, overwrite: bool = False):
+    def __init__(self, path: str | Path, every: int = 1, overwrite: bool = False, outputs: Iterable[Path] = ()):
         self.path = Path(path)
         if self.path.suffix.lower() != ".webp":
             raise ValueError(f"preview {path} ends in {self.path.suffix!r}, expected .webp; nearest: "
@@ -155,16 +150,18 @@ class PreviewFiles:
         if every < 1:
             raise ValueError(f"preview-every is {every}, expected at least 1")
         self.every, self.sheet, self._failed = every, self.path.with_suffix(".png"), False
-        self.count, self.seconds = 0, 0.0
         for file in (self.path, self.sheet):
             check_output(file, overwrite=True)
             if file.exists() and not overwrite and not _is_preview(file):
                 raise ValueError(f"preview {file} exists and is no preview; choose another name, or --overwrite")
+        for output in outputs:
+            if output.absolute() in (self.path.absolute(), self.sheet.absolute()):
+                raise ValueError(f"preview {path} would be written over {output}; choose another name")
 
     def is_due(self, step: Step) -> bool:
         return (step.index + 1) % self.every == 0 or step.index + 1 == step.total
 
-    def write(self, step: Step, request: Request) -> None:
+    def write(self, step: Step, request: Request) -> Previewed:
         """Show a step of the video that was asked for."""
         started = time.perf_counter()
         frames = step.preview()
@@ -177,41 +174,7 @@ class PreviewFiles:
             if not self._failed:
                 log.warning("the preview could not be written: %s", error)
             self._failed = True
-        self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - started
-
-    def watcher(
-        self, request: Request, interrupts: Interrupts, then: Listener = unheard
-    ) -> Listener:
-        """The listener of `wan_mlx.runs.run.make_file`: shows the steps that are due, and the last.
-
-        ``then`` is called with each event, too.
-        """
-
-        def listener(event: Event) -> None:
-            then(event)
-            if isinstance(event, Stepped) and (self.is_due(event.step) or interrupts.asked):
-                self.write(event.step, request)
-                then(Previewed(self.path, self.sheet, event.step.index))
-
-        return listener
-
-
-def open_previews(
-    pipe: WanPipeline, path: str | None, every: int, outputs: Iterable[Path], overwrite: bool = False
-) -> PreviewFiles | None:
-    """The files of ``--preview``, checked before any work; None without ``path``.
-
-    Raises:
-        ValueError: as `PreviewFiles`; they would be written over one of ``outputs``; or no colours are known.
-    """
-    if path is None:
-        return None
-    previews = PreviewFiles(path, every, overwrite)
-    for output in outputs:
-        if output.absolute() in (previews.path.absolute(), previews.sheet.absolute()):
-            raise ValueError(f"preview {path} would be written over {output}; choose another name")
-    _ = pipe.previewer
-    return previews
+        return Previewed(self.path, self.sheet, step.index, time.perf_counter() - started)
 
 
 def _is_preview(path: Path) -> bool:

@@ -1,28 +1,26 @@
-"""What is noted of a run, so that only the same run goes on: flags, request, and what weights and sources are."""
+"""What is noted of a run, so that only the same run goes on: request, model, and what weights and sources are."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
 from .. import __version__, options, storage
 from ..errors import WanError
-from ..geometry import WAN_2_1, Geometry
+from ..geometry import Geometry
+from ..media.preview import PreviewFiles
 from ..media.write import read_settings
+from ..opened import OpenedModel
 from ..presets import BUNDLED
+from ..prompts.extend import Extension
 from ..types import SOURCE_FIELDS, Request
 from ..weights.lora import normalise_loras
 from .folder import RunFolder
-
-if TYPE_CHECKING:
-    from ..pipeline import WanPipeline
-    from ..prompts.extend import Extension
 
 # What the same request may say differently of itself once it is made.
 NOT_COMPARED = ("versions", "forwards")
@@ -30,8 +28,20 @@ NOT_COMPARED = ("versions", "forwards")
 ENCODERS = ("text_encoder", "image_encoder", "tokenizer")
 
 
-def make_record(pipe: WanPipeline, request: Request, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """What `RunFolder.begin` is to note: a JSON object."""
+def make_record(
+    pipe: OpenedModel,
+    request: Request,
+    asked: Mapping[str, Any],
+    overwrite: bool = False,
+    previews: PreviewFiles | None = None,
+) -> dict[str, Any]:
+    """What `RunFolder.begin` is to note: a JSON object.
+
+    Args:
+        asked: options of the request as they were given; those left to the model are None or not there.
+        overwrite: replace the output if it exists.
+        previews: kept up to date by the run.
+    """
     fields = request.settings()
     for name in SOURCE_FIELDS:
         fields[name] = _absolute(fields[name])
@@ -39,8 +49,11 @@ def make_record(pipe: WanPipeline, request: Request, flags: Mapping[str, Any]) -
     fields["geometry"] = list(astuple(request.geometry))
     sources = [fields[name] for name in SOURCE_FIELDS] + fields["src_ref_images"]
     record = {
-        "flags": _normal_flags(flags) | {"seed": request.seed},
         "request": fields,
+        "asked": normal(asked) | {"seed": request.seed},
+        "model": normal(pipe.opened_with),
+        "overwrite": overwrite,
+        "preview": previews and {"path": _absolute(str(previews.path)), "every": previews.every},
         "settings": pipe.settings(request),
         "weights": {name: storage.fingerprint(path) for name, path in _weights(pipe).items()},
         "sources": {name: storage.fingerprint(Path(name)) for name in sources if name and Path(name).is_file()},
@@ -49,8 +62,23 @@ def make_record(pipe: WanPipeline, request: Request, flags: Mapping[str, Any]) -
     return json.loads(json.dumps(record))
 
 
+def read_record(folder: RunFolder) -> dict[str, Any] | None:
+    """What was noted of the folder's run; None if none has begun.
+
+    Raises:
+        WanError: it is damaged, or of a version of wan_mlx that noted other things.
+    """
+    record = folder.record()
+    if record is not None and "asked" not in record:
+        raise WanError(
+            f"the run of {folder.output} was begun by an earlier version of wan_mlx, whose records are different; "
+            "go on with that version, or start anew with --overwrite"
+        )
+    return record
+
+
 def seed_of_made(
-    pipe: WanPipeline, request: Request, output: Path, any_seed: bool = False, extension: Extension | None = None
+    pipe: OpenedModel, request: Request, output: Path, any_seed: bool = False, extension: Extension | None = None
 ) -> int | None:
     """The seed of the video that ``output`` is, if it says of itself that it is what ``request`` asks for, or None.
 
@@ -70,11 +98,6 @@ def seed_of_made(
     return made["seed"] if same else None
 
 
-def flags_of(record: Mapping[str, Any], defaults: argparse.Namespace) -> argparse.Namespace:
-    """The flags that the run was started with; those that came with a later version have their defaults."""
-    return argparse.Namespace(**{**vars(defaults), **_tuples(record["flags"])})
-
-
 def request_of(record: Mapping[str, Any]) -> Request:
     """The request of the run.
 
@@ -83,7 +106,7 @@ def request_of(record: Mapping[str, Any]) -> Request:
     """
     try:
         fields = _tuples(record["request"])
-        return Request(**{**fields, "geometry": Geometry(*fields.get("geometry", astuple(WAN_2_1)))})
+        return Request(**{**fields, "geometry": Geometry(*fields["geometry"])})
     except TypeError as error:
         raise WanError(
             f"the run was begun by wan_mlx {record['machine']['wan_mlx']}, whose requests differ from those of "
@@ -91,51 +114,41 @@ def request_of(record: Mapping[str, Any]) -> Request:
         ) from error
 
 
-def check_given(given: Mapping[str, Any], record: Mapping[str, Any], free: Collection[str]) -> None:
-    """Raise ValueError, naming each difference, if flags given beside ``--resume`` are not those of the run.
+def model_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that the run's model was opened with, for `WanPipeline.from_pretrained`."""
+    tiling = record["model"]["vae_tiling"]
+    return {**record["model"], "vae_tiling": tuple(tiling) if isinstance(tiling, list) else tiling}
 
-    Those in ``free`` may differ.
+
+def check_same(given: Mapping[str, Any], record: Mapping[str, Any], free: Collection[str]) -> None:
+    """Raise ValueError, naming each difference, if the run was asked for with other options.
+
+    Args:
+        given: options of the request, or of `WanPipeline.from_pretrained`.
+        free: those that may differ.
     """
+    stored, flags = {**record["model"], **record["asked"]}, options.flag_names()
     differences = []
-    for name, value in given.items():
-        if name in free:
-            continue
-        stored = record["flags"].get(name)
-        if stored is None:  # it was left to the model
-            stored = options.value_in(record["request"], name)
-        if json.loads(json.dumps(_normal(name, value))) != stored:
-            differences.append(f"{options.flag_names()[name]} is {_said(stored)}, {_said(value)} was given")
-    _refuse(differences)
-
-
-def with_dtype(record: Mapping[str, Any], dtype: str, steps_done: int) -> dict[str, Any]:
-    """The record of a run that goes on in another dtype, which its settings then tell."""
-    settings = {**record["settings"], "dtype": f"{record['settings']['dtype']}, {dtype} from step {steps_done + 1}"}
-    return {**record, "flags": {**record["flags"], "dtype": dtype}, "settings": settings}
-
-
-def check_same(flags: Mapping[str, Any], record: Mapping[str, Any], free: Collection[str]) -> None:
-    """Raise ValueError, naming each difference, if these are not the flags that the run was begun with.
-
-    Those in ``free`` may differ.
-    """
-    stored = record["flags"]
-    _refuse(
-        f"{options.flag_names()[name]} is {_said(stored.get(name))}, {_said(value)} was given"
-        for name, value in _normal_flags(flags).items()
-        if name not in free and value != stored.get(name)
-    )
-
-
-def _refuse(differences: Iterable[str]) -> None:
-    if differences := list(differences):
+    for name, value in normal(given).items():
+        before = stored.get(name)
+        if before is None and value is not None:  # it was left to the model
+            before = options.value_in(record["request"], name)
+        if name not in free and value != before:
+            differences.append(f"{flags.get(name, name)} is {_said(before)}, {_said(value)} was given")
+    if differences:
         raise ValueError(
             f"the run has other settings: {'; '.join(differences)}; leave them out to go on with it, or start anew "
             "with --overwrite instead of --resume"
         )
 
 
-def check_identity(record: Mapping[str, Any], pipe: WanPipeline, folder: RunFolder) -> Iterator[str]:
+def with_dtype(record: Mapping[str, Any], dtype: str, steps_done: int) -> dict[str, Any]:
+    """The record of a run that goes on in another dtype, which its settings then tell."""
+    settings = {**record["settings"], "dtype": f"{record['settings']['dtype']}, {dtype} from step {steps_done + 1}"}
+    return {**record, "model": {**record["model"], "dtype": dtype}, "settings": settings}
+
+
+def check_identity(record: Mapping[str, Any], pipe: OpenedModel, folder: RunFolder) -> Iterator[str]:
     """Yield what cannot be promised to give the same bytes, in words for the user.
 
     Raises:
@@ -160,28 +173,27 @@ def check_identity(record: Mapping[str, Any], pipe: WanPipeline, folder: RunFold
             yield f"the run was begun with {name} {record['machine'][name]}, this is {value}: last bits may differ"
 
 
-def _weights(pipe: WanPipeline) -> dict[str, Path]:
+def _weights(pipe: OpenedModel) -> dict[str, Path]:
     """Every file that the run reads weights from."""
     draft = {"taehv": pipe.taehv} if pipe.draft else {}
     loras = [*pipe.loras, *(lora for part in pipe.checkpoint.parts for lora in part.loras)]
     return {**pipe.checkpoint.files, **{f"lora {i}": path for i, (path, _) in enumerate(loras)}, **draft}
 
 
-def _normal_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps({name: _normal(name, value) for name, value in flags.items()}))
-
-
-def _normal(name: str, value: Any) -> Any:
-    """A flag's value, as JSON takes it, such that it means the same in another folder."""
+def normal(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as JSON takes them, such that they mean the same in another folder."""
     places = {option.key: option.place for option in options.flags()}
+    return json.loads(json.dumps({name: _normal(name, value, places.get(name)) for name, value in given.items()}))
+
+
+def _normal(name: str, value: Any, place: str | None) -> Any:
     if name == "loras":
         return [f"{_absolute_if_here(str(path))}:{strength!r}" for path, strength in normalise_loras(value)]
-    place = places.get(name)
-    if place and isinstance(value, tuple):
-        return [_absolute(one) for one in value]
-    if not place or not isinstance(value, str):
+    if place and isinstance(value, tuple | list):
+        return [_absolute(str(one)) for one in value]
+    if not place or not isinstance(value, str | Path):
         return value
-    return _absolute(value) if place == "file" else _absolute_if_here(value)
+    return _absolute(str(value)) if place == "file" else _absolute_if_here(str(value))
 
 
 def _absolute_if_here(name: str) -> str:

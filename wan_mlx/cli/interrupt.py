@@ -5,25 +5,37 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 from ..errors import Stopped
 
 SAYING = b"\nstopping as soon as this step is done; Ctrl-C again stops at once\n"
 
 
+class Stoppable(Protocol):
+    """What Ctrl-C may ask to end in good order: a `wan_mlx.runs.job.Job`, or a `wan_mlx.run.Run`."""
+
+    @property
+    def stops_soon(self) -> bool:
+        """Whether `stop` would be heard soon."""
+
+    def stop(self) -> None:
+        """End at the next good place, by raising `Stopped` there."""
+
+
 class Interrupts:
     """Within a ``with`` block Ctrl-C does not cut through whatever runs.
 
-    Where ``patient()`` says so, the first one only asks: call `check` wherever it is good to stop. A second one, or
-    the first elsewhere, raises `Stopped` at once, and so do SIGTERM and SIGHUP; one more ends the process there and
-    then. In a thread other than the main one nothing is changed, as Python wants it.
+    Where the job that is `stopping` stops soon, the first one only asks it to. A second one, or the first elsewhere,
+    raises `Stopped` at once, and so do SIGTERM and SIGHUP; one more ends the process there and then. In a thread other
+    than the main one nothing is changed, as Python wants it.
     """
 
     def __init__(self):
         self.asked = False
-        self.patient: Callable[[], bool] = lambda: False
+        self._job: Stoppable | None = None
         self._raised = False
         self._before: dict[int, Any] = {}
 
@@ -39,17 +51,21 @@ class Interrupts:
             signal.signal(signum, handler)
         self._before = {}
 
-    def check(self) -> None:
-        """Raise `Stopped` if it was asked for: here is a good place."""
-        if self.asked and not self._raised:
-            self._raised = True
-            raise Stopped()
+    @contextmanager
+    def stopping(self, job: Stoppable) -> Iterator[None]:
+        """Within this block Ctrl-C stops ``job``."""
+        self._job = job
+        try:
+            yield
+        finally:
+            self._job = None
 
     def _arrived(self, signum: int, frame) -> None:
         if self._raised:
             os._exit(128 + signum)
-        if signum == signal.SIGINT and not self.asked and self.patient():
+        if signum == signal.SIGINT and not self.asked and self._job is not None and self._job.stops_soon:
             self.asked = True
+            self._job.stop()
             os.write(2, SAYING)  # print() may be at work where this cuts in
             return
         self._raised = True

@@ -1,0 +1,142 @@
+"""One command, one video or a series of stills; and ``--resume``, which goes on with one that was cut."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .. import __version__, options
+from ..events import Finished
+from ..media.write import check_output
+from ..planning.choose import plan
+from ..prompts.extend import Extension
+from ..recipes import recipe_notes
+from ..runs.folder import ENDING, RunFolder
+from ..runs.job import Job
+from ..runs.record import check_identity, check_same, model_of, read_record, request_of, seed_of_made, with_dtype
+from .interrupt import Interrupts
+from .jobs import check_flags, default_output, extend, jobs_from, make, model_options, open_model, request_from, watch
+from .summary import describe, tell_downloads, tell_watching
+from .terminal import FAILURE, Terminal
+
+
+def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
+    """Do what the flags ask for; returns the exit code."""
+    if args.version:
+        print(f"wan_mlx {__version__}, mlx {mx.__version__}, python {sys.version.split()[0]}")
+        return 0
+    check_flags(args)
+    if args.plan:
+        return show_plan(args)
+    for option in options.flags():
+        if option.no_effect and getattr(args, option.key) is not None:
+            say.note(f"{option.flags[0]} has no effect here: {option.no_effect}")
+    if args.prompt_extend_method == "dashscope":
+        say.note("--prompt_extend_method dashscope has no effect here: prompts never leave this machine, a model here "
+                 "writes them out")  # fmt: skip
+    if args.output:
+        # Before a download or an hour of work; of a series the names are not known yet.
+        check_output(args.output, args.overwrite or args.num_images is not None)
+    model = model_options(args)
+    if args.dry_run and tell_downloads(model, say):
+        return 0
+    extension = Extension.of(args)
+    pipe = open_model(model, say)
+    request = request_from(pipe, args)
+    output = Path(args.output or default_output(pipe.preset.name, request))
+    jobs, made = jobs_from(pipe, args, request, output), []
+    if args.num_images is not None and not args.overwrite:  # a series goes on where it was cut
+        made = [job for job in jobs if seed_of_made(pipe, job.request, job.output, extension=extension) is not None]
+        jobs = [job for job in jobs if job not in made]
+    for job in jobs:
+        check_output(job.output, args.overwrite)
+    watch(jobs, args.preview, args.preview_every)
+    describe(pipe, request, say, *(job.output for job in [*made, *jobs]))
+    tell_watching(pipe, jobs[0].previews if jobs else None, say)
+    experts = [part.file for part in pipe.checkpoint.of_kind("transformer")]
+    distilled = [pipe.checkpoint.path, *experts, *(path for path, _ in pipe.loras)]
+    for line in recipe_notes(distilled, request.recipe):
+        say.note(f"          {line}")
+    asked = args.size or pipe.preset.size
+    if asked != (request.width, request.height):
+        say.note(f"          its proportions are the source's; {asked[0]}x{asked[1]} was taken as the area")
+    if (args.num_frames or request.num_frames) != request.num_frames:
+        say.note(f"          its length is the source's; {args.num_frames} frames were asked for")
+    if args.dry_run:
+        if extension:
+            say.note(f"extend    the prompt by {extension.model or 'the default language model'}")
+        return 0
+    for job in made:
+        say.note(f"{job.output} is made already")
+        say(Finished(job.output))
+    if extension and jobs:
+        extend(extension, jobs, say)
+    with pipe.keep_loaded() if len(jobs) > 1 else nullcontext():
+        return max([make(job, say, interrupts) for job in jobs], default=0)
+
+
+def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, interrupts: Interrupts) -> int:
+    """``--resume FILE``: go on with the run that was making FILE, as it was asked for; returns the exit code."""
+    output = Path(args.resume.removesuffix(ENDING) if args.resume.endswith(ENDING) else args.resume)
+    folder = RunFolder(output)
+
+    def there() -> int:
+        say.note(f"{output} is there, and no run of it is unfinished")
+        say(Finished(output))
+        return 0
+
+    if not folder.path.is_dir():
+        if output.is_file():
+            return there()
+        raise ValueError(f"there is no unfinished run of {output}: {folder.path} does not exist")
+    with folder:
+        record = read_record(folder)
+        if folder.is_finished() or (record is None and output.is_file()):
+            folder.delete()
+            return there()
+        if record is None:
+            raise ValueError(f"the run of {output} was cut before it began; start it again without --resume")
+        # Other numbers are the way out of NaN, and only there.
+        check_same(given, record, options.free_on_resume() | ({"dtype"} if folder.was_not_finite else set()))
+        model = model_of(record)
+        model |= {name: value for name, value in given.items() if name in model}
+        pipe, request = open_model(model, say), request_of(record)
+        if model["dtype"] != record["model"]["dtype"]:
+            record = with_dtype(record, model["dtype"], folder.steps_done)
+            if not args.dry_run:
+                folder.amend(record)
+        for difference in check_identity(record, pipe, folder):
+            say.note(difference, important=True)
+        job = Job(pipe, request, output, overwrite=args.overwrite or record["overwrite"])
+        seen = record["preview"] or {}
+        watch([job], args.preview or seen.get("path"), given.get("preview_every", seen.get("every", 1)))
+        describe(pipe, request, say, output)
+        tell_watching(pipe, job.previews, say)
+        say.note(f"goes on   {folder.steps_done} of {request.steps_made} steps are done")
+        return 0 if args.dry_run else make(job, say, interrupts, folder)
+
+
+def show_plan(args: argparse.Namespace) -> int:
+    """``--plan``: print it; 1 if it does not fit."""
+    width, height = args.size or (None, None)
+    found = plan(
+        args.model,
+        width,
+        height,
+        1 if args.num_frames is None and args.preset == "t2i-14B" else args.num_frames,
+        args.steps,
+        args.memory,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        guidance_scale=args.guidance_scale,
+        vae_tiling=args.vae_tiling,
+        measure=True,
+    )
+    print(found)
+    return 0 if found.fits else FAILURE

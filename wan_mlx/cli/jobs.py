@@ -1,0 +1,126 @@
+"""From flags to jobs: the model is opened, the request built, the file named, and the job made."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .. import options
+from ..errors import Stopped, UsageError
+from ..media.preview import PreviewFiles
+from ..pipeline import WanPipeline
+from ..prompts.extend import Extension
+from ..runs.folder import RunFolder
+from ..runs.job import Job
+from ..types import Request
+from .flags import MODEL_HELP
+from .interrupt import Interrupts
+from .summary import tell_downloads
+from .terminal import SUSPECT, Terminal
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse what is not there, and what says too little."""
+    if args.model is None:
+        raise UsageError(MODEL_HELP)
+    if args.prompt is None and not args.plan:
+        raise UsageError("--prompt is missing: say what the video should show")
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords for `WanPipeline.from_pretrained`."""
+    return options.keywords(vars(args), options.MODEL)
+
+
+def open_model(model: Mapping[str, Any], say: Terminal) -> WanPipeline:
+    """The model; downloaded if need be, which is said before, and opened, not loaded."""
+    tell_downloads(model, say)
+    return WanPipeline.from_pretrained(**{**model, "progress": not (say.quiet or say.as_json)})
+
+
+def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:
+    asked = options.keywords(vars(args), options.REQUEST)
+    still = args.preset == "t2i-14B" or (args.num_images or 1) > 1
+    if args.preset == "t2i-14B" and args.num_frames not in (None, 1):
+        raise UsageError(f"--task t2i-14B makes stills, but --frames is {args.num_frames}; nearest: 1")
+    if still and args.num_frames is None:
+        asked["num_frames"] = 1
+    return pipe.request(**asked)
+
+
+def jobs_from(pipe: WanPipeline, args: argparse.Namespace, request: Request, output: Path) -> list[Job]:
+    """A job, or of ``--num-images`` one for each still: "cat.png" becomes "cat_seed42.png", "cat_seed43.png", ..."""
+    asked = {
+        option.key: getattr(args, option.key)
+        for option in options.flags()
+        if option.of != options.MODEL and not (option.free or option.alone or option.no_effect)
+    }
+    if args.num_images is None:
+        return [Job(pipe, request, output, asked, args.overwrite)]
+    return [  # each as if it had been asked for alone
+        Job(
+            pipe,
+            one,
+            output.with_name(f"{output.stem}_seed{one.seed}{output.suffix}"),
+            {**asked, "seed": one.seed},
+            args.overwrite,
+        )
+        for one in request.series(args.num_images)
+    ]
+
+
+def watch(jobs: Sequence[Job], path: str | None, every: int) -> None:
+    """Have the jobs keep the previews ``path`` up to date, if there is one; they are checked before any work.
+
+    Raises:
+        ValueError: as `PreviewFiles`, or no colours are known for the model's latents.
+    """
+    if path is not None and jobs:
+        previews = PreviewFiles(path, every, jobs[0].overwrite, [job.output for job in jobs])
+        _ = jobs[0].pipe.previewer
+        for job in jobs:
+            job.previews = previews
+
+
+def default_output(model: str, request: Request) -> str:
+    words = re.sub(r"[^\w]+", "_", request.prompt).strip("_")[:50]
+    ending = ".png" if request.num_frames == 1 else ".mp4"
+    return f"{model}_{request.width}x{request.height}_{words}_{datetime.now():%Y%m%d_%H%M%S}{ending}"
+
+
+def extend(extension: Extension, jobs: Sequence[Job], say: Terminal) -> None:
+    """Have the prompts of the jobs written out, and say what they came to."""
+    say.note(f"extend    the prompt by {extension.model or 'the default language model'}")
+    requests = extension([job.request for job in jobs], partial(say.note, important=True))
+    for job, request in zip(jobs, requests, strict=True):
+        job.request = request
+        if request.original_prompt is not None:
+            say.note(f"prompt    {request.prompt}")
+            say.note(f"          written out by {request.extended_by} from: {request.original_prompt}")
+
+
+def make(job: Job, say: Terminal, interrupts: Interrupts, folder: RunFolder | None = None) -> int:
+    """Make the job's file, or go on where ``folder`` is; if it ends before its time, say how to go on with it.
+
+    Returns:
+        the exit code.
+    """
+    try:
+        with interrupts.stopping(job):
+            made = job.make(say) if folder is None else job.go_on(folder, say)
+    except BaseException as error:
+        if job.kept is None:
+            raise
+        command = f"python -m wan_mlx.generate --resume {shlex.quote(str(job.output))}"
+        how = f"{job.kept} steps are kept; go on with: {command}{' --dtype float32' * job.not_finite}"
+        if isinstance(error, Stopped):
+            raise Stopped(error.signum, f"; {how}") from error
+        say.note(how, important=True)
+        raise
+    return say.fail(f"{made.output} was written, but {made.complaint}", SUSPECT) if made.complaint else 0

@@ -1,0 +1,251 @@
+"""A job: one request and the file that is made of it, with checkpoints, resume and a final check."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import SamplingError, Stopped
+from ..events import Conditioned, Decoded, Event, Finished, Listener, Note, Started, Stepped, unheard
+from ..media.checks import WHAT_TO_TRY, FrameStatistics, check_disk, disk_needed, latents_complaint
+from ..media.preview import PreviewFiles
+from ..media.write import VideoWriter, check_output, latents_to_numpy
+from ..pipeline import WanPipeline
+from ..run import Run
+from ..types import Request
+from .folder import Behind, FrameStore, RunFolder
+from .record import check_identity, check_same, make_record, read_record, request_of
+
+
+@dataclass
+class Job:
+    """One request, the model that it is for, and the file that is to be made.
+
+    Attributes:
+        asked: the options of the request as they were given, by name; a run that goes on must have been asked the same.
+        overwrite: replace the output if it exists, and begin anew where a run of it is unfinished.
+        previews: files to keep up to date while it is made.
+        kept: of a job that failed or was stopped, how many steps are kept to go on with; None if nothing is.
+        not_finite: whether it failed because the latents stopped being finite.
+    """
+
+    pipe: WanPipeline = field(repr=False)
+    request: Request
+    output: Path
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    overwrite: bool = False
+    previews: PreviewFiles | None = None
+    kept: int | None = None
+    not_finite: bool = False
+    _run: Run | None = field(default=None, repr=False)
+    _stopping: bool = False
+
+    def make(self, listener: Listener = unheard) -> Finished:
+        """Make the file from the start.
+
+        Args:
+            listener: called with each event; what it tells of is kept by then.
+
+        Raises:
+            ValueError: the output exists, or a run of it is unfinished, and neither is to be replaced.
+            BusyError: another process is making it.
+            Stopped: it was asked for; what is done is kept.
+            SamplingError: the latents stopped being finite; the state before that is kept.
+            WanError: too little disk, or the file could not be written.
+        """
+        with RunFolder(self.output) as folder:
+            if folder.is_unfinished and not self.overwrite:
+                raise ValueError(
+                    f"there is an unfinished run of {self.output}: go on with --resume {shlex.quote(str(self.output))},"
+                    " or start anew with --overwrite"
+                )
+            return self._begin(folder, listener)
+
+    def make_or_go_on(self, listener: Listener = unheard, free: Collection[str] = ()) -> Finished:
+        """Make the file, or go on with the run that was making it; as `make`.
+
+        Args:
+            free: options that may differ from those that the run was asked.
+
+        Raises:
+            ValueError: the run was asked other options.
+            WanError: weights or sources that are still needed have changed.
+        """
+        with RunFolder(self.output) as folder:
+            if folder.is_finished():  # but for its folder's end
+                folder.delete()
+                finished = Finished(self.output)
+                listener(finished)
+                return finished
+            if self.overwrite or not folder.is_unfinished:
+                return self._begin(folder, listener)
+            record = read_record(folder)
+            check_same({**self.pipe.opened_with, **self.asked}, record, free)
+            for difference in check_identity(record, self.pipe, folder):
+                listener(Note(difference))
+            self.request = request_of(record)
+            return self.go_on(folder, listener)
+
+    def _begin(self, folder: RunFolder, listener: Listener) -> Finished:
+        check_output(self.output, self.overwrite)
+        try:
+            folder.begin(make_record(self.pipe, self.request, self.asked, self.overwrite, self.previews))
+        except BaseException:
+            folder.delete()
+            raise
+        return self.go_on(folder, listener)
+
+    def go_on(self, folder: RunFolder, listener: Listener = unheard) -> Finished:
+        """Make the file from where its folder is, which is locked and has begun; as `make`."""
+        started = time.perf_counter()
+        settings = folder.record()["settings"]
+        try:
+            listener(Started(self.output, settings))
+            complaint = self._make(folder, listener)
+        except BaseException as error:
+            self._keep(folder, isinstance(error, Stopped))
+            raise
+        folder.delete()
+        seconds, run = time.perf_counter() - started, self._run
+        reports, forwards = (run.reports, run.forwards) if run else ([], None)
+        finished = Finished(self.output, seconds, complaint and f"{complaint}; {WHAT_TO_TRY}", reports, forwards)
+        listener(finished)
+        return finished
+
+    def stop(self) -> None:
+        """End the job after the step or the frames at work, by `Stopped` where it is made; any thread may call this."""
+        self._stopping = True
+        if self._run is not None:
+            self._run.stop()
+
+    @property
+    def stops_soon(self) -> bool:
+        """Whether `stop` would be heard soon."""
+        return self._run is not None and self._run.stops_soon
+
+    def _keep(self, folder: RunFolder, stopped: bool) -> None:
+        """Note what is kept; a run without a step leaves nothing, unless it was stopped on purpose."""
+        if folder.steps_done or (stopped and folder.is_unfinished):
+            self.kept, self.not_finite = folder.steps_done, folder.was_not_finite
+        else:
+            folder.delete()
+
+    def _make(self, folder: RunFolder, listener: Listener) -> str | None:
+        """Sample, decode and encode; returns what is wrong with the video, if anything."""
+        request, settings = self.request, folder.record()["settings"]
+        check_disk(folder.path, disk_needed(request, self.pipe.latent_channels) - folder.size)
+        VideoWriter(self.output, request.fps, (request.width, request.height), settings, self.overwrite)
+        frames = folder.open_frames(request.height, request.width)
+        with _Encoding(request, folder, frames, self.overwrite) as encoding:
+            if frames.count < request.num_frames:
+                try:
+                    self._sample(folder, frames, encoding, listener)
+                except SamplingError:
+                    folder.mark_not_finite()
+                    raise
+            return encoding.finish(self._check)
+
+    def _sample(self, folder: RunFolder, store: FrameStore, encoding: _Encoding, listener: Listener) -> None:
+        state = folder.state()
+        steps_before = None if state is None else state.steps
+        run = self._run = self.pipe.run(self.request, state)
+        del state  # with every step the arrays it holds become old
+        if self._stopping:
+            run.stop()
+
+        def keep(event: Event) -> None:
+            if isinstance(event, Conditioned):
+                if steps_before is None:
+                    folder.save_conditioning(event.conditioning, run.plan.how)
+            elif isinstance(event, Stepped):
+                if event.step.index >= (steps_before or 0):
+                    folder.save_step(event.step, {"forwards": run.forwards})
+            elif isinstance(event, Decoded) and event.done > store.count:
+                # Decoding starts at the first frame, and comes in the same chunks as those that are kept.
+                encoding.add(event.frames)
+
+        def show(event: Event) -> None:
+            if isinstance(event, Stepped) and (self._stopping or self.previews.is_due(event.step)):
+                listener(self.previews.write(event.step, self.request))
+
+        run.listen(keep).listen(listener)
+        if self.previews:
+            run.listen(show)
+        with closing(iter(run)) as events:
+            for event in events:
+                del event  # and what it holds is free
+
+    def _check(self) -> None:
+        if self._stopping:
+            raise Stopped()
+
+
+class _Encoding:
+    """Keeps frames and takes them to the file, as they come: some are encoded while the next are being decoded.
+
+    The file appears when the ``with`` block ends without an exception.
+    """
+
+    def __init__(self, request: Request, folder: RunFolder, store: FrameStore, overwrite: bool):
+        self.request, self.folder, self.store, self.overwrite = request, folder, store, overwrite
+        self.statistics = FrameStatistics()
+        self._writer: VideoWriter | None = None
+        self._chunks = 0
+        self._thread = ThreadPoolExecutor(1, "wan_mlx-frames")
+        self._adding = Behind(self._thread)
+
+    def __enter__(self) -> _Encoding:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if self._writer is not None:  # first, or frames that ffmpeg does not take would be waited for
+                self._writer.__exit__(kind, error, traceback)
+        finally:
+            self._thread.shutdown()
+
+    def add(self, frames: np.ndarray) -> None:
+        """Keep frames and encode them in another thread, once those before are; raises what went wrong with them."""
+        self._adding.settle()
+        self._open()
+        self._adding.call(self._add, frames)
+
+    def _add(self, frames: np.ndarray) -> None:
+        self.store.add(frames)
+        self._follow()
+
+    def _open(self) -> None:
+        """Begin the file, if it has not begun; sampling must be done, since its notes go into the file's head."""
+        if self._writer is None:
+            request, folder = self.request, self.folder
+            settings = folder.record()["settings"] | folder.notes()
+            size = (request.width, request.height)
+            writer = VideoWriter(folder.output, request.fps, size, settings, self.overwrite, folder.path)
+            self._writer = writer.__enter__()
+
+    def _follow(self, check: Callable[[], None] | None = None) -> None:
+        """Encode the kept frames that are not yet; ``check`` is called after each latent frame's worth."""
+        for frames in self.store.chunks(self._chunks):
+            self.statistics.add(frames)
+            self._writer.write(frames)
+            self._chunks += 1
+            if check is not None:
+                check()
+
+    def finish(self, check: Callable[[], None]) -> str | None:
+        """No more frames come: encode the rest, as `_follow`. Returns what is wrong with the video, if anything."""
+        self._adding.settle()
+        self._open()
+        self._follow(check)
+        state = self.folder.state()
+        latents = latents_to_numpy(state.state["latents"][:, state.conditioning.trim_latents :])
+        self._writer.latents, self._writer.when_whole = latents, self.folder.mark_finished
+        return self.statistics.complaint() or latents_complaint(latents)
