@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -83,14 +84,13 @@ class Emulated:
         parameters = ", ".join(parameters + [f"float* {n}" for n in self.outputs])
         arguments = ", ".join([f"{n}, {n}_shape" for n in self.inputs] + list(self.outputs))
         fixed = "".join(f"constexpr int {n} = {v};\n" for n, v in constants.items())
-        text = f"{LANES}{LANGUAGE[self.language]}{self.header}"
+        text = f"{LANGUAGE[self.language]}{self.header}"
         text += f"static void kernel({parameters}) {{ using T = float;\n{fixed}{self.source}\n}}"
         text += RUN.format(parameters=parameters, arguments=arguments)
         if text not in self.compiled:
             source, library = (self.folder / f"{len(self.compiled)}.{kind}" for kind in ("cpp", "so"))
             source.write_text(text)
-            command = ["g++", "-std=c++20", "-w", "-shared", "-fPIC", "-pthread", source, "-o", library]
-            subprocess.run(command, check=True)
+            compile_cpp("-shared", "-include", self.folder / "lanes.hpp", source, "-o", library)
             self.compiled[text] = ctypes.CDLL(str(library))
         return self.compiled[text]
 
@@ -108,10 +108,22 @@ class Emulated:
         return [mx.array(r[:rows].reshape(output_shapes[0])).astype(output_dtypes[0]) for r in results]
 
 
-@pytest.fixture(params=["cuda", "metal"])
-def on_gpu(request, tmp_path_factory, monkeypatch):
-    """The kernels are used as on a GPU with this language."""
+def compile_cpp(*arguments: str | Path) -> None:
+    subprocess.run(["g++", "-std=c++20", "-w", "-fPIC", "-pthread", *arguments], check=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where kernels are compiled; beside them the lanes, compiled once for all, since most of the time goes there."""
     folder = tmp_path_factory.mktemp("kernels")
+    (folder / "lanes.hpp").write_text(LANES)
+    compile_cpp("-x", "c++-header", folder / "lanes.hpp", "-o", folder / "lanes.hpp.gch")
+    return folder
+
+
+@pytest.fixture(params=["cuda", "metal"])
+def on_gpu(request, folder, monkeypatch):
+    """The kernels are used as on a GPU with this language."""
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
     monkeypatch.setattr(mx.metal, "is_available", lambda: request.param == "metal")
     name = f"{request.param}_kernel"

@@ -113,15 +113,15 @@ def test_tiles_take_less_memory(vae):
 def test_nano_shows_no_seam():
     """A moving pattern through nano's own VAE: what differs is rounding, at the tiles' borders no more than inside."""
     vae = wan_mlx.load_vae(resolve("nano"))
-    times, rows, columns = np.mgrid[:5, :64, :192]
+    times, rows, columns = np.mgrid[:5, :64, :128]
     video = np.stack([np.sin((rows * (1 + c) + columns * (3 - c) + 4 * times) / 10) for c in range(3)], axis=-1)[None]
     chunks = chunks_of(mx.array(video.astype(np.float32)))
     latents = vae.encode_chunks(chunks)
     np.testing.assert_allclose(tiling.encode(VAEExecution(vae), chunks, (64, 64)), latents, rtol=0, atol=1e-4)
     whole, tiled = (decoded(vae, latents, tile) for tile in (None, (64, 64)))
     assert whole.std() > 0.2  # a picture, not grey
-    error, at_border = np.abs(tiled - whole), np.zeros(192, bool)
-    at_border[[62, 63, 64, 65, 126, 127, 128, 129]] = True
+    error, at_border = np.abs(tiled - whole), np.zeros(128, bool)
+    at_border[62:66] = True
     assert 10 * np.log10(4 / max(1e-20, (error**2).mean())) > 100  # dB, of a range of 2
     rounding = 3e-6
     assert error[..., at_border, :].max() <= max(error[..., ~at_border, :].max(), rounding)

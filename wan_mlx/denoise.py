@@ -53,6 +53,8 @@ def denoise(
     total = len(scheduler.timesteps)
     cache = cache or StepCache(total)
     if first:
+        if state is None:
+            raise ValueError(f"step {first} needs the state of the step before it")
         latents = state["latents"]
         scheduler.load_state(first, part_of(state, "solver"))
         cache.load_state(part_of(state, "cache"))

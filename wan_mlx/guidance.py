@@ -8,11 +8,14 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import lru_cache
 from queue import SimpleQueue
+from typing import TypeVar
 
 import mlx.core as mx
 
 from .caching import COND, UNCOND, StepCache
 from .types import Conditioning, Request
+
+T = TypeVar("T")
 
 # (latents, timestep, context, through=..., skip_layers=...) → velocity; the last two as `Transformer` takes them.
 Model = Callable[..., mx.array]
@@ -157,9 +160,9 @@ def _within(span: tuple[float, float], index: int, total: int) -> bool:
     return first <= index < end
 
 
-def at_once(velocity: Callable[[int], mx.array], *branches: int) -> tuple[mx.array, mx.array]:
+def at_once(velocity: Callable[[int], T], *branches: int) -> tuple[T, T]:
     """Both passes on the CPU, where MLX computes on one core per thread; to the same values as one after the other."""
-    second: Future[mx.array] = Future()
+    second: Future[T] = Future()
     _second_thread().put((second, velocity, branches[1]))
     try:
         return velocity(branches[0]), second.result()

@@ -27,7 +27,7 @@ from .models.tokenizer import Tokenizer
 from .models.vae_execution import VAEExecution
 from .models.vae_tiling import parse_tiling
 from .planning.choose import choose, plan_request
-from .planning.machine import parse_memory
+from .planning.machine import mlx_version, parse_memory
 from .planning.plan import Plan
 from .planning.sizes import sizes_of
 from .presets import Preset, find_preset, preset_for
@@ -105,7 +105,7 @@ class OpenedModel:
         self.loras = normalise_loras(loras)
         check_loras(checkpoint, self.loras)
         self._merge_loras = True
-        self.taehv, self.draft = taehv and Path(taehv), draft
+        self.taehv, self.draft = Path(taehv) if taehv else None, draft
         self._tiny = tiny_autoencoder(checkpoint, taehv, draft)
         self._kept: dict[str, Any] | None = None  # what stays loaded within `keep_loaded`
         self.running = threading.Lock()  # held by the run that is under way
@@ -137,7 +137,7 @@ class OpenedModel:
         for part in self.checkpoint.of_kind("transformer"):
             kept = (self._kept or {}).get(part.name)
             if kept is not None and kept.model.lora_state.merged:
-                del self._kept[part.name]
+                (self._kept or {}).pop(part.name)
             elif kept is not None:
                 set_loras(kept, [*loras, *part.loras])
         self.loras, self._merge_loras = loras, False
@@ -175,8 +175,8 @@ class OpenedModel:
             **({"quantize": self.quantize} if self.quantize else {}),
             **({"quantized": self.quantized} if self.quantized else {}),
             **({"loras": [describe_lora(path, strength) for path, strength in self.loras]} if self.loras else {}),
-            **({"draft": self.taehv.name} if self.draft else {}),
-            "versions": {"wan_mlx": __version__, "mlx": mx.__version__},
+            **({"draft": self.taehv.name} if self.draft and self.taehv else {}),
+            "versions": {"wan_mlx": __version__, "mlx": mlx_version()},
         }
 
     @property
@@ -248,7 +248,8 @@ class OpenedModel:
             encoder = load_text_encoder(self.checkpoint, self.dtype, progress, quantize)
             known.update(zip(new, encoder([tokenizer(text) for text in new]), strict=True))
             mx.eval([known[text] for text in new])
-            for text in new if cache else ():
+            for text in new if cache is not None else ():
+                assert cache is not None
                 cache.put(text, known[text])
         contexts = [pad_context(known[text], TEXT_LEN) for text in texts]
         mx.eval(contexts)
@@ -273,7 +274,7 @@ class OpenedModel:
         """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time."""
         still = latents.shape[1] == 1  # the official code rounds stills and truncates videos
         finish, listener = partial(to_uint8, rounding=still), listener or self.listener
-        if self.draft:
+        if self.draft and self._tiny:
             progress = counted(listener, "decoding a draft")
             for frames in progress(self._tiny.decode(latents), total=latents.shape[1]):
                 yield finish(frames[0])

@@ -51,8 +51,9 @@ def parse_size(text: str) -> tuple[int, int]:
 def parse_range(text: str) -> tuple[float, float]:
     match = re.fullmatch(r"([\d.]+)-([\d.]+)", text.strip())
     try:
-        return float(match[1]), float(match[2])
-    except (TypeError, ValueError):
+        first, last = match.groups() if match else ("", "")
+        return float(first), float(last)
+    except ValueError:
         raise ValueError(
             f"{text!r} is no range; expected FROM-TO in fractions of the steps, such as 0.1-0.9"
         ) from None
@@ -404,7 +405,7 @@ def told(function: Function) -> Function:
         )
         for option in taken
     ]
-    function.__signature__ = signature.replace(parameters=[*list(signature.parameters.values())[:-1], *named])
+    vars(function)["__signature__"] = signature.replace(parameters=[*list(signature.parameters.values())[:-1], *named])
     lines = [f"    {option.name}: {option.described}" for option in taken]
     function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Options:", *lines])
     return function

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .events import unheard
 from .hub.resolve import Places, preset_of, resolve
@@ -154,7 +154,7 @@ class WanPipeline(OpenedModel):
             ValueError: an option is wrong.
             SamplingError: the latents stopped being finite.
         """
-        first = self.request(prompt, **{"num_frames": 1, **options})
+        first = self.request(prompt, **{"num_frames": 1, **cast(dict[str, Any], options)})
         requests = extend_requests(first.series(num_images), extend_prompt)
         with self.keep_loaded():
             return [self.run(request).video(callback) for request in requests]

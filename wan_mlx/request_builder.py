@@ -63,14 +63,16 @@ def completed(request: Request) -> Request:
     seed, zero_steps = request.seed, request.cfg_zero
     if isinstance(zero_steps, bool):
         zero_steps = zero_steps_of(request.task) if zero_steps else None
+    guidance_from, guidance_to = request.guidance_range
+    skip_from, skip_to = request.skip_range
     return replace(
         request,
         seed=secrets.randbelow(MAX_RANDOM_SEED) if seed is None or seed < 0 else seed,
         cfg_zero=zero_steps,
         src_ref_images=tuple(request.src_ref_images),
-        guidance_range=tuple(request.guidance_range),
+        guidance_range=(guidance_from, guidance_to),
         skip_layers=tuple(request.skip_layers),
-        skip_range=tuple(request.skip_range),
+        skip_range=(skip_from, skip_to),
     )
 
 

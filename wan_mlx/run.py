@@ -98,7 +98,7 @@ class Run:
         """Whether the video is decoded in tiles, whose frames all come at the end."""
         return self.pipe.tile_of(self.plan) is not None and not self.pipe.draft
 
-    def __iter__(self) -> Iterator[Event]:
+    def __iter__(self) -> Generator[Event, None, None]:
         """Run, and yield every event but `Progress`.
 
         Raises:
@@ -119,7 +119,7 @@ class Run:
             while self._happened:
                 yield self._happened.popleft()
 
-    def outputs(self) -> Iterator[Output]:
+    def outputs(self) -> Generator[Output, None, None]:
         """Run, and yield what the stages give: the Conditioning, each Step, then decoded frames uint8 (n, H, W, 3)."""
         with closing(iter(self)) as events:
             for event in events:
@@ -137,7 +137,9 @@ class Run:
             callback: called with each step; if it returns False, sampling ends there (`finish`).
         """
         settings = self.pipe.settings(self.request)
-        frames, latents = [], None
+        frames: list[np.ndarray] = []
+        latents: Any = None
+        estimate: Any = None
         with closing(self.outputs()) as outputs:
             for output in outputs:
                 if isinstance(output, Step):

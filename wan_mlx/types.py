@@ -43,9 +43,10 @@ def describe_source(source: Source | None) -> str | None:
     SHA-256."""
     if not hasattr(source, "tobytes"):
         return None if source is None else str(source)
-    kind = f"array {source.dtype} {source.shape}" if hasattr(source, "dtype") else \
-        f"image {source.mode} {source.width}x{source.height}"
-    return f"{kind}, sha256 {hashlib.sha256(source.tobytes()).hexdigest()}"
+    held: Any = source  # of a class that is not imported here
+    kind = f"array {held.dtype} {held.shape}" if hasattr(held, "dtype") else \
+        f"image {held.mode} {held.width}x{held.height}"
+    return f"{kind}, sha256 {hashlib.sha256(held.tobytes()).hexdigest()}"
 
 
 @dataclass(frozen=True)

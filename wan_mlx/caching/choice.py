@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from ..errors import closest
 from ..models.configs import TransformerConfig
 from ..options import CACHES
 from ..presets import PRESETS
-from .constants import MAGCACHE, TEACACHE
+from .constants import MAGCACHE, TEACACHE, MagCacheConstants, TeaCacheConstants
 from .easycache import EasyCache
 from .magcache import MagCache
 from .protocol import StepCache
@@ -83,7 +84,7 @@ def _settings(name: str, steps: int, model: str, config: TransformerConfig) -> t
     """The default of each setting, and what reads it."""
     if name == "easycache":
         return (EASYCACHE_THRESHOLD, min(EASYCACHE_FIRST, math.ceil(steps / 4))), (_threshold, _count)
-    table = TEACACHE if name == "teacache" else MAGCACHE
+    table: Mapping[str, TeaCacheConstants | MagCacheConstants] = TEACACHE if name == "teacache" else MAGCACHE
     if model not in table:
         raise ValueError(f"{name} has no published constants for {model}, only for {', '.join(table)}; "
                          "easycache needs none")  # fmt: skip
@@ -92,7 +93,7 @@ def _settings(name: str, steps: int, model: str, config: TransformerConfig) -> t
         raise ValueError(f"{name} has constants for {model} ({sizes.format(published)}), not for this model "
                          f"({sizes.format(config)}); easycache needs none")  # fmt: skip
     row = table[model]
-    if name == "teacache":
+    if isinstance(row, TeaCacheConstants):
         return (row.threshold, row.mode), (_threshold, _mode)
     return (row.threshold, row.most_skips, row.retention), (_threshold, _count, _share)
 

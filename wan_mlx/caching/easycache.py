@@ -61,4 +61,4 @@ class EasyCache(StepCache):
 
 
 def _size(array: mx.array) -> float:
-    return mx.abs(array).mean().item()
+    return float(mx.abs(array).mean())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 # The two passes of guidance. Their states are apart: on the CPU both run at once.
 COND, UNCOND = 0, 1
@@ -54,7 +55,8 @@ class StepCache:
         """Get ready for step ``index``, which makes these passes over ``latents``."""
         if index == 0:
             self._reset()
-        self.index, self.latents, self.passes = index, latents, passes
+        self.index, self.passes = index, passes
+        self.latents = latents
 
     def velocity(self, branch: int, forward: Forward) -> mx.array:
         """The velocity of one pass, float32 (1, t, h, w, C), by ``forward`` or without it."""
@@ -63,11 +65,11 @@ class StepCache:
 
     def end_step(self) -> None:
         """All passes of the step are made."""
-        self.latents = None
+        del self.latents
 
     def state(self) -> dict[str, mx.array]:
         """Everything that later steps look back on: arrays by name. Empty if nothing is cached."""
-        found = {}
+        found: dict[str, mx.array] = {}
         for name, branch in zip(NAMES, self.branches, strict=True):
             found |= {f"{name}.array.{key}": array for key, array in branch.arrays.items()}
             numbers = {**branch.numbers, "computed": float(branch.computed)}
@@ -101,4 +103,4 @@ def _pack(value: float) -> mx.array:
 
 
 def _unpack(array: mx.array) -> float:
-    return struct.unpack("<d", bytes(array.tolist()))[0]
+    return struct.unpack("<d", np.asarray(array).tobytes())[0]

@@ -94,9 +94,9 @@ def machine() -> dict[str, str]:
     working_set = info.get("max_recommended_working_set_size")
     memory = f"{_memory() / 1e9:.1f} GB"
     if working_set:
-        memory += f", of which the GPU may use {working_set / 1e9:.1f}"
+        memory += f", of which the GPU may use {int(working_set) / 1e9:.1f}"
     if total := info.get("total_memory"):
-        memory += f", and {total / 1e9:.1f} of the GPU"
+        memory += f", and {int(total) / 1e9:.1f} of the GPU"
     versions = [f"{name} {metadata.version(name)}" for name in PACKAGES if _has(name)]
     return {
         "wan_mlx": f"{wan_mlx.__version__} in {Path(wan_mlx.__file__).parent}",
@@ -115,10 +115,11 @@ def surroundings() -> Iterator[Check]:
 
     from .selftest import Check
 
-    version = tuple(int(part) for part in mx.__version__.split("+")[0].split(".")[:3] if part.isdigit())
+    installed: str = mx.__version__  # type: ignore[attr-defined]  # MLX's stubs lack it
+    version = tuple(int(part) for part in installed.split("+")[0].split(".")[:3] if part.isdigit())
     oldest = ".".join(map(str, OLDEST_MLX))
     good = version >= OLDEST_MLX
-    yield Check("MLX's version", "ok" if good else "fail", f"{mx.__version__}, {oldest} or later is needed",
+    yield Check("MLX's version", "ok" if good else "fail", f"{installed}, {oldest} or later is needed",
                 "" if good else "pip install -U mlx")  # fmt: skip
     if platform.system() == "Darwin":
         native = platform.machine() == "arm64"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from ..hub.resolve import is_cached
 from ..presets import PRESETS, Preset
@@ -11,7 +12,7 @@ from ..presets import PRESETS, Preset
 TASKS = {"t2v": "text to video", "i2v": "image to video", "flf2v": "first and last frame", "vace": "editing (VACE)"}
 
 
-def row_of(preset: Preset) -> dict[str, object]:
+def row_of(preset: Preset) -> dict[str, Any]:
     """What there is to say of a preset; bytes of the transformer in bfloat16 and in four bits (groups of 64)."""
     count = preset.parameters
     return {

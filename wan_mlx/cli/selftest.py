@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +26,7 @@ SOFTMAX_SPREAD = 3.0  # standard deviation of the scores: some keys stand out am
 SEED = 20250225
 
 NANO_REFERENCE = Path(__file__).parent.parent / "assets" / "doctor" / "nano.npz"
-NANO_REQUEST = dict(
+NANO_REQUEST: dict[str, Any] = dict(
     prompt="a red circle moves right on a blue background", width=64, height=64, num_frames=5, steps=4, seed=7
 )
 NANO_BLOCK = 4  # pixels: the mean of each such square of a frame is stored
@@ -221,10 +222,10 @@ def _relative(got: np.ndarray, want: np.ndarray) -> float:
 
 def _fault(x: mx.array, what: str, axes: tuple[int, ...]) -> str:
     """NaN, or rows that are nothing but zeros."""
-    bad = int((~mx.isfinite(x)).sum().item())
+    bad = int((~mx.isfinite(x)).sum())
     if bad:
         return f"{bad} of {x.size} values are NaN or infinite"
-    empty = int((mx.abs(x).max(axis=axes) == 0).sum().item())
+    empty = int((mx.abs(x).max(axis=axes) == 0).sum())
     return f"{empty} {what} are nothing but zeros" if empty else ""
 
 

@@ -22,7 +22,7 @@ def staging_buffers() -> StagingBuffers | None:
 
 def device_of_new_weights() -> mx.Device:
     """Where weights can be looked into as soon as they are read, without waiting for what the GPU computes."""
-    return mx.gpu if in_use() else mx.cpu
+    return mx.Device(mx.gpu if in_use() else mx.cpu)
 
 
 def staged_bytes(stored: int, kept: int, changed: int, made: int) -> int | None:

@@ -63,7 +63,7 @@ class Driver:
             address = ctypes.c_void_p()
             self.call("cuCtxSetCurrent", self.context)
             self.call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(PIECE), _PORTABLE)
-            self.threads.staging = memoryview((ctypes.c_char * PIECE).from_address(address.value)).cast("B")
+            self.threads.staging = memoryview((ctypes.c_char * PIECE).from_address(address.value or 0)).cast("B")
         return self.threads.staging
 
     def copy(self, source: memoryview, target: int) -> None:
@@ -166,6 +166,7 @@ def _read_piece(place: ByteRange, at: int, length: int, target: int, stopped: th
     if stopped.is_set():
         return
     cuda = driver()
+    assert cuda is not None, "buffers are there only where the driver is"
     piece = cuda.staging()[:length]
     try:
         with open(place.file.path, "rb", buffering=0) as file:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import mlx.core as mx
 import numpy as np
@@ -251,9 +252,9 @@ class WeightsFile:
     def fill(self, values: np.ndarray | memoryview, file: BinaryIO, start: int) -> None:
         """Read as many bytes as ``values`` has; raises WeightsError if the file ends before."""
         file.seek(start)
-        rest = memoryview(values).cast("B")
+        rest = memoryview(cast(memoryview, values)).cast("B")
         while rest:
-            count = file.readinto(rest)
+            count = cast(io.RawIOBase, file).readinto(rest)  # unbuffered, or of a zip archive
             if not count:
                 raise WeightsError(f"{self.path}: ends {len(rest):,} bytes early; download it again")
             rest = rest[count:]

@@ -145,7 +145,7 @@ def _json(file: WeightsFile, what: str, text: str | bytes) -> dict:
 
 def _scale_keys(file: WeightsFile) -> dict[str, str]:
     """Key of each fp8 weight → key of its scale."""
-    keys, found = file.tensors, {}
+    keys, found = file.tensors, dict[str, str]()
     for key in keys:
         match = _SCALE.fullmatch(key)
         if match is None:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import mlx.core as mx
 
@@ -41,7 +41,8 @@ def read_tensor(
         OSError: as opening and reading raise it.
     """
     file = _OneTensor(open_file, start, dtype, shape, nbytes)
-    array = mx.load(file, format="safetensors")["tensor"]
+    loaded = mx.load(cast(BinaryIO, file), format="safetensors")
+    array = cast(dict[str, mx.array], loaded)["tensor"]
     # An error must not pass through MLX, which would end the process in some of its threads.
     if file.error is not None:
         raise file.error

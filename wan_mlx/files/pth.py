@@ -19,12 +19,12 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from ..errors import WeightsError
 from .base import ITEMSIZE, MAX_DIM, MAX_ENTRIES, MAX_NAME, MAX_NDIM, TensorInfo, WeightsFile, contiguous, stamp
@@ -162,7 +162,7 @@ def open_storage(path: Path, storage: Storage) -> Iterator[tuple[BinaryIO, int]]
         return
     try:
         with zipfile.ZipFile(path) as archive, archive.open(storage.entry) as file:
-            yield file, 0
+            yield cast(BinaryIO, file), 0
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
         raise WeightsError(f"{path}: {storage.entry} does not decompress ({error}); download it again") from None
 
@@ -232,6 +232,7 @@ class _Archive:
             raise WeightsError(f"the archive lacks the storage {entry!r}; download it again")
         damaged = WeightsError(f"damaged zip archive (the header of {entry!r} disagrees with the directory)")
         file = self.zip.fp
+        assert file is not None, "the archive is open"
         file.seek(info.header_offset)
         header = file.read(30)
         if len(header) < 30:
@@ -310,7 +311,7 @@ _LITERALS = {
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINSTRING", "SHORT_BINSTRING"),
 }
-_CONSTANTS = {
+_CONSTANTS: dict[str, Callable[[], Any]] = {
     **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False},
     **{"EMPTY_DICT": dict, "EMPTY_LIST": list},
 }
@@ -320,7 +321,9 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 def _evaluate(data: bytes, storage_of, tensor_of) -> Any:
     """The value a pickle describes, built from inert parts only."""
-    stack, below, memo = [], [], {}  # a mark puts the stack aside, so that nothing below it can be reached
+    stack: list[Any] = []
+    below: list[list[Any]] = []  # a mark puts the stack aside, so that nothing below it can be reached
+    memo: dict[Any, Any] = {}
 
     def take(count: int) -> list[Any]:
         if count > len(stack):
@@ -361,13 +364,14 @@ def _evaluate(data: bytes, storage_of, tensor_of) -> Any:
                 values = take(1) if name == "APPEND" else marked
                 _extend(stack[-1], values)
             elif name == "GLOBAL":
-                stack.append(_global(*arg.split(" ", 1)))
+                stack.append(_global(*str(arg).split(" ", 1)))
             elif name == "STACK_GLOBAL":
                 stack.append(_global(*take(2)))
             elif name == "BINPERSID":
                 stack.append(storage_of(*take(1)))
             elif name == "REDUCE":
-                stack.append(_call(*take(2), tensor_of))
+                function, arguments = take(2)
+                stack.append(_call(function, arguments, tensor_of))
             elif name == "BUILD":
                 # The state of an OrderedDict is its attribute `_metadata`: module versions, of no use here.
                 take(1)
@@ -415,7 +419,7 @@ def _call(function: Any, args: Any, tensor_of) -> Any:
     """The value that one of the allowed functions stands for."""
     if not isinstance(function, _Global) or not isinstance(args, tuple):
         raise WeightsError(f"its pickle calls a {_kind(function)}; refused")
-    evaluate, counts = _CALLS.get((function.module, function.name), (None, ()))
+    evaluate, counts = _CALLS.get((function.module, function.name), (_global, ()))
     if len(args) not in counts:
         raise WeightsError(f"its pickle calls {function} with {len(args)} arguments, which a state dict does not do")
     return evaluate(tensor_of, *args)
@@ -446,7 +450,7 @@ def _size(_, shape):
 
 
 # The allowed functions: name → stand-in, and how many arguments torch passes.
-_CALLS = {
+_CALLS: dict[tuple[str, str], tuple[Callable[..., Any], tuple[int, ...]]] = {
     ("collections", "OrderedDict"): (lambda _: {}, (0,)),
     ("torch._utils", "_rebuild_tensor_v2"): (_rebuild_v2, (6, 7)),
     ("torch._utils", "_rebuild_tensor_v3"): (_rebuild_v3, (7, 8)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import mlx.core as mx
 
@@ -64,7 +64,7 @@ class SafetensorsFile(WeightsFile):
 
     def _load(self) -> dict[str, mx.array]:
         try:
-            arrays = mx.load(str(self.path), format="safetensors")
+            arrays = cast(dict[str, mx.array], mx.load(str(self.path), format="safetensors"))
         except (RuntimeError, ValueError) as error:
             raise WeightsError(f"{self.path}: MLX cannot read it ({error})") from None
         if arrays.keys() != self.tensors.keys():
@@ -73,6 +73,16 @@ class SafetensorsFile(WeightsFile):
 
     def _start(self, key: str) -> int:
         return self._starts[key]
+
+
+def load_arrays(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """MLX's lazy arrays of a file, and its metadata.
+
+    Raises:
+        RuntimeError, ValueError: as MLX raises them.
+    """
+    loaded = mx.load(str(path), format="safetensors", return_metadata=True)
+    return cast(tuple[dict[str, mx.array], dict[str, str]], loaded)
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, int]]:
@@ -110,10 +120,10 @@ def _parse_entry(path: Path, key: str, entry: Any) -> tuple[TensorInfo, int, int
     if offsets[1] - offsets[0] != info.nbytes:
         size = offsets[1] - offsets[0]
         raise WeightsError(f"{path}: {key[:200]!r} is {size:,} bytes; {dtype} of shape {shape} needs {info.nbytes:,}")
-    return info, *offsets
+    return info, offsets[0], offsets[1]
 
 
-def _is_counts(value: Any) -> bool:
+def _is_counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 

@@ -60,7 +60,7 @@ def fetch_files(repo: str, commit: str, files: list[RemoteFile], advance: Callab
             if not all(job.done() for job in jobs):
                 stop.set()
             pool.shutdown(cancel_futures=True)
-    errors = [job.exception() for job in jobs if not job.cancelled() and job.exception()]
+    errors = [error for job in jobs if not job.cancelled() and (error := job.exception())]
     if errors:
         raise next((error for error in errors if not isinstance(error, _Stopped)), errors[0])
 

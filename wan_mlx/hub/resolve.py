@@ -115,7 +115,7 @@ def survey(model: str | Path, source: str = "huggingface", parts: Collection[str
     if names[0] not in listing:
         raise WeightsError(f"{location.repo} holds no file {location.file}; {weights_in(listing, location.repo)}")
     files = tuple(listing[name] for name in names)
-    here = 0 if source == "modelscope" else sum(bytes_here(location.repo, commit, file) for file in files)
+    here = 0 if commit is None else sum(bytes_here(location.repo, commit, file) for file in files)
     return Download(location, source, commit, files, here, cache)
 
 
@@ -130,7 +130,8 @@ class Places:
     def _named(self) -> list[tuple[str | Path, Collection[str]]]:
         """Each place, and which parts are wanted of it if it is a whole repository."""
         rest = [part for part in PARTS if part not in self.parts]
-        named = [(self.model, rest), *((place, [part]) for part, place in self.parts.items())]
+        of_parts = ((place, [part]) for part, place in self.parts.items())
+        named: list[tuple[str | Path, Collection[str]]] = [(self.model, rest), *of_parts]
         return named + [(lora, []) for lora in map(_lora_name, self.loras) if isinstance(lora, str)]
 
     def downloads(self, source: str = "huggingface") -> list[Download]:
@@ -185,7 +186,9 @@ def _take(place: str | Path, download: Download | None, listener: Listener, part
     if _remote(place) is None:
         return _here(place) or Path(place).expanduser()  # whoever opens it says that it does not exist
     log.warning("the hub is out of reach; taking %s from the cache", place)
-    return cached(place, parts)
+    if (found := cached(place, parts)) is None:
+        raise WeightsError(f"{place} is not in the cache, and the hub is out of reach")
+    return found
 
 
 def cached(model: str | Path, parts: Collection[str] = PARTS) -> Path | None:
@@ -254,14 +257,16 @@ def _list_files(location: Location) -> tuple[dict[str, RemoteFile], str]:
 
     api = HfApi(constants.ENDPOINT, library_name="wan_mlx", library_version=__version__)
     info = api.model_info(location.repo, revision=location.revision, files_metadata=True)
+    assert info.siblings is not None and info.sha is not None, "asked for with files_metadata"
     etag = {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in info.siblings}
-    return {s.rfilename: RemoteFile(s.rfilename, s.size, etag[s.rfilename]) for s in info.siblings}, info.sha
+    return {s.rfilename: RemoteFile(s.rfilename, s.size or 0, etag[s.rfilename]) for s in info.siblings}, info.sha
 
 
 def _fetch(download: Download, listener: Listener) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     location, commit = download.location, download.commit
+    assert commit is not None, "Hugging Face's downloads have one"
 
     def local(file: RemoteFile, revision: str | None) -> str | None:
         found = try_to_load_from_cache(location.repo, file.path, revision=revision)
@@ -289,7 +294,7 @@ def _fetch(download: Download, listener: Listener) -> Path:
         raise Stopped(stopped.signum, how) from stopped
     except Exception as error:
         raise explain(error, location) from error
-    path = Path(local(first, commit))
+    path = Path(local(first, commit) or "")
     return path if location.file else path.parents[first.path.count("/")]
 
 

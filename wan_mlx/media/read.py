@@ -57,7 +57,7 @@ class Clip:
         return len(self.times)
 
 
-def read_image(source: Source) -> np.ndarray:
+def read_image(source: Source | None) -> np.ndarray:
     """A picture → uint8 (H, W, 3), upright.
 
     Args:
@@ -75,7 +75,7 @@ def read_image(source: Source) -> np.ndarray:
         return _rgb(image, str(path))
 
 
-def open_video(source: Source, fps: int = 16) -> Clip:
+def open_video(source: Source | None, fps: int = 16) -> Clip:
     """A video, an animation or a still picture → `Clip`.
 
     Args:
@@ -100,11 +100,12 @@ def open_video(source: Source, fps: int = 16) -> Clip:
         raise
     with image:
         pictures = ImageSequence.Iterator(image) if image.format in ANIMATIONS else [image]
-        frames, seconds = [], []
+        shown: list[np.ndarray] = []
+        seconds: list[float] = []
         for picture in pictures:
-            frames.append(_rgb(picture, str(path)))
+            shown.append(_rgb(picture, str(path)))
             seconds.append(picture.info.get("duration", 0) / 1000 or STILL_SECONDS)
-    return _clip_in_memory(str(path), np.stack(frames), np.array(seconds))
+    return _clip_in_memory(str(path), np.stack(shown), np.array(seconds))
 
 
 def at_rate(clip: Clip, fps: float, most: int) -> list[int]:
@@ -144,7 +145,7 @@ def in_chunks(frames: Iterable[np.ndarray], geometry: Geometry = WAN_2_1) -> Ite
         size = geometry.temporal
 
 
-def _existing(source: str | Path, kind: str) -> Path:
+def _existing(source: str | Path | None, kind: str) -> Path:
     if not isinstance(source, (str, Path)):
         raise ValueError(f"the {kind} is a {type(source).__name__}, expected {EXPECTED}")
     path = Path(source)
@@ -153,7 +154,7 @@ def _existing(source: str | Path, kind: str) -> Path:
     return path
 
 
-def _open_picture(path: Path, formats: Sequence[str] | None = None) -> Image.Image:
+def _open_picture(path: Path, formats: tuple[str, ...] | None = None) -> Image.Image:
     try:
         return Image.open(path, formats=formats)
     except Exception as error:  # Pillow's readers raise whatever a damaged file trips them over
@@ -196,7 +197,8 @@ def _clip_in_memory(name: str, frames: np.ndarray, seconds: np.ndarray) -> Clip:
         return (frames[i] for i in indices)
 
     ends = np.cumsum(seconds)
-    return Clip(name, *frames.shape[1:3], np.stack([ends - seconds, ends], axis=1).astype(np.float32), read)
+    _, height, width, _ = frames.shape
+    return Clip(name, height, width, np.stack([ends - seconds, ends], axis=1).astype(np.float32), read)
 
 
 def _open_with_ffmpeg(path: Path) -> Clip:
@@ -209,8 +211,10 @@ def _open_with_ffmpeg(path: Path) -> Clip:
         raise ValueError(f"{path} cannot be read as a video: {_first_line(said) or 'no frames in it'}")
     if said:
         log.warning("%s is damaged, %d frames can be read: %s", path, len(frames), _first_line(said))
-    unit = Fraction(re.search(r"^#tb 0: (\d+/\d+)", listing, re.MULTILINE)[1])
-    width, height = map(int, re.search(r"^#dimensions 0: (\d+)x(\d+)", listing, re.MULTILINE).groups())
+    tick = re.search(r"^#tb 0: (\d+/\d+)", listing, re.MULTILINE)
+    size = re.search(r"^#dimensions 0: (\d+)x(\d+)", listing, re.MULTILINE)
+    assert tick and size, "framecrc says both of every stream"
+    unit, width, height = Fraction(tick[1]), int(size[1]), int(size[2])
     ticks = np.array(frames, dtype=np.int64)
     starts, duration = ticks[:, 0], ticks[-1, 1] or (ticks[-1, 0] - ticks[0, 0]) // max(1, len(ticks) - 1) or 1
     # A frame stands until the next one: lengths noted in a file may leave gaps.
@@ -224,6 +228,7 @@ def _decode(path: Path, height: int, width: int, indices: Sequence[int]) -> Iter
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
+        assert process.stdout is not None
         try:
             for index in indices:
                 while read <= index:

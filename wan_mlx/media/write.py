@@ -136,7 +136,7 @@ class VideoWriter:
         # Beside the target, so that the last move stays on one file system and is atomic.
         self._temporary = self.folder / f".wan_mlx-{secrets.token_hex(8)}{self._ending}"
         if self._ending == ".mp4":
-            self._encoder = _FFmpeg(self._temporary, self.fps, self.size, self._text)
+            self._encoder: _FFmpeg | _Collector = _FFmpeg(self._temporary, self.fps, self.size, self._text)
         else:
             self._encoder = _Collector(self._temporary, self.fps, self._text, SAVERS[self._ending])
         return self
@@ -294,19 +294,21 @@ class _FFmpeg:
                 stderr=self.errors,
                 start_new_session=True,
             )
+            assert self.process.stdin is not None
+            self.pipe = self.process.stdin
         except BaseException:
             self.errors.close()
             raise
 
     def write(self, frames: np.ndarray) -> None:
         try:
-            self.process.stdin.write(np.ascontiguousarray(frames).data)
+            self.pipe.write(np.ascontiguousarray(frames).data)
         except OSError as error:
             self._fail(error)
 
     def finish(self, latents: np.ndarray | None) -> None:
         try:
-            self.process.stdin.close()
+            self.pipe.close()
         except OSError as error:
             self._fail(error)
         if self.process.wait() != 0:
@@ -322,7 +324,7 @@ class _FFmpeg:
     def close(self) -> None:
         self.process.kill()
         with suppress(OSError):
-            self.process.stdin.close()
+            self.pipe.close()
         self.process.wait()
         self.errors.close()
 
@@ -374,8 +376,10 @@ def _save_png(path: Path, frames: np.ndarray, fps: float, text: str, latents: np
 
 
 def _save_npz(path: Path, frames: np.ndarray, fps: float, text: str, latents: np.ndarray | None) -> None:
-    arrays = {} if latents is None else {"latents": np.asarray(latents, np.float32)}
-    np.savez(path, frames=frames, settings=np.array(text), **arrays)
+    arrays: dict[str, Any] = {"frames": frames, "settings": np.array(text)}
+    if latents is not None:
+        arrays["latents"] = np.asarray(latents, np.float32)
+    np.savez(path, **arrays)
 
 
 def _read_mp4(path: Path) -> str:
@@ -400,6 +404,7 @@ def _read_webp(path: Path) -> str:
 
 def _read_png(path: Path) -> str:
     with Image.open(path, formats=["PNG"]) as image:
+        assert isinstance(image, PngImagePlugin.PngImageFile)
         return image.text["settings"]
 
 

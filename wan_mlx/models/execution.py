@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial, reduce
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -47,6 +48,7 @@ DISPATCH_FLOP = 2e12 if mx.metal.is_available() else 1e18
 UNFUSED_SCORES = 1 << 26
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
 
+Projected = tuple[mx.array, mx.array, mx.array]  # queries, keys, values (B, L, heads, head_dim)
 # (names of blocks, in order) → the blocks, each valid until the next is asked for.
 StreamedBlocks = Callable[[Sequence[str]], Iterator[Block]]
 
@@ -126,7 +128,7 @@ class Execution:
         *conditions: mx.array | None,
         through: BlocksHook | None = None,
         skip_layers: Collection[int] = (),
-        **named: mx.array | float | None,
+        **named: Any,
     ) -> mx.array:
         """The velocity, float32 (B, t, h, w, out_dim); arguments and errors are those of the network."""
         x, this_pass = self.model.enter(latents, timestep, context, *conditions, **named)
@@ -148,7 +150,9 @@ class Execution:
         self, tokens: list[mx.array], this_pass: ForwardPass, pace: Pacer, skip_layers: Collection[int]
     ) -> None:
         """The one array of ``tokens`` (B, L, D) through the blocks, in place, so that no caller holds an old one."""
-        control = start = scale = None
+        control: Any = None
+        start: Any = None
+        scale: Any = None
         if this_pass.vace_context is not None:
             control, start = self.model.control_tokens(this_pass), tokens[0]
             scale = mx.array(this_pass.vace_scale, dtype=mx.float32)
@@ -211,7 +215,7 @@ class Execution:
 TOKENS_ALIVE, TOKENS_ALIVE_SETTLED, TOKENS_ALIVE_OPERATIONS = 6.9, 5.9, 0.8
 
 
-def queries_keys_values(layer: SelfAttention, x: mx.array, rope: RopeTable, pace: Pacer) -> list[mx.array]:
+def queries_keys_values(layer: SelfAttention, x: mx.array, rope: RopeTable, pace: Pacer) -> Projected:
     """`SelfAttention.queries_keys_values`, one after the other.
 
     On CUDA there may be a few more keys and values, which weigh next to nothing (`cuda.attention.fill_last_tile`).
@@ -231,7 +235,7 @@ def queries_keys_values(layer: SelfAttention, x: mx.array, rope: RopeTable, pace
         v = fill_last_tile(v)
     pace(v)
     pace.settle()
-    return [q, k, v]
+    return q, k, v
 
 
 # The same where tokens are taken a piece at a time: the tokens before and after, and the result of attention; when the

@@ -32,7 +32,8 @@ def add_and_norm(
 ) -> tuple[mx.array, mx.array]:
     """`gated_add` and the `modulated_norm` of its result, in one kernel where there is one."""
     if kernels.usable(kernels.add_and_norm, x, gate, scale):
-        return kernels.add_and_norm(x, y, gate.flatten(), scale.flatten(), shift.flatten(), eps)
+        total, normed = kernels.add_and_norm(x, y, gate.flatten(), scale.flatten(), shift.flatten(), eps)
+        return total, normed
     total = gated_add(x, y, gate)
     return total, modulated_norm(total, scale, shift, eps)
 
@@ -54,4 +55,4 @@ def norm_and_rotate(x: mx.array, weight: mx.array, heads: int, table: rope.RopeT
 
 def joined(parts: Sequence[mx.array]) -> mx.array:
     """Parts of tokens (B, L, D) as one array."""
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+    return parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=1)

@@ -7,6 +7,8 @@ nothing. bfloat16 is not offered: its eight bits would change the features.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -25,8 +27,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 def preprocess(images: np.ndarray | mx.array, size: int) -> np.ndarray:
     """Images in [-1, 1] as CLIP sees them: (N, H, W, 3) → float32 (N, size, size, 3), not cropped, normalised."""
     # Not clamped: the official code lets the cubic's overshoot through.
-    pixels = resize_bicubic(images, size, size) * 0.5 + 0.5
-    return (pixels - np.float32(MEAN)) / np.float32(STD)
+    pixels = resize_bicubic(np.asarray(images), size, size) * 0.5 + 0.5
+    return (pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
 
 
 class SelfAttention(nn.Module):
@@ -52,7 +54,7 @@ class Block(nn.Module):
         self.attn = SelfAttention(config)
         self.norm2 = nn.LayerNorm(config.dim, config.eps)
         wide = config.mlp_ratio * config.dim
-        self.mlp = [Linear(config.dim, wide), nn.gelu, Linear(wide, config.dim)]
+        self.mlp: list[Any] = [Linear(config.dim, wide), nn.gelu, Linear(wide, config.dim)]
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x + self.attn(self.norm1(x))
@@ -110,4 +112,5 @@ class ImageEncoder(nn.Module):
 def last_block_shapes(config: ImageEncoderConfig) -> dict[str, tuple[int, ...]]:
     """Name → shape of the parameters that every checkpoint has and `ImageEncoder` does without."""
     last = f"transformer.{config.num_layers - 1}"
-    return {f"{last}.{name}": tuple(array.shape) for name, array in tree_flatten(Block(config).parameters())}
+    parameters = dict(tree_flatten(Block(config).parameters()))
+    return {f"{last}.{name}": tuple(array.shape) for name, array in parameters.items()}

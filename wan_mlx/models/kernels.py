@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -166,7 +167,7 @@ def agrees(kernel: Callable, dtype: mx.Dtype, channels: int, **constants: int) -
     what = f"MLX's own operations are used, which is slower: {kernel.__name__} for {channels} channels of {dtype}"
     try:
         pairs = list(TRIALS[kernel](dtype, channels, **constants))
-        errors = [mx.abs(got.astype(mx.float32) - wanted).max().item() for got, wanted in pairs]
+        errors = [float(mx.abs(got.astype(mx.float32) - wanted).max()) for got, wanted in pairs]
     except (RuntimeError, ValueError) as error:
         log.warning("%s does not run here (%s)", what, error)
         return False
@@ -179,7 +180,7 @@ def agrees(kernel: Callable, dtype: mx.Dtype, channels: int, **constants: int) -
 @lru_cache(maxsize=32)
 def _made(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], steps: str, eps: float) -> Callable:
     backend = "metal" if mx.metal.is_available() else "cuda"
-    make = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
+    make: Any = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
     header = (METAL if backend == "metal" else CUDA) + FOUR
     source = THREAD[backend] + ROW + steps.replace("EPS", f"{eps!r}f")
     return make(name=name, input_names=inputs, output_names=outputs, source=source, header=header)

@@ -57,7 +57,7 @@ class Packing:
             return self.mode
         return f"q{self.bits}" + ("" if self.group_size == DEFAULT_GROUP else f"-g{self.group_size}")
 
-    def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, int], mx.Dtype]]:
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, int], mx.Dtype]]:
         """Shape and dtype of the arrays that hold a packed matrix of ``shape`` (outputs, inputs).
 
         Raises:

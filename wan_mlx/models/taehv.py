@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -54,7 +55,7 @@ class MemBlock(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv = [Conv(2 * dim, dim), None, Conv(dim, dim), None, Conv(dim, dim)]
+        self.conv: list[Any] = [Conv(2 * dim, dim), None, Conv(dim, dim), None, Conv(dim, dim)]
 
     def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
         (before,) = cache.get(self) or (mx.zeros_like(x[:1]),)
@@ -101,12 +102,12 @@ class TAEHV(nn.Module):
         super().__init__()
         self.config = config
         width = config.encoder_width
-        self.encoder = [Conv(3, width), None]
+        self.encoder: list[Any] = [Conv(3, width), None]
         for pool in config.pools:
             self.encoder += [TPool(width, pool), Conv(width, width, stride=2, bias=False)]
             self.encoder += [MemBlock(width) for _ in range(3)]
         self.encoder += [Conv(width, config.z_dim)]
-        self.decoder = [None, Conv(config.z_dim, config.widths[0]), None]
+        self.decoder: list[Any] = [None, Conv(config.z_dim, config.widths[0]), None]
         for dim, next_dim, grow in zip(config.widths, config.widths[1:], config.grows, strict=False):
             self.decoder += [MemBlock(dim) for _ in range(3)]
             self.decoder += [None, TGrow(dim, grow), Conv(dim, next_dim, bias=False)]

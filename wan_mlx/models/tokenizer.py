@@ -84,7 +84,7 @@ class Tokenizer:
         """Ids of text without special tokens. A space beside a special token is kept: a word start with no word."""
         if not text:
             return []
-        ids = []
+        ids: list[int] = []
         for word in text.replace(WORD_START, " ").removeprefix(" ").split(" "):
             pieces = self.pieces.encode(word) if word else [self.pieces.piece_to_id(WORD_START)]
             known = (self.unk_id if self.pieces.is_byte(i) else i for i in pieces)

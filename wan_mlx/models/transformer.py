@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -51,7 +51,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config)
         self.norm3 = AffineNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config)
-        self.ffn = [Linear(config.dim, config.ffn_dim), gelu_tanh, Linear(config.ffn_dim, config.dim)]
+        self.ffn: list[Any] = [Linear(config.dim, config.ffn_dim), gelu_tanh, Linear(config.ffn_dim, config.dim)]
         self.modulation = mx.zeros((1, 6, config.dim))
 
     def __call__(
@@ -109,7 +109,7 @@ class ImageEmbedding(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         width = config.image_dim
-        self.proj = [
+        self.proj: list[Any] = [
             nn.LayerNorm(width),
             Linear(width, width),
             nn.gelu,
@@ -169,9 +169,9 @@ class Transformer(nn.Module):
         self.config = config
         dim = config.dim
         self.patch_embedding = Linear(int(np.prod(config.patch_size)) * config.in_dim, dim)
-        self.text_embedding = [Linear(config.text_dim, dim), gelu_tanh, Linear(dim, dim)]
-        self.time_embedding = [Linear(config.freq_dim, dim), nn.silu, Linear(dim, dim)]
-        self.time_projection = [nn.silu, Linear(dim, 6 * dim)]
+        self.text_embedding: list[Any] = [Linear(config.text_dim, dim), gelu_tanh, Linear(dim, dim)]
+        self.time_embedding: list[Any] = [Linear(config.freq_dim, dim), nn.silu, Linear(dim, dim)]
+        self.time_projection: list[Any] = [nn.silu, Linear(dim, 6 * dim)]
         self.blocks = [self.new_block(config, f"blocks.{i}") for i in range(config.num_layers)]
         self.head = Head(config)
         if config.has_image_branch:

@@ -40,7 +40,7 @@ class VaceTransformer(Transformer):
             return Transformer.new_block(config, name)
         return VaceBlock(config, first=name == "vace_blocks.0")
 
-    def __call__(
+    def __call__(  # type: ignore[override]  # other conditions than the plain transformer's
         self,
         latents: mx.array,
         timestep: float | Sequence[float],
@@ -70,7 +70,7 @@ class VaceTransformer(Transformer):
         x, this_pass = self.enter(latents, timestep, context, vace_context, vace_scale)
         return self.leave(self._blocks(x, this_pass, through, skip_layers), this_pass)
 
-    def enter(
+    def enter(  # type: ignore[override]  # as above
         self,
         latents: mx.array,
         timestep: float | Sequence[float],
@@ -107,6 +107,7 @@ class VaceTransformer(Transformer):
 
     def control_tokens(self, this_pass: ForwardPass) -> mx.array:
         """The control video's patches at the width of the transformer (B, L, D)."""
+        assert this_pass.vace_context is not None, "`enter` puts it there"
         return self.patchify(this_pass.vace_context, self.vace_patch_embedding)[0]
 
     def block_order(self, skip_layers: Collection[int] = ()) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,7 +45,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
         conv1, conv2 = CausalConv(in_dim, out_dim), CausalConv(out_dim, out_dim)
-        self.residual = [RMSNorm(in_dim), None, conv1, RMSNorm(out_dim), None, None, conv2]
+        self.residual: list[Any] = [RMSNorm(in_dim), None, conv1, RMSNorm(out_dim), None, None, conv2]
         if in_dim != out_dim:
             self.shortcut = PointConv(in_dim, out_dim)
 
@@ -79,7 +80,7 @@ class Downsample(nn.Module):
 
     def __init__(self, dim: int, temporal: bool):
         super().__init__()
-        self.resample = [None, Conv(dim, dim, 3, 3)]
+        self.resample: list[Any] = [None, Conv(dim, dim, 3, 3)]
         if temporal:
             self.time_conv = TimeConv(dim, dim)
 
@@ -119,7 +120,7 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int, temporal: bool):
         super().__init__()
-        self.resample = [None, Conv(dim, dim // 2, 3, 3)]
+        self.resample: list[Any] = [None, Conv(dim, dim // 2, 3, 3)]
         if temporal:
             self.time_conv = TimeConv(dim, 2 * dim)
 
@@ -209,14 +210,14 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.dim * m for m in (1, *config.dim_mult)]
         self.conv1 = CausalConv(3, widths[0])
-        self.downsamples = []
+        self.downsamples: list[Any] = []
         for i, (in_dim, out_dim) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
             self.downsamples.append(ResidualBlock(in_dim, out_dim))
             self.downsamples += [ResidualBlock(out_dim, out_dim) for _ in range(config.num_res_blocks - 1)]
             if i < len(config.temporal_downsample):
                 self.downsamples.append(Downsample(out_dim, config.temporal_downsample[i]))
         self.middle = middle_blocks(widths[-1])
-        self.head = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 2 * config.z_dim)]
+        self.head: list[Any] = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 2 * config.z_dim)]
 
     @property
     def local(self) -> list[Callable]:
@@ -240,7 +241,7 @@ class Decoder(nn.Module):
         widths = [config.dim * m for m in (config.dim_mult[-1], *config.dim_mult[::-1])]
         self.conv1 = CausalConv(config.z_dim, widths[0])
         self.middle = middle_blocks(widths[0])
-        self.upsamples = []
+        self.upsamples: list[Any] = []
         temporal = config.temporal_downsample[::-1]
         for i, (in_dim, out_dim) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
             # The convolution that doubles the resolution has halved the width.
@@ -248,7 +249,7 @@ class Decoder(nn.Module):
             self.upsamples += [ResidualBlock(out_dim, out_dim) for _ in range(config.num_res_blocks)]
             if i < len(temporal):
                 self.upsamples.append(Upsample(out_dim, temporal[i]))
-        self.head = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 3)]
+        self.head: list[Any] = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 3)]
 
     @property
     def whole(self) -> list[Callable]:

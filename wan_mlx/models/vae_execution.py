@@ -62,7 +62,7 @@ class PacedCache(CausalCache):
         self._frees.limit()
         return y
 
-    def keep(self, layer: Callable, *frames: mx.array) -> None:
+    def keep(self, layer: nn.Module, *frames: mx.array) -> None:
         super().keep(layer, *frames)
         # A copy not yet made keeps its source alive, but every submission costs a GPU time: `pace` makes them.
         self._not_made += self.get(layer)

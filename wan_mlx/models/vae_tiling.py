@@ -41,11 +41,12 @@ def parse_tiling(text: str | tuple[int, int] | None, geometry: Geometry = WAN_2_
     """
     if text is None or text in ("auto", "off"):
         return text or "auto"
-    sides = text
     if isinstance(text, str):
         match = re.fullmatch(r"(\d+)(?:[x*×](\d+))?", text.strip().lower())
-        sides = match and (int(match[1]), int(match[2] or match[1]))
-    if not sides or len(sides) != 2:
+        sides = (int(match[1]), int(match[2] or match[1])) if match else ()
+    else:
+        sides = text
+    if len(sides) != 2:
         raise ValueError(f"vae_tiling is {text!r}, expected auto, off, or a tile's size in pixels such as 384x256")
     for side in sides:
         if side < SMALLEST_TILE or side % geometry.spatial:
@@ -54,7 +55,8 @@ def parse_tiling(text: str | tuple[int, int] | None, geometry: Geometry = WAN_2_
                 f"vae_tiling is {text!r}, expected multiples of {geometry.spatial} from {SMALLEST_TILE} pixels; "
                 f"nearest to {side}: {nearest}"
             )
-    return tuple(sides)
+    width, height = sides
+    return width, height
 
 
 def smaller_tile(tile: tuple[int, int] | None, size: tuple[int, int]) -> tuple[int, int] | None:
@@ -109,6 +111,7 @@ def decode(
             start = _first_frame(vae, index)
             canvas[:, start : start + pixels.shape[1], rows, columns] = pixels
     del middle
+    assert canvas is not None, "there is a tile"
     for index in range(count):
         yield canvas[:, _first_frame(vae, index) : _first_frame(vae, index + 1)]
 

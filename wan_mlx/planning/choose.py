@@ -78,7 +78,9 @@ def choose(
     held = kept * loaded(stream)
     tile_for = {}
     for name, peak in (("decode", peaks.decode), ("encode", peaks.encode)):
-        tiles = {"off": [None], "auto": tile_choices(latent_shape, nets.geometry)}.get(tiling, [tiling])
+        tiles: list[tuple[int, int] | None] = [None]
+        if tiling != "off":
+            tiles = list(tile_choices(latent_shape, nets.geometry)) if isinstance(tiling, str) else [tiling]
 
         def needs(tile, peak=peak) -> int:
             return peak(nets.vae, latent_shape, tile, itemsize) + held

@@ -13,6 +13,11 @@ UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TI
 SHARE_OF_METAL, SHARE_OF_CUDA, SHARE_OF_SYSTEM = 0.95, 0.93, 0.85
 
 
+def mlx_version() -> str:
+    """MLX's own."""
+    return mx.__version__  # type: ignore[attr-defined]  # its stubs lack it
+
+
 def parse_memory(memory: str | int | None) -> int | None:
     """Bytes of "8GB" (10^9), "8GiB" (2^30), "500MB" or a number of bytes; None for "auto" and None.
 
@@ -38,9 +43,9 @@ def available_memory() -> int:
     info = mx.device_info()
     if mx.default_device().type == mx.DeviceType.gpu:
         if "max_recommended_working_set_size" in info:
-            return int(SHARE_OF_METAL * info["max_recommended_working_set_size"])
+            return int(SHARE_OF_METAL * int(info["max_recommended_working_set_size"]))
         if "free_memory" in info or "total_memory" in info:
-            free = int(info.get("free_memory", info.get("total_memory")))
+            free = int(info["free_memory"] if "free_memory" in info else info["total_memory"])
             return int(SHARE_OF_CUDA * (free + mx.get_cache_memory() + mx.get_active_memory()))
         if "memory_size" in info:
             return int(0.7 * int(info["memory_size"]))
@@ -52,7 +57,7 @@ def system_memory(root: Path = Path("/")) -> int:
 
     Elsewhere half of what is installed.
     """
-    found = []
+    found: list[int | None] = []
     meminfo = _read(root / "proc/meminfo")
     if match := re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE):
         found.append(int(match[1]) * 1024)

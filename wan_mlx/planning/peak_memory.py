@@ -183,13 +183,13 @@ def _vae(config, latent_shape, tile, itemsize, decoding) -> int:
     factor, widest = config.spatial_factor, config.dim * config.dim_mult[-1]
     weights = vae_weights(config, itemsize)
     spans_of = decoder_spans if decoding else encoder_spans
-    given, right = [], []  # pixels of the largest tile at each stage: before, and what is passed on
+    sides_given, sides_right = [], []  # of the largest tile at each stage, in pixels: before, and what is passed on
     for length, side in zip((h, w), tile[::-1] if tile else (h * factor, w * factor), strict=True):
         parts = split(length, max(1, side // factor))
         spans = [spans_of(part, convolutions(config, decoding), length) for part in parts]
-        given.append([max(s[i][0][1] - s[i][0][0] for s in spans) for i in range(len(config.dim_mult))])
-        right.append([max(s[i][1][1] - s[i][1][0] for s in spans) for i in range(len(config.dim_mult))])
-    given, right = ([a * b for a, b in zip(*axes, strict=True)] for axes in (given, right))
+        sides_given.append([max(s[i][0][1] - s[i][0][0] for s in spans) for i in range(len(config.dim_mult))])
+        sides_right.append([max(s[i][1][1] - s[i][1][0] for s in spans) for i in range(len(config.dim_mult))])
+    given, right = ([a * b for a, b in zip(*axes, strict=True)] for axes in (sides_given, sides_right))
     caches, peak, held = 0, 0, 0
     blocks = config.num_res_blocks + decoding
     each = (DECODE_FRAMES if decoding else ENCODE_FRAMES) + UNFOLDED_FRAMES * on_cpu()

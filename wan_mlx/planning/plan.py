@@ -82,7 +82,8 @@ class Plan:
     def seconds(self) -> float | None:
         """Of the whole run; None where no rate was measured."""
         seconds = [row.seconds for row in self.rows]
-        return None if None in seconds else sum(seconds)
+        known = [s for s in seconds if s is not None]
+        return sum(known) if len(known) == len(seconds) else None
 
     @property
     def fits(self) -> bool:
@@ -107,7 +108,8 @@ class Plan:
             log.warning("there is less memory than when the run began: it goes on in smaller pieces, and the last bits "
                         "may differ")  # fmt: skip
             return self
-        choices = {name: tuple(value) if isinstance(value, list) else value for name, value in how.items()}
+        choices: dict[str, Any] = dict(how)
+        choices = {name: tuple(value) if isinstance(value, list) else value for name, value in choices.items()}
         del choices["peak"]
         return replace(self, **choices)
 
@@ -123,16 +125,17 @@ class Plan:
             )
 
     def __str__(self) -> str:
-        timed = self.seconds is not None
+        whole = self.seconds
+        timed = whole is not None
         lines = [
             f"{self.title}, within {number(self.budget / GIB)} GiB {'as asked' if self.chosen else 'of this machine'}",
             f"{'stage':<14}{'how':<42}{'peak GiB':>9}{'TFLOP':>11}{'reads GB':>10}" + f"{'time':>13}" * timed,
         ]
         for row in self.rows:
-            seconds = f"{duration(row.seconds):>13}" if timed else ""
+            seconds = "" if row.seconds is None or not timed else f"{duration(row.seconds):>13}"
             numbers = f"{row.peak / GIB:>9.2f}{number(row.flop / 1e12):>11}{number(row.reads / 1e9):>10}{seconds}"
             lines.append(f"{row.stage:<14}{row.how:<42}{numbers}")
-        total = f"{duration(self.seconds):>13}" if timed else ""
+        total = "" if whole is None else f"{duration(whole):>13}"
         lines.append(
             f"{'whole run':<56}{self.peak / GIB:>9.2f}{number(sum(row.flop for row in self.rows) / 1e12):>11}"
             f"{number(sum(row.reads for row in self.rows) / 1e9):>10}{total}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
@@ -33,11 +33,11 @@ class WeightBytes:
     beside it, for what is packed when all of it is there, or cast or put into another order on the way.
     """
 
-    outside: int
-    blocks: int
-    largest: int
-    stored_outside: int
-    stored_blocks: int
+    outside: int = 0
+    blocks: int = 0
+    largest: int = 0
+    stored_outside: int = 0
+    stored_blocks: int = 0
     unpacked: int = 0
     in_flight: int = 0
 
@@ -120,14 +120,14 @@ class PartSizes:
         name, kind: as of a `Part`.
         config: its sizes, such as a `TransformerConfig`.
         packings: of its matrices that are packed, by name.
-        weights: their bytes, of networks that consist of blocks.
+        weights: their bytes, of networks that consist of blocks; zeros for the others.
     """
 
     name: str
     kind: str
     config: Any
     packings: Mapping[str, Packing] = field(default_factory=dict)
-    weights: WeightBytes | None = None
+    weights: WeightBytes = WeightBytes()
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Networks:
 
 
 # Kind → (sizes, dtype, packings, bytes of each tensor in its file) → bytes of its weights.
-BYTES_OF = {"transformer": weight_bytes, "text_encoder": text_weight_bytes}
+BYTES_OF: dict[str, Callable[..., WeightBytes]] = {"transformer": weight_bytes, "text_encoder": text_weight_bytes}
 
 
 def sizes_of(model: Preset | Checkpoint, dtype: str | mx.Dtype, quantize: str | None = None) -> Networks:
@@ -192,7 +192,7 @@ def sizes_of(model: Preset | Checkpoint, dtype: str | mx.Dtype, quantize: str | 
     found = _published(model, quantize) if isinstance(model, Preset) else _opened(model, dtype, quantize)
     parts = []
     for name, kind, config, packings, stored in found:
-        weights = BYTES_OF[kind](config, dtype, packings, stored) if kind in BYTES_OF else None
+        weights = BYTES_OF[kind](config, dtype, packings, stored) if kind in BYTES_OF else WeightBytes()
         parts.append(PartSizes(name, kind, config, packings, weights))
     return Networks(tuple(parts), dtype)
 
@@ -206,7 +206,7 @@ def _published(preset: Preset, quantize: str | None) -> Iterator[Found]:
     plain = quantize in (None, EXPAND, NEAREST)
     for kind, config, itemsize in (("transformer", preset.transformer, 4), ("text_encoder", preset.text_encoder, 2)):
         shapes = parameter_shapes(new_network(config))
-        packings = {} if plain else plan_quantization(kind, quantize, shapes).packings
+        packings = {} if plain or quantize is None else plan_quantization(kind, quantize, shapes).packings
         yield kind, kind, config, packings, {name: itemsize * math.prod(shape) for name, shape in shapes.items()}
     yield "vae", "vae", preset.vae, {}, {}
     if preset.transformer.has_image_branch:
@@ -219,7 +219,7 @@ def _opened(checkpoint: Checkpoint, dtype: mx.Dtype, quantize: str | None) -> It
         kinds.append("image_encoder")
     for part in (part for kind in kinds for part in checkpoint.of_kind(kind) or [checkpoint.part(kind)]):
         weights, config = open_network(part, part.kind)
-        packings = {}
+        packings: Mapping[str, Packing] = {}
         if part.kind in QUANTIZED:
             packings = Parameters(weights, dtype, part.quantize or quantize).quantization.packings
         yield part.name, part.kind, config, packings, {name: weights.stored_bytes(name) for name in weights.sources}

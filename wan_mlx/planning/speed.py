@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from statistics import fmean
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,6 +37,7 @@ from . import peak_memory as peaks
 from .plan import Plan, limited_cache
 from .sizes import Networks
 
+M = TypeVar("M", bound=nn.Module)
 # Seconds of each thing that is timed: enough to tell, and no GPU work so long that macOS would end it.
 ENOUGH, MOST_TIMES = 0.4, 100
 # What takes so long is not done twice.
@@ -96,6 +97,7 @@ def with_seconds(plan: Plan, rates: Rates) -> Plan:
     rows = []
     for row in plan.rows:
         if row.stage == "encode video":
+            assert rates.encode is not None, "there is such a stage"
             seconds = row.flop / rates.encode
         elif row.stage in ("decode", "encode images"):  # float32 both
             seconds = row.flop / rates.decode
@@ -335,8 +337,8 @@ def random_array(shape: tuple[int, ...], scale: float, dtype: mx.Dtype) -> mx.ar
 
 
 def random_weights(
-    module: nn.Module, dtype: Callable[[str], mx.Dtype] = lambda name: mx.float32, packed: Collection[str] = ()
-) -> nn.Module:
+    module: M, dtype: Callable[[str], mx.Dtype] = lambda name: mx.float32, packed: Collection[str] = ()
+) -> M:
     """Give ``module`` matrices that keep what passes through near one; norms and biases stay as they are.
 
     Args:
@@ -346,7 +348,7 @@ def random_weights(
     """
     stems = tuple(name.removesuffix("weight") for name in packed)
     arrays = []
-    for name, array in tree_flatten(module.parameters()):
+    for name, array in dict(tree_flatten(module.parameters())).items():
         if name.startswith(stems) and not name.endswith(".bias"):
             continue
         if array.ndim > 1:
@@ -360,7 +362,7 @@ def random_weights(
 def random_transformer(config: TransformerConfig, nets: Networks) -> Transformer:
     """A transformer of these sizes, its matrices packed as those of ``nets`` are."""
     model, packings = new_transformer(config), nets.experts[0].packings
-    packed = {name for name, _ in tree_flatten(model.parameters())} & packings.keys()
+    packed = dict(tree_flatten(model.parameters())).keys() & packings.keys()
     for name in packed:
         parent, index = locate(model, name)
         (rows, columns), packing = parent[index].weight.shape, packings[name]
@@ -371,13 +373,13 @@ def random_transformer(config: TransformerConfig, nets: Networks) -> Transformer
     return random_weights(model, lambda name: dtype_of("transformer", name, nets.dtype), packed)
 
 
-def _inputs(config: TransformerConfig, tokens: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+def _inputs(config: TransformerConfig, tokens: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array, dict[str, Any]]:
     """Latents of so many tokens, a text, and what else the transformer takes."""
     t, h, w = config.patch_size
     shape = (1, t, h, w * tokens)
     latents = random_array((*shape, config.out_dim), 1.0, mx.float32)
     context = random_array((1, config.text_len, config.text_dim), 1.0, dtype)
-    more = {}
+    more: dict[str, Any] = {}
     if config.has_image_branch:
         images = (work.image_tokens(config) // work.IMAGE_TOKENS, work.IMAGE_TOKENS, config.image_dim)
         more = {"condition": random_array((*shape, config.in_dim - config.out_dim), 1.0, mx.float32),

@@ -19,6 +19,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import WanError
+from ..files.safetensors import load_arrays
+from ..planning.machine import mlx_version
 from ..storage import fingerprint, shards_of, whole_file
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ class PromptCache:
     def __init__(self, files: Sequence[Path], settings: Mapping[str, Any], folder: Path | None = None):
         self.folder = cache_folder() / "prompts" if folder is None else folder
         self.said = False
-        backend = [mx.__version__, str(mx.default_device().type), sys.platform]
+        backend = [mlx_version(), str(mx.default_device().type), sys.platform]
         self.identity: list[Any] | None = None
         try:
             self.identity = [FORMAT, backend, dict(settings), [file_identity(Path(file)) for file in files]]
@@ -80,7 +82,7 @@ class PromptCache:
         try:
             if not path.is_file():
                 return None
-            arrays, metadata = mx.load(str(path), return_metadata=True)
+            arrays, metadata = load_arrays(path)
             embedding = arrays["embedding"]
             mx.eval(embedding)
             if metadata.get("sha256") != _digest(embedding):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
@@ -125,6 +125,8 @@ class PromptExtender:
             pictures: what the video starts from (and ends with), which a model that sees is shown.
         """
         language = self.language or language_of(prompt)
+        if self._generate is None:
+            raise ValueError("the model of prompt extension is not loaded; use PromptExtender in a with block")
         shown = [_small(picture) for picture in pictures] if self.shows else []
         with same_random_state():
             words, ended = self._generate(INSTRUCTIONS[kind][language], prompt, Sampler(seed), shown)
@@ -136,11 +138,12 @@ class PromptExtender:
 @contextmanager
 def same_random_state() -> Iterator[None]:
     """What runs in this block leaves MLX's global random state as it was."""
-    before = mx.array(mx.random.state[0])
+    state = cast(list[mx.array], mx.random.state)
+    before = mx.array(state[0])
     try:
         yield
     finally:
-        mx.random.state[0][:] = before
+        state[0][:] = before
 
 
 class Sampler:
@@ -305,7 +308,7 @@ def _text_model(folder: Path) -> Callable[..., tuple[str, bool]]:
     """(instructions, prompt, sampler, no pictures) → the answer, and whether it came to an end."""
     import mlx_lm
 
-    model, tokenizer = mlx_lm.load(str(folder))
+    model, tokenizer, *_ = mlx_lm.load(str(folder))
     if tokenizer.chat_template is None:
         raise WanError(f"prompt extension: {folder} has no chat template; expected a model that follows instructions, "
                        f"such as {DEFAULT_MODEL}")  # fmt: skip

@@ -33,6 +33,7 @@ import numpy as np
 
 from .. import cuda, storage
 from ..errors import BusyError, WanError
+from ..files.safetensors import load_arrays
 from ..types import Conditioning, RunState, Step
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,13 @@ class RunFolder:
             raise WanError(f"{path} is damaged (no JSON object); start anew with --overwrite")
         return record
 
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run that has begun here."""
+        record = self.record()
+        if record is None:
+            raise WanError(f"{self.path} holds no run.json; start anew with --overwrite")
+        return record["settings"]
+
     # How far it has come
 
     def save_conditioning(self, conditioning: Conditioning, how: Mapping[str, Any] | None = None) -> None:
@@ -163,7 +171,8 @@ class RunFolder:
             return None
         arrays, metadata = _load(path)
         done, state, _ = self._last_step()
-        conditioning = Conditioning(**arrays, **json.loads(metadata["values"]))
+        values: dict[str, Any] = {**arrays, **json.loads(metadata["values"])}
+        conditioning = Conditioning(**values)
         return RunState(conditioning, done, state, json.loads(metadata["how"]))
 
     def notes(self) -> dict[str, Any]:
@@ -364,7 +373,7 @@ def _count_of(path: Path) -> int:
 
 def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
-        arrays, metadata = mx.load(str(path), return_metadata=True)
+        arrays, metadata = load_arrays(path)
         mx.eval(arrays)  # the file may go
     except RuntimeError as error:
         raise WanError(f"{path} is damaged ({error}); start anew with --overwrite") from error

@@ -21,9 +21,10 @@ class DMD(Scheduler):
             return super().start(noise, source)
         return float(self.sigmas[0]) * noise
 
-    def _advance(self, index: int, velocity: mx.array, sample: mx.array) -> mx.array:
+    def _advance(self, index: int, velocity: mx.array, sample: mx.array, x0: mx.array) -> mx.array:
         sigma = float(self.sigmas[index + 1])
         if sigma == 0:
-            return self.denoised
-        noise = latent_noise(sample.shape[1:-1], sample.shape[-1], self.seed, earlier=index + 1)
-        return (1 - sigma) * self.denoised + sigma * noise
+            return x0
+        _, frames, height, width, channels = sample.shape
+        noise = latent_noise((frames, height, width), channels, self.seed, earlier=index + 1)
+        return (1 - sigma) * x0 + sigma * noise

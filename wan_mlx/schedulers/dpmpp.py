@@ -17,8 +17,7 @@ class DPMSolverPP(Scheduler):
 
     history_from = {"x0_1": 1}  # the clean estimate, one step back
 
-    def _advance(self, index: int, velocity: mx.array, sample: mx.array) -> mx.array:
-        x0 = self.denoised
+    def _advance(self, index: int, velocity: mx.array, sample: mx.array, x0: mx.array) -> mx.array:
         sigma, sigma_next = self.sigmas[index], self.sigmas[index + 1]
         h = log_snr(sigma_next) - log_snr(sigma)
         gain = (np.float32(1) - sigma_next) * (np.exp(-h) - np.float32(1))

@@ -13,5 +13,5 @@ class Euler(Scheduler):
     The official code has no Euler solver; this one walks its dpm++ grid, with its whole-numbered timesteps.
     """
 
-    def _advance(self, index: int, velocity: mx.array, sample: mx.array) -> mx.array:
+    def _advance(self, index: int, velocity: mx.array, sample: mx.array, x0: mx.array) -> mx.array:
         return sample + float(self.sigmas[index + 1] - self.sigmas[index]) * velocity

@@ -104,7 +104,7 @@ class Scheduler:
     Attributes:
         sigmas: numpy float32 (steps - begin + 1,), the noise level before each step, then 0.
         timesteps: numpy int64 (steps - begin,), float64 of a `Grid`.
-        denoised: float32, the estimate of the clean sample made at the latest step; None before the first.
+        denoised: float32, the estimate of the clean sample made at the latest step; not there before the first.
     """
 
     sigma_max = 1.0
@@ -118,7 +118,7 @@ class Scheduler:
             raise ValueError(f"sampling begins at step {begin} of {steps}, expected 0 to {steps - 1}")
         self.sigmas, self.timesteps = self.sigmas[begin:], self.timesteps[begin:]
         self.seed = seed
-        self.denoised: mx.array | None = None
+        self.denoised: mx.array
         self.history: dict[str, mx.array] = {}
         self.next_index = 0
 
@@ -150,11 +150,12 @@ class Scheduler:
                 "or 0 to start afresh"
             )
         self.denoised = sample - float(self.sigmas[index]) * velocity
-        result = self._advance(index, velocity, sample)
+        result = self._advance(index, velocity, sample, self.denoised)
         self.next_index = index + 1
         return result
 
-    def _advance(self, index: int, velocity: mx.array, sample: mx.array) -> mx.array:
+    def _advance(self, index: int, velocity: mx.array, sample: mx.array, x0: mx.array) -> mx.array:
+        """The next sample; ``x0`` is the clean estimate made here."""
         raise NotImplementedError
 
     def state(self) -> dict[str, mx.array]:

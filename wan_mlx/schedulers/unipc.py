@@ -20,8 +20,7 @@ class UniPC(Scheduler):
     # the clean estimates one and two steps back, and the corrected sample that the last step started from
     history_from = {"sample": 1, "x0_1": 1, "x0_2": 2}
 
-    def _advance(self, index: int, velocity: mx.array, sample: mx.array) -> mx.array:
-        x0 = self.denoised
+    def _advance(self, index: int, velocity: mx.array, sample: mx.array, x0: mx.array) -> mx.array:
         if index > 0:
             sample = self._correct(index, x0)
         result = self._predict(index, x0, sample)

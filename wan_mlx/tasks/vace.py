@@ -94,7 +94,7 @@ def condition(request: Request, encoders: Encoders) -> Conditioning:
             log.warning("the mask is not used: without a source video all is generated, as in the official code")
         mask = np.full((request.num_frames, *size), 255, np.uint8)
         # What stays and what changes are the same grey.
-        videos = [repeat(np.zeros((*size, 3), np.float32), request.num_frames)]
+        videos: list[Iterable[np.ndarray]] = [repeat(np.zeros((*size, 3), np.float32), request.num_frames)]
     else:
         frames, mask = read_source(request)
         videos = [_where(frames, mask <= 127), _where(frames, mask > 127)]

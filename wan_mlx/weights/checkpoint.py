@@ -273,7 +273,7 @@ def _part_of(weights: ComponentWeights) -> Part:
         return _parts({kind: file}, config)[0]
     if not (kind == "transformer" and "num_heads" in config):
         config = _renamed(config, kind)
-    return Part(kind, kind, file, config, weights.quantization and weights.quantization.mode)
+    return Part(kind, kind, file, config, weights.quantization.mode if weights.quantization else None)
 
 
 def _renamed(config: dict[str, Any], kind: str) -> dict[str, Any]:

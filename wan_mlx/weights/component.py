@@ -106,6 +106,7 @@ class ComponentWeights:
             except WeightsError as error:
                 raise WeightsError(f"{self.path}: {name}: {error}") from None
         stem = name.removesuffix("weight")
+        assert self.quantization is not None, "packed: see `repackable`"
         keys = self.quantization.packings[name].shapes(self.shapes[name])
         return {key: (fetch or self.file.read)(stem + key) for key in keys}
 
@@ -119,7 +120,8 @@ class ComponentWeights:
             else:
                 keys += self.sources[name]
         found = {key: self.file.byte_range(key) for key in keys}
-        return None if None in found.values() else found
+        ranges = {key: place for key, place in found.items() if place is not None}
+        return ranges if len(ranges) == len(found) else None
 
     def repackable(self, name: str) -> bool:
         """Whether `packed` gives the integers of a matrix as they are stored, if not its scales."""
@@ -243,7 +245,7 @@ def check_keys(weights: ComponentWeights, expected: Mapping[str, tuple[int, ...]
 
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name → shape of every parameter; nothing is computed."""
-    return {name: tuple(array.shape) for name, array in tree_flatten(module.parameters())}
+    return {name: tuple(array.shape) for name, array in dict(tree_flatten(module.parameters())).items()}
 
 
 def open_component(path: str | Path, component: str) -> ComponentWeights:

@@ -159,7 +159,8 @@ class Network:
             block = BLOCK.match(name)
             # Tensors outside blocks come first, each a group of its own; VACE's blocks are computed before the others.
             groups.setdefault((1, block[1] == "blocks", int(block[2])) if block else (0, False, place), []).append(name)
-        shards, room = [[]], self.shard_bytes
+        shards: list[list[str]] = [[]]
+        room = self.shard_bytes
         for _, names in sorted(groups.items()):
             size = sum(map(self._size, names))
             if size > room and shards[-1]:
@@ -175,7 +176,7 @@ class Network:
         index, single = MLX_FILES[component]
         if len(shards) == 1:
             return {single: self._write_shard(folder / single, shards[0], steps)}
-        digests, owners = {}, {}
+        digests, owners = dict[str, str](), dict[str, str]()
         for number, names in enumerate(shards, 1):
             file = f"{component}-{number:05d}-of-{len(shards):05d}.safetensors"
             digests[file] = self._write_shard(folder / file, names, steps)
@@ -192,7 +193,8 @@ class Network:
         metadata = {"layout": MLX_LAYOUT, "component": self.parameters.component}
         if self.parameters.quantization.packings:
             metadata |= self.parameters.quantization.to_metadata()
-        header, offset = {"__metadata__": metadata}, 0
+        header: dict[str, Any] = {"__metadata__": metadata}
+        offset = 0
         for name in names:
             for key, (shape, dtype) in self.kept[name].items():
                 end = offset + math.prod(shape) * dtype.size
@@ -203,7 +205,8 @@ class Network:
         digest = hashlib.sha256()
         try:
             with open(path, "wb") as file:
-                for data in chain((len(encoded).to_bytes(8, "little"), encoded), self._values(names, steps)):
+                head: list[bytes | memoryview] = [len(encoded).to_bytes(8, "little"), encoded]
+                for data in chain(head, self._values(names, steps)):
                     file.write(data)
                     digest.update(data)
         except OSError as error:
@@ -219,7 +222,7 @@ class Network:
             arrays = dict(self.parameters.finish(started))
             for key, (_, dtype) in self.kept[name].items():
                 with mx.stream(mx.cpu):
-                    yield memoryview(np.array(arrays.pop(key).astype(dtype).flatten().view(mx.uint8)))
+                    yield np.array(arrays.pop(key).astype(dtype).flatten().view(mx.uint8)).data
 
 
 def _kept(parameters: Parameters, name: str) -> Specs:

@@ -212,7 +212,8 @@ def normalise_loras(loras: Iterable[LoraChoice] | LoraChoice | None) -> list[tup
     if isinstance(loras, str | Path):
         loras = [loras]
     found = []
-    for entry in loras:
+    for given in loras:
+        entry: Any = given
         if isinstance(entry, str):
             entry = parse_lora(entry)
         elif isinstance(entry, Path):
@@ -266,7 +267,9 @@ def _file_of(path: Path) -> Path:
 
 def _open(path: Path, strength: float, shapes: Mapping[str, tuple[int, ...]], patch: int) -> Lora:
     file = fold(open_weights(_file_of(path)))
-    resolver, parts, unknown, unused = _Resolver(shapes), {}, [], []
+    resolver = _Resolver(shapes)
+    parts: dict[Any, Any] = {}
+    unknown, unused = list[str](), list[str]()
     for key in file.tensors:
         found = resolver(key)
         if found is None:
@@ -321,7 +324,7 @@ class _Resolver:
             if match:
                 name = self._parameter(match[1], role)
                 role = "diff" if role.startswith("diff") else role
-                return (name, role) if name in self.shapes else None
+                return (name, role) if name is not None and name in self.shapes else None
         return None
 
     def _parameter(self, module: str, role: str) -> str | None:
@@ -337,7 +340,7 @@ class _Resolver:
         joined = JOINED.fullmatch(module)
         if joined:
             return self._joined(f"{joined[1]}_{kind}".rstrip("_"))
-        name = f"{module[PREFIX.match(module).end() :]}.{kind}".rstrip(".")
+        name = f"{PREFIX.sub('', module, count=1)}.{kind}".rstrip(".")
         if name in self.shapes:
             return name
         return next((target for target in self._renamed(name, ".") if target in self.shapes), None)
@@ -388,7 +391,7 @@ def _scale(file: WeightsFile, name: str, part: Part, config: _PeftConfig | None)
     if part.alpha:
         if math.prod(file.tensors[part.alpha].shape) != 1:
             raise WeightsError(f"{file.path}: {part.alpha} has shape {file.tensors[part.alpha].shape}, not one number")
-        alpha = file.read(part.alpha).astype(mx.float32).item()
+        alpha = float(file.read(part.alpha).astype(mx.float32))
         if not math.isfinite(alpha):
             raise WeightsError(f"{file.path}: {part.alpha} is {alpha}, expected a finite number")
         return alpha / rank
@@ -433,7 +436,7 @@ class _PeftConfig:
 
     def scale(self, key: str, rank: int) -> float:
         """Of the factors whose down is ``key``."""
-        module = "." + key[: re.search(ENDINGS["down"], key).start()]
+        module = "." + re.split(ENDINGS["down"], key, maxsplit=1)[0]
         alpha = next((alpha for name, alpha in self.alpha_pattern.items() if module.endswith(f".{name}")), self.alpha)
         if alpha is None:
             return 1.0

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,6 +29,7 @@ from .lora import Loras
 from .prefetch import IN_FLIGHT, Prefetch, prefetch_in_turn, prefetch_lazy, prefetch_staged
 from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
 
+M = TypeVar("M", bound=nn.Module)
 # Name of a parameter → the order its rows (axis 0) are wanted in, or None for the order they are stored in.
 RowOrder = Callable[[str], "mx.array | None"]
 
@@ -189,7 +190,7 @@ class Parameters:
         if resident:
             mx.eval(list(started.values()))
         self._check_scales(started)
-        finished = []
+        finished: list[tuple[str, mx.array]] = []
         for name in list(started):
             arrays = started.pop(name)
             worked = self._has_work(name) or name in self.beside
@@ -281,11 +282,11 @@ def _quantization(weights: ComponentWeights, quantize: str | None) -> Quantizati
 
 
 def load_module(
-    module: nn.Module,
+    module: M,
     parameters: Parameters,
     progress: Callable[[Iterable[str]], Iterable[str]],
     unread: Mapping[str, tuple[int, ...]] | None = None,
-) -> nn.Module:
+) -> M:
     """Fill ``module`` and return it.
 
     ``unread``: name → shape of what the file must hold too, though ``module`` has no use for it; it is not read.
@@ -300,12 +301,14 @@ def load_module(
     else:
         module.load_weights(load_in_turn(parameters, progress(names)))
     module.lora_state = LoraState(bool(parameters.merged), parameters.row_order)
-    return module.eval()
+    module.eval()
+    return module
 
 
 def load_in_turn(parameters: Parameters, names: Iterable[str]) -> list[tuple[str, mx.array]]:
     """One tensor at a time: while one is read, the one before is cast and reordered."""
-    arrays, before = [], {}
+    arrays: list[tuple[str, mx.array]] = []
+    before: dict[str, dict[str, mx.array]] = {}
     for name in names:
         with mx.stream(mx.cpu):
             started = parameters.start([name], now=True)
@@ -319,8 +322,9 @@ def load_staged(
     parameters: Parameters, names: Iterable[str], staging: StagingBuffers
 ) -> list[tuple[str, mx.array]]:
     """`IN_FLIGHT` bytes at a time, or one tensor, into a staging buffer, cast and reordered from there."""
-    arrays = []
-    some, size = [], 0
+    arrays: list[tuple[str, mx.array]] = []
+    some: list[str] = []
+    size = 0
 
     def load() -> None:
         prefetch = parameters.prefetch(some, staging, kept=True)
@@ -377,6 +381,7 @@ def stream_blocks(
     try:
         following = start_reading(places[0]) if places else None
         for index in range(len(places)):
+            assert following is not None, "there is one for every index"
             block, prefix, prefetch = following
             arrays = parameters.finish(prefetch.result(), prefetch.resident)
             block.load_weights([(name.removeprefix(prefix), array) for name, array in arrays])
@@ -400,7 +405,7 @@ class StreamedBlocks:
         self.make_block, self.parameters = make_block, parameters
         self._one_pass = threading.Lock()
 
-    def __call__(self, places: Sequence[str]) -> Iterator[nn.Module]:
+    def __call__(self, places: Sequence[str]) -> Iterator[Any]:
         with self._one_pass:
             yield from stream_blocks(places, self.make_block, self.parameters)
 

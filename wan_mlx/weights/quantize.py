@@ -100,7 +100,7 @@ def _auto(component: str, names: Iterable[str]) -> dict[str, str]:
     """Each matrix's mode in `AUTO`."""
     if component != "transformer":
         return dict.fromkeys(names, "q8")
-    places = {name: re.match(r"(\w+)\.(\d+)", name).groups() for name in names}
+    places = {name: tuple(name.split(".")[:2]) for name in names}  # "blocks", "3"
     counts: dict[str, int] = {}
     for kind, index in places.values():
         counts[kind] = max(counts.get(kind, 0), int(index) + 1)

@@ -15,7 +15,7 @@ from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import Transformer
 from ..types import LoraChoice
 from .lora import normalise_loras, open_loras
-from .parameters import LoraState, dtype_of, is_matrix, locate
+from .parameters import LoraState, StreamedBlocks, dtype_of, is_matrix, locate
 
 
 def set_loras(loaded: Transformer | Execution, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
@@ -36,7 +36,7 @@ def set_loras(loaded: Transformer | Execution, loras: Iterable[LoraChoice] | Lor
     state: LoraState = model.lora_state
     if state.merged:
         raise ValueError("LoRAs were merged into these weights as they were loaded; load the model again without them")
-    streamed = blocks.parameters if blocks else None
+    streamed = blocks.parameters if isinstance(blocks, StreamedBlocks) else None
     shapes = streamed.weights.shapes if streamed else logical_shapes(model)
     opened = open_loras(normalise_loras(loras), shapes, math.prod(model.config.patch_size))
     opened.report_unused()

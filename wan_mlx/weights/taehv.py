@@ -42,7 +42,8 @@ def load_taehv(path: str | Path, dtype: str | mx.Dtype = "float32") -> TAEHV:
     arrays = [(name, _channels_last(file.read(name))[-shape[0] :].astype(dtype)) for name, shape in expected.items()]
     mx.eval([array for _, array in arrays])
     model.load_weights(arrays)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _config(file: WeightsFile) -> TAEHVConfig:
@@ -56,14 +57,16 @@ def _config(file: WeightsFile) -> TAEHVConfig:
             f"{file.path}: is a TAEHV of {shapes[LATENTS][1]} latent channels and {shapes[OUTPUT][0]} values per "
             "pixel, expected 16 and 3: taew2_1"
         )
-    return TAEHVConfig(encoder_width=shapes["encoder.0.weight"][0], widths=tuple(shapes[name][0] for name in WIDTHS))
+    first, second, third, fourth = (shapes[name][0] for name in WIDTHS)
+    return TAEHVConfig(encoder_width=shapes["encoder.0.weight"][0], widths=(first, second, third, fourth))
 
 
 def _last_frames(name: str, shape: tuple[int, ...], expected: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     """A layer stored to make more frames of one than the model does gives the last of them, as in the reference."""
     wanted = expected.get(name)
-    growing = wanted is not None and name.startswith("decoder.") and len(shape) == 4 and shape[2:] == (1, 1)
-    return wanted if growing and shape[1] == wanted[1] and shape[0] in (2 * wanted[0], 4 * wanted[0]) else shape
+    if wanted is None or not name.startswith("decoder.") or len(shape) != 4 or shape[2:] != (1, 1):
+        return shape
+    return wanted if shape[1] == wanted[1] and shape[0] in (2 * wanted[0], 4 * wanted[0]) else shape
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
