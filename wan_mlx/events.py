@@ -6,7 +6,7 @@ whoever iterates over it. Terminal, ``--json`` and notebooks only listen. Arrays
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -183,11 +183,11 @@ def unheard(event: Event) -> None:
     """The listener of a run that nobody listens to."""
 
 
-def counted(listener: Listener, name: str) -> Callable[..., Iterable]:
+def counted(listener: Listener, name: str) -> Callable[..., Generator]:
     """Wraps an iteration so that its `Progress` is told: (items, total=None, initial=0) → items."""
 
-    def count(items: Iterable, total: int | None = None, initial: int = 0) -> Iterator:
-        if total is None and hasattr(items, "__len__"):
+    def count(items: Iterable, total: int | None = None, initial: int = 0) -> Generator:
+        if total is None and isinstance(items, Sized):
             total = len(items)
         listener(Progress(name, initial, total))
         for done, item in enumerate(items, start=initial + 1):

@@ -75,7 +75,8 @@ class Report:
     """A line of JSON for each of ``total`` requests, written as soon as it is over."""
 
     def __init__(self, file, total: int):
-        self.file, self.total, self.counts = file, total, {}
+        self.file, self.total = file, total
+        self.counts: dict[str, int] = {}
 
     def add(self, line: Line, status: str, **rest: Any) -> None:
         output, seed = str(line.job.output), line.job.request.seed
@@ -138,7 +139,7 @@ def _begins(line: Line) -> bool:
 def _extend_prompts(lines: list[Line], say: Terminal) -> None:
     """Write the prompts out where that is asked for, those of one language model together."""
     new = [line for line in lines if line.extension and _begins(line)]
-    for extension in dict.fromkeys(line.extension for line in new):
+    for extension in dict.fromkeys(line.extension for line in new if line.extension):
         extend(extension, [line.job for line in new if line.extension == extension], say)
 
 
@@ -172,7 +173,8 @@ def read_lines(path: Path, argv: list[str], overwrite: bool, say: Terminal) -> l
         texts = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prompts {path} cannot be read: {error}") from error
-    parser, pipes, lines = build_parser(), {}, []
+    parser, lines = build_parser(), list[Line]()
+    pipes: dict[Any, Any] = {}
     outputs: dict[Path, int] = {}
     for number, text in enumerate(texts, start=1):
         if not text.strip():

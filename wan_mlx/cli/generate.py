@@ -9,12 +9,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from .. import __version__, options
 from ..events import Finished
 from ..media.write import check_output
 from ..planning.choose import plan
+from ..planning.machine import mlx_version
 from ..prompts.extend import Extension
 from ..recipes import recipe_notes
 from ..runs.folder import ENDING, RunFolder
@@ -29,7 +28,7 @@ from .terminal import FAILURE, Terminal
 def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     """Do what the flags ask for; returns the exit code."""
     if args.version:
-        print(f"wan_mlx {__version__}, mlx {mx.__version__}, python {sys.version.split()[0]}")
+        print(f"wan_mlx {__version__}, mlx {mlx_version()}, python {sys.version.split()[0]}")
         return 0
     check_flags(args)
     if args.plan:

@@ -54,7 +54,7 @@ def tell_watching(pipe: OpenedModel, previews: PreviewFiles | None, say: Termina
     if previews:
         often = f"every {previews.every} steps" if previews.every > 1 else "every step"
         say.note(f"preview   {previews.path}, {previews.sheet}, after {often}{' by TAEHV' if pipe.taehv else ''}")
-    if pipe.draft:
+    if pipe.draft and pipe.taehv:
         say.note(f"draft     decoded by {pipe.taehv.name} instead of the VAE")
 
 

@@ -88,6 +88,7 @@ class Job:
             if self.overwrite or not folder.is_unfinished:
                 return self._begin(folder, listener)
             record = read_record(folder)
+            assert record is not None, "a run has begun there"
             check_same({**self.pipe.opened_with, **self.asked}, record, free)
             for difference in check_identity(record, self.pipe, folder):
                 listener(Note(difference))
@@ -106,7 +107,7 @@ class Job:
     def go_on(self, folder: RunFolder, listener: Listener = unheard) -> Finished:
         """Make the file from where its folder is, which is locked and has begun; as `make`."""
         started = time.perf_counter()
-        settings = folder.record()["settings"]
+        settings = folder.settings()
         try:
             listener(Started(self.output, settings))
             complaint = self._make(folder, listener)
@@ -140,7 +141,7 @@ class Job:
 
     def _make(self, folder: RunFolder, listener: Listener) -> str | None:
         """Sample, decode and encode; returns what is wrong with the video, if anything."""
-        request, settings = self.request, folder.record()["settings"]
+        request, settings = self.request, folder.settings()
         check_disk(folder.path, disk_needed(request, self.pipe.latent_channels) - folder.size)
         VideoWriter(self.output, request.fps, (request.width, request.height), settings, self.overwrite)
         frames = folder.open_frames(request.height, request.width)
@@ -172,9 +173,11 @@ class Job:
                 # Decoding starts at the first frame, and comes in the same chunks as those that are kept.
                 encoding.add(event.frames)
 
+        previews: Any = self.previews
+
         def show(event: Event) -> None:
-            if isinstance(event, Stepped) and (self._stopping or self.previews.is_due(event.step)):
-                listener(self.previews.write(event.step, self.request))
+            if isinstance(event, Stepped) and (self._stopping or previews.is_due(event.step)):
+                listener(previews.write(event.step, self.request))
 
         run.listen(keep).listen(listener)
         if self.previews:
@@ -222,20 +225,21 @@ class _Encoding:
         self.store.add(frames)
         self._follow()
 
-    def _open(self) -> None:
-        """Begin the file, if it has not begun; sampling must be done, since its notes go into the file's head."""
+    def _open(self) -> VideoWriter:
+        """The file, begun if it has not begun; sampling must be done, since its notes go into the file's head."""
         if self._writer is None:
             request, folder = self.request, self.folder
-            settings = folder.record()["settings"] | folder.notes()
+            settings = folder.settings() | folder.notes()
             size = (request.width, request.height)
             writer = VideoWriter(folder.output, request.fps, size, settings, self.overwrite, folder.path)
             self._writer = writer.__enter__()
+        return self._writer
 
     def _follow(self, check: Callable[[], None] | None = None) -> None:
         """Encode the kept frames that are not yet; ``check`` is called after each latent frame's worth."""
         for frames in self.store.chunks(self._chunks):
             self.statistics.add(frames)
-            self._writer.write(frames)
+            self._open().write(frames)
             self._chunks += 1
             if check is not None:
                 check()
@@ -245,7 +249,8 @@ class _Encoding:
         self._adding.settle()
         self._open()
         self._follow(check)
-        state = self.folder.state()
+        state, writer = self.folder.state(), self._open()
+        assert state is not None, "its steps are there"
         latents = latents_to_numpy(state.state["latents"][:, state.conditioning.trim_latents :])
-        self._writer.latents, self._writer.when_whole = latents, self.folder.mark_finished
+        writer.latents, writer.when_whole = latents, self.folder.mark_finished
         return self.statistics.complaint() or latents_complaint(latents)

@@ -16,6 +16,7 @@ from ..geometry import Geometry
 from ..media.preview import PreviewFiles
 from ..media.write import read_settings
 from ..opened import OpenedModel
+from ..planning.machine import mlx_version
 from ..presets import BUNDLED
 from ..prompts.extend import Extension
 from ..types import SOURCE_FIELDS, Request
@@ -57,7 +58,7 @@ def make_record(
         "settings": pipe.settings(request),
         "weights": {name: storage.fingerprint(path) for name, path in _weights(pipe).items()},
         "sources": {name: storage.fingerprint(Path(name)) for name in sources if name and Path(name).is_file()},
-        "machine": {"wan_mlx": __version__, "mlx": mx.__version__, "device": _device()},
+        "machine": {"wan_mlx": __version__, "mlx": mlx_version(), "device": _device()},
     }
     return json.loads(json.dumps(record))
 
@@ -167,7 +168,7 @@ def check_identity(record: Mapping[str, Any], pipe: OpenedModel, folder: RunFold
         if not Path(name).is_file() or storage.fingerprint(Path(name)) != known:
             raise WanError(f"{name} is not the file that the run was begun with; put that back, or start anew with "
                            "--overwrite instead of --resume")  # fmt: skip
-    now = {"wan_mlx": __version__, "mlx": mx.__version__, "device": _device()}
+    now = {"wan_mlx": __version__, "mlx": mlx_version(), "device": _device()}
     for name, value in now.items():
         if record["machine"][name] != value:
             yield f"the run was begun with {name} {record['machine'][name]}, this is {value}: last bits may differ"
@@ -175,7 +176,7 @@ def check_identity(record: Mapping[str, Any], pipe: OpenedModel, folder: RunFold
 
 def _weights(pipe: OpenedModel) -> dict[str, Path]:
     """Every file that the run reads weights from."""
-    draft = {"taehv": pipe.taehv} if pipe.draft else {}
+    draft = {"taehv": pipe.taehv} if pipe.draft and pipe.taehv else {}
     loras = [*pipe.loras, *(lora for part in pipe.checkpoint.parts for lora in part.loras)]
     return {**pipe.checkpoint.files, **{f"lora {i}": path for i, (path, _) in enumerate(loras)}, **draft}
 
@@ -201,7 +202,7 @@ def _absolute_if_here(name: str) -> str:
     return name if name in BUNDLED or not Path(name).expanduser().exists() else _absolute(name)
 
 
-def _absolute(path: str | None) -> str | None:
+def _absolute(path: str) -> str:
     return path and str(Path(path).expanduser().absolute())
 
 
