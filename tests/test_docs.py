@@ -301,7 +301,7 @@ def test_every_link_leads_somewhere():
             assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), (page, link)
 
 
-def test_every_flag_is_told():
+def test_every_flag_is_documented():
     """And none that there is not."""
     text = (ROOT / "docs/flags.md").read_text(encoding="utf-8")
     own = text[: text.index("`weights_convert.py` takes")]
@@ -315,7 +315,7 @@ def memory_table(page: str) -> list[tuple[str, ...]]:
     return re.findall(r"^\| ([\w.-]+) \| (\d+)x(\d+) \| (.+) \|$", text, re.MULTILINE)
 
 
-def test_the_memory_table_is_what_plans_say(monkeypatch):
+def test_the_memory_table_agrees_with_plans(monkeypatch):
     """Within a tenth: predictions are refined now and then."""
     monkeypatch.setattr(peaks, "on_cpu", lambda: False)
     monkeypatch.setattr(peaks, "has_fused_kernel", lambda *_: True)

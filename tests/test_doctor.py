@@ -60,7 +60,7 @@ def first_keys_only(function):
         (mx.fast, "scaled_dot_product_attention", nan_in_one, lambda: selftest.attention(300, mx.float32), "NaN"),
     ],
 )
-def test_what_went_wrong_elsewhere_is_seen(monkeypatch, place, name, breaking, check, says):
+def test_broken_operations_are_found(monkeypatch, place, name, breaking, check, says):
     monkeypatch.setattr(place, name, breaking(getattr(place, name)))
     error, allowed, fault = check()
     assert says in fault and (fault or error > allowed)

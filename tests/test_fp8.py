@@ -156,7 +156,7 @@ def bad(**tensors):
         (bad(a__weight=W), {"_quantization_metadata": '{"layers": {"a": 3}}'}, "stored as None"),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path, tensors, metadata, word):
+def test_scales_that_do_not_fit_are_refused(tmp_path, tensors, metadata, word):
     assert word in refusal(write(tmp_path / "x.safetensors", tensors, metadata), opened)
 
 

@@ -136,7 +136,7 @@ def test_plain_types(tmp_path):
         assert "rows of blocks" in refusal(path, lambda _, k=key: file.raw(k))
 
 
-def test_what_the_gguf_package_writes(tmp_path):
+def test_files_of_the_gguf_package_are_read(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "pig")
     writer.add_array("tokens", ["a", "▁b"])
     writer.add_array("scores", [0.5, -2.0])

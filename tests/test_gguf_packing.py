@@ -165,7 +165,7 @@ def test_a_damaged_block_is_named(tmp_path):
             load_transformer(path, quantize=quantize)
 
 
-def test_the_converter_keeps_what_is_packed(tmp_path):
+def test_the_converter_keeps_packed_weights(tmp_path):
     path = write(tmp_path / "m.gguf", ["Q8_0", "Q4_1", "Q4_K"])
     source = open_checkpoint(resolve("nano"), {"transformer": path})
     folder = convert(source, tmp_path / "kept", dtype="float32")

@@ -42,7 +42,7 @@ def test_a_dark_or_pale_picture_passes():
     assert complaint(ramp) is None and complaint(255 - ramp) is None
 
 
-def test_bad_videos_are_called_what_they_are():
+def test_bad_videos_are_recognised():
     random = np.random.default_rng(0)
     assert "black" in complaint(np.zeros((3, 32, 32, 3), np.uint8), random.integers(0, 4, (2, 32, 32, 3), np.uint8))
     assert "flat" in complaint(random.integers(127, 130, (3, 32, 32, 3), np.uint8))
@@ -163,7 +163,7 @@ class TestDecodeOutOfMemory:
             list(pipe.decode(latents))
 
 
-def test_out_of_memory_says_what_to_do(tmp_path, monkeypatch, capsys, flags):
+def test_out_of_memory_gives_advice(tmp_path, monkeypatch, capsys, flags):
     def fail(self, *args):
         raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
 

@@ -128,7 +128,7 @@ def written(folder: Path) -> dict:
         ("someone/mlx", "someone/mlx", MLX),
     ],
 )
-def test_only_what_is_needed_is_fetched(server, name, repo, published):
+def test_only_needed_files_are_downloaded(server, name, repo, published):
     folder = resolve(name)
     assert set(server.got()) == {path for path, needed in published.items() if needed}
     assert set(server.got().values()) == {1}
@@ -181,7 +181,7 @@ def test_loras_of_a_hub(server, monkeypatch):
     assert resolve_loras(normalise_loras("a/missing.safetensors")) == [(Path("a/missing.safetensors"), 1.0)]
 
 
-def test_sizes_are_told_before_and_what_is_here_is_subtracted(server):
+def test_download_size_subtracts_cached_files(server):
     needed = {path: len(server.repos[REPO][path]) for path, wanted in OFFICIAL.items() if wanted}
     before = survey(REPO)
     assert (before.total, before.cached, before.missing) == (sum(needed.values()), 0, sum(needed.values()))
@@ -228,7 +228,7 @@ def test_an_interrupted_download_goes_on_in_the_next_run(server, one_file, monke
     assert server.ranges("big.gguf") == [f"bytes={kept}-"]
 
 
-def test_ctrl_c_keeps_what_has_arrived(server, one_file, monkeypatch):
+def test_ctrl_c_keeps_partial_downloads(server, one_file, monkeypatch):
     def interrupt(jobs, return_when):
         while not survey(one_file).cached:
             pass
@@ -296,7 +296,7 @@ def test_a_mirror_may_have_etags_of_its_own(server, one_file):
     assert resolve(one_file).read_bytes() == server.repos["a/b"]["big.gguf"]
 
 
-def test_no_room_is_said_before_anything_is_fetched(server, monkeypatch):
+def test_a_full_disk_is_reported_before_downloading(server, monkeypatch):
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5000))
     with pytest.raises(WeightsError, match=r"needs \d+.\d KB more in .*cache, which has 5.0 KB free; .*HF_HOME"):
         resolve(REPO)
@@ -327,14 +327,14 @@ def test_a_full_disk_is_one_line(server, one_file, monkeypatch):
         (lambda s: s.close(), "out of reach"),
     ],
 )
-def test_what_went_wrong_is_one_line(server, fault, message):
+def test_download_errors_are_one_line(server, fault, message):
     fault(server)
     with pytest.raises(WeightsError, match=message) as error:
         resolve(REPO)
     assert "\n" not in str(error.value) and REPO in str(error.value)
 
 
-def test_a_refused_token_is_said(server, monkeypatch):
+def test_a_refused_token_is_reported(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
     with pytest.raises(WeightsError, match="refuses your token .401.; give a token that may read it"):
         resolve(REPO)
@@ -363,7 +363,7 @@ def test_a_token_is_sent(server, monkeypatch):
         (f"{REPO}@v9", "has no revision v9"),
     ],
 )
-def test_what_is_not_there_names_what_is(server, name, message):
+def test_missing_names_on_a_hub_list_the_present_ones(server, name, message):
     with pytest.raises(WeightsError, match=message):
         resolve(name)
 

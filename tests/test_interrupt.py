@@ -31,7 +31,7 @@ def check_resumable(tmp_path, whole, code, errors, kept_steps):
 
 
 @pytest.mark.parametrize("where, kept_steps", [("step", 2), ("frame", 3)])
-def test_once_finishes_what_is_at_work(tmp_path, flags, whole, where, kept_steps):
+def test_first_ctrl_c_finishes_the_step_at_work(tmp_path, flags, whole, where, kept_steps):
     paused = PausedProcess(where, 1, *flags, "--output", str(tmp_path / "a.mp4"))
     paused.process.send_signal(signal.SIGINT)
     paused.wait_for("Ctrl-C again stops at once")

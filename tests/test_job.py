@@ -43,7 +43,7 @@ def test_events_of_a_job(job, pipe):
     assert json.loads(json.dumps(finished.as_json()))["seconds"] == round(finished.seconds, 3)
 
 
-def test_a_step_is_kept_before_it_is_told(job):
+def test_a_step_is_saved_before_its_event(job):
     def listener(event):
         if isinstance(event, Stepped):
             folder = RunFolder(job.output)

@@ -178,7 +178,7 @@ def test_used_on_a_gpu_only():
     assert not kernels.usable(kernels.layer_norm, normal(0, 1, 2, 96))
 
 
-def test_used_for_what_they_can_take(on_gpu):
+def test_kernels_are_used_for_supported_arrays_only(on_gpu):
     x = normal(0, 2, 3, 96)
     assert kernels.usable(kernels.layer_norm, x, normal(1, 96))
     assert not kernels.usable(kernels.layer_norm, x, normal(1, 2, 1, 96))  # one vector for each sample
@@ -215,7 +215,7 @@ def test_rotation_is_the_same_with_them(on_gpu, monkeypatch, head_dim):
     assert mx.allclose(got, fused.norm_and_rotate(x, weight, heads, table, 1e-6), rtol=1e-5, atol=1e-5)
 
 
-def test_doctor_tells(on_gpu, monkeypatch):
+def test_doctor_reports_kernels(on_gpu, monkeypatch):
     assert [check.status for check in doctor.fused_kernels()] == ["ok", "ok"]
     kernels.agrees.cache_clear()
     monkeypatch.setitem(kernels.TRIALS, kernels.layer_norm, lambda *args: iter([(mx.array(1.0), mx.array(2.0))]))

@@ -259,7 +259,7 @@ def inputs(seed=0):
     return mx.array(random(rng, 1, 2, 4, 4, 16, scale=1)), 500.0, mx.array(random(rng, 1, 512, 64, scale=1))
 
 
-def test_beside_the_weights_it_computes_as_if_merged(base, two):
+def test_unmerged_loras_equal_merged_ones(base, two):
     path, _ = base["t2v"]
     loras = [(two[0], 0.9), (two[1], -0.4)]
     plain = load_transformer(path, "float32")

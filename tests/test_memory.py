@@ -80,7 +80,7 @@ V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
         ({f"{V1}/memory.limit_in_bytes": "9223372036854771712\n"}, 20000000 * 1024),
     ],
 )
-def test_system_memory_is_the_least_that_linux_tells(tmp_path, files, free):
+def test_system_memory_is_the_least_limit_of_linux(tmp_path, files, free):
     for name, text in {"proc/meminfo": MEMINFO, **files}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -105,7 +105,7 @@ def test_auto_leaves_room_on_a_gpu(monkeypatch, info, left):
     assert budget.available_memory() == left
 
 
-def test_auto_counts_what_is_free_here(monkeypatch):
+def test_auto_counts_free_memory(monkeypatch):
     monkeypatch.setattr(budget, "system_memory", lambda: 10 * GIB)
     plan = wan_mlx.plan("t2v-1.3B")
     assert not plan.chosen and 8.5 * GIB <= plan.budget < 10 * GIB
@@ -125,7 +125,7 @@ def on_a_gpu(monkeypatch):
      ("t2v-1.3B", (832, 480), "3GB", True, 2.8), ("t2v-14B", (832, 480), "6GiB", True, 6),
      ("t2v-14B", (1280, 720), "10GiB", True, 10), ("t2v-14B", (832, 480), "64GB", False, 33)],
 )  # fmt: skip
-def test_what_the_released_models_need(monkeypatch, model, size, budget, stream, most):
+def test_plans_of_released_models(monkeypatch, model, size, budget, stream, most):
     on_a_gpu(monkeypatch)
     plan = wan_mlx.plan(model, *size, 81, memory=budget)
     assert plan.fits and plan.peak <= most * GIB
@@ -168,7 +168,7 @@ def test_a_hub_model_is_planned_before_any_download(monkeypatch, model):
     assert plan.title.startswith("t2v-14B 1280x720, 81 frames")
 
 
-def test_what_would_fit_fits(monkeypatch):
+def test_advice_names_options_that_fit(monkeypatch):
     on_a_gpu(monkeypatch)
     plan = wan_mlx.plan("t2v-14B", 1280, 720, 81, memory="6GB")
     assert not plan.fits
@@ -226,7 +226,7 @@ def test_a_small_budget_streams_and_tiles_to_the_same_video(monkeypatch):
     assert np.abs(np.subtract(*(video.frames.astype(int) for video in videos))).max() <= 1
 
 
-def test_nothing_runs_that_does_not_fit(monkeypatch):
+def test_a_plan_that_does_not_fit_is_refused_before_loading(monkeypatch):
     pipe = wan_mlx.WanPipeline.from_pretrained("nano", progress=False, memory="700MB")
     monkeypatch.setattr(wan_mlx.Run, "__iter__", lambda run: pytest.fail("it ran"))
     with pytest.raises(MemoryPlanError, match="nano 1280x720, 81 frames needs about .* GiB .*: --frames 1; --mem"):
@@ -257,7 +257,7 @@ def told_rows() -> list[tuple[str, float, float, float]]:
     return [(what, *map(float, numbers)) for what, *numbers in found]
 
 
-def test_predictions_are_within_a_tenth_of_what_was_measured_on_a_gpu(monkeypatch):
+def test_predicted_peaks_are_within_a_tenth_of_gpu_measurements(monkeypatch):
     on_a_gpu(monkeypatch)
     table, rows = benchmark(), told_rows()
     bench = table.Bench(ROOT, PRESETS)
@@ -282,7 +282,7 @@ def test_where_memory_is_short_keys_wait_for_queries():
     assert min(memory.LADDER, key=lambda step: (not step[0], step[1])) == (True, FEW_TOKENS)
 
 
-def test_what_is_freed_late_is_waited_for_when_it_is_much(monkeypatch):
+def test_deferred_frees_are_waited_for_above_their_limit(monkeypatch):
     """Each time memory has grown since, so never for what is held; on CUDA alone."""
     active, waits = [1000], []
 
@@ -314,7 +314,7 @@ def test_convolutions_are_those_of_the_network():
 
 
 @pytest.mark.parametrize("tile", [None, (64, 64)])
-def test_predicted_decode_is_what_is_measured(tile):
+def test_predicted_decode_peak_equals_the_measured_one(tile):
     config = VAEConfig(dim=8)
     vae, latents = VAE(config), mx.zeros((1, 3, 2, 32, 16))
     mx.eval(vae.parameters(), latents)

@@ -57,7 +57,7 @@ def test_same_seed_same_bytes(pipe, still, tmp_path):
 
 
 @pytest.mark.parametrize("name, most", [("nano", 16_000_000), ("nano-i2v", 8_000_000)])
-def test_it_is_small(name, most):
+def test_bundled_models_are_small(name, most):
     assert sum(path.stat().st_size for path in BUNDLED[name].iterdir()) <= most
 
 
@@ -98,7 +98,7 @@ def test_held_out_prompts_are_shown(nano):
     assert row["right"]["all three"], row
 
 
-def test_a_held_out_image_goes_on_as_told(nano):
+def test_a_held_out_image_is_animated_as_prompted(nano):
     pytest.importorskip("torch")  # paints the image
     (row,) = nano.evaluate("nano-i2v", nano.held_out((1, 0, 0, 0), with_images=True), steps=FEW)
     assert row["right"]["all three"] and row["first frame, dB"] >= 28, row

@@ -186,7 +186,7 @@ def test_signatures_and_help_name_each():
         assert taken["steps"].annotation == int | None and "steps: sampling steps" in function.__doc__
 
 
-def test_from_pretrained_takes_what_the_table_says():
+def test_from_pretrained_takes_the_options_of_the_table():
     taken = inspect.signature(WanPipeline.from_pretrained).parameters
     assert {option.name for option in options.of(MODEL)} == {*taken}
     for option in options.of(MODEL):
@@ -213,14 +213,14 @@ def test_a_file_s_composed_keys():
         flags.json_flags('{"width": 64}')
 
 
-def test_config_refuses_what_was_in_memory():
+def test_config_refuses_sources_that_were_in_memory():
     for picture in (np.zeros((2, 2, 3), np.uint8), Image.new("RGB", (2, 2))):
         settings = {"image": types.describe_source(picture)}
         with pytest.raises(flags.UsageError, match="was in memory"):
             config_file.as_options(settings, Path("a.mp4"), {})
 
 
-def test_a_flag_that_is_not_there_names_the_nearest():
+def test_an_unknown_flag_names_the_nearest():
     with pytest.raises(flags.UsageError, match="--sample_step 3; nearest: --sample_steps"):
         parsed("--sample_step", "3")
 

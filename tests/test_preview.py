@@ -154,7 +154,7 @@ def test_the_first_frame_has_its_own_map():
     assert found(z)[:, 0, 0, 0].tolist() == [int((0.2 + 1) * 127.5), int((0.05 + 1) * 127.5)]
 
 
-def test_steps_show_what_they_estimate(pipe):
+def test_previews_show_the_clean_estimate(pipe):
     seen = []
     video = pipe("a red circle", width=16, height=32, num_frames=5, steps=2, seed=1,
                  callback=lambda step: seen.append((step.preview(), step.denoised, step.latents)))  # fmt: skip
@@ -200,7 +200,7 @@ def test_files(pico, flags, tmp_path, capsys, monkeypatch):
     assert len(shown) == 5
 
 
-def test_programs_are_told(flags, tmp_path, capsys):
+def test_previews_are_lines_of_json(flags, tmp_path, capsys):
     watched = tmp_path / "live.webp"
     flags = [*talking(flags), "--json", "--preview", str(watched), "--preview-every", "2"]
     assert main([*flags, "--output", str(tmp_path / "a.mp4")]) == 0

@@ -55,7 +55,7 @@ def no_encoder(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_hit_is_bit_for_bit_what_is_computed(folder, no_encoder, dtype):
+def test_a_cache_hit_is_bit_identical_to_encoding(folder, no_encoder, dtype):
     want = pipe(dtype=dtype, prompt_cache=False).encode_text(TEXTS)
     assert not entries(folder)
     first = pipe(dtype=dtype).encode_text(TEXTS)

@@ -113,7 +113,7 @@ def test_no_global_state_is_touched_and_memory_returns(folder):
     assert np.array(mx.random.state[0]).tolist() == before[0]
 
 
-def test_the_model_is_told_what_the_task_needs(folder, monkeypatch):
+def test_instructions_suit_the_task(folder, monkeypatch):
     """Instructions and prompt reach the model through its own template, in the prompt's language or the one asked."""
     import mlx_lm
 
@@ -180,7 +180,7 @@ def test_sampler():
     assert {int(sampler(logprobs)[0]) for sampler in [Sampler(0, top_p=0.01)] for _ in range(20)} == {1}
 
 
-def test_what_is_no_model_is_said(folder, tmp_path):
+def test_a_base_model_without_chat_template_is_refused(folder, tmp_path):
     with pytest.raises(WanError, match="has no chat template"):
         extend_prompt("a", write_model(tmp_path / "base", template=None))
     (tmp_path / "odd").mkdir()
@@ -339,7 +339,7 @@ def test_a_text_model_is_not_shown_the_picture(vision, folder):
     assert not hasattr(vision, "pictures")
 
 
-def test_without_mlx_vlm_it_is_said_what_to_install(vision, monkeypatch, caplog):
+def test_missing_mlx_vlm_names_the_extra(vision, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "mlx_vlm", None)
     with pytest.raises(ImportError, match=r"needs mlx-vlm to see the picture: pip install 'wan-mlx\[vlm\]'"):
         extend_prompt("a", vision.folder, task="i2v", image=np.zeros((16, 16, 3), np.uint8))

@@ -43,7 +43,7 @@ def packed(weight, bias, mode):
 
 @pytest.mark.parametrize("mode", ERRORS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_a_mode_loses_what_its_bits_cost(mode, dtype):
+def test_quantisation_error_follows_the_bits(mode, dtype):
     weight = gaussian(64, 256)
     layer = packed(weight, None, mode)
     rounding = 0.0017 if dtype == mx.bfloat16 else 0  # of a bfloat16 itself
@@ -53,7 +53,7 @@ def test_a_mode_loses_what_its_bits_cost(mode, dtype):
 
 @pytest.mark.parametrize("mode", MODE_NAMES)
 @pytest.mark.parametrize("rows", [3, 300])
-def test_a_packed_linear_multiplies_by_what_it_unpacks(mode, rows):
+def test_a_packed_linear_multiplies_by_its_unpacked_weight(mode, rows):
     x, weight, bias = gaussian(1, rows, 128), gaussian(32, 128, seed=1), gaussian(32, seed=2)
     layer = packed(weight, bias, mode)
     want = x @ layer.unpacked(mx.float32).T + bias
@@ -162,7 +162,7 @@ def test_a_quantised_folder_is_the_same_bits_as_quantising_at_load(tmp_path, mod
     assert size < {"q8": 0.75, "nvfp4": 0.55, "auto": 0.66}[mode]
 
 
-def test_a_quantised_folder_is_told_and_recorded(tmp_path, capsys):
+def test_a_quantised_folder_is_reported_and_recorded(tmp_path, capsys):
     from wan_mlx.cli.main import main
 
     folder = convert(NANO, tmp_path / "q6", quantize="q6")

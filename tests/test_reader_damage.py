@@ -272,7 +272,7 @@ def sparse_pth(path, body: bytes) -> None:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth"])
-def test_reads_touch_only_what_they_return(tmp_path, kind):
+def test_reads_touch_only_the_returned_tensors(tmp_path, kind):
     path = tmp_path / f"sparse.{kind}"
     rows = HUGE // 4096
     if kind == "safetensors":

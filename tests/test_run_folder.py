@@ -106,7 +106,7 @@ class TestFolder:
         assert (folder.path / "step-0002.safetensors").is_file()
 
     @pytest.mark.parametrize("how", ["as it is", "large", "cuda"])
-    def test_whatever_the_arrays_are_like(self, folder, monkeypatch, how):
+    def test_strided_arrays_are_written_whole(self, folder, monkeypatch, how):
         """Strided, or parts of others: a thread that writes cannot make anything else of them."""
         monkeypatch.setattr(run_folder, "LARGE_STATE", 0 if how == "large" else 10**9)
         monkeypatch.setattr(cuda, "in_use", lambda: how == "cuda")
@@ -121,7 +121,7 @@ class TestFolder:
         got = folder.state().state
         assert all(mx.array_equal(got[name], array) for name, array in odd.state.items()) and len(got) == 4
 
-    def test_what_keeps_a_step_from_the_disk_is_raised_once(self, folder, monkeypatch):
+    def test_a_failed_write_of_a_step_is_raised_once(self, folder, monkeypatch):
         folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))
         folder.save_step(step(0))
         assert folder.steps_done == 1
@@ -136,7 +136,7 @@ class TestFolder:
                 folder.save_step(step(2))
         assert folder.state().steps == 1 and not list(folder.path.glob(".wan_mlx-*"))
 
-    def test_a_new_run_clears_what_was_there(self, folder):
+    def test_a_new_run_clears_the_old_run_folder(self, folder):
         folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))
         folder.save_step(step(0))
         folder.open_frames(2, 2).add(np.zeros((1, 2, 2, 3), np.uint8))
@@ -171,7 +171,7 @@ class TestFolder:
         assert read_again(b"", index) == 0
         assert read_again(raw, b"nonsense\n") == 0
 
-    def test_a_full_disk_is_told_by_the_next_step(self, folder):
+    def test_a_full_disk_is_reported_by_the_next_step(self, folder):
         """It stops in the middle of a file, which is as good as not begun."""
         folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))
         folder.save_step(step(0))
@@ -301,7 +301,7 @@ class TestResume:
         assert output.read_bytes() == whole(ending)
         assert os.listdir(tmp_path) == [output.name]
 
-    def test_what_can_be_asked_of_an_unfinished_run(self, tmp_path, pico, monkeypatch, capsys, flags, whole):
+    def test_options_allowed_on_an_unfinished_run(self, tmp_path, pico, monkeypatch, capsys, flags, whole):
         output = tmp_path / "a.npz"
         with monkeypatch.context() as patch:
             cut(patch, after=1)
@@ -366,7 +366,7 @@ class TestResume:
         assert main([*flags, "--output", str(output), "--overwrite"]) == 0
         assert output.read_bytes() == whole(".npz") and os.listdir(tmp_path) == ["a.npz"]
 
-    def test_it_goes_on_in_the_same_pieces(self, tmp_path, monkeypatch, caplog, flags, pico):
+    def test_resume_keeps_the_plan_of_the_run(self, tmp_path, monkeypatch, caplog, flags, pico):
         """Memory that is free now, but was not, changes nothing; where it has become too little, that is told."""
         from wan_mlx.planning import choose as memory
 

@@ -24,7 +24,7 @@ def run(capsys, *extra):
         (["--solver", "dmd"], ["dmd, 12 steps"]),
     ],
 )
-def test_what_is_said(capsys, arguments, says):
+def test_notes_about_sampling_flags(capsys, arguments, says):
     code, error = run(capsys, *arguments)
     assert code == 0 and all(words in error for words in says), error
 

@@ -133,7 +133,7 @@ def test_arrays():
 
 
 @pytest.mark.parametrize("read", [read_image, open_video])
-def test_what_is_no_source(tmp_path, read):
+def test_invalid_sources_are_refused(tmp_path, read):
     for source, message in (
         (tmp_path / "none.png", "none.png does not exist, expected a file"),
         (tmp_path, "is a folder, expected a file"),
@@ -191,7 +191,7 @@ def test_lossless_video(tmp_path, rate):
     np.testing.assert_allclose(clip.times[-1, 1], 7 / rate, atol=2e-3)
 
 
-def test_only_what_is_asked_for(tmp_path):
+def test_only_requested_frames_are_read(tmp_path):
     write_video(tmp_path / "a.mkv", film(9))
     got = np.stack(list(open_video(tmp_path / "a.mkv").read([1, 1, 4, 7])))
     assert np.array_equal(got, film(9)[[1, 1, 4, 7]])

@@ -348,7 +348,7 @@ class TestChoice:
             ("easycache:0.1:5", "easycache:0.1:5"),
         ],
     )
-    def test_what_is_left_out_is_filled_in(self, text, full):
+    def test_missing_settings_take_defaults(self, text, full):
         assert self.resolve(text) == full
         assert self.resolve(full) == full  # so a run can be repeated from its settings
         cache = make_cache(full, 50, "t2v-1.3B")

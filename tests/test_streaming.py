@@ -142,7 +142,7 @@ def test_passes_that_run_at_once_take_turns(file, monkeypatch):
     assert mx.array_equal(*velocities) and len(most) == 2 * 4 and max(most) == 1
 
 
-def test_what_a_block_lacks_is_said_before_anything_runs(file, tmp_path):
+def test_missing_keys_of_a_block_are_reported_before_running(file, tmp_path):
     arrays = mx.load(str(file("t2v")))
     del arrays["blocks.3.ffn.0.bias"]
     mx.save_safetensors(str(tmp_path / "short.safetensors"), arrays, {"layout": "mlx"})
@@ -159,7 +159,7 @@ def test_fewer_tokens_at_once_change_nothing(file, kind):
     np.testing.assert_allclose(pieces(*args, **kwargs), whole, rtol=0, atol=1e-5 * np.abs(np.array(whole)).max())
 
 
-def test_a_streamed_model_goes_when_it_is_dropped(file):
+def test_a_dropped_streamed_model_frees_its_memory(file):
     """Not at some later time when Python looks for cycles: the VAE is loaded next."""
     model = load_transformer(file("vace"), "float32", stream=True)
     args, kwargs = inputs("vace")
@@ -174,7 +174,7 @@ def test_a_streamed_model_goes_when_it_is_dropped(file):
 
 
 @pytest.mark.parametrize("dtype, in_flight", [("bfloat16", None), ("bfloat16", 2**16), ("float32", None)])
-def test_reading_takes_what_is_predicted(file, monkeypatch, dtype, in_flight):
+def test_memory_of_reading_equals_the_prediction(file, monkeypatch, dtype, in_flight):
     """Two blocks, and what is cast or reordered on the way to them, so much of which may be in flight."""
     config = CONFIGS["t2v"]
     whole = weight_bytes(config, getattr(mx, dtype), {}).in_flight
@@ -236,7 +236,7 @@ def test_read_as_on_cuda_equals_resident(file, as_on_cuda, kind, dtype, quantize
     [("t2v", "float32", None), ("i2v", "bfloat16", None), ("vace", "float16", None), ("t2v", "bfloat16", "q4")],
 )
 @pytest.mark.parametrize("in_flight", [1, 300_000, 2**30])
-def test_loaded_as_on_cuda_is_what_is_loaded_elsewhere(file, request, monkeypatch, kind, dtype, quantize, in_flight):
+def test_cuda_reader_loads_the_same_weights(file, request, monkeypatch, kind, dtype, quantize, in_flight):
     """Some tensors at a time, over those before, which must have been made into something else by then."""
     wanted = tree_flatten(load_transformer(file(kind), dtype, quantize=quantize).parameters())
     driver = request.getfixturevalue("as_on_cuda")
@@ -248,7 +248,7 @@ def test_loaded_as_on_cuda_is_what_is_loaded_elsewhere(file, request, monkeypatc
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_reading_is_timed_as_it_is_done_on_cuda(file, as_on_cuda, monkeypatch, stream):
+def test_cuda_reader_is_timed(file, as_on_cuda, monkeypatch, stream):
     """By what is read after kernels are compiled, which the first time takes long."""
     now, fill, filled = [0.0], cuda.StagingBuffer.fill, []
 
@@ -289,7 +289,7 @@ def test_packed_weights_are_read_as_on_cuda(as_on_cuda, tmp_path):
     assert as_on_cuda.copied
 
 
-def test_a_file_that_is_cut_short_while_it_is_read_as_on_cuda(file, as_on_cuda, tmp_path):
+def test_cuda_reader_reports_a_truncated_file(file, as_on_cuda, tmp_path):
     path = tmp_path / "t2v.safetensors"
     path.write_bytes(file("t2v").read_bytes())
     blocks = load_transformer(path, "float32", stream=True).blocks(["blocks.0", "blocks.1", "blocks.2"])
@@ -334,7 +334,7 @@ def test_tensors_that_are_changed_are_taken_in_turn(monkeypatch):
     assert ahead.most_in_flight([], 7, 0, 0, 0) == 7
 
 
-def test_what_goes_wrong_while_reading_is_raised_where_the_block_is_asked_for(file, tmp_path, monkeypatch):
+def test_read_errors_are_raised_with_their_block(file, tmp_path, monkeypatch):
     path = tmp_path / "t2v.safetensors"
     path.write_bytes(file("t2v").read_bytes())
     model, start, cut = load_transformer(path, "float32", stream=True), Parameters.start, []
@@ -357,7 +357,7 @@ def test_what_goes_wrong_while_reading_is_raised_where_the_block_is_asked_for(fi
     assert len(list(whole.blocks(names))) == 3
 
 
-def test_nothing_is_read_any_more_when_a_pass_is_given_up(file, monkeypatch):
+def test_an_abandoned_pass_stops_prefetching(file, monkeypatch):
     model, begun, go_on = load_transformer(file("t2v"), "float32", stream=True), threading.Event(), threading.Event()
     evaluate, read = ahead._evaluate, []
 

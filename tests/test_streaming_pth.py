@@ -89,7 +89,7 @@ def test_no_more_than_two_blocks_are_resident(files):
     assert mx.get_peak_memory() - before <= 2.05 * stored
 
 
-def test_what_goes_wrong_in_a_thread_is_raised_where_the_block_is_asked_for(files, tmp_path):
+def test_errors_of_the_prefetch_thread_are_raised_with_their_block(files, tmp_path):
     path = tmp_path / "copy.pth"
     path.write_bytes(files[mx.bfloat16][0].read_bytes())
     encoder = load_text_encoder(path)
@@ -99,7 +99,7 @@ def test_what_goes_wrong_in_a_thread_is_raised_where_the_block_is_asked_for(file
     assert len(encode(files[mx.bfloat16][0], "bfloat16")) == 2  # readers are there for the next
 
 
-def test_nothing_is_read_any_more_when_a_pass_is_given_up(files, monkeypatch):
+def test_an_abandoned_pass_stops_prefetching(files, monkeypatch):
     read, real = [], TorchFile.read
     begun, go_on = threading.Event(), threading.Event()
 

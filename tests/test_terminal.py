@@ -88,7 +88,7 @@ def test_config_replays_every_option(options, tmp_path, monkeypatch):
     assert read_settings("again.npz") == read_settings(first)
 
 
-def test_config_says_what_it_cannot_repeat(made, tmp_path, caplog):
+def test_config_reports_options_it_cannot_replay(made, tmp_path, caplog):
     path = tmp_path / "settings.json"
     settings = read_settings(made) | {"stopped_after": 1, "dtype": "bfloat16, float32 from step 2"}
     path.write_text(json.dumps(settings))

@@ -68,7 +68,7 @@ def test_clean(text, expected):
     assert clean(text) == expected
 
 
-def test_ordinary_words_are_what_sentencepiece_says(tokenizer, pieces):
+def test_ordinary_words_are_encoded_as_by_sentencepiece(tokenizer, pieces):
     for text in [*SENTENCES, "foxes", "[web] page"]:
         assert tokenizer(text) == [*pieces.encode(text), 1], text
 

@@ -78,7 +78,7 @@ def test_seconds_from_rates():
 
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("enough", [0.1, 100.0])
-def test_a_forward_takes_what_its_blocks_and_the_rest_take(nets, clock, monkeypatch, passes, enough):
+def test_predicted_forward_is_blocks_plus_rest(nets, clock, monkeypatch, passes, enough):
     """Of one block, of some of the tokens where that is enough, and with both passes where they run at once."""
     monkeypatch.setattr(timing, "ENOUGH", enough)
     counts = []
@@ -155,13 +155,13 @@ def test_sizes_grow_until_they_take_enough():
     assert len(tried) >= timing.ENOUGH / 0.05  # what takes little is done more often
 
 
-def test_what_disturbs_timing_is_left_out():
+def test_disturbed_timings_are_left_out():
     times = iter([0.1, 0.9, 0.1, 0.3, 0.2])
     assert timing.typical(lambda: next(times), 0.1) == pytest.approx(0.1)  # 0.1 and 0.9 are enough
     assert timing.typical(lambda: next(times)) == pytest.approx(0.1)  # 0.1 and 0.3
 
 
-def test_what_the_first_run_of_a_size_takes_more_counts_once(nets, monkeypatch):
+def test_the_extra_time_of_a_first_run_counts_once(nets, monkeypatch):
     """On a GPU, where kernels are chosen for each shape: for every kind of tile, and the first frame besides."""
     monkeypatch.setattr(peaks, "on_cpu", lambda: False)
     tried = []

@@ -51,7 +51,7 @@ def test_zeros_stand_before_the_first_frame():
 
 
 @pytest.mark.parametrize("prefix", [1, 2, 3])
-def test_later_frames_change_nothing_before_them(vae, prefix):
+def test_later_frames_leave_earlier_ones_unchanged(vae, prefix):
     latents = random(1, 4, 2, 3, 4)
     np.testing.assert_allclose(decoded(vae, latents[:, :prefix]), decoded(vae, latents)[:, : 4 * prefix - 3], atol=1e-6)
     frames = random(1, 13, 16, 24, 3)
@@ -64,7 +64,7 @@ def test_frames_stream_as_they_are_decoded(vae):
     assert shapes == [((1, n, 16, 24, 3), mx.float32) for n in (1, 4, 4)]
 
 
-def test_one_pass_leaves_nothing_for_the_next(vae):
+def test_passes_share_no_state(vae):
     latents = random(1, 3, 2, 3, 4)
     first = decoded(vae, latents)
     next(vae.decode(-latents))

@@ -136,7 +136,7 @@ def test_parts_of_a_folder_load_alone(sharded, tmp_path):
     assert wan_mlx.load_text_encoder(folder, "float32").config.dim == checkpoints.TEXT["dim"]
 
 
-def test_config_says_what_the_folder_is(official_folder, sharded):
+def test_the_folder_is_recognised_by_its_config(official_folder, sharded):
     config = json.loads((sharded / "config.json").read_text())
     assert config["wan_mlx"] == wan_mlx.__version__ and config["dtypes"]["transformer"].keys() == {"F32"}
     assert config["source"]["name"] == "official" and config["source"]["layouts"]["vae"] == "official"
@@ -189,7 +189,7 @@ def test_overwrite_replaces_a_whole_folder_by_a_whole_one(official_folder, tmp_p
         convert(official_folder, tmp_path / "photos", overwrite=True)
 
 
-def test_no_room_is_said_before_anything_is_written(official_folder, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_writing(official_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(wan_mlx.WeightsError, match=r"mlx needs \d.* and its disk has 1.0 KB free"):
         convert(official_folder, tmp_path / "mlx")

@@ -67,7 +67,7 @@ def test_script(name, models, small, monkeypatch, tmp_path, capsys):
     assert given == GIVEN.get(name, [])
 
 
-def test_sources_are_what_the_script_draws(monkeypatch, tmp_path):
+def test_example_sources_are_up_to_date(monkeypatch, tmp_path):
     run(monkeypatch, EXAMPLES / "sources/draw.py", tmp_path)
     for name in ("first.png", "last.png", "mask.png"):
         assert np.array_equal(read_image(tmp_path / name), read_image(EXAMPLES / "sources" / name))

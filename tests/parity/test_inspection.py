@@ -78,7 +78,7 @@ def test_models_of_the_same_shapes_are_all_named():
     assert "image to video, i2v-14B-480P or i2v-14B-720P" in _model_of(config, None)
 
 
-def test_a_damaged_network_is_told_and_fails(capsys, states, tmp_path):
+def test_a_damaged_network_is_reported_and_fails(capsys, states, tmp_path):
     state = {name: tensor for name, tensor in states["transformer"].items() if name != "head.head.bias"}
     code, rows, _ = inspect(capsys, published.comfyui_file(tmp_path / "x.safetensors", state))
     assert code == 1 and "cannot be loaded" in rows["transformer"] and "lacks head.head.bias" in rows["transformer"]
@@ -95,7 +95,7 @@ def test_exit_codes(capsys, official_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_but_headers_is_read(official_folder, tmp_path):
+def test_inspection_reads_headers_only(official_folder, tmp_path):
     """Zeroed data changes nothing."""
     want = inspect_source(official_folder).lines()
     path = official_folder / "diffusion_pytorch_model.safetensors"
@@ -111,7 +111,7 @@ def test_a_tokenizer_that_is_none(capsys, official_folder):
     assert code == 0 and "cannot be read" in rows["tokenizer"]
 
 
-def test_what_is_not_here_is_not_fetched(capsys, monkeypatch):
+def test_inspection_downloads_nothing(capsys, monkeypatch):
     class Download:
         missing = 5
 

@@ -375,7 +375,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_other_networks_are_refused_with_what_was_seen(case):
+def test_other_networks_are_refused_with_their_keys(case):
     make, message = FOREIGN[case]
     with pytest.raises(WeightsError, match=message):
         recognise(make())

@@ -140,7 +140,7 @@ def test_each_official_flag_is_there():
     assert args.image == "a" and args.last_image == "b" and args.t5_cpu and args.use_prompt_extend
 
 
-def test_without_a_prompt_nothing_is_made_up(home, monkeypatch, capsys):
+def test_a_command_without_a_prompt_is_refused(home, monkeypatch, capsys):
     """The official code then takes a prompt, and pictures, of its own; every command of its README gives one."""
     monkeypatch.chdir(home)
     assert all("--prompt " in command for command in (*COMMANDS, *EXTENDING))

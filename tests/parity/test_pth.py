@@ -166,7 +166,7 @@ def test_hostile_values_run_nothing(saved, tmp_path, protocol):
         (lambda: {"a": 1}, "no tensor"),
     ],
 )
-def test_what_is_not_a_state_dict_is_named(saved, make, word):
+def test_files_without_a_state_dict_are_named(saved, make, word):
     with pytest.raises(WeightsError, match=word):
         open_weights(saved(make()))
 

@@ -291,7 +291,7 @@ def test_two_of_one_part(comfyui, tmp_path):
     assert open_checkpoint(folder, {"vae": second}).files["vae"] == second
 
 
-def test_what_is_something_else(comfyui, tmp_path, official_folder):
+def test_a_part_that_is_another_network_is_refused(comfyui, tmp_path, official_folder):
     vae = comfyui / "vae/c.safetensors"
     assert "holds a vae, expected a text_encoder" in refused(comfyui, {"text_encoder": vae})
     assert "holds no vae, only b.safetensors" in refused(official_folder, {"vae": comfyui / "text_encoders"})

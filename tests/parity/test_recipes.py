@@ -153,7 +153,7 @@ class TestWrongUse:
             (dict(solver="unipc"), "solver is unipc, but the recipe .* made for euler"),
         ],
     )
-    def test_what_contradicts_the_recipe(self, given, says):
+    def test_options_that_contradict_the_recipe_are_refused(self, given, says):
         nothing = dict(steps=None, guidance_scale=None, shift=None, solver=None)
         with pytest.raises(ValueError, match=says):
             RECIPES["lightx2v-4step"].fill(**nothing | given)

@@ -125,7 +125,7 @@ def test_decode(reference, taehv, count):
     assert relative_error((np.concatenate(frames, axis=1)[0] + 1) / 2, want) < BOUND
 
 
-def test_small_decode_leaves_out_what_enlarges(reference, taehv):
+def test_small_decode_skips_the_upsampling(reference, taehv):
     """One frame of each latent frame's size: nothing is doubled, and of frames grown only the last is made."""
     small = Reference(**SIZES, small=True).eval().requires_grad_(False)
     state = reference.state_dict()
@@ -155,7 +155,7 @@ def test_chunked_encode_is_whole(taehv):
 
 
 @pytest.mark.parametrize("small", [False, True])
-def test_work_is_what_torch_counts(small):
+def test_flops_equal_the_count_of_torch(small):
     from torch.utils.flop_counter import FlopCounterMode
 
     model = Reference(**SIZES, small=small)
