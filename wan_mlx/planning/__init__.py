@@ -1,1 +1,1 @@
-"""What fits into memory, and how long it takes."""
+"""Planning: does a video fit into memory, and how long does it take."""

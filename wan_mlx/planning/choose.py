@@ -1,7 +1,7 @@
-"""What fits: a budget of memory → the fastest `Plan` within it.
+"""The planner: the fastest `Plan` within a memory budget.
 
-Made from sizes alone (`planning.sizes`, `planning.peak_memory`, `planning.flops`), so it is there before any download.
-The budget is what MLX may hold; Python, its packages and the finished frames come on top, a gigabyte or so.
+It works from sizes alone (`planning.sizes`, `planning.peak_memory`, `planning.flops`), so it runs before any download.
+The budget is for MLX; Python, its packages and the finished frames take about a gigabyte on top.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .plan import FILL, Plan, Row
 from .sizes import Networks, sizes_of
 from .speed import timed
 
-# Transformer resident or streamed, and how many tokens at once, from the fastest to the smallest.
+# Choices to try, from the fastest to the smallest: transformer resident or streamed, and the number of tokens at once.
 _PIECES = sorted({TOKENS_AT_ONCE, 8192, 4096, 2048}, reverse=True)
 LADDER = [*((False, pieces) for pieces in _PIECES), *((True, pieces) for pieces in _PIECES), (True, 1024)]
-# Of a prompt; umT5 reads at most 512, and the default negative prompt has about as many.
+# In a prompt; umT5 reads at most 512, and the default negative prompt has about as many as this.
 TEXT_TOKENS = 128
 
 
@@ -51,7 +51,7 @@ def choose(
 
     Args:
         nets: the model.
-        title: what to call it and the video.
+        title: names the model and the video.
         latent_shape: (t, h, w), reference images included.
         forwards: of the transformer, in the whole run.
         memory: as for `parse_memory`.
@@ -117,7 +117,7 @@ def choose(
 
 
 def tile_choices(latent_shape: tuple[int, int, int], geometry: Geometry = WAN_2_1) -> list[tuple[int, int] | None]:
-    """Whole frames, then tiles (width, height) in pixels from large to small: the more, the more margins."""
+    """Whole frames first, then tiles (width, height) in pixels from large to small; smaller tiles have more margins."""
     (_, h, w), each = latent_shape, geometry.spatial
     found: list[tuple[int, int] | None] = [None]
     for count in range(2, 1 + (each * h // SMALLEST_TILE or 1) * (each * w // SMALLEST_TILE or 1)):
@@ -125,7 +125,7 @@ def tile_choices(latent_shape: tuple[int, int, int], geometry: Geometry = WAN_2_
         tiles = [(each * -(-w // columns), each * -(-h // rows)) for rows, columns in grids]
         tiles = [tile for tile in tiles if min(tile) >= SMALLEST_TILE]
         if tiles:
-            found.append(min(tiles, key=sum))  # the squarest has the least margin
+            found.append(min(tiles, key=sum))  # the squarest tile has the least margin
     return found
 
 
@@ -147,17 +147,17 @@ def plan(
     vae_tiling: str | tuple[int, int] | None = None,
     measure: bool = False,
 ) -> Plan:
-    """Whether a video can be made in this memory, and how; nothing is downloaded, no weights are read.
+    """Plan a video in a memory budget: whether it fits, and how. Downloads nothing and reads no weights.
 
     Args:
-        model: a preset's name, a published model's hub id, or a model on this machine (whose own sizes are taken).
+        model: a preset's name, a published model's hub id, or a local model (whose own sizes are used).
         width, height, num_frames, steps, guidance_scale: None takes the model's defaults.
-        memory: what MLX may hold, such as "8GB"; None or "auto" what this machine has to spare.
+        memory: the limit for MLX, such as "8GB"; None or "auto" takes this machine's free memory.
         dtype, quantize, vae_tiling: as for `WanPipeline.from_pretrained`.
-        measure: give times too, if it fits: for some seconds parts of the networks are timed (`planning.speed`).
+        measure: give times too, if it fits: parts of the networks are timed for some seconds (`planning.speed`).
 
     Returns:
-        The `Plan`; print it for a table. `Plan.fits` tells whether, `Plan.advice` what would.
+        The `Plan`; print it for a table. `Plan.fits` says whether it fits, `Plan.advice` which changes would help.
 
     Raises:
         ValueError: an argument is wrong, or the model is on a hub and not one of `PRESETS`.
@@ -190,7 +190,7 @@ def plan_request(
     kept: bool = False,
     parameters: Callable[[mx.Dtype, str | None], Parameters] | None = None,
 ) -> Plan:
-    """How a request keeps within the memory there is: what is resident, streamed or tiled, and its peaks.
+    """The plan of a request: which networks are resident, streamed or tiled, and each stage's peak.
 
     Args:
         request: of the model.
@@ -211,12 +211,11 @@ def plan_request(
 class Wanted:
     """The video that a plan is for.
 
-    Attributes:
-        width, height, num_frames: its size.
-        steps, passes: steps to make, and forwards of each.
-        references: how many reference images there are, each of which is one more latent frame.
-        step_cache: whether there is a step cache.
-        videos: how many videos are encoded; None: as many as this kind of model needs.
+    num_frames, width, height: its size.
+    steps, passes: number of steps, and of forwards in each.
+    references: number of reference images; each is one more latent frame.
+    step_cache: whether there is a step cache.
+    videos: how many videos are encoded; None: the number that this kind of model needs.
     """
 
     width: int
@@ -249,12 +248,12 @@ def best(
 
     Args:
         wanted: the video.
-        name: what to call the model.
+        name: of the model, for the title.
         sizes: quantisation → the model's networks.
         quantize, memory, vae_tiling: as for `WanPipeline.from_pretrained`.
         kept: whether transformer and VAE stay loaded from one video to the next.
         measure: give times too, if it fits: parts of the networks are timed for some seconds.
-        parameters: (dtype, quantisation) → the transformer's, if its weights are here: reading them is timed, too.
+        parameters: (dtype, quantisation) → the transformer's, if its weights are local: then reading is timed too.
     """
 
     def choice(wanted: Wanted = wanted, quantize: str | None = quantize, memory: str | int | None = memory) -> Plan:
@@ -282,12 +281,12 @@ def best(
 def with_advice(
     plan: Plan, choice: Callable[..., Plan], wanted: Wanted, geometry: Geometry, quantize: str | None
 ) -> Plan:
-    """The plan and, if it does not fit, options that would, each alone.
+    """The plan; if it does not fit, with options that would help, each alone.
 
     Args:
-        plan: as asked for.
-        choice: makes a plan with what is changed: the video wanted, quantize or memory.
-        wanted, quantize: what was asked for.
+        plan: as requested.
+        choice: makes a plan with one change: the video, quantize or memory.
+        wanted, quantize: as requested.
         geometry: the model's.
     """
     if plan.fits:
@@ -299,7 +298,7 @@ def with_advice(
                 if choice(quantize=mode).fits:
                     found.append(f"--quantize {mode}")
                     break
-            except ValueError:  # its sizes do not suit, or it is packed already
+            except ValueError:  # the sizes are not valid for this model, or it is quantised already
                 break
     for share in (0.75, 0.65, 0.5, 0.35):
         width, height = (geometry.nearest_side(round(side * share)) for side in (wanted.width, wanted.height))
@@ -317,10 +316,10 @@ def with_advice(
 
 
 def find_model(model: str | Path) -> tuple[Preset, Checkpoint | None]:
-    """The preset of ``model`` and, if it is on this machine, its `Checkpoint`.
+    """The preset of ``model`` and, if the model is local, its `Checkpoint`.
 
     Raises:
-        ValueError: it is on a hub, and its sizes are not known.
+        ValueError: the model is on a hub, and its sizes are not known.
     """
     if not is_cached(model):
         preset = PRESETS.get(str(model)) or preset_of(model)

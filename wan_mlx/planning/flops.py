@@ -1,4 +1,4 @@
-"""How much there is to compute: floating-point operations of each network (a multiply-add counts as two)."""
+"""Floating-point operations of each network (a multiply-add counts as two)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterator
 
 from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 
-IMAGE_TOKENS = 257  # CLIP's, for each image
+IMAGE_TOKENS = 257  # CLIP's tokens for each image
 
 
 def image_tokens(config: TransformerConfig) -> int:
-    """CLIP's tokens that cross-attention reads beside the text's."""
+    """Number of CLIP tokens that cross-attention reads beside the text's."""
     return {"i2v": IMAGE_TOKENS, "flf2v": 2 * IMAGE_TOKENS}.get(config.model_type, 0)
 
 
 def forward_parts(config: TransformerConfig, tokens: int) -> dict[str, float]:
-    """FLOP of one transformer forward over ``tokens``, by what they are spent on."""
+    """FLOP of one transformer forward over ``tokens``, by kind of work."""
     d, context = config.dim, config.text_len + image_tokens(config)
     blocks = config.num_layers + len(config.vace_layers)
     return {
@@ -29,7 +29,7 @@ def forward_parts(config: TransformerConfig, tokens: int) -> dict[str, float]:
 
 
 def text_flop(config: TextEncoderConfig, tokens: int) -> float:
-    """FLOP of encoding a text of so many tokens."""
+    """FLOP of encoding a text of ``tokens`` tokens."""
     linear = 8.0 * config.dim * config.dim_attn + 6.0 * config.dim * config.dim_ffn
     return config.num_layers * (tokens * linear + 4.0 * tokens**2 * config.dim_attn)
 
@@ -53,9 +53,9 @@ def encode_flop(config: VAEConfig, latent_shape: tuple[int, int, int]) -> float:
 
 
 def stages(config: VAEConfig, decoding: bool) -> list[tuple[int, int, int]]:
-    """(width going in, width, times the latents' resolution) of each resolution, in the order they are passed.
+    """Each resolution in order of computation: (input width, width, factor of the latents' resolution).
 
-    Going in is what the first residual block gets: of a decoder, resampling has halved the width of the stage before.
+    The input width is that of the first residual block: in a decoder, resampling has halved the previous stage's width.
     """
     widths = [config.dim * m for m in config.dim_mult]
     last = len(widths) - 1
@@ -68,7 +68,7 @@ def stages(config: VAEConfig, decoding: bool) -> list[tuple[int, int, int]]:
 
 
 def frames_at(config: VAEConfig, latent_frames: int, stage: int, decoding: bool) -> int:
-    """Frames of a video that a stage computes."""
+    """Number of video frames that a stage computes."""
     doublings = config.temporal_downsample[::-1][:stage] if decoding else config.temporal_downsample[stage:]
     return (latent_frames - 1) * 2 ** sum(doublings) + 1
 
@@ -85,7 +85,7 @@ def _stage_flops(config: VAEConfig, latent_shape: tuple[int, int, int], decoding
     yield t * h * w * middle
     for stage, (into, width, scale) in enumerate(found):
         pixels = frames_at(config, t, stage, decoding) * h * w * scale**2
-        yield pixels * (54.0 * into * width + (2 * blocks - 1) * 54.0 * width**2)  # 3x3x3, two of each block
+        yield pixels * (54.0 * into * width + (2 * blocks - 1) * 54.0 * width**2)  # 3x3x3, two in each block
         if into != width:
             yield pixels * 2.0 * into * width
         if stage == (len(found) - 1 if decoding else 0):
@@ -95,7 +95,7 @@ def _stage_flops(config: VAEConfig, latent_shape: tuple[int, int, int], decoding
         after = frames_at(config, t, stage + 1, decoding) * h * w * found[stage + 1][2] ** 2
         if decoding:
             yield after * 9.0 * width * width  # 3x3 at twice the resolution, to half the width
-            if temporal[stage]:  # not of the first frame
+            if temporal[stage]:  # not for the first frame
                 yield (pixels - h * w * scale**2) * 12.0 * width**2
         else:
             before = pixels / scale**2 * found[stage + 1][2] ** 2

@@ -1,4 +1,4 @@
-"""How much memory MLX may hold: what was said, or what this machine has to spare."""
+"""The memory limit of MLX: as requested, or this machine's free memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-# Of the memory that is there, what "auto" takes: on a Mac the recommended working set leaves room already.
+# Shares of the memory that "auto" takes; a Mac's recommended working set leaves room for the system already.
 SHARE_OF_METAL, SHARE_OF_CUDA, SHARE_OF_SYSTEM = 0.95, 0.93, 0.85
 
 
@@ -22,7 +22,7 @@ def parse_memory(memory: str | int | None) -> int | None:
     """Bytes of "8GB" (10^9), "8GiB" (2^30), "500MB" or a number of bytes; None for "auto" and None.
 
     Raises:
-        ValueError: none of these.
+        ValueError: another form.
     """
     if memory is None or memory == "auto":
         return None
@@ -39,7 +39,7 @@ def parse_memory(memory: str | int | None) -> int | None:
 
 
 def available_memory() -> int:
-    """Bytes that MLX may hold on the default device, what it holds now included, with room left for the system."""
+    """Bytes that MLX may hold on the default device, present use included; leaves room for the system."""
     info = mx.device_info()
     if mx.default_device().type == mx.DeviceType.gpu:
         if "max_recommended_working_set_size" in info:
@@ -53,9 +53,9 @@ def available_memory() -> int:
 
 
 def system_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory still to be had: what Linux says, or less where a cgroup (v1 or v2) allows less.
+    """Bytes of free main memory on Linux, or the smaller limit of a cgroup (v1 or v2).
 
-    Elsewhere half of what is installed.
+    Elsewhere half of the installed memory.
     """
     found: list[int | None] = []
     meminfo = _read(root / "proc/meminfo")
@@ -75,7 +75,7 @@ def system_memory(root: Path = Path("/")) -> int:
 
 
 def _left(group: Path, limit: str, usage: str) -> int | None:
-    """What a cgroup has left, its file cache counted as free; None if it has no limit."""
+    """Bytes left in a cgroup, its file cache counted as free; None if it has no limit."""
     most, used = _read(group / limit).strip(), _read(group / usage).strip()
     if not most.isdigit() or int(most) >= 2**60:
         return None

@@ -1,8 +1,8 @@
-"""The most memory each stage takes, in bytes, from sizes alone: weights, what a stage keeps, and its temporaries.
+"""Peak memory of each stage in bytes, from sizes alone: weights, stored results, and temporaries.
 
-Weights and what is kept are counted. How many temporaries live at once follows from the order of the code and from
-MLX, which allocates what is submitted before it runs; the numbers of them stand beside that code, in
-`wan_mlx.models.execution` and `vae_execution`, and ``benchmarks/memory_table.py`` measures them.
+Weights and stored results are counted exactly. The number of temporaries alive at once follows from the order of the
+code and from MLX, which allocates all submitted work before it runs. These numbers stand beside that code, in
+`wan_mlx.models.execution` and `vae_execution`; ``benchmarks/memory_table.py`` measures them.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from ..weights.component import parameter_shapes
 from .flops import frames_at, stages
 from .sizes import Networks, WeightBytes
 
-# Latents (L, 64) in float32 in the sampling loop: of the solver's history, both passes, and the step's.
+# Latents (L, 64) in float32 alive in the sampling loop: the solver's history, both passes, and the step's own.
 LATENTS_ALIVE = 10
-# What a GPU's backend itself allocates.
+# Allocated by the GPU backend itself.
 GPU_OVERHEAD = 40_000_000
 
 
@@ -58,7 +58,7 @@ def overhead() -> int:
 
 
 def encode_text(nets: Networks, tokens: int) -> int:
-    """Two blocks of the text encoder, and the scores of its attention."""
+    """Two blocks of the text encoder, and its attention scores."""
     c, blocks = nets.text_encoder.config, nets.text_encoder.weights
     scores = 3 * 4 * c.num_heads * tokens**2
     context = 4 * nets.transformer.text_len * c.dim * nets.dtype.size
@@ -80,7 +80,7 @@ def load_transformer(weights: WeightBytes, stream: bool) -> int:
 def denoise(
     nets: Networks, latent_shape: tuple[int, int, int], stream: bool, tokens_at_once: int, step_cache: bool = False
 ) -> int:
-    """Weights, and one forward's arrays; two passes are made one after the other, on the CPU at once."""
+    """Weights, and the arrays of one forward; two passes run one after the other, on the CPU at once."""
     c, w = nets.transformer, nets.weights
     tokens = nets.geometry.seq_len(latent_shape)
     wide = tokens * c.dim * nets.dtype.size
@@ -104,7 +104,7 @@ def denoise(
     if not has_fused_kernel(nets.dtype, c.head_dim):
         alive += 3 * 4 * min(UNFUSED_SCORES, c.num_heads * tokens**2)
     passes = 2 if on_cpu() and not stream else 1
-    kept = 3 * wide if step_cache else 0  # a residual for each pass, and the tokens it is added to
+    kept = 3 * wide if step_cache else 0  # a residual for each pass, and the tokens that it is added to
     tables = tokens * c.head_dim // 2 * 3 * 4
     latents = LATENTS_ALIVE * 4 * math.prod(latent_shape) * c.out_dim
     context = 2 * c.text_len * c.text_dim * nets.dtype.size
@@ -113,18 +113,18 @@ def denoise(
 
 
 def _pieces(nets: Networks, tokens: int) -> float:
-    """What is computed at once of so many tokens, one by one, where they are independent."""
+    """Temporaries of the token-wise layers, which compute ``tokens`` in pieces."""
     c = nets.transformer
     return tokens * nets.dtype.size * (PIECE_TOKENS * c.dim + PIECE_WIDE * c.ffn_dim)
 
 
 def decode(config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int) -> int:
-    """The VAE's weights, causal caches and temporaries; in tiles also the latents as the middle leaves them."""
+    """The VAE's weights, causal caches and temporaries; with tiles also the latents after the middle block."""
     return _vae(config, latent_shape, tile, itemsize, decoding=True)
 
 
 def encode(config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int) -> int:
-    """The VAE's weights, causal caches and temporaries; in tiles also the video, and latents before the middle."""
+    """The VAE's weights, causal caches and temporaries; with tiles also the video and the latents before the middle."""
     return _vae(config, latent_shape, tile, itemsize, decoding=False)
 
 
@@ -137,7 +137,7 @@ def vae_weights(config: VAEConfig, itemsize: int) -> int:
 def tile_work(
     config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None, decoding: bool
 ) -> float:
-    """How many times the work of whole frames tiles are: margins are computed twice."""
+    """Work of the tiles, relative to whole frames: margins are computed twice."""
     if tile is None:
         return 1.0
     t, h, w = latent_shape
@@ -159,7 +159,7 @@ def tile_work(
 def tile_kinds(
     config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None, decoding: bool
 ) -> int:
-    """How many different shapes tiles have with their margins."""
+    """Number of different tile shapes, margins included."""
     if tile is None:
         return 1
     kinds, factor = 1, config.spatial_factor
@@ -172,7 +172,7 @@ def tile_kinds(
 
 
 def convolutions(config: VAEConfig, decoding: bool) -> list[int]:
-    """3x3 convolutions at each resolution, as `wan_mlx.models.vae_tiling` counts them."""
+    """Number of 3x3 convolutions at each resolution, as `wan_mlx.models.vae_tiling` counts them."""
     counts = [2 * (config.num_res_blocks + decoding)] * len(config.dim_mult)
     counts[-1 if decoding else 0] += 1
     return counts
@@ -209,11 +209,11 @@ def _vae(config, latent_shape, tile, itemsize, decoding) -> int:
         caches += 2 * right[stage] * width * temporal[stage] // (1 if decoding else 4)
         if decoding:
             given_on = frames * 2 ** (temporal[stage] and t > 1)
-            # What waits to be passed on and, if that is twice as many, what it was made from.
+            # Frames that wait for the next stage and, if they are twice as many, the frames they were made from.
             held += (given_on + frames * (given_on > frames)) * right[stage] * width * itemsize
             frames = given_on
         else:
-            frames = max(1, count // 2 ** temporal[stage])  # pieces are not put together again
+            frames = max(1, count // 2 ** temporal[stage])  # pieces stay separate
     middle = 2 * h * w * (4 * widest + (config.z_dim if decoding else widest))
     whole_video = 0
     if tile:

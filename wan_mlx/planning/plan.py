@@ -1,4 +1,4 @@
-"""A plan: what is resident, streamed or tiled in a run, and each stage's peak of memory, work and time."""
+"""A plan: which networks are resident, streamed or tiled, and each stage's peak memory, work and time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import MemoryPlanError
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-# Predictions are within a tenth of what was measured, above or below (docs/memory.md); a budget is filled up to here.
+# Predictions are within 10 % of measurements (docs/memory.md); a budget is filled up to this share.
 FILL = 0.96
 
 
@@ -23,8 +23,8 @@ FILL = 0.96
 class Row:
     """One stage of a plan.
 
-    ``how`` says what is resident, streamed or tiled; ``peak`` and ``reads`` are bytes, ``flop`` floating-point
-    operations and ``attention`` those of them that are self-attention, ``seconds`` None where no rate was measured.
+    ``how``: resident, streamed or tiled; ``peak`` and ``reads``: bytes; ``flop``: floating-point operations, of which
+    ``attention`` are self-attention; ``seconds``: None where no rate was measured.
     """
 
     stage: str
@@ -37,7 +37,7 @@ class Row:
 
 
 def duration(seconds: float) -> str:
-    """As people read it: "8.1 s", "12:05" (minutes), "3:20:00" (hours)."""
+    """For people: "8.1 s", "12:05" (minutes), "3:20:00" (hours)."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -45,22 +45,22 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three or four digits that matter, never an exponent: "0.508", "264.1", "652,300"."""
+    """Three or four significant digits, never an exponent: "0.508", "264.1", "652,300"."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run keeps within its memory. Printed, it is a table.
+    """How a run keeps within its memory. Prints as a table.
 
     Attributes:
         title: model and video.
-        budget: bytes that MLX may hold; ``chosen`` tells whether they were asked for or found.
-        stream: whether the transformer's blocks are read at every pass instead of being resident.
-        tokens_at_once: size of the pieces in which tokens are computed where they are independent.
+        budget: bytes that MLX may hold; ``chosen`` says whether the user gave it or it was detected.
+        stream: whether each pass reads the transformer's blocks again, instead of keeping them resident.
+        tokens_at_once: chunk size of the token-wise layers.
         decode_tile, encode_tile: the VAE's tiles (width, height) in pixels; None for whole frames.
         rows: the stages in order.
-        advice: what would fit, if this does not.
+        advice: changes that would make it fit, if it does not.
     """
 
     title: str
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes of the stage that takes most."""
+        """Bytes of the largest stage."""
         return max(row.peak for row in self.rows)
 
     @property
@@ -96,12 +96,12 @@ class Plan:
 
     @property
     def how(self) -> dict[str, Any]:
-        """The choices that may tell in the last bits of a video, and the peak that goes with them, as JSON has them."""
+        """Choices that can change rounding, so a resumed run must keep them, and their peak; JSON values."""
         names = ("stream", "tokens_at_once", "decode_tile", "encode_tile", "peak")
         return {name: list(v) if isinstance(v := getattr(self, name), tuple) else v for name in names}
 
     def as_begun(self, how: Mapping[str, Any]) -> Plan:
-        """This plan with the choices of the run that goes on, so that it does so bit for bit, if they still fit."""
+        """This plan with the choices of the resumed run, so that it continues bit for bit, if they still fit."""
         if not how or how == self.how:
             return self
         if how["peak"] > FILL * self.budget:
@@ -114,7 +114,7 @@ class Plan:
         return replace(self, **choices)
 
     def check(self) -> None:
-        """Raise MemoryPlanError, saying what would fit, if this does not."""
+        """Raise MemoryPlanError with advice if this plan does not fit."""
         if not self.fits:
             worst = max(self.rows, key=lambda row: row.peak)
             options = "; ".join(self.advice) or "no option makes it fit"
@@ -147,7 +147,7 @@ class Plan:
 
 @contextmanager
 def limited_cache(plan: Plan) -> Iterator[None]:
-    """Within this block MLX keeps no more freed memory than the plan has room for."""
+    """Within this block MLX's cache of freed memory is limited to the plan's room for it."""
     before = mx.set_cache_limit(plan.cache_limit)
     try:
         yield

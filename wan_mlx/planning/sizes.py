@@ -1,4 +1,4 @@
-"""What a plan needs to know of a model before its weights are read: the sizes of each part, and their bytes."""
+"""Sizes of each part of a model and bytes of its weights, known before they are read: input of a plan."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from ..weights.quantize import EXPAND, NEAREST, QUANTIZED, check_mode, plan_quan
 class WeightBytes:
     """Bytes of a network's weights, resident and as stored in its file.
 
-    ``outside`` is what no block holds, ``blocks`` all blocks, ``largest`` the largest block; ``unpacked`` is the
-    largest matrix of packed ones when it is unpacked, 0 if none is packed; ``in_flight`` is what reading a block takes
-    beside it, for what is packed when all of it is there, or cast or put into another order on the way.
+    ``outside`` counts weights outside the blocks, ``blocks`` all blocks, ``largest`` the largest block; ``unpacked`` is
+    the largest quantised matrix after unpacking, 0 if none is quantised; ``in_flight`` is the extra memory of reading a
+    block: copies that are quantised, cast or reordered on the way.
     """
 
     outside: int = 0
@@ -53,8 +53,8 @@ def weight_bytes(
 
     Args:
         config: its sizes.
-        dtype: of what is not packed and not kept in float32.
-        packings: weight's name → `Packing`, of those that are packed.
+        dtype: of weights that are neither quantised nor kept in float32.
+        packings: weight's name → `Packing`, for quantised weights.
         stored: name → bytes in the file; None takes float32, as published.
     """
     kept: dict[str, int] = {}
@@ -106,7 +106,7 @@ def text_block_bytes(config: TextEncoderConfig, dtype: mx.Dtype, packings: Mappi
 def text_weight_bytes(
     config: TextEncoderConfig, dtype: mx.Dtype, packings: Mapping, stored: Mapping[str, int]
 ) -> WeightBytes:
-    """Bytes of the text encoder's blocks; its embedding rows are read one by one. Arguments as for `weight_bytes`."""
+    """Bytes of the text encoder's weights; embedding rows are read one by one. Arguments as for `weight_bytes`."""
     block = text_block_bytes(config, dtype, packings)
     in_file = sum(size for name, size in stored.items() if name.startswith("blocks."))
     return WeightBytes(0, config.num_layers * block, block, 0, in_file)
@@ -114,7 +114,7 @@ def text_weight_bytes(
 
 @dataclass(frozen=True)
 class PartSizes:
-    """What is known of a part before its weights are read.
+    """Sizes of a part, known before its weights are read.
 
     Attributes:
         name, kind: as of a `Part`.
@@ -132,7 +132,7 @@ class PartSizes:
 
 @dataclass(frozen=True)
 class Networks:
-    """What is known of a model before its weights are read: of each part, and ``dtype``, in which it computes."""
+    """Sizes of a model, known before its weights are read: each part, and ``dtype``, in which it computes."""
 
     parts: tuple[PartSizes, ...]
     dtype: mx.Dtype
@@ -142,17 +142,17 @@ class Networks:
 
     @property
     def experts(self) -> list[PartSizes]:
-        """The transformers, one of which is at work at a time."""
+        """The transformers; one is active at a time."""
         return self.of_kind("transformer")
 
     @property
     def transformer(self) -> TransformerConfig:
-        """Sizes of each transformer: experts have the same."""
+        """Sizes of each transformer; all experts have the same."""
         return self.experts[0].config
 
     @property
     def weights(self) -> WeightBytes:
-        """Bytes of a transformer: of several the most."""
+        """Bytes of a transformer; the largest if there are several."""
         return WeightBytes(*map(max, zip(*(astuple(expert.weights) for expert in self.experts), strict=True)))
 
     @property
@@ -178,14 +178,14 @@ BYTES_OF: dict[str, Callable[..., WeightBytes]] = {"transformer": weight_bytes, 
 
 
 def sizes_of(model: Preset | Checkpoint, dtype: str | mx.Dtype, quantize: str | None = None) -> Networks:
-    """What is known of a released model, or of one on this machine; no weights are read.
+    """Sizes of a released or local model; reads no weights.
 
     Args:
-        model: of a released one the bytes are those of the official files.
+        model: for a released one, the bytes are those of the official files.
         dtype, quantize: as for `WanPipeline.from_pretrained`.
 
     Raises:
-        ValueError: ``dtype`` or ``quantize`` is none, or does not suit.
+        ValueError: ``dtype`` or ``quantize`` is unknown, or does not suit the model.
     """
     dtype = parse_dtype(dtype)
     check_mode(quantize)

@@ -1,8 +1,8 @@
-"""How long each stage of a plan takes on this machine: the networks' own code is timed on random weights.
+"""Time of each stage of a plan on this machine: the networks' own code is timed on random weights.
 
-One block, and the VAE over two latent frames, at the video's size or, where that would take long, at a part of it; the
-rest is counting (`wan_mlx.planning.flops`). Products of matrices alone would tell less: small shapes, casts, norms and
-what convolutions unfold take a share of the time that differs from one machine to the next.
+One block, and the VAE over two latent frames, are timed at the video's size or, where that would take long, at a
+smaller one; the rest follows from FLOP counts (`wan_mlx.planning.flops`). Timing matrix products alone would say less:
+small shapes, casts, norms and unfolding for convolutions take a share of time that differs between machines.
 """
 
 from __future__ import annotations
@@ -40,32 +40,32 @@ from .sizes import Networks
 M = TypeVar("M", bound=nn.Module)
 # Seconds of each thing that is timed: enough to tell, and no GPU work so long that macOS would end it.
 ENOUGH, MOST_TIMES = 0.4, 100
-# What takes so long is not done twice.
+# Seconds; longer work is not repeated.
 LONG = 2.0
-# How much more is tried at once where less takes too little time to tell.
+# Largest growth in size when a measurement was too short.
 LARGEST_LEAP = 16
-# The rest of a forward takes this part of it at least, whatever attention seemed to take alone.
+# Least share of the rest of a forward, however long attention took alone.
 LEAST_REST = 0.05
-# Of one head, before another is timed along with it.
+# Queries of one head; beyond this a further head is timed along with it.
 QUERIES = 1024
-# Of weights: so many bytes are loaded to see how fast that is.
+# Bytes of weights that are loaded to measure reading.
 READ_BYTES = 256_000_000
-# Random numbers, of which all random arrays consist.
+# Number of random values, repeated to fill all random arrays.
 PATTERN = 1 << 18
-# Of a packed matrix, which are packed; the others are the same.
+# Rows of a quantised matrix that are really quantised; the others repeat them.
 FEW_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP per second of what `wan_mlx.planning.flops` counts, whatever else it takes included, and bytes per second.
+    """FLOP per second in terms of `wan_mlx.planning.flops`, overheads included, and bytes per second.
 
     Attributes:
-        transformer: of forwards, without self-attention; of two at once where guidance makes them so.
+        transformer: of forwards without self-attention; of two at once where guidance runs them so.
         attention: of self-attention, likewise.
         decode, encode: of the VAE; ``encode`` is None where nothing is encoded.
         reading: of loading weights, in bytes of their file; None leaves it out.
-        first: stage → seconds that it takes more, once, where kernels are chosen for shapes not seen before.
+        first: stage → extra seconds of the first run, in which kernels are chosen for new shapes.
     """
 
     transformer: float
@@ -77,7 +77,7 @@ class Rates:
 
 
 class Rate(NamedTuple):
-    """What was timed: FLOP per second, and the seconds that the first run took more."""
+    """A measurement: FLOP per second, and the extra seconds of the first run."""
 
     flop: float
     first: float
@@ -86,20 +86,20 @@ class Rate(NamedTuple):
 def timed(
     plan: Plan, nets: Networks, latent_shape: tuple[int, int, int], passes: int, parameters: Parameters | None = None
 ) -> Plan:
-    """The plan with times, if it fits; for the arguments see `measure_rates`."""
-    if not plan.fits:  # what is timed might not fit either
+    """The plan with times, if it fits; arguments as for `measure_rates`."""
+    if not plan.fits:  # the timed code might not fit either
         return plan
     return with_seconds(plan, measure_rates(plan, nets, latent_shape, passes, parameters))
 
 
 def with_seconds(plan: Plan, rates: Rates) -> Plan:
-    """The plan with times at these rates."""
+    """The plan with times from these rates."""
     rows = []
     for row in plan.rows:
         if row.stage == "encode video":
             assert rates.encode is not None, "there is such a stage"
             seconds = row.flop / rates.encode
-        elif row.stage in ("decode", "encode images"):  # float32 both
+        elif row.stage in ("decode", "encode images"):  # both are float32
             seconds = row.flop / rates.decode
         else:
             seconds = row.attention / rates.attention + (row.flop - row.attention) / rates.transformer
@@ -114,11 +114,11 @@ def with_seconds(plan: Plan, rates: Rates) -> Plan:
 def measure_rates(
     plan: Plan, nets: Networks, latent_shape: tuple[int, int, int], passes: int, parameters: Parameters | None = None
 ) -> Rates:
-    """Time what ``plan`` consists of; takes seconds, and no more memory than the plan.
+    """Time the parts of ``plan``; takes seconds, and no more memory than the plan.
 
     Args:
         plan: without times.
-        nets: the model it is of.
+        nets: the plan's model.
         latent_shape: (t, h, w) of its video.
         passes: forwards of a step, 2 with guidance.
         parameters: the transformer's, if its weights are here.
@@ -126,7 +126,7 @@ def measure_rates(
     at_a_time = passes if peaks.on_cpu() and not plan.stream else 1
     tokens = nets.geometry.seq_len(latent_shape)
     encodes = any(row.stage == "encode video" for row in plan.rows)
-    with limited_cache(plan):  # as in the run: memory that must be asked for anew each time makes all slower
+    with limited_cache(plan):  # as in the run: allocating anew each time is slower
         attending = attention_rate(nets, tokens, at_a_time)
         forward = transformer_rate(nets, tokens, at_a_time, plan.tokens_at_once, attending.flop)
         decode = decode_rate(nets.vae, _corner(nets.vae, latent_shape, plan.decode_tile))
@@ -142,19 +142,19 @@ def measure_rates(
 
 
 def transformer_rate(nets: Networks, tokens: int, at_a_time: int, tokens_at_once: int, attending: float) -> Rate:
-    """Of a forward without self-attention, which is taken to run at ``attending`` FLOP per second."""
+    """Rate of a forward without self-attention, which is taken to run at ``attending`` FLOP per second."""
     whole = nets.transformer
     model = random_transformer(replace(whole, num_layers=1, vace_layers=whole.vace_layers[:1]), nets)
     run = Execution(model, tokens_at_once=tokens_at_once)
 
     def forward(count: int, **hooks) -> float:
-        # The same part of the text as of the tokens.
+        # The text is shortened by the same factor as the tokens.
         model.config = replace(model.config, text_len=max(1, whole.text_len * count // tokens))
         latents, context, more = _inputs(model.config, count, nets.dtype)
         return _seconds(lambda: mx.eval(run(latents, 500.0, context, **more, **hooks)), at_a_time)
 
     def without_attention(count: int, with_block: float) -> float:
-        """Seconds of a whole forward, from those with one block."""
+        """Seconds of a whole forward, given the seconds with one block."""
         without = typical(partial(forward, count, through=_no_blocks))
         parts, one = (
             work.forward_parts(replace(c, text_len=model.config.text_len), count) for c in (whole, model.config)
@@ -164,7 +164,7 @@ def transformer_rate(nets: Networks, tokens: int, at_a_time: int, tokens_at_once
 
     count, seconds, first = worth_timing(forward, 16, tokens)
     seconds = without_attention(count, seconds)
-    if count < tokens:  # what it takes for any number of tokens, such as unpacking weights, it takes once
+    if count < tokens:  # work that does not depend on the number of tokens, such as unpacking weights, counts once
         least = without_attention(1, typical(partial(forward, 1)))
         seconds += max(seconds - least, LEAST_REST * seconds) * (tokens - count) / (count - 1)
     parts = work.forward_parts(whole, tokens)
@@ -172,7 +172,7 @@ def transformer_rate(nets: Networks, tokens: int, at_a_time: int, tokens_at_once
 
 
 def attention_rate(nets: Networks, tokens: int, at_a_time: int) -> Rate:
-    """Of self-attention: of some queries of some heads, to all keys."""
+    """Rate of self-attention: some queries of some heads, against all keys."""
     c = nets.transformer
 
     def shape(queries: int) -> tuple[int, int]:
@@ -190,7 +190,7 @@ def attention_rate(nets: Networks, tokens: int, at_a_time: int) -> Rate:
 
 
 def decode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> Rate:
-    """Of decoding latents (t, h, w): of the second frame, which all others are like."""
+    """Rate of decoding latents (t, h, w), from the second frame; all later ones are alike."""
     vae = VAE(config)
     for part in (vae.conv2, vae.decoder):
         random_weights(part)
@@ -209,7 +209,7 @@ def decode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> Rate:
 
 
 def encode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> Rate:
-    """Of encoding to latents (t, h, w): of the second frame, which all others are like."""
+    """Rate of encoding to latents (t, h, w), from the second frame; all later ones are alike."""
     vae = VAE(config)
     for part in (vae.conv1, vae.encoder):
         random_weights(part)
@@ -234,7 +234,7 @@ def encode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> Rate:
 
 
 def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
-    """Bytes of a file per second, read, cast and packed as they are to be; None if it is too small to tell.
+    """Bytes of a file per second: reading, casting and quantising as in the run; None if the file is too small to time.
 
     ``stream``: whether blocks are read while others compute.
     """
@@ -242,7 +242,7 @@ def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
     stored = {name: sum(map(weights.file.nbytes, sources)) for name, sources in weights.sources.items()}
     if sum(stored.values()) < READ_BYTES / 4:
         return None
-    # From all over it, and not the same each time: what was read before is in the system's cache.
+    # From all over the file, different each time: the system caches recent reads.
     names = random.sample(list(stored), len(stored))
     staging = cuda.staging_buffers()
     if staging is not None and (stream or weights.byte_ranges(names) is not None):
@@ -262,13 +262,13 @@ def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
 def _staged_rate(
     parameters: Parameters, stored: dict[str, int], names: list[str], stream: bool, staging: StagingBuffers
 ) -> float:
-    """The same through staging buffers: many tensors at once, of a block into memory that is there already."""
+    """The same through staging buffers: many tensors at once; a block's go into memory that is already allocated."""
     some, read = [], 0
     while names and read < READ_BYTES:
         some.append(names.pop())
         read += stored[some[-1]]
     one_of_each = {re.sub(r"\d+", "", name): name for name in parameters.weights.shapes}.values()
-    load_staged(parameters, one_of_each, staging)  # kernels are compiled
+    load_staged(parameters, one_of_each, staging)  # compiles kernels
     if stream and (ranges := parameters.weights.byte_ranges(some)):
         for _ in range(2):
             staging.next(staging.bytes_for(ranges))
@@ -281,7 +281,7 @@ def _staged_rate(
 
 
 class Timing(NamedTuple):
-    """A size, the seconds that something takes there, and those that it took more the first time."""
+    """A size, its seconds, and the extra seconds of the first time."""
 
     size: int
     seconds: float
@@ -289,18 +289,18 @@ class Timing(NamedTuple):
 
 
 def worth_timing(seconds_at: Callable[[int], float], smallest: int, whole: int, power: int = 1) -> Timing:
-    """Time something at a size, up to ``whole``, at which it takes long enough to be timed.
+    """Find a size, up to ``whole``, that takes long enough to be timed, and time it.
 
     Args:
-        seconds_at: does it at a size; returns the seconds it took.
+        seconds_at: runs the work at a size; returns its seconds.
         smallest, whole: sizes.
         power: of the size, with which the work grows.
     """
     size = min(smallest, whole)
-    seconds_at(1)  # kernels are compiled at the first run
+    seconds_at(1)  # the first run compiles kernels
     while True:
         seconds, first = seconds_at(size), 0.0
-        # Again: some kernels are chosen, or even compiled, by size, and memory was asked for the first time.
+        # Repeat: some kernels are chosen or compiled by size, and the first run also allocates memory.
         if seconds < LONG or not peaks.on_cpu():
             again = seconds_at(size)
             seconds, first = again, max(0.0, seconds - again) * (not peaks.on_cpu())
@@ -311,9 +311,9 @@ def worth_timing(seconds_at: Callable[[int], float], smallest: int, whole: int, 
 
 
 def typical(run: Callable[[], float], seconds: float = 0.0) -> float:
-    """Mean of the faster half of what ``run`` returns, and ``seconds`` if they are not 0, for `ENOUGH` seconds in all.
+    """Mean of the faster half of the times ``run`` returns (and ``seconds``, if not 0), for `ENOUGH` seconds in all.
 
-    Now and then something else has a core, or two threads share one, for longer than what is timed here takes.
+    The slower half is dropped: another process may take a core for longer than one run.
     """
     times = [seconds] if seconds else []
     while sum(times) < ENOUGH and len(times) < MOST_TIMES:
@@ -328,7 +328,7 @@ def _pattern() -> mx.array:
 
 
 def random_array(shape: tuple[int, ...], scale: float, dtype: mx.Dtype) -> mx.array:
-    """Normal numbers times ``scale``, over and over the same few; evaluated."""
+    """Normal numbers times ``scale``, a few values repeated; evaluated."""
     size = int(np.prod(shape))
     numbers = (_pattern() * scale).astype(dtype)
     array = mx.tile(numbers, -(-size // PATTERN))[:size].reshape(shape)
@@ -342,7 +342,7 @@ def random_weights(
     """Give ``module`` matrices that keep what passes through near one; norms and biases stay as they are.
 
     Args:
-        module: is changed.
+        module: changed in place.
         dtype: of a parameter, by its name.
         packed: names of weights that are left alone.
     """
@@ -360,7 +360,7 @@ def random_weights(
 
 
 def random_transformer(config: TransformerConfig, nets: Networks) -> Transformer:
-    """A transformer of these sizes, its matrices packed as those of ``nets`` are."""
+    """A transformer of these sizes, its matrices quantised like those of ``nets``."""
     model, packings = new_transformer(config), nets.experts[0].packings
     packed = dict(tree_flatten(model.parameters())).keys() & packings.keys()
     for name in packed:
@@ -390,13 +390,13 @@ def _inputs(config: TransformerConfig, tokens: int, dtype: mx.Dtype) -> tuple[mx
 
 
 def _no_blocks(x: mx.array, this_pass: ForwardPass, run_blocks: Callable[[mx.array], mx.array]) -> mx.array:
-    """A `Transformer`'s ``through`` that computes what blocks are given, and no block."""
+    """A block hook for `Transformer` (``through``): computes the inputs of the blocks, and no block."""
     mx.eval([given for given in this_pass.for_blocks if isinstance(given, mx.array)])
     return x
 
 
 def _seconds(run: Callable[[], None], at_a_time: int) -> float:
-    """Of one ``run``, when so many are made at a time."""
+    """Seconds of one ``run``, when ``at_a_time`` run at once."""
     started = perf_counter()
     if at_a_time == 2:
         at_once(lambda branch: run(), 0, 1)
@@ -408,7 +408,7 @@ def _seconds(run: Callable[[], None], at_a_time: int) -> float:
 def _corner(
     config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None
 ) -> tuple[int, int, int]:
-    """The latents of one of the tiles (width, height) in pixels."""
+    """Latents of one tile (width, height) in pixels."""
     if tile is None:
         return latent_shape
     t, h, w = latent_shape
@@ -416,13 +416,13 @@ def _corner(
 
 
 def _two_frames(latent_shape: tuple[int, int, int], side: int) -> tuple[int, int, int]:
-    """Two frames of latents, or the only one, of no more than ``side`` squared."""
+    """Two frames of latents (or one, if there is only one), at most ``side`` squared."""
     t, h, w = latent_shape
     return min(2, t), min(side, h), min(side, w)
 
 
 def _kinds(config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None, decoding: bool) -> int:
-    """How many sets of shapes the VAE's layers see: of each kind of tile, and of the first frame and later ones."""
+    """Number of different shape sets in the VAE: one for each kind of tile, for the first frame and for later ones."""
     return (2 if latent_shape[0] > 1 else 1) * peaks.tile_kinds(config, latent_shape, tile, decoding)
 
 
