@@ -1,4 +1,4 @@
-"""The sampling loop, the only one in the package, and what goes into it and comes out of it."""
+"""The sampling loop, the only one in the package, with its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .guidance import Guidance, Model, guided_velocity, plain_passes
 from .schedulers import Scheduler
 from .types import Conditioning, RunState, Step
 
-# Timestep → the model that serves it, and how it is guided. Of several experts one is there at a time.
+# Timestep → the model that serves it, and its guidance. Of several experts one is loaded at a time.
 Serving = Callable[[float], tuple[Model, Guidance]]
 
 
@@ -32,21 +32,21 @@ def denoise(
     first: int = 0,
     state: Mapping[str, mx.array] | None = None,
 ) -> Iterator[Step]:
-    """Walk from noise to clean latents, yielding a `Step` after each step, evaluated.
+    """Sample from noise to clean latents; yields an evaluated `Step` after each step.
 
     Args:
-        serving: asked before each step for the model, (latents float32 (1, t, h, w, C), timestep, context) → velocity,
-            and for the passes that a step makes and how they are combined. `Transformer`'s ``through`` and
-            ``skip_layers`` are given only where a cache or the guidance uses them.
-        conditioning: what to start from, and the texts.
-        scheduler: solver with its sigma grid; its history changes as the loop goes.
-        cache: decides which forwards are not computed; its state changes as the loop goes. None: all are.
-        first, state: go on at step ``first`` with the `Step.state` of the step before it, as if there had been no
-            break, bit for bit.
+        serving: called before each step; returns the model, (latents float32 (1, t, h, w, C), timestep, context) →
+            velocity, and the guidance, which gives the passes of a step and combines them. `Transformer`'s
+            ``through`` and ``skip_layers`` are passed only where a cache or the guidance uses them.
+        conditioning: starting latents and texts.
+        scheduler: solver with its sigma grid; the loop changes its history.
+        cache: decides which forwards are skipped; the loop changes its state. None: no forward is skipped.
+        first, state: resume at step ``first`` with the `Step.state` of the step before it, bit for bit as if
+            uninterrupted.
 
     Raises:
-        SamplingError: the latents stopped being finite; says at which step.
-        ValueError: ``state`` is not what step ``first`` of this solver needs.
+        SamplingError: the latents are not finite; names the step.
+        ValueError: ``state`` is not the state that step ``first`` of this solver needs.
     """
     latents = scheduler.start(conditioning.noise, conditioning.source_latents)
     mx.eval(latents)  # two threads may be about to read it
@@ -64,7 +64,7 @@ def denoise(
         computed = cache.computed if index else 0
         model, guidance = serving(timestep)
         velocity = guided_velocity(model, latents, timestep, conditioning, guidance, index, total, cache)
-        del model  # the next step's may be another, and is loaded when this one is gone
+        del model  # the next step may load another expert; this one must be freed first
         latents = scheduler.step(index, velocity, latents)
         state = {
             "latents": latents,
@@ -95,29 +95,29 @@ def denoise(
 
 
 def named(owner: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """The arrays of one part of the loop's state, under names that tell whose they are: "solver.x0_1"."""
+    """The arrays of one owner's state, with the owner in their names: "solver.x0_1"."""
     return {f"{owner}.{name}": array for name, array in arrays.items()}
 
 
 def part_of(state: Mapping[str, mx.array], owner: str) -> dict[str, mx.array]:
-    """What `named` put into the state for ``owner``."""
+    """The inverse of `named`: the arrays of ``owner``."""
     return {name.removeprefix(f"{owner}."): a for name, a in state.items() if name.startswith(f"{owner}.")}
 
 
 def with_condition(model: Model, conditioning: Conditioning) -> Model:
-    """The model with what stays the same at every step filled in: (latents, timestep, context) → velocity."""
+    """The model with the constant inputs filled in: (latents, timestep, context) → velocity."""
     if conditioning.vace_context is not None:
         return partial(model, vace_context=conditioning.vace_context, vace_scale=conditioning.context_scale)
     return partial(model, condition=conditioning.condition, image_features=conditioning.image_features)
 
 
 def step_reached(scheduler: Scheduler, reached: RunState) -> Step:
-    """The last step of ``reached``, as `denoise` yielded it; it took no time now."""
+    """The last step of ``reached``, as `denoise` yielded it, with no time spent."""
     index, state = reached.steps - 1, reached.state
     timestep, sigma = float(scheduler.timesteps[index]), float(scheduler.sigmas[index])
     return Step(index, len(scheduler.timesteps), timestep, sigma, state["latents"], state["denoised"], state=state)
 
 
 def without_references(step: Step, count: int) -> Step:
-    """The step of the video alone, without the first ``count`` latent frames."""
+    """The step without its first ``count`` latent frames (reference images)."""
     return replace(step, latents=step.latents[:, count:], denoised=step.denoised[:, count:])

@@ -23,17 +23,17 @@ Model = Callable[..., mx.array]
 
 @dataclass(frozen=True)
 class Guidance:
-    """How the two passes make one velocity. Ranges are fractions of the steps, as in Diffusers' guiders: (a, b) of n
-    steps is from step ``a * n`` to before step ``b * n``, both rounded down.
+    """How two passes make one velocity. Ranges are fractions of the steps, as in Diffusers' guiders: (a, b) of n steps
+    goes from step ``a * n`` to before step ``b * n``, both rounded down.
 
     Attributes:
         scale: 1 turns guidance off.
-        range: where guidance is on; elsewhere one pass, with the prompt, is made (arXiv 2404.07724).
-        zero_star: CFG-Zero* (arXiv 2503.18886): before it is subtracted, the velocity without the prompt is scaled to
-            be the projection of the one with it.
-        zero_steps: the velocity is zero at this many first steps, where no pass is made.
+        range: where guidance is on; other steps make only the pass with the prompt (arXiv 2404.07724).
+        zero_star: CFG-Zero* (arXiv 2503.18886): before subtraction, the velocity without the prompt is scaled to its
+            projection on the one with it.
+        zero_steps: number of first steps with zero velocity, which make no pass.
         skip_layers: skip-layer guidance: blocks left out of the pass without the prompt.
-        skip_range: where they are left out.
+        skip_range: where it is on.
     """
 
     scale: float = 1.0
@@ -45,7 +45,7 @@ class Guidance:
 
     @classmethod
     def of(cls, request: Request) -> Guidance:
-        """What a request asks for."""
+        """The guidance of a request."""
         return cls(
             scale=request.guidance_scale,
             range=request.guidance_range,
@@ -73,8 +73,8 @@ class Guidance:
 
 
 def zero_steps_of(task: str) -> int:
-    """How many first steps CFG-Zero* leaves at zero by default: the authors' scripts take two of Wan's text to video,
-    and one where the first frame is given."""
+    """Default number of zero first steps in CFG-Zero*; the authors' scripts use two for Wan's text to video, and one
+    where the first frame is given."""
     return 1 if task in ("i2v", "flf2v") else 2
 
 
@@ -120,7 +120,7 @@ def guided_velocity(
 ) -> mx.array:
     """The velocity of step ``index`` of ``total``, float32 (1, t, h, w, C).
 
-    Without a negative context one pass is made, whatever the guidance says.
+    Without a negative context only one pass is made.
     """
     passes = guidance.passes(index, total)
     if conditioning.negative_context is None:
@@ -134,7 +134,7 @@ def guided_velocity(
             return model(latents, timestep, contexts[branch], **hooks).astype(mx.float32)
 
         result = cache.velocity(branch, forward)
-        mx.eval(result)  # the other pass must not hold this one's arrays
+        mx.eval(result)  # frees this pass's arrays before the other pass
         return result
 
     cache.begin_step(index, latents, passes)
@@ -151,7 +151,7 @@ def guided_velocity(
 
 
 def plain_passes(conditioning: Conditioning, guidance: Guidance) -> int:
-    """The passes of each step if guidance were on at all steps, or off at all."""
+    """Passes of each step if guidance were on at all steps, or off at all."""
     return 2 if guidance.scale != 1.0 and conditioning.negative_context is not None else 1
 
 
@@ -167,15 +167,15 @@ def at_once(velocity: Callable[[int], T], *branches: int) -> tuple[T, T]:
     try:
         return velocity(branches[0]), second.result()
     finally:
-        wait([second])  # Ctrl-C must not end the process under a thread that computes
+        wait([second])  # Ctrl-C must not end the process while a thread computes
 
 
 @lru_cache(maxsize=1)
 def _second_thread() -> SimpleQueue:
     """Jobs (future, function, argument) for a thread that lives as long as the process.
 
-    MLX gives every thread a worker of its own that it can only take down with the process, so there is one thread for
-    all runs, and a daemon, which is not taken down at all.
+    MLX gives every thread its own worker, which it can end only with the process. So one daemon thread serves all
+    runs, and is never ended.
     """
     jobs: SimpleQueue = SimpleQueue()
 
@@ -186,7 +186,7 @@ def _second_thread() -> SimpleQueue:
                 future.set_result(function(argument))
             except BaseException as error:
                 future.set_exception(error)
-            del future, function, argument  # or the idle thread would keep the model alive
+            del future, function, argument  # otherwise the idle thread would keep the model alive
 
     threading.Thread(target=work, name="wan_mlx-guidance", daemon=True).start()
     return jobs

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-BLOCK = 16  # PyTorch turns uniform numbers into normal ones sixteen at a time
+BLOCK = 16  # PyTorch transforms uniform to normal numbers sixteen at a time
 
 
 def normal(shape: Sequence[int], seed: int, earlier: int = 0) -> np.ndarray:
-    """Normal numbers, float32 ``shape``: ``torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))``,
-    called once more after ``earlier`` calls for the same shape.
+    """Normal numbers, float32 ``shape``, as ``torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))``
+    returns them after ``earlier`` calls for the same shape.
 
     Follows ATen's ``normal_fill`` and ``normal_distribution``; logarithm and sine may round differently, by less
     than 1e-6. Only the low 32 bits of the seed count, as in PyTorch.
@@ -23,7 +23,7 @@ def normal(shape: Sequence[int], seed: int, earlier: int = 0) -> np.ndarray:
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}, expected 0 to 2**64 - 1; nearest: {0 if seed < 0 else 2**64 - 1}")
-    # RandomState, not Generator: its stream is mt19937 seeded as PyTorch seeds it, and frozen for good.
+    # RandomState, not Generator: its stream is mt19937 with PyTorch's seeding, and will not change.
     draws = np.random.RandomState(seed & 0xFFFFFFFF)
     n = math.prod(shape)
     if n < BLOCK:  # here PyTorch goes on in the middle of a pair
@@ -34,15 +34,15 @@ def normal(shape: Sequence[int], seed: int, earlier: int = 0) -> np.ndarray:
 
 
 def latent_noise(latent_shape: tuple[int, int, int], channels: int, seed: int, earlier: int = 0) -> mx.array:
-    """Noise to start from, float32 (1, t, h, w, C), or to add later.
+    """Noise to start from or to add later, float32 (1, t, h, w, C).
 
-    Drawn as PyTorch would draw (C, t, h, w), so that a seed gives the same video here and there.
+    Drawn as PyTorch draws (C, t, h, w), so a seed gives the same video in both.
 
     Args:
         latent_shape: (t, h, w).
         channels: C.
         seed: in [0, 2**64).
-        earlier: how many times noise of this shape was drawn from the seed before.
+        earlier: number of earlier draws of this shape from the seed.
 
     Raises:
         ValueError: the seed is out of range.

@@ -1,4 +1,4 @@
-"""How distilled models and LoRAs want to be sampled: steps, noise levels, solver, shift and guidance in one name."""
+"""Recipes: how distilled models and LoRAs are sampled. A name stands for steps, sigmas, solver, shift and guidance."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .files.open import open_weights
 from .schedulers import Grid, Scheduler, make_scheduler
 from .types import Request
 
-# LoRA files name what they are in their metadata, under one of many keys; longer values are training data.
+# LoRA files describe themselves in metadata, under one of many keys; longer values are training data.
 LONGEST_HINT = 400
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to sample a distilled model.
+    """How to sample one kind of distilled model.
 
     Attributes:
-        steps: default number of steps.
-        other_steps: further numbers that work.
+        steps: default number.
+        other_steps: other allowed numbers.
         grid: number of steps → noise levels; None for the solver's own.
         strength: of the LoRA, if the distillation comes as one.
-        hints: pattern of names of files that want this recipe.
-        about: what it is for, for the command line.
+        hints: pattern for names of files that need this recipe.
+        about: its purpose, for the command line.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Recipe:
     strength: float = 1.0
 
     def fill(self, **given: Any) -> dict[str, Any]:
-        """``given`` steps, shift, solver and guidance_scale, with the recipe's where None.
+        """Steps, shift, solver and guidance_scale as ``given``; the recipe's values where None.
 
         Raises:
-            ValueError: a value that the recipe does not allow.
+            ValueError: a value is not allowed by the recipe.
         """
         filled = {}
         for name, value in given.items():
@@ -77,13 +77,13 @@ RECIPES: dict[str, Recipe] = {
             solver="dmd", steps=3, shift=8.0, grid=lambda steps: Grid.nearest((1000, 757, 522), 8.0),
             hints=r"(?<![a-z])fast_?wan",
         ),
-        # LightX2V, configs/causvid; strength and steps as Kijai published the LoRA: 0.5 with 4 to 9, 0.3 with about 12.
+        # LightX2V, configs/causvid; strength and steps as in Kijai's LoRA: 0.5 with 4 to 9, 0.3 with about 12.
         Recipe(
             "causvid", "the CausVid LoRA on a 1.3B or 14B model, at strength 0.5, or 0.3 with 12 steps",
             solver="unipc", steps=9, shift=8.0, grid=None, strength=0.5,
             hints=r"causvid", other_steps=(4, 5, 6, 7, 8, 10, 11, 12),
         ),
-        # NVlabs/rcm, rcm/inference/wan2pt1_t2v_rcm_infer.py. The angles take the place of a shift.
+        # NVlabs/rcm, rcm/inference/wan2pt1_t2v_rcm_infer.py. The angles replace a shift.
         Recipe(
             "rcm", "NVIDIA's rCM-distilled Wan2.1, in 1 to 4 steps",
             solver="dmd", steps=4, shift=1.0, grid=lambda steps: Grid.trigonometric(RCM_ANGLES[:steps]),
@@ -107,7 +107,7 @@ def find_recipe(name: str) -> Recipe:
 
 
 def scheduler_for(request: Request) -> Scheduler:
-    """The solver that a request asks for, on its grid."""
+    """The solver of a request, on its sigma grid."""
     grid = find_recipe(request.recipe).grid if request.recipe else None
     return make_scheduler(
         request.solver, request.steps, request.shift, grid and grid(request.steps), request.seed, request.begin
@@ -115,9 +115,9 @@ def scheduler_for(request: Request) -> Scheduler:
 
 
 def suggest_recipe(path: str | Path, metadata: Mapping[str, Any] | None = None) -> Recipe | None:
-    """The recipe that a checkpoint or LoRA seems to want, by its name, its folder's, or its safetensors metadata.
+    """Guess a checkpoint's or LoRA's recipe from its name, its folder's, or its safetensors metadata.
 
-    A guess, for a line to the user: nothing is applied on its account.
+    Only for a hint to the user: never applied.
     """
     path = Path(path)
     said = [value for value in (metadata or {}).values() if isinstance(value, str) and len(value) <= LONGEST_HINT]
@@ -128,7 +128,7 @@ def suggest_recipe(path: str | Path, metadata: Mapping[str, Any] | None = None) 
 
 
 def recipe_notes(paths: Iterable[str | Path], chosen: str | None) -> list[str]:
-    """A line for each recipe that one of these checkpoints and LoRAs seems to want and that is not the chosen one."""
+    """A hint for each recipe that these checkpoints and LoRAs seem to need and that was not chosen."""
     notes, said = [], {chosen}
     for path in paths:
         recipe = suggest_recipe(path, _metadata(Path(path)))
@@ -143,10 +143,10 @@ def recipe_notes(paths: Iterable[str | Path], chosen: str | None) -> list[str]:
 
 
 def _metadata(path: Path) -> Mapping[str, str]:
-    """What a safetensors file says of itself; nothing of other files, or of one that cannot be read."""
+    """Metadata of a safetensors file; empty for other or unreadable files."""
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
     try:
         return open_weights(path).metadata
-    except WanError:  # said when the file is opened in earnest
+    except WanError:  # reported when the file is loaded
         return {}

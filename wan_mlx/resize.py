@@ -1,4 +1,4 @@
-"""Bicubic resizing, pixel for pixel as PyTorch does it on a CPU, which is how the official code prepares its images."""
+"""Bicubic resizing, equal to PyTorch's on a CPU, which the official code uses for its images."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Prompt cache: encoded prompts on disk, so that none is encoded twice and umT5's 11 GB stay unread.
 
-A hit is bit for bit what the encoder would compute: the key holds all that the result depends on, and a check sum
-guards the file. Prompts themselves are not written, only their hash. Whatever goes wrong here never stops a run.
+A hit is bit for bit the encoder's result: the key holds everything that the result depends on, and a check sum guards
+the file. Only a hash of the prompt is written, never its text. Errors here never stop a run.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the files; another number, and older ones are not found
+FORMAT = 2  # of the files; files with another number are ignored
 MOST_ENTRIES = 200
 MOST_BYTES = 256 * 2**20
 ENDING = ".safetensors"
 
 
 def cache_folder() -> Path:
-    """Where this package keeps what it can make again: ``WAN_MLX_CACHE``, else the system's place for caches."""
+    """Folder of things that can be made again: ``WAN_MLX_CACHE``, else the system's cache folder."""
     if folder := os.environ.get("WAN_MLX_CACHE"):
         return Path(folder)
     if folder := os.environ.get("XDG_CACHE_HOME"):
@@ -44,17 +44,17 @@ def cache_folder() -> Path:
 
 
 def file_identity(path: Path) -> list[Any]:
-    """Tells a weight file from another; where it lies does not matter. Of an index, each shard's identity."""
+    """Identifies a weight file, wherever it lies. For an index: the identity of each shard."""
     return [[fingerprint(file), file.stat().st_mtime_ns] for file in shards_of(path)]
 
 
 class PromptCache:
-    """Embeddings (L, text_dim) of texts, as the encoder of one model computes them on this machine's backend.
+    """Embeddings (L, text_dim) of texts, as one model's encoder computes them on this machine's backend.
 
     Args:
-        files: the encoder's and the tokenizer's.
-        settings: whatever else the embeddings depend on; must be JSON.
-        folder: where the entries lie; by default ``prompts`` in `cache_folder`.
+        files: of the encoder and the tokenizer.
+        settings: everything else that the embeddings depend on; must be JSON.
+        folder: of the entries; by default ``prompts`` in `cache_folder`.
     """
 
     def __init__(self, files: Sequence[Path], settings: Mapping[str, Any], folder: Path | None = None):
@@ -64,18 +64,18 @@ class PromptCache:
         self.identity: list[Any] | None = None
         try:
             self.identity = [FORMAT, backend, dict(settings), [file_identity(Path(file)) for file in files]]
-        except (OSError, ValueError, KeyError) as error:  # whoever opens the file says what is wrong with it
+        except (OSError, ValueError, KeyError) as error:  # opening the file reports the error
             self._complain(error)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype: str, quantize: str | None) -> PromptCache:
-        """For the text encoder of a checkpoint, loaded in this dtype and quantisation."""
+        """The cache of a checkpoint's text encoder, loaded in this dtype and quantisation."""
         encoder = checkpoint.part("text_encoder")
         settings = {"dtype": str(dtype), "quantize": quantize, "config": encoder.config}
         return cls([encoder.file, checkpoint.part("tokenizer").file], settings)
 
     def get(self, text: str) -> mx.array | None:
-        """The embedding of a text, or None if it is not kept, or not whole."""
+        """The embedding of a text; None if it is missing or damaged."""
         if self.identity is None:
             return None
         path = self._path(text)
@@ -87,14 +87,14 @@ class PromptCache:
             mx.eval(embedding)
             if metadata.get("sha256") != _digest(embedding):
                 raise ValueError("damaged")
-            os.utime(path)  # the most recently used stay longest
+            os.utime(path)  # the least recently used are dropped first
         except (OSError, ValueError, KeyError, RuntimeError):
             path.unlink(missing_ok=True)
             return None
         return embedding
 
     def put(self, text: str, embedding: mx.array) -> None:
-        """Keep the embedding of a text, and drop what was not used for longest where there are too many."""
+        """Store the embedding of a text; beyond the limit, drop the least recently used."""
         if self.identity is None:
             return
         try:
@@ -114,7 +114,7 @@ class PromptCache:
         for path in self.folder.glob(f"*{ENDING}"):
             try:
                 stat = path.stat()
-            except OSError:  # another process trims too
+            except OSError:  # another process drops entries too
                 continue
             entries.append((stat.st_mtime_ns, stat.st_size, path))
         total = 0
@@ -130,6 +130,6 @@ class PromptCache:
 
 
 def _digest(embedding: mx.array) -> str:
-    """Over dtype, shape and bits."""
+    """Hash of dtype, shape and bits."""
     bits = np.array(embedding.view(mx.uint8) if embedding.ndim else embedding)
     return hashlib.sha256(f"{embedding.dtype} {embedding.shape}".encode() + bits.tobytes()).hexdigest()

@@ -1,7 +1,7 @@
-"""Prompt extension: a local language model writes a short prompt out into the detailed kind that Wan was trained on.
+"""Prompt extension: a local language model writes out a short prompt in the detailed style that Wan was trained on.
 
-Runs mlx-lm, which is imported only here; with a picture and the extra ``vlm``, mlx-vlm. What the model is told is
-`prompt_instructions`. Its randomness is its own: the same seed gives the same words, and no global state is touched.
+Runs mlx-lm, which is imported only here; with images and the extra ``vlm``, mlx-vlm. `prompt_instructions` are the
+system prompts. It has its own random keys: the same seed gives the same words, and no global state changes.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ SHORT_NAMES = {
     "QwenVL2.5_3B": "mlx-community/Qwen2.5-VL-3B-Instruct-4bit",
     "QwenVL2.5_7B": DEFAULT_VISION_MODEL,
 }
-MAX_TOKENS = 512  # what umT5 reads
+MAX_TOKENS = 512  # umT5's limit
 TEMPERATURE, TOP_P = 0.7, 0.8  # Qwen2.5's own recommendation
-LONGEST_SIDE = 768  # of pictures that are shown to the model
-# Which instructions a task's prompts are written out by.
+LONGEST_SIDE = 768  # of images that the model sees
+# Task → instructions for its prompts.
 KINDS = {"t2v": "text", "vace": "text", "i2v": "image", "flf2v": "transition"}
 CHINESE = re.compile(r"[\u3400-\u9fff]")
 THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
@@ -57,12 +57,12 @@ REFUSALS = re.compile(
 
 @dataclass(frozen=True)
 class Extended:
-    """What became of a prompt.
+    """Result of extending a prompt.
 
     Attributes:
-        prompt: the longer prompt, or the user's own where there is a ``complaint``.
-        original: the user's.
-        model: that wrote it.
+        prompt: the longer prompt, or the user's own if there is a ``complaint``.
+        original: the user's prompt.
+        model: the language model.
         complaint: why the user's prompt stays, if it does.
     """
 
@@ -73,17 +73,17 @@ class Extended:
 
 
 class PromptExtender:
-    """A language model, loaded once for several prompts; within a ``with`` block, at whose end it is dropped.
+    """A language model, loaded once for several prompts; use as a context manager, whose end frees it.
 
     Args:
-        model: id on the Hugging Face hub or folder of any instruct model that mlx-lm runs, or with a picture mlx-vlm;
-            one of the official code's short names (`SHORT_NAMES`); None for the default.
-        language: "zh" or "en"; None for each prompt's own: Chinese if it has Chinese characters, else English.
-        pictures: whether prompts come with pictures, for which the default model is one that sees.
+        model: hub id or folder of any instruct model that mlx-lm runs, or mlx-vlm for images; one of the official
+            code's short names (`SHORT_NAMES`); None for the default.
+        language: "zh" or "en"; None for the prompt's own: Chinese if it has Chinese characters, else English.
+        pictures: whether prompts come with images; the default model is then a vision model.
 
     Raises:
         ValueError: an unknown language.
-        WanError: the model cannot be had, or is none that follows instructions.
+        WanError: the model cannot be loaded, or does not follow instructions.
         ImportError: it needs mlx-vlm, which is not installed.
     """
 
@@ -101,28 +101,28 @@ class PromptExtender:
             if sees and self.pictures and _vlm() is None:
                 raise ImportError(f"{self.model} needs mlx-vlm to see the picture: pip install 'wan-mlx[vlm]'")
             self.shows = sees and self.pictures
-            with same_random_state():  # weights are drawn before they are read
+            with same_random_state():  # mlx-lm draws random weights before it reads the real ones
                 self._generate = _vision_model(folder) if self.shows else _text_model(folder)
         except (WanError, ImportError):
             raise
-        except Exception as error:  # whatever mlx-lm, transformers and the files trip over
+        except Exception as error:  # any error of mlx-lm, transformers or the files
             said = " ".join(str(error).split())
             raise WanError(f"prompt extension: {self.model} cannot be loaded: {said}") from error
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
         self._generate = None
-        gc.collect()  # models hold cycles
+        gc.collect()  # models contain reference cycles
         mx.clear_cache()
 
     def __call__(self, prompt: str, kind: str = "text", seed: int = 0, pictures: Sequence[Source] = ()) -> Extended:
-        """Write a prompt out.
+        """Extend a prompt.
 
         Args:
             prompt: the user's.
-            kind: which instructions: "text", "image" or "transition".
-            seed: the same seed, the same words.
-            pictures: what the video starts from (and ends with), which a model that sees is shown.
+            kind: of instructions: "text", "image" or "transition".
+            seed: the same seed gives the same words.
+            pictures: first image of the video (and last), for a vision model.
         """
         language = self.language or language_of(prompt)
         if self._generate is None:
@@ -147,7 +147,7 @@ def same_random_state() -> Iterator[None]:
 
 
 class Sampler:
-    """Draws tokens from log-probabilities (1, V) → (1,), by temperature and nucleus, with random keys of its own."""
+    """Draws tokens from log-probabilities (1, V) → (1,) by temperature and nucleus, with its own random keys."""
 
     def __init__(self, seed: int, temperature: float = TEMPERATURE, top_p: float = TOP_P):
         self.key = mx.random.key(seed)
@@ -174,19 +174,19 @@ def extend_prompt(
     image: Source | None = None,
     last_image: Source | None = None,
 ) -> Extended:
-    """Write a short prompt out with a local language model, which is dropped again.
+    """Extend a short prompt with a local language model, which is freed again.
 
     Args:
-        prompt: what the video should show.
+        prompt: describes the video.
         model: as for `PromptExtender`.
         language: "zh", "en", or None for the prompt's own.
-        seed: the same seed, the same words.
+        seed: the same seed gives the same words.
         task: "t2v", "vace", "i2v" or "flf2v".
-        image, last_image: the task's pictures, which are shown to a model that sees (extra ``vlm``).
+        image, last_image: the task's images, for a vision model (extra ``vlm``).
 
     Raises:
         ValueError: an unknown language or task.
-        WanError: the model cannot be had.
+        WanError: the model cannot be loaded.
         ImportError: it needs mlx-vlm, which is not installed.
     """
     if task not in KINDS:
@@ -198,17 +198,17 @@ def extend_prompt(
 
 @dataclass(frozen=True)
 class Extension:
-    """That prompts are to be written out: by which model (None: the default), in which language (None: their own)."""
+    """Prompt extension as requested: by which model (None: the default), in which language (None: the prompt's own)."""
 
     model: str | None = None
     language: str | None = None
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Extension | None:
-        """What the flags ask for; None if nothing.
+        """From the flags; None if they do not ask for it.
 
         Raises:
-            ValueError: a model or language for an extension that is not asked for.
+            ValueError: a model or language without extension.
         """
         model, language = args.prompt_extend_model, args.prompt_extend_target_lang
         if not (args.extend_prompt or args.use_prompt_extend):
@@ -218,9 +218,9 @@ class Extension:
         return cls(model, language or (None if args.extend_prompt else "zh"))  # the official default
 
     def __call__(self, requests: Sequence[Request], tell: Callable[[str], None] = log.warning) -> list[Request]:
-        """The requests with longer prompts, by one model that is loaded once and dropped; each by its own seed.
+        """The requests with longer prompts, each by its own seed; one model is loaded once and freed.
 
-        A request whose prompt stays is the same as before; ``tell`` is told why.
+        A request whose prompt stays is unchanged; ``tell`` gets the reason.
         """
         pictures = [[p for p in (request.image, request.last_image) if p is not None] for request in requests]
         done = []
@@ -235,7 +235,7 @@ class Extension:
         return done
 
     def undone(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """A video's settings as they were before its prompt was written out by this, if it was."""
+        """A video's settings with the prompt from before this extension, if it was extended."""
         by = settings.get("extended_by")
         if by is None or (self.model is not None and by != choose_model(self.model, False)):
             return dict(settings)
@@ -243,7 +243,7 @@ class Extension:
 
 
 def extend_requests(requests: list[Request], extend_prompt: bool | str | Path) -> list[Request]:
-    """The requests, their prompts written out if asked for."""
+    """The requests, their prompts extended if asked for."""
     return Extension(None if extend_prompt is True else str(extend_prompt))(requests) if extend_prompt else requests
 
 
@@ -258,7 +258,7 @@ def language_of(prompt: str) -> str:
 
 
 def tidy(words: str) -> str:
-    """An answer without thoughts, line breaks and the quotes around all of it."""
+    """An answer without thinking, line breaks and outer quotes."""
     words = " ".join(THOUGHTS.sub("", words).split())
     for opening, closing in QUOTES:
         if len(words) > 1 and words[0] == opening and words[-1] == closing and opening not in words[1:-1]:
@@ -267,7 +267,7 @@ def tidy(words: str) -> str:
 
 
 def complaint_of(words: str, ended: bool) -> str | None:
-    """What is wrong with an answer, if anything is: as a predicate of "the answer"."""
+    """The fault of an answer, as a predicate of "the answer"; None if it is fine."""
     if not words:
         return "is empty"
     if not ended:
@@ -287,10 +287,10 @@ def choose_model(model: str | Path | None, pictures: bool) -> str:
 
 
 def _folder_of(model: str) -> Path:
-    """The model's folder: downloaded if it is not here.
+    """The model's folder; downloads it if necessary.
 
     Raises:
-        WanError: it cannot be had.
+        WanError: it cannot be downloaded.
     """
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
@@ -299,13 +299,13 @@ def _folder_of(model: str) -> Path:
 
     try:
         return Path(snapshot_download(model, allow_patterns=DEFAULT_ALLOW_PATTERNS))
-    except Exception as error:  # no such repository, no network, no room
+    except Exception as error:  # no such repository, no network, no space
         said = " ".join(str(error).split())
         raise WanError(f"prompt extension: {model} is no folder, and cannot be downloaded: {said[:300]}") from error
 
 
 def _text_model(folder: Path) -> Callable[..., tuple[str, bool]]:
-    """(instructions, prompt, sampler, no pictures) → the answer, and whether it came to an end."""
+    """(instructions, prompt, sampler, no pictures) → the answer, and whether it is complete."""
     import mlx_lm
 
     model, tokenizer, *_ = mlx_lm.load(str(folder))
@@ -315,7 +315,7 @@ def _text_model(folder: Path) -> Callable[..., tuple[str, bool]]:
 
     def generate(instructions: str, prompt: str, sampler: Sampler, pictures: Sequence[Any]) -> tuple[str, bool]:
         messages = [{"role": "system", "content": instructions}, {"role": "user", "content": prompt}]
-        # Models that think aloud are asked not to; other templates do not read the word.
+        # Turns off thinking; other chat templates ignore the argument.
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
         words, reason = "", None
         for part in mlx_lm.stream_generate(model, tokenizer, ids, max_tokens=MAX_TOKENS, sampler=sampler):
@@ -326,7 +326,7 @@ def _text_model(folder: Path) -> Callable[..., tuple[str, bool]]:
 
 
 def _vision_model(folder: Path) -> Callable[..., tuple[str, bool]]:
-    """(instructions, prompt, sampler, PIL images) → the answer, and whether it came to an end."""
+    """(instructions, prompt, sampler, PIL images) → the answer, and whether it is complete."""
     from mlx_vlm import apply_chat_template, load
     from mlx_vlm import generate as answer
 

@@ -1,4 +1,4 @@
-"""What the language model of prompt extension is told: one text for each kind of task and each language.
+"""System prompts of prompt extension: one for each kind of task and each language.
 
 Wan was trained on captions of some eighty to a hundred words that name subject, surroundings, motion, camera and style.
 """
