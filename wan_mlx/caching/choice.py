@@ -1,4 +1,4 @@
-"""``--cache``: from what the user wrote to a step cache, or to a reason why not."""
+"""``--cache``: parses the user's text into a step cache, or an error."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ EASYCACHE_FIRST = 10  # of 40 or 50 steps; a quarter of fewer
 
 
 def resolve_cache(text: str | None, steps: int, model: str, config: TransformerConfig) -> str:
-    """``text`` with every setting filled in, for `make_cache`.
+    """``text`` with defaults filled in for missing settings, as `make_cache` takes it.
 
     Args:
         text: in the form `FORMS`; None or "none" for no cache.
         steps: number of sampling steps.
-        model: the preset's name, whose constants are taken.
-        config: the transformer's; it must be the preset's, or the constants would be another model's.
+        model: the preset's name, for its constants.
+        config: the transformer's; must be the preset's, since constants belong to one model.
 
     Raises:
-        ValueError: not that form, a setting out of range, too few steps, or a model without constants.
+        ValueError: another form, a setting out of range, too few steps, or a model without constants.
     """
     name, *given = (text or "none").strip().lower().split(":")
     if name not in CACHES:
@@ -57,9 +57,9 @@ def resolve_cache(text: str | None, steps: int, model: str, config: TransformerC
 
 
 def make_cache(resolved: str, steps: int, model: str, left_out: int = 0) -> StepCache:
-    """A fresh cache, of what `resolve_cache` gave for the same steps and preset.
+    """A fresh cache, from the result of `resolve_cache` for the same steps and preset.
 
-    ``left_out``: steps at the start of the grid that are not made, because the run starts from a video.
+    ``left_out``: number of steps skipped at the start of the grid, because the run starts from a video.
     """
     name, *settings = resolved.split(":")
     if name == "teacache":
@@ -72,8 +72,8 @@ def make_cache(resolved: str, steps: int, model: str, left_out: int = 0) -> Step
 
 
 def planned_forwards(resolved: str, steps: int, model: str, passes: int, left_out: int = 0) -> int | None:
-    """How many of ``steps * passes`` forwards will be computed, with guidance all along (2 passes) or none (1); None
-    if the cache decides on the way. Arguments as of `make_cache`."""
+    """Number of the ``steps * passes`` forwards that will be computed, with guidance at all steps (2 passes) or none
+    (1); None if the cache decides during the run. Arguments as for `make_cache`."""
     cache = make_cache(resolved, steps, model, left_out)
     if isinstance(cache, MagCache):
         return cache.planned(passes)
@@ -81,7 +81,7 @@ def planned_forwards(resolved: str, steps: int, model: str, passes: int, left_ou
 
 
 def _settings(name: str, steps: int, model: str, config: TransformerConfig) -> tuple[tuple, tuple]:
-    """The default of each setting, and what reads it."""
+    """The default of each setting, and its parser."""
     if name == "easycache":
         return (EASYCACHE_THRESHOLD, min(EASYCACHE_FIRST, math.ceil(steps / 4))), (_threshold, _count)
     table: Mapping[str, TeaCacheConstants | MagCacheConstants] = TEACACHE if name == "teacache" else MAGCACHE

@@ -1,7 +1,7 @@
 """Published constants of the step caches, one row per released model.
 
 TeaCache's polynomials: ali-vilab/TeaCache, ``TeaCache4Wan2.1``. MagCache's ratios and settings: Zehong-Ma/MagCache,
-``MagCache4Wan2.1``. EasyCache has no constants of a model.
+``MagCache4Wan2.1``. EasyCache needs no constants.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ class TeaCacheConstants:
     """Polynomials from the change of the signal to the change of the blocks' output, highest power first.
 
     ``plain`` takes the time embedding and computes the first and the last step; ``ret`` takes the time projection and
-    computes the first five. ``mode`` is the better of the two by the authors' measurements, ``threshold`` the published
-    one at which a run takes about half the time.
+    computes the first five. ``mode`` is the better of the two in the authors' measurements, ``threshold`` the published
+    value that about halves the time.
     """
 
     threshold: float
@@ -26,9 +26,9 @@ class TeaCacheConstants:
 
 @dataclass(frozen=True)
 class MagCacheConstants:
-    """``ratios``: how the mean magnitude of the blocks' residual changes from step to step, cond and uncond in turn,
-    from the second step; and the settings that were published with them: the error allowed, the most steps in a row
-    that may be skipped, and the share of the run at its start that is always computed."""
+    """``ratios``: change of the residual's mean magnitude from step to step, from the second step, cond and uncond in
+    turn; and the published settings: the error allowed, the most steps in a row that may be skipped, and the share
+    of the run at its start that is always computed."""
 
     threshold: float
     most_skips: int
@@ -59,7 +59,7 @@ TEACACHE = {
         plain=(-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
         ret=(8.10705460e3, 2.13393892e3, -3.72934672e2, 1.66203073e1, -4.17769401e-2),
     ),
-    # VACE's blocks stand beside a text-to-video transformer that was not trained further: the signal is the same.
+    # VACE's blocks accompany a text-to-video transformer that was not trained further: the signal is the same.
     "vace-1.3B": _TEA_1_3B,
     "vace-14B": _TEA_14B,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""EasyCache (arXiv 2507.02860): skip while the velocity is expected to have changed little. Needs no constants."""
+"""EasyCache (arXiv 2507.02860): skips while the velocity is expected to change little. Needs no constants."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .protocol import COND, Forward, StepCache
 
 
 class EasyCache(StepCache):
-    """Follows H-EmbodVis's ``EasyCache4Wan2.1``: the pass with the prompt decides for both. How much the velocity
-    changed for a change of the latents, when last computed, tells how much it will change. Where it is not computed,
-    ``velocity - latents`` of before is added to the latents.
+    """Follows H-EmbodVis's ``EasyCache4Wan2.1``: the pass with the prompt decides for both. The ratio of the velocity's
+    change to the latents' change, when last computed, predicts the velocity's next change. A skipped step adds the
+    last ``velocity - latents`` to the latents.
 
     Args:
         steps: number of sampling steps.
@@ -26,7 +26,7 @@ class EasyCache(StepCache):
 
     def begin_step(self, index: int, latents: mx.array, passes: Sequence[int]) -> None:
         super().begin_step(index, latents, passes)
-        # Decided here, before the passes: they may run at once.
+        # Decided before the passes, because they may run at once.
         self.skipping = COND in passes and self._expected_to_hold(index, latents)
         if any("offset" not in self.branches[branch].arrays for branch in passes):
             self.skipping = False

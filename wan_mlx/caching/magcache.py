@@ -1,4 +1,4 @@
-"""MagCache (arXiv 2506.09045): skip while the known magnitude of the residual has drifted little."""
+"""MagCache (arXiv 2506.09045): skips while the known magnitude of the residual has drifted little."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .residual import ResidualCache
 
 
 class MagCache(ResidualCache):
-    """Follows Zehong-Ma's ``MagCache4Wan2.1``. What is skipped depends on the number of steps, not on the video.
+    """Follows Zehong-Ma's ``MagCache4Wan2.1``. Skips depend on the number of steps, not on the video.
 
     Args:
         steps: number of sampling steps.
         threshold: 0 never skips.
         most_skips: steps in a row that may be skipped.
         retention: share of the run, at its start, that is always computed, in [0, 1].
-        ratios: see `MagCacheConstants`; of another number of steps, they are stretched to the nearest.
-        left_out: steps before the first, of which the ratios tell too.
+        ratios: see `MagCacheConstants`; for another number of steps the nearest ones are taken.
+        left_out: steps skipped before the first; the ratios cover them too.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class MagCache(ResidualCache):
     def of(
         cls, model: str, steps: int, threshold: float, most_skips: int, retention: float, left_out: int = 0
     ) -> MagCache:
-        """With the constants of a preset."""
+        """MagCache with a preset's constants."""
         return cls(steps, threshold, most_skips, retention, MAGCACHE[model].ratios, left_out)
 
     def planned(self, passes: int) -> int:
-        """How many forwards of a run with guidance all along (2 passes) or none (1) will be computed."""
+        """Number of forwards that will be computed in a run with guidance at all steps (2 passes) or none (1)."""
         computed = 0
         for branch in range(passes):
             own = Branch()

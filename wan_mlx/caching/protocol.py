@@ -1,4 +1,4 @@
-"""What every step cache shares: a state for each pass, counting, resumption. This class itself caches nothing."""
+"""The base of all step caches: a state for each pass, counting, resuming. Caches nothing itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-# The two passes of guidance. Their states are apart: on the CPU both run at once.
+# The two passes of guidance. Each has its own state: on the CPU both run at once.
 COND, UNCOND = 0, 1
 NAMES = ("cond", "uncond")
 
@@ -19,7 +19,7 @@ Forward = Callable[..., mx.array]
 
 @dataclass
 class Branch:
-    """What a cache knows of one pass: arrays, and numbers (float64, so that a resumed run decides alike)."""
+    """A cache's state for one pass: arrays, and numbers (float64, so that a resumed run decides alike)."""
 
     arrays: dict[str, mx.array] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
@@ -27,14 +27,14 @@ class Branch:
 
 
 class StepCache:
-    """Decides at which steps the transformer is not run, and what stands for it.
+    """Decides at which steps the transformer is skipped, and computes the velocity in its place.
 
-    A step is ``begin_step``, then ``velocity`` once for each of its passes, in any order or at once, then
+    Call ``begin_step``, then ``velocity`` once for each pass of the step, in any order or at once, then
     ``end_step``. Step 0 starts afresh.
 
     Attributes:
         steps: number of sampling steps.
-        large: whether it keeps arrays the size of activations, of which nobody should hold an old copy.
+        large: whether it stores arrays as large as activations; callers should not keep old copies.
     """
 
     large = False
@@ -48,11 +48,11 @@ class StepCache:
 
     @property
     def computed(self) -> int:
-        """Forwards whose blocks were run so far."""
+        """Number of forwards so far whose blocks were run."""
         return sum(branch.computed for branch in self.branches)
 
     def begin_step(self, index: int, latents: mx.array, passes: Sequence[int]) -> None:
-        """Get ready for step ``index``, which makes these passes over ``latents``."""
+        """Start step ``index``, which makes these passes over ``latents``."""
         if index == 0:
             self._reset()
         self.index, self.passes = index, passes
@@ -77,10 +77,10 @@ class StepCache:
         return found
 
     def load_state(self, state: Mapping[str, mx.array]) -> None:
-        """Go on as if the steps before had just been made: bit for bit.
+        """Restore ``state``: later steps continue bit for bit.
 
         Raises:
-            ValueError: ``state`` is not what `state` gives.
+            ValueError: ``state`` is not from this kind of cache.
         """
         self._reset()
         try:
@@ -98,7 +98,7 @@ class StepCache:
 
 
 def _pack(value: float) -> mx.array:
-    """A float64 as its bytes: MLX has no float64 on a GPU, and a rounded sum might decide another way."""
+    """A float64 as bytes: MLX has no float64 on a GPU, and a rounded sum might change a decision."""
     return mx.array(list(struct.pack("<d", value)), dtype=mx.uint8)
 
 

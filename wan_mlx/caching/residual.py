@@ -1,4 +1,4 @@
-"""What TeaCache and MagCache share: where blocks are skipped, their last residual is added in their place."""
+"""The base of TeaCache and MagCache: skipped blocks are replaced by their last residual."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .protocol import Branch, Forward, StepCache
 
 
 class ResidualCache(StepCache):
-    """Keeps ``tokens after the blocks - tokens before`` of each pass: (1, L, D) in the transformer's dtype.
+    """Stores ``tokens after the blocks - tokens before`` for each pass: (1, L, D) in the transformer's dtype.
 
     Attributes:
-        threshold: error allowed before a forward is computed again; 0 never skips, and keeps nothing.
+        threshold: accumulated error at which a forward is computed again; 0 never skips, and stores nothing.
     """
 
     large = True
@@ -30,9 +30,9 @@ class ResidualCache(StepCache):
                 return x + own.arrays["residual"]
             self.computed_again(own)
             own.computed += 1
-            own.arrays.pop("residual", None)  # not beside the new one
+            own.arrays.pop("residual", None)  # freed before the new one is made
             after = run_blocks(x)
-            if self.threshold > 0:  # without a residual nothing is skipped, whatever the error (TeaCache's may be < 0)
+            if self.threshold > 0:  # threshold 0 stores none, so nothing is skipped (TeaCache's error may be < 0)
                 own.arrays["residual"] = after - x
                 mx.eval(own.arrays["residual"])
             return after
@@ -40,9 +40,9 @@ class ResidualCache(StepCache):
         return forward(through=through)
 
     def skips(self, branch: int, own: Branch, this_pass: ForwardPass) -> bool:
-        """Whether the blocks need not run; called once for each pass, whatever comes of it."""
+        """Whether to skip the blocks; called exactly once for each pass."""
         raise NotImplementedError
 
     def computed_again(self, own: Branch) -> None:
-        """The blocks run: the error starts from nothing."""
+        """Resets the error, because the blocks run."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""TeaCache (arXiv 2411.19108): skip while the time embedding has changed little."""
+"""TeaCache (arXiv 2411.19108): skips while the time embedding has changed little."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ RET_HEAD = 5
 
 
 class TeaCache(ResidualCache):
-    """Sums, step by step, a polynomial of the relative change of the signal, and computes where the sum reaches the
-    threshold. Follows ali-vilab's ``TeaCache4Wan2.1``.
+    """Sums a polynomial of the signal's relative change over the steps; computes when the sum reaches the threshold.
+    Follows ali-vilab's ``TeaCache4Wan2.1``.
 
     Args:
         steps: number of sampling steps.
@@ -31,7 +31,7 @@ class TeaCache(ResidualCache):
 
     @classmethod
     def of(cls, model: str, steps: int, threshold: float, mode: str) -> TeaCache:
-        """With the constants of a preset."""
+        """TeaCache with a preset's constants."""
         return cls(steps, threshold, mode, getattr(TEACACHE[model], mode))
 
     def skips(self, branch: int, own: Branch, this_pass: ForwardPass) -> bool:

@@ -17,9 +17,9 @@ SOLVERS: dict[str, type[Scheduler]] = {"unipc": UniPC, "dpm++": DPMSolverPP, "eu
 def make_scheduler(
     name: str, steps: int, shift: float, grid: Grid | None = None, seed: int = 0, begin: int = 0
 ) -> Scheduler:
-    """The solver called ``name`` over ``steps`` steps of a grid shifted by ``shift``, or over ``grid``.
+    """The solver ``name`` over ``steps`` steps of a grid shifted by ``shift``, or over ``grid``.
 
-    The first ``begin`` steps are left out.
+    The first ``begin`` steps are skipped.
 
     Raises:
         ValueError: unknown name, fewer than one step, no step left, or a shift that is not above 0.

@@ -1,4 +1,4 @@
-"""DMD: to the clean estimate, and back to the next level with fresh noise."""
+"""DMD: estimates the clean sample, then adds fresh noise of the next level."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class DMD(Scheduler):
     """Sampling of models distilled by distribution matching: ``(1 - sigma_next) * clean + sigma_next * noise``.
 
     Follows FastVideo's ``DmdDenoisingStage`` and NVlabs' ``wan2pt1_t2v_rcm_infer.py``. Samples are (1, t, h, w, C).
-    The noise of step ``index`` is what ``torch.randn`` of (C, t, h, w) gives the time ``index + 1`` after the starting
-    noise, from the same CPU generator: it depends on the seed and the index alone, so that a run can be resumed.
+    The noise of step ``index`` is draw number ``index + 1`` of ``torch.randn`` (C, t, h, w) after the starting noise,
+    from the same CPU generator. It depends only on seed and index, so a run can be resumed.
     """
 
     def start(self, noise: mx.array, source: mx.array | None = None) -> mx.array:

@@ -10,7 +10,7 @@ from .schedule import Scheduler
 class Euler(Scheduler):
     """First order, no history: ``x + (sigma_next - sigma) * velocity``.
 
-    The official code has no Euler solver; this one walks its dpm++ grid, with its whole-numbered timesteps.
+    The official code has no Euler solver; this one uses its dpm++ grid, with integer timesteps.
     """
 
     def _advance(self, index: int, velocity: mx.array, sample: mx.array, x0: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""The sigma grid, and what every solver shares: history, resumption, the estimate of the clean sample."""
+"""The sigma grid, and the base of all solvers: history, resuming, the estimate of the clean sample."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def sigma_schedule(steps: int, shift: float, sigma_max: float) -> np.ndarray:
 
 
 def timestep_schedule(steps: int, shift: float, sigma_max: float) -> np.ndarray:
-    """What the model is told at each step, int64 (steps,) in [0, 1000].
+    """The model's timestep at each step, int64 (steps,) in [0, 1000].
 
-    Truncated from the float64 sigmas, as in the official code: 1000 times the float32 ones would now and then
-    fall on the other side of an integer.
+    Truncated from the float64 sigmas, as in the official code: with float32 sigmas a timestep would sometimes differ
+    by one.
     """
     return (_shifted(steps, shift, sigma_max) * NUM_TRAIN_TIMESTEPS).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Noise levels of a distilled model, which walks the few that it was trained at.
+    """Noise levels of a distilled model, which samples at the few levels of its training.
 
-    ``sigmas``: float32 (steps + 1,), the last 0. ``timesteps``: float64 (steps,), what the model is told.
+    ``sigmas``: float32 (steps + 1,), the last 0. ``timesteps``: float64 (steps,), the model's input.
     """
 
     sigmas: np.ndarray
@@ -57,30 +57,30 @@ class Grid:
 
     @classmethod
     def of(cls, sigmas: Sequence[float], timesteps: Sequence[float]) -> Grid:
-        """From the levels before each step."""
+        """From the sigma before each step."""
         return cls(np.array([*sigmas, 0.0], dtype=np.float32), np.array(timesteps, dtype=np.float64))
 
     @classmethod
     def shifted(cls, places: Sequence[int], shift: float) -> Grid:
-        """``places`` count 1000 even levels, before the shift; the model is told the shifted level, not rounded."""
+        """``places``: positions on 1000 even levels before the shift; timesteps are the shifted levels, not rounded."""
         sigmas = [_shift(place / NUM_TRAIN_TIMESTEPS, shift) for place in places]
         return cls.of(sigmas, [sigma * NUM_TRAIN_TIMESTEPS for sigma in sigmas])
 
     @classmethod
     def nearest(cls, timesteps: Sequence[int], shift: float) -> Grid:
-        """The model is told ``timesteps``; the level of each is the nearest of the 1000 shifted ones."""
+        """Given ``timesteps``; each sigma is the nearest of the 1000 shifted levels."""
         levels = _shift(np.arange(NUM_TRAIN_TIMESTEPS, 0, -1) / NUM_TRAIN_TIMESTEPS, shift)
         return cls.of([levels[np.abs(levels * NUM_TRAIN_TIMESTEPS - t).argmin()] for t in timesteps], timesteps)
 
     @classmethod
     def trigonometric(cls, angles: Sequence[float]) -> Grid:
-        """From angles of TrigFlow, where a sample is cos * clean + sin * noise: sin / (sin + cos)."""
+        """From TrigFlow's angles, where a sample is cos * clean + sin * noise: sin / (sin + cos)."""
         sigmas = [math.sin(angle) / (math.sin(angle) + math.cos(angle)) for angle in angles]
         return cls.of(sigmas, [sigma * NUM_TRAIN_TIMESTEPS for sigma in sigmas])
 
 
 def log_snr(sigma: np.float32) -> np.float32:
-    """``log((1 - sigma) / sigma)``, float32; both ends are stated, so that no logarithm of 0 is taken."""
+    """``log((1 - sigma) / sigma)``, float32; both ends are set explicitly, to avoid the logarithm of 0."""
     if sigma == 0:
         return np.float32(np.inf)
     if sigma == 1:
@@ -89,17 +89,17 @@ def log_snr(sigma: np.float32) -> np.float32:
 
 
 class Scheduler:
-    """A solver walking from noise to a clean sample; elementwise, so the layout does not matter.
+    """A solver from noise to a clean sample; elementwise, so any layout works.
 
-    Call ``step`` with index 0, 1, ... in order; index 0 starts afresh. The model at ``index`` is given
+    Call ``step`` with index 0, 1, ... in order; index 0 starts afresh. The model's timestep at ``index`` is
     ``timesteps[index]``.
 
     Args:
         steps, shift: of the grid.
-        grid: another grid; then steps and shift are its own, and not read.
-        seed: for solvers that draw noise on the way.
-        begin: how many of the first steps are left out, as for a sample that is already less noisy. Index 0 is then
-            the grid's step ``begin``, taken at first order as every start is.
+        grid: another grid, with its own steps and shift; the arguments ``steps`` and ``shift`` are then ignored.
+        seed: for solvers that draw noise in each step.
+        begin: number of first steps to skip, for a sample that is already less noisy. Index 0 is then the grid's step
+            ``begin``, taken at first order like every start.
 
     Attributes:
         sigmas: numpy float32 (steps - begin + 1,), the noise level before each step, then 0.
@@ -108,7 +108,7 @@ class Scheduler:
     """
 
     sigma_max = 1.0
-    # name of each array that later steps look back on → the first step that needs it
+    # name of each array that later steps need → the first step that needs it
     history_from: Mapping[str, int] = {}
 
     def __init__(self, steps: int, shift: float, grid: Grid | None = None, seed: int = 0, begin: int = 0):
@@ -123,7 +123,7 @@ class Scheduler:
         self.next_index = 0
 
     def start(self, noise: mx.array, source: mx.array | None = None) -> mx.array:
-        """What to start from, given noise and, where there is one, the clean sample to put under it."""
+        """The first sample, from noise and, for video to video, the clean sample."""
         if source is None:
             return noise
         return float(self.sigmas[0]) * noise + float(1 - self.sigmas[0]) * source
@@ -132,15 +132,15 @@ class Scheduler:
         """Go from ``sigmas[index]`` to ``sigmas[index + 1]``.
 
         Args:
-            index: from 0 to the last step, one after the other.
+            index: from 0 to the last step, in order.
             velocity: float32, the model's output for ``sample``; same shape.
-            sample: float32, what the previous step returned.
+            sample: float32, the previous step's result.
 
         Returns:
             float32, the sample at ``sigmas[index + 1]``; not yet evaluated.
 
         Raises:
-            ValueError: a step out of order, which would mix up the history.
+            ValueError: a step out of order, which would corrupt the history.
         """
         if index == 0:
             self.next_index, self.history = 0, {}
@@ -159,14 +159,14 @@ class Scheduler:
         raise NotImplementedError
 
     def state(self) -> dict[str, mx.array]:
-        """The arrays that ``load_state(self.next_index, ...)`` needs to go on, bit for bit."""
+        """The arrays that ``load_state(self.next_index, ...)`` needs to continue bit for bit."""
         return dict(self.history)
 
     def load_state(self, index: int, state: Mapping[str, mx.array]) -> None:
-        """Be ready for step ``index``, as if the steps before it had just been made.
+        """Prepare step ``index``, as if the steps before it had just been made.
 
         Raises:
-            ValueError: no such step, or ``state`` does not hold exactly what that step looks back on.
+            ValueError: no such step, or ``state`` does not hold exactly the arrays that it needs.
         """
         if not 0 <= index <= len(self.timesteps):
             raise ValueError(f"cannot resume at step {index}, expected 0 to {len(self.timesteps)}")

@@ -12,8 +12,8 @@ class UniPC(Scheduler):
     """Predictor and corrector on predictions of the clean sample; one model call per step.
 
     Follows the official ``FlowUniPCMultistepScheduler`` as ``text2video`` sets it up: order 2, bh2, corrector at
-    every step but the first, first order at the first and at the last step. The coefficients are float32 and in
-    the official order of operations: their rounding is part of the trajectory.
+    every step but the first, first order at the first and at the last step. The coefficients are float32, in the
+    official order of operations, because their rounding changes the trajectory.
     """
 
     sigma_max = float(np.float32(0.999))  # the noisiest level of the training grid, rounded as the official code does
@@ -36,7 +36,7 @@ class UniPC(Scheduler):
         return result
 
     def _correct(self, index: int, x0: mx.array) -> mx.array:
-        """The sample at ``sigmas[index]`` once more, now that the clean estimate there is known."""
+        """The sample at ``sigmas[index]``, corrected with the clean estimate there."""
         last_x0 = self.history["x0_1"]
         result, gain, h = self._first_order(index - 1, last_x0, self.history["sample"])
         if index == 1:
@@ -54,12 +54,12 @@ class UniPC(Scheduler):
         return float(sigma_next / sigma) * sample - float(gain) * x0, gain, h
 
     def _ratio(self, start: int, h: np.float32) -> np.float32:
-        """The step before ``start`` in units of the step after it; negative, for it lies behind."""
+        """The step before ``start`` divided by the step after it; negative, because it points back."""
         return (log_snr(self.sigmas[start - 1]) - log_snr(self.sigmas[start])) / h
 
 
 def _corrector_weights(h: np.float32, ratio: np.float32) -> tuple[np.float32, np.float32]:
-    """Solve ``w0 + w1 = b1``, ``ratio * w0 + w1 = b2`` for the weights of the slopes behind and here."""
+    """Solve ``w0 + w1 = b1``, ``ratio * w0 + w1 = b2``: the weights of the previous and the current slope."""
     b_h = np.expm1(-h)
     phi_2 = b_h / -h - np.float32(1)
     phi_3 = phi_2 / -h - np.float32(0.5)

@@ -11,13 +11,13 @@ from . import flf2v, i2v, t2v, vace
 
 @dataclass(frozen=True)
 class Task:
-    """What a kind of model does with a request.
+    """How one kind of model serves a request.
 
     Attributes:
         condition: Request and encoders → Conditioning.
-        takes: the sources it can use; others are refused.
-        fit: Request → the same with the size and length that its sources make of it. Raises ValueError if a source is
-            missing or cannot be read.
+        takes: the sources it accepts; others are refused.
+        fit: Request → the same with size and length taken from its sources. Raises ValueError if a source is missing or
+            cannot be read.
     """
 
     condition: Callable[[Request, Encoders], Conditioning]
@@ -34,10 +34,10 @@ TASKS: dict[str, Task] = {
 
 
 def fit_sources(request: Request) -> Request:
-    """The request with the size and length that its sources make of it.
+    """The request with size and length taken from its sources.
 
     Raises:
-        ValueError: a source is missing, cannot be read, or is not for this task.
+        ValueError: a source is missing, cannot be read, or does not belong to this task.
     """
     task = TASKS[request.task]
     for name in (*SOURCE_FIELDS, "src_ref_images"):

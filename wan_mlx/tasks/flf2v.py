@@ -8,10 +8,10 @@ from . import i2v
 
 
 def fit(request: Request) -> Request:
-    """The request at the proportions of its first image; what it asks for is the area.
+    """The request with the proportions of its first image and about the requested area.
 
     Raises:
-        ValueError: an image is missing or cannot be read, or the video has no room for both.
+        ValueError: an image is missing or cannot be read, or the video is too short for both.
     """
     for name, image in (("first", request.image), ("last", request.last_image)):
         if image is None:
@@ -23,13 +23,13 @@ def fit(request: Request) -> Request:
 
 
 def condition(request: Request, encoders: Encoders) -> Conditioning:
-    """Texts, noise, CLIP features of both images, and the latents of a video that has nothing between them.
+    """Texts, noise, CLIP features of both images, and the latents of a video with only these two frames.
 
     Raises:
         ValueError: an image cannot be read.
     """
     first, last = read_image(request.image), read_image(request.last_image)
-    # The official code means to resize the last image to the first's size and crop it, but only ever crops or pads,
-    # with width and height swapped. Here it is done; for images of one size there is no difference.
+    # The official code intends to resize the last image to the first's size and crop it, but only crops or pads, with
+    # width and height swapped. Here it is resized and cropped; images of one size come out the same.
     last = cover(last, *first.shape[:2])
     return i2v.condition_on_frames(request, encoders, {0: first, request.num_frames - 1: last})

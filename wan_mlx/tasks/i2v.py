@@ -20,14 +20,14 @@ from . import t2v
 
 
 def output_size(image_size: tuple[int, int], area: int, geometry: Geometry = WAN_2_1) -> tuple[int, int]:
-    """(width, height) in pixels of about ``area`` and of the image's (width, height) proportions, in whole tokens.
+    """(width, height) in pixels, whole tokens, of about ``area`` and the proportions of ``image_size`` (width, height).
 
     Raises:
-        ValueError: the image is so narrow that one side would be below a token's.
+        ValueError: the image is so narrow that one side would be below one token.
     """
     width, height = image_size
     aspect = height / width
-    # In the official order: floored to whole latents, then to whole patches of them.
+    # In the official order: rounded down to whole latents, then to whole patches.
     latents = geometry.side // geometry.spatial
     rows = int(math.sqrt(area * aspect) // geometry.spatial // latents)
     columns = int(math.sqrt(area / aspect) // geometry.spatial // latents)
@@ -37,10 +37,10 @@ def output_size(image_size: tuple[int, int], area: int, geometry: Geometry = WAN
 
 
 def fit(request: Request) -> Request:
-    """The request at the proportions of its image; what it asks for is the area.
+    """The request with the proportions of its image and about the requested area.
 
     Raises:
-        ValueError: there is no image, or it cannot be read, or it is too narrow.
+        ValueError: the image is missing, cannot be read, or is too narrow.
     """
     if request.image is None:
         raise ValueError("image to video needs an image, none was given")
@@ -59,12 +59,12 @@ def condition(request: Request, encoders: Encoders) -> Conditioning:
 
 
 def condition_on_frames(request: Request, encoders: Encoders, known: Mapping[int, np.ndarray]) -> Conditioning:
-    """Condition on frames that are given, by their number.
+    """Condition on given frames, by their number.
 
     Args:
-        request: its ``width`` and ``height`` are what the frames are resized to.
-        encoders: all three are asked.
-        known: uint8 (H, W, 3), all of one size; a frame that is not among them is grey to the VAE.
+        request: its ``width`` and ``height`` are the size that frames are resized to.
+        encoders: all three are used.
+        known: frame number → uint8 (H, W, 3), all of one size; all other frames are grey for the VAE.
     """
     base = t2v.condition(request, encoders)
     images = {number: to_float(image) for number, image in known.items()}
@@ -79,7 +79,7 @@ def condition_on_frames(request: Request, encoders: Encoders, known: Mapping[int
 
 
 def _mask(num_frames: int, known: Mapping[int, np.ndarray], temporal: int) -> mx.array:
-    """float32 (t, 1, 1, temporal): 1 where a frame is given. The channels are a latent frame's frames, the first of
-    all being counted ``temporal`` times."""
+    """float32 (t, 1, 1, temporal): 1 where a frame is given. A latent frame's channels are its frames; the first frame
+    is repeated ``temporal`` times."""
     given = [float(number in known) for number in range(num_frames)]
     return mx.array([given[0]] * (temporal - 1) + given).reshape(-1, 1, 1, temporal)

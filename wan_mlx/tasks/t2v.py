@@ -1,8 +1,8 @@
-"""Text to video: noise and two texts, which every other task starts from. A video may be given to start from, too.
+"""Text to video: noise and two texts, the base of every other task. It may also start from a video.
 
 The official code has no video to video; this follows Diffusers' ``WanVideoToVideoPipeline``, on the official sigma
-grid. Unlike there the source is sampled at the model's rate and cropped, not squeezed, and the number of steps is
-rounded, not truncated.
+grid. Unlike there the source is sampled at the model's frame rate and cropped, not squeezed, and the number of steps
+is rounded, not truncated.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ..types import Conditioning, Encoders, Request
 
 
 def fit(request: Request) -> Request:
-    """The request at the length of the video it starts from, if there is one and it is shorter.
+    """The request, shortened to the length of its video, if it has one.
 
     Raises:
-        ValueError: the video cannot be read, or something is asked for that needs a run from noise alone.
+        ValueError: the video cannot be read, or an option needs a run from noise alone.
     """
     if request.video is None:
         return request
@@ -38,10 +38,10 @@ def fit(request: Request) -> Request:
 def condition(request: Request, encoders: Encoders, extra_latents: int = 0) -> Conditioning:
     """Encode prompt and negative prompt in one pass over the text encoder's weights, and draw the noise.
 
-    ``extra_latents``: latent frames of noise beyond those of the video.
+    ``extra_latents``: latent frames of noise added to the video's.
 
     Raises:
-        ValueError: the video to start from cannot be read.
+        ValueError: the video cannot be read.
     """
     texts = [request.prompt]
     if request.guidance_scale != 1.0:
@@ -57,7 +57,7 @@ def condition(request: Request, encoders: Encoders, extra_latents: int = 0) -> C
 
 
 def _source_latents(request: Request, encoders: Encoders) -> mx.array | None:
-    # At full strength nothing of the video is left, and it is not read.
+    # At full strength nothing of the video remains, so it is not read.
     if request.video is None or request.begin == 0:
         return None
     clip = open_video(request.video, request.fps)

@@ -1,4 +1,4 @@
-"""VACE: generate after a video, a mask on it, and reference images, any of which may be missing.
+"""VACE: a video is generated from a source video, a mask on it, and reference images; any may be missing.
 
 Follows the official ``wan/vace.py`` and ``wan/utils/vace_processor.py``.
 """
@@ -25,20 +25,20 @@ log = logging.getLogger(__name__)
 def output_shape(
     source: tuple[int, int, int], area: int, num_frames: int, geometry: Geometry = WAN_2_1
 ) -> tuple[int, int, int]:
-    """(width, height, num_frames) to generate after a source video, in the official code's way.
+    """(width, height, num_frames) of the output for a source video, computed as in the official code.
 
-    Width and height keep the source's proportions and neither exceed ``area`` nor enlarge it. A source that is
-    shorter makes a shorter video; one that is smaller than ``area`` may make a longer one than ``num_frames``, up to
-    the number of tokens that ``area`` and ``num_frames`` come to.
+    Width and height keep the source's proportions; neither exceeds ``area`` nor enlarges the source. A shorter source
+    gives a shorter video; a source smaller than ``area`` may give more frames than ``num_frames``, up to as many tokens
+    as ``area`` and ``num_frames`` have.
 
     Args:
         source: (num_frames, height, width) of the source video.
         area: pixels, of a size that the geometry allows.
-        num_frames: as many as it allows.
+        num_frames: a number that the geometry allows.
         geometry: the model's.
 
     Raises:
-        ValueError: a side of the result would be below a token's.
+        ValueError: a side of the result would be below one token.
     """
     source_frames, height, width = source
     side, latent_frames = geometry.side, geometry.latent_frames(num_frames)
@@ -56,11 +56,11 @@ def output_shape(
 
 
 def fit(request: Request) -> Request:
-    """The request at the proportions and length of its source video, if there is one.
+    """The request with the proportions and length of its source video, if it has one.
 
     Raises:
-        ValueError: there is no source at all, or one cannot be read, or the video is too small, or its mask is of
-            another length.
+        ValueError: the request has no source, a source cannot be read, the video is too small, or its mask has another
+            length.
     """
     if request.src_video is None and request.src_mask is None and not request.src_ref_images:
         raise ValueError("VACE needs a source video, a mask or reference images, none was given")
@@ -79,10 +79,10 @@ def fit(request: Request) -> Request:
 
 
 def condition(request: Request, encoders: Encoders) -> Conditioning:
-    """Texts, noise, and the control video: latents of what stays, latents of what changes, and the mask.
+    """Texts, noise, and the control video: latents of the unchanged area, latents of the changed area, and the mask.
 
-    The source is cut to ``request``'s size and thinned to its ``num_frames``, which `fit` has set. Reference images
-    come first, one latent frame each, also in the noise.
+    The source is cropped to ``request``'s size and sampled down to its ``num_frames``, as set by `fit`. Reference
+    images come first, one latent frame each, also in the noise.
 
     Raises:
         ValueError: a source cannot be read, is too short, or does not fit its mask.
@@ -117,7 +117,7 @@ def condition(request: Request, encoders: Encoders) -> Conditioning:
 
 
 def read_source(request: Request) -> tuple[np.ndarray, np.ndarray]:
-    """The source video uint8 (T, H, W, 3) and its mask uint8 (T, H, W), white without one, as `condition` uses them.
+    """The source video uint8 (T, H, W, 3) and its mask uint8 (T, H, W), white if missing, as `condition` uses them.
 
     A mask of one frame covers the whole video.
 
@@ -151,14 +151,14 @@ def _check_lengths(mask: Clip, video: Clip) -> None:
 
 
 def spread(times: np.ndarray, count: int) -> list[int]:
-    """Numbers of ``count`` frames evenly spread over a video whose frames have these ``times``, float32 (T, 2)."""
+    """Numbers of ``count`` frames, evenly spread over a video with frame ``times``, float32 (T, 2): start and end."""
     moments = np.linspace(0.0, float(times[-1].mean()), count)
-    # The first frame that has not ended: at a boundary the earlier one, as in the official code.
+    # The first frame that has not ended; at a boundary the earlier one, as in the official code.
     return np.searchsorted(times[:, 1], moments).clip(max=len(times) - 1).tolist()
 
 
 def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Fit a picture into the middle of a white one: uint8 (H, W, 3) → float32 (height, width, 3) in [-1, 1]."""
+    """Fit an image into the middle of a white one: uint8 (H, W, 3) → float32 (height, width, 3) in [-1, 1]."""
     old_height, old_width = image.shape[:2]
     if (old_height, old_width) == (height, width):
         return to_float(image)
@@ -172,17 +172,16 @@ def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def mask_to_latents(mask: np.ndarray, geometry: Geometry = WAN_2_1) -> mx.array:
-    """uint8 (T, H, W) → float32 (1, t, h, w, channels) in [0, 1]: each latent's square of pixels as channels, row by
-    row."""
+    """uint8 (T, H, W) → float32 (1, t, h, w, channels) in [0, 1]; the channels are each latent's pixels, row by row."""
     num_frames, height, width = mask.shape
     latent_frames, h, w = geometry.latent_shape(width, height, num_frames)
     side = geometry.spatial
-    # PyTorch's "nearest-exact", which takes the frame under the middle of each latent frame.
+    # PyTorch's "nearest-exact": the frame at the middle of each latent frame.
     middles = np.arange(latent_frames, dtype=np.float32) + np.float32(0.5)
     numbers = np.floor(middles * np.float32(num_frames / latent_frames)).astype(int)
     squares = mask[numbers].reshape(latent_frames, h, side, w, side)
     channels = squares.transpose(0, 1, 3, 2, 4).reshape(1, latent_frames, h, w, side**2)
-    return mx.array(channels.astype(np.float32) / np.float32(255))  # grey levels stay, unlike in the latents
+    return mx.array(channels.astype(np.float32) / np.float32(255))  # keeps grey levels, unlike in the latents
 
 
 def _where(frames: np.ndarray, chosen: np.ndarray) -> Iterable[np.ndarray]:
