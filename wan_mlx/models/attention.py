@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections and norms that both kinds of attention have."""
+    """Projections and norms of both kinds of attention."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -84,7 +84,7 @@ class CrossAttention(Attention):
         return self._normed(self.q(x), self.norm_q)
 
     def __call__(self, x: mx.array, pairs: Sequence[tuple[mx.array, mx.array]]) -> mx.array:
-        """Normed tokens (B, L, D), keys and values of what they attend to → (B, L, D)."""
+        """Normed tokens (B, L, D) and the keys and values that they attend to → (B, L, D)."""
         q = self.queries(x)
         return self.o(reduce(mx.add, (attention(q, k, v) for k, v in pairs)))
 

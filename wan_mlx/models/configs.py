@@ -1,4 +1,4 @@
-"""Sizes of the networks, named as their official configurations name them."""
+"""Sizes of the networks, with the names of the official configurations."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True)
 class ImageEncoderConfig:
-    """Sizes of CLIP's vision tower; the defaults are ViT-H/14's. ``num_layers`` includes the last, which is not run."""
+    """Sizes of CLIP's vision tower; the defaults are ViT-H/14's. ``num_layers`` includes the last, which never runs."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -98,5 +98,5 @@ class VAEConfig:
 
 
 def geometry_of(transformer: TransformerConfig, vae: VAEConfig) -> Geometry:
-    """The sizes of latents and tokens that the two networks of a model make together."""
+    """The sizes of latents and tokens of a model with these two networks."""
     return Geometry(vae.temporal_factor, vae.spatial_factor, transformer.patch_size)

@@ -1,11 +1,11 @@
 """How the networks are run on this machine: when work is submitted, in how many pieces, with which kernels.
 
-The networks beside this module say what is computed. `Execution` runs a transformer by calling the same pieces of its
-blocks (queries, keys and values; attention; the rest, token by token), resident or streamed from a file, and gives the
-same numbers: in float32 on a CPU, the same bits. `vae_execution` does it for the VAE.
+The other modules of this folder define the computation. `Execution` runs a transformer by calling the same pieces of
+its blocks (queries, keys and values; attention; the rest, token by token), resident or streamed from a file, with the
+same results: in float32 on a CPU, the same bits. `vae_execution` does it for the VAE.
 
-The numbers of arrays alive beside the code are for `wan_mlx.planning.peak_memory`; a change of the order here is a
-change of those. ``benchmarks/memory_table.py`` measures them.
+The numbers of live arrays beside the code are for `wan_mlx.planning.peak_memory`; changing the order of the code
+changes them. ``benchmarks/memory_table.py`` measures them.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from .transformer import Block, BlocksHook, ForwardPass, Modulation, Transformer
 from .vace import VaceBlock
 
 # Everything after self-attention treats tokens one by one, so it runs on this many at a time: the 5.8x wider
-# feed-forward arrays then stay small, and matmuls are still large enough to run at full speed. Where memory is short
-# it is fewer (`wan_mlx.planning.choose`).
+# feed-forward arrays stay small, and matmuls are still large enough for full speed. `wan_mlx.planning.choose` lowers it
+# where memory is short.
 TOKENS_AT_ONCE = 32768 if mx.cuda.is_available() else 8192
-# The feed-forward never takes more: no faster, and its arrays are the largest there are.
+# The feed-forward never takes more: it would be no faster, and its arrays are the largest of all.
 FEED_FORWARD_TOKENS = 8192
-# From here down memory is so short that nothing is submitted while something else runs beside wide arrays.
+# With at most this many tokens memory is so short that no work is submitted while wide arrays are in use.
 FEW_TOKENS = 1024
-# Bytes that may wait to be freed; more where all tokens are computed at once, and waiting for less made a forward take
-# 8 % longer.
+# Bytes of deferred frees; more where all tokens are computed at once, because with a lower bound a forward took 8 %
+# longer.
 DEFERRED, DEFERRED_WHOLE = 200_000_000, 600_000_000
 
-# macOS ends GPU work after about five seconds; 2 TFLOP is below one second on every M-series GPU. Elsewhere nothing
-# does, and one dispatch is a tenth faster than several whose results are put together.
+# macOS ends GPU work after about five seconds; 2 TFLOP take below one second on every M-series GPU. Elsewhere there is
+# no limit, and one dispatch is 10 % faster than several whose results are joined.
 DISPATCH_FLOP = 2e12 if mx.metal.is_available() else 1e18
-# Where no fused kernel exists the scores are a real array: this many at a time (256 MB in float32).
+# Without a fused kernel the scores are a real array; this many are computed at a time (256 MB in float32).
 UNFUSED_SCORES = 1 << 26
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
 
@@ -56,8 +56,8 @@ StreamedBlocks = Callable[[Sequence[str]], Iterator[Block]]
 class Pacer:
     """Submits work piece by piece: one piece runs while the next waits, and no more.
 
-    MLX allocates the arrays of whatever is submitted long before the GPU gets there, so a whole block submitted at
-    once holds all its temporaries at once. With two pieces in flight memory stays low and the GPU never idles:
+    MLX allocates the arrays of submitted work long before the GPU reaches it, so a whole block submitted at once would
+    hold all its temporaries at once. With two pieces in flight memory stays low and the GPU never idles:
 
         pace(a)    a submitted                          a runs
         pace(b)    b submitted, a waited for            b runs
@@ -67,7 +67,7 @@ class Pacer:
 
     Attributes:
         tokens_at_once: size of the pieces where tokens are independent (`in_token_chunks`).
-        frees: bounds the memory that is freed late, if anything does.
+        frees: bounds deferred frees, where there are any.
     """
 
     def __init__(self, tokens_at_once: int = TOKENS_AT_ONCE, frees: DeferredFrees | None = None):
@@ -83,35 +83,35 @@ class Pacer:
             self.frees.limit()
 
     def submit(self, *arrays: mx.array) -> None:
-        """Submit a piece too small to wait for: the GPU would run dry before the next one is there."""
+        """Submit a piece too small to wait for, so that the GPU does not idle before the next one."""
         mx.async_eval(*arrays)
         self.running = (*self.running, *arrays)
 
     def small(self, *arrays: mx.array) -> None:
-        """Submit a piece that is soon done, to be waited for only where memory matters more than time."""
+        """Submit a short piece; wait for it only where memory matters more than time."""
         if self.tokens_at_once > FEED_FORWARD_TOKENS:
             self.submit(*arrays)
         else:
             self(*arrays)
 
     def settle(self) -> None:
-        """Wait for the running piece where memory is short, so that its temporaries are gone before the next one."""
+        """Wait for the running piece where memory is short, so that its temporaries are freed before the next one."""
         if self.tokens_at_once <= FEW_TOKENS:
             mx.eval(*self.running)
 
     def finish(self) -> None:
-        """Wait for all that was submitted, and hold nothing of it."""
+        """Wait for all submitted work, and release its arrays."""
         mx.eval(*self.running)
         self.running = ()
 
 
 class Execution:
-    """A transformer as it is run: called like the network, with the same result.
+    """Runs a transformer: called like the network, with the same result.
 
     Args:
-        model: the network. If its blocks are streamed it holds none.
-        blocks: reads the blocks where they are not resident.
-        tokens_at_once: size of the pieces where tokens are independent; fewer take less memory.
+        model: the network. It holds no blocks if they are streamed.
+        blocks: reads the blocks if they are streamed.
+        tokens_at_once: size of the pieces where tokens are independent; fewer tokens take less memory.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Execution:
         skip_layers: Collection[int] = (),
         **named: Any,
     ) -> mx.array:
-        """The velocity, float32 (B, t, h, w, out_dim); arguments and errors are those of the network."""
+        """The velocity, float32 (B, t, h, w, out_dim); arguments and errors as for the network."""
         x, this_pass = self.model.enter(latents, timestep, context, *conditions, **named)
         self._frees.most = DEFERRED_WHOLE if self.tokens_at_once > FEED_FORWARD_TOKENS else DEFERRED
         pace = Pacer(self.tokens_at_once, self._frees)
@@ -142,7 +142,7 @@ class Execution:
             return tokens.pop()
 
         tokens = [x]
-        del x  # or it would be held through all the blocks
+        del x  # otherwise it would stay alive through all the blocks
         x = run_blocks(tokens.pop()) if through is None else through(tokens.pop(), this_pass, run_blocks)
         return self.leave(x, this_pass, pace)
 
@@ -166,11 +166,11 @@ class Execution:
                 pace(tokens[0])
             else:
                 tokens.append(self.run_block(block, tokens.pop(), this_pass, pace))
-            if self.blocks is not None:  # a streamed block is emptied when the next one is asked for
+            if self.blocks is not None:  # a streamed block is emptied when the next one is requested
                 mx.eval(tokens if control is None else [control, *tokens])
 
     def _each_block(self, names: Sequence[str]) -> Iterator[Block]:
-        """Blocks in order, resident or as they are read."""
+        """Blocks in order, resident or streamed."""
         if self.blocks is not None:
             yield from self.blocks(names)
             return
@@ -179,9 +179,9 @@ class Execution:
             yield self.model[kind][int(index)]
 
     def run_block(self, block: Block, x: mx.array, this_pass: ForwardPass, pace: Pacer) -> mx.array:
-        """`Block.__call__`: x (B, L, D) → (B, L, D)."""
-        # A long video's memory is arrays as wide as x: none is held longer than it is needed, and what can wait for the
-        # pieces below does.
+        """Same as `Block.__call__`: x (B, L, D) → (B, L, D)."""
+        # In a long video, arrays as wide as x dominate memory: each is released as soon as possible, and all other work
+        # waits for the token-wise pieces below.
         m = block.modulate(this_pass.modulation)
         normed = fused.modulated_norm(x, m.scale_attn, m.shift_attn, block.eps)
         pace.small(normed)
@@ -197,7 +197,7 @@ class Execution:
         return in_token_chunks(rest, pieces, pace, pace.tokens_at_once)
 
     def leave(self, x: mx.array, this_pass: ForwardPass, pace: Pacer) -> mx.array:
-        """`Transformer.leave`: tokens (B, L, D) → velocity, float32 (B, t, h, w, out_dim)."""
+        """Same as `Transformer.leave`: tokens (B, L, D) → velocity, float32 (B, t, h, w, out_dim)."""
 
         def project(pieces: list[mx.array]) -> mx.array:
             y = self.model.head(pieces.pop(), this_pass.time)
@@ -208,19 +208,19 @@ class Execution:
         return self.model.unpatchify(patches, this_pass.grid)
 
 
-# Arrays as wide as the tokens (L, D) that live at once while queries, keys and values are made: the tokens, their norm,
-# and of queries and keys each the projection and its rotation, since keys are submitted before queries are done.
-# Queries are done, and keys nearly, when values are made. Measured on an H200 over a streamed 14B: 6.9; where keys wait
-# for queries (`Pacer.settle`): 5.9. Without the kernels the norm of each is one more.
+# Arrays as wide as the tokens (L, D) alive at once while queries, keys and values are computed: the tokens, their norm,
+# and for queries and keys the projection and its rotation, since keys are submitted before queries are done.
+# Queries are done, and keys nearly, when values are computed. Measured on an H200 over a streamed 14B: 6.9; where keys
+# wait for queries (`Pacer.settle`): 5.9. Without the kernels one more for the norm.
 TOKENS_ALIVE, TOKENS_ALIVE_SETTLED, TOKENS_ALIVE_OPERATIONS = 6.9, 5.9, 0.8
 
 
 def queries_keys_values(layer: SelfAttention, x: mx.array, rope: RopeTable, pace: Pacer) -> Projected:
     """`SelfAttention.queries_keys_values`, one after the other.
 
-    On CUDA there may be a few more keys and values, which weigh next to nothing (`cuda.attention.fill_last_tile`).
+    On CUDA a few keys and values may be added that weigh next to nothing (`cuda.attention.fill_last_tile`).
     """
-    # While values are made, queries and keys are waited for: what they were made from is gone before attention.
+    # While values are computed, queries and keys are waited for: their sources are freed before attention.
     q = fused.norm_and_rotate(layer.q(x), layer.norm_q.weight, layer.heads, rope, layer.eps)
     fill = has_fused_kernel(q.dtype, q.shape[-1])
     pace(q)
@@ -238,14 +238,14 @@ def queries_keys_values(layer: SelfAttention, x: mx.array, rope: RopeTable, pace
     return q, k, v
 
 
-# The same where tokens are taken a piece at a time: the tokens before and after, and the result of attention; when the
-# pieces are put together these and the whole.
+# The same in the token-wise pieces: the tokens before and after, and the result of attention; when the pieces are
+# joined, these and the whole.
 TOKENS_ALIVE_IN_PIECES, TOKENS_ALIVE_AT_JOIN = 3.0, 3.5
-# Of each of the two pieces in flight: arrays as wide as tokens, and as wide as the feed-forward.
+# For each of the two pieces in flight: arrays as wide as tokens, and as wide as the feed-forward.
 PIECE_TOKENS, PIECE_WIDE = 4.0, 0.75
-# Where all tokens, or large pieces, are computed at once, and short work is not waited for: arrays as wide as tokens,
-# where blocks are resident, and the next is begun before all is freed, and where they are streamed; and of a piece of
-# the feed-forward. Measured on an H200: 13.3 to 14.2 in all for 1.3B, 10.3 for a streamed 14B.
+# Where all tokens, or large pieces, are computed at once, and short work is not waited for: arrays as wide as tokens
+# with resident blocks (the next begins before all is freed) and with streamed ones; and as wide as the feed-forward
+# for a piece. Measured on an H200: 13.3 to 14.2 in all for 1.3B, 10.3 for a streamed 14B.
 TOKENS_ALIVE_WHOLE, TOKENS_ALIVE_WHOLE_STREAMED, WHOLE_WIDE = 11.4, 9.1, 1.7
 
 
@@ -256,7 +256,7 @@ def _after_attention(
     pace: Pacer,
     pieces: list[mx.array],
 ) -> mx.array:
-    """`Block.after_attention` of some tokens; ``pieces`` are x and the result of attention, and are emptied."""
+    """`Block.after_attention` for some tokens; ``pieces`` are x and the result of attention, and are emptied."""
     x, attended = pieces
     pieces.clear()
     norm3 = block.norm3
@@ -266,7 +266,7 @@ def _after_attention(
     cross = _cross_attention(block.cross_attn, y, pairs, pace)
     x, y = fused.add_and_norm(x, cross, mx.ones_like(m.gate_ffn), m.scale_ffn, m.shift_ffn, block.eps)
     del cross
-    pace(x, y)  # the widest arrays are next: nothing of what was before is still there beside them
+    pace(x, y)  # the widest arrays come next: all earlier ones are freed first
     pieces.append(y)
     del y
 
@@ -299,7 +299,7 @@ def has_fused_kernel(dtype: mx.Dtype, head_dim: int) -> bool:
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, pace: Pacer) -> mx.array:
-    """`attention.attention` in dispatches of bounded size; ``pace`` is called after each, when there are several."""
+    """Same as `attention.attention`, in dispatches of bounded size; ``pace`` is called after each, if several."""
     batch, rows, heads, head_dim = q.shape
     work_per_row = batch * k.shape[1]
     if has_fused_kernel(q.dtype, head_dim):
@@ -329,20 +329,20 @@ def in_token_chunks(
 ) -> mx.array:
     """``function(arrays)`` for a function that treats tokens (B, L, D) independently, ``at_once`` tokens at a time.
 
-    The list, or that of the slices, is the function's to empty, so that nothing is held longer than it is needed. It
-    has its result computed: ``pace(result)``.
+    The function may empty its list of arrays (or slices), to release them early. It has its result computed by
+    ``pace(result)``.
     """
     parts = token_parts(function, arrays, at_once)
     whole = fused.joined(parts)
     if len(parts) > 1:
-        pace.submit(whole)  # or the parts would live until the next array is computed
+        pace.submit(whole)  # otherwise the parts would live until the next array is computed
     return whole
 
 
 def token_parts(
     function: Callable[[list[mx.array]], mx.array], arrays: list[mx.array], at_once: int
 ) -> list[mx.array]:
-    """The same, not put together: ``at_once`` tokens in each part but the last."""
+    """The same, not joined: ``at_once`` tokens in each part but the last."""
     length = arrays[0].shape[1]
     if length <= at_once:
         return [function(arrays)]
@@ -355,8 +355,8 @@ class StreamedTextEncoder:
     Args:
         config: sizes.
         embed: int32 ids (L,) → their rows of ``token_embedding.weight``, (L, dim).
-        blocks: called once per pass; yields the loaded blocks in order. Nothing computed with one is pending when
-            the next is asked for.
+        blocks: called once per pass; yields the loaded blocks in order. All work with a block is done when the next
+            is requested.
         norm_weight: (dim,).
         dtype: of the computation, bfloat16 or float32.
 
@@ -378,10 +378,10 @@ class StreamedTextEncoder:
         self.embed, self.blocks, self.norm_weight = embed, blocks, norm_weight
 
     def __call__(self, ids: Sequence[Sequence[int]]) -> list[mx.array]:
-        """Encode several prompts in one pass over the weights; arguments, result and errors are `TextEncoder`'s.
+        """Encode several prompts in one pass over the weights; arguments, result and errors as for `TextEncoder`.
 
         Raises:
-            WeightsError: ``blocks`` yields another number of blocks than the config has layers.
+            WeightsError: ``blocks`` yields another number of blocks than the config's layers.
         """
         prompts = [checked_ids(prompt, self.config.vocab_size) for prompt in ids]
         states = [self.embed(prompt).astype(self.dtype)[None] for prompt in prompts]
@@ -396,7 +396,7 @@ class StreamedTextEncoder:
 
 
 def encode_images(encoder: ImageEncoder, images: np.ndarray | mx.array) -> mx.array:
-    """`ImageEncoder.__call__`, block by block."""
+    """Same as `ImageEncoder.__call__`, block by block."""
     x, pace = encoder.embed(images), Pacer()
     for block in encoder.transformer:
         x = block(x)

@@ -1,6 +1,6 @@
-"""The small functions of `layers` and `rope` with the kernels of `kernels` where those can be used on this machine.
+"""The small functions of `layers` and `rope`, with the kernels of `kernels` where this machine can use them.
 
-Kernels have no gradient, so the networks themselves use the plain functions, and `execution` these.
+Kernels have no gradient, so the networks use the plain functions, and `execution` uses these.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from . import kernels, layers, rope
 
 
 def modulated_norm(x: mx.array, scale: mx.array, shift: mx.array, eps: float) -> mx.array:
-    """`layers.modulated_norm`."""
+    """Same as `layers.modulated_norm`."""
     if kernels.usable(kernels.layer_norm, x, scale):
         return kernels.layer_norm(x, scale.flatten(), shift.flatten(), eps)
     return layers.modulated_norm(x, scale, shift, eps)
 
 
 def gated_add(x: mx.array, y: mx.array | Sequence[mx.array], gate: mx.array) -> mx.array:
-    """`layers.gated_add`; y (B, L, D) is whole or in parts along L, which a kernel need not join."""
+    """Same as `layers.gated_add`; y (B, L, D) is whole or in parts along L, which a kernel need not join."""
     parts = [y] if isinstance(y, mx.array) else y
     if (len(parts) == 1 or x.shape[0] == 1) and kernels.usable(kernels.gated_add, x, gate, parts=len(parts)):
         return kernels.gated_add(x, parts, gate.flatten())
@@ -30,7 +30,7 @@ def gated_add(x: mx.array, y: mx.array | Sequence[mx.array], gate: mx.array) -> 
 def add_and_norm(
     x: mx.array, y: mx.array, gate: mx.array, scale: mx.array, shift: mx.array, eps: float
 ) -> tuple[mx.array, mx.array]:
-    """`gated_add` and the `modulated_norm` of its result, in one kernel where there is one."""
+    """`gated_add` and the `modulated_norm` of its result, in one kernel if possible."""
     if kernels.usable(kernels.add_and_norm, x, gate, scale):
         total, normed = kernels.add_and_norm(x, y, gate.flatten(), scale.flatten(), shift.flatten(), eps)
         return total, normed
@@ -39,12 +39,12 @@ def add_and_norm(
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
-    """`layers.gelu_tanh`."""
+    """Same as `layers.gelu_tanh`."""
     return kernels.gelu_tanh(x) if kernels.usable(kernels.gelu_tanh, x) else layers.gelu_tanh(x)
 
 
 def norm_and_rotate(x: mx.array, weight: mx.array, heads: int, table: rope.RopeTable, eps: float) -> mx.array:
-    """`rope.norm_and_rotate`."""
+    """Same as `rope.norm_and_rotate`."""
     head_dim = x.shape[-1] // heads
     if head_dim % 8 == 0 and kernels.usable(kernels.rms_norm_and_rotate, x, weight, head_dim=head_dim):
         cosines, sines = (part.reshape(x.shape[1], -1) for part in table)

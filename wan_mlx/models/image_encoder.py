@@ -1,8 +1,8 @@
 """Images → features: the vision tower of open-CLIP's XLM-RoBERTa ViT-H/14, up to its penultimate block.
 
 Follows the official ``wan/modules/clip.py`` (``CLIPModel.visual``). Parameter names are the official checkpoint's,
-without ``visual.``. They may be float16, as published; all is computed in float32, which at 257 tokens costs next to
-nothing. bfloat16 is not offered: its eight bits would change the features.
+without ``visual.``. They may be float16, as published; the computation is float32, which costs little for 257 tokens.
+bfloat16 is not offered: its eight bits would change the features.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .attention import attention
 from .configs import ImageEncoderConfig
 from .layers import Linear
 
-# Of the RGB channels, in [0, 1], over CLIP's training images.
+# Mean of the RGB channels, in [0, 1], over CLIP's training images.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -78,7 +78,7 @@ class ImageEncoder(nn.Module):
         self.transformer = [Block(config) for _ in range(config.num_layers - 1)]
 
     def __call__(self, images: np.ndarray | mx.array) -> mx.array:
-        """Encode images, each squeezed to the square that CLIP reads.
+        """Encode images, each resized to CLIP's square.
 
         Args:
             images: (N, H, W, 3) float32 in [-1, 1], any size.
@@ -110,7 +110,7 @@ class ImageEncoder(nn.Module):
 
 
 def last_block_shapes(config: ImageEncoderConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape of the parameters that every checkpoint has and `ImageEncoder` does without."""
+    """Name → shape of the parameters that every checkpoint has and `ImageEncoder` does not use."""
     last = f"transformer.{config.num_layers - 1}"
     parameters = dict(tree_flatten(Block(config).parameters()))
     return {f"{last}.{name}": tuple(array.shape) for name, array in parameters.items()}

@@ -1,10 +1,10 @@
-"""The transformer's norms with what surrounds them, each in one pass over memory; MLX's operations take two to four.
+"""Kernels for the transformer's norms and neighbouring operations, each in one pass over memory; MLX takes two to four.
 
-One text serves Metal and CUDA: 32 threads that can add among themselves (a simdgroup, a warp) take one row, which stays
-in their registers. Statistics and arithmetic are float32, and nothing is rounded before the result is.
+The same source serves Metal and CUDA: a group of 32 threads (a simdgroup, a warp) takes one row, which stays in
+registers. Statistics and arithmetic are float32, and only the result is rounded.
 
-A kernel is used once it has given here what MLX's operations give, on a few rows as wide as what it is wanted for
-(`usable`); on the CPU, and where it has not, callers use the operations.
+A kernel is used after its results on this machine match MLX's operations, on a few rows of the wanted width
+(`usable`); otherwise, and on the CPU, callers use the operations.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 SWITCH = "WAN_MLX_KERNELS"  # "0" in the environment turns the kernels off
 LANES, THREADS = 32, 256
-# Dtypes that the kernels take, and how far their results, of size 10 or so, may be from MLX's.
+# Dtypes of the kernels, and the largest difference of their results, of size 10 or so, from MLX's.
 TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 
-# What the two languages call differently, and the type of four neighbouring values.
+# Names that differ between the two languages, and the type of four neighbouring values.
 METAL = """
 #define DEVICE device
 inline float sum_lanes(float value) { return metal::simd_sum(value); }
@@ -49,7 +49,7 @@ THREAD = {
     "metal": "const uint thread_number = thread_position_in_grid.x;",
     "cuda": "const unsigned int thread_number = blockIdx.x * blockDim.x + threadIdx.x;",
 }
-# Rows have C values; a lane has those from 4 * (lane + 32 * i) on, four at a time.
+# Rows have C values; a lane takes those from 4 * (lane + 32 * i) on, four at a time.
 ROW = """
 const int lane = thread_number % 32;
 const size_t row = thread_number / 32;
@@ -61,13 +61,13 @@ const size_t start = row * C;
 #define FLOATS(array, at) (*(const DEVICE Four<float>*)((array) + (at)))
 #define WRITE(array, at) (*(DEVICE Four<T>*)((array) + (at)))
 """
-# Nothing is written before all is read that the same step reads: writing might change what is read, for all a compiler
-# knows, so each read would wait for the write before it.
+# All reads come before all writes: a compiler must assume that a write may change the values read after it, so each
+# read would wait for the write before it.
 READ = """
 Four<T> kept[N];
 EACH kept[i] = VALUES(x, start + c);
 """
-# x + y * gate, kept as it is rounded to be written; y's row begins at y_start.
+# x + y * gate, rounded as it will be written; y's row begins at y_start.
 READ_SUM = """
 Four<T> kept[N];
 EACH {
@@ -79,7 +79,7 @@ EACH {
 """
 WRITE_SUM = "EACH WRITE(total, start + c) = kept[i];"
 Y_WHOLE = "const size_t y_start = start;"
-# The values that are rotated together are half a head apart, and one lane has both: pairs p, p + 1, p + 2, p + 3.
+# Values that are rotated together are half a head apart; one lane has both: pairs p, p + 1, p + 2, p + 3.
 READ_PAIRS = """
 constexpr int HALF = HEAD / 2;
 #define EACH_PAIR _Pragma("unroll") for (int i = 0, p = 4 * lane; i < (C + 255) / 256; i++, p += 128) \\
@@ -116,7 +116,7 @@ EACH_PAIR {
   WRITE(out, start + FIRST + HALF) = b[i];
 }
 """
-# The tanh of the approximation is 1 - 2 / (1 + exp(2 u)), which leaves one exponential and one division.
+# tanh is written as 1 - 2 / (1 + exp(2 u)): one exponential and one division.
 GELU = """
 EACH for (int k = 0; k < 4; k++) {
   float v = static_cast<float>(kept[i].at[k]);
@@ -144,9 +144,9 @@ EACH WRITE(out, start + c) = kept[i];
 
 
 def usable(kernel: Callable, x: mx.array, *vectors: mx.array, **constants: int) -> bool:
-    """Whether a kernel can be used for ``x`` with ``vectors`` that hold one value for each of its channels.
+    """Whether a kernel works for ``x`` with ``vectors`` of one value per channel.
 
-    ``constants``: what else it is made for, by name.
+    ``constants``: the kernel's other compile-time constants, by name.
     """
     channels = x.shape[-1]
     if mx.default_device() != mx.gpu or x.dtype not in TOLERANCE or channels % 4:
@@ -161,7 +161,7 @@ def off() -> bool:
 
 @lru_cache(maxsize=64)
 def agrees(kernel: Callable, dtype: mx.Dtype, channels: int, **constants: int) -> bool:
-    """Whether a kernel gives on this GPU, for a few rows, what MLX's operations give; asked once."""
+    """Whether a kernel's results match MLX's on this GPU, for a few rows; computed once."""
     if off():
         return False
     what = f"MLX's own operations are used, which is slower: {kernel.__name__} for {channels} channels of {dtype}"
@@ -171,7 +171,7 @@ def agrees(kernel: Callable, dtype: mx.Dtype, channels: int, **constants: int) -
     except (RuntimeError, ValueError) as error:
         log.warning("%s does not run here (%s)", what, error)
         return False
-    good = all(error <= TOLERANCE[dtype] for error in errors)  # not if it is NaN
+    good = all(error <= TOLERANCE[dtype] for error in errors)  # False for NaN
     if not good:
         log.warning("%s is off by %g here", what, max(errors))
     return good
@@ -189,7 +189,7 @@ def _made(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], steps: s
 def _run(
     name: str, steps: str, eps: float, inputs: dict[str, mx.array], outputs: Sequence[str] = ("out",), **constants: int
 ) -> list[mx.array]:
-    """Arrays of the shape of ``inputs["x"]``, of whose last axis every row is given to some lanes."""
+    """Run a kernel: arrays of the shape of ``inputs["x"]``; each row of the last axis is computed by some lanes."""
     x = inputs["x"]
     rows = x.reshape(-1, x.shape[-1])
     threads = LANES * rows.shape[0]
@@ -215,9 +215,9 @@ def _try_layer_norm(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, 
 
 
 def gated_add(x: mx.array, parts: Sequence[mx.array], gate: mx.array) -> mx.array:
-    """``x + y * gate``, of x and y in one dtype and a gate float32 (C,).
+    """``x + y * gate``, x and y of one dtype, gate float32 (C,).
 
-    ``parts``: y, or consecutive rows of it, as many in each but the last; they are not put together first.
+    ``parts``: y, or consecutive rows of it, equally many in each part but the last; they need not be joined.
     """
     names, rows = [f"y{i}" for i in range(len(parts))], parts[0].size // x.shape[-1]
     choose = "".join(f"row / ROWS == {i} ? {name} : " for i, name in enumerate(names[:-1])) + names[-1]
@@ -236,7 +236,7 @@ def _try_gated_add(dtype: mx.Dtype, channels: int, parts: int = 1) -> Iterator[t
 def add_and_norm(
     x: mx.array, y: mx.array, gate: mx.array, scale: mx.array, shift: mx.array, eps: float
 ) -> list[mx.array]:
-    """``x + y * gate``, of x and y in one dtype and a gate float32 (C,), and its `layer_norm`."""
+    """``x + y * gate``, x and y of one dtype, gate float32 (C,), and its `layer_norm`."""
     inputs = {"x": x, "y": y, "gate": gate, "scale": scale, "shift": shift}
     return _run("add_and_norm", Y_WHOLE + READ_SUM + WRITE_SUM + LAYER_NORM, eps, inputs, ("total", "out"))
 
@@ -273,8 +273,8 @@ def _try_rms_norm_and_rotate(
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
-    """GELU by its tanh approximation."""
-    row = math.gcd(x.shape[-1], 512)  # what lanes take together means nothing here, and short rows are in many hands
+    """tanh-approximated GELU."""
+    row = math.gcd(x.shape[-1], 512)  # rows mean nothing here; short ones spread over many groups
     return _run("gelu_tanh", READ + GELU, 0.0, {"x": x.reshape(-1, row)})[0].reshape(x.shape)
 
 

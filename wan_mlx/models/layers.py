@@ -1,16 +1,16 @@
-"""The small parts that the networks share. Parameters are zero until loaded: no global random state is touched."""
+"""Small layers that the networks share. Parameters are zero until loaded: no global random state changes."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
 
-# What a linear layer may keep beside its weights, of LoRAs that are not merged: `with_side`.
+# Parameters of unmerged LoRAs that a linear layer may have: see `with_side`.
 SIDE_KEYS = ("lora_a", "lora_b", "lora_dense")
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, not initialised at random; adds what LoRAs beside its weights give."""
+    """``nn.Linear``, not initialised at random; adds unmerged LoRAs."""
 
     def __init__(self, in_dim: int, out_dim: int, bias: bool = True):
         nn.Module.__init__(self)
@@ -23,7 +23,7 @@ class Linear(nn.Linear):
 
 
 def with_side(layer: nn.Module, x: mx.array, y: mx.array) -> mx.array:
-    """``y``, a linear layer's result for ``x``, plus what LoRAs kept beside its weights add."""
+    """``y``, a linear layer's result for ``x``, plus its unmerged LoRAs' results."""
     if "lora_a" in layer:
         y = y + (x @ layer.lora_a.T) @ layer.lora_b.T
     return y + x @ layer.lora_dense.T if "lora_dense" in layer else y
@@ -59,8 +59,8 @@ def gelu_tanh(x: mx.array) -> mx.array:
 def modulated_norm(x: mx.array, scale: mx.array, shift: mx.array, eps: float) -> mx.array:
     """LayerNorm times ``scale`` plus ``shift``, float32 (1 or B, 1, D) or (D,), in x's dtype; x is (B, L, D).
 
-    Statistics are float32. Scale and shift that are the same for the whole batch are rounded to x's dtype, since wider
-    ones would widen the result and everything after it.
+    Statistics are float32. Scale and shift of the whole batch are rounded to x's dtype, since wider ones would widen
+    the result and everything after it.
     """
     if scale.size == x.shape[-1]:
         return mx.fast.layer_norm(x, scale.flatten().astype(x.dtype), shift.flatten().astype(x.dtype), eps)

@@ -1,4 +1,4 @@
-"""Linear layers whose weights stay packed in few bits, in the forms of `mlx.core.quantize`.
+"""Linear layers with quantised weights, in the formats of `mlx.core.quantize`.
 
 A mode is named as users type it: "q8", "q6", "q5", "q4" or "q3" (affine, one scale and bias per group of 64 inputs;
 "q4-g32" and "q4-g128" for other groups), "mxfp8", "mxfp4" or "nvfp4".
@@ -14,22 +14,22 @@ import mlx.nn as nn
 
 from .layers import with_side
 
-# Scales and biases are float16 whatever the layer computes in: with bfloat16's eight bits, those of a q8 weight would
-# lose as much as packing the weight itself does (relative error 0.0092 instead of 0.0057), and GGUF's are float16.
+# Scales and biases are float16 in any compute dtype: bfloat16's eight bits would lose as much as quantising a q8 weight
+# does (relative error 0.0092 instead of 0.0057), and GGUF's are float16.
 SCALES = mx.float16
 AFFINE_BITS = (8, 6, 5, 4, 3)
 AFFINE_GROUPS = (32, 64, 128)
 DEFAULT_GROUP = 64
 # Floating-point modes: bits, group.
 FLOAT_MODES = {"mxfp8": (8, 32), "mxfp4": (4, 32), "nvfp4": (4, 16)}
-# Up to this many rows Metal multiplies packed weights directly, which reads less memory; above, unpacking them first
-# computes three to nine times faster. On the CPU the direct product is slow whatever the rows; CUDA's was not tried.
+# Up to this many rows Metal multiplies quantised weights directly, which reads less memory; above, unpacking first
+# is three to nine times faster. On the CPU the direct product is always slow; CUDA's was not tried.
 FEW_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Packing:
-    """One form of `mlx.core.quantize`: ``bits`` per weight, and a scale for every ``group_size`` inputs of a row."""
+    """A format of `mlx.core.quantize`: ``bits`` per weight, and a scale for every ``group_size`` inputs of a row."""
 
     mode: str
     bits: int
@@ -37,7 +37,7 @@ class Packing:
 
     @classmethod
     def parse(cls, name: str) -> Packing:
-        """The packing that users call ``name``.
+        """The format with the user's name ``name``.
 
         Raises:
             ValueError: no such mode.
@@ -52,7 +52,7 @@ class Packing:
 
     @property
     def name(self) -> str:
-        """As `parse` takes it."""
+        """The name that `parse` takes."""
         if self.mode in FLOAT_MODES:
             return self.mode
         return f"q{self.bits}" + ("" if self.group_size == DEFAULT_GROUP else f"-g{self.group_size}")
@@ -73,20 +73,20 @@ class Packing:
         return {**packed, "scales": (groups, mx.uint8)}
 
     def pack(self, weight: mx.array) -> dict[str, mx.array]:
-        """Pack a matrix (outputs, inputs), rounded from float32."""
+        """Quantise a matrix (outputs, inputs), from float32."""
         arrays = mx.quantize(weight.astype(mx.float32), self.group_size, self.bits, self.mode)
         kept = self.shapes(weight.shape)
         return {key: array.astype(kept[key][1]) for key, array in zip(kept, arrays, strict=True)}
 
     def are_finite(self, arrays: dict[str, mx.array]) -> mx.array:
-        """Whether all scales and biases are: a bool scalar."""
+        """Whether all scales and biases are finite: a bool scalar."""
         if self.mode == "affine":
             return mx.isfinite(arrays["scales"]).all() & mx.isfinite(arrays["biases"]).all()
         # Scales are e8m0, whose NaN is 255, or nvfp4's e4m3, whose NaNs are 127 and 255.
         return (arrays["scales"] != 255).all() & ((arrays["scales"] != 127).all() if self.mode == "nvfp4" else True)
 
     def unpack(self, arrays: dict[str, mx.array], dtype: mx.Dtype) -> mx.array:
-        """The matrix (outputs, inputs) that ``arrays`` hold."""
+        """The matrix (outputs, inputs) of quantised ``arrays``."""
         scales, biases = arrays["scales"], arrays.get("biases")
         if biases is not None and dtype == mx.float32:
             scales, biases = scales.astype(dtype), biases.astype(dtype)
@@ -97,12 +97,12 @@ MODE_NAMES = (*(f"q{bits}" for bits in AFFINE_BITS), *FLOAT_MODES)
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer over packed weights; computes in its input's dtype.
+    """A linear layer with quantised weights; computes in its input's dtype.
 
     Args:
         in_dim, out_dim: sizes of the matrix.
         bias: whether it has one.
-        packing: how the matrix is packed.
+        packing: format of the matrix.
 
     Raises:
         ValueError: ``in_dim`` is not whole groups.
@@ -121,7 +121,7 @@ class QuantizedLinear(nn.Module):
         if few:
             y = self._multiply_packed(x)
             y = y + self.bias if "bias" in self else y
-        elif "bias" in self:  # added as the product is written, not in a pass of its own
+        elif "bias" in self:  # fused with the product
             y = mx.addmm(self.bias.astype(x.dtype), x, self.unpacked(x.dtype).T)
         else:
             y = x @ self.unpacked(x.dtype).T
@@ -134,7 +134,7 @@ class QuantizedLinear(nn.Module):
         return rows, columns * 32 // self.packing.bits
 
     def unpacked(self, dtype: mx.Dtype) -> mx.array:
-        """The weights (outputs, inputs); part of the graph of one call, freed with it."""
+        """The weights (outputs, inputs); part of one call's graph, freed with it."""
         return self.packing.unpack(self, dtype)
 
     def _multiply_packed(self, x: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""Rotary position embedding over (time, height, width), as Wan splits the head's channels among the three axes."""
+"""Rotary position embedding over (time, height, width), with Wan's split of the head's channels among the axes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 THETA = 10000.0
-# Cosines and sines as `rope_table` makes them.
+# Cosines and sines from `rope_table`.
 RopeTable = tuple[mx.array, mx.array]
 
 
@@ -45,7 +45,7 @@ def rope_table(grid: tuple[int, int, int], head_dim: int) -> RopeTable:
     return mx.array(np.cos(angle).astype(np.float32)), mx.array(sin.astype(np.float32))
 
 
-# The parameters whose rows make queries and keys that are rotated.
+# The parameters whose rows produce rotated queries and keys.
 ROTATED = re.compile(r"(?:vace_)?blocks\.\d+\.self_attn\.(?:q|k|norm_q|norm_k)\.\w+")
 
 
@@ -55,11 +55,11 @@ def _halves(dim: int, head_dim: int) -> mx.array:
 
 
 def row_order(name: str, dim: int, head_dim: int) -> mx.array | None:
-    """The order, int (dim,), in which the transformer wants the rows of the parameter ``name``; None if as published.
+    """The order, int (dim,), of the rows of parameter ``name`` in the transformer; None for the published order.
 
-    Wan rotates neighbouring channels of a head. Laid out as two halves, all first channels of the pairs before all
-    second ones, the rotation reads and writes whole runs of memory, which takes a third of the time. Queries and keys
-    are reordered alike, so their products, and with them everything else, stay as they were.
+    Wan rotates neighbouring channels of a head. With two halves (first channels of all pairs, then second ones), the
+    rotation reads and writes contiguous memory, in a third of the time. Queries and keys are reordered alike, so their
+    products, and everything after them, are unchanged.
     """
     return _halves(dim, head_dim) if ROTATED.fullmatch(name) else None
 
@@ -72,7 +72,7 @@ def _rotate(x, swapped, scale, swapped_scale, cos, sin):
 
 
 def scale_and_rotate(x: mx.array, scale: mx.array, table: RopeTable) -> mx.array:
-    """Apply the query/key norm's weight and the rotation in one pass, in float32 inside.
+    """Apply the query/key norm's weight and the rotation in one pass, computed in float32.
 
     A pair (a, b) becomes (a cos - b sin, b cos + a sin): the pair times the cosine plus the swapped pair times
     (-sin, sin). The swap is a view, so nothing is copied.

@@ -1,9 +1,9 @@
-"""TAEHV, the tiny autoencoder for the same latents: previews and drafts at a fraction of the VAE's work.
+"""TAEHV, the tiny autoencoder for the same latents: previews and drafts for a fraction of the VAE's work.
 
 Follows the file ``taehv.py`` of github.com/madebyollin/taehv with its weights ``taew2_1`` (Wan 2.1 and Wan 2.2 14B).
-Two-dimensional layers treat each frame alone; a `MemBlock` also sees the frame before it. So a video can be given a
-few frames at a time, with the same result as a whole. Layers take and give frames (n, H, W, C), and lists keep the
-numbering of the reference's ``nn.Sequential``, with None where a layer has no parameters.
+Two-dimensional layers treat each frame alone; a `MemBlock` also sees the frame before it. So a video can be passed a
+few frames at a time, with the same result. Layers map frames (n, H, W, C) to frames, and lists keep the numbering of
+the reference's ``nn.Sequential``, with None where a layer has no parameters.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SPATIAL, TEMPORAL = 8, 4
 class TAEHVConfig:
     """Sizes of TAEHV; the defaults are those of ``taew2_1``.
 
-    ``widths`` are the decoder's, of its three stages and of what comes after; ``pools`` and ``grows`` say how many
-    frames each stage of the encoder makes one of, and how many frames each stage of the decoder makes of one.
+    ``widths`` are the decoder's: three stages and the last layers. Each stage of the encoder turns a number of frames
+    (``pools``) into one; each stage of the decoder turns one into ``grows``.
     """
 
     z_dim: int = 16
@@ -51,7 +51,7 @@ class Conv(nn.Module):
 
 
 class MemBlock(nn.Module):
-    """Three convolutions of a frame and the one before it, which is zero at the start, plus the frame."""
+    """Three convolutions of a frame and its predecessor, which is zero at the start, plus the frame."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -79,7 +79,7 @@ class TPool(nn.Module):
 
 
 class TGrow(nn.Module):
-    """One frame becomes ``stride``, or, if ``last`` is set, the last of them alone."""
+    """One frame becomes ``stride``; with ``last``, only the last of them."""
 
     def __init__(self, dim: int, stride: int):
         super().__init__()
@@ -96,7 +96,7 @@ class TGrow(nn.Module):
 
 
 class TAEHV(nn.Module):
-    """Video ↔ normalised latents, as `models.vae.VAE`. Computes in the dtype of its weights; results are float32."""
+    """Video ↔ normalised latents, like `models.vae.VAE`. Computes in the dtype of its weights; results are float32."""
 
     def __init__(self, config: TAEHVConfig = TAEHVConfig()):  # noqa: B008 - frozen
         super().__init__()
@@ -119,10 +119,10 @@ class TAEHV(nn.Module):
         Args:
             frames: (1, T, H, W, 3) in [-1, 1]; H and W are multiples of 8. After T = 4n+1 frames (any other T is
                 allowed) the last one is repeated until there are 4n+4.
-            at_once: how many latent frames' worth is computed at a time.
+            at_once: number of latent frames that are computed at a time.
 
         Returns:
-            float32 (1, t, H/8, W/8, C), normalised as the transformer sees them.
+            float32 (1, t, H/8, W/8, C), normalised as for the transformer.
 
         Raises:
             ValueError: ``frames`` has another shape.
@@ -145,10 +145,10 @@ class TAEHV(nn.Module):
         """Frames of a video, as they are decoded.
 
         Args:
-            latents: (1, t, h, w, C), normalised as the transformer sees them.
-            at_once: how many latent frames are decoded at a time.
-            small: one frame per latent frame, of the latents' own height and width, for a quarter of the work: what
-                makes frames larger is left out, as the reference suggests for previews.
+            latents: (1, t, h, w, C), normalised as for the transformer.
+            at_once: number of latent frames that are decoded at a time.
+            small: one frame per latent frame, with the latents' height and width, for a quarter of the work: upsampling
+                is left out, as the reference suggests for previews.
 
         Returns:
             An iterator over float32 (1, n, 8h, 8w, 3) in [-1, 1]: of the first latent frame n is 1, of
@@ -167,7 +167,7 @@ class TAEHV(nn.Module):
         for start in range(0, len(latents), at_once):
             x = latents[start : start + at_once].astype(self.decoder[1].weight.dtype)
             frames = self._decode(x, cache, small)
-            if start == 0 and not small:  # a lone first frame is the last of the four that it would be decoded to
+            if start == 0 and not small:  # a lone first frame is the last of its four decoded frames
                 frames = frames[TEMPORAL - 1 :]
             yield 2 * mx.clip(frames.astype(mx.float32), 0, 1)[None] - 1
 

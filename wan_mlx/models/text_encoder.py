@@ -1,8 +1,8 @@
 """Token ids → text embeddings: the umT5 encoder.
 
-Follows the official ``wan/modules/t5.py`` (``T5Encoder`` with ``shared_pos=False``): T5 1.1's blocks, but each with a
-relative position bias of its own, and attention without scaling. Parameter names are the official checkpoint's.
-float16 is not offered: umT5's activations exceed its range (there the official code clamps infinities).
+Follows the official ``wan/modules/t5.py`` (``T5Encoder`` with ``shared_pos=False``): T5 1.1's blocks, but each with its
+own relative position bias, and attention without scaling. Parameter names are the official checkpoint's.
+float16 is not offered: umT5's activations exceed its range (the official code clamps infinities).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.nda
     """Bucket of every (query, key) pair: int32 (length, length).
 
     Keys after the query use the upper half of the buckets. In each half, the first half of the buckets are for one
-    distance each; the others widen logarithmically up to ``max_distance`` and the last takes all beyond.
+    distance each; the others widen logarithmically up to ``max_distance``, and the last takes all beyond.
     """
     half = num_buckets // 2
     exact = half // 2
@@ -66,7 +66,7 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
         q, k, v = (p(x).reshape(*x.shape[:2], self.heads, -1).transpose(0, 2, 1, 3) for p in (self.q, self.k, self.v))
-        # At 512 tokens the scores are small enough to be an array (64 MB), which spares the fused kernel a mask.
+        # At 512 tokens the scores fit into an array (64 MB), so the fused kernel with a mask is not needed.
         scores = q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2) + bias.astype(mx.float32)
         out = mx.softmax(scores, axis=-1).astype(x.dtype) @ v
         return self.o(out.transpose(0, 2, 1, 3).flatten(2))
@@ -102,7 +102,7 @@ class EncoderBlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The umT5 encoder. At full size it is run block by block: `wan_mlx.models.execution.StreamedTextEncoder`."""
+    """The umT5 encoder. Full-size models run block by block: `wan_mlx.models.execution.StreamedTextEncoder`."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -124,7 +124,7 @@ class TextEncoder(nn.Module):
             ValueError: a prompt without ids, or an id outside the vocabulary.
         """
         # Each prompt is computed alone at its true length. The official code pads to 512, gives padded keys the lowest
-        # score a float has, so zero weight, and drops padded rows at the end: what remains is the same.
+        # float as score, so zero weight, and drops padded rows at the end: the result is the same.
         encoded = []
         for prompt in ids:
             x = self.token_embedding(mx.array(checked_ids(prompt, self.config.vocab_size)))[None]
@@ -138,7 +138,7 @@ def checked_ids(prompt: Sequence[int], vocab_size: int) -> np.ndarray:
     """The ids of a prompt, int32 (L,).
 
     Raises:
-        ValueError: there is none, or one is outside the vocabulary.
+        ValueError: it is empty, or an id is outside the vocabulary.
     """
     ids = np.asarray(prompt, dtype=np.int32)
     if ids.ndim != 1 or not ids.size:
@@ -149,7 +149,7 @@ def checked_ids(prompt: Sequence[int], vocab_size: int) -> np.ndarray:
 
 
 def pad_context(embedding: mx.array, text_len: int = TEXT_LEN) -> mx.array:
-    """(L, dim) → (1, text_len, dim), zeros after the text, as the transformer's cross-attention wants it.
+    """(L, dim) → (1, text_len, dim), zero-padded for the transformer's cross-attention.
 
     Raises:
         ValueError: L is above ``text_len``.

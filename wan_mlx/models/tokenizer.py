@@ -1,8 +1,8 @@
 """Prompt → token ids, equal to those of the official ``HuggingfaceTokenizer(clean="whitespace")`` on google/umt5-xxl.
 
-The official code reads the published ``tokenizer.json``, of which ``spiece.model`` is the source. The two differ where
-a character is not in the vocabulary (one unknown token for each run of them, not their bytes), and at the special
-tokens, which are cut out of the text first. So sentencepiece is given one word at a time, and unknown runs are merged.
+The official code reads the published ``tokenizer.json``, which was made from ``spiece.model``. The two differ for
+characters outside the vocabulary (one unknown token for each run of them, not their bytes), and at special tokens,
+which are cut out of the text first. So sentencepiece gets one word at a time, and unknown runs are merged.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Tokenizer:
         model: a sentencepiece model file, a folder that holds ``spiece.model``, or the serialized model itself.
 
     Raises:
-        WeightsError: there is no such file, or it is not a sentencepiece model with an end-of-sequence token.
+        WeightsError: the file does not exist, or is not a sentencepiece model with an end-of-sequence token.
     """
 
     def __init__(self, model: str | Path | bytes):
@@ -59,8 +59,8 @@ class Tokenizer:
     def __call__(self, text: str, max_length: int = 512) -> list[int]:
         """Ids of the cleaned text, at most ``max_length`` with the end-of-sequence id last; no padding.
 
-        What is too long loses its end, as in the official code. ``</s>``, ``<pad>``, ``<s>``, ``<unk>`` and
-        ``<extra_id_0>`` to ``<extra_id_299>`` written out in the text become those tokens.
+        Longer texts lose their end, as in the official code. ``</s>``, ``<pad>``, ``<s>``, ``<unk>`` and
+        ``<extra_id_0>`` to ``<extra_id_299>`` in the text become those tokens.
 
         Raises:
             ValueError: ``max_length`` is below 1.
@@ -69,7 +69,7 @@ class Tokenizer:
             raise ValueError(f"max_length is {max_length}, expected at least 1")
         ids = []
         for index, part in enumerate(self.special_pattern.split(clean(text))):
-            is_special = index % 2 == 1  # split() puts what the pattern's group matched at odd places
+            is_special = index % 2 == 1  # split() puts matches of the pattern's group at odd places
             ids += [self.special_ids[part]] if is_special else self._encode(part)
         return [*ids[: max_length - 1], self.eos_id]
 
@@ -81,7 +81,7 @@ class Tokenizer:
         return {pieces.id_to_piece(i): i for i in named if i >= 0} | extra
 
     def _encode(self, text: str) -> list[int]:
-        """Ids of text without special tokens. A space beside a special token is kept: a word start with no word."""
+        """Ids of text without special tokens. A space beside a special token stays: a word start without a word."""
         if not text:
             return []
         ids: list[int] = []

@@ -3,8 +3,8 @@
 Follows the official ``wan/modules/model.py``. Parameter names are the official checkpoint's. Wide arrays keep the
 weights' dtype; the time path, modulation, norms' statistics, the patch embedding and the head are float32.
 
-Everything here is a function of arrays: it can be differentiated, compiled and compared with the paper. How it is run
-on a machine, in how many pieces and with which kernels, is in `wan_mlx.models.execution`.
+Everything here is a function of arrays: it can be differentiated, compiled and compared with the paper.
+`wan_mlx.models.execution` decides how it runs on a machine: in how many pieces and with which kernels.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .configs import TransformerConfig
 from .layers import AffineNorm, Linear, gated_add, gelu_tanh, modulated_norm
 from .rope import RopeTable, rope_table
 
-# Attributes that are lists of blocks, of all transformers.
+# Attributes that are lists of blocks, in all transformers.
 BLOCK_LISTS = ("blocks", "vace_blocks")
-# Parameters that stay float32 whatever the dtype of the rest: few bytes, and rounding them shows.
+# Parameters that stay float32 in any dtype: few bytes, and rounding them is visible.
 FLOAT32_PARAMETERS = r"(^|.*\.)(time_\w+|\w*patch_embedding|head|modulation|norm\w*|emb_pos)(\..*|$)"
 
 
 class Modulation(NamedTuple):
-    """What the timestep does to one block: shift, scale and gate of self-attention and of the feed-forward.
+    """The timestep's effect on one block: shift, scale and gate of self-attention and of the feed-forward.
 
-    Each is float32 (B, 1, D). Scales are what a norm's result is multiplied by.
+    Each is float32 (B, 1, D). Scales multiply a norm's result.
     """
 
     shift_attn: mx.array
@@ -71,7 +71,7 @@ class Block(nn.Module):
     def after_attention(
         self, x: mx.array, attended: mx.array, m: Modulation, pairs: Sequence[tuple[mx.array, mx.array]]
     ) -> mx.array:
-        """The rest of the block, token by token: x and what they attended to (B, L, D) → (B, L, D)."""
+        """The rest of the block, token by token: x and the attention result (B, L, D) → (B, L, D)."""
         x = gated_add(x, self.self_attn.o(attended), m.gate_attn)
         x = x + self.cross_attn(self.norm3(x), pairs)
         y = modulated_norm(x, m.scale_ffn, m.shift_ffn, self.eps)
@@ -130,13 +130,13 @@ class ImageEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """What stays the same in one forward pass, from the first block to the head.
+    """Values that stay the same in one forward pass, from the first block to the head.
 
     Attributes:
         grid: patches along (time, height, width).
         time: the time embedding, float32 (B, D).
         modulation: the time projection that modulates the blocks, float32 (B, 6, D).
-        context, image_context: text and CLIP features at the width of the transformer (B, length, D).
+        context, image_context: text and CLIP features with the transformer's width (B, length, D).
         rope: from `rope_table`.
         vace_context, vace_scale: latents of VACE's control video and the strength of its hints.
     """
@@ -152,12 +152,12 @@ class ForwardPass:
 
     @property
     def for_blocks(self) -> tuple[mx.array, mx.array, mx.array | None, RopeTable]:
-        """What `Block` takes beside the tokens."""
+        """The inputs of `Block` beside the tokens."""
         return self.modulation, self.context, self.image_context, self.rope
 
 
-# (tokens before the blocks, this pass, run the blocks) → tokens after the blocks. A hook around the blocks: it runs
-# them, or knows better.
+# (tokens before the blocks, this pass, run the blocks) → tokens after the blocks. A hook around the blocks: it runs or
+# replaces them.
 BlocksHook = Callable[[mx.array, ForwardPass, Callable[[mx.array], mx.array]], mx.array]
 
 
@@ -196,11 +196,11 @@ class Transformer(nn.Module):
 
         Args:
             latents: (B, t, h, w, out_dim), h and w even.
-            timestep: in [0, 1000], one for all or one per sample.
+            timestep: in [0, 1000], one for all samples or one for each.
             context: (B, text_len, text_dim), text embeddings zero-padded to ``text_len`` rows; the zero rows count.
             condition: (B, t, h, w, in_dim - out_dim), for image-conditioned models.
             image_features: CLIP features, for image-conditioned models.
-            through: called in place of the blocks, with the means to run them.
+            through: called in place of the blocks; may run them.
             skip_layers: numbers of the blocks to leave out, from 0.
 
         Returns:
@@ -220,7 +220,7 @@ class Transformer(nn.Module):
         condition: mx.array | None = None,
         image_features: mx.array | None = None,
     ) -> tuple[mx.array, ForwardPass]:
-        """Everything before the blocks, of the arguments of a call → tokens (B, L, D), and what comes with them."""
+        """Everything before the blocks: arguments of a call → tokens (B, L, D), and the values of this pass."""
         self._check(latents, context, condition, image_features)
         if condition is not None:
             latents = mx.concatenate([latents, condition.astype(latents.dtype)], axis=-1)
@@ -247,12 +247,12 @@ class Transformer(nn.Module):
         return x
 
     def block_order(self, skip_layers: Collection[int] = ()) -> list[str]:
-        """Names of the blocks in the order in which they can be run one after the other."""
+        """Names of the blocks in an order in which they can run one after the other."""
         return [f"blocks.{layer}" for layer in range(self.config.num_layers) if layer not in skip_layers]
 
     @staticmethod
     def new_block(config: TransformerConfig, name: str) -> Block:
-        """A block for the parameters whose names begin with ``name``, not loaded."""
+        """A block for the parameters whose names begin with ``name``; zero until loaded."""
         return Block(config)
 
     def _check(self, latents, context, condition, image_features):
@@ -295,7 +295,7 @@ class Transformer(nn.Module):
         return time, modulation.reshape(-1, 6, self.config.dim)
 
     def embed_context(self, context: mx.array, image_features: mx.array | None) -> tuple[mx.array, mx.array | None]:
-        """Text and CLIP embeddings at the width of the transformer."""
+        """Text and CLIP embeddings with the transformer's width."""
         text = context.astype(self.dtype)
         for layer in self.text_embedding:
             text = layer(text)

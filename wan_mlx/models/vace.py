@@ -1,4 +1,4 @@
-"""VACE: blocks beside the diffusion transformer that turn a control video into hints for its layers.
+"""VACE: extra blocks that turn a control video into hints for the diffusion transformer's layers.
 
 Follows the official ``wan/modules/vace_model.py``. Parameter names are the official checkpoint's.
 """
@@ -17,7 +17,7 @@ from .transformer import Block, BlocksHook, ForwardPass, Transformer
 
 
 class VaceBlock(Block):
-    """A block over the control tokens, and the projection that makes a hint of them."""
+    """A block over the control tokens, and the projection that turns them into a hint."""
 
     def __init__(self, config: TransformerConfig, first: bool):
         super().__init__(config)
@@ -54,11 +54,11 @@ class VaceTransformer(Transformer):
 
         Args:
             latents: (B, t, h, w, out_dim), h and w even; t counts the frames of reference images too.
-            timestep: in [0, 1000], one for all or one per sample.
+            timestep: in [0, 1000], one for all samples or one for each.
             context: (B, text_len, text_dim), text embeddings zero-padded to ``text_len`` rows; the zero rows count.
             vace_context: (B, t, h, w, vace_in_dim), latents of the control video and its mask.
-            vace_scale: strength of the hints; 0 is the transformer without VACE.
-            through: called in place of the blocks, VACE's included, with the means to run them.
+            vace_scale: strength of the hints; 0 equals the transformer without VACE.
+            through: called in place of the blocks, VACE's included; may run them.
             skip_layers: numbers of the transformer's blocks to leave out, from 0; their hints stay.
 
         Returns:
@@ -96,7 +96,7 @@ class VaceTransformer(Transformer):
         return x
 
     def hints(self, x: mx.array, this_pass: ForwardPass) -> list[mx.array]:
-        """What the VACE blocks make of the control video, given the tokens x: each (B, L, D)."""
+        """The VACE blocks' hints for the tokens x: each (B, L, D)."""
         control, hints = self.control_tokens(this_pass), []
         for block in self.vace_blocks:
             if "before_proj" in block:
@@ -111,8 +111,8 @@ class VaceTransformer(Transformer):
         return self.patchify(this_pass.vace_context, self.vace_patch_embedding)[0]
 
     def block_order(self, skip_layers: Collection[int] = ()) -> list[str]:
-        # The official code makes all hints first and keeps them. Control tokens do not depend on the blocks before, so
-        # a hint can be made where it is added, and no block runs while one is held.
+        # The official code computes all hints first and keeps them. Control tokens do not depend on the transformer's
+        # blocks, so each hint is computed where it is added, and none is held while a block runs.
         names, hints = [], iter(range(len(self.config.vace_layers)))
         for layer in range(self.config.num_layers):
             if layer not in skip_layers:

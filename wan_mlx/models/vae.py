@@ -1,9 +1,9 @@
 """The causal 3D VAE of Wan2.1: video ↔ latents.
 
-Follows the official ``wan/modules/vae.py``, but any number of frames at a time, which causality makes equal: layers
-take and give consecutive frames (n, H, W, C), and a `CausalCache` holds the frames they look back to. Parameter names
+Follows the official ``wan/modules/vae.py``, but with any number of frames at a time, which causality makes equal:
+layers map consecutive frames (n, H, W, C), and a `CausalCache` holds the frames they look back to. Parameter names
 are the official checkpoint's, so lists keep the numbering of its ``nn.Sequential``, with None where a layer has no
-parameters. How it is run on a machine is in `wan_mlx.models.vae_execution`.
+parameters. `wan_mlx.models.vae_execution` decides how it runs on a machine.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def silu(x: mx.array) -> mx.array:
 
 
 class ResidualBlock(nn.Module):
-    """Two times norm, SiLU, causal convolution; the shortcut is projected where the width changes."""
+    """Twice norm, SiLU, causal convolution; the shortcut is projected where the width changes."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
@@ -85,24 +85,24 @@ class Downsample(nn.Module):
             self.time_conv = TimeConv(dim, dim)
 
     def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
-        """(n, H, W, C) → (m, H/2, W/2, C): as many frames or, in time, one for the first frame and each two after."""
+        """(n, H, W, C) → (m, H/2, W/2, C): as many frames; if temporal, one for the first and for each two after."""
         return self.in_time(self.in_space(x), cache)
 
     def in_space(self, x: mx.array) -> mx.array:
         """(n, H, W, C) → (n, H/2, W/2, C)."""
         conv = self.resample[1]
-        # Padded below and on the right only.
+        # Padded only below and on the right.
         return mx.conv_general(x, conv.weight, stride=2, padding=([0, 0], [1, 1])) + conv.bias
 
     def in_time(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
-        """Frames (n, H, W, C) → half as many, where that is asked for."""
+        """Frames (n, H, W, C) → half as many, if temporal."""
         if "time_conv" not in self:
             yield x
             return
         frames = [*cache.get(self), *mx.split(x, len(x))]
-        if not cache.get(self):  # the first frame stands for itself
+        if not cache.get(self):  # the first frame has no partner
             yield frames[0]
-        # Pairs: each is seen with the frame before it. A frame that waits for its second is kept.
+        # Pairs: each sees the frame before it. A frame that waits for its partner is kept.
         pairs = (len(frames) - 1) // 2
         cache.keep(self, *frames[2 * pairs :])
         if pairs:
@@ -110,8 +110,8 @@ class Downsample(nn.Module):
             yield self.time_conv(*(mx.concatenate(tap) if pairs > 1 else tap[0] for tap in taps))
 
 
-# (phase, pixel, tap): on which of the two pixels that an upper or lower (left or right) result sees each tap of a
-# 3-wide kernel over doubled pixels falls.
+# (phase, pixel, tap): of the two pixels under an upper or lower (left or right) result, the one that each tap of a
+# 3-wide kernel over doubled pixels reads.
 PHASES = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
 
 
@@ -131,8 +131,8 @@ class Upsample(nn.Module):
     def in_space(self, x: mx.array, phase_weights: mx.array) -> mx.array:
         """(n, H, W, C) → (n, 2H, 2W, C/2): every pixel doubled, then a 3x3 convolution, in one step at half the work.
 
-        Four neighbours among the doubled pixels are one pixel of ``x``, so each of the four results at a pixel sees 2x2
-        pixels of ``x`` with sums of the kernel's values (`phase_weights`), and the doubled frame is never made.
+        Among doubled pixels, four neighbours are one pixel of ``x``, so each of the four results at a pixel needs 2x2
+        pixels of ``x`` with sums of kernel values (`phase_weights`), and the doubled frame is never stored.
         """
         conv, (n, h, w, _) = self.resample[1], x.shape
         # (n, H+1, W+1, 4 * width): at (i, j) the sums over pixels i-1, i and j-1, j, for phases (a, b).
@@ -145,17 +145,17 @@ class Upsample(nn.Module):
         return y.reshape(n, 2 * h, 2 * w, width)
 
     def phase_weights(self) -> mx.array:
-        """The convolution's weight as 2x2 kernels over the pixels before doubling, (4 * width, 2, 2, C)."""
+        """The convolution's weight as 2x2 kernels for the original pixels, (4 * width, 2, 2, C)."""
         weight, phases = self.resample[1].weight, mx.array(PHASES)
         sums = mx.einsum("aru,bsv,ouvc->aborsc", phases, phases, weight.astype(mx.float32))
         return sums.reshape(-1, *sums.shape[3:]).astype(weight.dtype)
 
     def in_time(self, x: mx.array, cache: CausalCache) -> mx.array:
-        """Frames (n, H, W, C) → twice as many, where that is asked for."""
+        """Frames (n, H, W, C) → twice as many, if temporal."""
         if "time_conv" not in self:
             return x
         if not cache.get(self):
-            # The first frame is not doubled, and the second finds zeros before it instead of the first.
+            # The first frame is not doubled, and the second sees zeros before it instead of the first.
             cache.keep(self, *(mx.zeros_like(x[:1]),) * 2)
             return x[:1] if len(x) == 1 else mx.concatenate([x[:1], self.in_time(x[1:], cache)])
         y = self.time_conv(*cache.look_back(self, x))
@@ -169,7 +169,7 @@ def middle_blocks(dim: int) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Head:
-    """The last layers, as one: norm, SiLU, causal convolution."""
+    """The last layers in one: norm, SiLU, causal convolution."""
 
     layers: Sequence
 
@@ -179,16 +179,16 @@ class Head:
 
 
 def run_layer(layer: Callable, x: mx.array, cache: CausalCache) -> mx.array | Iterator[mx.array]:
-    """A layer's own result: frames, or, of a layer that resamples, pieces of them."""
+    """A layer's result: frames, or, from a resampling layer, pieces of them."""
     return layer(x, cache)
 
 
 def flow(
     layers: Sequence[Callable], frames: Iterable[mx.array], cache: CausalCache, run: Callable = run_layer
 ) -> Iterator[mx.array]:
-    """Send ``frames``, pieces (n, H, W, C) of a video, through ``layers``; resampling changes how many there are.
+    """Send ``frames``, pieces (n, H, W, C) of a video, through ``layers``; resampling changes their number.
 
-    Each piece goes all the way before the next one starts, so that few large frames exist at a time.
+    Each piece passes all layers before the next one starts, so that few large frames exist at a time.
     """
     for x in frames:
         for i, layer in enumerate(layers):
@@ -221,7 +221,7 @@ class Encoder(nn.Module):
 
     @property
     def local(self) -> list[Callable]:
-        """The first layers, of which every pixel sees only its neighbourhood."""
+        """The first layers, where every pixel sees only its neighbourhood."""
         return [self.conv1, *self.downsamples]
 
     @property
@@ -244,7 +244,7 @@ class Decoder(nn.Module):
         self.upsamples: list[Any] = []
         temporal = config.temporal_downsample[::-1]
         for i, (in_dim, out_dim) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            # The convolution that doubles the resolution has halved the width.
+            # The previous upsampling has halved the width.
             self.upsamples.append(ResidualBlock(in_dim // 2 if i else in_dim, out_dim))
             self.upsamples += [ResidualBlock(out_dim, out_dim) for _ in range(config.num_res_blocks)]
             if i < len(temporal):
@@ -258,7 +258,7 @@ class Decoder(nn.Module):
 
     @property
     def local(self) -> list[Callable]:
-        """The layers after them, of which every pixel sees only its neighbourhood."""
+        """The layers after them, where every pixel sees only its neighbourhood."""
         return [*self.upsamples, Head(self.head)]
 
 
@@ -295,7 +295,7 @@ class VAE(nn.Module):
         return self.config.temporal_factor
 
     def encode(self, frames: mx.array) -> mx.array:
-        """Mean of the latents of a video that is in memory as a whole.
+        """Mean of the latents of a whole video in memory.
 
         Args:
             frames: (1, T, H, W, 3) in [-1, 1]; T is 4n+1, H and W are multiples of 8.
@@ -325,7 +325,7 @@ class VAE(nn.Module):
         return mx.stack([self.pack(frame) for frame in moments], axis=1)
 
     def enter(self, chunk: mx.array) -> mx.array:
-        """A chunk float32 (1, n, H, W, 3) → the frames (n, H, W, 3) that the encoder takes."""
+        """A chunk float32 (1, n, H, W, 3) → the encoder's input (n, H, W, 3)."""
         return chunk[0].astype(self.encoder.conv1.weight.dtype)
 
     def checked_chunks(self, chunks: Iterable[mx.array]) -> Iterator[mx.array]:
@@ -358,24 +358,24 @@ class VAE(nn.Module):
         return (self.to_frames(flow(layers, [z], cache)) for z in self.unpack(latents))
 
     def check_latents(self, latents: mx.array) -> None:
-        """Raise ValueError if latents have another shape than (1, t, h, w, C)."""
+        """Raise ValueError if latents are not (1, t, h, w, C)."""
         z_dim = self.config.z_dim
         if latents.ndim != 5 or latents.shape[0] != 1 or latents.shape[-1] != z_dim or 0 in latents.shape:
             raise ValueError(f"latents have shape {latents.shape}, expected (1, t, h, w, {z_dim}), channels last")
 
     def pack(self, moments: mx.array) -> mx.array:
-        """The encoder's result (1, h, w, 2C) → a frame of latents float32 (1, h, w, C), normalised."""
+        """The encoder's result (1, h, w, 2C) → a normalised latent frame, float32 (1, h, w, C)."""
         mean = self.conv1(moments).astype(mx.float32)[..., : self.config.z_dim]
         return (mean - mx.array(self.config.mean)) / mx.array(self.config.std)
 
     def unpack(self, latents: mx.array) -> Iterator[mx.array]:
-        """Normalised latents float32 (1, t, h, w, C) → the frames (1, h, w, C) that the decoder takes."""
+        """Normalised latents float32 (1, t, h, w, C) → the decoder's input frames (1, h, w, C)."""
         for i in range(latents.shape[1]):
             z = latents[:, i].astype(mx.float32) * mx.array(self.config.std) + mx.array(self.config.mean)
             yield self.conv2(z.astype(self.conv2.weight.dtype))
 
     def to_frames(self, decoded: Iterable[mx.array]) -> mx.array:
-        """Frames (n, H, W, 3) from the decoder, in pieces → float32 (1, n, H, W, 3), clipped to [-1, 1]."""
+        """Pieces of decoded frames (n, H, W, 3) → float32 (1, n, H, W, 3), clipped to [-1, 1]."""
         frames = mx.concatenate(list(decoded))[None]
         return mx.clip(frames.astype(mx.float32), -1.0, 1.0)
 

@@ -1,6 +1,6 @@
-"""How the VAE is run on this machine: a few frames at a time, large work waited for, weights laid out once.
+"""How the VAE runs on this machine: a few frames at a time, waiting for large work, with weights laid out once.
 
-`VAEExecution` calls the VAE's own layers and gives the same numbers; in float32 on a CPU, the same bits.
+`VAEExecution` calls the VAE's own layers with the same results; in float32 on a CPU, the same bits.
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ from .execution import Pacer
 from .vae import VAE, AttentionBlock, Downsample, Head, ResidualBlock, Upsample, flow, silu
 from .vae_layers import CausalCache, CausalConv, TemporalConv, convolve
 
-# The one attention head is 384 wide, which no fused kernel takes: this many scores at a time (64 MB in float32).
+# The one attention head is 384 wide, too wide for fused kernels: this many scores at a time (64 MB in float32).
 SCORES_AT_ONCE = 1 << 24
-# Small frames are computed several at a time, which the GPU does faster; up to so many values, since several
-# temporaries of this size live at once.
+# Small frames are computed several at a time, which is faster on a GPU; up to this many values, since several
+# temporaries of this size are alive at once.
 VALUES_AT_ONCE = 20_000_000
-# Work on larger arrays is waited for, each a convolution, before more is submitted.
+# Larger arrays, each of one convolution, are waited for before more work is submitted.
 BYTES_AHEAD = 12_000_000
-# Frames kept, of layers that nothing else paces.
+# Most cached frames whose copies wait for `PacedCache.pace`.
 MOST_NOT_MADE = 4
-# Bytes that may wait to be freed, in tiles, which are there to save memory, and elsewhere.
+# Bytes of deferred frees: in tiles, which save memory, and elsewhere.
 DEFERRED, DEFERRED_AHEAD = 100_000_000, 400_000_000
-# For `wan_mlx.planning.peak_memory`: frames of a stage that live at once beside its caches, for each frame of a piece,
-# and once more for pieces of several frames, which are put behind the two before them, as new frames for the cache are
-# made while the old ones are there. Measured on an H200, beside the memory that is freed late.
+# For `wan_mlx.planning.peak_memory`: frames of a stage alive at once beside its caches, for each frame of a piece; and
+# once more for pieces of several frames, which are joined to the two before them while new cache frames are made
+# beside the old ones. Measured on an H200, without deferred frees.
 DECODE_FRAMES, ENCODE_FRAMES, JOINED_FRAMES = 8.4, 8.0, 9.0
-# More where convolutions are matmuls over every pixel's neighbourhood, written out, for three taps: on the CPU.
+# More where convolutions are matmuls over unfolded neighbourhoods, for three taps: on the CPU.
 UNFOLDED_FRAMES = 27.0
 
 
 class PacedCache(CausalCache):
-    """A causal cache that has the work of its pass computed as it comes.
+    """A causal cache that evaluates its pass piece by piece.
 
     Args:
-        ahead: whether work may be submitted to a GPU before the last submission is done. It takes more memory.
+        ahead: whether to submit work to a GPU before the last submission is done. Takes more memory.
     """
 
     def __init__(self, ahead: bool = False):
         super().__init__()
-        self._not_made: list[mx.array] = []  # of the frames, copies not yet submitted
+        self._not_made: list[mx.array] = []  # copies of frames, not yet submitted
         self._ahead = ahead and mx.default_device() == mx.gpu
         self._pacer = Pacer()
         self._frees = DeferredFrees(DEFERRED_AHEAD if self._ahead else DEFERRED)
 
     def pace(self, y: mx.array, x: mx.array | None = None) -> mx.array:
-        """Have ``y`` computed and return it: at once if it, or ``x`` which it comes from, is large.
+        """Evaluate and return ``y``; at once if it, or its source ``x``, is large.
 
-        Everything that is submitted at once is alive at once, so large ones take turns. Between small ones a GPU would
-        wait for the next, so those are submitted ahead, if that is allowed.
+        All submitted work is alive at once, so large pieces take turns. Small pieces would leave a GPU idle in between,
+        so they are submitted ahead, if allowed.
         """
         self._pacer(y, *self._not_made)
         self._not_made = []
@@ -64,7 +64,7 @@ class PacedCache(CausalCache):
 
     def keep(self, layer: nn.Module, *frames: mx.array) -> None:
         super().keep(layer, *frames)
-        # A copy not yet made keeps its source alive, but every submission costs a GPU time: `pace` makes them.
+        # A pending copy keeps its source alive, but every submission costs a GPU time, so `pace` submits them together.
         self._not_made += self.get(layer)
         if len(self._not_made) > MOST_NOT_MADE:
             mx.async_eval(*self._not_made)
@@ -72,17 +72,17 @@ class PacedCache(CausalCache):
 
 
 class VAEExecution:
-    """A VAE as it is run: `encode_chunks` and `decode` as the VAE's own, evaluated."""
+    """Runs a VAE: `encode_chunks` and `decode` like the VAE's own, evaluated."""
 
     def __init__(self, vae: VAE):
         self.vae = vae
-        self._made: dict[int, tuple[mx.array, Any]] = {}  # of a layer: its weight, and the value made of it
+        self._made: dict[int, tuple[mx.array, Any]] = {}  # of a layer: its weight, and the value derived from it
         for layer in vae.modules():
-            if isinstance(layer, TemporalConv):  # the taps one behind the other, so that none is copied when used
+            if isinstance(layer, TemporalConv):  # contiguous taps, so that none is copied when used
                 layer.weight = mx.moveaxis(mx.contiguous(mx.moveaxis(layer.weight, 1, 0)), 0, 1)
 
     def encode_chunks(self, chunks: Iterable[mx.array]) -> mx.array:
-        """`VAE.encode_chunks`: normalised latents float32 (1, t, h, w, C)."""
+        """Same as `VAE.encode_chunks`: normalised latents float32 (1, t, h, w, C)."""
         encoder, cache = self.vae.encoder, PacedCache(ahead=True)
         latents = []
         for chunk in self.vae.checked_chunks(chunks):
@@ -93,7 +93,7 @@ class VAEExecution:
         return mx.stack(latents, axis=1)
 
     def decode(self, latents: mx.array) -> Iterator[mx.array]:
-        """`VAE.decode`: frames float32 (1, n, 8h, 8w, 3) in [-1, 1] as they are decoded."""
+        """Same as `VAE.decode`: frames float32 (1, n, 8h, 8w, 3) in [-1, 1] as they are decoded."""
         self.vae.check_latents(latents)
         layers = [*self.vae.decoder.whole, *self.vae.decoder.local]
         return self.decode_frames(self.vae.unpack(latents), layers, PacedCache(ahead=True))
@@ -101,7 +101,7 @@ class VAEExecution:
     def decode_frames(
         self, frames: Iterable[mx.array], layers: Sequence[Callable], cache: PacedCache
     ) -> Iterator[mx.array]:
-        """Pieces of latent frames through the last layers of the decoder: float32 (1, n, H, W, 3) for each."""
+        """Pieces of latent frames through the last layers of the decoder: float32 (1, n, H, W, 3) each."""
         for z in frames:
             decoded = self.vae.to_frames(self.flow(layers, [z], cache))
             mx.eval(decoded)
@@ -110,12 +110,12 @@ class VAEExecution:
     def flow(
         self, layers: Sequence[Callable], frames: Iterable[mx.array], cache: PacedCache
     ) -> Iterator[mx.array]:
-        """`vae.flow` with every layer run as it is here."""
+        """Same as `vae.flow`, with this class's way to run each layer."""
         return flow(layers, frames, cache, self._run)
 
     def first_batches(self, x: mx.array) -> Iterator[mx.array]:
-        """Frames (n, H, W, 3), as many at a time as the encoder's first layers should get."""
-        # The first layer makes frames of 3 channels `dim` channels wide.
+        """Frames (n, H, W, 3), as many at a time as suit the encoder's first layers."""
+        # The first layer turns 3 channels into `dim`.
         return in_batches(x, scale=len(self.vae.encoder.conv1.bias) // 3)
 
     def _run(self, layer: Callable, x: mx.array, cache: PacedCache) -> mx.array | Iterator[mx.array]:
@@ -142,15 +142,15 @@ class VAEExecution:
 
     def _upsample(self, layer: Upsample, x: mx.array, cache: PacedCache) -> Iterator[mx.array]:
         phases = self._made_once(layer, layer.resample[1].weight, layer.phase_weights)
-        for frames in in_batches(layer.in_time(x, cache), scale=2):  # four times the pixels, half as wide
-            # The result is not held here: it is as large as the frames that follow from it.
+        for frames in in_batches(layer.in_time(x, cache), scale=2):  # four times the pixels, half the width
+            # No variable holds the result: it is as large as the frames computed from it.
             yield cache.pace(layer.in_space(frames, phases))
 
     def _convolution(
         self, conv: CausalConv, x: mx.array, cache: PacedCache, residual: mx.array | None = None
     ) -> mx.array:
         width = len(conv.bias)
-        # cuDNN computes channels in eights; other widths MLX unfolds, which is nine times the frame.
+        # cuDNN computes channels in eights; MLX unfolds other widths, which takes nine times the frame.
         missing = -width % 8 if mx.default_device() == mx.gpu else 0
 
         def taps_and_bias() -> list[mx.array]:
@@ -165,7 +165,7 @@ class VAEExecution:
         return y if residual is None else y + residual
 
     def _made_once(self, layer: nn.Module, weight: mx.array, make: Callable[[], Any]) -> Any:
-        """The value that ``make`` gives of the layer's weight, made anew only when that has been replaced."""
+        """``make()``, computed from the layer's weight; cached until the weight is replaced."""
         known, made = self._made.get(id(layer), (None, None))
         if known is not weight:
             made = make()
@@ -174,18 +174,18 @@ class VAEExecution:
 
 
 def attend_within_frames(block: AttentionBlock, x: mx.array) -> mx.array:
-    """`AttentionBlock.__call__`: frames (n, H, W, C) → (n, H, W, C), some rows of scores at a time."""
+    """Same as `AttentionBlock.__call__`: frames (n, H, W, C) → (n, H, W, C), some rows of scores at a time."""
     q, k, v = block.queries_keys_values(x)
     n, _, pixels, c = q.shape
     rows, parts = max(1, SCORES_AT_ONCE // (n * pixels)), []
     for row in range(0, pixels, rows):
         parts.append(mx.fast.scaled_dot_product_attention(q[:, :, row : row + rows], k, v, scale=c**-0.5))
-        mx.eval(parts[-1])  # without it the scores of all parts would be alive at once
+        mx.eval(parts[-1])  # otherwise the scores of all parts would be alive at once
     return x + block.proj(mx.concatenate(parts, axis=2).reshape(x.shape))
 
 
 def in_batches(x: mx.array, scale: int = 1) -> Iterator[mx.array]:
-    """Frames (n, H, W, C) in pieces of at most ``VALUES_AT_ONCE`` values when they have grown ``scale`` times."""
+    """Frames (n, H, W, C) in pieces of at most ``VALUES_AT_ONCE`` values after growing by ``scale``."""
     count = max(1, VALUES_AT_ONCE // (scale * x[0].size))
     for start in range(0, len(x), count):
         yield x[start : start + count]

@@ -11,25 +11,25 @@ import mlx.nn as nn
 class CausalCache:
     """The last input frames (1, H, W, C) of each layer that looks back in time, during one pass over a video.
 
-    Frames are kept as they are, each an array of its own, so nothing larger stays alive with them.
+    Each frame is an array of its own, so no larger array stays alive with it.
     """
 
     def __init__(self):
         self.frames: dict[int, tuple[mx.array, ...]] = {}
 
     def get(self, layer: nn.Module) -> tuple[mx.array, ...]:
-        """Frames kept by ``layer``, oldest first; empty before its first frame."""
+        """Frames kept for ``layer``, oldest first; empty before its first frame."""
         return self.frames.get(id(layer), ())
 
     def keep(self, layer: nn.Module, *frames: mx.array) -> None:
-        """Replace the frames kept by ``layer``, each copied if it is a part of something larger."""
+        """Replace the frames kept for ``layer``; views of larger arrays are copied."""
         self.frames[id(layer)] = tuple(mx.contiguous(frame) for frame in frames)
 
     def look_back(self, layer: nn.Module, x: mx.array) -> list[mx.array]:
-        """The next frames x (n, H, W, C) as a layer that sees each with the two before it needs them.
+        """Prepare frames x (n, H, W, C) for a layer that sees each with the two before it.
 
-        Returns three arrays (n, H, W, C): frame by frame two before, one before, and ``x`` itself. Zeros stand before
-        the first frame. The last two frames are kept.
+        Returns three arrays (n, H, W, C): for each frame the second before, the one before, and ``x`` itself. Zeros
+        stand before the first frame. The last two frames are kept.
         """
         before = self.get(layer) or (mx.zeros_like(x[:1]),) * 2
         if len(x) == 1:
@@ -50,10 +50,10 @@ class Conv(nn.Module):
 
 
 class TemporalConv(Conv):
-    """A convolution in time too, computed tap by tap: one product for each frame that a result sees."""
+    """A convolution that includes time, computed tap by tap: one product for each frame that a result sees."""
 
     def taps(self) -> list[mx.array]:
-        """The weight's three parts (O, height, width, I), of two frames before, one before, and the frame itself."""
+        """The weight's three parts (O, height, width, I): second frame before, frame before, and the frame itself."""
         return [mx.contiguous(self.weight[:, tap]) for tap in range(3)]
 
 
@@ -72,8 +72,8 @@ def convolve(
     frames: Sequence[mx.array], taps: Sequence[mx.array], bias: mx.array, residual: mx.array | None
 ) -> mx.array:
     """Three frames (n, H, W, C), each with its tap (O, 3, 3, C) → their sum with bias and residual, (n, H, W, O)."""
-    # One 2D convolution per tap, summed: this is how Metal computes such a 3D convolution anyway, without the copy of
-    # three frames into one array, and a quarter faster than cuDNN's 3D convolution.
+    # One 2D convolution per tap, summed: Metal computes such a 3D convolution this way anyway, and this avoids joining
+    # three frames in one array; it is a quarter faster than cuDNN's 3D convolution.
     terms = [mx.conv2d(frame, weight, padding=1) for frame, weight in zip(frames, taps, strict=True)]
     return add(*terms, bias) if residual is None else add(*terms, bias, residual)
 

@@ -1,10 +1,10 @@
 """Spatial tiles for the VAE: any video in little memory, and no seams.
 
-Nearly all of the VAE's memory is what its wide layers keep of the frames before (`CausalCache`), so a tile goes through
-the whole video before the next one starts. Tiles are not blended, because nothing differs where they meet: only the
-attention in the middle, at the resolution of latents, sees a whole frame, so it runs on whole frames, and every other
-layer runs on a tile with the margin that its convolutions reach into. What the margin's own margin would have changed
-is cut off stage by stage. For 256 pixel tiles that costs less than the overlap that blending needs.
+Nearly all of the VAE's memory is the causal cache of its wide layers, so a tile goes through the whole video before the
+next one starts. Tiles are not blended, because they agree where they meet: only the attention in the middle, at the
+resolution of latents, sees a whole frame, so it runs on whole frames, and every other layer runs on a tile with the
+margin that its convolutions read. Wrong pixels at the margin's edge are cut off stage by stage. For 256 pixel tiles
+that costs less than the overlap that blending needs.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from .vae_execution import PacedCache, VAEExecution
 
 log = logging.getLogger(__name__)
 
-# Pixels (or, before scaling, latents) from, and up to but without.
+# (start, end) in pixels (or, before scaling, latents); end excluded.
 Span = tuple[int, int]
-SMALLEST_TILE = 64  # pixels: below it, a tile is mostly margin
-RETRIES = (512, 384, 256, 128, SMALLEST_TILE)  # sides to try, one after the other, where memory did not last
+SMALLEST_TILE = 64  # pixels: smaller tiles are mostly margin
+RETRIES = (512, 384, 256, 128, SMALLEST_TILE)  # sides to try in order, when memory is not enough
 
 
 def parse_tiling(text: str | tuple[int, int] | None, geometry: Geometry = WAN_2_1) -> str | tuple[int, int]:
     """``--vae-tiling``: "auto", "off", or the largest tile in pixels as "WxH" or (width, height).
 
     Raises:
-        ValueError: none of these, or a side that is no multiple of the pixels per latent or too small.
+        ValueError: another form, or a side that is too small or no multiple of the pixels per latent.
     """
     if text is None or text in ("auto", "off"):
         return text or "auto"
@@ -60,7 +60,7 @@ def parse_tiling(text: str | tuple[int, int] | None, geometry: Geometry = WAN_2_
 
 
 def smaller_tile(tile: tuple[int, int] | None, size: tuple[int, int]) -> tuple[int, int] | None:
-    """The next tile to try (None is the whole frame) for a video of ``size``, both (width, height) in pixels."""
+    """The next smaller tile (None is the whole frame) for a video of ``size``, both (width, height) in pixels."""
     now = [min(pair) for pair in zip(tile or size, size, strict=True)]
     return next(((side, side) for side in RETRIES if side <= max(now) * 3 // 4), None)
 
@@ -75,22 +75,22 @@ def decode(
     """Decode, in tiles unless ``tile`` is None.
 
     Args:
-        run: the VAE, used in the dtype of its weights.
+        run: the VAE; computes in the dtype of its weights.
         latents: float32 (1, t, h, w, C), normalised.
         tile: largest (width, height) in pixels, without margins.
-        finish: makes of float32 (1, n, H, W, 3) in [-1, 1] what is kept, of the same shape; of a tiled video all of it
-            is kept, so it had better be small.
-        progress: wraps the iteration over what is decoded.
+        finish: converts float32 (1, n, H, W, 3) in [-1, 1] for keeping, same shape; all of a tiled video is kept, so
+            the result should be small.
+        progress: wraps the iteration.
 
     Returns:
-        An iterator over what `VAE.decode` gives, 1 and then 4 frames at a time, as ``finish`` makes it. In tiles the
-        first comes when the last tile is done.
+        An iterator over the frames of `VAE.decode`, 1 and then 4 at a time, after ``finish``. With tiles the first
+        come when the last tile is done.
 
     Raises:
         ValueError: ``latents`` has another shape.
     """
     vae = run.vae
-    whole = run.decode(latents)  # checks the shape; nothing is computed before the first frame is asked for
+    whole = run.decode(latents)  # checks the shape; computes nothing before the first frame is requested
     if tile is None:
         for frames in progress(whole, total=latents.shape[1]):
             yield finish(frames)
@@ -123,7 +123,7 @@ def decode_in_memory(
     finish: Callable[[mx.array], Any],
     progress: Callable[..., Iterable],
 ) -> Iterator[Any]:
-    """`decode`, again in smaller tiles if memory does not last: they make the same frames."""
+    """`decode`; when memory runs out, again with smaller tiles, which give the same frames."""
     factor, given = run.vae.spatial_factor, 0
     size = factor * latents.shape[3], factor * latents.shape[2]
     while True:
@@ -144,15 +144,15 @@ def decode_in_memory(
 
 
 def encode(run: VAEExecution, chunks: Iterable[mx.array], tile: tuple[int, int] | None) -> mx.array:
-    """Encode, in tiles unless ``tile`` is None: for that, the whole video is kept in memory as it came.
+    """Encode, in tiles unless ``tile`` is None; tiles need the whole video in memory.
 
     Args:
-        run: the VAE, used in the dtype of its weights.
+        run: the VAE; computes in the dtype of its weights.
         chunks: float32 (1, 1, H, W, 3), then (1, 4, H, W, 3), in [-1, 1].
         tile: largest (width, height) in pixels, without margins.
 
     Returns:
-        What `VAE.encode_chunks` returns.
+        The result of `VAE.encode_chunks`.
 
     Raises:
         ValueError: a chunk has another shape, or there is none.
@@ -177,9 +177,9 @@ def encode(run: VAEExecution, chunks: Iterable[mx.array], tile: tuple[int, int] 
 
 @dataclass(frozen=True)
 class Area:
-    """One tile: what to cut out before the first stage, at the end of each stage, and where the result belongs.
+    """One tile: the part to cut out before the first stage and at the end of each stage, and the result's place.
 
-    Each is (rows, columns); ``source`` and ``target`` in the whole frame, ``cuts`` in what the stage has made.
+    Each is (rows, columns); ``source`` and ``target`` in the whole frame, ``cuts`` in the stage's output.
     """
 
     source: tuple[Span, Span]
@@ -189,7 +189,7 @@ class Area:
 
 @dataclass(frozen=True)
 class Cut:
-    """A layer that takes rows and columns out of a frame, as an array of its own."""
+    """A layer that cuts rows and columns out of a frame, as an array of its own."""
 
     rows: Span
     columns: Span
@@ -197,7 +197,7 @@ class Cut:
     def __call__(self, x: mx.array, cache: PacedCache) -> mx.array:
         if (self.rows, self.columns) == ((0, x.shape[1]), (0, x.shape[2])):
             return x
-        # Copied, because a slice would keep the whole alive.
+        # Copied, because a slice would keep the whole frame alive.
         return mx.contiguous(x[:, slice(*self.rows), slice(*self.columns)])
 
 
@@ -212,7 +212,7 @@ def encoder_tiles(vae: VAE, size: tuple[int, int], tile: tuple[int, int]) -> lis
 
 
 def split(length: int, largest: int) -> list[Span]:
-    """Equal parts, as few as can be, of at most ``largest``."""
+    """As few equal parts as possible, of at most ``largest``."""
     count = math.ceil(length / largest)
     return [(length * i // count, length * (i + 1) // count) for i in range(count)]
 
@@ -233,27 +233,27 @@ def _tiles(vae, size, tile, convolutions, spans_of) -> list[Area]:
 
 
 def _within(outer: Span, inner: Span) -> Span:
-    """``inner`` counted from the start of ``outer``."""
+    """``inner`` relative to the start of ``outer``."""
     return inner[0] - outer[0], inner[1] - outer[0]
 
 
 def _grow(span: Span, by: int, length: int) -> Span:
-    """``span`` with a margin on both sides, where the frame has one."""
+    """``span`` with a margin on both sides, within the frame."""
     return max(0, span[0] - by), min(length, span[1] + by)
 
 
 def decoder_spans(core: Span, convolutions: Sequence[int], length: int) -> list[tuple[Span, Span]]:
-    """For each stage, the span that it gets and the span of it that is right, in pixels of that stage.
+    """For each stage, its input span and the valid part of its output, in pixels of that stage.
 
     Args:
-        core: latents to decode, of ``length`` ones.
-        convolutions: 3x3 ones in each stage, beside the one of the upsampling before it.
+        core: latents to decode, out of ``length``.
+        convolutions: number of 3x3 ones in each stage, without that of the upsampling before it.
     """
     spans, last = [], len(convolutions) - 1
     right = core[0] << last, core[1] << last
     for stage in range(last, -1, -1):
         given = _grow(right, convolutions[stage] + (stage > 0), length << stage)
-        if stage:  # pixels come in pairs out of the stage before
+        if stage:  # the stage before doubles pixels
             given = given[0] // 2 * 2, (given[1] + 1) // 2 * 2
         spans.append((given, right))
         right = given[0] // 2, given[1] // 2
@@ -267,7 +267,7 @@ def encoder_spans(core: Span, convolutions: Sequence[int], length: int) -> list[
     for stage in range(last, -1, -1):
         size = length << (last - stage)
         given = _grow(right, convolutions[stage], size)
-        if stage:  # halving the resolution reads one pixel more, after the span only
+        if stage:  # halving the resolution reads one more pixel, only after the span
             given = given[0], min(given[1] + 1, size)
         spans.append((given, right))
         right = given[0] * 2, given[1] * 2
@@ -275,7 +275,7 @@ def encoder_spans(core: Span, convolutions: Sequence[int], length: int) -> list[
 
 
 def _stages(layers: Sequence) -> list[list]:
-    """Layers in groups of one resolution; all groups but the first start with what resamples."""
+    """Layers grouped by resolution; all groups but the first start with the resampling layer."""
     groups: list[list] = [[]]
     for layer in layers:
         if isinstance(layer, Downsample | Upsample):
@@ -285,7 +285,7 @@ def _stages(layers: Sequence) -> list[list]:
 
 
 def _convolutions(layers: Sequence) -> list[int]:
-    """3x3 convolutions at each resolution, without those that resample."""
+    """Number of 3x3 convolutions at each resolution, without resampling layers."""
 
     def count(layer) -> int:
         return 2 if isinstance(layer, ResidualBlock) else not isinstance(layer, Downsample | Upsample)
@@ -294,7 +294,7 @@ def _convolutions(layers: Sequence) -> list[int]:
 
 
 def _with_cuts(layers: Sequence, area: Area) -> list:
-    """``layers`` for one tile."""
+    """``layers`` with the cuts of one tile."""
     groups = zip(_stages(layers), area.cuts, strict=True)
     return [layer for group, cut in groups for layer in (*group, Cut(*cut))]
 
@@ -316,7 +316,7 @@ def _encode_tile(run: VAEExecution, video: Sequence[mx.array], area: Area) -> It
 
 
 def _put_together(parts: list[tuple[tuple[Span, Span], mx.array]], height: int, width: int) -> mx.array:
-    """Tiles in row order → the whole (1, height, width, channels); ``parts`` is emptied."""
+    """Tiles in row order → the whole (1, height, width, channels); empties ``parts``."""
     rows: dict[Span, list[mx.array]] = {}
     for (of_rows, _), part in parts:
         rows.setdefault(of_rows, []).append(part)
@@ -327,5 +327,5 @@ def _put_together(parts: list[tuple[tuple[Span, Span], mx.array]], height: int, 
 
 
 def _first_frame(vae: VAE, index: int) -> int:
-    """Number of the first frame that latent frame ``index`` gives."""
+    """Number of the first frame decoded from latent frame ``index``."""
     return (index - 1) * vae.temporal_factor + 1 if index else 0
