@@ -7,12 +7,15 @@ import ast
 import subprocess
 import sys
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 import wan_mlx
+from wan_mlx.presets import PRESETS
+from wan_mlx.weights.component import parameter_shapes
 
 PACKAGE = Path(wan_mlx.__file__).parent
 
@@ -62,17 +65,6 @@ LATE_PACKAGES = {
     ("runs.folder", "fcntl"): "not on Windows",
     ("storage", "fcntl"): "not on Windows",
 }
-
-# To be removed: what breaks the rules today. A line whose breach is gone must go, and no line may come.
-BREACHES = {
-    ("cli.doctor", "__init__"),
-    ("cli.main", "__init__"),
-}
-LATE_BREACHES = {
-    ("prompts.extend", "PIL"),
-    ("prompts.extend", "media.read"),
-}
-
 
 class Import(NamedTuple):
     """``importer`` and ``imported`` are modules of the package, without its name, or ``imported`` is a package."""
@@ -169,29 +161,22 @@ def own_edges() -> set[tuple[str, str]]:
 
 def test_imports_run_down():
     up = {(importer, imported) for importer, imported in own_edges() if rank(imported) > rank(importer)}
-    assert not up - BREACHES, f"upward: {described(up - BREACHES)}"
+    assert not up, f"upward: {described(up)}"
 
 
 def test_imports_make_no_circle():
-    circles = in_circles(own_edges() - BREACHES)
+    circles = in_circles(own_edges())
     assert not circles, f"in a circle: {described(circles)}"
 
 
-def test_no_breach_is_listed_that_is_gone():
-    edges = own_edges()
-    up = {(importer, imported) for importer, imported in edges if rank(imported) > rank(importer)}
-    gone = {edge for edge in BREACHES if edge not in up and edge not in in_circles((edges - BREACHES) | {edge})}
-    assert not gone, f"take out of BREACHES: {described(gone)}"
-    gone = LATE_BREACHES - late_breaches()
-    assert not gone, f"take out of LATE_BREACHES: {described(gone)}"
+def test_no_reason_is_listed_that_is_gone():
     late = {(entry.importer, entry.imported) for entry in imports() if entry.late}
     assert not set(LATE_PACKAGES) - late, f"take out of LATE_PACKAGES: {described(set(LATE_PACKAGES) - late)}"
     gone = set(STARTS_FAST) - {importer for importer, _ in late}
     assert not gone, f"take out of STARTS_FAST: {', '.join(sorted(gone))}"
 
 
-def late_breaches() -> set[tuple[str, str]]:
-    """Imports inside functions that no list gives a reason for."""
+def test_imports_inside_functions_have_a_reason():
     top = {}
     for entry in imports():
         if not entry.late and not entry.for_types:
@@ -201,17 +186,13 @@ def late_breaches() -> set[tuple[str, str]]:
         seen.add(module)
         return any(name in ("mlx", "numpy") or is_slow(name, seen) for name in top.get(module, set()) - seen)
 
-    return {
+    found = {
         (entry.importer, entry.imported)
         for entry in imports()
         if entry.late
         and (entry.importer, entry.imported) not in LATE_PACKAGES
         and not (entry.importer in STARTS_FAST and entry.ours and is_slow(entry.imported, set()))
     }
-
-
-def test_imports_inside_functions_have_a_reason():
-    found = late_breaches() - LATE_BREACHES
     assert not found, f"inside a function without a reason: {described(found)}"
 
 
@@ -236,11 +217,8 @@ def test_commands_that_start_without_mlx(command):
 
 
 def test_sizes_that_models_shows_are_those_of_the_networks():
-    from math import prod
 
     from wan_mlx.models.networks import new_network
-    from wan_mlx.presets import PRESETS
-    from wan_mlx.weights.component import parameter_shapes
 
     for preset in PRESETS.values():
         shapes = parameter_shapes(new_network(preset.transformer)).values()

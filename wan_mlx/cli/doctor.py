@@ -18,8 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import wan_mlx
-
+from .. import __version__, check_backend
 from ..planning.flops import forward_parts
 from ..presets import PRESETS
 from ..storage import free_space
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--store-reference", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
-        wan_mlx.check_backend()
+        check_backend()
     except ImportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -99,7 +98,7 @@ def machine() -> dict[str, str]:
         memory += f", and {int(total) / 1e9:.1f} of the GPU"
     versions = [f"{name} {metadata.version(name)}" for name in PACKAGES if _has(name)]
     return {
-        "wan_mlx": f"{wan_mlx.__version__} in {Path(wan_mlx.__file__).parent}",
+        "wan_mlx": f"{__version__} in {Path(__file__).parent.parent}",
         "device": f"{info.get('device_name', 'unknown')}, {backend}, {os.cpu_count()} cores",
         "memory": memory,
         "system": platform.platform(),

@@ -6,8 +6,7 @@ import importlib
 import sys
 from pathlib import Path
 
-import wan_mlx
-
+from .. import check_backend
 from ..errors import Stopped
 from .config_file import config_arguments
 from .flags import build_parser, given_flags
@@ -34,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         argv = with_config(argv)
         args = build_parser().parse_args(argv)
         say = Terminal.of(args)
-        wan_mlx.check_backend()
+        check_backend()
 
         from .batch import run_batch  # with MLX, which --help does without
         from .generate import resume, run

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
+from PIL import Image
 
 from ..errors import WanError
+from ..media.read import read_image
 from ..types import Request
 from .instructions import INSTRUCTIONS, LANGUAGES
 
@@ -358,10 +360,6 @@ def _vlm() -> Any:
 
 def _small(picture: Source) -> Any:
     """A PIL image of at most `LONGEST_SIDE` pixels a side."""
-    from PIL import Image
-
-    from ..media.read import read_image
-
     image = Image.fromarray(read_image(picture))
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     return image
