@@ -1,4 +1,4 @@
-"""The door to all that only an NVIDIA GPU needs. Elsewhere memory is shared, and each function answers trivially.
+"""The door to everything specific to NVIDIA GPUs. Elsewhere memory is shared, and each function does nothing.
 
 On CUDA, weight files are read into staging buffers in the GPU's own memory; `read` says why and how.
 """
@@ -11,12 +11,12 @@ from .read import StagingBuffers, driver
 
 
 def in_use() -> bool:
-    """Whether the current device is an NVIDIA GPU whose driver can be asked."""
+    """Whether the current device is an NVIDIA GPU with a CUDA driver."""
     return mx.default_device().type == mx.DeviceType.gpu and not mx.metal.is_available() and driver() is not None
 
 
 def staging_buffers() -> StagingBuffers | None:
-    """Two buffers in the GPU's memory to read a network's weights into; None where files are read by MLX."""
+    """Two staging buffers in GPU memory for a network's weights; None where MLX reads the files."""
     return StagingBuffers() if in_use() else None
 
 
@@ -26,13 +26,13 @@ def device_of_new_weights() -> mx.Device:
 
 
 def staged_bytes(stored: int, kept: int, changed: int, made: int) -> int | None:
-    """The most bytes that reading blocks takes beside them here; None where no staging buffers are used.
+    """Peak extra bytes while reading blocks with staging buffers; None without them.
 
     Args:
         stored: bytes of a block in its file.
         kept: bytes of the loaded block.
-        changed: bytes in the file of the tensors that others are made from, by casting, reordering or packing.
-        made: bytes of those others.
+        changed: bytes in the file of tensors that are cast, reordered or quantised.
+        made: bytes of the results of these.
     """
     if not in_use():
         return None

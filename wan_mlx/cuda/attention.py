@@ -1,29 +1,29 @@
-"""Keys and values filled up to whole tiles, which cuDNN's attention computes faster; elsewhere nothing is filled."""
+"""Padding of keys and values to whole tiles, which cuDNN's attention computes faster; elsewhere there is none."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-# cuDNN takes so many keys at a time. Where the last tile is not whole every tile takes longer, as if each were masked:
-# 10.3 ms instead of 9.5 for 32,760 tokens on an H200.
+# cuDNN's tile of keys. With an incomplete last tile every tile is slower, as if each were masked: 10.3 ms instead of
+# 9.5 for 32,760 tokens on an H200.
 KEY_TILE = 128
-# How many keys may be appended for each that is there.
+# At most this many keys may be appended for each existing one.
 MOST_APPENDED = 1 / 1024
 
 
 def keys_to_append(length: int) -> int:
-    """How many keys `fill_last_tile` appends to so many."""
+    """Number of keys that `fill_last_tile` appends to ``length``."""
     missing = -length % KEY_TILE
     return missing if mx.cuda.is_available() and missing <= MOST_APPENDED * length else 0
 
 
 def fill_last_tile(x: mx.array) -> mx.array:
-    """Keys or values with their mean appended up to whole tiles, where that is faster; (B, L, heads, head_dim).
+    """Pad keys or values with their mean to whole tiles, where that is faster; (B, L, heads, head_dim).
 
-    The appended keys weigh next to nothing, whatever the queries: the mean key's product with a query is the mean of
-    all keys' products, and the exponential of a mean is at most the mean of the exponentials. So it weighs no more than
-    keys do on average, and n of them no more than n / L of all. By that share, at most, a result moves towards the mean
-    value; bfloat16 rounds a number by up to twice `MOST_APPENDED` of it.
+    The appended keys have almost no weight, for any query: the mean key's product with a query is the mean of all
+    keys' products, and the exponential of a mean is at most the mean of the exponentials. So it has at most the average
+    weight, and n of them at most n / L of the total. By that share, at most, a result moves towards the mean value;
+    bfloat16 rounds a number by up to twice `MOST_APPENDED` of it.
     """
     return append_mean(x, keys_to_append(x.shape[1]))
 
@@ -34,6 +34,6 @@ def append_mean(x: mx.array, count: int) -> mx.array:
         return x
     batch, length, *rest = x.shape
     rows = x.flatten(2)
-    mean = mx.full((1, length), 1 / length, x.dtype) @ rows  # summed in float32, as `mx.mean` is not on CUDA
+    mean = mx.full((1, length), 1 / length, x.dtype) @ rows  # summed in float32, unlike `mx.mean` on CUDA
     rows = mx.concatenate([rows, mx.broadcast_to(mean, (batch, count, rows.shape[-1]))], axis=1)
     return rows.reshape(batch, length + count, *rest)

@@ -1,4 +1,4 @@
-"""A bound on memory that a GPU has released and MLX has not yet freed; on Metal and on a CPU there is none."""
+"""Bounds deferred frees: memory that a GPU has released and MLX has not yet freed; not needed on Metal and the CPU."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import mlx.core as mx
 
 
 class DeferredFrees:
-    """Bounds the memory that waits to be freed to ``most`` bytes.
+    """Bounds deferred frees to ``most`` bytes.
 
-    On CUDA a thread of MLX's frees memory, and falls behind where much is submitted in small pieces: without a bound,
-    by gigabytes. `mx.synchronize` waits for that thread, so it is called when memory has grown since the last call.
+    On CUDA MLX frees memory in a thread, which falls behind by gigabytes when many small pieces are submitted.
+    `mx.synchronize` waits for that thread, so it is called when memory has grown since the last call.
     """
 
     def __init__(self, most: int):
@@ -17,7 +17,7 @@ class DeferredFrees:
         self.least = mx.get_active_memory()
 
     def limit(self) -> None:
-        """Wait, if more than ``most`` bytes may be left to free."""
+        """Wait, if more than ``most`` bytes may be pending."""
         if mx.cuda.is_available() and mx.get_active_memory() > self.least + self.most:
             mx.synchronize()
             self.least = mx.get_active_memory()

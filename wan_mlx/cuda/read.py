@@ -1,11 +1,11 @@
-"""Files read straight into the GPU's memory.
+"""Reads files directly into GPU memory.
 
-On CUDA, arrays that MLX's CPU side makes or looks into lie in managed memory: its pages move to the GPU one by one when
-a kernel first touches them, and copying there is slow while kernels run. Besides, whoever waits for the CPU side waits
-for a kernel that tells of it, which is run when those before it leave room. So a `StagingBuffer` is memory of the GPU
-alone, which MLX's GPU side has made and nothing else touches, and files are read into it past MLX: threads read pieces
-into page-locked memory, over and over the same, and the GPU's copy engine takes them from there, through the CUDA
-driver that MLX runs on.
+On CUDA, arrays that MLX's CPU side makes or inspects lie in managed memory: its pages move to the GPU one by one when
+a kernel first touches them, and copying there is slow while kernels run. Also, waiting for the CPU side means waiting
+for a signalling kernel, which runs only when those before it leave room. So a `StagingBuffer` is pure GPU memory,
+allocated by MLX's GPU side and touched by nothing else. Files are read into it past MLX: threads read pieces into
+page-locked memory, which they reuse, and the GPU's copy engine takes them from there, through the CUDA driver that MLX
+also uses.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..errors import WeightsError
 from ..files.base import ByteRange
 
 MOST_THREADS = 8
-# Bytes that a thread reads and copies at a time.
+# Bytes that a thread reads and copies at once.
 PIECE = 8 * 2**20
 ALIGNMENT = 256  # of every tensor
 
@@ -42,7 +42,7 @@ def driver() -> Driver | None:
 
 
 class Driver:
-    """The few functions that are needed, and MLX's own context, the device's primary one."""
+    """The needed functions of the driver, and MLX's own context, the device's primary one."""
 
     def __init__(self, library):
         self.library = library
@@ -53,12 +53,12 @@ class Driver:
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), device)
 
     def call(self, name: str, *arguments) -> None:
-        """Call a function; raises RuntimeError with what it returns if that is not success."""
+        """Call a function; raises RuntimeError with its return code on failure."""
         if code := getattr(self.library, name)(*arguments):
             raise RuntimeError(f"CUDA: {name} failed ({code})")
 
     def staging(self) -> memoryview:
-        """Page-locked memory of this thread's, of `PIECE` bytes; the same at every call."""
+        """This thread's page-locked memory of `PIECE` bytes; the same at every call."""
         if not hasattr(self.threads, "staging"):
             address = ctypes.c_void_p()
             self.call("cuCtxSetCurrent", self.context)
@@ -67,14 +67,14 @@ class Driver:
         return self.threads.staging
 
     def copy(self, source: memoryview, target: int) -> None:
-        """Copy what `staging` holds to an address on the GPU; returns when it is there."""
+        """Copy the contents of `staging` to an address on the GPU; returns when it is done."""
         there = ctypes.c_uint64(ctypes.addressof(ctypes.c_char.from_buffer(source)))
         self.call("cuMemcpyAsync", ctypes.c_uint64(target), there, ctypes.c_size_t(len(source)), _OWN_STREAM)
         self.call("cuStreamSynchronize", _OWN_STREAM)
 
 
 def address_of(array: mx.array) -> int:
-    """Where a whole array lies on the GPU. A kernel tells: asked from the CPU, MLX would move it to managed memory."""
+    """The GPU address of a whole array. A kernel reports it, because CPU access would move it to managed memory."""
     return _address_kernel()(
         inputs=[array], output_shapes=[(1,)], output_dtypes=[mx.int64], grid=(1, 1, 1), threadgroup=(1, 1, 1)
     )[0].item()
@@ -88,18 +88,18 @@ def _address_kernel():
 
 
 class StagingBuffer:
-    """A stretch of memory on the GPU that tensors are read into, again and again."""
+    """A piece of GPU memory that tensors are read into, again and again."""
 
     def __init__(self, nbytes: int):
         self.memory = mx.zeros((nbytes,), mx.uint8)
         mx.eval(self.memory)
 
     def address(self) -> int:
-        """Asked before each `fill`: whoever looks into an array of the memory from the CPU moves it."""
+        """The address; asked before each `fill`, because CPU access to an array of this memory moves it."""
         return address_of(self.memory)
 
     def fill(self, address: int, ranges: Mapping[str, ByteRange], stopped: threading.Event) -> None:
-        """Read tensors, in their order one behind the other; given up when ``stopped`` is set.
+        """Read tensors, one behind the other; ends early when ``stopped`` is set.
 
         Raises:
             WeightsError: a file has changed, ends early or cannot be read.
@@ -116,10 +116,10 @@ class StagingBuffer:
         for piece in pieces:
             piece.result()
         for file in files:
-            file.check_unchanged()  # every piece opened it anew
+            file.check_unchanged()  # each piece opened the file anew
 
     def arrays(self, ranges: Mapping[str, ByteRange]) -> dict[str, mx.array]:
-        """The tensors that `fill` has read, as arrays that stand until it is called again; nothing is copied."""
+        """The tensors of the last `fill`, as arrays, without a copy; valid until the next `fill`."""
         found = {}
         for (key, place), start in zip(ranges.items(), starts(ranges), strict=True):
             found[key] = self.memory[start : start + place.nbytes].view(place.dtype).reshape(place.shape)
@@ -127,14 +127,14 @@ class StagingBuffer:
 
 
 class StagingBuffers:
-    """Buffers for two blocks, taken in turn: one is filled while the block in the other computes."""
+    """Two buffers for blocks, used in turn: one is filled while the block in the other computes."""
 
     def __init__(self):
         self.idle: StagingBuffer | None = None
         self.busy: StagingBuffer | None = None
 
     def next(self, nbytes: int, stays_idle: bool = False) -> StagingBuffer:
-        """An idle buffer of at least ``nbytes``; ``stays_idle``: no computation will use its arrays themselves."""
+        """An idle buffer of at least ``nbytes``; ``stays_idle``: no computation will use its arrays directly."""
         if self.idle is None or self.idle.memory.size < nbytes:
             self.idle = None
             self.idle = StagingBuffer(nbytes)
@@ -144,17 +144,17 @@ class StagingBuffers:
         return buffer
 
     def bytes_for(self, ranges: Mapping[str, ByteRange]) -> int:
-        """Bytes that a buffer must have for these tensors."""
+        """Bytes of a buffer for these tensors."""
         return sum(map(_padded, ranges.values()))
 
     @staticmethod
     def one_serves(changed: int, whole: int) -> bool:
-        """Whether one buffer serves all blocks: if most of their bytes are read to make something else from them."""
+        """Whether one buffer is enough for all blocks: if most of their bytes are only the source of other tensors."""
         return 2 * changed > whole
 
 
 def starts(ranges: Mapping[str, ByteRange]) -> list[int]:
-    """Where in a `StagingBuffer` each tensor begins."""
+    """Offset of each tensor in a `StagingBuffer`."""
     return list(accumulate(map(_padded, ranges.values()), initial=0))[:-1]
 
 

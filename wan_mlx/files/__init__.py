@@ -1,1 +1,1 @@
-"""Containers of weights; they know no network."""
+"""File formats of weights; independent of any network."""

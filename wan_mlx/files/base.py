@@ -1,4 +1,4 @@
-"""The base class of weight files: their tensors are known from headers, and each is read when asked for."""
+"""The base class of weight files: headers list their tensors, and each tensor is read on demand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..errors import WeightsError, closest
 from .parallel_read import read_tensor
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit, here an index's and a GGUF's too
-# Far above any published model: of tensors in a file, letters of a name, axes, and of one axis.
+# Far above any published model: tensors in a file, letters of a name, axes, and size of one axis.
 MAX_ENTRIES, MAX_NAME, MAX_NDIM, MAX_DIM = 100_000, 1024, 16, 2**31 - 1
 
 # Bytes of a value, by safetensors' names of the dtypes.
@@ -29,24 +29,24 @@ ITEMSIZE = {
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
 
-# numpy's dtype for the raw values; MLX's for what `read` returns where the two differ.
+# numpy's dtype for the raw values; MLX's for the result of `read` where the two differ.
 _NUMPY = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16},
     **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8},
     **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
     **{"BOOL": np.uint8, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8},
 }
-# Dtypes whose values are converted (`_to_mlx`), so that they cannot be read into MLX's memory.
+# Dtypes that `_to_mlx` converts, so they cannot be read into MLX's memory directly.
 _CHANGED = {"F64", "BOOL"}
 # Dtypes whose bytes `WeightsFile.read` returns unchanged, and MLX's names of them.
 _AS_STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U8": mx.uint8, "U32": mx.uint32}
-# GGUF's block formats: how many values a block has, and how many bytes.
+# GGUF's block formats: values and bytes of a block.
 BLOCKS = {
     **{"Q8_0": (32, 34), "Q5_1": (32, 24), "Q5_0": (32, 22), "Q4_1": (32, 20), "Q4_0": (32, 18), "IQ4_NL": (32, 18)},
     **{"Q6_K": (256, 210), "Q5_K": (256, 176), "Q4_K": (256, 144), "IQ4_XS": (256, 136), "Q3_K": (256, 110)},
     **{"Q2_K": (256, 84)},
 }
-# How many values at most are read in one piece when a row is not contiguous.
+# Largest number of values read in one piece when a row is not contiguous.
 _PIECE = 2**20
 
 
@@ -65,7 +65,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Where in a file a tensor's bytes lie, just as its array wants them."""
+    """The place of a tensor's bytes in a file, where they are stored exactly as in its array."""
 
     file: WeightsFile
     start: int
@@ -77,16 +77,16 @@ class ByteRange:
 class WeightsFile:
     """A source of named tensors. Nothing is cached: an array lives as long as the caller keeps it.
 
-    A format is a subclass: it says whether a file `begins` as its files do, reads the header, and says where each
-    tensor's bytes start. Things that one format has (blocks, fields) have a default here, so that nobody need ask for
-    the format of a file.
+    A format is a subclass: it checks whether a file `begins` like its own, reads the header, and gives the start of
+    each tensor's bytes. Features of one format (blocks, fields) have a default here, so that callers need not know the
+    format of a file.
 
     Attributes:
         path: the file that was opened.
         metadata: safetensors' ``__metadata__``, else empty; of shards, the entries on which all agree.
         tensors: name → shape and dtype of every tensor, from headers only.
-        fields: a GGUF's metadata, else empty: numbers and text as they are, lists as what `values` reads.
-        scales: of scaled fp8, key → the scale that `read` multiplies by; else empty.
+        fields: a GGUF's metadata, else empty: numbers and text as they are, lists as arguments of `values`.
+        scales: for scaled fp8, key → the scale that `read` multiplies by; else empty.
     """
 
     fields: Mapping[str, Any] = {}
@@ -95,7 +95,7 @@ class WeightsFile:
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str] | None = None):
         self.path = path
         odd = next((key for key in tensors if not key.isprintable()), None)
-        if odd is not None:  # every message names keys, on one line
+        if odd is not None:  # error messages contain keys, and must be one line
             raise WeightsError(f"{path}: damaged header (a tensor named {odd[:80]!r})")
         self.tensors = tensors
         self.metadata = metadata or {}
@@ -103,14 +103,14 @@ class WeightsFile:
 
     @classmethod
     def begins(cls, head: bytes) -> bool:
-        """Whether a file that begins with these bytes (16 or more) is of this format."""
+        """Whether a file with these first bytes (16 or more) has this format."""
         raise NotImplementedError
 
     def read(self, key: str) -> mx.array:
-        """The tensor in torch's shape and its own dtype: lazy from safetensors, read at once from a .pth.
+        """The tensor in torch's shape and its own dtype: lazy from safetensors, read immediately from a .pth.
 
-        F64 comes as float32 (Metal has no float64), F8_E4M3 and F8_E5M2 as their raw uint8. A safetensors file that
-        holds an F64 or F8_E5M2 tensor is read at once too, since MLX refuses it.
+        F64 is returned as float32 (Metal has no float64), F8_E4M3 and F8_E5M2 as raw uint8. A safetensors file with an
+        F64 or F8_E5M2 tensor is read immediately too, since MLX refuses it.
 
         Raises:
             WeightsError: no such tensor, or the file is damaged or has changed since it was opened.
@@ -130,11 +130,11 @@ class WeightsFile:
         return _to_mlx(np.lib.stride_tricks.as_strided(values, info.shape, steps).copy(), info.dtype)
 
     def read_now(self, key: str) -> mx.array:
-        """As `read`, but large tensors at once from every kind of file, with several threads."""
+        """Like `read`, but large tensors are read immediately from every kind of file, with several threads."""
         return self.read(key)
 
     def rows(self, key: str, indices: np.ndarray) -> mx.array:
-        """``tensor[indices]`` of a 2-D tensor, (len(indices), width) in the dtype of `read`; only those rows are read.
+        """``tensor[indices]`` of a 2-D tensor, (len(indices), width) in the dtype of `read`; reads only those rows.
 
         Raises:
             ValueError: ``indices`` are not a list of row numbers.
@@ -152,22 +152,22 @@ class WeightsFile:
         return _to_mlx(values[inverse], info.dtype)
 
     def has_rows_of_blocks(self, key: str) -> bool:
-        """Whether `raw` can give the tensor: 2-D and stored in GGUF's blocks, each row whole ones."""
+        """Whether `raw` can return the tensor: 2-D, in GGUF's blocks, and each row made of whole blocks."""
         return False
 
     def raw(self, key: str) -> np.ndarray:
         """The blocks as stored: uint8 (rows, bytes of a row) of a 2-D tensor whose ``dtype`` is in `BLOCKS`.
 
         Raises:
-            WeightsError: no such tensor, or one that is not made of whole rows of blocks.
+            WeightsError: no such tensor, or its rows are not whole blocks.
         """
         raise WeightsError(f"{self.path}: {key} ({self._info(key).dtype}) is not made of rows of blocks")
 
     def values(self, name: str) -> list[Any]:
-        """A list among the `fields`.
+        """A list from `fields`.
 
         Raises:
-            WeightsError: there is none of that name, or it is no list.
+            WeightsError: there is none of that name, or it is not a list.
         """
         raise WeightsError(f"{self.path}: its metadata has no list {name}")
 
@@ -189,7 +189,7 @@ class WeightsFile:
 
     @property
     def is_lazy(self) -> bool:
-        """Whether `read` gives arrays that are read when they are evaluated."""
+        """Whether arrays from `read` are read when they are evaluated."""
         return False
 
     @property
@@ -198,7 +198,7 @@ class WeightsFile:
         return [self.path]
 
     def byte_range(self, key: str) -> ByteRange | None:
-        """Where the tensor lies, if `read` gives its bytes as they are."""
+        """The place of the tensor's bytes, if `read` returns them unchanged."""
         info = self._info(key)
         plain = info.dtype in _AS_STORED and self._strides(key) == contiguous(info.shape) and self._is_plain(key)
         return ByteRange(self, self._start(key), info.nbytes, _AS_STORED[info.dtype], info.shape) if plain else None
@@ -212,15 +212,15 @@ class WeightsFile:
         return contiguous(self.tensors[key].shape)
 
     def _start(self, key: str) -> int:
-        """The position in the file of the tensor's first byte."""
+        """Position of the tensor's first byte in the file."""
         raise NotImplementedError
 
     def _is_plain(self, key: str) -> bool:
-        """Whether the tensor's bytes lie in ``path`` from `_start` as they are."""
+        """Whether the tensor's bytes are stored unchanged in ``path`` from `_start` on."""
         return True
 
     def _read_direct(self, key: str, info: TensorInfo) -> mx.array:
-        """The whole of a contiguous, plain tensor."""
+        """A whole contiguous, plain tensor."""
         self.check_unchanged()
         dtype = "U8" if info.dtype in ("F8_E4M3", "F8_E5M2") else info.dtype
         try:
@@ -231,12 +231,12 @@ class WeightsFile:
             raise WeightsError(f"{self.path}: ends {error.args[0]:,} bytes early; download it again") from None
         except OSError as error:
             raise WeightsError(f"{self.path}: {key} cannot be read ({error.strerror or error})") from None
-        self.check_unchanged()  # every thread opened the file for itself
+        self.check_unchanged()  # every thread opened the file anew
         return array
 
     @contextmanager
     def _open(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
-        """A seekable file, and the position in it of the tensor's first element."""
+        """A seekable file, and the position of the tensor's first element in it."""
         with open(self.path, "rb", buffering=0) as file:
             yield file, self._start(key)
 
@@ -250,7 +250,7 @@ class WeightsFile:
             raise WeightsError(f"{self.path}: {key} cannot be read ({error.strerror or error})") from None
 
     def fill(self, values: np.ndarray | memoryview, file: BinaryIO, start: int) -> None:
-        """Read as many bytes as ``values`` has; raises WeightsError if the file ends before."""
+        """Read as many bytes as ``values`` has; raises WeightsError if the file ends early."""
         file.seek(start)
         rest = memoryview(cast(memoryview, values)).cast("B")
         while rest:
@@ -292,14 +292,14 @@ def _to_mlx(values: np.ndarray, dtype: str) -> mx.array:
             values = values.astype(np.float32)
     array = mx.array(values)
     if dtype == "BF16":
-        # On the CPU and at once: GPU work must not stand between a file and its caller.
+        # On the CPU and immediately: GPU work must not stand between a file and its caller.
         array = array.view(mx.bfloat16, stream=mx.cpu)
         mx.eval(array)
     return array
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of writing of a file: they change when the file does."""
+    """Size and modification time of a file, to notice changes."""
     try:
         status = os.stat(path)
     except OSError as error:

@@ -1,10 +1,10 @@
-"""fp8 weights as published for ComfyUI and LightX2V: the scales folded in, so that a tensor reads as its true values.
+"""fp8 weights as published for ComfyUI and LightX2V, with scales applied: a tensor reads as its true values.
 
-Plain files hold fp8 and nothing else. Scaled files hold one scale for each fp8 weight, of one value or one for each
-output row, and ``weight = fp8 × scale``, in two dialects (ComfyUI's ``QUANTIZATION.md`` and ``convert_old_quants``):
+Plain files hold only fp8. Scaled files hold one scale for each fp8 weight, of one value or one for each output row, and
+``weight = fp8 × scale``, in two dialects (ComfyUI's ``QUANTIZATION.md`` and ``convert_old_quants``):
 ``<layer>.scale_weight`` and a marker ``scaled_fp8``; or ``<layer>.weight_scale``, with each layer's format as JSON in
-``<layer>.comfy_quant`` or in the header under ``_quantization_metadata``. A scale that belongs to no fp8 weight, or a
-weight that lost its scale, is an error rather than a wrong picture.
+``<layer>.comfy_quant`` or in the header under ``_quantization_metadata``. A scale without an fp8 weight, or a weight
+without its scale, is an error, so that it cannot cause a wrong picture.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..errors import WeightsError, some
 from .base import ByteRange, WeightsFile
 
 FP8 = ("F8_E4M3", "F8_E5M2")
-# ComfyUI's names of the formats that are read; the others (nvfp4, mxfp8, int8_tensorwise …) are refused by name.
+# ComfyUI's names of the supported formats; others (nvfp4, mxfp8, int8_tensorwise …) are refused by name.
 FORMATS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 _HARMLESS = {"format", "full_precision_matrix_mult", "orig_dtype", "orig_shape"}  # do not change the weight's value
 _SCALE = re.compile(r"(.+)\.(?:scale_weight|weight_scale)")
@@ -35,9 +35,9 @@ _MAX_FORMAT_BYTES = 4096
 
 
 class Fp8File(WeightsFile):
-    """A weight file whose fp8 tensors read as numbers: bfloat16 or float16, which are exact, or scaled, float32.
+    """A weight file whose fp8 tensors read as numbers: bfloat16 or float16, which are exact, or, if scaled, float32.
 
-    ``tensors`` keeps the stored dtypes and leaves the scales out.
+    ``tensors`` keeps the stored dtypes and omits the scales.
     """
 
     def __init__(self, file: WeightsFile):
@@ -90,7 +90,7 @@ def fold(file: WeightsFile) -> WeightsFile:
     """``file`` with its fp8 tensors as numbers, or itself if it has none.
 
     Raises:
-        WeightsError: a format that is not read, a scale without its weight or not finite, a weight without its scale.
+        WeightsError: an unsupported format, a scale without its weight or not finite, a weight without its scale.
     """
     keys = file.tensors
     has_fp8 = any(info.dtype in FP8 for info in keys.values())
@@ -98,12 +98,12 @@ def fold(file: WeightsFile) -> WeightsFile:
 
 
 def without_scales(keys: Iterable[str]) -> list[str]:
-    """The keys that are not part of how fp8 is stored."""
+    """The keys without those of fp8 scales and formats."""
     return [key for key in keys if not any(pattern.fullmatch(key) for pattern in _PARTS)]
 
 
 def check_formats(file: WeightsFile) -> None:
-    """Raise WeightsError unless every layer's declared format is an fp8 that is read, and its weight is of it."""
+    """Raise WeightsError unless every layer's declared format is a supported fp8, and matches its weight."""
     for layer, declared in _formats(file):
         name = declared.get("format") if isinstance(declared, dict) else None
         if name not in FORMATS:

@@ -1,8 +1,8 @@
-"""GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): header, rows and blocks, read when asked for.
+"""GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): header, rows and blocks, read on demand.
 
-The header is parsed here, every count and offset checked against the file before anything is allocated: the ``gguf``
-package's own reader trusts them, and keeps an object for each of a tokenizer's 256,000 words. The package turns blocks
-into numbers, and is only needed where a file has blocks.
+The header is parsed here, and every count and offset is checked against the file before anything is allocated: the
+``gguf`` package's own reader trusts them, and keeps an object for each of a tokenizer's 256,000 words. The package
+converts blocks to numbers, and is only needed for files with blocks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from ..errors import WeightsError
 from .base import BLOCKS, MAX_DIM, MAX_ENTRIES, MAX_HEADER_BYTES, MAX_NAME, MAX_NDIM, TensorInfo, WeightsFile
 
-# ggml's numbers of its types; those neither in BLOCKS nor PLAIN are refused by name.
+# ggml's type numbers; types in neither BLOCKS nor PLAIN are refused by name.
 TYPES = {
     **{0: "F32", 1: "F16", 30: "BF16", 28: "F64", 24: "I8", 25: "I16", 26: "I32", 27: "I64"},
     **{2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1"},
@@ -32,19 +32,19 @@ TYPES = {
 }
 PLAIN = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
 
-# The types of metadata values: struct's letter, by GGUF's number.
+# Types of metadata values: GGUF's number → struct's letter.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT, _MAX_ALIGNMENT = 32, 2**16
 _MAX_STRINGS = 2_000_000  # umT5's tokenizer has 256,384
-_ROWS = 512  # of a tensor, made into numbers at a time by one thread
-# ComfyUI's converter reshapes what no block divides and keeps the true shape under this name.
+_ROWS = 512  # of a tensor, converted at a time by one thread
+# ComfyUI's converter reshapes tensors that no block divides, and stores the true shape under this name.
 _TRUE_SHAPE = "comfy.gguf.orig_shape."
 
 
 @dataclass(frozen=True)
 class Array:
-    """A list in the metadata, not read yet: its values' type, how many, and where they begin in the file."""
+    """A list in the metadata, not read yet: type and number of its values, and their position in the file."""
 
     kind: int
     count: int
@@ -53,14 +53,14 @@ class Array:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor as stored: its ggml shape reversed to torch's order, and where its data begins."""
+    """A tensor as stored: its ggml shape in torch's order, and the start of its data."""
 
     shape: tuple[int, ...]
     start: int
 
 
 class GGUFFile(WeightsFile):
-    """One .gguf; a tensor is read and its blocks turned into numbers on every `read`.
+    """One .gguf; every `read` reads a tensor and converts its blocks to numbers.
 
     Attributes:
         fields: the metadata: numbers and text as they are, lists as `Array`.
@@ -91,7 +91,7 @@ class GGUFFile(WeightsFile):
             return _Header(self.path, file, array.position).values(array)
 
     def read(self, key: str) -> mx.array:
-        """As `WeightsFile.read`; blocks become float32.
+        """Like `WeightsFile.read`; blocks become float32.
 
         Raises:
             WeightsError: as there, or a block's scale is not finite.
@@ -120,7 +120,7 @@ class GGUFFile(WeightsFile):
         return info.dtype in BLOCKS and len(info.shape) == 2 and self._stored[key].shape == info.shape
 
     def _blocks(self, key: str, rows: np.ndarray | None = None) -> np.ndarray:
-        """uint8 (rows, bytes of a row), all rows as stored or those named."""
+        """uint8 (rows, bytes of a row): all rows as stored, or those in ``rows``."""
         stored, (values, size) = self._stored[key], BLOCKS[self.tensors[key].dtype]
         width = stored.shape[-1] // values * size
         count = math.prod(stored.shape[:-1])
@@ -149,7 +149,7 @@ class GGUFFile(WeightsFile):
                 numbers[rows] = dequantize(blocks[rows], GGMLQuantizationType[dtype])
             return bool(np.isfinite(numbers[rows]).all())
 
-        with ThreadPoolExecutor(os.cpu_count()) as threads:  # numpy lets go of the interpreter while it computes
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # numpy releases the interpreter lock while it computes
             finite = all(threads.map(fill, range(0, len(blocks), _ROWS)))
         if not finite:
             raise WeightsError(f"{self.path}: {key} holds a block whose scale is not finite; download it again")
@@ -160,7 +160,7 @@ class GGUFFile(WeightsFile):
 
 
 class _Header:
-    """A cursor over a GGUF header that never goes past the file's end or a header's greatest size."""
+    """A cursor over a GGUF header that never passes the file's end or the maximum header size."""
 
     def __init__(self, path: Path, file: BinaryIO, position: int = 0):
         self.path, self.file, self.position = path, file, position
@@ -168,7 +168,7 @@ class _Header:
         file.seek(position)
 
     def read(self) -> tuple[dict[str, Any], dict[str, TensorInfo], dict[str, _Stored]]:
-        """Metadata, and each tensor's description and place."""
+        """Metadata, and each tensor's description and position."""
         self._check_magic()
         tensor_count, field_count = self._number("Q"), self._number("Q")
         for what, count in (("tensors", tensor_count), ("metadata fields", field_count)):
@@ -196,7 +196,7 @@ class _Header:
         return fields, tensors, stored
 
     def values(self, array: Array) -> list[Any]:
-        """The values of a list, the cursor standing at the first."""
+        """The values of a list; the cursor must stand at the first."""
         if array.kind == _STRING:
             return [self._string() for _ in range(array.count)]
         letter = _SCALARS[array.kind]
@@ -220,7 +220,7 @@ class _Header:
         return data
 
     def _check(self, count: int) -> None:
-        """That ``count`` more bytes are in the file and may be in a header."""
+        """Raise unless the file and the header limit allow ``count`` more bytes."""
         if self.position + count > self.size:
             raise WeightsError(
                 f"{self.path}: cut short or damaged: its header wants {count:,} bytes at {self.position:,}, the file "
@@ -294,7 +294,7 @@ class _Header:
         return alignment
 
     def _starts(self, found: dict[str, tuple[str, tuple[int, ...], int]], alignment: int) -> dict[str, int]:
-        """Where each tensor's data begins; they must follow each other, each padded to the alignment."""
+        """Start of each tensor's data; tensors must follow each other, each padded to the alignment."""
 
         def aligned(position: int) -> int:
             return -(-position // alignment) * alignment

@@ -1,7 +1,7 @@
-"""`open_weights` opens a weight file of any format: headers are read at once, a tensor when it is asked for.
+"""`open_weights` opens a weight file of any format: headers are read immediately, tensors on demand.
 
-`open_weights` decides the kind by content: safetensors (`safetensors`), an index JSON over shards, torch's zip format
-(`pth`) or GGUF (`gguf`). Another format is a module with a subclass of `WeightsFile`, and a name in `FORMATS`.
+The content decides the format: safetensors (`safetensors`), an index JSON over shards, torch's zip format (`pth`) or
+GGUF (`gguf`). To add a format, add a module with a subclass of `WeightsFile`, and a name in `FORMATS`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .safetensors import SafetensorsFile, parse_json
 
 
 def open_weights(path: str | Path) -> WeightsFile:
-    """Open a weight file: .safetensors, an index JSON over shards, .gguf or torch's .pth; content decides, not name.
+    """Open a weight file: .safetensors, an index JSON over shards, .gguf or torch's .pth; the name does not matter.
 
-    Only headers are read, and no code in the file is run.
+    Reads only headers, and runs no code from the file.
 
     Raises:
-        WeightsError: the file is missing, not one of these, truncated, damaged or hostile; the message is one line.
+        WeightsError: the file is missing, of another kind, truncated, damaged or hostile; one line.
     """
     path = Path(path)
     head = _head(path)
@@ -85,7 +85,7 @@ class ShardedFile(WeightsFile):
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
-    """The index's tensor → file name, the names checked to lie in the index's own folder."""
+    """The index's tensor → file name; each file must lie in the index's own folder."""
     size = os.stat(path).st_size
     if size > MAX_HEADER_BYTES:
         raise WeightsError(f"{path}: {size:,} bytes of JSON; an index has at most {MAX_HEADER_BYTES:,}")
@@ -141,7 +141,7 @@ def format_of(head: bytes) -> Format | None:
 
 
 def _looks_like(head: bytes) -> str:
-    """The rest of an error's line: the kind of a file that is no weight file, and the expected ones."""
+    """The end of an error message: the kind of a file that is no weight file, and the expected ones."""
     if head[8:9] == b"{":
         length = int.from_bytes(head[:8], "little")
         return f"a safetensors header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"

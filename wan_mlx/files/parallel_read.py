@@ -1,9 +1,9 @@
-"""A stretch of a file straight into the memory of an MLX array, read by several threads.
+"""Reads part of a file directly into the memory of an MLX array, with several threads.
 
-``mx.array(values)`` copies what numpy has read, in one thread, into memory that the system must first clear page by
-page: for a large file that costs several times what reading costs. `mx.load` reads into an array's own memory, and it
-takes file objects. So a tensor of any file is given to it as a safetensors file of that one tensor, of which reading
-the data is shared out among threads: both copying from the system's cache and clearing pages go faster so.
+``mx.array(values)`` copies numpy's data, in one thread, into memory that the system must first clear page by page: for
+a large file that takes several times as long as reading. `mx.load` reads into an array's own memory, and accepts file
+objects. So it is given any tensor as a safetensors file with that one tensor, whose data several threads read: both
+copying from the system's cache and clearing pages become faster.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from typing import BinaryIO, cast
 
 import mlx.core as mx
 
-# More threads than this do not read faster from the system's cache.
+# More threads do not read faster from the system's cache.
 MOST_THREADS = 8
-# Bytes that a thread reads at a time.
+# Bytes that a thread reads at once.
 PIECE = 4 * 2**20
 
 
 def read_tensor(
     open_file: Callable[[], BinaryIO], start: int, dtype: str, shape: tuple[int, ...], nbytes: int
 ) -> mx.array:
-    """A tensor from a file, resident, on the current stream; on Apple silicon always by the CPU.
+    """A tensor from a file, resident, on the current stream; on Apple silicon always read by the CPU.
 
     Args:
         open_file: opens the file, unbuffered; called by several threads.
         start: position of the tensor's first byte.
-        dtype: safetensors' name of one that MLX has.
-        shape: its sizes; values are stored one after the other, the last axis fastest.
+        dtype: safetensors' name of a dtype that MLX has.
+        shape: its sizes; the last axis is contiguous.
         nbytes: of the tensor.
 
     Raises:
-        EOFError: the file ends early; its argument is by how many bytes.
-        OSError: as opening and reading raise it.
+        EOFError: the file ends early; its argument is the number of missing bytes.
+        OSError: from opening or reading.
     """
     file = _OneTensor(open_file, start, dtype, shape, nbytes)
     loaded = mx.load(cast(BinaryIO, file), format="safetensors")
@@ -50,7 +50,7 @@ def read_tensor(
 
 
 class _OneTensor(io.RawIOBase):
-    """Looks like a safetensors file of one tensor; its data are ``nbytes`` of another file from ``start``."""
+    """Acts as a safetensors file of one tensor, whose data are ``nbytes`` of another file from ``start``."""
 
     def __init__(self, open_file, start: int, dtype: str, shape: tuple[int, ...], nbytes: int):
         entry = {"tensor": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]}}

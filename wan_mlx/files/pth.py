@@ -2,13 +2,13 @@
 
 ``torch.save`` writes a zip: ``<name>/data.pkl`` is a pickled dict whose leaves call torch's rebuild functions, and
 ``<name>/data/<key>`` are the raw storages, uncompressed. A pickle is a program, so this module has its own evaluator of
-the few opcodes that a dict of tensors needs. It works on inert values: a global is only a name out of a fixed list, and
-nothing is ever imported, called or given attributes. The format followed is that of ``torch/serialization.py``
-(``_save``) and ``torch/_utils.py`` (``_rebuild_tensor_v2``, ``_rebuild_tensor_v3``).
+the few opcodes that a dict of tensors needs. It works on inert values: a global is only a name from a fixed list, and
+nothing is imported, called or given attributes. The format follows ``torch/serialization.py`` (``_save``) and
+``torch/_utils.py`` (``_rebuild_tensor_v2``, ``_rebuild_tensor_v3``).
 
-`pickle.Unpickler` with an allow-list in ``find_class`` would be shorter and stops code too, but a small file could
+`pickle.Unpickler` with an allow-list in ``find_class`` would be shorter and also stops code, but a small file could
 still end the process: it hashes dict keys of any kind, so a tuple nested 200,000 deep overflows the C stack (a
-segmentation fault), it allocates whatever a memo index claims, and BUILD sets attributes of any object.
+segmentation fault), it allocates memory for any memo index, and BUILD sets attributes of any object.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SMALL_TENSOR_BYTES = 2**24
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
-# torch's names of the dtypes: of older ones the typed storage's class too.
+# torch's names of the dtypes; for older ones also the typed storage's class.
 _DTYPES = {
     **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"},
     **{f"{sign}int{bits}": f"{sign.upper() or 'I'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
@@ -55,10 +55,10 @@ _STORAGES = {
 
 @dataclass(frozen=True)
 class Storage:
-    """The raw bytes behind one or more tensors: a zip entry, and where its data begins in the file.
+    """The raw bytes of one or more tensors: a zip entry, and the start of its data in the file.
 
-    ``start`` is None for a compressed entry, which must be read through ``zipfile``. ``dtype`` is None when the storage
-    is untyped and each tensor brings its own.
+    ``start`` is None for a compressed entry, which must be read through ``zipfile``. ``dtype`` is None for an untyped
+    storage, whose tensors have their own.
     """
 
     entry: str
@@ -80,7 +80,7 @@ class TorchTensor:
 
 @dataclass(frozen=True)
 class _Global:
-    """A name the pickle refers to; nothing stands behind it."""
+    """A name that the pickle refers to; never imported."""
 
     module: str
     name: str
@@ -119,18 +119,18 @@ class TorchFile(WeightsFile):
 
 @lru_cache(maxsize=8)
 def _read_index(path: Path, stamp: tuple[int, int]) -> dict:
-    """`read_index`, once as long as the file has this `stamp`: a run opens each file several times."""
+    """`read_index`, cached while the file has this `stamp`, because a run opens each file several times."""
     return read_index(path)
 
 
 def read_index(path: Path) -> dict[str, TorchTensor]:
-    """Every tensor of the archive by name, in the file's order; no tensor data is read.
+    """Every tensor of the archive by name, in the file's order; reads no tensor data.
 
-    Nested dicts and lists are joined with '.'; a wrapper such as ``{"state_dict": {...}, "epoch": 3}`` is taken off
-    when it is the only holder of tensors.
+    Nested dicts and lists are joined with '.'; a wrapper such as ``{"state_dict": {...}, "epoch": 3}`` is removed if
+    only one entry holds tensors.
 
     Raises:
-        WeightsError: truncated or damaged zip, TorchScript, big-endian, anything in the pickle but a dict of tensors.
+        WeightsError: truncated or damaged zip, TorchScript, big-endian, or the pickle is not a dict of tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -147,7 +147,7 @@ def read_index(path: Path) -> dict[str, TorchTensor]:
         raise WeightsError(f"{path}: damaged zip archive ({error}); download it again") from None
     except (
         Exception
-    ) as error:  # zipfile lets many kinds through on damaged input: struct.error, ValueError, RuntimeError
+    ) as error:  # on damaged input zipfile raises many kinds: struct.error, ValueError, RuntimeError
         raise WeightsError(
             f"{path}: damaged zip archive ({type(error).__name__}: {error}); download it again"
         ) from None
@@ -155,7 +155,7 @@ def read_index(path: Path) -> dict[str, TorchTensor]:
 
 @contextmanager
 def open_storage(path: Path, storage: Storage) -> Iterator[tuple[BinaryIO, int]]:
-    """A seekable file, and the position in it of the storage's first byte."""
+    """A seekable file, and the position of the storage's first byte in it."""
     if storage.start is not None:
         with open(path, "rb", buffering=0) as file:
             yield file, storage.start
@@ -168,7 +168,7 @@ def open_storage(path: Path, storage: Storage) -> Iterator[tuple[BinaryIO, int]]
 
 
 class _Archive:
-    """One open zip archive while its index is built; messages of its errors lack the path, `read_index` adds it."""
+    """An open zip archive while its index is built; its errors lack the path, which `read_index` adds."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile):
         self.zip = archive
@@ -177,7 +177,7 @@ class _Archive:
         self.storages: dict[tuple[str, str | None], Storage] = {}
         if len(self.entries) != len(archive.infolist()):
             raise WeightsError("damaged zip archive (two entries have one name); download it again")
-        # zipfile would make room for whatever size the directory states.
+        # zipfile would allocate any size that the directory states.
         outside = [i.filename for i in archive.infolist() if i.header_offset + 30 + i.compress_size > self.file_size]
         if outside:
             raise WeightsError(f"damaged zip archive ({outside[0]!r} runs past the end); download it again")
@@ -226,7 +226,7 @@ class _Archive:
         return storage
 
     def _locate(self, entry: str, dtype: str | None) -> Storage:
-        """Find where an entry's data begins: after its local header, which says how long its name and padding are."""
+        """Find the start of an entry's data: after its local header, which gives the length of its name and padding."""
         info = self.entries.get(entry)
         if info is None:
             raise WeightsError(f"the archive lacks the storage {entry!r}; download it again")
@@ -265,10 +265,10 @@ class _Archive:
             raise WeightsError(
                 f"a tensor of shape {_shape(shape)} runs outside its storage of {storage.nbytes:,} bytes"
             )
-        # Strides of 0 or a compressed entry let a few bytes stand for terabytes; honest weights fit their file.
+        # Strides of 0 or a compressed entry can make a few bytes look like terabytes; real weights fit their file.
         if elements and max(elements, last + 1 - offset) * size > max(self.file_size, SMALL_TENSOR_BYTES):
             raise WeightsError(f"a tensor of shape {_shape(shape)} is larger than its file ({self.file_size:,} bytes)")
-        # torch leaves any number in the stride of a dimension that is never stepped along.
+        # torch allows any stride for a dimension of size 1.
         dense = contiguous(shape)
         strides = tuple(s if n > 1 and elements else d for n, s, d in zip(shape, strides, dense, strict=True))
         return TorchTensor(storage, dtype, offset, shape, strides)
@@ -315,7 +315,7 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False},
     **{"EMPTY_DICT": dict, "EMPTY_LIST": list},
 }
-_MARKED = ("TUPLE", "SETITEMS", "APPENDS")  # take all down to the last mark
+_MARKED = ("TUPLE", "SETITEMS", "APPENDS")  # pop everything above the last mark
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -373,7 +373,7 @@ def _evaluate(data: bytes, storage_of, tensor_of) -> Any:
                 function, arguments = take(2)
                 stack.append(_call(function, arguments, tensor_of))
             elif name == "BUILD":
-                # The state of an OrderedDict is its attribute `_metadata`: module versions, of no use here.
+                # The state of an OrderedDict is its attribute `_metadata` (module versions), which is not needed.
                 take(1)
                 if not isinstance(stack[-1], dict):
                     raise WeightsError(f"its pickle sets the state of a {_kind(stack[-1])}; only a dict may have one")
@@ -403,7 +403,7 @@ def _set_items(target: Any, pairs: list[Any]) -> None:
     if not isinstance(target, dict) or len(pairs) % 2:
         raise WeightsError(f"damaged pickle (it sets items of a {_kind(target)})")
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-        # Only these: hashing a tuple nested a million deep would overflow the C stack.
+        # Only these types: hashing a tuple nested a million deep would overflow the C stack.
         if not isinstance(key, (str, int)):
             raise WeightsError(f"its pickle has a dict key that is a {_kind(key)}; expected text")
         target[key] = value
@@ -416,7 +416,7 @@ def _extend(target: Any, values: list[Any]) -> None:
 
 
 def _call(function: Any, args: Any, tensor_of) -> Any:
-    """The value that one of the allowed functions stands for."""
+    """The result of one of the allowed functions."""
     if not isinstance(function, _Global) or not isinstance(args, tuple):
         raise WeightsError(f"its pickle calls a {_kind(function)}; refused")
     evaluate, counts = _CALLS.get((function.module, function.name), (_global, ()))
@@ -460,7 +460,7 @@ _CALLS: dict[tuple[str, str], tuple[Callable[..., Any], tuple[int, ...]]] = {
 
 
 def _flatten(root: dict) -> dict[str, TorchTensor]:
-    """Tensors by their joined names; everything else is dropped."""
+    """Tensors by their joined names; drops everything else."""
     found: dict[tuple[str, ...], TorchTensor] = {}
     visited = ignored = 0
     pending: list[tuple[tuple[str, ...], Any]] = [((), root)]

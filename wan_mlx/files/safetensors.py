@@ -1,6 +1,6 @@
 """Safetensors files (https://github.com/huggingface/safetensors, "Format"), every number of the header checked.
 
-MLX hands out the tensors; that it finds in the file what was found here is checked whenever it opens it.
+MLX loads the tensors; each time it opens the file, its header is compared with the one checked here.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .parallel_read import PIECE
 
 # One such tensor makes mx.load refuse the whole file.
 _UNKNOWN_TO_MLX = {"F64", "F8_E5M2"}
-# For how many streams a safetensors file keeps lazy arrays, and so stays open.
+# Number of streams for which a safetensors file keeps lazy arrays, and so stays open.
 _MOST_POOLS = 8
 
 
 class SafetensorsFile(WeightsFile):
-    """One .safetensors file; tensors are handed out as MLX's lazy arrays."""
+    """One .safetensors file; tensors are MLX's lazy arrays."""
 
     is_lazy = True
 
@@ -42,11 +42,11 @@ class SafetensorsFile(WeightsFile):
         if not self.is_lazy:
             return super().read(key)
         self.check_unchanged()
-        # mx.load opens the file once for all its arrays, so one call serves a whole pass and a thousand lazy arrays do
-        # not need a thousand open files. An array leaves the pool when handed out; those that stay hold no data.
-        # An array is bound to the stream that was current when it was loaded, so there is a pool for each of the few
-        # that take turns (`prefetch`).
-        # Equal streams have no equal hash.
+        # mx.load opens the file once for all its arrays, so one call serves a whole pass, and a thousand lazy arrays do
+        # not need a thousand open files. A returned array leaves the pool; those that stay hold no data.
+        # An array is bound to the stream that was current when it was loaded, so each of the few streams in use
+        # (`prefetch`) has its own pool.
+        # Equal streams have different hashes.
         streams = f"{mx.default_stream(mx.default_device())} {mx.default_stream(mx.cpu)}"
         array = self._pools.get(streams, {}).pop(key, None)
         if array is None:
@@ -149,7 +149,7 @@ def _check_extents(path: Path, extents: list[tuple[int, int, str]], present: int
 
 
 def parse_json(path: Path, data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object, stricter than ``json``: no name twice, no NaN, no half surrogates, so that MLX reads the same."""
+    """A JSON object, stricter than ``json``: no duplicate names, NaN or half surrogates, so that MLX reads the same."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

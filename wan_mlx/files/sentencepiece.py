@@ -1,8 +1,8 @@
-"""umT5's sentencepiece model from wherever a checkpoint keeps it.
+"""umT5's sentencepiece model, from any place where a checkpoint has it.
 
-It is a file of its own (``spiece.model``), a uint8 tensor ``spiece_model`` in ComfyUI's text encoders, or must be built
-again: from a GGUF's metadata, as llama.cpp's converter writes it, or from the ``tokenizer.json`` that transformers 5
-saves in place of the model. Both of those keep every piece, its score and its kind, and the normalisation table.
+It is its own file (``spiece.model``), or a uint8 tensor ``spiece_model`` in ComfyUI's text encoders, or is rebuilt:
+from a GGUF's metadata, as llama.cpp's converter writes it, or from the ``tokenizer.json`` that transformers 5 saves in
+place of the model. Both of those have every piece with score and kind, and the normalisation table.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .open import ShardedFile, format_of, open_weights
 
 EMBEDDED = "spiece_model"  # ComfyUI's tensor
 GGUF_TOKENS = "tokenizer.ggml.tokens"
-# Where a folder keeps it, relative to the folder; the first wins.
+# Places in a folder, relative to it; the first wins.
 FILE_NAMES = ("spiece.model", "tokenizer.model", "tokenizer.json")
 _MAX_BYTES = 100_000_000  # umT5's tokenizer.json has 17 million
-# sentencepiece's kinds of pieces, which GGUF numbers alike.
+# sentencepiece's kinds of pieces; GGUF uses the same numbers.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _EXTRA_ID = re.compile(r"<extra_id_\d+>")
@@ -37,7 +37,7 @@ _PADDING = re.compile(r"\[PAD\d+\]")
 
 @dataclass
 class Unigram:
-    """A sentencepiece model taken apart: pieces as (text, score, kind), special ids (-1 for none), normalisation."""
+    """A parsed sentencepiece model: pieces as (text, score, kind), special ids (-1 for none), normalisation."""
 
     pieces: list[tuple[str, float, int]]
     ids: dict[str, int]  # "unk", "bos", "eos", "pad"
@@ -46,7 +46,7 @@ class Unigram:
     remove_extra_whitespaces: bool = True
 
     def serialize(self) -> bytes:
-        """The model as sentencepiece reads it (``sentencepiece_model.proto``: ModelProto)."""
+        """The model in sentencepiece's format (``sentencepiece_model.proto``: ModelProto)."""
         pieces = b"".join(
             _bytes_field(1, _bytes_field(1, text.encode()) + _float_field(2, score) + _number_field(3, kind))
             for text, score, kind in self.pieces
@@ -65,7 +65,7 @@ class Unigram:
 
 
 def _varint(value: int) -> bytes:
-    value &= 2**64 - 1  # negative numbers are written as 64-bit two's complement
+    value &= 2**64 - 1  # negative numbers are stored as 64-bit two's complement
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -86,21 +86,21 @@ def _bytes_field(number: int, value: bytes) -> bytes:
 
 
 def has_tokenizer(file: WeightsFile) -> bool:
-    """Whether a text encoder's file brings its tokenizer along."""
+    """Whether a text encoder's file contains its tokenizer."""
     return EMBEDDED in file.tensors or GGUF_TOKENS in file.fields
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The tokenizer in a folder as the layouts have it, or None."""
+    """The tokenizer in a folder of any layout, or None."""
     places = (folder, folder / "tokenizer", folder / "google/umt5-xxl")
     return next((place / name for place in places for name in FILE_NAMES if (place / name).is_file()), None)
 
 
 def read_tokenizer(path: str | Path) -> bytes:
-    """The serialized sentencepiece model of a tokenizer file, of a folder that has one, or in a text encoder's file.
+    """The serialized sentencepiece model, from a tokenizer file, a folder that has one, or a text encoder's file.
 
     Raises:
-        WeightsError: no such file, it holds no tokenizer, or one of another kind than umT5's.
+        WeightsError: no such file, no tokenizer in it, or another kind than umT5's.
     """
     path = Path(path)
     if path.is_dir():
@@ -135,7 +135,7 @@ def _from_weights(file: WeightsFile) -> bytes:
 
 
 def _from_gguf(file: WeightsFile) -> Unigram:
-    """llama.cpp's ``tokenizer.ggml.*`` → the model, without what fills the vocabulary up to the embedding's rows."""
+    """llama.cpp's ``tokenizer.ggml.*`` → the model, without padding to the embedding's number of rows."""
     fields = {name.removeprefix("tokenizer.ggml."): value for name, value in file.fields.items()}
     if fields.get("model") != "t5":
         raise WeightsError(f"{file.path}: its tokenizer is {fields.get('model')!r}, expected 't5' (unigram)")
@@ -169,7 +169,7 @@ def _is_filling(piece: tuple[str, float, int]) -> bool:
 
 
 def _from_json(path: Path, data: bytes) -> Unigram:
-    """A ``tokenizer.json`` of the tokenizers library → the model, without the ``<extra_id_n>`` at its end."""
+    """A ``tokenizer.json`` of the tokenizers library → the model, without its final ``<extra_id_n>``."""
     try:
         config = json.loads(data)
         model, added = config["model"], config.get("added_tokens") or []
@@ -177,7 +177,7 @@ def _from_json(path: Path, data: bytes) -> Unigram:
             raise WeightsError(f"{path}: a tokenizer of the type {str(model['type'])[:40]}, expected Unigram")
         special = {token["content"] for token in added if token["special"]} | {"<pad>", "</s>", "<s>"}
         vocab = [(text, float(score)) for text, score in model["vocab"]]
-        # transformers 5 always says 2, which is umT5's <s>.
+        # transformers 5 always stores 2, which is umT5's <s>.
         unknown = next((i for i, (text, _) in enumerate(vocab) if text == "<unk>"), int(model["unk_id"]))
         charsmap = _charsmap(config.get("normalizer"))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -200,7 +200,7 @@ def _from_json(path: Path, data: bytes) -> Unigram:
 
 
 def _charsmap(normalizer: dict[str, Any] | None) -> bytes:
-    """The normalisation table of a tokenizer.json; Replace and Strip concern spaces, which are cleaned before."""
+    """The normalisation table of a tokenizer.json; Replace and Strip only affect spaces, which are cleaned before."""
     if normalizer is None:
         return b""
     if normalizer["type"] == "Sequence":

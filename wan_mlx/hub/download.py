@@ -1,8 +1,8 @@
-"""Bytes from the Hugging Face hub into its cache: resumed where they were cut, checked against the hub's own hashes.
+"""Downloads from the Hugging Face hub into its cache: interrupted files are resumed, and checked by the hub's hashes.
 
-huggingface_hub (2.4) forgets a file that was not finished when the process ends; these files have up to 35 GB. So
-their bytes are fetched here, into ``blobs/<etag>.incomplete`` of the same cache, and huggingface_hub then adopts the
-finished blob: names, tokens, proxies, endpoints and the cache's layout stay its own.
+huggingface_hub (2.4) forgets an unfinished file when the process ends; these files have up to 35 GB. So bytes are
+fetched here, into ``blobs/<etag>.incomplete`` of the same cache, and huggingface_hub then adopts the finished blob:
+names, tokens, proxies, endpoints and the cache's layout stay its own.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 
 CHUNK = 2**16
 WORKERS = 4
-# Seconds to wait before going on after the connection was cut; counted anew whenever bytes have arrived.
+# Seconds to wait after each connection error; starts anew when bytes have arrived.
 WAITS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository; ``etag`` is its SHA-256, or git's hash of a small one, or None where neither is known."""
+    """A file of a repository; ``etag`` is its SHA-256, git's hash of a small file, or None if unknown."""
 
     path: str
     size: int
@@ -42,14 +42,14 @@ class _Stopped(Exception):
 
 
 def fetch_files(repo: str, commit: str, files: list[RemoteFile], advance: Callable[[int], None]) -> None:
-    """Put ``files`` into huggingface_hub's cache, a few at a time.
+    """Download ``files`` into huggingface_hub's cache, a few at a time.
 
     Args:
-        advance: called with the number of bytes that are there more than before, at first those of an earlier try.
+        advance: called with the number of new bytes; the first call includes those of an earlier try.
 
     Raises:
-        WeightsError: a file was cut off again and again, or is not what the hub says it is. What has arrived is kept.
-        Exception: huggingface_hub's own, of a file that it may not have or that is not there.
+        WeightsError: a file failed again and again, or does not match the hub's hash. Received bytes are kept.
+        Exception: huggingface_hub's own, for a file that is missing or not accessible.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -66,12 +66,12 @@ def fetch_files(repo: str, commit: str, files: list[RemoteFile], advance: Callab
 
 
 def blob_path(repo: str, etag: str) -> Path:
-    """Where the cache keeps a file's bytes."""
+    """Path of a file's bytes in the cache."""
     return _cache("", repo) / "blobs" / etag
 
 
 def bytes_here(repo: str, commit: str, file: RemoteFile) -> int:
-    """How much of a file is in the cache, finished or not."""
+    """Number of a file's bytes in the cache, finished or not."""
     from huggingface_hub import try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(repo, file.path, revision=commit), str):
@@ -102,32 +102,32 @@ def _fetch(repo: str, commit: str, file: RemoteFile, advance: Callable[[int], No
 
     name, url = f"{repo}: {file.path}", hf_hub_url(repo, file.path, revision=commit)
     remote = _persist(lambda: get_hf_file_metadata(url), lambda: 0, name, stop)
-    if not remote.etag or not re.fullmatch(r"[\w-]+", remote.etag):  # it becomes the name of a file
+    if not remote.etag or not re.fullmatch(r"[\w-]+", remote.etag):  # the etag becomes a file name
         raise WeightsError(f"{name}: {url} answers with the ETag {remote.etag!r}, so it is no hub; see HF_ENDPOINT")
     if remote.size is not None and remote.size != file.size:
         raise WeightsError(f"{name} has {remote.size:,} bytes, expected {file.size:,}, as the hub lists it")
     blob, locks = blob_path(repo, remote.etag), _cache(".locks", repo)
     blob.parent.mkdir(parents=True, exist_ok=True)
     locks.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(locks / f"{blob.name}.lock"):  # as huggingface_hub does, so that two processes take turns
+    with WeakFileLock(locks / f"{blob.name}.lock"):  # as in huggingface_hub, so that two processes take turns
         if blob.exists():
             advance(file.size)
         else:
-            expected = remote.etag if remote.etag == file.etag else None  # a mirror may have etags of its own
+            expected = remote.etag if remote.etag == file.etag else None  # a mirror may have its own etags
             _Transfer(url, name, RemoteFile(file.path, file.size, expected), advance, stop).into(_partial(blob))
             publish(_partial(blob), blob)
     hf_hub_download(repo, file.path, revision=commit)  # finds the blob and links to it
 
 
 class _Transfer:
-    """One file's bytes on their way."""
+    """A download of one file."""
 
     def __init__(self, url: str, name: str, file: RemoteFile, advance: Callable[[int], None], stop: threading.Event):
         self.url, self.name, self.file = url, name, file
         self.advance, self.stop = advance, stop
 
     def into(self, partial: Path) -> None:
-        """Fill ``partial`` from where it ends until it is whole, and check it."""
+        """Complete ``partial`` from its end, and check it."""
         with open(partial, "a+b") as self.output:
             if self.output.tell() > self.file.size:
                 self._empty()
@@ -144,7 +144,7 @@ class _Transfer:
             )
 
     def _read_again(self) -> None:
-        """Hash what an earlier try has left."""
+        """Hash the bytes of an earlier try."""
         self._start_digest()
         self.output.seek(0)
         while chunk := self.output.read(CHUNK):
@@ -153,7 +153,7 @@ class _Transfer:
         self.advance(self.output.tell())
 
     def _start_digest(self) -> None:
-        # The hub knows large files by their SHA-256, small ones as git does.
+        # The hub identifies large files by SHA-256, small ones by git's hash.
         is_git = len(self.file.etag or "") == 40
         self.digest = hashlib.sha1(b"blob %d\0" % self.file.size) if is_git else hashlib.sha256()
 
@@ -166,7 +166,7 @@ class _Transfer:
         if start:
             headers["Range"] = f"bytes={start}-"
         patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        # Through the hub's address each time: the address it redirects to is valid for an hour.
+        # From the hub's own address each time: its redirects expire after an hour.
         with get_session().stream(
             "GET", self.url, headers=headers, timeout=patience, follow_redirects=True
         ) as response:
@@ -208,7 +208,7 @@ class _Transfer:
 
 
 def _persist(attempt: Callable[[], Any], position: Callable[[], int], name: str, stop: threading.Event) -> Any:
-    """``attempt()``, tried again while the network fails, from new patience whenever ``position`` has moved."""
+    """Repeat ``attempt()`` while the network fails; each advance of ``position`` resets the waits."""
     waits = list(WAITS)
     while True:
         before = position()
@@ -234,10 +234,10 @@ def _is_transient(error: Exception) -> bool:
 
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    # HTTPError is the base of whatever the HTTP client raises.
+    # HTTPError is the base of the HTTP client's errors.
     return isinstance(error, HTTPError | ConnectionError | TimeoutError) and not isinstance(error, OfflineModeIsEnabled)
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's text that says something, shortened."""
+    """The first meaningful line of an error's text, shortened."""
     return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -13,7 +13,7 @@ from .download import RemoteFile, one_line
 
 
 def cache() -> Path:
-    """Where ModelScope keeps its files."""
+    """ModelScope's cache folder."""
     return Path(os.environ.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope")
 
 
@@ -26,16 +26,16 @@ def list_files(repo: str, revision: str | None) -> dict[str, RemoteFile]:
     api = _import("modelscope.hub.api").HubApi()
     try:
         entries = api.get_model_files(repo, revision=revision, recursive=True)
-    except Exception as error:  # its own wide family, and its HTTP client's
+    except Exception as error:  # of many kinds: its own, and its HTTP client's
         raise WeightsError(f"{repo} cannot be listed on ModelScope: {one_line(error)}") from error
     return {e["Path"]: RemoteFile(e["Path"], int(e["Size"])) for e in entries if e.get("Type", "blob") != "tree"}
 
 
 def fetch(repo: str, revision: str | None, files: Iterable[RemoteFile]) -> Path:
-    """Download ``files`` and return the folder they are in.
+    """Download ``files``; returns their folder.
 
     Raises:
-        WeightsError: the download failed, or a file has another size than the listing says.
+        WeightsError: the download failed, or a file's size differs from the listing.
     """
     files = list(files)
     download = _import("modelscope").snapshot_download

@@ -1,13 +1,13 @@
-"""Names of models on hubs, and which files of a repository a model needs; nothing here touches the network or a disk.
+"""Names of models on hubs, and the files of a repository that a model needs; uses neither network nor disk.
 
 A name is one of
-    nano, nano-i2v                           what comes with the package
-    ./Wan2.1-T2V-1.3B                        what is on this machine
+    nano, nano-i2v                           bundled with the package
+    ./Wan2.1-T2V-1.3B                        a path on this machine
     t2v-1.3B                                 a preset: the official repository
     Wan-AI/Wan2.1-T2V-1.3B-Diffusers         a repository: official, Diffusers' or an MLX folder
     city96/Wan2.1-T2V-14B-gguf:wan2.1-t2v-14b-Q4_K_M.gguf      one file of a repository
-    https://huggingface.co/…/resolve/main/…  the same, as a browser shows it
-and of a repository another revision than main can be given: owner/name@revision.
+    https://huggingface.co/…/resolve/main/…  the same, as a browser's address
+A repository may name another revision than main: owner/name@revision.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..presets import COMFYUI_TRANSFORMERS, DIFFUSERS_FILES, MLX_FILES, OFFICIAL
 
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[^:]+))?")
 WEIGHT_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt")
-# Beside the weights, each layout's small files.
+# Small files of each layout, besides the weights.
 CONFIGS = {
     "MLX": ("config.json",),
     "Diffusers": ("model_index.json", *(f"{component}/config.json" for component in DIFFUSERS_FILES)),
@@ -45,7 +45,7 @@ class Location:
 
 
 def preset_at(location: Location) -> Preset | None:
-    """The preset of what is published there, in whatever layout; None where that is not known."""
+    """The preset published at a location, in any layout; None if unknown."""
     plain = str(Location(location.repo, location.file))
     for preset in PRESETS.values():
         published = (preset.repo, preset.diffusers, preset.gguf)
@@ -55,7 +55,7 @@ def preset_at(location: Location) -> Preset | None:
 
 
 def parse_location(model: str | Path) -> Location | None:
-    """The repository that ``model`` names, or None if it is no such name.
+    """The repository that ``model`` names; None if it does not name one.
 
     Raises:
         ValueError: an address of another site.
@@ -94,12 +94,12 @@ def _is_unsafe(file: str) -> bool:
 
 
 def needed_files(names: Iterable[str], repo: str, parts: Collection[str] = PARTS) -> list[str]:
-    """Which of a repository's files are needed: each network's weights, the tokenizer, and the configurations.
+    """The needed files of a repository: each network's weights, the tokenizer, and the configurations.
 
-    ``parts``: those of `PARTS` that are to come from this repository.
+    ``parts``: those of `PARTS` to take from this repository.
 
     Raises:
-        WeightsError: a part is missing, or these are single files of which one must be chosen; names them.
+        WeightsError: a part is missing, or these are single files of which one must be chosen; lists them.
     """
     names = set(names)
     if names & set(MLX_FILES["transformer"]):
@@ -124,7 +124,7 @@ def needed_files(names: Iterable[str], repo: str, parts: Collection[str] = PARTS
 
 
 def _shards(index: str, names: set[str]) -> list[str]:
-    """The files beside an index that are named after it: x.safetensors.index.json → x-00001-of-00006.safetensors …"""
+    """The shards of an index, by their names: x.safetensors.index.json → x-00001-of-00006.safetensors …"""
     if not index.endswith(".safetensors.index.json"):
         return []
     stem = re.escape(index.removesuffix(".safetensors.index.json"))
@@ -132,7 +132,7 @@ def _shards(index: str, names: set[str]) -> list[str]:
 
 
 def weights_in(names: Iterable[str], repo: str) -> str:
-    """The files of a repository that can be given instead, for an error's line."""
+    """The weight files of a repository, to choose from, for an error message."""
     found = sorted(name for name in names if name.endswith(WEIGHT_ENDINGS))
     if not found:
         return "it holds no weight files"

@@ -1,6 +1,6 @@
-"""Where a model's name leads: a bundled model, a file or folder on this machine, or a download from a hub.
+"""Resolves a model's name to a bundled model, a file or folder on this machine, or a download from a hub.
 
-What a name may be is told in `hub_names`.
+`hub_names` lists the forms of a name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SOURCES = ("huggingface", "modelscope")
 
 @dataclass(frozen=True)
 class Download:
-    """The files that are needed of a repository, and how many of their bytes are in the cache."""
+    """The needed files of a repository, and how many of their bytes are in the cache."""
 
     location: Location
     source: str
@@ -64,20 +64,20 @@ def resolve(
     listener: Listener = unheard,
     parts: Collection[str] = PARTS,
 ) -> Path:
-    """The folder or file that ``model`` names: one on this machine, or a repository or file of one, downloaded.
+    """The folder or file that ``model`` names: local, or a repository (or one of its files), downloaded if necessary.
 
-    Only the files needed are fetched, an interrupted download goes on where it stopped, and free space is checked
-    first. ``HF_HOME``, ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` are honoured.
+    Downloads only the needed files, resumes an interrupted download, and checks free space first. ``HF_HOME``,
+    ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` apply.
 
     Args:
         model: a path or a name, see `hub_names`.
         source: "huggingface" or "modelscope" (needs the package of that name).
-        listener: hears the `Progress` of the download, from the threads that make it.
-        parts: which of `PARTS` are needed of a whole repository.
+        listener: gets the download's `Progress`, from its threads.
+        parts: those of `PARTS` that are needed from a whole repository.
 
     Raises:
         ValueError: unknown ``source``, or an address that is not the hub's.
-        WeightsError: the download failed, or there is no room for it; says what to do.
+        WeightsError: the download failed, or the disk is too full; says what to do.
     """
     download = survey(model, source, parts)
     check_room([download] if download else [])
@@ -85,11 +85,10 @@ def resolve(
 
 
 def survey(model: str | Path, source: str = "huggingface", parts: Collection[str] = PARTS) -> Download | None:
-    """The download that `resolve` would make, from the repository's listing; nothing is downloaded.
+    """The download that `resolve` would make, from the repository's listing; downloads nothing.
 
     Returns:
-        None if there is nothing to fetch from a hub: a model on this machine, or the hub is out of reach but the
-        model is in its cache.
+        None if nothing needs a hub: the model is local, or it is in the cache and the hub cannot be reached.
 
     Raises:
         ValueError, WeightsError: as `resolve`.
@@ -107,7 +106,7 @@ def survey(model: str | Path, source: str = "huggingface", parts: Collection[str
         cache = Path(constants.HF_HUB_CACHE)
         try:
             listing, commit = _list_files(location)
-        except Exception as error:  # huggingface_hub raises a wide family, from its own and from its HTTP client
+        except Exception as error:  # of many kinds: huggingface_hub's own, and its HTTP client's
             if _is_unreachable(error) and cached(model, parts) is not None:
                 return None
             raise explain(error, location) from error
@@ -121,26 +120,26 @@ def survey(model: str | Path, source: str = "huggingface", parts: Collection[str
 
 @dataclass(frozen=True)
 class Places:
-    """Everything that a pipeline is opened from, as it was named: a model, parts given apart, LoRAs with strengths."""
+    """All sources of a pipeline, as the user named them: a model, separate parts, LoRAs with strengths."""
 
     model: str | Path
     parts: Mapping[str, str | Path]
     loras: Collection[tuple[Path, float]] = ()
 
     def _named(self) -> list[tuple[str | Path, Collection[str]]]:
-        """Each place, and which parts are wanted of it if it is a whole repository."""
+        """Each place, and the parts wanted from it if it is a whole repository."""
         rest = [part for part in PARTS if part not in self.parts]
         of_parts = ((place, [part]) for part, place in self.parts.items())
         named: list[tuple[str | Path, Collection[str]]] = [(self.model, rest), *of_parts]
         return named + [(lora, []) for lora in map(_lora_name, self.loras) if isinstance(lora, str)]
 
     def downloads(self, source: str = "huggingface") -> list[Download]:
-        """The downloads that `fetch` would make, repository by repository; see `survey`."""
+        """The downloads that `fetch` would make, one for each repository; see `survey`."""
         found = [survey(place, source, parts) for place, parts in self._named()]
         return [download for download in found if download]
 
     def fetch(self, source: str = "huggingface", listener: Listener = unheard) -> Places:
-        """The same places on this machine, after one check that there is room for all of it; see `resolve`."""
+        """The same places on this machine, after one check of free space for all of them; see `resolve`."""
         named = self._named()
         downloads = [survey(place, source, parts) for place, parts in named]
         check_room([download for download in downloads if download])
@@ -155,12 +154,12 @@ class Places:
 def resolve_loras(
     loras: Collection[tuple[Path, float]], source: str = "huggingface", listener: Listener = unheard
 ) -> list[tuple[Path, float]]:
-    """LoRAs and their strengths, those of a hub downloaded; as `resolve`."""
+    """LoRAs and their strengths, downloaded if they are on a hub; see `resolve`."""
     return [(resolve(_lora_name(lora), source, listener), lora[1]) for lora in loras]
 
 
 def _lora_name(lora: tuple[Path, float]) -> str | Path:
-    """A LoRA's path, or text if it is a file on a hub; a Path has made one slash of an address's two."""
+    """A LoRA's path, or text if it is a file on a hub; Path has merged the two slashes of an address."""
     path = lora[0]
     text = str(path).replace("https:/", "https://", 1) if str(path).startswith("https:/") else str(path)
     location = None if path.exists() else parse_location(text)
@@ -168,7 +167,7 @@ def _lora_name(lora: tuple[Path, float]) -> str | Path:
 
 
 def check_room(downloads: Collection[Download]) -> None:
-    """Raise WeightsError if the disk has no room for what is missing."""
+    """Raise WeightsError if the disk has no space for the missing files."""
     missing = sum(download.missing for download in downloads)
     for download in downloads:
         if missing > download.free:
@@ -184,7 +183,7 @@ def _take(place: str | Path, download: Download | None, listener: Listener, part
     if download is not None:
         return _fetch_from_modelscope(download) if download.source == "modelscope" else _fetch(download, listener)
     if _remote(place) is None:
-        return _here(place) or Path(place).expanduser()  # whoever opens it says that it does not exist
+        return _here(place) or Path(place).expanduser()  # opening it reports that it does not exist
     log.warning("the hub is out of reach; taking %s from the cache", place)
     if (found := cached(place, parts)) is None:
         raise WeightsError(f"{place} is not in the cache, and the hub is out of reach")
@@ -192,7 +191,7 @@ def _take(place: str | Path, download: Download | None, listener: Listener, part
 
 
 def cached(model: str | Path, parts: Collection[str] = PARTS) -> Path | None:
-    """The folder or file of a hub's model if it is in the cache and whole; the network is not touched."""
+    """The folder or file of a hub's model, if it is complete in the cache; does not use the network."""
     from huggingface_hub import try_to_load_from_cache
 
     location = parse_location(model)
@@ -212,18 +211,18 @@ def cached(model: str | Path, parts: Collection[str] = PARTS) -> Path | None:
 
 
 def is_cached(model: str | Path) -> bool:
-    """Whether ``model`` (a preset's name, a repository …) can be opened without a download."""
+    """Whether ``model`` (a preset's name, a repository …) opens without a download."""
     return _here(model) is not None or cached(model) is not None
 
 
 def preset_of(model: str | Path) -> Preset | None:
-    """The preset of a hub's model whose name is known; of what is on this machine the name says nothing."""
+    """The preset of a hub's model, by its name; None for local models, whose names mean nothing."""
     location = _remote(model)
     return preset_at(location) if location else None
 
 
 def _remote(model: str | Path) -> Location | None:
-    """The place on a hub that ``model`` names, unless it names something on this machine."""
+    """The location on a hub that ``model`` names; None if a local path has this name."""
     return None if _here(model) is not None else parse_location(model)
 
 
@@ -233,12 +232,12 @@ def _here(model: str | Path) -> Path | None:
     path = Path(model).expanduser()
     try:
         return path if path.exists() else None
-    except OSError:  # a name too long to be one
+    except OSError:  # the name is too long for a path
         return None
 
 
 def _is_whole(folder: Path, names: set[str], parts: Collection[str]) -> bool:
-    """Whether a folder has every one of ``parts``, and every shard that an index names."""
+    """Whether a folder has all ``parts``, and every shard of its indexes."""
     try:
         indexes = [Path(name) for name in needed_files(names, str(folder), parts) if name.endswith(".index.json")]
         shards = [
@@ -252,7 +251,7 @@ def _is_whole(folder: Path, names: set[str], parts: Collection[str]) -> bool:
 
 
 def _list_files(location: Location) -> tuple[dict[str, RemoteFile], str]:
-    """Path → file of a repository's revision, and its commit."""
+    """Path → file of a repository at its revision, and the commit."""
     from huggingface_hub import HfApi, constants
 
     api = HfApi(constants.ENDPOINT, library_name="wan_mlx", library_version=__version__)
@@ -288,7 +287,7 @@ def _fetch(download: Download, listener: Listener) -> Path:
         fetch_files(location.repo, commit, wanted, advance)
         first = download.files[0]
         if local(first, location.revision) != local(first, commit):
-            hf_hub_download(location.repo, first.path, revision=location.revision)  # notes the branch's commit
+            hf_hub_download(location.repo, first.path, revision=location.revision)  # records the branch's commit
     except Stopped as stopped:
         how = "; what has arrived is kept: the same command goes on from there"
         raise Stopped(stopped.signum, how) from stopped
@@ -314,7 +313,7 @@ def _is_unreachable(error: Exception) -> bool:
 
 
 def explain(error: Exception, location: Location) -> WeightsError:
-    """One line for what went wrong with the hub, and what can be done."""
+    """One line on an error of the hub, with a remedy."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, WeightsError):

@@ -11,19 +11,19 @@ from ..storage import free_space
 from ..types import Request
 
 # Luma is BT.601 on [0, 255]. A plain background with a small moving shape has a deviation of 5 and more.
-BLACK_LUMA = 4.0  # brightest pixel of the video at most
-FLAT_DEVIATION = 1.0  # standard deviation within every frame at most
+BLACK_LUMA = 4.0  # brightest pixel of a black video, at most
+FLAT_DEVIATION = 1.0  # standard deviation within every frame of a flat video, at most
 # Normalised latents of a video deviate by about 1; nano's, on a white background, by 2.1.
 LATENTS_DEVIATION = (0.05, 8.0)
-# Share of pixels with a channel at 0 and another pixel's at 255 tells nothing: pure colours are pictures too. Latents
-# that blew up push nearly every channel against a limit, on both sides, from one pixel to the next.
+# A share of pixels with one channel at 0 and another at 255 says nothing: pure colours are valid. Latents that blew up
+# push nearly every channel to a limit, on both sides, from one pixel to the next.
 SATURATED_SHARE = 0.9  # of all channel values at 0 or 255, at least
 SATURATED_EDGES = 0.2  # of all neighbouring values that jump from one limit to the other, at least
 DISK_RESERVE = 64 << 20  # bytes to leave free
 
 
 class FrameStatistics:
-    """Luma and saturation of a video, looked at as its frames come."""
+    """Luma and saturation of a video, updated frame by frame."""
 
     def __init__(self):
         self.brightest = 0.0
@@ -31,7 +31,7 @@ class FrameStatistics:
         self.limits = self.jumps = self.values = self.pairs = 0
 
     def add(self, frames: np.ndarray) -> None:
-        """Take in frames, uint8 (n, H, W, 3)."""
+        """Add frames, uint8 (n, H, W, 3)."""
         for frame in frames:
             luma = frame @ np.array([0.299, 0.587, 0.114], np.float32)
             self.brightest = max(self.brightest, float(luma.max()))
@@ -42,7 +42,7 @@ class FrameStatistics:
             self.jumps, self.pairs = self.jumps + int(jumps.sum()), self.pairs + jumps.size
 
     def complaint(self) -> str | None:
-        """A warning about the video, in words for the user; None if it looks right."""
+        """A warning for the user about the video; None if it looks right."""
         if self.brightest <= BLACK_LUMA:
             return f"the video is black (no luma above {self.brightest:.1f} of 255)"
         if self.deviation <= FLAT_DEVIATION:
@@ -54,7 +54,7 @@ class FrameStatistics:
 
 
 def latents_complaint(latents: np.ndarray) -> str | None:
-    """A warning that finished latents, normalised, collapsed or grew out of proportion; None if they look right."""
+    """A warning that finished latents, normalised, collapsed or blew up; None if they look right."""
     low, high = LATENTS_DEVIATION
     deviation = float(latents.std())
     if low <= deviation <= high:
@@ -69,16 +69,16 @@ WHAT_TO_TRY = (
 
 
 def disk_needed(request: Request, latent_channels: int) -> int:
-    """Bytes that a run keeps at most beside its output, the output with it."""
+    """Most bytes that a run needs on disk, its output included."""
     t, h, w = request.latent_shape
     latents = 4 * t * h * w * latent_channels
     frames = request.num_frames * request.height * request.width * 3
-    # Three steps of five arrays (two kept and one being written), conditioning of up to eight, frames, and the file.
+    # Three steps of five arrays (two stored, one being written), conditioning of up to eight, frames, and the file.
     return (15 + 8) * latents + 2 * frames
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """Raise WanError, before an hour of work, if the disk has no room for what the run keeps and makes."""
+    """Raise WanError before the run if the disk has no space for its files."""
     free, needed = free_space(folder), needed + DISK_RESERVE
     if free < needed:
         raise WanError(

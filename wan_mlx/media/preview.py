@@ -1,9 +1,9 @@
-"""What a video is about to be, seen while it is made: small frames from the current estimate of its latents.
+"""Previews during sampling: small frames from the current estimate of the latents.
 
-Every latent becomes one pixel through a linear map from its channels to colours, fitted to what the VAE decodes
-(``examples/fit_preview.py``): a matter of milliseconds. Each space of latents has its own map, told by the mean and
-standard deviation that its VAE normalises them with; the maps, and where they come from, are
-``assets/latent_rgb.json``. With TAEHV's weights its decoder takes the map's place.
+A linear map from a latent's channels to colours makes one pixel of each latent, in milliseconds; it was fitted to
+the VAE's output (``examples/fit_preview.py``). Each latent space, identified by its VAE's mean and standard deviation,
+has its own map; the maps and their sources are in ``assets/latent_rgb.json``. With TAEHV's weights, its decoder
+replaces the map.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .write import check_output, contact_sheet, read_settings, save_video, to_ui
 
 log = logging.getLogger(__name__)
 
-# Latents (1, t, h, w, C), normalised as the transformer sees them → uint8 (t, h, w, 3).
+# Latents (1, t, h, w, C), normalised as for the transformer → uint8 (t, h, w, 3).
 Previewer = Callable[[mx.array], np.ndarray]
 MAPS = Path(__file__).parent.parent / "assets" / "latent_rgb.json"
 SAME_SPACE = 1e-3  # largest difference between two VAEs' means or standard deviations
@@ -44,10 +44,10 @@ SHEET_FRAMES = 25
 
 @dataclass(frozen=True)
 class LatentMap:
-    """Colours in [-1, 1] = latents @ ``factors`` (C, 3) + ``bias`` (3,); called, it is a `Previewer`.
+    """Colours in [-1, 1] = latents @ ``factors`` (C, 3) + ``bias`` (3,); a callable `Previewer`.
 
-    ``first``: factors and bias of the first latent frame, which stands for one frame of the video instead of four, and
-    is another thing to the VAE; None if they are the same.
+    ``first``: factors and bias of the first latent frame, which encodes one video frame instead of four, differently;
+    None if they are the same.
     """
 
     factors: np.ndarray
@@ -75,7 +75,7 @@ def _arrays(entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class TinyDecoder:
-    """Previews by TAEHV's decoder without its enlarging layers; a `Previewer`."""
+    """Previews from TAEHV's decoder without upsampling; a `Previewer`."""
 
     taehv: TAEHV
 
@@ -84,10 +84,10 @@ class TinyDecoder:
 
 
 def latent_map(config: VAEConfig) -> LatentMap:
-    """The map of a VAE's latents.
+    """The map for a VAE's latents.
 
     Raises:
-        ValueError: none is known for latents that are normalised like this.
+        ValueError: no map is known for this normalisation.
     """
     for space in read_maps().values():
         if is_same_space(config, VAEConfig(mean=space["mean"], std=space["std"])):
@@ -99,47 +99,47 @@ def latent_map(config: VAEConfig) -> LatentMap:
 
 
 def is_same_space(a: VAEConfig, b: VAEConfig) -> bool:
-    """Whether two VAEs' latents mean the same, as far as their normalisation tells."""
+    """Whether two VAEs share a latent space, judged by their normalisation."""
     pairs = (a.mean, b.mean), (a.std, b.std)
     return all(len(x) == len(y) and np.allclose(x, y, rtol=0, atol=SAME_SPACE) for x, y in pairs)
 
 
 @cache
 def read_maps() -> dict[str, dict[str, Any]]:
-    """Name of a latent space → mean, std, factors, bias, perhaps those of the ``first`` frame, and their ``source``."""
+    """Latent space → mean, std, factors, bias, perhaps those of the ``first`` frame, and their ``source``."""
     return json.loads(MAPS.read_text(encoding="utf-8"))
 
 
 def sheet_of(frames: np.ndarray) -> np.ndarray:
-    """Up to `SHEET_FRAMES` of the frames, uint8 (T, H, W, 3), row by row in one picture about as wide as high."""
+    """Up to `SHEET_FRAMES` of the frames, uint8 (T, H, W, 3), row by row in one roughly square image."""
     height, width = frames.shape[1:3]
     columns = max(1, round(math.sqrt(min(len(frames), SHEET_FRAMES) * height / width)))
     return np.asarray(contact_sheet(frames, columns, SHEET_FRAMES, columns * width))
 
 
 def enlarge(frames: np.ndarray, factor: int = ENLARGED) -> np.ndarray:
-    """uint8 (T, H, W, 3) → (T, factor * H, factor * W, 3), smoothly."""
+    """uint8 (T, H, W, 3) → (T, factor * H, factor * W, 3), smoothed."""
     size = factor * frames.shape[2], factor * frames.shape[1]
     return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames])
 
 
 class PreviewFiles:
-    """Keeps an animated WebP, and a contact sheet as PNG beside it, up to date while a video is made.
+    """Updates an animated WebP, and a contact sheet (PNG) beside it, during sampling.
 
-    Both appear whole or not at all, so that what is watching them never sees half a file. If they cannot be written
-    in the middle of a run, that is told once and the run goes on.
+    Both are written atomically, so viewers never see half a file. If writing fails during a run, it is reported once
+    and the run goes on.
 
     Args:
         path: of the animation, ending in ``.webp``.
-        every: after how many steps they are made anew; after the last step they always are.
-        overwrite: replace files that are no previews.
-        outputs: files of the run, over which they must not be written.
+        every: number of steps between updates; the last step always updates.
+        overwrite: replace files that are not previews.
+        outputs: files of the run, which previews must not overwrite.
 
     Attributes:
         sheet: path of the contact sheet.
 
     Raises:
-        ValueError: another ending, no such folder, a file there that is no preview of ours, or one of ``outputs``.
+        ValueError: another ending, no such folder, an existing file that is not our preview, or one of ``outputs``.
     """
 
     def __init__(self, path: str | Path, every: int = 1, overwrite: bool = False, outputs: Iterable[Path] = ()):
@@ -162,7 +162,7 @@ class PreviewFiles:
         return (step.index + 1) % self.every == 0 or step.index + 1 == step.total
 
     def write(self, step: Step, request: Request) -> Previewed:
-        """Show a step of the video that was asked for."""
+        """Show a step of the requested video."""
         started = time.perf_counter()
         frames = step.preview()
         about = {"preview": {"step": step.index + 1, "steps": step.total}, "prompt": request.prompt}
@@ -185,11 +185,11 @@ def _is_preview(path: Path) -> bool:
 
 
 def tiny_autoencoder(checkpoint: Checkpoint, path: str | Path | None, draft: bool) -> TAEHV | None:
-    """TAEHV, which is small enough to stay loaded; None without ``path``.
+    """TAEHV, small enough to stay loaded; None without ``path``.
 
     Raises:
-        ValueError: it is not for this model's latents, or a draft is asked for without it.
-        WeightsError: the file is no TAEHV.
+        ValueError: it is not for this model's latents, or a draft needs it and there is no ``path``.
+        WeightsError: the file is not TAEHV.
     """
     if path is None:
         if draft:

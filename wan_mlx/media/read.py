@@ -1,10 +1,10 @@
-"""Images and videos in: files, PIL images and numpy arrays → uint8 RGB frames.
+"""Reads images and videos: files, PIL images and numpy arrays → uint8 RGB frames.
 
-As in the official code transparency is dropped, not blended (``convert("RGB")``). Unlike there a picture stands as its
-EXIF orientation or display matrix says, and 16-bit greyscale is scaled to 8 bits instead of clipped.
+As in the official code transparency is dropped, not blended (``convert("RGB")``). Unlike there an image is rotated by
+its EXIF orientation or display matrix, and 16-bit greyscale is scaled to 8 bits instead of clipped.
 
-Pillow and imageio-ffmpeg's program are called without imageio: it has no time of each frame, which `at_rate` needs for
-films of no constant rate, and clips 16-bit greyscale.
+Pillow and imageio-ffmpeg's program are called without imageio, which gives no times of frames (`at_rate` needs them for
+videos without a constant rate), and clips 16-bit greyscale.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from ..types import Source
 
 log = logging.getLogger(__name__)
 
-PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # the files that Pillow reads where a video is expected
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # image files that are accepted in place of a video
 ANIMATIONS = ("PNG", "WEBP", "GIF")
-STILL_SECONDS = 0.1  # of an animation's frame that gives no duration, as browsers have it
+STILL_SECONDS = 0.1  # default for a frame without a duration, as in browsers
 EXPECTED = "a path, a PIL image or a numpy uint8 array"
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A video whose frames have not been read yet; a still picture is a video of one frame.
+    """A video whose frames have not been read yet; a still image is a video of one frame.
 
     Attributes:
-        name: what to call it in a message.
+        name: for messages.
         height, width: pixels, as displayed.
         times: float32 (num_frames, 2), start and end of each frame in seconds.
         read: increasing frame numbers → an iterator over these frames, uint8 (height, width, 3).
@@ -64,7 +64,7 @@ def read_image(source: Source | None) -> np.ndarray:
         source: a path; a PIL image; or an array uint8 or bool (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
 
     Raises:
-        ValueError: no such file, not an image, damaged, or an array of another kind.
+        ValueError: no such file, not an image, damaged, or an unsupported array.
     """
     if isinstance(source, np.ndarray):
         return _rgb_frames(source, still=True)[0]
@@ -81,10 +81,10 @@ def open_video(source: Source | None, fps: int = 16) -> Clip:
     Args:
         source: a path; a PIL image; or an array uint8 or bool: (T, H, W), (T, H, W, 1 or 3 or 4), or one frame
             as `read_image` takes it.
-        fps: of a video in memory, which does not say: the model's own rate.
+        fps: rate of a video in memory; default: the model's.
 
     Raises:
-        ValueError: no such file, neither a video nor an image, damaged, or an array of another kind.
+        ValueError: no such file, neither a video nor an image, damaged, or an unsupported array.
     """
     if isinstance(source, np.ndarray):
         frames = _rgb_frames(source, still=source.ndim == 2 or (source.ndim == 3 and source.shape[-1] in (1, 3, 4)))
@@ -111,13 +111,13 @@ def open_video(source: Source | None, fps: int = 16) -> Clip:
 def at_rate(clip: Clip, fps: float, most: int) -> list[int]:
     """Numbers of the frames to show at ``fps`` frames per second, from the start, at most ``most`` and at least one."""
     count = max(1, min(most, int(float(clip.times[-1, 1]) * fps + 0.5)))
-    # The middle of each frame's time: rounding of the times cannot reach it where the rates agree.
+    # The middle of each frame's time, which rounding errors of the times cannot cross if the rates agree.
     middles = (np.arange(count) + 0.5) / fps
     return np.searchsorted(clip.times[:, 1], middles, side="right").clip(max=clip.num_frames - 1).tolist()
 
 
 def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize so that the picture covers the size, and cut the middle out: uint8 (H, W, 3) → (height, width, 3).
+    """Resize so that the image covers the size, and crop to the centre: uint8 (H, W, 3) → (height, width, 3).
 
     Follows ``VaceVideoProcessor.resize_crop``: antialiased bicubic in 8 bits, which Pillow and PyTorch round
     differently by one level in less than one pixel of a hundred.
@@ -138,7 +138,7 @@ def to_float(image: np.ndarray) -> np.ndarray:
 
 
 def in_chunks(frames: Iterable[np.ndarray], geometry: Geometry = WAN_2_1) -> Iterator[mx.array]:
-    """Frames (H, W, 3) → what the VAE takes at a time: float32 (1, 1, H, W, 3), then (1, temporal, H, W, 3) each."""
+    """Frames (H, W, 3) → the VAE's chunks: float32 (1, 1, H, W, 3), then (1, temporal, H, W, 3) each."""
     frames, size = iter(frames), 1
     while chunk := list(islice(frames, size)):
         yield mx.array(np.stack(chunk))[None]
@@ -157,7 +157,7 @@ def _existing(source: str | Path | None, kind: str) -> Path:
 def _open_picture(path: Path, formats: tuple[str, ...] | None = None) -> Image.Image:
     try:
         return Image.open(path, formats=formats)
-    except Exception as error:  # Pillow's readers raise whatever a damaged file trips them over
+    except Exception as error:  # Pillow's readers raise many kinds for damaged files
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -168,18 +168,18 @@ def _rgb(image: Image.Image, name: str) -> np.ndarray:
     try:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
-            # To Pillow these are 32-bit numbers that convert() clips at 255; 16 bits is what files have in them.
+            # Pillow treats these as 32-bit and clips them at 255 in convert(); files contain 16 bits.
             levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
             image = Image.fromarray(np.rint(levels / 257).astype(np.uint8))
         elif "transparency" in image.info:
-            image = image.convert("RGBA")  # straight to RGB is the same but for a warning
+            image = image.convert("RGBA")  # same as directly to RGB, without a warning
         return np.asarray(image.convert("RGB"))
-    except Exception as error:  # as above: pixels are decoded here
+    except Exception as error:  # as above: this decodes the pixels
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 def _rgb_frames(array: np.ndarray, still: bool) -> np.ndarray:
-    """An array as `read_image` (``still``) or `open_video` takes it → uint8 (T, H, W, 3)."""
+    """An array as accepted by `read_image` (``still``) or `open_video` → uint8 (T, H, W, 3)."""
     frames = array[None] if still else array
     if frames.ndim == 3:
         frames = frames[..., None]
@@ -202,7 +202,7 @@ def _clip_in_memory(name: str, frames: np.ndarray, seconds: np.ndarray) -> Clip:
 
 
 def _open_with_ffmpeg(path: Path) -> Clip:
-    """Decode the whole file once for the time of every frame; the rate in its header says little of some files."""
+    """Decode the whole file once for the time of every frame; some files' headers give a wrong rate."""
     command = [*_ffmpeg_input(path), "-f", "framecrc", "-"]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
     listing, said = (output.decode("utf-8", "replace") for output in (done.stdout, done.stderr))
@@ -217,7 +217,7 @@ def _open_with_ffmpeg(path: Path) -> Clip:
     unit, width, height = Fraction(tick[1]), int(size[1]), int(size[2])
     ticks = np.array(frames, dtype=np.int64)
     starts, duration = ticks[:, 0], ticks[-1, 1] or (ticks[-1, 0] - ticks[0, 0]) // max(1, len(ticks) - 1) or 1
-    # A frame stands until the next one: lengths noted in a file may leave gaps.
+    # A frame lasts until the next one: durations stored in a file may leave gaps.
     times = np.stack([starts, np.append(starts[1:], starts[-1] + duration)], axis=1) * float(unit)
     return Clip(str(path), height, width, times.astype(np.float32), partial(_decode, path, height, width))
 
@@ -242,12 +242,12 @@ def _decode(path: Path, height: int, width: int, indices: Sequence[int]) -> Iter
 
 
 def _first_line(said: str) -> str:
-    """ffmpeg's first message, without the name of the component that wrote it."""
+    """ffmpeg's first message, without the name of its component."""
     return re.sub(r"^\[.*?\] ", "", said.strip().split("\n")[0])
 
 
 def _ffmpeg_input(path: Path) -> list[str]:
-    """The start of a command that gives every frame of the first video (not a cover picture) exactly once."""
-    # "file:" keeps ffmpeg from taking a leading dash for an option, or a colon for a protocol.
+    """The start of a command that outputs every frame of the first video (not a cover image) exactly once."""
+    # "file:" keeps ffmpeg from parsing a leading dash as an option, or a colon as a protocol.
     where = ["-i", f"file:{path.absolute()}", "-map", "0:V:0", "-fps_mode", "passthrough"]
     return [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *where]

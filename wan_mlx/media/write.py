@@ -1,4 +1,4 @@
-"""Frames to files: .mp4, .gif, .webp, .png and .npz, each with the settings that made it inside."""
+"""Writes videos: .mp4, .gif, .webp, .png and .npz, with the settings embedded."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from ..storage import publish
 ENDINGS = (".mp4", ".gif", ".webp", ".png", ".npz")
 MAX_FPS = 240
 STRIP_FRAMES = 8
-X264_CRF = 10  # what the official code's imageio makes of quality=8
-X264_PRESET = "faster"  # half the time of x264's own choice, a tenth less bytes, and 0.1 dB
-X264_THREADS = 8  # left alone it takes 1.5 per core and notes that in the file: other bytes on another machine
+X264_CRF = 10  # equals quality=8 of the official code's imageio
+X264_PRESET = "faster"  # half the time of x264's default, 10 % fewer bytes, and 0.1 dB
+X264_THREADS = 8  # the default is 1.5 per core and is stored in the file: other bytes on another machine
 EXIF_DESCRIPTION = 0x010E
-# The comment travels as one argument of ffmpeg's command line; Linux allows 128 KiB each.
+# The comment is one argument of ffmpeg's command line; Linux allows 128 KiB each.
 MP4_SETTINGS_LIMIT = 100_000
 
 
@@ -45,7 +45,7 @@ def to_uint8(frames: mx.array | np.ndarray, rounding: bool = False) -> np.ndarra
     Raises:
         SamplingError: a value is NaN or infinite.
     """
-    on = mx if isinstance(frames, mx.array) else np  # where they are; a quarter of the bytes leaves a GPU
+    on = mx if isinstance(frames, mx.array) else np  # on the GPU if possible: transfers a quarter of the bytes
     frames = frames.astype(on.float32)
     if not on.isfinite(frames).all().item():
         raise SamplingError("the decoded frames hold NaN or infinite values, expected numbers in [-1, 1]")
@@ -56,7 +56,7 @@ def to_uint8(frames: mx.array | np.ndarray, rounding: bool = False) -> np.ndarra
 
 
 def check_output(path: str | Path, overwrite: bool = False) -> Path:
-    """Whether a video can be written to ``path``, asked before the hour of work.
+    """Check before the run that a video can be written to ``path``.
 
     Raises:
         ValueError: unknown ending; no such folder, or not a writable one; the file exists and ``overwrite`` is False.
@@ -88,24 +88,24 @@ def check_output(path: str | Path, overwrite: bool = False) -> Path:
 
 
 class VideoWriter:
-    """Writes frames as they come; the file appears, whole, when the ``with`` block ends without an exception.
+    """Writes frames one after the other; the complete file appears when the ``with`` block ends without an exception.
 
-    What each ending gives: ``.mp4`` H.264, 4:2:0; ``.gif`` and ``.webp`` looping animations; ``.png`` the frame, or
-    of several frames a film strip of up to 8 evenly spaced ones side by side; ``.npz`` the arrays ``frames`` uint8
-    (T, H, W, 3), ``latents`` float32 (C, t, h, w) (if set) and the string ``settings``. All but ``.mp4`` hold the
-    frames in memory until the end.
+    By ending: ``.mp4`` H.264, 4:2:0; ``.gif`` and ``.webp`` looping animations; ``.png`` the frame, or for several a
+    film strip of up to 8 evenly spaced ones side by side; ``.npz`` the arrays ``frames`` uint8 (T, H, W, 3),
+    ``latents`` float32 (C, t, h, w) (if set) and the string ``settings``. All but ``.mp4`` hold the frames
+    in memory until the end.
 
     Args:
-        path: the file; its ending picks the format.
+        path: the file; its ending selects the format.
         fps: frames per second.
         size: (width, height) in pixels.
-        settings: anything JSON can hold; `read_settings` reads it back from the file.
+        settings: any JSON value; `read_settings` reads it back from the file.
         overwrite: replace an existing file.
-        folder: where the unfinished file is, on the same file system; beside ``path`` if None.
+        folder: of the unfinished file, on the same file system; None: beside ``path``.
 
     Attributes:
-        latents: set it before the block ends to have it in an ``.npz``.
-        when_whole: set it to have it called with the finished file's path before that is moved to its place.
+        latents: set it before the block ends to store it in an ``.npz``.
+        when_whole: optional function, called with the finished file's path before it is moved to its place.
 
     Raises:
         ValueError: as `check_output`; or the settings are not JSON; or the format cannot hold the size or the settings.
@@ -133,7 +133,7 @@ class VideoWriter:
 
     def __enter__(self) -> VideoWriter:
         self._count = 0
-        # Beside the target, so that the last move stays on one file system and is atomic.
+        # Beside the target, so that the final move stays on one file system and is atomic.
         self._temporary = self.folder / f".wan_mlx-{secrets.token_hex(8)}{self._ending}"
         if self._ending == ".mp4":
             self._encoder: _FFmpeg | _Collector = _FFmpeg(self._temporary, self.fps, self.size, self._text)
@@ -163,7 +163,7 @@ class VideoWriter:
             self._encoder.finish(self.latents)
             if self.when_whole is not None:
                 self.when_whole(self._temporary)
-            if not self.overwrite and os.path.lexists(self.path):  # somebody else's, since we checked
+            if not self.overwrite and os.path.lexists(self.path):  # another process created it since the check
                 kept = self.path.with_name(self._temporary.name.lstrip("."))
                 publish(self._temporary, kept)
                 raise ValueError(f"output {self.path} appeared during the run; it was kept, and this video is {kept}")
@@ -181,7 +181,7 @@ def save_video(
     latents: np.ndarray | None = None,
     overwrite: bool = True,
 ) -> Path:
-    """Write a whole video, frames uint8 (T, H, W, 3), as `VideoWriter` does; returns the path.
+    """Write a whole video, frames uint8 (T, H, W, 3), like `VideoWriter`; returns the path.
 
     Raises:
         ValueError: as `VideoWriter`.
@@ -194,7 +194,7 @@ def save_video(
 
 
 def video_html(frames: np.ndarray, fps: float, settings: dict[str, Any]) -> str:
-    """HTML that plays frames, uint8 (T, H, W, 3), inline, or shows the only one, with the settings beneath."""
+    """HTML that plays frames, uint8 (T, H, W, 3), inline, or shows a single one, with the settings below."""
     kind, ending = ("image/png", ".png") if len(frames) == 1 else ("video/mp4", ".mp4")
     with tempfile.TemporaryDirectory() as folder:
         data = save_video(Path(folder) / f"video{ending}", frames, fps, {}).read_bytes()
@@ -231,7 +231,7 @@ def contact_sheet(frames: np.ndarray, columns: int, count: int, width: int) -> I
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that `VideoWriter` put into a file.
+    """The settings that `VideoWriter` embedded in a file.
 
     Raises:
         ValueError: unknown ending, a file that cannot be read, or one without settings.
@@ -251,7 +251,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def _settings_text(settings: dict[str, Any], indent: int | None = None) -> str:
-    """JSON in readable Unicode; half surrogates, which no file can hold, become JSON escapes."""
+    """JSON in readable Unicode; half surrogates, which files cannot hold, become JSON escapes."""
     try:
         text = json.dumps(settings, ensure_ascii=False, indent=indent)
     except (TypeError, ValueError) as error:
@@ -270,7 +270,7 @@ def _check_mp4(size: tuple[int, int], text: str) -> None:
 
 
 class _FFmpeg:
-    """imageio-ffmpeg's program at the end of a pipe; its own writer neither sees it fail nor waits for it."""
+    """imageio-ffmpeg's program, fed by a pipe; imageio's own writer neither notices errors nor waits for the end."""
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int], text: str):
         command = [
@@ -279,14 +279,14 @@ class _FFmpeg:
             "-r", str(Fraction(fps).limit_denominator(10_000)), "-i", "-",
             "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(X264_CRF), "-preset", X264_PRESET,
             "-threads", str(X264_THREADS),
-            # The matrix that ffmpeg uses anyway, said aloud: players guess another one from 720 lines up.
+            # ffmpeg's default matrix, stated explicitly: from 720 lines up players guess another one.
             "-colorspace", "smpte170m",
             "-metadata", b"comment=" + text.encode("utf-8"), _url(path),
         ]  # fmt: skip
         self.path = path
         self.errors = tempfile.TemporaryFile()
         try:
-            # A session of its own keeps Ctrl-C from reaching it: it is for close() to end it.
+            # In its own session, so that Ctrl-C does not reach it: close() ends it.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -330,7 +330,7 @@ class _FFmpeg:
 
 
 class _Collector:
-    """Keeps the frames, then saves them in one go."""
+    """Collects the frames, then saves them at once."""
 
     def __init__(self, path: Path, fps: float, text: str, save: Callable[..., None]):
         self.path, self.fps, self.text, self.save = path, fps, text, save
@@ -363,7 +363,7 @@ def _save_animation(path: Path, frames: np.ndarray, **options: Any) -> None:
 
 
 def _durations(count: int, fps: float, unit: int) -> list[int]:
-    """Milliseconds of each frame, in multiples of ``unit``, such that rounding never adds up."""
+    """Milliseconds of each frame, in multiples of ``unit``; rounding errors do not accumulate."""
     ends = np.rint(np.arange(count + 1) * 1000 / (fps * unit)).astype(int) * unit
     return np.diff(ends).tolist()
 
@@ -409,12 +409,12 @@ def _read_png(path: Path) -> str:
 
 
 def _read_npz(path: Path) -> str:
-    with path.open("rb") as file, np.load(file) as arrays:  # NumPy leaves a damaged file open if it opened it
+    with path.open("rb") as file, np.load(file) as arrays:  # NumPy would leave a damaged file open
         return str(arrays["settings"])
 
 
 def _url(path: Path) -> str:
-    """Keeps ffmpeg from taking a leading dash for an option, or a colon for a protocol."""
+    """Keeps ffmpeg from parsing a leading dash as an option, or a colon as a protocol."""
     return f"file:{path.absolute()}"
 
 
