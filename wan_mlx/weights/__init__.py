@@ -1,1 +1,1 @@
-"""Names and meaning of weights: key maps, loading, quantising, LoRA, converting."""
+"""Weights of the networks: key maps, loading, quantising, LoRA, converting."""

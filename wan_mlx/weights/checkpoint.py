@@ -1,7 +1,7 @@
-"""Which file holds which part: in a folder of any layout, in a single file, or in a set given part by part.
+"""Finds the file of each part: in a folder of any layout, in a single file, or from separately given parts.
 
-Published folders are known by their config and their fixed names. Everything else is opened, headers only, and known by
-its keys; file names decide nothing.
+Published folders are recognised by their config and fixed names. All other files are opened, headers only, and
+recognised by their keys, never by their names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..presets import COMFYUI_PARTS, DIFFUSERS_FILES, MLX_FILES, NETWORKS, OFFIC
 from .component import ComponentWeights, open_component
 from .parts import Part
 
-# What Diffusers and transformers call the entries of config.json that shapes cannot tell.
+# Diffusers' and transformers' names for entries of config.json that shapes cannot show.
 DIFFUSERS_NAMES = {
     "transformer": {
         "num_attention_heads": "num_heads",
@@ -40,16 +40,16 @@ DIFFUSERS_NAMES = {
 }
 MLX_FORMAT = "wan_mlx"
 MAX_CONFIG_BYTES = 4_000_000
-# How deep and how far a folder is searched for weight files.
+# Depth and number of files of the search for weight files.
 _MAX_DEPTH, _MAX_FILES = 3, 5000
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on this machine: its parts.
+    """A local model: its parts.
 
-    ``parts`` are of all kinds in `PARTS`, but for "image_encoder", which only models that read images come with.
-    ``model`` is the preset's name, where the folder records it.
+    ``parts`` has all kinds in `PARTS`, but "image_encoder" only for models that read images.
+    ``model`` is the preset's name, if the folder records it.
     """
 
     path: Path
@@ -77,14 +77,14 @@ class Checkpoint:
         return {part.name: part.file for part in self.parts}
 
     def missing(self) -> list[str]:
-        """The kinds of parts that a whole model still needs."""
+        """The kinds of parts that are missing."""
         lacking = [kind for kind in PARTS if not self.of_kind(kind)]
         return [kind for kind in lacking if kind != "image_encoder" or any(map(self._reads_images, self.parts))]
 
     def _reads_images(self, part: Part) -> bool:
         if part.kind != "transformer":
             return False
-        if self.layout == "diffusers":  # its config has the width of the image features, or None
+        if self.layout == "diffusers":  # config.json has the width of the image features, or None
             return part.config.get("image_dim") is not None
         if "model_type" in part.config:
             return part.config["model_type"] in ("i2v", "flf2v")
@@ -95,9 +95,9 @@ def open_checkpoint(path: str | Path, parts: Mapping[str, str | Path | None] | N
     """Find the parts of a model.
 
     Args:
-        path: a folder (official, Diffusers', ComfyUI's, written by ``weights_convert.py``, or single files in any
-            order), or a single file, of which the other parts are given apart.
-        parts: name in `PARTS` → a file, or a folder that has it, to use instead of what ``path`` has.
+        path: a folder (official, Diffusers', ComfyUI's, from ``weights_convert.py``, or any single files), or a single
+            file, whose other parts are given separately.
+        parts: name in `PARTS` → a file, or a folder that has it, used in place of the part in ``path``.
 
     Raises:
         ValueError: no such file or folder.
@@ -111,7 +111,7 @@ def open_checkpoint(path: str | Path, parts: Mapping[str, str | Path | None] | N
 
 
 def look_at(path: str | Path, given: Mapping[str, Path] | None = None) -> Checkpoint:
-    """As `open_checkpoint`, but what is found need not be a whole model.
+    """Like `open_checkpoint`, but the model may be incomplete.
 
     Raises:
         ValueError: no such file or folder.
@@ -123,7 +123,7 @@ def look_at(path: str | Path, given: Mapping[str, Path] | None = None) -> Checkp
     for kind, place in given.items():
         part = find_part(_existing(place, kind.replace("_", " ")), kind)
         parts = {name: other for name, other in parts.items() if other.kind != kind or name == kind} | {kind: part}
-    # A text encoder's own tokenizer, unless one was given, or came with the rest of a model.
+    # A text encoder's own tokenizer, unless one was given or is part of a whole model.
     if "text_encoder" in parts and "tokenizer" not in given and ("text_encoder" in given or "tokenizer" not in parts):
         parts |= _tokenizer_of(parts["text_encoder"].file)
     return replace(found, parts=tuple(parts.values()))
@@ -132,10 +132,10 @@ def look_at(path: str | Path, given: Mapping[str, Path] | None = None) -> Checkp
 def find_part(place: Path, kind: str) -> Part:
     """One part of a model.
 
-    ``place``: its file, or a folder: a whole model, or the part's own with its config.json.
+    ``place``: its file, or a folder: of a whole model, or the part's own with its config.json.
 
     Raises:
-        WeightsError: it is not there, or is there twice.
+        WeightsError: it is missing, or found twice.
     """
     if kind == "tokenizer":
         file = find_tokenizer(place) if place.is_dir() else place
@@ -159,7 +159,7 @@ def _look_at_folder(folder: Path, given: Mapping[str, Path]) -> Checkpoint:
         found = Checkpoint(folder, parts, layout="diffusers")
     else:
         files = _find(folder, OFFICIAL_FILES)
-        # The transformer's file has the name that Diffusers gives to every network.
+        # Diffusers uses this file name for every network, not only the transformer.
         if files.keys() <= {"transformer"} and "num_heads" not in config:
             return _search(folder, given)
         found = Checkpoint(folder, _parts(files, {"transformer": config}), layout="official")
@@ -169,7 +169,7 @@ def _look_at_folder(folder: Path, given: Mapping[str, Path]) -> Checkpoint:
 
 
 def _open_mlx(folder: Path, config: dict[str, Any]) -> Checkpoint:
-    """An MLX folder; the parts it lacks are those of the folder beside it that its "parts_from" names, if it does."""
+    """An MLX folder; its missing parts come from the neighbouring folder in its "parts_from", if any."""
     files, sibling = _find(folder, MLX_FILES), config.get("parts_from")
     if sibling is not None:
         if not isinstance(sibling, str) or sibling in ("", ".", "..") or Path(sibling).name != sibling:
@@ -184,7 +184,7 @@ def _open_mlx(folder: Path, config: dict[str, Any]) -> Checkpoint:
 
 
 def _parts(files: Mapping[str, Path], config: Mapping[str, Any]) -> tuple[Part, ...]:
-    """Parts, of each kind one, and what a folder's ``config`` says of each."""
+    """Parts, one of each kind, and the folder's ``config`` for each."""
     packed = config.get("quantization")
     return tuple(
         Part(kind, kind, file, config.get(kind, {}), packed.get(kind) if isinstance(packed, dict) else packed)
@@ -197,7 +197,7 @@ def _look_at_file(file: Path) -> Checkpoint:
 
 
 def _search(folder: Path, given: Mapping[str, Path], known: Checkpoint | None = None) -> Checkpoint:
-    """What the weight files below a folder hold, by their keys; ``known`` parts are taken as they are."""
+    """Parts found in the weight files below a folder, by their keys; ``known`` parts are kept."""
     known = known or Checkpoint(folder)
     networks: dict[str, list[ComponentWeights]] = {}
     refused = []
@@ -224,7 +224,7 @@ def _search(folder: Path, given: Mapping[str, Path], known: Checkpoint | None = 
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:
-    """Files whose first bytes are a weight file's, an index in place of its shards; hidden ones are left out."""
+    """Weight files, by their first bytes; an index replaces its shards; hidden files are skipped."""
     seen = 0
     for place, folders, names in os.walk(folder):
         at = Path(place)
@@ -266,7 +266,7 @@ def _tokenizer_of(text_encoder: Path) -> dict[str, Part]:
 
 
 def _part_of(weights: ComponentWeights) -> Part:
-    """The part that a file is, with what the config.json in its folder says of it."""
+    """The part in a file, with the config.json of its folder."""
     kind, file = weights.component, weights.path
     config = _read_config(file.parent / "config.json")
     if config.get("format") == MLX_FORMAT:

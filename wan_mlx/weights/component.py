@@ -1,7 +1,7 @@
 """One network's weights under the official names: strict about keys and shapes.
 
-Sizes come from the weights' own shapes; config.json only adds what shapes cannot tell and must not contradict them.
-How a tensor becomes a parameter of a network is in `parameters`.
+Sizes come from the weights' shapes; config.json only adds values that shapes cannot show, and must not contradict them.
+`parameters` turns tensors into parameters of a network.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class ComponentWeights:
 
     Attributes:
         component: "transformer", "text_encoder", "vae" or "image_encoder".
-        shapes: name → shape of every tensor, known without reading any; of packed ones, the matrix's.
-        quantization: the matrices that are stored packed in MLX's forms, and how; None if none is.
-        packable: packing of each matrix that `packed` can give as it is stored: those, and some of GGUF's blocks.
-        nearest: packing of the other matrices stored in GGUF's blocks that comes nearest.
+        shapes: name → shape of every tensor, from headers only; for a quantised one, the matrix's shape.
+        quantization: the matrices stored in MLX's quantised formats, with the formats; None if there are none.
+        packable: packing of each matrix that `packed` can return as stored: those, and some of GGUF's blocks.
+        nearest: nearest packing of the other matrices stored in GGUF's blocks.
     """
 
     def __init__(self, file: WeightsFile):
@@ -56,7 +56,7 @@ class ComponentWeights:
         self.quantization = Quantization.from_metadata(file.metadata, file.path)
         self.layout = recognise(self._without_scales())
         self.component = self.layout.component
-        # Written by weights_convert.py; never guessed, since (96, 3, 3, 3, 3) is the same shape in both layouts.
+        # From weights_convert.py; never guessed, since (96, 3, 3, 3, 3) is the same shape in both layouts.
         self.channels_last = file.metadata.get("layout") == MLX_LAYOUT
         self.sources = {
             name: (source,) if isinstance(source, str) else source
@@ -79,9 +79,9 @@ class ComponentWeights:
         return self.file.path
 
     def read(self, name: str, fetch: Fetch | None = None) -> mx.array:
-        """The tensor in our layout and its stored dtype, float32 if it is packed.
+        """The tensor in our layout and its stored dtype, float32 if it is quantised.
 
-        ``fetch`` gives the file's tensors: by default `WeightsFile.read`, which is lazy wherever the file allows it.
+        ``fetch`` returns the file's tensors: by default `WeightsFile.read`, which is lazy if the file allows it.
         """
         if self.quantization is not None and name in self.quantization.packings:
             return self.quantization.packings[name].unpack(self.packed(name, fetch), mx.float32)
@@ -92,12 +92,12 @@ class ComponentWeights:
         return array.reshape(self.shapes[name])
 
     def packed(self, name: str, fetch: Fetch | None = None) -> dict[str, mx.array]:
-        """Weight, scales and, in affine modes, biases of a matrix in `packable`, or that is `repackable`.
+        """Weight, scales and, in affine modes, biases of a matrix that is in `packable` or `repackable`.
 
         ``fetch``: as for `read`.
 
         Raises:
-            WeightsError: blocks of a GGUF file hold scales that are not finite.
+            WeightsError: blocks of a GGUF file have scales that are not finite.
         """
         blocks = self.raw(name)
         if blocks is not None:
@@ -111,7 +111,7 @@ class ComponentWeights:
         return {key: (fetch or self.file.read)(stem + key) for key in keys}
 
     def byte_ranges(self, names: Iterable[str]) -> dict[str, ByteRange] | None:
-        """Where all lies that `read` and `packed` want for these; None if some of it is not stored as it is read."""
+        """Places of all bytes that `read` and `packed` need for ``names``; None if some are stored differently."""
         keys: list[str] = []
         for name in names:
             if self.quantization is not None and name in self.quantization.packings:
@@ -124,22 +124,22 @@ class ComponentWeights:
         return ranges if len(ranges) == len(found) else None
 
     def repackable(self, name: str) -> bool:
-        """Whether `packed` gives the integers of a matrix as they are stored, if not its scales."""
+        """Whether `packed` returns a matrix's integers as stored, even if not its scales."""
         return name in self.packable or self.stored_dtype(name) in NEARLY_EXACT
 
     def rows(self, name: str, indices: np.ndarray) -> mx.array:
-        """Rows of a 2-D tensor, read without the rest."""
+        """Rows of a 2-D tensor; reads only them."""
         (source,) = self.sources[name]
         return self.file.rows(source, indices)
 
     def _without_scales(self) -> list[str]:
-        """The file's keys without those that belong to a packed weight."""
+        """The file's keys without scales and biases of quantised weights."""
         packed = self.quantization.packings if self.quantization else ()
         belonging = {name.removesuffix("weight") + key for name in packed for key in ("scales", "biases")}
         return [key for key in self.file.tensors if key not in belonging]
 
     def _check_packed(self) -> None:
-        """Every packed tensor must have the shapes and dtypes its packing gives it."""
+        """Every quantised tensor must have the shapes and dtypes of its packing."""
         for name, packing in (self.quantization.packings if self.quantization else {}).items():
             if name not in self.shapes:
                 raise WeightsError(f"{self.path}: its quantization entry names {name}, which it does not hold")
@@ -159,7 +159,7 @@ class ComponentWeights:
                     )
 
     def _blocks(self) -> dict[str, str]:
-        """The matrices that quantisation packs and that are stored in GGUF's blocks, and the type of each."""
+        """The quantisable matrices stored in GGUF's blocks, and the type of each."""
         return {
             name: self.stored_dtype(name)
             for name in quantizable(self.component, self.sources)
@@ -167,7 +167,7 @@ class ComponentWeights:
         }
 
     def raw(self, name: str) -> tuple[np.ndarray, str] | None:
-        """A 2-D tensor's GGUF blocks as stored, uint8 (rows, bytes of a row), and their type; None if it has none."""
+        """A 2-D tensor's GGUF blocks as stored, uint8 (rows, bytes of a row), and their type; None without blocks."""
         source = self.sources[name][0]
         if len(self.shapes[name]) != 2 or len(self.sources[name]) > 1:
             return None
@@ -178,7 +178,7 @@ class ComponentWeights:
         return self.file.tensors[self.sources[name][0]].dtype
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes of the tensor in the file; of a packed one, without its scales."""
+        """Bytes of the tensor in the file; for a quantised one, without scales."""
         return sum(self.file.nbytes(source) for source in self.sources[name])
 
     def _refuse_integers(self) -> None:
@@ -205,15 +205,15 @@ class ComponentWeights:
             axes = 4 if self.component == "image_encoder" else 5
             if len(shape) != axes:
                 raise WeightsError(f"{self.path}: {name} has shape {self._torch_shape(name)}, expected {axes} axes")
-            return (shape[0], math.prod(shape[1:]))  # a convolution whose stride is its kernel is a matmul
+            return (shape[0], math.prod(shape[1:]))  # a convolution with stride equal to its kernel is a matmul
         return shape
 
     def _torch_shape(self, name: str) -> tuple[int, ...]:
-        """The shape as PyTorch has it, of what several tensors are stacked to make."""
+        """The shape in PyTorch, after stacking several tensors if necessary."""
         shapes = [self.file.tensors[source].shape for source in self.sources[name]]
         shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
         if self.component == "transformer" and name.endswith("patch_embedding.weight"):
-            # stable-diffusion.cpp's GGUF has four axes at most, and makes one of the first two.
+            # stable-diffusion.cpp's GGUF has at most four axes, and merges the first two.
             bias = self.sources.get(name.removesuffix("weight") + "bias")
             out = math.prod(self.file.tensors[bias[0]].shape) if bias else 0
             if shape[1:] == TransformerConfig.patch_size and out and shape[0] % out == 0:
@@ -221,13 +221,13 @@ class ComponentWeights:
         return shape
 
     def _shape_of_packed(self, name: str, packing: Packing) -> tuple[int, int]:
-        """Shape of the matrix; wrong ones are left for `_check_packed` to name."""
+        """Shape of the matrix; `_check_packed` reports wrong ones."""
         rows, columns = (*self.file.tensors[self.sources[name][0]].shape, 0, 0)[:2]
         return rows, columns * 32 // packing.bits
 
 
 def check_keys(weights: ComponentWeights, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise WeightsError unless the file holds exactly the ``expected`` names and shapes."""
+    """Raise WeightsError unless the file has exactly the ``expected`` names and shapes."""
     missing = sorted(expected.keys() - weights.shapes.keys())
     extra = sorted(weights.shapes.keys() - expected.keys())
     wrong = sorted(k for k in expected.keys() & weights.shapes.keys() if tuple(expected[k]) != weights.shapes[k])
@@ -249,10 +249,10 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def open_component(path: str | Path, component: str) -> ComponentWeights:
-    """Open a weight file and check that it holds a ``component``.
+    """Open a weight file and check that it is a ``component``.
 
     Raises:
-        WeightsError: the file cannot be read, is not recognised, or holds another network.
+        WeightsError: the file cannot be read, is not recognised, or is another network.
     """
     weights = ComponentWeights(open_weights(path))
     if weights.component != component:
@@ -265,7 +265,7 @@ def _count(shapes: Mapping[str, Any], pattern: str) -> int:
 
 
 def _said(config_class, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of ``config_class`` that config.json gives, their kinds checked; null gives nothing."""
+    """The values of config.json for fields of ``config_class``, with types checked; null counts as missing."""
     said = {}
     for field in fields(config_class):
         value = config.get(field.name)
@@ -290,12 +290,12 @@ def _said(config_class, config: Mapping[str, Any], path: Path) -> dict[str, Any]
 
 
 def _merge(config_class, found: dict[str, Any], said: Mapping[str, Any], path: Path):
-    """``found`` in the weights plus whatever else config.json ``said``; a contradiction is an error."""
+    """``found`` in the weights plus other values ``said`` by config.json; a contradiction is an error."""
     for key, value in found.items():
         if key in said and said[key] != value:
             raise WeightsError(f"{path}: config.json says {key} = {said[key]}, but the weights have {value}")
         sizes = value if isinstance(value, tuple) else (value,)
-        least = 0 if isinstance(value, tuple) else 1  # a tuple may be of layers, which count from 0
+        least = 0 if isinstance(value, tuple) else 1  # tuples may list layers, which count from 0
         if any(type(size) is int and not least <= size < LARGEST_SIZE for size in sizes):
             raise WeightsError(f"{path}: by its shapes {key} is {value}, which no such network has")
     merged = config_class(**{**said, **found})
@@ -307,7 +307,7 @@ def _merge(config_class, found: dict[str, Any], said: Mapping[str, Any], path: P
 
 
 def _heads(weights: ComponentWeights, said: Mapping[str, Any], dim: int, width: int) -> int:
-    """The number of heads is config.json's, else as many as have the ``width`` of all released models'."""
+    """The number of heads in config.json, else for heads of ``width``, as in all released models."""
     if "num_heads" not in said and dim % width:
         raise WeightsError(f"{weights.path}: dim {dim} is no multiple of {width} and no config.json gives num_heads")
     return said.get("num_heads", dim // width)
@@ -323,7 +323,7 @@ def _shape_of(weights: ComponentWeights, name: str, ndim: int = 2) -> tuple[int,
 
 
 def transformer_config(weights: ComponentWeights, config: Mapping[str, Any]) -> TransformerConfig:
-    """Sizes of a transformer. The number of heads is config.json's, else heads of 128 as in every Wan model."""
+    """Sizes of a transformer. The number of heads is config.json's, else for heads of 128, as in every Wan model."""
     said = _said(TransformerConfig, config, weights.path)
     dim, text_dim = _shape_of(weights, "text_embedding.0.weight")
     patch = math.prod(said.get("patch_size", TransformerConfig.patch_size))
@@ -356,7 +356,7 @@ def transformer_config(weights: ComponentWeights, config: Mapping[str, Any]) -> 
 
 
 def _vace_layers(weights: ComponentWeights, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
-    """The layers that get hints: config.json's, else evenly spaced as in the released models."""
+    """The layers with hints: config.json's, else evenly spaced as in the released models."""
     _shape_of(weights, "vace_blocks.0.after_proj.weight")
     count = _count(weights.shapes, r"vace_blocks\.(\d+)\.")
     layers = tuple(config.get("vace_layers") or (num_layers * n // count for n in range(count)))
@@ -369,7 +369,7 @@ def _vace_layers(weights: ComponentWeights, config: Mapping[str, Any], num_layer
 
 
 def text_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) -> TextEncoderConfig:
-    """Sizes of a umT5 encoder; every one shows in the weights' shapes."""
+    """Sizes of a umT5 encoder, all from the weights' shapes."""
     said = _said(TextEncoderConfig, config, weights.path)
     vocab, dim = _shape_of(weights, "token_embedding.weight")
     buckets, heads = _shape_of(weights, "blocks.0.pos_embedding.embedding.weight")
@@ -386,7 +386,7 @@ def text_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) ->
 
 
 def image_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) -> ImageEncoderConfig:
-    """Sizes of CLIP's vision tower. The number of heads is config.json's, else heads of 80 as in ViT-H/14."""
+    """Sizes of CLIP's vision tower. The number of heads is config.json's, else for heads of 80, as in ViT-H/14."""
     said = _said(ImageEncoderConfig, config, weights.path)
     dim, pixels = _shape_of(weights, "patch_embedding.weight")
     patch = math.isqrt(pixels // 3)
@@ -402,7 +402,7 @@ def image_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) -
 
 
 def vae_config(weights: ComponentWeights, config: Mapping[str, Any]) -> VAEConfig:
-    """Sizes of a VAE, found by walking the encoder: every stage ends where a ``resample`` stands."""
+    """Sizes of a VAE, from its encoder's layers: every stage ends at a ``resample``."""
     said = _said(VAEConfig, config, weights.path)
     shapes = weights.shapes
     dim = _shape_of(weights, "encoder.conv1.weight", 5)[0]
@@ -430,7 +430,7 @@ def vae_config(weights: ComponentWeights, config: Mapping[str, Any]) -> VAEConfi
     return _merge(VAEConfig, found, said, weights.path)
 
 
-# Kind of network → (weights, what config.json says of them) → its sizes; WeightsError if they make no sense.
+# Kind of network → (weights, its config.json) → its sizes; WeightsError if they make no sense.
 CONFIG_OF: dict[str, Callable[[ComponentWeights, Mapping[str, Any]], Any]] = {
     "transformer": transformer_config,
     "text_encoder": text_encoder_config,

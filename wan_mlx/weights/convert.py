@@ -1,7 +1,7 @@
-"""Any checkpoint that loads → one MLX folder: our names, our layout, blocks in the order they are needed.
+"""Converts any loadable checkpoint to one MLX folder: our names, our layout, blocks in order of use.
 
-The folder: config.json (sizes, dtypes, where it comes from, SHA-256 of every file), each network as one safetensors
-file or as shards with an index, tokenizer.model, and README.md, which says how to run it.
+The folder: config.json (sizes, dtypes, source, SHA-256 of every file), each network as one safetensors file or as
+shards with an index, tokenizer.model, and README.md with commands to run it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .load import Progress, no_progress, parse_dtype
 from .parameters import Parameters, dtype_of
 from .quantize import QUANTIZED
 
-# Key → shape and dtype of a tensor that is to be written.
+# Key → shape and dtype of a tensor to be written.
 Specs = dict[str, tuple[tuple[int, ...], mx.Dtype]]
 
 SHARD_BYTES = 4 * 10**9
@@ -50,24 +50,24 @@ def convert(
     parts: Mapping[str, str | Path] | None = None,
     name: str | None = None,
 ) -> Path:
-    """Write ``source`` as an MLX folder; it appears when it is whole, and after Ctrl-C or a failure nothing is left.
+    """Write ``source`` as an MLX folder, atomically: after Ctrl-C or a failure nothing is left.
 
     Args:
-        source: a folder or file on this machine, as `open_checkpoint` takes it, or an opened model.
+        source: a local folder or file, as for `open_checkpoint`, or an opened model.
         out: a folder that does not exist yet.
         dtype: of transformer and text encoder; the transformer's time path, norms and head stay float32.
-        vae_dtype: of the VAE. The image encoder stays as it is.
-        model: name of the preset whose sampling defaults the folder should use; recorded in its config.json.
+        vae_dtype: of the VAE. The image encoder keeps its dtype.
+        model: preset whose sampling defaults the folder should use; recorded in its config.json.
         progress: wraps the iteration over tensors.
-        quantize: mode to pack the blocks of transformer and text encoder in, as for `load_transformer`.
+        quantize: mode for the blocks of transformer and text encoder, as for `load_transformer`.
         overwrite: replace ``out`` if it is an MLX folder; anything else is never removed.
-        shard_bytes: a network larger than this is split, never within a block.
-        parts: name in `PARTS` → a file or folder to use instead of what ``source`` has.
-        name: what config.json and README.md call the source; the folder's or file's name if None.
+        shard_bytes: a larger network is split, never within a block.
+        parts: name in `PARTS` → a file or folder used in place of the part in ``source``.
+        name: of the source in config.json and README.md; None: the folder's or file's name.
 
     Raises:
-        ValueError: ``out`` exists, or ``quantize`` is no mode, or not possible for these weights.
-        WeightsError: ``source`` cannot be loaded, or there is no room for the folder.
+        ValueError: ``out`` exists, or ``quantize`` is unknown or not possible for these weights.
+        WeightsError: ``source`` cannot be loaded, or the disk has no space for the folder.
     """
     out = Path(out).expanduser()
     check_target(out, overwrite, model)
@@ -128,12 +128,12 @@ def check_target(out: str | Path, overwrite: bool = False, model: str | None = N
 
 @dataclass
 class Network:
-    """One network that is to be written.
+    """One network to be written.
 
     Attributes:
         parameters: the parameters to write.
-        kept: parameter → the tensors it is stored as.
-        shard_bytes: most bytes of one file, unless a block alone has more.
+        kept: parameter → the tensors that store it.
+        shard_bytes: most bytes of one file, unless a single block has more.
     """
 
     parameters: Parameters
@@ -148,16 +148,16 @@ class Network:
         return sum(math.prod(shape) * dtype.size for shape, dtype in self.kept[name].values())
 
     def dtypes(self) -> dict[str, int]:
-        """Dtype → how many tensors have it."""
+        """Dtype → number of its tensors."""
         names = [SAFETENSORS_NAMES[dtype] for specs in self.kept.values() for _, dtype in specs.values()]
         return {name: names.count(name) for name in sorted(set(names))}
 
     def shards(self) -> list[list[str]]:
-        """The names of each file in the order they are stored: blocks last, in order, none of them torn apart."""
+        """The names of each file in storage order: blocks last, in order, never split."""
         groups: dict[tuple, list[str]] = {}
         for place, name in enumerate(self.kept):
             block = BLOCK.match(name)
-            # Tensors outside blocks come first, each a group of its own; VACE's blocks are computed before the others.
+            # Tensors outside blocks come first, each its own group; VACE's blocks are computed before the others.
             groups.setdefault((1, block[1] == "blocks", int(block[2])) if block else (0, False, place), []).append(name)
         shards: list[list[str]] = [[]]
         room = self.shard_bytes
@@ -171,7 +171,7 @@ class Network:
         return shards
 
     def write(self, folder: Path, steps: Iterator[str]) -> dict[str, str]:
-        """Write the network's files, ``steps`` advanced once per parameter, and return name → SHA-256."""
+        """Write the network's files, advancing ``steps`` once per parameter; returns name → SHA-256."""
         component, shards = self.parameters.component, self.shards()
         index, single = MLX_FILES[component]
         if len(shards) == 1:
@@ -186,9 +186,9 @@ class Network:
         return digests
 
     def _write_shard(self, path: Path, names: list[str], steps: Iterator[str]) -> str:
-        """Write one safetensors file a tensor at a time, so that an 11 GB text encoder converts in little memory.
+        """Write one safetensors file tensor by tensor, so that an 11 GB text encoder needs little memory.
 
-        The safetensors package and MLX take all tensors of a file at once, and sort them by name.
+        The safetensors package and MLX need all tensors of a file at once, and sort them by name.
         """
         metadata = {"layout": MLX_LAYOUT, "component": self.parameters.component}
         if self.parameters.quantization.packings:
@@ -201,7 +201,7 @@ class Network:
                 header[key] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": (offset, end)}
                 offset = end
         encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 8)  # data begins on a multiple of eight bytes
+        encoded += b" " * (-len(encoded) % 8)  # data start at a multiple of eight bytes
         digest = hashlib.sha256()
         try:
             with open(path, "wb") as file:
@@ -214,7 +214,7 @@ class Network:
         return digest.hexdigest()
 
     def _values(self, names: list[str], steps: Iterator[str]) -> Iterator[memoryview]:
-        """The bytes of each tensor of ``names``, read, changed and cast only now."""
+        """The bytes of each tensor of ``names``, read, changed and cast one at a time."""
         for name in names:
             next(steps)
             with mx.stream(mx.cpu):
@@ -226,9 +226,9 @@ class Network:
 
 
 def _kept(parameters: Parameters, name: str) -> Specs:
-    """Key → shape and dtype of what is stored for one parameter.
+    """Key → shape and dtype of the tensors that store one parameter.
 
-    As it would be loaded, but no wider than the source, which would add bytes and no precision.
+    As loaded, but no wider than the source, which would only add bytes.
     """
     weights, packing = parameters.weights, parameters.quantization.packings.get(name)
     if packing is not None:

@@ -1,8 +1,8 @@
-"""GGUF blocks → MLX's packed form without unpacking: the same integers, and a scale and bias for every 32 of them.
+"""GGUF blocks → MLX's quantised format without unpacking: same integers, and a scale and bias for every 32 of them.
 
-ggml's ``x = d * q`` (Q8_0, Q4_0, Q5_0, around zero) and ``x = d * q + m`` (Q4_1, Q5_1) are MLX's affine mode exactly;
-scales stay float16 as they are. Q4_K and Q5_K multiply two scales, whose product is rounded to float16 here: relative
-error 2⁻¹² at most. Block layouts follow ggml's ``ggml-common.h``.
+ggml's ``x = d * q`` (Q8_0, Q4_0, Q5_0, around zero) and ``x = d * q + m`` (Q4_1, Q5_1) are exactly MLX's affine mode;
+scales stay float16. Q4_K and Q5_K multiply two scales, whose product is rounded to float16 here: relative error at most
+2⁻¹². Block layouts follow ggml's ``ggml-common.h``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _halves(blocks: np.ndarray, at: int) -> np.ndarray:
 
 
 def _nibbles(data: np.ndarray) -> np.ndarray:
-    """Bytes (n, k) → (n, 2k): the low halves of all, then the high ones."""
+    """Bytes (n, k) → (n, 2k): all low halves, then all high ones."""
     return np.concatenate([data & 15, data >> 4], axis=1)
 
 
@@ -66,7 +66,7 @@ def _scales_and_mins(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _k_nibbles(data: np.ndarray) -> np.ndarray:
-    """128 bytes (n, 128) → 256 values: in each 32 bytes the low halves are 32 values, the high ones the next 32."""
+    """128 bytes (n, 128) → 256 values: each 32 bytes have 32 values in the low halves, the next 32 in the high ones."""
     pieces = data.reshape(-1, 4, 1, 32)
     return np.concatenate([pieces & 15, pieces >> 4], axis=2).reshape(-1, 256)
 
@@ -84,7 +84,7 @@ def _q5_k(blocks: np.ndarray) -> Parts:
     return integers, _halves(blocks, 0) * scales, -_halves(blocks, 2) * mins
 
 
-# GGUF type → packing, bytes of a block, how to take it apart; exactly, and but for the rounding of a scale.
+# GGUF type → packing, bytes of a block, function that splits it: exact ones, and those that only round a scale.
 EXACT: dict[str, tuple[str, int, Callable[[np.ndarray], Parts]]] = {
     "Q8_0": ("q8-g32", 34, _q8_0),
     "Q5_0": ("q5-g32", 22, _q5_0),
@@ -93,7 +93,7 @@ EXACT: dict[str, tuple[str, int, Callable[[np.ndarray], Parts]]] = {
     "Q4_1": ("q4-g32", 20, _q4_1),
 }
 NEARLY_EXACT = {"Q5_K": ("q5-g32", 176, _q5_k), "Q4_K": ("q4-g32", 144, _q4_k)}
-# Packings of the other types, from their numbers: enough bits for the second rounding to add little to the first.
+# Packings of the other types, through float values: enough bits that the second rounding adds little to the first.
 PACKED_AGAIN = {"Q6_K": "q8-g32", "IQ4_NL": "q5-g32", "IQ4_XS": "q5-g32", "Q3_K": "q5-g32", "Q2_K": "q4-g32"}
 
 

@@ -29,7 +29,7 @@ KINDS = {
     "flf2v": "first and last frame to video",
     "vace": "VACE: editing, control and references",
 }
-# Kind of network → its sizes in a few words.
+# Kind of network → summary of its sizes.
 WORDS = {
     "transformer": "{c.num_layers} layers of {c.dim}, {c.num_heads} heads",
     "text_encoder": "umT5 encoder, {c.num_layers} layers of {c.dim}, {c.vocab_size:,} words",
@@ -40,22 +40,22 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Inspection:
-    """A description as ``rows`` of (name, text), and whether every network that is there can be loaded."""
+    """A description as ``rows`` of (name, text), and whether every network in it can be loaded."""
 
     rows: list[tuple[str, str]]
     is_sound: bool
 
     def lines(self) -> list[str]:
-        """As the command line prints it."""
+        """The command line's output."""
         return [f"{name:<15}{text}" for name, text in self.rows]
 
 
 def inspect_source(source: str | Path, parts: Mapping[str, str | Path] | None = None) -> Inspection:
-    """Look at a folder or file, and at parts given apart, as `open_checkpoint` would; no weights are read.
+    """Inspect a folder or file, and separate parts, like `open_checkpoint`; reads no weights.
 
     Raises:
         ValueError: no such file or folder.
-        WeightsError: nothing in it was recognised; says what was seen.
+        WeightsError: nothing was recognised; lists the contents.
     """
     found = look_at(source, {part: Path(place).expanduser() for part, place in (parts or {}).items()})
     rows, networks, sound = [("source", f"{found.path} ({found.layout})")], [], True
@@ -77,7 +77,7 @@ def inspect_source(source: str | Path, parts: Mapping[str, str | Path] | None = 
 
 
 def _contents(weights: ComponentWeights) -> Iterator[str]:
-    """Names and number of the tensors, bytes of each dtype as stored, quantisation."""
+    """Names and number of the tensors, stored bytes of each dtype, quantisation."""
     nbytes: Counter[str] = Counter()
     for source in (source for sources in weights.sources.values() for source in sources):
         info = weights.file.tensors[source]
@@ -91,7 +91,7 @@ def _contents(weights: ComponentWeights) -> Iterator[str]:
 
 
 def _sizes_of(weights: ComponentWeights, config: Mapping[str, Any]) -> tuple[str, str, Any]:
-    """A network in a few words, why it cannot be loaded, and its configuration (None if that is why)."""
+    """Summary of a network, the reason why it cannot be loaded, and its configuration (None if there is a reason)."""
     kind = weights.component
     try:
         c = CONFIG_OF[kind](weights, config)

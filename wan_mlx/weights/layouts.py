@@ -1,8 +1,8 @@
-"""How published Wan2.1 checkpoints name their tensors, as data: anchored patterns → the official names.
+"""Tensor names of published Wan2.1 checkpoints, as data: anchored patterns → the official names.
 
-A canonical name is the official module's own parameter name, without the prefix some files put before it. Every key of
-a file is renamed by one rule or ignored by name; nothing else passes. The scales of fp8 files have no rule on purpose:
-`fp8` folds them into their weights before, and one that is left over is an error rather than a wrong picture.
+A canonical name is the official module's own parameter name, without the prefix in some files. Every key of a file is
+renamed by one rule or ignored by name; any other key is an error. Scales of fp8 files have no rule on purpose: `fp8`
+applies them to their weights first, so that a leftover scale is an error, not a wrong picture.
 
 Shapes agree between the layouts too, except in Hugging Face's CLIP: q, k and v are three tensors to stack along axis 0,
 and the class embedding (D,) and position embedding (N, D) lack leading axes of size 1.
@@ -21,12 +21,12 @@ from ..errors import WeightsError, some
 
 @dataclass(frozen=True)
 class Rule:
-    """A rename: a pattern of whole keys, and the name it becomes.
+    """A rename: a pattern for whole keys, and the new name.
 
     Attributes:
         pattern: matches a whole key, prefix removed.
         target: expanded from the match, by default the key itself; or a function of (match, all keys).
-        parts: values of the group ``part`` when several tensors make one, in the order they are stacked along axis 0.
+        parts: values of the group ``part`` if several tensors make one, in stacking order along axis 0.
     """
 
     pattern: str
@@ -34,7 +34,7 @@ class Rule:
     parts: tuple[str, ...] = ()
 
     def apply(self, key: str, keys: Collection[str]) -> tuple[str, tuple[str, ...]] | None:
-        """The canonical name of ``key`` and the keys that tensor is made of; None if the rule is not for it."""
+        """The canonical name of ``key`` and the keys of that tensor; None if the rule does not match."""
         match = re.fullmatch(self.pattern, key)
         if match is None:
             return None
@@ -47,7 +47,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Ignored:
-    """Keys that hold nothing the network needs, and why; with ``copy_of``, only where that key is present."""
+    """Keys that the network does not need, and why; with ``copy_of``, only where that key is present."""
 
     pattern: str
     reason: str
@@ -56,15 +56,15 @@ class Ignored:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way of naming one network's tensors.
+    """One naming scheme for one network's tensors.
 
     Attributes:
         name: "official", "diffusers", "huggingface" or "gguf".
         component: "transformer", "text_encoder", "vae" or "image_encoder".
-        anchors: keys that every such file has, whatever the network's size, and no other layout has together.
+        anchors: keys that every such file has, for any size of network, and no other layout has together.
         rules: pairwise disjoint.
         ignored: looked up before the rules.
-        prefix: pattern of what may stand before each key.
+        prefix: pattern of an optional prefix of each key.
     """
 
     name: str
@@ -83,17 +83,17 @@ class Layout:
         return key[match.end() :] if match else key
 
     def ignores(self, key: str, keys: Collection[str]) -> bool:
-        """Whether ``key`` is one of those named in ``ignored``."""
+        """Whether ``key`` is in ``ignored``."""
         return any(
             re.fullmatch(entry.pattern, key) and (not entry.copy_of or entry.copy_of in keys) for entry in self.ignored
         )
 
 
 def recognise(keys: Iterable[str]) -> Layout:
-    """Tell network and layout from the keys alone.
+    """Recognise network and layout from the keys alone.
 
     Raises:
-        WeightsError: no layout fits, or one does but for some keys (see `canonical_keys`); says what was seen.
+        WeightsError: no layout fits, or one fits except for some keys (see `canonical_keys`); lists the keys.
     """
     keys = list(keys)
     for layout in LAYOUTS:
@@ -107,10 +107,10 @@ def recognise(keys: Iterable[str]) -> Layout:
 def canonical_keys(layout: Layout, keys: Iterable[str]) -> dict[str, str | tuple[str, ...]]:
     """Canonical name → source key, or the source keys to stack along axis 0; in the order of ``keys``.
 
-    Whether the network is complete is not known here: that needs its sizes.
+    Does not check whether the network is complete, because that needs its sizes.
 
     Raises:
-        WeightsError: keys that no rule renames or ignores, two for one name, or a part without its siblings.
+        WeightsError: keys without a rule, two for one name, or a part without its siblings.
     """
     originals: dict[str, str] = {}
     for key in keys:
@@ -222,7 +222,7 @@ _TEXT_OFFICIAL = Layout(
     ),
 )
 
-# Also ComfyUI's files, which carry the tokenizer along.
+# Also ComfyUI's files, which include the tokenizer.
 _TEXT_HUGGINGFACE = Layout(
     "huggingface",
     "text_encoder",
@@ -232,7 +232,7 @@ _TEXT_HUGGINGFACE = Layout(
     ),
     ignored=(
         _TOKENIZER,
-        # Some versions of transformers leave zeros here, so the original is the one to trust.
+        # Some versions of transformers store zeros here, so the original is used.
         Ignored(r"encoder\.embed_tokens\.weight", "tied to shared.weight", copy_of="shared.weight"),
     ),
     rules=(
@@ -304,7 +304,7 @@ _RESNET = (*_RESIDUAL, (r"conv_shortcut\.(?P<kind>weight|bias)", r"shortcut.\g<k
 
 
 def _upsample(tail: str, match: re.Match[str], keys: Collection[str]) -> str:
-    """Diffusers groups the decoder's layers into up blocks, each its resnets and then an upsampler; here it is flat."""
+    """Diffusers groups the decoder's layers into up blocks (resnets, then an upsampler); here they are flat."""
     resnets = next(n for n in count() if f"decoder.up_blocks.0.resnets.{n}.conv1.weight" not in keys)
     layer = int(match["block"]) * (resnets + 1) + int(match.groupdict().get("resnet", resnets))
     return f"decoder.upsamples.{layer}.{match.expand(tail)}"

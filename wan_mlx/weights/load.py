@@ -1,4 +1,4 @@
-"""Whole networks from files: the public ``load_*`` functions."""
+"""Loads whole networks from files: the public ``load_*`` functions."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from .parts import Part
 from .quantize import QUANTIZED
 from .set_loras import set_loras
 
-# What a network is loaded from: a model, one of its parts, its folder, or the network's own folder or file.
+# Source of a network: a model, one of its parts, its folder, or the network's own folder or file.
 Source = str | Path | Checkpoint | Part
-# Wraps an iteration as ``tqdm`` does: progress(items, total=...) → items.
+# Wraps an iteration like ``tqdm``: progress(items, total=...) → items.
 Progress = Callable[..., Iterable]
 
 
 def no_progress(items: Iterable, total: int | None = None, initial: int = 0) -> Iterable:
-    """The silent `Progress`."""
+    """A `Progress` without output."""
     return items
 
 
 def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
-    """A dtype by name.
+    """A dtype from its name.
 
     Raises:
         ValueError: unknown name.
@@ -53,7 +53,7 @@ def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
 
 
 def open_network(source: Source, kind: str) -> tuple[ComponentWeights, Any]:
-    """The weights of a network and its sizes, such as a `TransformerConfig`; no weights are read."""
+    """The weights of a network and its sizes, such as a `TransformerConfig`; reads no weights."""
     if isinstance(source, Checkpoint):
         part = source.part(kind)
     elif isinstance(source, Part):
@@ -71,10 +71,10 @@ def open_network(source: Source, kind: str) -> tuple[ComponentWeights, Any]:
 
 
 def modes_of(checkpoint: Checkpoint, quantize: str | None) -> dict[str, str]:
-    """A part's name → the mode it will be packed in, of those parts that will be; no weights are read.
+    """A part's name → its quantisation mode, for parts to be quantised; reads no weights.
 
     Raises:
-        ValueError: a part of ``checkpoint`` cannot be quantised so.
+        ValueError: a part of ``checkpoint`` cannot be quantised in this mode.
     """
     found = {
         part.name: Parameters(open_network(part, kind)[0], mx.float32, part.quantize or quantize).quantization
@@ -85,8 +85,8 @@ def modes_of(checkpoint: Checkpoint, quantize: str | None) -> dict[str, str]:
 
 
 def check_loras(checkpoint: Checkpoint, loras: Iterable[LoraChoice]) -> None:
-    """Raise WeightsError, before any weights are read, if a LoRA does not suit a transformer of ``checkpoint``: one of
-    ``loras``, which are for all of them, or its own."""
+    """Raise WeightsError, before reading weights, if a LoRA does not suit a transformer of ``checkpoint``: one of
+    ``loras``, which apply to all of them, or its own."""
     for part in checkpoint.of_kind("transformer"):
         if chosen := [*normalise_loras(loras), *part.loras]:
             weights, config = open_network(part, "transformer")
@@ -104,24 +104,24 @@ def load_transformer(
 ) -> Transformer | Execution:
     """Load the diffusion transformer, a `VaceTransformer` if the weights are VACE's.
 
-    It is the plain network, which computes whatever it is given at once and can be differentiated. `Execution` runs it
-    in the memory there is; with ``stream`` the result is one, called alike.
+    The result is the plain network, which computes everything at once and can be differentiated. `Execution` runs it
+    in limited memory; with ``stream`` the result is an `Execution`, called alike.
 
     Args:
         path: model folder, or the transformer's own folder or file (without config.json, heads are 128 wide).
         dtype: of the wide arrays: "bfloat16", "float16" or "float32"; the time path stays float32.
         progress: wraps the iteration over tensors.
-        quantize: pack the blocks' matrices as they are read: "q8", "q6", "q5", "q4", "q3" (also with a group, as in
+        quantize: quantise the blocks' matrices while reading: "q8", "q6", "q5", "q4", "q3" (also with a group, as in
             "q4-g32"), "mxfp8", "mxfp4", "nvfp4", or "auto", which gives sensitive layers more bits. None takes the
-            weights as stored; "none" unpacks packed ones; "nearest" packs all of a GGUF's blocks, of which Q8_0, Q5_0,
-            Q5_1, Q4_0 and Q4_1 stay packed with None too.
-        stream: keep no blocks but read each when a forward pass comes to it, at most two being resident.
+            weights as stored; "none" unpacks quantised ones; "nearest" quantises all of a GGUF's blocks (Q8_0, Q5_0,
+            Q5_1, Q4_0 and Q4_1 stay quantised with None too).
+        stream: keep no blocks; read each when a forward pass needs it, with at most two resident.
         loras: LoRA files, each a path, "path:strength" or (path, strength).
-        merge: merge them into the weights. Packed and streamed weights keep them beside, and with False all do.
+        merge: merge LoRAs into the weights. They stay unmerged with False, or if weights are quantised or streamed.
 
     Raises:
         WeightsError: the file is not a whole Wan2.1 transformer, or a LoRA does not suit it.
-        ValueError: an unknown dtype or mode, or the weights are packed in another mode already.
+        ValueError: an unknown dtype or mode, or the weights are already quantised in another mode.
     """
     weights, config = open_network(path, "transformer")
     load, beside = load_streamed if stream else load_module, stream or not merge
@@ -140,7 +140,7 @@ def transformer_parameters(
     loras: Iterable[LoraChoice] | LoraChoice | None = None,
     merge: bool = True,
 ) -> Parameters:
-    """A transformer's parameters as `Transformer` wants them, whole or block by block; see `load_transformer`."""
+    """A transformer's parameters for `Transformer`, whole or block by block; see `load_transformer`."""
     order = partial(row_order, dim=config.dim, head_dim=config.head_dim)
     opened = open_loras(normalise_loras(loras), weights.shapes, math.prod(config.patch_size))
     opened.report_unused()
@@ -160,11 +160,11 @@ def load_vae(path: Source, dtype: str | mx.Dtype = "float32", progress: Progress
 def load_image_encoder(
     path: Source, dtype: str | mx.Dtype = "float32", progress: Progress = no_progress
 ) -> ImageEncoder:
-    """Load CLIP's vision tower from a model folder or its own file; the last block and the text tower stay unread.
+    """Load CLIP's vision tower from a model folder or its own file; skips the last block and the text tower.
 
     Args:
         path: model folder, or the encoder's own folder or file (without config.json, heads are 80 wide).
-        dtype: of the weights: "float32", or "float16" as the official file has them; computed in float32 either way.
+        dtype: of the weights: "float32", or "float16" as in the official file; computed in float32 either way.
         progress: wraps the iteration over tensors.
 
     Raises:
@@ -186,8 +186,8 @@ def load_text_encoder(
 ) -> StreamedTextEncoder:
     """Open the umT5 encoder from a model folder or its own file.
 
-    Its blocks are read from the file as they are needed and never all resident; ``progress`` wraps that iteration.
-    ``quantize`` is as for `load_transformer`.
+    Each pass reads its blocks from the file; they are never all resident. ``progress`` wraps that iteration.
+    ``quantize``: as for `load_transformer`.
 
     Raises:
         WeightsError: the file is not a whole umT5 encoder.
@@ -214,17 +214,17 @@ def load_text_encoder(
 
 
 def config_of(checkpoint: Checkpoint) -> TransformerConfig:
-    """Sizes of the transformer; no weights are read."""
+    """Sizes of the transformer; reads no weights."""
     return open_network(checkpoint, "transformer")[1]
 
 
 def vae_config_of(checkpoint: Checkpoint) -> VAEConfig:
-    """Sizes of the VAE; no weights are read."""
+    """Sizes of the VAE; reads no weights."""
     return open_network(checkpoint, "vae")[1]
 
 
 def parameters_of(source: Source, dtype: mx.Dtype, quantize: str | None = None) -> Parameters:
-    """The transformer's parameters, none of them read.
+    """The transformer's parameters; reads no weights.
 
     Raises:
         ValueError: ``quantize`` does not suit.

@@ -1,8 +1,8 @@
-"""LoRA files: small changes to a transformer's weights, under any of the names they are published with.
+"""LoRA files: small changes to a transformer's weights, in any published naming scheme.
 
 A file changes a weight by ``strength * (alpha / rank) * up @ down``, or by ``strength * diff``; without an alpha the
 scale is 1, and where PEFT's configuration says so it is ``alpha / sqrt(rank)``. Keys are resolved against the model's
-own parameters. A key that matches none of them is an error; keys of a text encoder are reported as unused.
+own parameters. A key without a match is an error; keys of a text encoder are reported as unused.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 PREFIX = re.compile(
     r"(?:base_model\.model\.)?(?:(?:model\.)?diffusion_model\.|transformer\.|unet\.|pipe\.(?:dit|vace)\.|dit\.|model\.)?"
 )
-# kohya and musubi join a module's names by underscores.
+# kohya and musubi join a module's names with underscores.
 JOINED = re.compile(r"(?:lora_unet|lora_transformer|lycoris)__?(\w+)")
 TEXT_ENCODER = re.compile(r"(?:base_model\.model\.)?(?:pipe\.)?(?:text_encoder|lora_te|te|conditioner)\d?[._].+")
-# How a key ends, and what it is to the parameter of that name.
+# Endings of keys → role for the parameter.
 ENDINGS = {
     "down": r"\.(?:lora_down|lora_A|lora\.down)(?:\.\w+)?\.weight",
     "up": r"\.(?:lora_up|lora_B|lora\.up)(?:\.\w+)?\.weight",
@@ -48,14 +48,14 @@ ENDINGS = {
 }
 UNSUPPORTED = {"dora_scale": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "lora_mid": "LoCon with a middle convolution"}
 FLOATS = ("F64", "F32", "F16", "BF16")
-# Names under which a folder holds its LoRA: PEFT's, Diffusers'.
+# Names of the LoRA file in a folder: PEFT's, Diffusers'.
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 PEFT_CONFIG = "adapter_config.json"
 
 
 @dataclass
 class Part:
-    """The change of one parameter by one file: keys in the file, and the scale of ``up @ down``."""
+    """One file's change of one parameter: keys in the file, and the scale of ``up @ down``."""
 
     down: str = ""
     up: str = ""
@@ -67,10 +67,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Lora:
-    """One LoRA file at a strength, its keys resolved against a model.
+    """A LoRA file at a strength, with its keys resolved against a model.
 
     Attributes:
-        parts: name of a parameter → what is done to it.
+        parts: name of a parameter → its change.
         shapes: shape of each of those parameters in this package's layout.
         patch: values of one channel in a patch (see `open_loras`).
         unused: keys for a text encoder.
@@ -85,7 +85,7 @@ class Lora:
     unused: Sequence[str] = ()
 
     def factors(self, name: str) -> tuple[mx.array, mx.array, float] | None:
-        """``down`` (rank, inputs), ``up`` (outputs, rank), both float32, and what their product is multiplied by."""
+        """``down`` (rank, inputs), ``up`` (outputs, rank), both float32, and the factor of their product."""
         part = self.parts[name]
         if not part.down:
             return None
@@ -94,7 +94,7 @@ class Lora:
         return down, up, self.strength * part.scale
 
     def difference(self, name: str) -> mx.array | None:
-        """The difference that is added besides the factors, float32, strength included."""
+        """The ``diff`` beside the factors, float32, strength included."""
         part = self.parts[name]
         total = None
         for key, scale in ((part.diff, 1.0), (part.up_bias, part.scale)):
@@ -104,7 +104,7 @@ class Lora:
         return total
 
     def apply(self, name: str, array: mx.array) -> mx.array:
-        """``array``, the float32 parameter, changed."""
+        """The changed parameter; ``array`` is float32."""
         factors, difference = self.factors(name), self.difference(name)
         if factors is not None:
             down, up, scale = factors
@@ -112,8 +112,8 @@ class Lora:
         return array if difference is None else array + difference
 
     def _read(self, key: str, over_inputs: str = "") -> mx.array:
-        """A tensor, float32; one over the inputs of a patch embedding with its channels last, as the model has them."""
-        with mx.stream(mx.cpu):  # and at once: GPU work must not wait on a file
+        """A tensor, float32; for the inputs of a patch embedding with channels last, as in the model."""
+        with mx.stream(mx.cpu):  # read immediately: GPU work must not wait on a file
             array = self.file.read(key).astype(mx.float32)
             if over_inputs.endswith("patch_embedding.weight"):
                 array = array.reshape(array.shape[0], -1, self.patch).swapaxes(1, 2)
@@ -132,28 +132,28 @@ class Loras:
         return bool(self.names)
 
     def report_unused(self) -> None:
-        """Log what a text encoder would need and nothing here does."""
+        """Log the keys for a text encoder, which are not used."""
         for lora in self.loras:
             if lora.unused:
                 first, count = lora.unused[0], len(lora.unused)
                 log.warning("%s: %d keys for a text encoder are not used, such as %s", lora.file.path, count, first)
 
     def apply(self, name: str, array: mx.array) -> mx.array:
-        """The float32 parameter ``name`` with every LoRA merged into it, in their order."""
+        """The float32 parameter ``name`` with all LoRAs merged, in order."""
         for lora in self.loras:
             if name in lora.parts:
                 array = lora.apply(name, array)
         return array
 
     def beside(self, name: str, dtype: mx.Dtype, order: mx.array | None = None) -> dict[str, mx.array]:
-        """`side` in ``dtype``, for a layer whose rows are in ``order``."""
+        """`side` in ``dtype``, for a layer with rows in ``order``."""
         arrays = {key: array.astype(dtype) for key, array in self.side(name).items()}
         if order is not None:
             arrays = {key: array if key == "lora_a" else array[order] for key, array in arrays.items()}
         return arrays
 
     def side_shapes(self, name: str) -> dict[str, tuple[int, int]]:
-        """Shapes of what `side` gives."""
+        """Shapes of the arrays of `side`."""
         rank, dense = 0, False
         for lora in self.loras:
             part = lora.parts.get(name, Part())
@@ -164,7 +164,7 @@ class Loras:
         return {**shapes, "lora_dense": (outputs, inputs)} if dense else shapes
 
     def side(self, name: str) -> dict[str, mx.array]:
-        """The LoRAs beside a matrix, not merged: factors of all of them stacked along the rank, scales in up.
+        """Unmerged LoRAs of a matrix: the factors of all of them stacked along the rank, with scales in ``lora_b``.
 
         Float32: ``lora_a`` (ranks, inputs), ``lora_b`` (outputs, ranks), and ``lora_dense`` if a file has a ``diff``.
         """
@@ -202,10 +202,10 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 
 def normalise_loras(loras: Iterable[LoraChoice] | LoraChoice | None) -> list[tuple[Path, float]]:
-    """Paths and strengths of ``loras`` in any form that the API takes.
+    """Paths and strengths of ``loras`` in any accepted form.
 
     Raises:
-        ValueError: an entry is no path, or no (path, strength) with a finite strength.
+        ValueError: an entry is not a path, or not (path, strength) with a finite strength.
     """
     if loras is None:
         return []
@@ -230,21 +230,21 @@ def normalise_loras(loras: Iterable[LoraChoice] | LoraChoice | None) -> list[tup
 
 
 def open_loras(loras: Iterable[tuple[Path, float]], shapes: Mapping[str, tuple[int, ...]], patch: int) -> Loras:
-    """Open LoRA files and resolve them against a transformer's parameters; headers and alphas alone are read.
+    """Open LoRA files and resolve them against a transformer's parameters; reads only headers and alphas.
 
     Args:
-        loras: paths of files, or of folders that hold one, each with a strength.
+        loras: paths of files, or of folders with one, each with a strength.
         shapes: name → shape of every parameter.
-        patch: values of one channel in a patch, by which a patch embedding's inputs are a multiple of its channels.
+        patch: values of one channel in a patch: number of a patch embedding's inputs per channel.
 
     Raises:
-        WeightsError: a file cannot be read, has keys that match nothing, or factors of other shapes than the model's.
+        WeightsError: a file cannot be read, has keys without a match, or factors whose shapes differ from the model's.
     """
     return Loras(_open(path, strength, shapes, patch) for path, strength in loras)
 
 
 def describe_lora(path: Path, strength: float) -> dict[str, Any]:
-    """A LoRA as a video's settings note it; its SHA-256 identifies the file."""
+    """A LoRA's entry in a video's settings; its SHA-256 identifies the file."""
     file = _file_of(path)
     return {"file": file.name, "strength": strength, "sha256": _hash(file, file.stat().st_mtime_ns)}
 
@@ -285,7 +285,7 @@ def _open(path: Path, strength: float, shapes: Mapping[str, tuple[int, ...]], pa
     odd = [key for key in file.tensors if key not in unused and file.tensors[key].dtype not in (*FLOATS, *FP8)]
     if odd:
         raise WeightsError(f"{file.path}: {odd[0]} is {file.tensors[odd[0]].dtype}; expected floats")
-    # The scale of a bias's up belongs to the weight's factors.
+    # The scale of a bias's up is that of the weight's factors.
     config = _PeftConfig.of(file)
     for name, part in parts.items():
         factors = parts.get(name.removesuffix("bias") + "weight", part) if part.up_bias else part
@@ -311,7 +311,7 @@ def _unknown(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]) -
 
 
 class _Resolver:
-    """A LoRA's key → the parameter it changes and its role there."""
+    """A LoRA's key → its parameter and its role there."""
 
     def __init__(self, shapes: Mapping[str, Any]):
         self.shapes = shapes
@@ -332,7 +332,7 @@ class _Resolver:
             return self._named(module, "bias")
         if role == "diff_modulation":
             return self._named(module, "modulation")
-        if role == "diff":  # of a weight, or of a parameter that is no module's weight
+        if role == "diff":  # of a weight, or of a parameter that is not a module's weight
             return self._named(module, "weight") or self._named(module, "")
         return self._named(module, "weight")
 
@@ -352,7 +352,7 @@ class _Resolver:
         return next((self.joined[target] for target in targets if target in self.joined), None)
 
     def _renamed(self, name: str, joint: str) -> Iterable[str]:
-        """The names that the layouts' rules give to one whose parts are joined by ``joint``."""
+        """Names from the layouts' rules for a name whose parts are joined by ``joint``."""
         for rule in self.rules:
             pattern = rule.pattern if joint == "." else rule.pattern.replace(r"\.", joint)
             match = re.fullmatch(pattern, name)
@@ -361,7 +361,7 @@ class _Resolver:
 
 
 def _check(file: WeightsFile, name: str, part: Part, shape: tuple[int, ...], patch: int, has_factors: bool) -> None:
-    """The shapes of one part must be the parameter's."""
+    """Check the shapes of one part against the parameter's."""
     stored = {role: file.tensors[key].shape for role, key in vars(part).items() if role != "scale" and key}
     if bool(part.down) != bool(part.up) or (part.alpha and not part.down) or (part.up_bias and not has_factors):
         raise WeightsError(f"{file.path}: {name} has only {', '.join(vars(part)[role] for role in stored)}")
@@ -400,7 +400,7 @@ def _scale(file: WeightsFile, name: str, part: Part, config: _PeftConfig | None)
 
 @dataclass(frozen=True)
 class _PeftConfig:
-    """A LoRA's configuration as PEFT or Diffusers writes it beside the weights."""
+    """A LoRA's configuration, as stored beside the weights by PEFT or Diffusers."""
 
     path: Path
     alpha: float | None = None
@@ -409,7 +409,7 @@ class _PeftConfig:
 
     @classmethod
     def of(cls, file: WeightsFile) -> _PeftConfig | None:
-        """From the file's own metadata, as Diffusers writes it, or from the adapter_config.json beside PEFT's file.
+        """From the file's own metadata (Diffusers), or from the adapter_config.json beside the file (PEFT).
 
         Raises:
             WeightsError: it cannot be read.

@@ -1,7 +1,7 @@
-"""The one way from a stored tensor to a parameter of a module: unpacked or kept packed, changed, cast, reordered.
+"""Turns stored tensors into parameters of a module: unpacked or kept quantised, changed, cast, reordered.
 
-`Parameters` knows what becomes of each tensor of one network. `load_module` loads a network whole and `stream_blocks`
-one block at a time; both read through it, so a block is the same bits either way.
+`Parameters` has the rules for each tensor of one network. `load_module` loads a whole network and `stream_blocks`
+one block at a time; both use it, so a block has the same bits either way.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ RowOrder = Callable[[str], "mx.array | None"]
 
 
 def dtype_of(component: str, name: str, dtype: mx.Dtype) -> mx.Dtype:
-    """The dtype to keep a parameter in: ``dtype``, or float32 where rounding it would show."""
+    """The dtype of a parameter: ``dtype``, or float32 where rounding would be visible."""
     return mx.float32 if component == "transformer" and re.match(FLOAT32_PARAMETERS, name) else dtype
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is a linear layer's weight, beside which a LoRA can stay."""
+    """Whether a parameter is a linear layer's weight, which can have an unmerged LoRA."""
     return name.endswith(".weight") and len(shape) == 2
 
 
 def locate(module: nn.Module, name: str) -> tuple[Any, str | int]:
-    """The module that holds the layer whose weight is called ``name``, and the layer's key there."""
+    """The module with the layer whose weight is called ``name``, and the layer's key there."""
     *path, last, _ = name.split(".")
     for part in path:
         module = module[int(part) if part.isdigit() else part]
@@ -53,21 +53,21 @@ def locate(module: nn.Module, name: str) -> tuple[Any, str | int]:
 
 
 class Parameters:
-    """The parameters of one network, as its modules want them.
+    """The parameters of one network, as its modules need them.
 
     Args:
-        weights: where they are stored.
-        dtype: to compute in; those of `FLOAT32_PARAMETERS` stay float32.
-        quantize: a mode to pack the blocks' matrices in; "none" to unpack what is stored packed; "nearest" to pack what
-            is stored in GGUF's blocks in the form that comes nearest; None to keep packed what is packed, or can be
-            without a change.
-        loras: changes to apply on the way.
-        merge: whether to merge them into the weights. Otherwise, and with matrices that are packed, which merging
-            would round again, they are kept beside the matrices as low-rank factors.
+        weights: the stored tensors.
+        dtype: of the computation; those of `FLOAT32_PARAMETERS` stay float32.
+        quantize: mode for the blocks' matrices; "none" unpacks those stored quantised; "nearest" quantises GGUF's
+            blocks to the nearest format; None keeps matrices quantised that are stored so, or can be without a
+            change.
+        loras: changes to apply while loading.
+        merge: whether to merge them into the weights. Otherwise, and for quantised matrices, which merging would
+            round again, they stay unmerged as low-rank factors.
         row_order: fixed permutations of rows, applied last.
 
     Raises:
-        ValueError: no such mode, it does not suit the sizes, or the weights are packed in another one already.
+        ValueError: unknown mode, it does not suit the sizes, or the weights are already quantised in another one.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Parameters:
         self.row_order = row_order or (lambda name: None)
         self.quantization = _quantization(weights, quantize)
         packings = self.quantization.packings
-        # Those that are packed as they are stored; the others are packed from their numbers, or not at all.
+        # Those quantised as stored; the others are quantised from their values, or not at all.
         self.as_stored = {
             name
             for name, packing in packings.items()
@@ -92,7 +92,7 @@ class Parameters:
         self.use(loras or Loras(), merge)
 
     def use(self, loras: Loras, merge: bool) -> None:
-        """Change by these LoRAs what is read from now on, in place of those before."""
+        """From now on apply these LoRAs, in place of earlier ones."""
         self.loras = loras
         self.beside = {
             name
@@ -107,9 +107,9 @@ class Parameters:
         return self.weights.component
 
     def fit(self, module: nn.Module, prefix: str = "", without: Collection[str] = ()) -> nn.Module:
-        """Put packed layers into ``module`` where its weights are packed, and room for LoRAs where they stay beside.
+        """Give ``module`` quantised layers for quantised weights, and parameters for unmerged LoRAs.
 
-        ``prefix`` is what its names begin with; ``without``: names that ``module`` does not define.
+        ``prefix``: of its names; ``without``: names that ``module`` does not define.
         """
         for name, packing in self.quantization.packings.items():
             if name.startswith(prefix) and name not in without:
@@ -127,10 +127,9 @@ class Parameters:
         return module
 
     def start(self, names: Iterable[str], now: bool = False) -> dict[str, dict[str, mx.array]]:
-        """Lazy arrays of what is stored, on the current stream, as far as the CPU should go; `finish` takes them.
+        """Lazy arrays of the stored tensors, on the current stream, with the CPU's share of the work; for `finish`.
 
-        Nothing but reading, casting and reordering happens here, so nothing that a GPU should do. ``now``: it is read
-        before this returns, with several threads.
+        Only reads, casts and reorders: no work for a GPU. ``now``: reads before returning, with several threads.
         """
         fetch = self.weights.file.read_now if now else self.weights.file.read
         return {name: self._changed(name, self._read(name, fetch)) for name in names}
@@ -138,7 +137,7 @@ class Parameters:
     def start_staged(
         self, names: Iterable[str], staged: Mapping[str, mx.array], copied: bool
     ) -> dict[str, dict[str, mx.array]]:
-        """`start` of tensors that were read already, by their keys in the file; ``copied``: copy the unchanged too."""
+        """`start` for tensors already read, by their keys in the file; ``copied``: also copies unchanged tensors."""
         found = {}
         for name in names:
             arrays = self._read(name, staged.__getitem__)
@@ -148,12 +147,12 @@ class Parameters:
         return found
 
     def prefetch(self, names: Iterable[str], staging: StagingBuffers | None = None, kept: bool = False) -> Prefetch:
-        """`start`, and make it resident in another thread; `finish` takes the result.
+        """`start`, evaluated in another thread; `finish` takes the result.
 
         Args:
             names: of the tensors.
-            staging: buffers to read into, where there are any (`cuda.staging_buffers`).
-            kept: whether the result is kept beyond what is read next.
+            staging: staging buffers, if there are any (`cuda.staging_buffers`).
+            kept: whether the result is kept after the next read.
         """
         names = tuple(names)
         if staging is not None:
@@ -171,9 +170,9 @@ class Parameters:
     def _staged(
         self, names: tuple[str, ...], staging: StagingBuffers
     ) -> tuple[dict[str, ByteRange] | None, bool]:
-        """`ComponentWeights.byte_ranges`, and whether a block computes with copies alone of what is read there.
+        """`ComponentWeights.byte_ranges`, and whether a block computes only with copies of the buffer's tensors.
 
-        That is so where most is cast or packed. Found out once: blocks are read at every pass.
+        True if most are cast or quantised. Computed once, because every pass reads the blocks.
         """
         if names not in self._ranges:
             sizes = {name: self.weights.stored_bytes(name) for name in names}
@@ -182,10 +181,10 @@ class Parameters:
         return self._ranges[names]
 
     def finish(self, started: dict[str, dict[str, mx.array]], resident: bool = True) -> list[tuple[str, mx.array]]:
-        """Merge and pack the arrays that `start` returned: name → array pairs, resident, or those that were worked on.
+        """Merge and quantise the arrays from `start`: name → array pairs, all resident, or only those with work.
 
-        Merging and packing run on the default device, one parameter at a time, after what they take was read: on
-        Apple silicon GPU work would otherwise wait on the file, and macOS ends GPU work that waits.
+        Merging and quantising run on the default device, one parameter at a time, after its inputs were read: on Apple
+        silicon GPU work would otherwise wait on the file, and macOS ends GPU work that waits.
         """
         if resident:
             mx.eval(list(started.values()))
@@ -206,7 +205,7 @@ class Parameters:
         return finished
 
     def _check_scales(self, started: Mapping[str, Mapping[str, mx.array]]) -> None:
-        """Raise WeightsError if something that is packed as stored has a scale that is not finite."""
+        """Raise WeightsError if a tensor quantised as stored has a scale that is not finite."""
         with mx.stream(cuda.device_of_new_weights()):
             good = {}
             for name, arrays in started.items():
@@ -219,11 +218,11 @@ class Parameters:
             raise WeightsError(f"{self.weights.path}: {bad[0]} has scales that are not finite; download it again")
 
     def _has_work(self, name: str) -> bool:
-        """Whether more is to be done than the CPU does while reading."""
+        """Whether work remains after the CPU's share while reading."""
         return name in self.merged or (name in self.quantization.packings and name not in self.as_stored)
 
     def _is_changed(self, name: str) -> bool:
-        """Whether something is done on the way that takes memory beside the result's, for a while."""
+        """Whether loading temporarily needs memory beside the result."""
         if self._has_work(name):
             return False
         if self.row_order(name) is not None:
@@ -238,7 +237,7 @@ class Parameters:
         return {name: self.weights.read(name, fetch)}
 
     def _changed(self, name: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The arrays that `_read` gave, cast and reordered, unless they are to be merged or packed first."""
+        """The arrays from `_read`, cast and reordered, unless they are merged or quantised first."""
         if self._has_work(name):
             return arrays
         if name not in self.as_stored:
@@ -262,7 +261,7 @@ class Parameters:
 
 
 def _quantization(weights: ComponentWeights, quantize: str | None) -> Quantization:
-    """The matrices to pack, and how."""
+    """The matrices to quantise, and how."""
     check_mode(quantize)
     if quantize == EXPAND:
         return Quantization(EXPAND)
@@ -289,7 +288,7 @@ def load_module(
 ) -> M:
     """Fill ``module`` and return it.
 
-    ``unread``: name → shape of what the file must hold too, though ``module`` has no use for it; it is not read.
+    ``unread``: name → shape of tensors that the file must have too, but ``module`` does not use; not read.
     """
     unread = unread or {}
     check_keys(parameters.weights, {**parameter_shapes(module), **unread})
@@ -331,7 +330,7 @@ def load_staged(
         try:
             arrays.extend(parameters.finish(prefetch.result()))
         finally:
-            prefetch.stop()  # or it would go on after Ctrl-C
+            prefetch.stop()  # otherwise it would go on after Ctrl-C
 
     for name in names:
         more = parameters.weights.stored_bytes(name)
@@ -347,7 +346,7 @@ def load_staged(
 
 @dataclass
 class LoraState:
-    """State of a loaded network for `set_loras`: whether LoRAs are merged in, the order of rows, originals."""
+    """State of a loaded network for `set_loras`: whether LoRAs are merged, the order of rows, originals."""
 
     merged: bool
     row_order: RowOrder
@@ -357,18 +356,18 @@ class LoraState:
 def stream_blocks(
     places: Sequence[str], make_block: Callable[[str], nn.Module], parameters: Parameters
 ) -> Iterator[nn.Module]:
-    """Yield loaded blocks in the order of ``places``; while one computes, the next is being read.
+    """Yield loaded blocks in the order of ``places``; while one computes, the next is read.
 
-    At most two blocks are resident: a thread of its own reads (`prefetch`), a block is resident before it is yielded,
-    and is emptied when the next is asked for. The caller evaluates what it computed with a block before that.
+    At most two blocks are resident: a thread reads (`prefetch`); a block is resident when it is yielded, and emptied
+    when the next is requested. Before that, the caller must evaluate its results.
 
     Args:
-        places: the prefix of the names of each block's parameters, such as "blocks.0".
+        places: prefix of the names of each block's parameters, such as "blocks.0".
         make_block: place → a block, not loaded and not quantised.
-        parameters: where its parameters come from; checked against the whole network's before (`check_keys`).
+        parameters: of the whole network, already checked (`check_keys`).
 
     Raises:
-        WeightsError, RuntimeError: the file is damaged; raised when the block that it concerns is asked for.
+        WeightsError, RuntimeError: the file is damaged; raised when the affected block is requested.
     """
     following: tuple[nn.Module, str, Prefetch] | None = None
     staging = cuda.staging_buffers()
@@ -388,17 +387,17 @@ def stream_blocks(
             del arrays
             following = start_reading(places[index + 1]) if index + 1 < len(places) else None
             yield block.eval()
-            block.clear()  # whoever still holds it holds no weights
+            block.clear()  # callers that still hold the block hold no weights
     finally:
         if following:
             following[-1].stop()
 
 
 class StreamedBlocks:
-    """A transformer's blocks, read from the file each time a pass comes to them (`Execution.blocks`).
+    """A transformer's blocks, read from the file in each pass (`Execution.blocks`).
 
-    Called with places, it yields their blocks as `stream_blocks` does. One pass at a time: on the CPU guidance makes
-    both passes at once, but two would hold four blocks, and the second waits here until the first is through.
+    Called with places, it yields their blocks like `stream_blocks`. One pass at a time: on the CPU guidance makes
+    both passes at once, which would hold four blocks, so the second waits here until the first is done.
     """
 
     def __init__(self, make_block: Callable[[str], nn.Module], parameters: Parameters):
@@ -413,7 +412,7 @@ class StreamedBlocks:
 def load_streamed(
     model: Transformer, parameters: Parameters, progress: Callable[[Iterable[str]], Iterable[str]]
 ) -> Execution:
-    """Fill all of ``model`` but its blocks, which are streamed from now on."""
+    """Fill all of ``model`` but its blocks, which are streamed."""
     shapes = parameter_shapes(model)
     check_keys(parameters.weights, shapes)
     in_blocks = {name: shape for name, shape in shapes.items() if name.split(".")[0] in BLOCK_LISTS}
@@ -421,5 +420,5 @@ def load_streamed(
         if name in model:
             model[name] = []
     load_module(model, parameters, progress, unread=in_blocks)
-    # Not a method of the model: it would keep the model alive after its last use.
+    # Not a method of the model, which would keep the model alive after its last use.
     return Execution(model, StreamedBlocks(partial(type(model).new_block, model.config), parameters))

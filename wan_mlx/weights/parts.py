@@ -1,4 +1,4 @@
-"""The parts of a model: which file holds each network, what is said of it, and how it is to be loaded."""
+"""Parts of a model: the file of each network, its configuration, and options for loading it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Part:
     """One network of a model, or its tokenizer.
 
     Attributes:
-        name: tells it from the model's other parts. The only one of a kind is called like the kind.
+        name: unique in the model. The only part of a kind has the kind's name.
         kind: "transformer", "text_encoder", "vae", "image_encoder" or "tokenizer".
-        file: where it is; the index of shards.
-        config: entries of config.json that its weights' shapes cannot tell.
-        recorded: the quantisation that config.json says its file has; None if it says nothing.
-        quantize: the quantisation to load it in, where that is not the one chosen for the whole model.
-        loras: path and strength of each LoRA to use with it, beside those of the whole model.
-        timesteps: (a, b), where a transformer is an expert for the timesteps a <= t < b.
+        file: its path; for shards, of the index.
+        config: entries of config.json that its weights' shapes cannot show.
+        recorded: the file's quantisation according to config.json; None if it has no entry.
+        quantize: the quantisation to load it in, if different from the whole model's.
+        loras: path and strength of each LoRA for this part, in addition to the whole model's.
+        timesteps: (a, b): a transformer that is the expert for the timesteps a <= t < b.
     """
 
     name: str
@@ -35,10 +35,10 @@ class Part:
 
     @property
     def label(self) -> str:
-        """Its name as people read it."""
+        """Its name for people."""
         return self.name.replace("_", " ")
 
     def serves(self, timestep: float) -> bool:
-        """Whether it is this expert's timestep."""
+        """Whether this expert serves a timestep."""
         first, end = self.timesteps
         return first <= timestep < end

@@ -1,10 +1,9 @@
 """Prefetching: a thread loads the next block's weights while the current one computes.
 
-On Apple silicon and on a CPU it evaluates lazy arrays on a CPU stream of its own: MLX reads a file where an array is
-evaluated, into memory that computing shares, and no GPU work may wait on a file. A file that gives no lazy arrays is
-read tensor by tensor, each cast and reordered when it is there. Where there are staging buffers (`wan_mlx.cuda`), files
-are read into those, and casting and reordering are left to whoever computes: in between, each would have to wait until
-the running kernels make room for it.
+On Apple silicon and on a CPU it evaluates lazy arrays on its own CPU stream: MLX reads a file when an array is
+evaluated, into shared memory, and no GPU work may wait on a file. Files without lazy arrays are read tensor by tensor,
+each cast and reordered when it is read. With staging buffers (`wan_mlx.cuda`), files are read into those, and the
+consumer casts and reorders: in the thread, each of these would wait until the running kernels leave room.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from .. import cuda
 from ..cuda.read import StagingBuffer
 from ..files.base import ByteRange
 
-# Bytes of the file that are in flight at a time, of tensors that are changed on the way; one may be larger.
+# Bytes of the file in flight at once, for tensors that are cast or reordered; a single one may be larger.
 IN_FLIGHT = 64 * 2**20
 
 Started = dict[str, dict[str, mx.array]]
 
 
 class Reader:
-    """A thread, and a CPU stream on which it evaluates; who holds ``turn`` may make lazy arrays for it elsewhere.
+    """A thread, and its CPU stream; code that holds ``turn`` may make lazy arrays for it in other threads.
 
-    Making them in the thread would not do: `mx.stream` sets the default device of the whole process.
+    The thread itself cannot make them: `mx.stream` sets the default device of the whole process.
     """
 
     def __init__(self):
@@ -41,18 +40,18 @@ class Reader:
 
 @lru_cache
 def _reader() -> Reader:
-    """Made once: a stream is a thread of the system's that MLX never ends."""
+    """Created once: a stream is a system thread that MLX never ends."""
     return Reader()
 
 
 class Prefetch:
-    """Tensors that the thread is loading.
+    """Tensors that a thread is loading.
 
     Args:
-        load: called in the thread; the event it is given says to give up.
-        finish: called with its result by whoever asks for the tensors; returns them.
-        resident: whether nothing is left to evaluate in the result. Otherwise it must be evaluated before the buffer it
-            lies in is filled again.
+        load: called in the thread; its argument is an event that asks it to stop.
+        finish: called with its result when the tensors are requested; returns them.
+        resident: whether the result needs no evaluation. Otherwise it must be evaluated before its buffer is filled
+            again.
     """
 
     def __init__(
@@ -65,11 +64,11 @@ class Prefetch:
         self._future = _reader().thread.submit(load, self._stopped)
 
     def result(self) -> Started:
-        """All of it, in the order of the names; raises what went wrong in the thread."""
+        """All tensors, in the order of the names; raises the thread's error."""
         return self._finish(self._future.result())
 
     def stop(self) -> None:
-        """Give up; returns when nothing is read any more."""
+        """Stop; returns when no read is running."""
         self._stopped.set()
         wait([self._future])
 
@@ -77,15 +76,15 @@ class Prefetch:
 def prefetch_lazy(
     start: Callable[[Sequence[str]], Started], nbytes: dict[str, int], changed: set[str]
 ) -> Prefetch:
-    """Have lazy arrays evaluated.
+    """Evaluate lazy arrays in the thread.
 
     Args:
         start: names → lazy arrays of each, on the current stream.
         nbytes: name → bytes in the file.
-        changed: names of the tensors that are cast or reordered on the way, and so take memory twice.
+        changed: names of tensors that are cast or reordered, and so take memory twice.
     """
     reader = _reader()
-    with reader.turn, mx.stream(reader.stream):  # some files are read at once
+    with reader.turn, mx.stream(reader.stream):  # some files are read immediately
         started = start(list(nbytes))
 
     return Prefetch(partial(_evaluate, reader, started, nbytes, changed))
@@ -102,10 +101,10 @@ def _evaluate(
 
 
 def prefetch_in_turn(start: Callable[[Sequence[str], bool], Started], names: Sequence[str]) -> Prefetch:
-    """Have tensors of a file that gives no lazy arrays read and changed, one after the other.
+    """Read and change tensors of a file without lazy arrays, one after the other, in the thread.
 
     Args:
-        start: names, and that they are to be read at once → arrays of each, on the current stream.
+        start: names, and True for reading immediately → arrays of each, on the current stream.
         names: of the tensors.
     """
 
@@ -123,13 +122,13 @@ def prefetch_in_turn(start: Callable[[Sequence[str], bool], Started], names: Seq
 def prefetch_staged(
     buffer: StagingBuffer, ranges: Mapping[str, ByteRange], start: Callable[[dict], Started], resident: bool
 ) -> Prefetch:
-    """Have tensors read into a staging buffer; ``start`` makes arrays by their keys in the file `Started`."""
+    """Read tensors into a staging buffer in the thread; ``start``: arrays by their keys in the file → `Started`."""
     fill = partial(buffer.fill, buffer.address(), ranges)
     return Prefetch(fill, lambda _: start(buffer.arrays(ranges)), resident)
 
 
 def batches(nbytes: dict[str, int], changed: set[str]) -> Iterator[list[str]]:
-    """The names in groups of at most `IN_FLIGHT` bytes of changed tensors, or of a single one."""
+    """The names in groups of at most `IN_FLIGHT` bytes of changed tensors, or a single one."""
     batch: list[str] = []
     size = 0
     for name in nbytes:
@@ -144,14 +143,14 @@ def batches(nbytes: dict[str, int], changed: set[str]) -> Iterator[list[str]]:
 
 
 def most_in_flight(changed: list[int], packed: int, stored: int, kept: int, made: int) -> int:
-    """The most bytes that reading a block takes beside it.
+    """Most extra bytes while reading a block.
 
     Args:
-        changed: bytes in the file of each tensor that is cast or reordered on the way.
-        packed: bytes in the file of all that are merged or packed when the block is there.
+        changed: bytes in the file of each tensor that is cast or reordered.
+        packed: bytes in the file of all tensors that are merged or quantised when the block is read.
         stored: bytes of the block in the file.
         kept: bytes of the loaded block.
-        made: bytes of what is made from ``changed`` and ``packed``.
+        made: bytes of the results from ``changed`` and ``packed``.
     """
     staged = cuda.staged_bytes(stored, kept, sum(changed) + packed, made)
     if staged is not None:

@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 from ..errors import WeightsError
 from ..models.quantized_linear import MODE_NAMES, Packing
 
-# The matrices of the blocks, which are nearly all of the bytes. What stands outside the blocks, norms and modulation
-# stay as they are: few bytes, and every token of every step passes through them.
+# The matrices of the blocks, nearly all of the bytes. Weights outside the blocks, norms and modulation are not
+# quantised: they are few bytes, and every token of every step passes through them.
 QUANTIZED = {
     "transformer": r"(?:vace_)?blocks\.\d+\.(?:(?:self|cross)_attn\.\w+|ffn\.[02]|(?:before|after)_proj)\.weight",
     "text_encoder": r"blocks\.\d+\.(?:attn\.[qkvo]|ffn\.(?:gate\.0|fc1|fc2))\.weight",
 }
 NOT_MATRICES = r".*\.norm\w*\.weight"
-# A mode of several. On nano (benchmarks/quantisation_sensitivity.py) a forward suffers most from what the last blocks
-# lose, and least from the queries and keys of cross-attention. So those blocks get q8, these layers q5, the rest q6.
+# A mixed mode. On nano (benchmarks/quantisation_sensitivity.py) a forward suffers most from errors in the last blocks,
+# and least from those in the queries and keys of cross-attention. So those blocks get q8, these layers q5, the rest q6.
 # The text encoder, which is read once and never resident, gets q8.
 AUTO = "auto"
 LEAST_SENSITIVE = r".*\.cross_attn\.(?:q|k|k_img)\.weight"
-# Besides the modes: to unpack whatever is packed, and to pack what GGUF's blocks hold in the form that comes nearest.
+# Two more options: unpack quantised weights, and quantise GGUF's blocks to the nearest format.
 EXPAND, NEAREST = "none", "nearest"
 
 
@@ -31,21 +31,21 @@ class Quantization:
     """How one network is quantised.
 
     Attributes:
-        mode: as users type it.
-        packings: weight's name → packing; weights that are not in it stay as they are.
+        mode: the user's name.
+        packings: weight's name → packing; other weights are not quantised.
     """
 
     mode: str
     packings: Mapping[str, Packing] = field(default_factory=dict)
 
     def to_metadata(self) -> dict[str, str]:
-        """As it stands in a safetensors file; `from_metadata` reads it back."""
+        """The entry in a safetensors file's metadata; `from_metadata` reads it."""
         packings = {name: packing.name for name, packing in self.packings.items()}
         return {"quantization": json.dumps({"mode": self.mode, "packings": packings})}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], path) -> Quantization | None:
-        """From a file's own metadata; None if it holds nothing packed.
+        """From a file's own metadata; None if nothing is quantised.
 
         Raises:
             WeightsError: the entry is damaged.
@@ -60,7 +60,7 @@ class Quantization:
 
 
 def check_mode(mode: str | None) -> None:
-    """Raise ValueError if ``mode`` is no quantisation that users can ask for."""
+    """Raise ValueError if ``mode`` is not a quantisation for users."""
     if mode is not None and mode not in (AUTO, EXPAND, NEAREST, *MODE_NAMES):
         try:
             Packing.parse(mode)
@@ -72,16 +72,16 @@ def check_mode(mode: str | None) -> None:
 
 
 def keep_packings(packings: Mapping[str, Packing]) -> Quantization:
-    """As the weights are stored, or nearly so: the mode is named after what is packed."""
+    """The weights' stored packings, or nearly so; the mode is named after them."""
     names = sorted({packing.name for packing in packings.values()})
     return Quantization("+".join(names) or EXPAND, packings)
 
 
 def plan_quantization(component: str, mode: str, shapes: Mapping[str, tuple[int, ...]]) -> Quantization:
-    """The packing of every weight of a ``component`` whose parameters have these ``shapes``.
+    """The packing of every weight of a ``component`` with these ``shapes`` of parameters.
 
     Raises:
-        ValueError: unknown mode, or a matrix whose inputs are no multiple of its group.
+        ValueError: unknown mode, or a matrix whose inputs are not a multiple of its group.
     """
     check_mode(mode)
     names = quantizable(component, shapes)
@@ -112,6 +112,6 @@ def _auto(component: str, names: Iterable[str]) -> dict[str, str]:
 
 
 def quantizable(component: str, names: Iterable[str]) -> list[str]:
-    """The names of the matrices that quantisation packs."""
+    """The names of the quantisable matrices."""
     pattern = QUANTIZED.get(component, r"(?!)")
     return [name for name in names if re.fullmatch(pattern, name) and not re.fullmatch(NOT_MATRICES, name)]

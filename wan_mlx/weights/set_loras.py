@@ -1,4 +1,4 @@
-"""LoRAs beside the weights of a loaded transformer: set, changed and taken out without loading it again."""
+"""Unmerged LoRAs of a loaded transformer: set, changed and removed without loading it again."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .parameters import LoraState, StreamedBlocks, dtype_of, is_matrix, locate
 
 
 def set_loras(loaded: Transformer | Execution, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
-    """Keep ``loras`` beside a loaded transformer's weights, in place of those set before; none restores it exactly.
+    """Use ``loras`` unmerged in a loaded transformer, in place of earlier ones; without any it is restored exactly.
 
-    A linear layer adds what low-rank factors give to what its own weights give, so its weights, packed or not, are
-    never touched. Of the few other parameters (biases, norms, modulation) the originals are kept.
+    A linear layer adds the low-rank factors' result to its own, so its weights, quantised or not, never change. The
+    originals of the few other parameters (biases, norms, modulation) are kept.
 
     Args:
-        loaded: a transformer, or one whose blocks are streamed.
+        loaded: a transformer, resident or streamed.
         loras: each a path, "path:strength", or (path, strength).
 
     Raises:
-        ValueError: an entry is no LoRA, or the model was loaded with LoRAs merged into its weights.
-        WeightsError: a file does not suit the model; then nothing has changed.
+        ValueError: an entry is not a LoRA, or the model was loaded with LoRAs merged into its weights.
+        WeightsError: a file does not suit the model; nothing has changed then.
     """
     model, blocks = (loaded.model, loaded.blocks) if isinstance(loaded, Execution) else (loaded, None)
     state: LoraState = model.lora_state
@@ -70,7 +70,7 @@ def set_loras(loaded: Transformer | Execution, loras: Iterable[LoraChoice] | Lor
 
 
 def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every stored parameter of a loaded model: a packed matrix counts as the matrix it holds."""
+    """Name → shape of every stored parameter of a loaded model; a quantised matrix counts as one matrix."""
     shapes = {}
     for name, module in model.named_modules():
         for key, array in module.items():

@@ -1,4 +1,4 @@
-"""TAEHV's published weight files: ``taew2_1.pth``, ``taew2_1.safetensors`` and others of the same layers."""
+"""TAEHV's published weight files: ``taew2_1.pth``, ``taew2_1.safetensors`` and others with the same layers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LATENTS, OUTPUT = "decoder.1.weight", "decoder.22.weight"
 
 
 def load_taehv(path: str | Path, dtype: str | mx.Dtype = "float32") -> TAEHV:
-    """Load TAEHV from its file, safetensors or .pth; widths are read from the weights' shapes.
+    """Load TAEHV from its file, safetensors or .pth; widths come from the weights' shapes.
 
-    The file of HunyuanVideo's latents (``taehv``) has the very same keys and shapes, and cannot be told from
-    ``taew2_1``: with it all colours are wrong.
+    The file for HunyuanVideo's latents (``taehv``) has the same keys and shapes, and cannot be told from ``taew2_1``:
+    all its colours are wrong.
 
     Raises:
         ValueError: unknown ``dtype``.
-        WeightsError: the file is not a whole TAEHV of Wan 2.1's latents; says which it is, where that can be told.
+        WeightsError: the file is not a whole TAEHV for Wan 2.1's latents; says which one it is, if known.
     """
     dtype, file = parse_dtype(dtype), open_weights(path)
     model = TAEHV(_config(file))
@@ -62,7 +62,7 @@ def _config(file: WeightsFile) -> TAEHVConfig:
 
 
 def _last_frames(name: str, shape: tuple[int, ...], expected: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """A layer stored to make more frames of one than the model does gives the last of them, as in the reference."""
+    """A layer stored with more output frames than the model's has the last of them, as in the reference."""
     wanted = expected.get(name)
     if wanted is None or not name.startswith("decoder.") or len(shape) != 4 or shape[2:] != (1, 1):
         return shape
