@@ -161,7 +161,7 @@ def _within(span: tuple[float, float], index: int, total: int) -> bool:
 
 
 def at_once(velocity: Callable[[int], T], *branches: int) -> tuple[T, T]:
-    """Both passes on the CPU, where MLX computes on one core per thread; to the same values as one after the other."""
+    """Both passes at once, on the CPU, where MLX uses one core per thread; same values as one after the other."""
     second: Future[T] = Future()
     _second_thread().put((second, velocity, branches[1]))
     try:

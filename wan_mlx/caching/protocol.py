@@ -64,11 +64,11 @@ class StepCache:
         return forward()
 
     def end_step(self) -> None:
-        """All passes of the step are made."""
+        """Finish the step, after all its passes."""
         del self.latents
 
     def state(self) -> dict[str, mx.array]:
-        """Everything that later steps look back on: arrays by name. Empty if nothing is cached."""
+        """All arrays that later steps need, by name. Empty if nothing is cached."""
         found: dict[str, mx.array] = {}
         for name, branch in zip(NAMES, self.branches, strict=True):
             found |= {f"{name}.array.{key}": array for key, array in branch.arrays.items()}

@@ -21,7 +21,7 @@ def staging_buffers() -> StagingBuffers | None:
 
 
 def device_of_new_weights() -> mx.Device:
-    """Where weights can be looked into as soon as they are read, without waiting for what the GPU computes."""
+    """A device where weights can be inspected right after reading, without waiting for the GPU's work."""
     return mx.Device(mx.gpu if in_use() else mx.cpu)
 
 

@@ -131,12 +131,12 @@ def _head(path: Path) -> bytes:
 # A class that takes a path.
 Format = type[GGUFFile] | type[TorchFile] | type[SafetensorsFile] | type[ShardedFile]
 
-# Asked in this order: the first byte of a safetensors header's length may happen to be a brace, as an index's first is.
+# In this order: the length at the start of a safetensors header may begin with a brace, like an index.
 FORMATS: tuple[Format, ...] = (GGUFFile, TorchFile, SafetensorsFile, ShardedFile)
 
 
 def format_of(head: bytes) -> Format | None:
-    """The format of a file that begins with these bytes, 16 or more; None if it is no weight file."""
+    """The format of a file with these first bytes, 16 or more; None if it is no weight file."""
     return next((kind for kind in FORMATS if kind.begins(head)), None)
 
 

@@ -43,7 +43,7 @@ def read_tensor(
     file = _OneTensor(open_file, start, dtype, shape, nbytes)
     loaded = mx.load(cast(BinaryIO, file), format="safetensors")
     array = cast(dict[str, mx.array], loaded)["tensor"]
-    # An error must not pass through MLX, which would end the process in some of its threads.
+    # Errors must not pass through MLX, where some threads would end the process.
     if file.error is not None:
         raise file.error
     return array

@@ -320,9 +320,9 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def _evaluate(data: bytes, storage_of, tensor_of) -> Any:
-    """The value a pickle describes, built from inert parts only."""
+    """The value of a pickle, built only from inert parts."""
     stack: list[Any] = []
-    below: list[list[Any]] = []  # a mark puts the stack aside, so that nothing below it can be reached
+    below: list[list[Any]] = []  # a mark saves the stack, so that nothing below it can be reached
     memo: dict[Any, Any] = {}
 
     def take(count: int) -> list[Any]:
@@ -449,7 +449,7 @@ def _size(_, shape):
     return shape
 
 
-# The allowed functions: name → stand-in, and how many arguments torch passes.
+# The allowed functions: name → stand-in, and number of arguments that torch passes.
 _CALLS: dict[tuple[str, str], tuple[Callable[..., Any], tuple[int, ...]]] = {
     ("collections", "OrderedDict"): (lambda _: {}, (0,)),
     ("torch._utils", "_rebuild_tensor_v2"): (_rebuild_v2, (6, 7)),

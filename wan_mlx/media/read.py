@@ -58,7 +58,7 @@ class Clip:
 
 
 def read_image(source: Source | None) -> np.ndarray:
-    """A picture → uint8 (H, W, 3), upright.
+    """An image → uint8 (H, W, 3), upright.
 
     Args:
         source: a path; a PIL image; or an array uint8 or bool (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
@@ -76,7 +76,7 @@ def read_image(source: Source | None) -> np.ndarray:
 
 
 def open_video(source: Source | None, fps: int = 16) -> Clip:
-    """A video, an animation or a still picture → `Clip`.
+    """A video, an animation or a still image → `Clip`.
 
     Args:
         source: a path; a PIL image; or an array uint8 or bool: (T, H, W), (T, H, W, 1 or 3 or 4), or one frame

@@ -49,7 +49,7 @@ UNFUSED_SCORES = 1 << 26
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
 
 Projected = tuple[mx.array, mx.array, mx.array]  # queries, keys, values (B, L, heads, head_dim)
-# (names of blocks, in order) → the blocks, each valid until the next is asked for.
+# (names of blocks, in order) → the blocks, each valid until the next is requested.
 StreamedBlocks = Callable[[Sequence[str]], Iterator[Block]]
 
 
@@ -216,7 +216,7 @@ TOKENS_ALIVE, TOKENS_ALIVE_SETTLED, TOKENS_ALIVE_OPERATIONS = 6.9, 5.9, 0.8
 
 
 def queries_keys_values(layer: SelfAttention, x: mx.array, rope: RopeTable, pace: Pacer) -> Projected:
-    """`SelfAttention.queries_keys_values`, one after the other.
+    """Same as `SelfAttention.queries_keys_values`, one after the other.
 
     On CUDA a few keys and values may be added that weigh next to nothing (`cuda.attention.fill_last_tile`).
     """

@@ -25,8 +25,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def preprocess(images: np.ndarray | mx.array, size: int) -> np.ndarray:
-    """Images in [-1, 1] as CLIP sees them: (N, H, W, 3) → float32 (N, size, size, 3), not cropped, normalised."""
-    # Not clamped: the official code lets the cubic's overshoot through.
+    """CLIP's input: images (N, H, W, 3) in [-1, 1] → float32 (N, size, size, 3), not cropped, normalised."""
+    # Not clamped: the official code keeps the cubic's overshoot.
     pixels = resize_bicubic(np.asarray(images), size, size) * 0.5 + 0.5
     return (pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
 

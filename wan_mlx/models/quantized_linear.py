@@ -58,7 +58,7 @@ class Packing:
         return f"q{self.bits}" + ("" if self.group_size == DEFAULT_GROUP else f"-g{self.group_size}")
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, int], mx.Dtype]]:
-        """Shape and dtype of the arrays that hold a packed matrix of ``shape`` (outputs, inputs).
+        """Shape and dtype of the arrays of a quantised matrix of ``shape`` (outputs, inputs).
 
         Raises:
             ValueError: the inputs are not whole groups.

@@ -106,7 +106,7 @@ class VaceTransformer(Transformer):
         return hints
 
     def control_tokens(self, this_pass: ForwardPass) -> mx.array:
-        """The control video's patches at the width of the transformer (B, L, D)."""
+        """The control video's patches with the transformer's width (B, L, D)."""
         assert this_pass.vace_context is not None, "`enter` puts it there"
         return self.patchify(this_pass.vace_context, self.vace_patch_embedding)[0]
 

@@ -183,7 +183,7 @@ def _vae(config, latent_shape, tile, itemsize, decoding) -> int:
     factor, widest = config.spatial_factor, config.dim * config.dim_mult[-1]
     weights = vae_weights(config, itemsize)
     spans_of = decoder_spans if decoding else encoder_spans
-    sides_given, sides_right = [], []  # of the largest tile at each stage, in pixels: before, and what is passed on
+    sides_given, sides_right = [], []  # pixels of the largest tile at each stage: input and output
     for length, side in zip((h, w), tile[::-1] if tile else (h * factor, w * factor), strict=True):
         parts = split(length, max(1, side // factor))
         spans = [spans_of(part, convolutions(config, decoding), length) for part in parts]

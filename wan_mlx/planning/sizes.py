@@ -119,8 +119,8 @@ class PartSizes:
     Attributes:
         name, kind: as of a `Part`.
         config: its sizes, such as a `TransformerConfig`.
-        packings: of its matrices that are packed, by name.
-        weights: their bytes, of networks that consist of blocks; zeros for the others.
+        packings: of its quantised matrices, by name.
+        weights: their bytes, for networks made of blocks; zeros for the others.
     """
 
     name: str

@@ -38,7 +38,7 @@ from .plan import Plan, limited_cache
 from .sizes import Networks
 
 M = TypeVar("M", bound=nn.Module)
-# Seconds of each thing that is timed: enough to tell, and no GPU work so long that macOS would end it.
+# Seconds of each measurement: enough for a stable result, and no GPU work so long that macOS would end it.
 ENOUGH, MOST_TIMES = 0.4, 100
 # Seconds; longer work is not repeated.
 LONG = 2.0
@@ -339,7 +339,7 @@ def random_array(shape: tuple[int, ...], scale: float, dtype: mx.Dtype) -> mx.ar
 def random_weights(
     module: M, dtype: Callable[[str], mx.Dtype] = lambda name: mx.float32, packed: Collection[str] = ()
 ) -> M:
-    """Give ``module`` matrices that keep what passes through near one; norms and biases stay as they are.
+    """Give ``module`` random matrices that keep activations near one; norms and biases stay.
 
     Args:
         module: changed in place.
@@ -374,7 +374,7 @@ def random_transformer(config: TransformerConfig, nets: Networks) -> Transformer
 
 
 def _inputs(config: TransformerConfig, tokens: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array, dict[str, Any]]:
-    """Latents of so many tokens, a text, and what else the transformer takes."""
+    """Latents of ``tokens`` tokens, a text, and the transformer's other inputs."""
     t, h, w = config.patch_size
     shape = (1, t, h, w * tokens)
     latents = random_array((*shape, config.out_dim), 1.0, mx.float32)

@@ -139,7 +139,7 @@ class PromptExtender:
 
 @contextmanager
 def same_random_state() -> Iterator[None]:
-    """What runs in this block leaves MLX's global random state as it was."""
+    """This block leaves MLX's global random state unchanged."""
     state = cast(list[mx.array], mx.random.state)
     before = mx.array(state[0])
     try:

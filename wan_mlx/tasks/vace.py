@@ -93,7 +93,7 @@ def condition(request: Request, encoders: Encoders) -> Conditioning:
         if request.src_mask is not None:
             log.warning("the mask is not used: without a source video all is generated, as in the official code")
         mask = np.full((request.num_frames, *size), 255, np.uint8)
-        # What stays and what changes are the same grey.
+        # Both areas are the same grey.
         videos: list[Iterable[np.ndarray]] = [repeat(np.zeros((*size, 3), np.float32), request.num_frames)]
     else:
         frames, mask = read_source(request)

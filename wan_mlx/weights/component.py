@@ -244,7 +244,7 @@ def check_keys(weights: ComponentWeights, expected: Mapping[str, tuple[int, ...]
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every parameter; nothing is computed."""
+    """Name → shape of every parameter; computes nothing."""
     return {name: tuple(array.shape) for name, array in dict(tree_flatten(module.parameters())).items()}
 
 

@@ -305,7 +305,7 @@ def load_module(
 
 
 def load_in_turn(parameters: Parameters, names: Iterable[str]) -> list[tuple[str, mx.array]]:
-    """One tensor at a time: while one is read, the one before is cast and reordered."""
+    """One tensor at a time: while one is read, the previous one is cast and reordered."""
     arrays: list[tuple[str, mx.array]] = []
     before: dict[str, dict[str, mx.array]] = {}
     for name in names:
@@ -320,7 +320,7 @@ def load_in_turn(parameters: Parameters, names: Iterable[str]) -> list[tuple[str
 def load_staged(
     parameters: Parameters, names: Iterable[str], staging: StagingBuffers
 ) -> list[tuple[str, mx.array]]:
-    """`IN_FLIGHT` bytes at a time, or one tensor, into a staging buffer, cast and reordered from there."""
+    """`IN_FLIGHT` bytes at a time, or one tensor, into a staging buffer; cast and reordered from there."""
     arrays: list[tuple[str, mx.array]] = []
     some: list[str] = []
     size = 0
