@@ -13,7 +13,7 @@ import numpy as np
 COND, UNCOND = 0, 1
 NAMES = ("cond", "uncond")
 
-# forward(through=...) → velocity; see `wan_mlx.models.transformer.Through`.
+# forward(through=...) → velocity; see `wan_mlx.models.transformer.BlocksHook`.
 Forward = Callable[..., mx.array]
 
 

@@ -1,4 +1,4 @@
-"""The door to everything specific to NVIDIA GPUs. Elsewhere memory is shared, and each function does nothing.
+"""The door to everything specific to NVIDIA GPUs. Elsewhere memory is shared, and each function has a trivial result.
 
 On CUDA, weight files are read into staging buffers in the GPU's own memory; `read` says why and how.
 """

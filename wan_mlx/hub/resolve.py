@@ -1,6 +1,6 @@
 """Resolves a model's name to a bundled model, a file or folder on this machine, or a download from a hub.
 
-`hub_names` lists the forms of a name.
+`hub.names` lists the forms of a name.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def resolve(
     ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` apply.
 
     Args:
-        model: a path or a name, see `hub_names`.
+        model: a path or a name, see `hub.names`.
         source: "huggingface" or "modelscope" (needs the package of that name).
         listener: gets the download's `Progress`, from its threads.
         parts: those of `PARTS` that are needed from a whole repository.

@@ -149,7 +149,7 @@ class Execution:
     def _run_blocks(
         self, tokens: list[mx.array], this_pass: ForwardPass, pace: Pacer, skip_layers: Collection[int]
     ) -> None:
-        """The one array of ``tokens`` (B, L, D) through the blocks, in place, so that no caller holds an old one."""
+        """Send the only array of ``tokens`` (B, L, D) through the blocks, in place: no caller keeps an old one."""
         control: Any = None
         start: Any = None
         scale: Any = None

@@ -274,7 +274,7 @@ def _try_rms_norm_and_rotate(
 
 def gelu_tanh(x: mx.array) -> mx.array:
     """tanh-approximated GELU."""
-    row = math.gcd(x.shape[-1], 512)  # rows mean nothing here; short ones spread over many groups
+    row = math.gcd(x.shape[-1], 512)  # elementwise, so any row length works; short rows use more groups
     return _run("gelu_tanh", READ + GELU, 0.0, {"x": x.reshape(-1, row)})[0].reshape(x.shape)
 
 

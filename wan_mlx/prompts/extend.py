@@ -1,6 +1,6 @@
 """Prompt extension: a local language model writes out a short prompt in the detailed style that Wan was trained on.
 
-Runs mlx-lm, which is imported only here; with images and the extra ``vlm``, mlx-vlm. `prompt_instructions` are the
+Runs mlx-lm, which is imported only here; with images and the extra ``vlm``, mlx-vlm. `prompts.instructions` has the
 system prompts. It has its own random keys: the same seed gives the same words, and no global state changes.
 """
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "mlx-community/Qwen2.5-7B-Instruct-4bit"
 DEFAULT_VISION_MODEL = "mlx-community/Qwen2.5-VL-7B-Instruct-4bit"
-# The official code's short names, of which it downloads the unquantised models.
+# The official code's short names, where they mean unquantised models.
 SHORT_NAMES = {
     "Qwen2.5_3B": "mlx-community/Qwen2.5-3B-Instruct-4bit",
     "Qwen2.5_7B": DEFAULT_MODEL,

@@ -103,8 +103,8 @@ class Scheduler:
 
     Attributes:
         sigmas: numpy float32 (steps - begin + 1,), the noise level before each step, then 0.
-        timesteps: numpy int64 (steps - begin,), float64 of a `Grid`.
-        denoised: float32, the estimate of the clean sample made at the latest step; not there before the first.
+        timesteps: numpy int64 (steps - begin,); float64 for a `Grid`.
+        denoised: float32, the latest step's estimate of the clean sample; unset before the first.
     """
 
     sigma_max = 1.0

@@ -259,7 +259,7 @@ def _begins_like_weights(file: Path) -> bool:
 
 
 def _tokenizer_of(text_encoder: Path) -> dict[str, Part]:
-    """The tokenizer inside a text encoder's file, or beside it."""
+    """The tokenizer inside a text encoder's file, or next to it."""
     found = text_encoder if has_tokenizer(open_weights(text_encoder)) else None
     found = found or find_tokenizer(text_encoder.parent) or find_tokenizer(text_encoder.parent.parent)
     return {"tokenizer": Part("tokenizer", "tokenizer", found)} if found else {}

@@ -435,7 +435,7 @@ class _PeftConfig:
         return cls(path, None if alpha is None else float(alpha), bool(entries.get("use_rslora")), pattern)
 
     def scale(self, key: str, rank: int) -> float:
-        """Of the factors whose down is ``key``."""
+        """The scale of the factors whose down is ``key``."""
         module = "." + re.split(ENDINGS["down"], key, maxsplit=1)[0]
         alpha = next((alpha for name, alpha in self.alpha_pattern.items() if module.endswith(f".{name}")), self.alpha)
         if alpha is None:

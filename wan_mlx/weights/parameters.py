@@ -30,7 +30,7 @@ from .prefetch import IN_FLIGHT, Prefetch, prefetch_in_turn, prefetch_lazy, pref
 from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
 
 M = TypeVar("M", bound=nn.Module)
-# Name of a parameter → the order its rows (axis 0) are wanted in, or None for the order they are stored in.
+# Name of a parameter → the order of its rows (axis 0), or None for the stored order.
 RowOrder = Callable[[str], "mx.array | None"]
 
 
