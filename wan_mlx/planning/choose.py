@@ -211,11 +211,12 @@ def plan_request(
 class Wanted:
     """The video that a plan is for.
 
-    num_frames, width, height: its size.
-    steps, passes: number of steps, and of forwards in each.
-    references: number of reference images; each is one more latent frame.
-    step_cache: whether there is a step cache.
-    videos: how many videos are encoded; None: the number that this kind of model needs.
+    Attributes:
+        width, height, num_frames: its size.
+        steps, passes: number of steps, and of forwards in each.
+        references: number of reference images; each is one more latent frame.
+        step_cache: whether there is a step cache.
+        videos: how many videos are encoded; None: the number that this kind of model needs.
     """
 
     width: int
