@@ -217,9 +217,10 @@ def run(words: tuple[str, ...], home: Path, monkeypatch, dry: bool) -> int | Non
     if program == "wan_mlx.doctor":
         return None if dry else doctor.main(rest)
     if program == "weights_convert.py":
-        return None if dry else weights_convert.main([str(home / "models" / NAMES.get(w, w)) if w in NAMES else w
-                                                      for w in rest] + ["--quiet"])  # fmt: skip
+        return None if dry else weights_convert.main(with_folders(rest, home))
     assert program in ("wan-mlx", "wan_mlx.generate"), program
+    if rest[0] in ("convert", "inspect"):
+        return None if dry else main(with_folders(rest, home))
     if rest[0] in generate.COMMANDS or rest[0] in ("--help", "--version") or "--plan" in rest:
         return None if dry else main(rest)
     rest = substituted(rest, home, keep_nano=dry)
@@ -229,6 +230,11 @@ def run(words: tuple[str, ...], home: Path, monkeypatch, dry: bool) -> int | Non
     if dry:
         return main([*rest, "--dry-run", "--overwrite"])
     return main([*rest, *shlex.split(SMALL), *smaller(rest)])
+
+
+def with_folders(rest: list[str], home: Path) -> list[str]:
+    """Arguments of a conversion or inspection, quiet, with the folders of ``home`` for the models."""
+    return [str(home / "models" / NAMES[word]) if word in NAMES else word for word in rest] + ["--quiet"]
 
 
 def smaller(rest: list[str]) -> list[str]:
@@ -276,7 +282,7 @@ def counted(run, made):
 
 
 def test_the_pages_are_read():
-    assert len(PAGES) == 9 and len(COMMANDS) > 40
+    assert len(PAGES) == 10 and len(COMMANDS) > 40
     assert {block.language for block in blocks()} <= {"sh", "python", "json", ""}
     zh, en = ([b.text for b in blocks() if b.page == page] for page in ("README.zh-CN.md", "README.md"))
     assert len(zh) == len(en) and [len(text.splitlines()) for text in zh] == [len(text.splitlines()) for text in en]
