@@ -111,7 +111,7 @@ def open_video(source: Source | None, fps: int = 16) -> Clip:
 def at_rate(clip: Clip, fps: float, most: int) -> list[int]:
     """Numbers of the frames to show at ``fps`` frames per second, from the start, at most ``most`` and at least one."""
     count = max(1, min(most, int(float(clip.times[-1, 1]) * fps + 0.5)))
-    # The middle of each frame's time, which rounding errors of the times cannot cross if the rates agree.
+    # Rounding errors of the times cannot reach the middle of a frame if the rates agree.
     middles = (np.arange(count) + 0.5) / fps
     return np.searchsorted(clip.times[:, 1], middles, side="right").clip(max=clip.num_frames - 1).tolist()
 

@@ -113,7 +113,7 @@ def denoise(
 
 
 def _pieces(nets: Networks, tokens: int) -> float:
-    """Temporaries of the token-wise layers, which compute ``tokens`` in pieces."""
+    """Temporaries of one piece of ``tokens`` in the token-wise layers."""
     c = nets.transformer
     return tokens * nets.dtype.size * (PIECE_TOKENS * c.dim + PIECE_WIDE * c.ffn_dim)
 

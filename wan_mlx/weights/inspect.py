@@ -91,7 +91,7 @@ def _contents(weights: ComponentWeights) -> Iterator[str]:
 
 
 def _sizes_of(weights: ComponentWeights, config: Mapping[str, Any]) -> tuple[str, str, Any]:
-    """Summary of a network, the reason why it cannot be loaded, and its configuration (None if there is a reason)."""
+    """Summary of a network, the reason why it cannot be loaded, and its configuration (None if not readable)."""
     kind = weights.component
     try:
         c = CONFIG_OF[kind](weights, config)
