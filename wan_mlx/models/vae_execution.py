@@ -152,15 +152,14 @@ class VAEExecution:
         width = len(conv.bias)
         # cuDNN computes channels in eights; MLX unfolds other widths, which takes nine times the frame.
         missing = -width % 8 if mx.default_device() == mx.gpu else 0
-
-        def taps_and_bias() -> list[mx.array]:
-            arrays = [*conv.taps(), conv.bias]
-            return [mx.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in arrays] if missing else arrays
-
-        *taps, bias = self._made_once(conv, conv.weight, taps_and_bias)
         frames = cache.look_back(conv, x)
-        if not missing:
-            return convolve(frames, taps, bias, residual)
+        if not missing:  # views, which `TemporalConv.taps` would copy at every call on a GPU
+            return convolve(frames, [conv.weight[:, tap] for tap in range(3)], conv.bias, residual)
+
+        def in_eights() -> list[mx.array]:
+            return [mx.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (*conv.taps(), conv.bias)]
+
+        *taps, bias = self._made_once(conv, conv.weight, in_eights)
         y = convolve(frames, taps, bias, None)[..., :width]
         return y if residual is None else y + residual
 
