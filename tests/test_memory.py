@@ -252,7 +252,7 @@ def benchmark():
 def told_rows() -> list[tuple[str, float, float, float]]:
     """What was done, predicted and measured GiB and their ratio, from the table in docs/memory.md."""
     text = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
-    text = text[: text.index("## What a peak is made of")]
+    text = text[: text.index("## The parts of a peak")]
     found = re.findall(r"^\| (.+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
     return [(what, *map(float, numbers)) for what, *numbers in found]
 
