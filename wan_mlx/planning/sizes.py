@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -46,6 +47,12 @@ class WeightBytes:
         return self.outside + self.blocks
 
 
+@lru_cache(maxsize=32)
+def shapes_of(config: Any) -> Mapping[str, tuple[int, ...]]:
+    """Name → shape of every parameter of a network of these sizes."""
+    return parameter_shapes(new_network(config))
+
+
 def weight_bytes(
     config: TransformerConfig, dtype: mx.Dtype, packings: Mapping, stored: Mapping[str, int] | None = None
 ) -> WeightBytes:
@@ -63,7 +70,7 @@ def weight_bytes(
     changed: dict[str, list[int]] = {}
     made_anew: dict[str, int] = {}
     unpacked = 0
-    for name, shape in parameter_shapes(new_network(config)).items():
+    for name, shape in shapes_of(config).items():
         block = ".".join(name.split(".")[:2]) if name.split(".")[0] in BLOCK_LISTS else ""
         if name in packings:
             size = sum(math.prod(s) * d.size for s, d in packings[name].shapes(shape).values())
@@ -94,13 +101,11 @@ def weight_bytes(
 def text_block_bytes(config: TextEncoderConfig, dtype: mx.Dtype, packings: Mapping) -> int:
     """Bytes of one block of the text encoder, resident."""
     size = 0
-    for name, shape in parameter_shapes(new_network(config)).items():
+    for name, shape in shapes_of(config).items():
         if name.startswith("blocks.0."):
             packed = packings[name].shapes(shape).values() if name in packings else [(shape, dtype)]
             size += sum(math.prod(s) * d.size for s, d in packed)
     return size
-
-
 
 
 def text_weight_bytes(
@@ -205,7 +210,7 @@ def _published(preset: Preset, quantize: str | None) -> Iterator[Found]:
     """Transformers are published in float32, text encoders in bfloat16."""
     plain = quantize in (None, EXPAND, NEAREST)
     for kind, config, itemsize in (("transformer", preset.transformer, 4), ("text_encoder", preset.text_encoder, 2)):
-        shapes = parameter_shapes(new_network(config))
+        shapes = shapes_of(config)
         packings = {} if plain or quantize is None else plan_quantization(kind, quantize, shapes).packings
         yield kind, kind, config, packings, {name: itemsize * math.prod(shape) for name, shape in shapes.items()}
     yield "vae", "vae", preset.vae, {}, {}
