@@ -56,6 +56,8 @@ LATE_PACKAGES = {
     ("cli.doctor", "mlx"): "doctor says why MLX cannot be imported",
     ("cli.doctor", "numpy"): "doctor says why a package cannot be imported",
     ("files.gguf", "gguf"): "an extra",
+    ("files.sentencepiece", "sentencepiece"): "protobuf's classes, only for a tokenizer that is rebuilt",
+    ("hub.modelscope", "modelscope"): "an extra",
     ("prompts.extend", "mlx_lm"): "takes seconds; only prompt extension needs it",
     ("prompts.extend", "mlx_vlm"): "an extra",
     ("prompts.extend", "huggingface_hub"): "start-up: half a second",
@@ -65,6 +67,7 @@ LATE_PACKAGES = {
     ("runs.folder", "fcntl"): "not on Windows",
     ("storage", "fcntl"): "not on Windows",
 }
+
 
 class Import(NamedTuple):
     """``importer`` and ``imported`` are modules of the package, without its name, or ``imported`` is a package."""

@@ -100,8 +100,7 @@ def test_views_strides_and_shared_storages(saved):
     check(saved(state), state)
 
 
-def test_wide_rows_of_a_transposed_tensor(saved, monkeypatch):
-    monkeypatch.setattr("wan_mlx.files.base._PIECE", 16)  # several pieces a row
+def test_wide_rows_of_a_transposed_tensor(saved):
     state = {"t": numbers(9, 5).t(), "w": numbers(4, 40)[:, ::7]}
     check(saved(state), state)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,21 +23,14 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit, here an index's and a 
 # Far above any published model: tensors in a file, letters of a name, axes, and size of one axis.
 MAX_ENTRIES, MAX_NAME, MAX_NDIM, MAX_DIM = 100_000, 1024, 16, 2**31 - 1
 
-# Bytes of a value, by safetensors' names of the dtypes.
-ITEMSIZE = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
-}
-
-# numpy's dtype for the raw values; MLX's for the result of `read` where the two differ.
+# By safetensors' names of the dtypes: numpy's for the raw values, and bytes of a value.
 _NUMPY = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16},
     **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8},
     **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
     **{"BOOL": np.uint8, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8},
 }
+ITEMSIZE = {name: np.dtype(dtype).itemsize for name, dtype in _NUMPY.items()}
 # Dtypes that `_to_mlx` converts, so they cannot be read into MLX's memory directly.
 _CHANGED = {"F64", "BOOL"}
 # Dtypes whose bytes `WeightsFile.read` returns unchanged, and MLX's names of them.
@@ -46,8 +41,6 @@ BLOCKS = {
     **{"Q6_K": (256, 210), "Q5_K": (256, 176), "Q4_K": (256, 144), "IQ4_XS": (256, 136), "Q3_K": (256, 110)},
     **{"Q2_K": (256, 84)},
 }
-# Largest number of values read in one piece when a row is not contiguous.
-_PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -77,9 +70,8 @@ class ByteRange:
 class WeightsFile:
     """A source of named tensors. Nothing is cached: an array lives as long as the caller keeps it.
 
-    A format is a subclass: it checks whether a file `begins` like its own, reads the header, and gives the start of
-    each tensor's bytes. Features of one format (blocks, fields) have a default here, so that callers need not know the
-    format of a file.
+    A format is a subclass: it reads the header, and gives the start of each tensor's bytes. Features of one format
+    (blocks, fields) have a default here, so that callers need not know the format of a file.
 
     Attributes:
         path: the file that was opened.
@@ -87,10 +79,12 @@ class WeightsFile:
         tensors: name → shape and dtype of every tensor, from headers only.
         fields: a GGUF's metadata, else empty: numbers and text as they are, lists as arguments of `values`.
         scales: for scaled fp8, key → the scale that `read` multiplies by; else empty.
+        is_lazy: whether arrays from `read` are read when they are evaluated.
     """
 
     fields: Mapping[str, Any] = {}
     scales: Mapping[str, np.ndarray] = {}
+    is_lazy = False
 
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str] | None = None):
         self.path = path
@@ -100,11 +94,6 @@ class WeightsFile:
         self.tensors = tensors
         self.metadata = metadata or {}
         self._stamp = stamp(path)
-
-    @classmethod
-    def begins(cls, head: bytes) -> bool:
-        """Whether a file with these first bytes (16 or more) has this format."""
-        raise NotImplementedError
 
     def read(self, key: str) -> mx.array:
         """The tensor in torch's shape and its own dtype: lazy from safetensors, read immediately from a .pth.
@@ -116,18 +105,9 @@ class WeightsFile:
             WeightsError: no such tensor, or the file is damaged or has changed since it was opened.
         """
         info = self._info(key)
-        strides = self._strides(key)
-        if info.nbytes and info.dtype not in _CHANGED and strides == contiguous(info.shape) and self._is_plain(key):
+        if info.nbytes and info.dtype not in _CHANGED and self._is_plain(key):
             return self._read_direct(key, info)
-        span = 1 + sum((n - 1) * stride for n, stride in zip(info.shape, strides, strict=True))
-        values = np.empty(span if info.nbytes else 0, _NUMPY[info.dtype])
-        if info.nbytes:
-            with self._opened(key) as (file, start):
-                self.fill(values, file, start)
-        if values.size == math.prod(info.shape) and strides == contiguous(info.shape):
-            return _to_mlx(values.reshape(info.shape), info.dtype)
-        steps = [stride * values.itemsize for stride in strides]
-        return _to_mlx(np.lib.stride_tricks.as_strided(values, info.shape, steps).copy(), info.dtype)
+        return _to_mlx(self._values(key), info.dtype)
 
     def read_now(self, key: str) -> mx.array:
         """Like `read`, but large tensors are read immediately from every kind of file, with several threads."""
@@ -141,15 +121,13 @@ class WeightsFile:
             WeightsError: as `read`, or the tensor is not 2-D.
         """
         indices = self._check_rows(key, indices)
-        info = self.tensors[key]
+        info, (row_stride, stride) = self.tensors[key], self._strides(key)
+        if stride != 1:
+            return _to_mlx(self._values(key)[indices], info.dtype)
         wanted, inverse = np.unique(indices, return_inverse=True)
-        values = np.empty((len(wanted), info.shape[1]), _NUMPY[info.dtype])
-        row_stride, stride = self._strides(key)
-        if values.size:
-            with self._opened(key) as (file, start):
-                for target, row in zip(values, wanted.tolist(), strict=True):
-                    self._fill_row(target, file, start + row * row_stride * values.itemsize, stride)
-        return _to_mlx(values[inverse], info.dtype)
+        size = ITEMSIZE[info.dtype]
+        values = self._row_bytes(key, wanted, row_stride * size, info.shape[1] * size)
+        return _to_mlx(values.view(_NUMPY[info.dtype])[inverse], info.dtype)
 
     def has_rows_of_blocks(self, key: str) -> bool:
         """Whether `raw` can return the tensor: 2-D, in GGUF's blocks, and each row made of whole blocks."""
@@ -176,35 +154,20 @@ class WeightsFile:
         if len(shape) != 2:
             raise WeightsError(f"{self.path}: rows of {key} were asked for, but its shape is {shape}, not 2-D")
         indices = np.asarray(indices)
-        height = shape[0]
         if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
             raise ValueError(f"indices of shape {indices.shape} and dtype {indices.dtype}; expected 1-D integers")
-        if indices.size and not (0 <= indices.min() and indices.max() < height):
-            raise ValueError(
-                f"row indices {indices.min()} to {indices.max()}; {key} has rows 0 to {height - 1}"
-                if height
-                else f"row indices {indices.min()} to {indices.max()}; {key} has no rows"
-            )
+        if indices.size and not (0 <= indices.min() and indices.max() < shape[0]):
+            raise ValueError(f"row indices {indices.min()} to {indices.max()}; {key} has {shape[0]} rows, from 0")
         return indices
-
-    @property
-    def is_lazy(self) -> bool:
-        """Whether arrays from `read` are read when they are evaluated."""
-        return False
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that hold the tensors, this one or its shards."""
-        return [self.path]
 
     def byte_range(self, key: str) -> ByteRange | None:
         """The place of the tensor's bytes, if `read` returns them unchanged."""
         info = self._info(key)
-        plain = info.dtype in _AS_STORED and self._strides(key) == contiguous(info.shape) and self._is_plain(key)
+        plain = info.dtype in _AS_STORED and self._is_plain(key)
         return ByteRange(self, self._start(key), info.nbytes, _AS_STORED[info.dtype], info.shape) if plain else None
 
     def nbytes(self, key: str) -> int:
-        """Bytes of the tensor as stored."""
+        """As stored."""
         return self._info(key).nbytes
 
     def _strides(self, key: str) -> tuple[int, ...]:
@@ -216,8 +179,27 @@ class WeightsFile:
         raise NotImplementedError
 
     def _is_plain(self, key: str) -> bool:
-        """Whether the tensor's bytes are stored unchanged in ``path`` from `_start` on."""
-        return True
+        """Whether the tensor's bytes are stored in order and unchanged in ``path`` from `_start` on."""
+        return self._strides(key) == contiguous(self.tensors[key].shape)
+
+    def _values(self, key: str) -> np.ndarray:
+        """The whole tensor, a view of the values that it spans."""
+        shape, strides = self.tensors[key].shape, self._strides(key)
+        span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if math.prod(shape) else 0
+        values = np.empty(span, _NUMPY[self.tensors[key].dtype])
+        if span:
+            with self._opened(key) as file:
+                self.fill(values, file, self._start(key))
+        return np.lib.stride_tricks.as_strided(values, shape, [stride * values.itemsize for stride in strides])
+
+    def _row_bytes(self, key: str, rows: np.ndarray, stride: int, width: int) -> np.ndarray:
+        """uint8 (len(rows), width): row ``i`` is ``width`` bytes, and ``i * stride`` bytes behind the first."""
+        values = np.empty((len(rows), width), np.uint8)
+        if values.size:
+            with self._opened(key) as file:
+                for target, row in zip(values, rows.tolist(), strict=True):
+                    self.fill(target, file, self._start(key) + row * stride)
+        return values
 
     def _read_direct(self, key: str, info: TensorInfo) -> mx.array:
         """A whole contiguous, plain tensor."""
@@ -234,20 +216,18 @@ class WeightsFile:
         self.check_unchanged()  # every thread opened the file anew
         return array
 
-    @contextmanager
-    def _open(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
-        """A seekable file, and the position of the tensor's first element in it."""
-        with open(self.path, "rb", buffering=0) as file:
-            yield file, self._start(key)
+    def _open(self, key: str) -> BinaryIO:
+        """The file that `_start` is a position in, seekable."""
+        return open(self.path, "rb", buffering=0)
 
     @contextmanager
-    def _opened(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
+    def _opened(self, key: str) -> Iterator[BinaryIO]:
         self.check_unchanged()
         try:
-            with self._open(key) as place:
-                yield place
-        except OSError as error:
-            raise WeightsError(f"{self.path}: {key} cannot be read ({error.strerror or error})") from None
+            with self._open(key) as file:
+                yield file
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise WeightsError(f"{self.path}: {key} cannot be read ({getattr(error, 'strerror', error)})") from None
 
     def fill(self, values: np.ndarray | memoryview, file: BinaryIO, start: int) -> None:
         """Read as many bytes as ``values`` has; raises WeightsError if the file ends early."""
@@ -258,16 +238,6 @@ class WeightsFile:
             if not count:
                 raise WeightsError(f"{self.path}: ends {len(rest):,} bytes early; download it again")
             rest = rest[count:]
-
-    def _fill_row(self, target: np.ndarray, file: BinaryIO, start: int, stride: int) -> None:
-        if stride == 1:
-            return self.fill(target, file, start)
-        width = max(1, _PIECE // max(1, stride))
-        for at in range(0, len(target), width):
-            part = target[at : at + width]
-            piece = np.empty((len(part) - 1) * stride + 1, target.dtype)
-            self.fill(piece, file, start + at * stride * target.itemsize)
-            part[:] = piece[:: stride or 1]
 
     def _info(self, key: str) -> TensorInfo:
         if key not in self.tensors:
@@ -290,7 +260,7 @@ def _to_mlx(values: np.ndarray, dtype: str) -> mx.array:
     elif dtype == "F64":
         with np.errstate(over="ignore"):
             values = values.astype(np.float32)
-    array = mx.array(values)
+    array = mx.array(np.asarray(values, order="C"))
     if dtype == "BF16":
         # On the CPU and immediately: GPU work must not stand between a file and its caller.
         array = array.view(mx.bfloat16, stream=mx.cpu)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -41,20 +41,10 @@ class Fp8File(WeightsFile):
     """
 
     def __init__(self, file: WeightsFile):
-        check_formats(file)
-        scales = _scale_keys(file)
-        kept = without_scales(file.tensors)
-        super().__init__(file.path, {key: file.tensors[key] for key in kept}, file.metadata)
-        self.file = file
-        self.scales = {key: _read_scale(file, key, scale) for key, scale in scales.items()}
-
-    @property
-    def files(self) -> list[Path]:
-        return self.file.files
-
-    @property
-    def is_lazy(self) -> bool:
-        return self.file.is_lazy
+        _check_formats(file)
+        self.scales = {key: _read_scale(file, key, scale) for key, scale in _scale_keys(file).items()}
+        super().__init__(file.path, {k: file.tensors[k] for k in without_scales(file.tensors)}, file.metadata)
+        self.file, self.is_lazy = file, file.is_lazy
 
     def read(self, key: str) -> mx.array:
         self._info(key)
@@ -65,25 +55,20 @@ class Fp8File(WeightsFile):
         return self._true(key, self.file.read_now(key), self.scales.get(key))
 
     def byte_range(self, key: str) -> ByteRange | None:
-        return None if key in self.scales or self.tensors[key].dtype in FP8 else self.file.byte_range(key)
+        return None if self._info(key).dtype in FP8 else self.file.byte_range(key)
 
     def rows(self, key: str, indices: np.ndarray) -> mx.array:
         scale = self.scales.get(key)
         values = self.file.rows(key, indices)
-        return self._true(key, values, scale[indices] if scale is not None and scale.shape[0] > 1 else scale)
+        return self._true(key, values, scale[indices] if scale is not None and len(scale) > 1 else scale)
 
     def _true(self, key: str, values: mx.array, scale: np.ndarray | None) -> mx.array:
-        dtype = self.tensors[key].dtype
-        if dtype in FP8:
-            values = decode(values, dtype)
+        """Raw bytes → their numbers, exactly; lazy, on any stream."""
+        if self.tensors[key].dtype == "F8_E4M3":
+            values = mx.from_fp8(values, dtype=mx.bfloat16)
+        elif self.tensors[key].dtype == "F8_E5M2":  # float16 without its last byte
+            values = (values.astype(mx.uint16) << 8).view(mx.float16)
         return values if scale is None else values.astype(mx.float32) * mx.array(scale)
-
-
-def decode(raw: mx.array, dtype: str) -> mx.array:
-    """Raw uint8 of ``dtype`` F8_E4M3 or F8_E5M2 → its values, exactly: bfloat16 or float16. Lazy, on any stream."""
-    if dtype == "F8_E4M3":
-        return mx.from_fp8(raw, dtype=mx.bfloat16)
-    return (raw.astype(mx.uint16) << 8).view(mx.float16)  # E5M2 is float16 without its last byte
 
 
 def fold(file: WeightsFile) -> WeightsFile:
@@ -102,8 +87,8 @@ def without_scales(keys: Iterable[str]) -> list[str]:
     return [key for key in keys if not any(pattern.fullmatch(key) for pattern in _PARTS)]
 
 
-def check_formats(file: WeightsFile) -> None:
-    """Raise WeightsError unless every layer's declared format is a supported fp8, and matches its weight."""
+def _check_formats(file: WeightsFile) -> None:
+    """Every layer's declared format must be a supported fp8, and match its weight."""
     for layer, declared in _formats(file):
         name = declared.get("format") if isinstance(declared, dict) else None
         if name not in FORMATS:
@@ -118,7 +103,8 @@ def check_formats(file: WeightsFile) -> None:
             raise WeightsError(f"{file.path}: {layer} is declared {name}, but its weight is {weight.dtype}")
 
 
-def _formats(file: WeightsFile) -> Iterable[tuple[str, dict]]:
+def _formats(file: WeightsFile) -> Iterator[tuple[str, Any]]:
+    """Each layer and its declared format, from the header and from tensors."""
     if "_quantization_metadata" in file.metadata:
         layers = _json(file, "_quantization_metadata", file.metadata["_quantization_metadata"]).get("layers", {})
         if not isinstance(layers, dict):
@@ -129,8 +115,7 @@ def _formats(file: WeightsFile) -> Iterable[tuple[str, dict]]:
             if info.dtype != "U8" or info.nbytes > _MAX_FORMAT_BYTES:
                 raise WeightsError(f"{file.path}: {key} is {info.nbytes:,} bytes of {info.dtype}, expected JSON in U8")
             with mx.stream(mx.cpu):
-                text = np.array(file.read(key)).tobytes()
-            yield match[1], _json(file, key, text)
+                yield match[1], _json(file, key, np.array(file.read(key)).tobytes())
 
 
 def _json(file: WeightsFile, what: str, text: str | bytes) -> dict:

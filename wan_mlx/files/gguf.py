@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -53,10 +54,15 @@ class Array:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor as stored: its ggml shape in torch's order, and the start of its data."""
+    """A tensor as stored: its ggml type and shape, in torch's order, and its place behind the header."""
 
+    dtype: str
     shape: tuple[int, ...]
-    start: int
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return TensorInfo(self.shape, self.dtype).nbytes
 
 
 class GGUFFile(WeightsFile):
@@ -69,18 +75,13 @@ class GGUFFile(WeightsFile):
     def __init__(self, path: Path):
         try:
             with open(path, "rb", buffering=2**20) as file:
-                header = _Header(path, file)
-                self.fields, tensors, self._stored = header.read()
+                self.fields, tensors, self._stored, self._data = _Header(path, file).read()
         except OSError as error:
             raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from None
         super().__init__(path, tensors)
         blocks = sorted({info.dtype for info in tensors.values()}.intersection(BLOCKS))
         if blocks and find_spec("gguf") is None:
             raise WeightsError(f"{path}: {blocks[0]} blocks need the gguf package: pip install 'wan-mlx[gguf]'")
-
-    @classmethod
-    def begins(cls, head: bytes) -> bool:
-        return head.startswith(b"GGUF")
 
     def values(self, name: str) -> list[Any]:
         array = self.fields.get(name)
@@ -108,8 +109,6 @@ class GGUFFile(WeightsFile):
         if self._stored[key].shape != info.shape:  # rows begin within blocks
             return self.read(key)[mx.array(self._check_rows(key, indices))]
         wanted, inverse = np.unique(self._check_rows(key, indices), return_inverse=True)
-        if not len(wanted):
-            return mx.zeros((0, info.shape[1]))
         return mx.array(self._numbers(key, self._blocks(key, wanted))[inverse])
 
     def raw(self, key: str) -> np.ndarray:
@@ -121,18 +120,12 @@ class GGUFFile(WeightsFile):
 
     def _blocks(self, key: str, rows: np.ndarray | None = None) -> np.ndarray:
         """uint8 (rows, bytes of a row): all rows as stored, or those in ``rows``."""
-        stored, (values, size) = self._stored[key], BLOCKS[self.tensors[key].dtype]
-        width = stored.shape[-1] // values * size
-        count = math.prod(stored.shape[:-1])
-        data = np.empty((count if rows is None else len(rows), width), np.uint8)
-        if data.size:
-            with self._opened(key) as (file, start):
-                if rows is None:
-                    self.fill(data, file, start)
-                else:
-                    for target, row in zip(data, rows.tolist(), strict=True):
-                        self.fill(target, file, start + row * width)
-        return data
+        shape, (values, size) = self._stored[key].shape, BLOCKS[self.tensors[key].dtype]
+        width = shape[-1] // values * size
+        if rows is not None:
+            return self._row_bytes(key, rows, width, width)
+        count = math.prod(shape[:-1])
+        return self._row_bytes(key, np.zeros(1, int), 0, count * width).reshape(count, width)
 
     def _numbers(self, key: str, blocks: np.ndarray) -> np.ndarray:
         """float32 (rows, width)."""
@@ -156,7 +149,7 @@ class GGUFFile(WeightsFile):
         return numbers
 
     def _start(self, key: str) -> int:
-        return self._stored[key].start
+        return self._data + self._stored[key].offset
 
 
 class _Header:
@@ -167,33 +160,30 @@ class _Header:
         self.size = os.fstat(file.fileno()).st_size
         file.seek(position)
 
-    def read(self) -> tuple[dict[str, Any], dict[str, TensorInfo], dict[str, _Stored]]:
-        """Metadata, and each tensor's description and position."""
+    def read(self) -> tuple[dict[str, Any], dict[str, TensorInfo], dict[str, _Stored], int]:
+        """Metadata, each tensor as it is meant and as it is stored, and the start of the data."""
         self._check_magic()
         tensor_count, field_count = self._number("Q"), self._number("Q")
-        for what, count in (("tensors", tensor_count), ("metadata fields", field_count)):
-            if count > MAX_ENTRIES:
-                raise WeightsError(f"{self.path}: claims {count:,} {what}; at most {MAX_ENTRIES:,} are allowed")
-        fields: dict[str, Any] = {}
-        for _ in range(field_count):
-            name = self._name("a metadata field")
-            if name in fields:
-                raise WeightsError(f"{self.path}: damaged header (the field {name!r} occurs twice)")
-            fields[name] = self._value(self._number("I"), name)
+        fields = self._table("metadata field", field_count, lambda name: self._value(self._number("I"), name))
         if fields.get("split.count", 1) not in (0, 1):
             raise WeightsError(f"{self.path}: one of {fields['split.count']} parts; join them with gguf-split --merge")
-        found: dict[str, tuple[str, tuple[int, ...], int]] = {}
-        for _ in range(tensor_count):
-            name, entry = self._tensor()
-            if name in found:
-                raise WeightsError(f"{self.path}: damaged header (the tensor {name!r} occurs twice)")
-            found[name] = entry
-        tensors, stored = {}, {}
-        starts = self._starts(found, self._alignment(fields))
-        for name, (dtype, shape, _) in found.items():
-            tensors[name] = TensorInfo(self._true_shape(fields, name, shape), dtype)
-            stored[name] = _Stored(shape, starts[name])
-        return fields, tensors, stored
+        stored = self._table("tensor", tensor_count, self._tensor)
+        data = self._data_start(fields, stored)
+        tensors = {n: TensorInfo(self._true_shape(fields, n, entry.shape), entry.dtype) for n, entry in stored.items()}
+        return fields, tensors, stored, data
+
+    def _table(self, what: str, count: int, read: Callable[[str], Any]) -> dict[str, Any]:
+        """Name → ``read(name)``, ``count`` times."""
+        if count > MAX_ENTRIES:
+            raise WeightsError(f"{self.path}: claims {count:,} {what}s; at most {MAX_ENTRIES:,} are allowed")
+        found: dict[str, Any] = {}
+        for _ in range(count):
+            name = self._string()
+            if not 0 < len(name) <= MAX_NAME or not name.isprintable() or name in found:
+                fault = "occurs twice" if name in found else f"has no plain name of at most {MAX_NAME} letters"
+                raise WeightsError(f"{self.path}: damaged header (the {what} {name[:40]!r} {fault})")
+            found[name] = read(name)
+        return found
 
     def values(self, array: Array) -> list[Any]:
         """The values of a list; the cursor must stand at the first."""
@@ -239,12 +229,6 @@ class _Header:
         except UnicodeDecodeError:
             raise WeightsError(f"{self.path}: damaged header (text that is not UTF-8)") from None
 
-    def _name(self, what: str) -> str:
-        name = self._string()
-        if not 0 < len(name) <= MAX_NAME or not name.isprintable():
-            raise WeightsError(f"{self.path}: damaged header ({what} with the name {name[:40]!r})")
-        return name
-
     def _value(self, kind: int, name: str) -> Any:
         if kind in _SCALARS:
             return self._number(_SCALARS[kind])
@@ -269,9 +253,8 @@ class _Header:
             self.position += size
         return array
 
-    def _tensor(self) -> tuple[str, tuple[str, tuple[int, ...], int]]:
-        """A tensor's name, and its type, shape in torch's order and offset."""
-        name, ndim = self._name("a tensor"), self._number("I")
+    def _tensor(self, name: str) -> _Stored:
+        ndim = self._number("I")
         if ndim > MAX_NDIM:
             raise WeightsError(f"{self.path}: {name!r} has {ndim} dimensions; at most {MAX_NDIM} are allowed")
         shape = tuple(reversed([self._number("Q") for _ in range(ndim)]))
@@ -285,36 +268,32 @@ class _Header:
         values = BLOCKS[dtype][0] if dtype in BLOCKS else 1
         if (shape[-1] if shape else 1) % values:
             raise WeightsError(f"{self.path}: {name!r} has rows of {shape[-1:]} values; {dtype} needs whole {values}s")
-        return name, (dtype, shape, offset)
+        return _Stored(dtype, shape, offset)
 
-    def _alignment(self, fields: dict[str, Any]) -> int:
+    def _data_start(self, fields: dict[str, Any], stored: dict[str, _Stored]) -> int:
+        """Start of the data, whose tensors must follow each other, each padded to the alignment."""
         alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
             raise WeightsError(f"{self.path}: damaged header (general.alignment {alignment}, expected a power of two)")
-        return alignment
-
-    def _starts(self, found: dict[str, tuple[str, tuple[int, ...], int]], alignment: int) -> dict[str, int]:
-        """Start of each tensor's data; tensors must follow each other, each padded to the alignment."""
 
         def aligned(position: int) -> int:
             return -(-position // alignment) * alignment
 
-        data = aligned(self.position)
-        at, starts = 0, {}
-        for name, (dtype, shape, offset) in sorted(found.items(), key=lambda item: item[1][2]):
-            nbytes = TensorInfo(shape, dtype).nbytes
-            if nbytes and offset != aligned(at):
-                fault = "overlaps the tensor before it" if offset < at else "does not follow the tensor before it"
+        at = 0
+        for name, entry in sorted(stored.items(), key=lambda item: item[1].offset):
+            if entry.nbytes and entry.offset != aligned(at):
+                fault = "overlaps the tensor before it" if entry.offset < at else "does not follow the tensor before it"
                 raise WeightsError(
-                    f"{self.path}: damaged header ({name!r} {fault}: it begins at {offset:,}, expected {aligned(at):,})"
+                    f"{self.path}: damaged header ({name!r} {fault}: it begins at {entry.offset:,}, "
+                    f"expected {aligned(at):,})"
                 )
-            starts[name] = data + offset
-            at = max(at, offset + nbytes) if nbytes else at
+            at = entry.offset + entry.nbytes if entry.nbytes else at
+        data = aligned(self.position)
         if data + at > self.size:
             raise WeightsError(
                 f"{self.path}: cut short: {data + at:,} bytes expected, {self.size:,} present; download it again"
             )
-        return starts
+        return data
 
     def _true_shape(self, fields: dict[str, Any], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         array = fields.get(_TRUE_SHAPE + name)

@@ -1,13 +1,15 @@
 """`open_weights` opens a weight file of any format: headers are read immediately, tensors on demand.
 
 The content decides the format: safetensors (`safetensors`), an index JSON over shards, torch's zip format (`pth`) or
-GGUF (`gguf`). To add a format, add a module with a subclass of `WeightsFile`, and a name in `FORMATS`.
+GGUF (`gguf`). To add a format, add a module with a subclass of `WeightsFile`, and a line in `_FORMATS`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -53,35 +55,24 @@ class ShardedFile(WeightsFile):
         metadata = [shard.metadata for shard in shards.values()]
         agreed = {k: v for k, v in metadata[0].items() if all(m.get(k) == v for m in metadata)}
         super().__init__(path, {key: shards[name].tensors[key] for key, name in owners.items()}, agreed)
+        self.is_lazy = any(shard.is_lazy for shard in shards.values())
         self._shards = {key: shards[name] for key, name in owners.items()}
 
-    @classmethod
-    def begins(cls, head: bytes) -> bool:
-        return head.lstrip().startswith(b"{")
-
-    @property
-    def files(self) -> list[Path]:
-        return sorted({shard.path for shard in self._shards.values()})
-
-    @property
-    def is_lazy(self) -> bool:
-        return any(shard.is_lazy for shard in self._shards.values())
+    def _shard(self, key: str) -> WeightsFile:
+        self._info(key)
+        return self._shards[key]
 
     def read(self, key: str) -> mx.array:
-        self._info(key)
-        return self._shards[key].read(key)
+        return self._shard(key).read(key)
 
     def read_now(self, key: str) -> mx.array:
-        self._info(key)
-        return self._shards[key].read_now(key)
+        return self._shard(key).read_now(key)
 
     def rows(self, key: str, indices: np.ndarray) -> mx.array:
-        self._info(key)
-        return self._shards[key].rows(key, indices)
+        return self._shard(key).rows(key, indices)
 
     def byte_range(self, key: str) -> ByteRange | None:
-        self._info(key)
-        return self._shards[key].byte_range(key)
+        return self._shard(key).byte_range(key)
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
@@ -128,16 +119,20 @@ def _head(path: Path) -> bytes:
     return head
 
 
-# A class that takes a path.
-Format = type[GGUFFile] | type[TorchFile] | type[SafetensorsFile] | type[ShardedFile]
+Format = type[GGUFFile] | type[TorchFile] | type[SafetensorsFile] | type[ShardedFile]  # take a path
 
 # In this order: the length at the start of a safetensors header may begin with a brace, like an index.
-FORMATS: tuple[Format, ...] = (GGUFFile, TorchFile, SafetensorsFile, ShardedFile)
+_FORMATS: tuple[tuple[Format, Callable[[bytes], bool]], ...] = (
+    (GGUFFile, lambda head: head.startswith(b"GGUF")),
+    (TorchFile, lambda head: head.startswith(b"PK\x03\x04")),
+    (SafetensorsFile, lambda head: head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES),
+    (ShardedFile, lambda head: head.lstrip().startswith(b"{")),
+)
 
 
 def format_of(head: bytes) -> Format | None:
     """The format of a file with these first bytes, 16 or more; None if it is no weight file."""
-    return next((kind for kind in FORMATS if kind.begins(head)), None)
+    return next((kind for kind, begins in _FORMATS if begins(head)), None)
 
 
 def _looks_like(head: bytes) -> str:
@@ -145,20 +140,21 @@ def _looks_like(head: bytes) -> str:
     if head[8:9] == b"{":
         length = int.from_bytes(head[:8], "little")
         return f"a safetensors header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"
-    found = f"an unknown format (it begins with {head[:8].hex(' ')})"
     if head.startswith(b"version https://git-lfs"):
         found = "a git-lfs pointer, not the file itself (run `git lfs pull`, or download it again)"
     elif head.lstrip()[:14].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         found = "an HTML page, not weights (a download that needs a login or another address)"
     elif head[257:262] == b"ustar":
         found = "a tar archive"
-    elif head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+    elif re.match(rb"\x80[\2-\5]", head):
         found = (
             "a bare pickle or torch's format before 1.6 (with torch, re-save it: "
             "torch.save(torch.load(old, map_location='cpu', weights_only=True), new))"
         )
     elif head.startswith(b"PK"):
         found = "an empty or split zip archive"
+    else:
+        found = f"an unknown format (it begins with {head[:8].hex(' ')})"
     return f"{found}; expected safetensors, its index JSON, a GGUF, or a .pth by torch.save"
 
 

@@ -2,8 +2,7 @@
 
 ``mx.array(values)`` copies numpy's data, in one thread, into memory that the system must first clear page by page: for
 a large file that takes several times as long as reading. `mx.load` reads into an array's own memory, and accepts file
-objects. So it is given any tensor as a safetensors file with that one tensor, whose data several threads read: both
-copying from the system's cache and clearing pages become faster.
+objects: it is given a safetensors file with one tensor, whose data several threads read.
 """
 
 from __future__ import annotations

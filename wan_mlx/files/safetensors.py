@@ -13,7 +13,7 @@ from typing import Any, TypeGuard, cast
 import mlx.core as mx
 
 from ..errors import WeightsError
-from .base import ITEMSIZE, MAX_DIM, MAX_HEADER_BYTES, MAX_NDIM, TensorInfo, WeightsFile
+from .base import ITEMSIZE, MAX_DIM, MAX_NDIM, TensorInfo, WeightsFile
 from .parallel_read import PIECE
 
 # One such tensor makes mx.load refuse the whole file.
@@ -33,10 +33,6 @@ class SafetensorsFile(WeightsFile):
         self.is_lazy = _UNKNOWN_TO_MLX.isdisjoint(info.dtype for info in tensors.values())
         self._pools: dict[str, dict[str, mx.array]] = {}
 
-    @classmethod
-    def begins(cls, head: bytes) -> bool:
-        return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES
-
     def read(self, key: str) -> mx.array:
         info = self._info(key)
         if not self.is_lazy:
@@ -45,8 +41,7 @@ class SafetensorsFile(WeightsFile):
         # mx.load opens the file once for all its arrays, so one call serves a whole pass, and a thousand lazy arrays do
         # not need a thousand open files. A returned array leaves the pool; those that stay hold no data.
         # An array is bound to the stream that was current when it was loaded, so each of the few streams in use
-        # (`prefetch`) has its own pool.
-        # Equal streams have different hashes.
+        # (`prefetch`) has its own pool; as text, because equal streams have different hashes.
         streams = f"{mx.default_stream(mx.default_device())} {mx.default_stream(mx.cpu)}"
         array = self._pools.get(streams, {}).pop(key, None)
         if array is None:
@@ -86,7 +81,7 @@ def load_arrays(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, int]]:
-    """The tensors, metadata and each tensor's position in a safetensors file, every number checked."""
+    """The tensors, metadata and each tensor's position, every number checked."""
     size = os.stat(path).st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -95,19 +90,28 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], dic
                 f"{path}: cut short: its header needs {8 + length:,} bytes, {size:,} present; download it again"
             )
         header = parse_json(path, file.read(length), "header")
-    metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata
+    metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise WeightsError(f"{path}: damaged header (__metadata__ is not a dict of text)")
-    tensors, extents = {}, []
-    for key, entry in header.items():
-        tensors[key], begin, end = _parse_entry(path, key, entry)
-        extents.append((begin, end, key))
-    _check_extents(path, sorted(extents), size - 8 - length)
-    return tensors, metadata, {key: 8 + length + begin for begin, _, key in extents}
+    entries = {key: _parse_entry(path, key, entry) for key, entry in header.items()}
+    at = 0
+    for begin, end, key in sorted((begin, end, key) for key, (_, begin, end) in entries.items()):
+        if begin != at:
+            fault = "overlaps the tensor before it" if begin < at else "leaves a gap before it"
+            raise WeightsError(
+                f"{path}: damaged header ({key[:200]!r} {fault}: it begins at {begin:,}, expected {at:,})"
+            )
+        at = end
+    present = size - 8 - length
+    if present != at:
+        fault = "cut short" if present < at else "too long"
+        raise WeightsError(f"{path}: {fault}: {at:,} bytes of data expected, {present:,} present; download it again")
+    tensors = {key: info for key, (info, *_) in entries.items()}
+    return tensors, metadata, {key: 8 + length + begin for key, (_, begin, _) in entries.items()}
 
 
 def _parse_entry(path: Path, key: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    """A tensor, and where its data begin and end."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
@@ -116,36 +120,14 @@ def _parse_entry(path: Path, key: str, entry: Any) -> tuple[TensorInfo, int, int
         raise WeightsError(f"{path}: {key[:200]!r} has shape {str(shape)[:80]}; expected a list of sizes below 2**31")
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise WeightsError(f"{path}: {key[:200]!r} has data_offsets {str(offsets)[:80]}; expected [begin, end]")
-    info = TensorInfo(tuple(shape), dtype)
-    if offsets[1] - offsets[0] != info.nbytes:
-        size = offsets[1] - offsets[0]
+    info, size = TensorInfo(tuple(shape), dtype), offsets[1] - offsets[0]
+    if size != info.nbytes:
         raise WeightsError(f"{path}: {key[:200]!r} is {size:,} bytes; {dtype} of shape {shape} needs {info.nbytes:,}")
     return info, offsets[0], offsets[1]
 
 
 def _is_counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
-
-
-def _check_extents(path: Path, extents: list[tuple[int, int, str]], present: int) -> None:
-    """The tensors must fill the data part exactly, one after the other."""
-    expected = max((end for _, end, _ in extents), default=0)
-    if present < expected:
-        raise WeightsError(
-            f"{path}: cut short: {expected:,} bytes of data expected, {present:,} present; download it again"
-        )
-    at = 0
-    for begin, end, key in extents:
-        if begin != at:
-            fault = "overlaps the tensor before it" if begin < at else "leaves a gap before it"
-            raise WeightsError(
-                f"{path}: damaged header ({key[:200]!r} {fault}: it begins at {begin:,}, expected {at:,})"
-            )
-        at = end
-    if present > expected:
-        raise WeightsError(
-            f"{path}: {present - expected:,} bytes too long: its tensors need {expected:,}; download it again"
-        )
 
 
 def parse_json(path: Path, data: bytes, what: str) -> dict[str, Any]:
