@@ -16,8 +16,7 @@ from huggingface_hub import constants
 
 from wan_mlx import storage as disk
 from wan_mlx.errors import Stopped, WeightsError
-from wan_mlx.hub import download
-from wan_mlx.hub import resolve as hub
+from wan_mlx.hub import download, modelscope
 from wan_mlx.hub.names import Location, parse_location
 from wan_mlx.hub.resolve import Places, cached, is_cached, preset_of, resolve, resolve_loras, survey
 from wan_mlx.presets import COMFYUI_PARTS, COMFYUI_TRANSFORMERS, PRESETS
@@ -484,7 +483,7 @@ def test_modelscope_wrong_size(fake_modelscope, monkeypatch):
     listed = survey(REPO, "modelscope")
     fake_modelscope.files[BIG] += b"x"
     with pytest.raises(WeightsError, match=f"{BIG} has .* bytes, expected"):
-        hub._fetch_from_modelscope(listed)
+        modelscope.fetch(REPO, None, listed.files)
 
 
 def test_modelscope_not_installed(monkeypatch):

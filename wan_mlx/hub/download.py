@@ -14,11 +14,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import WeightsError
-from ..storage import publish
+from ..storage import publish, sha256
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +66,6 @@ def fetch_files(repo: str, commit: str, files: list[RemoteFile], advance: Callab
         raise next((error for error in errors if not isinstance(error, _Stopped)), errors[0])
 
 
-def blob_path(repo: str, etag: str) -> Path:
-    """Path of a file's bytes in the cache."""
-    return _cache("", repo) / "blobs" / etag
-
-
 def bytes_here(repo: str, commit: str, file: RemoteFile) -> int:
     """Number of a file's bytes in the cache, finished or not."""
     from huggingface_hub import try_to_load_from_cache
@@ -78,11 +74,9 @@ def bytes_here(repo: str, commit: str, file: RemoteFile) -> int:
         return file.size
     if file.etag is None:
         return 0
-    blob = blob_path(repo, file.etag)
-    if blob.exists():
-        return file.size
-    partial = _partial(blob)
-    return min(partial.stat().st_size, file.size) if partial.exists() else 0
+    blob = _cache("", repo) / "blobs" / file.etag
+    here = blob if blob.exists() else _unfinished(blob)
+    return min(here.stat().st_size, file.size) if here.exists() else 0
 
 
 def _cache(folder: str, repo: str) -> Path:
@@ -92,7 +86,7 @@ def _cache(folder: str, repo: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / folder / repo_folder_name(repo_id=repo, repo_type="model")
 
 
-def _partial(blob: Path) -> Path:
+def _unfinished(blob: Path) -> Path:
     return blob.with_name(f"{blob.name}.incomplete")
 
 
@@ -106,105 +100,82 @@ def _fetch(repo: str, commit: str, file: RemoteFile, advance: Callable[[int], No
         raise WeightsError(f"{name}: {url} answers with the ETag {remote.etag!r}, so it is no hub; see HF_ENDPOINT")
     if remote.size is not None and remote.size != file.size:
         raise WeightsError(f"{name} has {remote.size:,} bytes, expected {file.size:,}, as the hub lists it")
-    blob, locks = blob_path(repo, remote.etag), _cache(".locks", repo)
+    blob, locks = _cache("", repo) / "blobs" / remote.etag, _cache(".locks", repo)
     blob.parent.mkdir(parents=True, exist_ok=True)
     locks.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(locks / f"{blob.name}.lock"):  # as in huggingface_hub, so that two processes take turns
         if blob.exists():
             advance(file.size)
         else:
-            expected = remote.etag if remote.etag == file.etag else None  # a mirror may have its own etags
-            _Transfer(url, name, RemoteFile(file.path, file.size, expected), advance, stop).into(_partial(blob))
-            publish(_partial(blob), blob)
+            with open(_unfinished(blob), "ab") as output:
+                if output.tell() > file.size:
+                    _empty(output)
+                advance(output.tell())
+                if output.tell() < file.size:
+                    rest = partial(_fetch_rest, url, name, file.size, output, advance, stop)
+                    _persist(rest, output.tell, name, stop)
+            if remote.etag == file.etag:  # a mirror may have its own etags
+                _check_hash(_unfinished(blob), name, remote.etag)
+            publish(_unfinished(blob), blob)
     hf_hub_download(repo, file.path, revision=commit)  # finds the blob and links to it
 
 
-class _Transfer:
-    """A download of one file."""
+def _fetch_rest(
+    url: str, name: str, size: int, output: BinaryIO, advance: Callable[[int], None], stop: threading.Event
+) -> None:
+    """Append the bytes behind those in ``output``, up to ``size``."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    def __init__(self, url: str, name: str, file: RemoteFile, advance: Callable[[int], None], stop: threading.Event):
-        self.url, self.name, self.file = url, name, file
-        self.advance, self.stop = advance, stop
+    start = output.tell()
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    # From the hub's own address each time: its redirects expire after an hour.
+    with get_session().stream(
+        "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
+    ) as response:
+        hf_raise_for_status(response)
+        if start and response.status_code != 206:  # the server sends the whole file again
+            _empty(output)
+            advance(-start)
+        for chunk in response.iter_bytes(CHUNK):
+            if stop.is_set():
+                raise _Stopped(f"{name}: stopped")
+            if output.tell() + len(chunk) > size:
+                _empty(output)
+                raise WeightsError(f"{name}: the server sends more than the {size:,} bytes that the hub lists")
+            try:
+                output.write(chunk)
+                output.flush()
+            except OSError as error:
+                raise WeightsError(
+                    f"{name}: cannot be written ({error.strerror or error}); what has arrived is kept, "
+                    "so the same command goes on from there"
+                ) from error
+            advance(len(chunk))
+    if output.tell() < size:
+        raise ConnectionError("the server ended early")
 
-    def into(self, partial: Path) -> None:
-        """Complete ``partial`` from its end, and check it."""
-        with open(partial, "a+b") as self.output:
-            if self.output.tell() > self.file.size:
-                self._empty()
-            self._read_again()
-            if self.output.tell() < self.file.size or not self.file.size:
-                _persist(self._fetch_rest, self.output.tell, self.name, self.stop)
-            self._write(b"")
-        found = self.digest.hexdigest()
-        if self.file.etag and found != self.file.etag:
-            partial.unlink()
-            raise WeightsError(
-                f"{self.name} arrived damaged: its hash is {found[:12]}…, expected {self.file.etag[:12]}…; "
-                "it was removed, fetch it again"
-            )
 
-    def _read_again(self) -> None:
-        """Hash the bytes of an earlier try."""
-        self._start_digest()
-        self.output.seek(0)
-        while chunk := self.output.read(CHUNK):
-            self._check_stopped()
-            self.digest.update(chunk)
-        self.advance(self.output.tell())
+def _empty(output: BinaryIO) -> None:
+    output.seek(0)
+    output.truncate()
 
-    def _start_digest(self) -> None:
-        # The hub identifies large files by SHA-256, small ones by git's hash.
-        is_git = len(self.file.etag or "") == 40
-        self.digest = hashlib.sha1(b"blob %d\0" % self.file.size) if is_git else hashlib.sha256()
 
-    def _fetch_rest(self) -> None:
-        from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-        start = self.output.tell()
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-        if start:
-            headers["Range"] = f"bytes={start}-"
-        patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        # From the hub's own address each time: its redirects expire after an hour.
-        with get_session().stream(
-            "GET", self.url, headers=headers, timeout=patience, follow_redirects=True
-        ) as response:
-            hf_raise_for_status(response)
-            if start and response.status_code != 206:  # the server sends the whole file again
-                self._start_digest()
-                self._empty()
-                self.advance(-start)
-            for chunk in response.iter_bytes(CHUNK):
-                self._check_stopped()
-                if self.output.tell() + len(chunk) > self.file.size:
-                    self._empty()
-                    raise WeightsError(
-                        f"{self.name}: the server sends more than the {self.file.size:,} bytes that the hub lists"
-                    )
-                self._write(chunk)
-                self.digest.update(chunk)
-                self.advance(len(chunk))
-        if self.output.tell() < self.file.size:
-            raise ConnectionError("the server ended early")
-
-    def _empty(self) -> None:
-        self.output.seek(0)
-        self.output.truncate()
-
-    def _write(self, chunk: bytes) -> None:
-        try:
-            self.output.write(chunk)
-            self.output.flush()
-        except OSError as error:
-            raise WeightsError(
-                f"{self.name}: cannot be written ({error.strerror or error}); what has arrived is kept, "
-                "so the same command goes on from there"
-            ) from error
-
-    def _check_stopped(self) -> None:
-        if self.stop.is_set():
-            raise _Stopped(f"{self.name}: stopped")
+def _check_hash(path: Path, name: str, expected: str) -> None:
+    """Compare with the hub's hash, SHA-256 of a large file and git's of a small one; a damaged file is removed."""
+    if len(expected) == 40:
+        data = path.read_bytes()
+        found = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    else:
+        found = sha256(path)
+    if found != expected:
+        path.unlink()
+        raise WeightsError(
+            f"{name} arrived damaged: its hash is {found[:12]}…, expected {expected[:12]}…; "
+            "it was removed, fetch it again"
+        )
 
 
 def _persist(attempt: Callable[[], Any], position: Callable[[], int], name: str, stop: threading.Event) -> Any:
@@ -215,7 +186,7 @@ def _persist(attempt: Callable[[], Any], position: Callable[[], int], name: str,
         try:
             return attempt()
         except Exception as error:
-            if not _is_transient(error):
+            if not is_transient(error):
                 raise
             waits = list(WAITS) if position() > before else waits
             reason = one_line(error)
@@ -229,7 +200,8 @@ def _persist(attempt: Callable[[], Any], position: Callable[[], int], name: str,
                 raise _Stopped(f"{name}: stopped") from error
 
 
-def _is_transient(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed later."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):

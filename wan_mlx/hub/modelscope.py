@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from ..errors import WeightsError
 from .download import RemoteFile, one_line
@@ -23,24 +21,28 @@ def list_files(repo: str, revision: str | None) -> dict[str, RemoteFile]:
     Raises:
         WeightsError: the package is not installed, or the repository cannot be listed.
     """
-    api = _import("modelscope.hub.api").HubApi()
     try:
-        entries = api.get_model_files(repo, revision=revision, recursive=True)
+        from modelscope.hub.api import HubApi
+    except ImportError as error:
+        raise WeightsError("ModelScope needs its package: pip install 'wan-mlx[modelscope]'") from error
+    try:
+        entries = HubApi().get_model_files(repo, revision=revision, recursive=True)
     except Exception as error:  # of many kinds: its own, and its HTTP client's
         raise WeightsError(f"{repo} cannot be listed on ModelScope: {one_line(error)}") from error
     return {e["Path"]: RemoteFile(e["Path"], int(e["Size"])) for e in entries if e.get("Type", "blob") != "tree"}
 
 
 def fetch(repo: str, revision: str | None, files: Iterable[RemoteFile]) -> Path:
-    """Download ``files``; returns their folder.
+    """Download ``files``, which `list_files` found; returns their folder.
 
     Raises:
         WeightsError: the download failed, or a file's size differs from the listing.
     """
+    from modelscope import snapshot_download
+
     files = list(files)
-    download = _import("modelscope").snapshot_download
     try:
-        folder = Path(download(repo, revision=revision, allow_patterns=[file.path for file in files]))
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[file.path for file in files]))
     except Exception as error:
         raise WeightsError(f"{repo} cannot be fetched from ModelScope: {one_line(error)}") from error
     for file in files:
@@ -50,10 +52,3 @@ def fetch(repo: str, revision: str | None, files: Iterable[RemoteFile]) -> Path:
             found = "is missing" if size is None else f"has {size:,} bytes"
             raise WeightsError(f"{path} {found}, expected {file.size:,} bytes; remove it and fetch it again")
     return folder
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise WeightsError("ModelScope needs its package: pip install 'wan-mlx[modelscope]'") from error

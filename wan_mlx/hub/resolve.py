@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from .. import __version__
 from ..errors import Stopped, WeightsError
 from ..events import Listener, Progress, unheard
 from ..presets import BUNDLED, PARTS, Preset
-from ..storage import free_space, gigabytes
+from ..storage import free_space, gigabytes, shards_of
 from . import modelscope
-from .download import RemoteFile, bytes_here, fetch_files, one_line
+from .download import RemoteFile, bytes_here, fetch_files, is_transient, one_line
 from .names import Location, needed_files, parse_location, preset_at, weights_in
 
 log = logging.getLogger(__name__)
@@ -58,12 +57,7 @@ class Download:
         return f"{self.location}: {count}, {gigabytes(self.total)}{here}; {to_fetch}, {gigabytes(self.free)} free"
 
 
-def resolve(
-    model: str | Path,
-    source: str = "huggingface",
-    listener: Listener = unheard,
-    parts: Collection[str] = PARTS,
-) -> Path:
+def resolve(model: str | Path, source: str = "huggingface", listener: Listener = unheard) -> Path:
     """The folder or file that ``model`` names: local, or a repository (or one of its files), downloaded if necessary.
 
     Downloads only the needed files, resumes an interrupted download, and checks free space first. ``HF_HOME``,
@@ -73,19 +67,18 @@ def resolve(
         model: a path or a name, see `hub.names`.
         source: "huggingface" or "modelscope" (needs the package of that name).
         listener: gets the download's `Progress`, from its threads.
-        parts: those of `PARTS` that are needed from a whole repository.
 
     Raises:
         ValueError: unknown ``source``, or an address that is not the hub's.
         WeightsError: the download failed, or the disk is too full; says what to do.
     """
-    download = survey(model, source, parts)
-    check_room([download] if download else [])
-    return _take(model, download, listener, parts)
+    return Path(Places(model).fetch(source, listener).model)
 
 
 def survey(model: str | Path, source: str = "huggingface", parts: Collection[str] = PARTS) -> Download | None:
     """The download that `resolve` would make, from the repository's listing; downloads nothing.
+
+    ``parts``: those of `PARTS` that are needed from a whole repository.
 
     Returns:
         None if nothing needs a hub: the model is local, or it is in the cache and the hub cannot be reached.
@@ -123,7 +116,7 @@ class Places:
     """All sources of a pipeline, as the user named them: a model, separate parts, LoRAs with strengths."""
 
     model: str | Path
-    parts: Mapping[str, str | Path]
+    parts: Mapping[str, str | Path] = field(default_factory=dict)
     loras: Collection[tuple[Path, float]] = ()
 
     def _named(self) -> list[tuple[str | Path, Collection[str]]]:
@@ -140,13 +133,9 @@ class Places:
 
     def fetch(self, source: str = "huggingface", listener: Listener = unheard) -> Places:
         """The same places on this machine, after one check of free space for all of them; see `resolve`."""
-        named = self._named()
-        downloads = [survey(place, source, parts) for place, parts in named]
-        check_room([download for download in downloads if download])
-        taken = {
-            str(place): _take(place, download, listener, parts)
-            for (place, parts), download in zip(named, downloads, strict=True)
-        }
+        surveyed = [(place, parts, survey(place, source, parts)) for place, parts in self._named()]
+        _check_room([download for *_, download in surveyed if download])
+        taken = {str(place): _take(place, download, listener, parts) for place, parts, download in surveyed}
         loras = [(taken.get(str(_lora_name(lora)), lora[0]), lora[1]) for lora in self.loras]
         return Places(taken[str(self.model)], {part: taken[str(place)] for part, place in self.parts.items()}, loras)
 
@@ -166,7 +155,7 @@ def _lora_name(lora: tuple[Path, float]) -> str | Path:
     return text if location is not None and location.file else path
 
 
-def check_room(downloads: Collection[Download]) -> None:
+def _check_room(downloads: Collection[Download]) -> None:
     """Raise WeightsError if the disk has no space for the missing files."""
     missing = sum(download.missing for download in downloads)
     for download in downloads:
@@ -180,8 +169,10 @@ def check_room(downloads: Collection[Download]) -> None:
 
 
 def _take(place: str | Path, download: Download | None, listener: Listener, parts: Collection[str]) -> Path:
+    """A place on this machine, after its `survey`."""
     if download is not None:
-        return _fetch_from_modelscope(download) if download.source == "modelscope" else _fetch(download, listener)
+        log.info("%s", download)
+        return _fetch(download, listener)
     if _remote(place) is None:
         return _here(place) or Path(place).expanduser()  # opening it reports that it does not exist
     log.warning("the hub is out of reach; taking %s from the cache", place)
@@ -192,22 +183,20 @@ def _take(place: str | Path, download: Download | None, listener: Listener, part
 
 def cached(model: str | Path, parts: Collection[str] = PARTS) -> Path | None:
     """The folder or file of a hub's model, if it is complete in the cache; does not use the network."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     location = parse_location(model)
     if location is None:
         return None
-    probes = (location.file,) if location.file else ("model_index.json", "config.json", "transformer/config.json")
-    for probe in probes:
-        found = try_to_load_from_cache(location.repo, probe, revision=location.revision)
-        if not isinstance(found, str):
-            continue
-        if location.file:
-            return Path(found)
-        folder = Path(found).parents[probe.count("/")]
-        names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-        return folder if _is_whole(folder, names, parts) else None
-    return None
+    repo, file, revision = location.repo, location.file, location.revision
+    try:
+        if file:
+            return Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
+        folder = Path(str(snapshot_download(repo, revision=revision, local_files_only=True)))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if _is_whole(folder, parts) else None
 
 
 def is_cached(model: str | Path) -> bool:
@@ -236,18 +225,15 @@ def _here(model: str | Path) -> Path | None:
         return None
 
 
-def _is_whole(folder: Path, names: set[str], parts: Collection[str]) -> bool:
+def _is_whole(folder: Path, parts: Collection[str]) -> bool:
     """Whether a folder has all ``parts``, and every shard of its indexes."""
+    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     try:
-        indexes = [Path(name) for name in needed_files(names, str(folder), parts) if name.endswith(".index.json")]
-        shards = [
-            (index.parent / shard).as_posix()
-            for index in indexes
-            for shard in json.loads((folder / index).read_bytes())["weight_map"].values()
-        ]
+        indexes = [name for name in needed_files(names, str(folder), parts) if name.endswith(".index.json")]
+        shards = [shard for name in indexes for shard in shards_of(folder / name)]
     except (WeightsError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return names.issuperset(shards)
+    return all(shard.is_file() for shard in shards)
 
 
 def _list_files(location: Location) -> tuple[dict[str, RemoteFile], str]:
@@ -265,13 +251,14 @@ def _fetch(download: Download, listener: Listener) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     location, commit = download.location, download.commit
-    assert commit is not None, "Hugging Face's downloads have one"
+    if commit is None:
+        folder = modelscope.fetch(location.repo, location.revision, download.files)
+        return folder / location.file if location.file else folder
 
     def local(file: RemoteFile, revision: str | None) -> str | None:
         found = try_to_load_from_cache(location.repo, file.path, revision=revision)
         return found if isinstance(found, str) else None
 
-    log.info("%s", download)
     wanted = [file for file in download.files if local(file, commit) is None]
     done, total, lock = 0, sum(file.size for file in wanted), threading.Lock()
 
@@ -297,19 +284,10 @@ def _fetch(download: Download, listener: Listener) -> Path:
     return path if location.file else path.parents[first.path.count("/")]
 
 
-def _fetch_from_modelscope(download: Download) -> Path:
-    log.info("%s", download)
-    location = download.location
-    folder = modelscope.fetch(location.repo, location.revision, download.files)
-    return folder / location.file if location.file else folder
-
-
 def _is_unreachable(error: Exception) -> bool:
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code >= 500
-    return isinstance(error, HTTPError | ConnectionError | TimeoutError)  # OfflineModeIsEnabled is a ConnectionError
+    return isinstance(error, OfflineModeIsEnabled) or is_transient(error)
 
 
 def explain(error: Exception, location: Location) -> WeightsError:
@@ -319,25 +297,27 @@ def explain(error: Exception, location: Location) -> WeightsError:
     if isinstance(error, WeightsError):
         return error
     hub, give = constants.ENDPOINT, "give a token that may read it (`hf auth login`, or HF_TOKEN in the environment)"
+    offline = f"is not whole in the cache {constants.HF_HUB_CACHE}; HF_HUB_OFFLINE is set, so nothing can be fetched"
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        text = f"is not whole in the cache {constants.HF_HUB_CACHE}; HF_HUB_OFFLINE is set, so nothing can be fetched"
-    elif isinstance(error, errors.GatedRepoError):
-        text = f"is gated: accept its licence on {hub}/{location.repo}, then {give}"
-    elif isinstance(error, errors.RevisionNotFoundError):
-        text = f"has no revision {location.revision or 'main'} on {hub}"
-    elif isinstance(error, errors.EntryNotFoundError):
-        text = f"lacks on {hub} a file that its listing names; try again later"
-    elif status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
-        text = f"cannot be fetched: {hub} refuses your token (401); {give}"
-    elif isinstance(error, errors.RepositoryNotFoundError) or status == 404:
-        text = f"was not found on {hub} ({status}): check the name, or, if it is private, {give}"
-    elif status == 403:
-        text = f"is forbidden on {hub} (403): {give}"
-    elif status is not None:
-        text = f"cannot be fetched: {hub} answered {status}; try again later"
-    elif _is_unreachable(error):
-        text = f"cannot be fetched: {hub} is out of reach ({one_line(error)})"
-    else:
-        text = f"could not be fetched from {hub}: {type(error).__name__}: {one_line(error)}"
+    refused = status == 401 and not isinstance(error, errors.RepositoryNotFoundError)
+    missing = isinstance(error, errors.RepositoryNotFoundError) or status == 404
+    reasons = (
+        (isinstance(error, errors.OfflineModeIsEnabled), offline),
+        (
+            isinstance(error, errors.GatedRepoError),
+            f"is gated: accept its licence on {hub}/{location.repo}, then {give}",
+        ),
+        (isinstance(error, errors.RevisionNotFoundError), f"has no revision {location.revision or 'main'} on {hub}"),
+        (
+            isinstance(error, errors.EntryNotFoundError),
+            f"lacks on {hub} a file that its listing names; try again later",
+        ),
+        (refused, f"cannot be fetched: {hub} refuses your token (401); {give}"),
+        (missing, f"was not found on {hub} ({status}): check the name, or, if it is private, {give}"),
+        (status == 403, f"is forbidden on {hub} (403): {give}"),
+        (status is not None, f"cannot be fetched: {hub} answered {status}; try again later"),
+        (_is_unreachable(error), f"cannot be fetched: {hub} is out of reach ({one_line(error)})"),
+        (True, f"could not be fetched from {hub}: {type(error).__name__}: {one_line(error)}"),
+    )
+    text = next(text for holds, text in reasons if holds)
     return WeightsError(f"{location} is no file or folder here, and {text}")
