@@ -13,12 +13,13 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from wan_mlx.media.preview import TinyDecoder, enlarge, latent_map, sheet_of
+from wan_mlx.media.preview import enlarge, latent_map, sheet_of, tiny_preview
 from wan_mlx.media.write import save_video
 from wan_mlx.models.configs import VAEConfig
 from wan_mlx.models.taehv import TAEHVConfig
@@ -47,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     previewers = {"linear map": latent_map(VAEConfig())}
     if args.taehv:
-        previewers["TAEHV"] = TinyDecoder(load_taehv(args.taehv))
+        previewers["TAEHV"] = partial(tiny_preview, load_taehv(args.taehv))
     with tempfile.TemporaryDirectory() as folder:
         for name, shape in CASES:
             preset = PRESETS[name]

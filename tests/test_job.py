@@ -66,9 +66,9 @@ def test_stopped_by_another_thread_and_taken_up(job, pipe):
     with pytest.raises(ValueError, match="there is an unfinished run"):
         Job(pipe, job.request, job.output).make()
     with pytest.raises(ValueError, match="--steps is 3, 4 was given"):
-        Job(pipe, job.request, job.output, {"steps": 4}).make_or_go_on()
+        Job(pipe, job.request, job.output, {"steps": 4}).make(free=())
     heard = []
-    Job(pipe, job.request, job.output, {"steps": 3}).make_or_go_on(heard.append)
+    Job(pipe, job.request, job.output, {"steps": 3}).make(heard.append, free=())
     assert [event.step.index for event in heard if isinstance(event, Stepped)] == [1, 2]
     assert [event.report.name for event in heard if isinstance(event, StageEnded)][0] == "load transformer"
     assert np.array_equal(frames_of(job.output), pipe("a red circle", **SMALL).frames)

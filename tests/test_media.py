@@ -249,12 +249,12 @@ class TestNeverHalfWritten:
 class TestFFmpeg:
     def test_none_is_left_behind(self, tmp_path):
         with pytest.raises(RuntimeError), VideoWriter(tmp_path / "a.mp4", 16, (16, 16), {}) as writer:
-            process = writer._encoder.process
+            process = writer._ffmpeg.process
             assert os.getpgid(process.pid) != os.getpgid(0)  # Ctrl-C in the terminal reaches us, not it
             raise RuntimeError
         assert process.returncode == -signal.SIGKILL
         with VideoWriter(tmp_path / "a.mp4", 16, (16, 16), {}) as writer:
-            process = writer._encoder.process
+            process = writer._ffmpeg.process
             writer.write(moving_picture(1, 16, 16))
         assert process.returncode == 0
 
@@ -263,7 +263,7 @@ class TestFFmpeg:
             "import os, sys\n"
             "from wan_mlx.media.write import VideoWriter\n"
             "writer = VideoWriter(sys.argv[1], 16, (16, 16), {}).__enter__()\n"
-            "print(writer._encoder.process.pid, flush=True)\n"
+            "print(writer._ffmpeg.process.pid, flush=True)\n"
             "os._exit(1)\n"
         )
         command = [sys.executable, "-c", script, str(tmp_path / "a.mp4")]
@@ -277,8 +277,8 @@ class TestFFmpeg:
     def test_its_death_is_an_error(self, tmp_path, frames):
         with pytest.raises(WanError, match="ffmpeg could not write a video into"):
             with VideoWriter(tmp_path / "a.mp4", 16, (64, 64), {}) as writer:
-                writer._encoder.process.kill()
-                writer._encoder.process.wait()
+                writer._ffmpeg.process.kill()
+                writer._ffmpeg.process.wait()
                 writer.write(np.zeros((frames, 64, 64, 3), np.uint8))
         assert os.listdir(tmp_path) == []
 

@@ -17,7 +17,7 @@ from .events import Listener, counted, unheard
 from .files.sentencepiece import read_tokenizer
 from .geometry import Geometry
 from .hub.resolve import resolve_loras
-from .media.preview import Previewer, TinyDecoder, latent_map, tiny_autoencoder
+from .media.preview import Previewer, latent_map, tiny_autoencoder, tiny_preview
 from .media.write import to_uint8
 from .models import vae_tiling as tiling
 from .models.configs import TEXT_LEN, geometry_of
@@ -302,4 +302,4 @@ class OpenedModel:
 
     @cached_property
     def previewer(self) -> Previewer:
-        return TinyDecoder(self._tiny) if self._tiny else latent_map(vae_config_of(self.checkpoint))
+        return partial(tiny_preview, self._tiny) if self._tiny else latent_map(vae_config_of(self.checkpoint))

@@ -115,7 +115,7 @@ def _make_lines(lines: list[Line], report: Report, say: Terminal, interrupts: In
             started = time.perf_counter()
             try:
                 with interrupts.stopping(job):
-                    made = job.make_or_go_on(say, options.free_on_resume() | ({"seed"} if line.draws else set()))
+                    made = job.make(say, options.free_on_resume() | ({"seed"} if line.draws else set()))
             except Stopped as stopped:
                 report.add(line, "interrupted", seconds=round(time.perf_counter() - started, 1))
                 raise Stopped(stopped.signum, "; go on with the same command") from stopped

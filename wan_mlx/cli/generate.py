@@ -102,14 +102,14 @@ def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, in
         if record is None:
             raise ValueError(f"the run of {output} was cut before it began; start it again without --resume")
         # Other numbers are the way out of NaN, and only there.
-        check_same(given, record, options.free_on_resume() | ({"dtype"} if folder.was_not_finite else set()))
+        check_same(given, record, options.free_on_resume() | ({"dtype"} if record.get("not_finite") else set()))
         model = model_of(record)
         model |= {name: value for name, value in given.items() if name in model}
         pipe, request = open_model(model, say), request_of(record)
         if model["dtype"] != record["model"]["dtype"]:
             record = with_dtype(record, model["dtype"], folder.steps_done)
             if not args.dry_run:
-                folder.amend(record)
+                folder.amend(**record)
         for difference in check_identity(record, pipe, folder):
             say.note(difference, important=True)
         job = Job(pipe, request, output, overwrite=args.overwrite or record["overwrite"])

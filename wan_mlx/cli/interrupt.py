@@ -7,22 +7,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Stopped
 
+if TYPE_CHECKING:
+    from ..runs.job import Job
+
 SAYING = b"\nstopping as soon as this step is done; Ctrl-C again stops at once\n"
-
-
-class Stoppable(Protocol):
-    """What Ctrl-C may ask to end in good order: a `wan_mlx.runs.job.Job`, or a `wan_mlx.run.Run`."""
-
-    @property
-    def stops_soon(self) -> bool:
-        """Whether `stop` would be heard soon."""
-
-    def stop(self) -> None:
-        """End at the next good place, by raising `Stopped` there."""
 
 
 class Interrupts:
@@ -35,7 +27,7 @@ class Interrupts:
 
     def __init__(self):
         self.asked = False
-        self._job: Stoppable | None = None
+        self._job: Job | None = None
         self._raised = False
         self._before: dict[int, Any] = {}
 
@@ -52,7 +44,7 @@ class Interrupts:
         self._before = {}
 
     @contextmanager
-    def stopping(self, job: Stoppable) -> Iterator[None]:
+    def stopping(self, job: Job) -> Iterator[None]:
         """Within this block Ctrl-C stops ``job``."""
         self._job = job
         try:

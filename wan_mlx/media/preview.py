@@ -44,28 +44,24 @@ SHEET_FRAMES = 25
 
 @dataclass(frozen=True)
 class LatentMap:
-    """Colours in [-1, 1] = latents @ ``factors`` (C, 3) + ``bias`` (3,); a callable `Previewer`.
+    """Colours in [-1, 1] = latents @ ``factors`` (C, 3) + ``bias`` (3,); a `Previewer`.
 
-    ``first``: factors and bias of the first latent frame, which encodes one video frame instead of four, differently;
-    None if they are the same.
+    ``first``: factors and bias of the first latent frame, which encodes one video frame instead of four, differently.
     """
 
     factors: np.ndarray
     bias: np.ndarray
-    first: tuple[np.ndarray, np.ndarray] | None = None
+    first: tuple[np.ndarray, np.ndarray]
 
     @classmethod
     def of(cls, space: Mapping[str, Any]) -> LatentMap:
         """From an entry of `read_maps`."""
-        first = space.get("first")
-        return cls(*_arrays(space), _arrays(first) if first else None)
+        return cls(*_arrays(space), _arrays(space.get("first", space)))
 
     def __call__(self, latents: mx.array) -> np.ndarray:
         z = np.array(latents[0].astype(mx.float32))
-        colours = z @ self.factors + self.bias
-        if self.first is not None:
-            factors, bias = self.first
-            colours[0] = z[0] @ factors + bias
+        colours, (factors, bias) = z @ self.factors + self.bias, self.first
+        colours[0] = z[0] @ factors + bias
         return to_uint8(colours)
 
 
@@ -73,14 +69,9 @@ def _arrays(entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(entry["factors"], np.float32), np.array(entry["bias"], np.float32)
 
 
-@dataclass(frozen=True)
-class TinyDecoder:
-    """Previews from TAEHV's decoder without upsampling; a `Previewer`."""
-
-    taehv: TAEHV
-
-    def __call__(self, latents: mx.array) -> np.ndarray:
-        return np.concatenate([to_uint8(frames[0]) for frames in self.taehv.decode(latents, small=True)])
+def tiny_preview(taehv: TAEHV, latents: mx.array) -> np.ndarray:
+    """From TAEHV's decoder without upsampling; given the decoder, a `Previewer`."""
+    return np.concatenate([to_uint8(frames[0]) for frames in taehv.decode(latents, small=True)])
 
 
 def latent_map(config: VAEConfig) -> LatentMap:
@@ -124,19 +115,15 @@ def enlarge(frames: np.ndarray, factor: int = ENLARGED) -> np.ndarray:
 
 
 class PreviewFiles:
-    """Updates an animated WebP, and a contact sheet (PNG) beside it, during sampling.
+    """Updates an animated WebP, and a contact sheet (PNG) beside it, during sampling; viewers never see half a file.
 
-    Both are written atomically, so viewers never see half a file. If writing fails during a run, it is reported once
-    and the run goes on.
+    A failure to write during a run is reported once, and the run goes on.
 
     Args:
-        path: of the animation, ending in ``.webp``.
+        path: of the animation, ending in ``.webp``; that of the sheet is ``sheet``.
         every: number of steps between updates; the last step always updates.
         overwrite: replace files that are not previews.
         outputs: files of the run, which previews must not overwrite.
-
-    Attributes:
-        sheet: path of the contact sheet.
 
     Raises:
         ValueError: another ending, no such folder, an existing file that is not our preview, or one of ``outputs``.

@@ -96,16 +96,15 @@ class VideoWriter:
     in memory until the end.
 
     Args:
-        path: the file; its ending selects the format.
-        fps: frames per second.
+        path: its ending selects the format.
         size: (width, height) in pixels.
-        settings: any JSON value; `read_settings` reads it back from the file.
+        settings: any JSON value, as it is when the block begins; `read_settings` reads it back from the file.
         overwrite: replace an existing file.
         folder: of the unfinished file, on the same file system; None: beside ``path``.
 
     Attributes:
         latents: set it before the block ends to store it in an ``.npz``.
-        when_whole: optional function, called with the finished file's path before it is moved to its place.
+        when_whole: called with the finished file's path before it is moved to its place.
 
     Raises:
         ValueError: as `check_output`; or the settings are not JSON; or the format cannot hold the size or the settings.
@@ -125,20 +124,21 @@ class VideoWriter:
         self.latents: np.ndarray | None = None
         self.when_whole: Callable[[Path], None] | None = None
         self._ending = self.path.suffix.lower()
-        self._text = _settings_text(settings)
+        self.settings = settings
         if not 0 < fps <= MAX_FPS:
             raise ValueError(f"fps is {fps}, expected a number above 0 and up to {MAX_FPS}, such as 16")
+        text = _settings_text(settings)
         if self._ending == ".mp4":
-            _check_mp4(size, self._text)
+            _check_mp4(size, text)
 
     def __enter__(self) -> VideoWriter:
-        self._count = 0
-        # Beside the target, so that the final move stays on one file system and is atomic.
+        # On the file system of the target, so that the final move is atomic.
         self._temporary = self.folder / f".wan_mlx-{secrets.token_hex(8)}{self._ending}"
-        if self._ending == ".mp4":
-            self._encoder: _FFmpeg | _Collector = _FFmpeg(self._temporary, self.fps, self.size, self._text)
-        else:
-            self._encoder = _Collector(self._temporary, self.fps, self._text, SAVERS[self._ending])
+        self._text = _settings_text(self.settings)
+        self._frames: list[np.ndarray] = []
+        self._count = 0
+        is_mp4 = self._ending == ".mp4"
+        self._ffmpeg = _FFmpeg(self._temporary, self.fps, self.size, self._text) if is_mp4 else None
         return self
 
     def write(self, frames: np.ndarray) -> None:
@@ -151,7 +151,10 @@ class VideoWriter:
         width, height = self.size
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (height, width, 3):
             raise ValueError(f"frames are {frames.dtype} {frames.shape}, expected uint8 (n, {height}, {width}, 3)")
-        self._encoder.write(frames)
+        if self._ffmpeg is not None:
+            self._ffmpeg.write(frames)
+        else:
+            self._frames.append(frames.copy())
         self._count += len(frames)
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -160,7 +163,11 @@ class VideoWriter:
                 return
             if self._count == 0:
                 raise ValueError(f"no frames were written to {self.path}, expected at least 1")
-            self._encoder.finish(self.latents)
+            if self._ffmpeg is not None:
+                self._ffmpeg.finish()
+            else:
+                frames = np.concatenate(self._frames)
+                SAVERS[self._ending](self._temporary, frames, self.fps, self._text, self.latents)
             if self.when_whole is not None:
                 self.when_whole(self._temporary)
             if not self.overwrite and os.path.lexists(self.path):  # another process created it since the check
@@ -169,7 +176,9 @@ class VideoWriter:
                 raise ValueError(f"output {self.path} appeared during the run; it was kept, and this video is {kept}")
             publish(self._temporary, self.path)
         finally:
-            self._encoder.close()
+            self._frames = []
+            if self._ffmpeg is not None:
+                self._ffmpeg.close()
             self._temporary.unlink(missing_ok=True)
 
 
@@ -195,18 +204,16 @@ def save_video(
 
 def video_html(frames: np.ndarray, fps: float, settings: dict[str, Any]) -> str:
     """HTML that plays frames, uint8 (T, H, W, 3), inline, or shows a single one, with the settings below."""
-    kind, ending = ("image/png", ".png") if len(frames) == 1 else ("video/mp4", ".mp4")
+    ending, kind, opening, closing = ".mp4", "video/mp4", "video controls loop autoplay muted playsinline", "</video>"
+    if len(frames) == 1:
+        ending, kind, opening, closing = ".png", "image/png", "img", ""
     with tempfile.TemporaryDirectory() as folder:
         data = save_video(Path(folder) / f"video{ending}", frames, fps, {}).read_bytes()
     source = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
-    tag = (
-        f'<img style="max-width:100%" src="{source}">'
-        if len(frames) == 1
-        else f'<video controls loop autoplay muted playsinline style="max-width:100%" src="{source}"></video>'
-    )
     return (
-        f'<figure style="margin:0">{tag}<figcaption><pre style="white-space:pre-wrap">'
-        f"{html.escape(_settings_text(settings, indent=1))}</pre></figcaption></figure>"
+        f'<figure style="margin:0"><{opening} style="max-width:100%" src="{source}">{closing}'
+        f'<figcaption><pre style="white-space:pre-wrap">{html.escape(_settings_text(settings, indent=1))}</pre>'
+        "</figcaption></figure>"
     )
 
 
@@ -288,17 +295,13 @@ class _FFmpeg:
         try:
             # In its own session, so that Ctrl-C does not reach it: close() ends it.
             self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=self.errors,
-                start_new_session=True,
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.errors, start_new_session=True
             )
-            assert self.process.stdin is not None
-            self.pipe = self.process.stdin
         except BaseException:
             self.errors.close()
             raise
+        assert self.process.stdin is not None
+        self.pipe = self.process.stdin
 
     def write(self, frames: np.ndarray) -> None:
         try:
@@ -306,7 +309,7 @@ class _FFmpeg:
         except OSError as error:
             self._fail(error)
 
-    def finish(self, latents: np.ndarray | None) -> None:
+    def finish(self) -> None:
         try:
             self.pipe.close()
         except OSError as error:
@@ -329,50 +332,22 @@ class _FFmpeg:
         self.errors.close()
 
 
-class _Collector:
-    """Collects the frames, then saves them at once."""
-
-    def __init__(self, path: Path, fps: float, text: str, save: Callable[..., None]):
-        self.path, self.fps, self.text, self.save = path, fps, text, save
-        self.frames: list[np.ndarray] = []
-
-    def write(self, frames: np.ndarray) -> None:
-        self.frames.append(frames.copy())
-
-    def finish(self, latents: np.ndarray | None) -> None:
-        self.save(self.path, np.concatenate(self.frames), self.fps, self.text, latents)
-
-    def close(self) -> None:
-        self.frames = []
-
-
-def _save_gif(path: Path, frames: np.ndarray, fps: float, text: str, latents: np.ndarray | None) -> None:
-    durations = _durations(len(frames), fps, unit=10)  # GIF counts hundredths of a second
-    _save_animation(path, frames, duration=durations, comment=text.encode("utf-8"))
-
-
-def _save_webp(path: Path, frames: np.ndarray, fps: float, text: str, latents: np.ndarray | None) -> None:
-    exif = Image.Exif()
-    exif[EXIF_DESCRIPTION] = text.encode("utf-8")
-    _save_animation(path, frames, duration=_durations(len(frames), fps, unit=1), quality=90, exif=exif)
-
-
-def _save_animation(path: Path, frames: np.ndarray, **options: Any) -> None:
+def _save_animation(path: Path, frames: np.ndarray, fps: float, text: str, latents: np.ndarray | None) -> None:
+    unit, about = 10, {"comment": text.encode("utf-8")}  # GIF counts hundredths of a second
+    if path.suffix == ".webp":
+        exif = Image.Exif()
+        exif[EXIF_DESCRIPTION] = text.encode("utf-8")
+        unit, about = 1, {"exif": exif, "quality": 90}
+    # Of the ends, whose rounding errors do not accumulate.
+    durations = np.diff(np.rint(np.arange(len(frames) + 1) * 1000 / (fps * unit)).astype(int) * unit).tolist()
     first, *rest = (Image.fromarray(frame) for frame in frames)
-    first.save(path, save_all=True, append_images=rest, loop=0, **options)
-
-
-def _durations(count: int, fps: float, unit: int) -> list[int]:
-    """Milliseconds of each frame, in multiples of ``unit``; rounding errors do not accumulate."""
-    ends = np.rint(np.arange(count + 1) * 1000 / (fps * unit)).astype(int) * unit
-    return np.diff(ends).tolist()
+    first.save(path, save_all=True, append_images=rest, loop=0, duration=durations, **about)
 
 
 def _save_png(path: Path, frames: np.ndarray, fps: float, text: str, latents: np.ndarray | None) -> None:
-    chosen = np.linspace(0, len(frames) - 1, min(len(frames), STRIP_FRAMES)).round().astype(int)
     info = PngImagePlugin.PngInfo()
     info.add_itxt("settings", text)
-    Image.fromarray(np.concatenate(frames[chosen], axis=1)).save(path, pnginfo=info)
+    contact_sheet(frames, STRIP_FRAMES, STRIP_FRAMES, STRIP_FRAMES * frames.shape[2]).save(path, pnginfo=info)
 
 
 def _save_npz(path: Path, frames: np.ndarray, fps: float, text: str, latents: np.ndarray | None) -> None:
@@ -392,20 +367,13 @@ def _read_mp4(path: Path) -> str:
     return re.sub(r"\\(.)", r"\1", match[1], flags=re.DOTALL)
 
 
-def _read_gif(path: Path) -> str:
-    with Image.open(path, formats=["GIF"]) as image:
-        return image.info["comment"].decode("utf-8")
-
-
-def _read_webp(path: Path) -> str:
-    with Image.open(path, formats=["WEBP"]) as image:
+def _read_picture(path: Path) -> str:
+    with Image.open(path, formats=[path.suffix[1:].upper()]) as image:
+        if isinstance(image, PngImagePlugin.PngImageFile):
+            return image.text["settings"]
+        if image.format == "GIF":
+            return image.info["comment"].decode("utf-8")
         return image.getexif()[EXIF_DESCRIPTION].encode("latin-1").decode("utf-8")  # Pillow reads bytes as latin-1
-
-
-def _read_png(path: Path) -> str:
-    with Image.open(path, formats=["PNG"]) as image:
-        assert isinstance(image, PngImagePlugin.PngImageFile)
-        return image.text["settings"]
 
 
 def _read_npz(path: Path) -> str:
@@ -418,8 +386,8 @@ def _url(path: Path) -> str:
     return f"file:{path.absolute()}"
 
 
-SAVERS = {".gif": _save_gif, ".webp": _save_webp, ".png": _save_png, ".npz": _save_npz}
-READERS = {".mp4": _read_mp4, ".gif": _read_gif, ".webp": _read_webp, ".png": _read_png, ".npz": _read_npz}
+SAVERS = {".gif": _save_animation, ".webp": _save_animation, ".png": _save_png, ".npz": _save_npz}
+READERS = {".mp4": _read_mp4, ".npz": _read_npz} | dict.fromkeys((".gif", ".webp", ".png"), _read_picture)
 
 
 def latents_to_numpy(latents: mx.array) -> np.ndarray:

@@ -3,12 +3,11 @@
 Beside ``cat.mp4`` there is ``cat.mp4.wan`` until the video is complete:
 
     lock                      held by the process at work; the system frees it when that dies
-    run.json                  the flags, the request, the settings to embed, fingerprints of model and sources
+    run.json                  request, model, the settings to embed, fingerprints of weights and sources; then whether
+                              the latents stopped being finite, and SHA-256 of the video that is about to be moved
     conditioning.safetensors  texts, images and sources as encoded, and the noise: so no encoder is loaded again
     step-0012.safetensors     `Step.state` after step 12; the last two are kept
     frames.raw, frames.index  decoded frames uint8, and a line per latent frame: how many, and their CRC-32
-    not-finite                if the latents stopped being finite: then another dtype may go on
-    finished.json             SHA-256 of the video, just before it is moved to its place
 
 All but the frames appear whole: written under another name, flushed to the disk, renamed; a step's state while the
 next step computes. The frames grow, each flushed before its line in the index. The state of the VAE is not kept: it is
@@ -106,10 +105,13 @@ class RunFolder:
     def begin(self, record: dict[str, Any]) -> None:
         """Start anew: drop what an earlier run left, and note what this one is (anything JSON can hold)."""
         self._clear()
-        self.amend(record)
+        self._write(record)
 
-    def amend(self, record: dict[str, Any]) -> None:
-        """Note what the run is from now on."""
+    def amend(self, **changes: Any) -> None:
+        """Note what has become of the run."""
+        self._write((self.record() or {}) | changes)
+
+    def _write(self, record: dict[str, Any]) -> None:
         with storage.whole_file(self.path / "run.json") as path:
             path.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
@@ -124,18 +126,11 @@ class RunFolder:
             return None
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(record, dict):
+                raise ValueError("no JSON object")
         except ValueError as error:
             raise WanError(f"{path} is damaged ({error}); start anew with --overwrite") from error
-        if not isinstance(record, dict):
-            raise WanError(f"{path} is damaged (no JSON object); start anew with --overwrite")
         return record
-
-    def settings(self) -> dict[str, Any]:
-        """The settings of the run that has begun here."""
-        record = self.record()
-        if record is None:
-            raise WanError(f"{self.path} holds no run.json; start anew with --overwrite")
-        return record["settings"]
 
     # How far it has come
 
@@ -172,17 +167,20 @@ class RunFolder:
         arrays, metadata = _load(path)
         done, state, _ = self._last_step()
         values: dict[str, Any] = {**arrays, **json.loads(metadata["values"])}
-        conditioning = Conditioning(**values)
-        return RunState(conditioning, done, state, json.loads(metadata["how"]))
+        return RunState(Conditioning(**values), done, state, json.loads(metadata["how"]))
 
     def notes(self) -> dict[str, Any]:
         """The notes that `save_step` was given at the last step."""
         return self._last_step()[2]
 
     @property
+    def has_begun(self) -> bool:
+        return (self.path / "run.json").exists()
+
+    @property
     def is_unfinished(self) -> bool:
         """Whether there is something to go on with: at least what was encoded."""
-        return (self.path / "run.json").is_file() and (self.path / "conditioning.safetensors").is_file()
+        return self.has_begun and (self.path / "conditioning.safetensors").is_file()
 
     @property
     def size(self) -> int:
@@ -193,15 +191,7 @@ class RunFolder:
     @property
     def steps_done(self) -> int:
         """How many steps are kept, without reading them."""
-        return max((_count_of(path) for path in self._step_paths()), default=0)
-
-    def mark_not_finite(self) -> None:
-        """Note that the step after the last kept one gave NaN or infinite latents."""
-        (self.path / "not-finite").touch()
-
-    @property
-    def was_not_finite(self) -> bool:
-        return (self.path / "not-finite").exists()
+        return max((_count_of(path) for path in self._steps_kept()), default=0)
 
     # Frames
 
@@ -214,16 +204,16 @@ class RunFolder:
     def mark_finished(self, video: Path) -> None:
         """Flush the finished video, and note what it is: it is about to be moved to its place."""
         storage.flush(video)
-        with storage.whole_file(self.path / "finished.json") as path:
-            path.write_text(json.dumps({"sha256": storage.sha256(video)}), encoding="utf-8")
+        self.amend(finished=storage.sha256(video))
 
     def is_finished(self) -> bool:
         """Whether the output is the video that this run made: it was cut only before its folder was gone."""
-        text = _read_text(self.path / "finished.json")
-        return bool(text) and self.output.is_file() and json.loads(text)["sha256"] == storage.sha256(self.output)
+        known = (self.record() or {}).get("finished")
+        return known is not None and self.output.is_file() and known == storage.sha256(self.output)
 
     def delete(self) -> None:
-        """Remove the folder; the files that a resume needs go before the note that the video is finished."""
+        """Remove the folder; the files that a resume needs go before the record, which says if the video is finished.
+        """
         for _ in range(3):  # an ffmpeg whose process was killed may write a file yet before it sees that
             self._clear()
             (self.path / "lock").unlink(missing_ok=True)
@@ -238,14 +228,13 @@ class RunFolder:
 
     def _clear(self) -> None:
         self._steps.settle()
-        last = ("not-finite", "run.json", "finished.json")
-        ours = [*self.path.glob("*.safetensors"), *self.path.glob("frames.*"), *self.path.glob(".wan_mlx-*")]
-        for path in [*ours, *(self.path / name for name in last)]:
-            path.unlink(missing_ok=True)
+        for pattern in ("*.safetensors", "frames.*", ".wan_mlx-*", "run.json"):
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def _last_step(self) -> tuple[int, dict[str, mx.array], dict[str, Any]]:
         """How many steps are done, the state after them, and the notes."""
-        for path in reversed(self._step_paths()):
+        for path in reversed(self._steps_kept()):
             try:
                 state, metadata = _load(path)
             except WanError as error:  # cannot be by our own doing, but the step before it is as good
@@ -257,7 +246,7 @@ class RunFolder:
     def _step_path(self, count: int) -> Path:
         return self.path / f"step-{count:04d}.safetensors"
 
-    def _step_paths(self) -> list[Path]:
+    def _steps_kept(self) -> list[Path]:
         self._steps.settle()
         return self._step_files()
 
@@ -296,12 +285,8 @@ class FrameStore:
         storage.append(self.index, f"{len(frames)} {zlib.crc32(data):08x}\n".encode())
         self._chunks.append(len(frames))
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """The chunks, uint8 (n, height, width, 3)."""
-        return self.chunks(0)
-
-    def chunks(self, first: int) -> Iterator[np.ndarray]:
-        """The chunks from number ``first`` on."""
+    def chunks(self, first: int = 0) -> Iterator[np.ndarray]:
+        """The chunks from number ``first`` on, uint8 (n, height, width, 3)."""
         if first >= len(self._chunks):
             return
         with self.raw.open("rb") as file:

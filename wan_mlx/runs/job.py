@@ -48,71 +48,64 @@ class Job:
     _run: Run | None = field(default=None, repr=False)
     _stopping: bool = False
 
-    def make(self, listener: Listener = unheard) -> Finished:
-        """Make the file from the start.
+    def make(self, listener: Listener = unheard, free: Collection[str] | None = None) -> Finished:
+        """Make the file: from the start, or where ``free`` is given from where an unfinished run of it is.
 
         Args:
             listener: called with each event; what it tells of is kept by then.
+            free: options that may differ from those that the unfinished run was asked.
 
         Raises:
-            ValueError: the output exists, or a run of it is unfinished, and neither is to be replaced.
+            ValueError: the output exists, or a run of it is unfinished, and neither is to be replaced; or the
+                unfinished run was asked other options.
             BusyError: another process is making it.
             Stopped: it was asked for; what is done is kept.
             SamplingError: the latents stopped being finite; the state before that is kept.
-            WanError: too little disk, or the file could not be written.
+            WanError: too little disk, or the file could not be written; or weights or sources that an unfinished run
+                still needs have changed.
         """
         with RunFolder(self.output) as folder:
-            if folder.is_unfinished and not self.overwrite:
+            if free is None and folder.is_unfinished and not self.overwrite:
                 raise ValueError(
                     f"there is an unfinished run of {self.output}: go on with --resume {shlex.quote(str(self.output))},"
                     " or start anew with --overwrite"
                 )
-            return self._begin(folder, listener)
-
-    def make_or_go_on(self, listener: Listener = unheard, free: Collection[str] = ()) -> Finished:
-        """Make the file, or go on with the run that was making it; as `make`.
-
-        Args:
-            free: options that may differ from those that the run was asked.
-
-        Raises:
-            ValueError: the run was asked other options.
-            WanError: weights or sources that are still needed have changed.
-        """
-        with RunFolder(self.output) as folder:
-            if folder.is_finished():  # but for its folder's end
+            if free is not None and folder.is_finished():  # but for its folder's end
                 folder.delete()
                 finished = Finished(self.output)
                 listener(finished)
                 return finished
             if self.overwrite or not folder.is_unfinished:
-                return self._begin(folder, listener)
-            record = read_record(folder)
-            assert record is not None, "a run has begun there"
-            check_same({**self.pipe.opened_with, **self.asked}, record, free)
-            for difference in check_identity(record, self.pipe, folder):
-                listener(Note(difference))
-            self.request = request_of(record)
+                self._begin(folder)
+            else:
+                record = read_record(folder)
+                assert record is not None, "a run has begun there"
+                check_same({**self.pipe.opened_with, **self.asked}, record, free or ())
+                for difference in check_identity(record, self.pipe, folder):
+                    listener(Note(difference))
+                self.request = request_of(record)
             return self.go_on(folder, listener)
 
-    def _begin(self, folder: RunFolder, listener: Listener) -> Finished:
+    def _begin(self, folder: RunFolder) -> None:
         check_output(self.output, self.overwrite)
         try:
             folder.begin(make_record(self.pipe, self.request, self.asked, self.overwrite, self.previews))
         except BaseException:
             folder.delete()
             raise
-        return self.go_on(folder, listener)
 
     def go_on(self, folder: RunFolder, listener: Listener = unheard) -> Finished:
         """Make the file from where its folder is, which is locked and has begun; as `make`."""
-        started = time.perf_counter()
-        settings = folder.settings()
+        started, record = time.perf_counter(), folder.record() or {}
         try:
-            listener(Started(self.output, settings))
-            complaint = self._make(folder, listener)
+            listener(Started(self.output, record["settings"]))
+            complaint = self._make(folder, record["settings"], listener)
         except BaseException as error:
-            self._keep(folder, isinstance(error, Stopped))
+            # A run without a step leaves nothing, unless it was stopped on purpose.
+            if folder.steps_done or (isinstance(error, Stopped) and folder.is_unfinished):
+                self.kept, self.not_finite = folder.steps_done, bool((folder.record() or {}).get("not_finite"))
+            else:
+                folder.delete()
             raise
         folder.delete()
         seconds, run = time.perf_counter() - started, self._run
@@ -132,25 +125,18 @@ class Job:
         """Whether `stop` would be heard soon."""
         return self._run is not None and self._run.stops_soon
 
-    def _keep(self, folder: RunFolder, stopped: bool) -> None:
-        """Note what is kept; a run without a step leaves nothing, unless it was stopped on purpose."""
-        if folder.steps_done or (stopped and folder.is_unfinished):
-            self.kept, self.not_finite = folder.steps_done, folder.was_not_finite
-        else:
-            folder.delete()
-
-    def _make(self, folder: RunFolder, listener: Listener) -> str | None:
+    def _make(self, folder: RunFolder, settings: dict[str, Any], listener: Listener) -> str | None:
         """Sample, decode and encode; returns what is wrong with the video, if anything."""
-        request, settings = self.request, folder.settings()
+        request, size = self.request, (self.request.width, self.request.height)
         check_disk(folder.path, disk_needed(request, self.pipe.latent_channels) - folder.size)
-        VideoWriter(self.output, request.fps, (request.width, request.height), settings, self.overwrite)
-        frames = folder.open_frames(request.height, request.width)
-        with _Encoding(request, folder, frames, self.overwrite) as encoding:
-            if frames.count < request.num_frames:
+        writer = VideoWriter(self.output, request.fps, size, settings, self.overwrite, folder.path)
+        store = folder.open_frames(request.height, request.width)
+        with _Encoding(writer, folder, store) as encoding:
+            if store.count < request.num_frames:
                 try:
-                    self._sample(folder, frames, encoding, listener)
+                    self._sample(folder, store, encoding, listener)
                 except SamplingError:
-                    folder.mark_not_finite()
+                    folder.amend(not_finite=True)
                     raise
             return encoding.finish(self._check)
 
@@ -173,15 +159,12 @@ class Job:
                 # Decoding starts at the first frame, and comes in the same chunks as those that are kept.
                 encoding.add(event.frames)
 
-        previews: Any = self.previews
-
         def show(event: Event) -> None:
-            if isinstance(event, Stepped) and (self._stopping or previews.is_due(event.step)):
+            previews = self.previews
+            if previews and isinstance(event, Stepped) and (self._stopping or previews.is_due(event.step)):
                 listener(previews.write(event.step, self.request))
 
-        run.listen(keep).listen(listener)
-        if self.previews:
-            run.listen(show)
+        run.listen(keep).listen(listener).listen(show)
         with closing(iter(run)) as events:
             for event in events:
                 del event  # and what it holds is free
@@ -197,11 +180,11 @@ class _Encoding:
     The file appears when the ``with`` block ends without an exception.
     """
 
-    def __init__(self, request: Request, folder: RunFolder, store: FrameStore, overwrite: bool):
-        self.request, self.folder, self.store, self.overwrite = request, folder, store, overwrite
+    def __init__(self, writer: VideoWriter, folder: RunFolder, store: FrameStore):
+        self.writer, self.folder, self.store = writer, folder, store
         self.statistics = FrameStatistics()
-        self._writer: VideoWriter | None = None
-        self._chunks = 0
+        self._begun = False
+        self._encoded = 0  # chunks of the store
         self._thread = ThreadPoolExecutor(1, "wan_mlx-frames")
         self._adding = Behind(self._thread)
 
@@ -210,47 +193,43 @@ class _Encoding:
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
-            if self._writer is not None:  # first, or frames that ffmpeg does not take would be waited for
-                self._writer.__exit__(kind, error, traceback)
+            if self._begun:  # first, or frames that ffmpeg does not take would be waited for
+                self.writer.__exit__(kind, error, traceback)
         finally:
             self._thread.shutdown()
 
     def add(self, frames: np.ndarray) -> None:
         """Keep frames and encode them in another thread, once those before are; raises what went wrong with them."""
-        self._adding.settle()
-        self._open()
+        self._begin()
         self._adding.call(self._add, frames)
 
     def _add(self, frames: np.ndarray) -> None:
         self.store.add(frames)
         self._follow()
 
-    def _open(self) -> VideoWriter:
-        """The file, begun if it has not begun; sampling must be done, since its notes go into the file's head."""
-        if self._writer is None:
-            request, folder = self.request, self.folder
-            settings = folder.settings() | folder.notes()
-            size = (request.width, request.height)
-            writer = VideoWriter(folder.output, request.fps, size, settings, self.overwrite, folder.path)
-            self._writer = writer.__enter__()
-        return self._writer
+    def _begin(self) -> None:
+        """Begin the file; sampling must be done, since its notes go into the file's head."""
+        if not self._begun:
+            self.writer.settings = self.writer.settings | self.folder.notes()
+            self.writer.__enter__()
+            self._begun = True
 
     def _follow(self, check: Callable[[], None] | None = None) -> None:
         """Encode the kept frames that are not yet; ``check`` is called after each latent frame's worth."""
-        for frames in self.store.chunks(self._chunks):
+        for frames in self.store.chunks(self._encoded):
             self.statistics.add(frames)
-            self._open().write(frames)
-            self._chunks += 1
+            self.writer.write(frames)
+            self._encoded += 1
             if check is not None:
                 check()
 
     def finish(self, check: Callable[[], None]) -> str | None:
         """No more frames come: encode the rest, as `_follow`. Returns what is wrong with the video, if anything."""
         self._adding.settle()
-        self._open()
+        self._begin()
         self._follow(check)
-        state, writer = self.folder.state(), self._open()
+        state = self.folder.state()
         assert state is not None, "its steps are there"
-        latents = latents_to_numpy(state.state["latents"][:, state.conditioning.trim_latents :])
-        writer.latents, writer.when_whole = latents, self.folder.mark_finished
-        return self.statistics.complaint() or latents_complaint(latents)
+        self.writer.latents = latents_to_numpy(state.state["latents"][:, state.conditioning.trim_latents :])
+        self.writer.when_whole = self.folder.mark_finished
+        return self.statistics.complaint() or latents_complaint(self.writer.latents)

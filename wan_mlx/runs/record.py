@@ -43,11 +43,7 @@ def make_record(
         overwrite: replace the output if it exists.
         previews: kept up to date by the run.
     """
-    fields = request.settings()
-    for name in SOURCE_FIELDS:
-        fields[name] = _absolute(fields[name])
-    fields["src_ref_images"] = [_absolute(name) for name in fields["src_ref_images"]]
-    fields["geometry"] = list(astuple(request.geometry))
+    fields = normal(request.settings()) | {"geometry": list(astuple(request.geometry))}
     sources = [fields[name] for name in SOURCE_FIELDS] + fields["src_ref_images"]
     record = {
         "request": fields,
@@ -58,7 +54,7 @@ def make_record(
         "settings": pipe.settings(request),
         "weights": {name: storage.fingerprint(path) for name, path in _weights(pipe).items()},
         "sources": {name: storage.fingerprint(Path(name)) for name in sources if name and Path(name).is_file()},
-        "machine": {"wan_mlx": __version__, "mlx": mlx_version(), "device": _device()},
+        "machine": _machine(),
     }
     return json.loads(json.dumps(record))
 
@@ -85,7 +81,7 @@ def seed_of_made(
 
     ``extension``: the request's prompt is yet to be written out.
     """
-    if not output.is_file() or RunFolder(output).path.exists():
+    if not output.is_file() or RunFolder(output).has_begun:
         return None
     try:
         made = read_settings(output)
@@ -117,8 +113,7 @@ def request_of(record: Mapping[str, Any]) -> Request:
 
 def model_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """The options that the run's model was opened with, for `WanPipeline.from_pretrained`."""
-    tiling = record["model"]["vae_tiling"]
-    return {**record["model"], "vae_tiling": tuple(tiling) if isinstance(tiling, list) else tiling}
+    return _tuples(record["model"])
 
 
 def check_same(given: Mapping[str, Any], record: Mapping[str, Any], free: Collection[str]) -> None:
@@ -160,16 +155,14 @@ def check_identity(record: Mapping[str, Any], pipe: OpenedModel, folder: RunFold
     done = {part.name for part in pipe.checkpoint.parts if part.kind in kinds}
     if "transformer" in kinds:
         done |= {name for name in _weights(pipe) if name.startswith("lora")}
-    for name, path in _weights(pipe).items():
-        if name not in done and record["weights"].get(name) != storage.fingerprint(path):
+    needed = [(path, record["weights"].get(name)) for name, path in _weights(pipe).items() if name not in done]
+    if not encoded:
+        needed += [(Path(name), known) for name, known in record["sources"].items()]
+    for path, known in needed:
+        if not path.is_file() or storage.fingerprint(path) != known:
             raise WanError(f"{path} is not the file that the run was begun with; put that back, or start anew with "
                            "--overwrite instead of --resume")  # fmt: skip
-    for name, known in (() if encoded else record["sources"].items()):
-        if not Path(name).is_file() or storage.fingerprint(Path(name)) != known:
-            raise WanError(f"{name} is not the file that the run was begun with; put that back, or start anew with "
-                           "--overwrite instead of --resume")  # fmt: skip
-    now = {"wan_mlx": __version__, "mlx": mlx_version(), "device": _device()}
-    for name, value in now.items():
+    for name, value in _machine().items():
         if record["machine"][name] != value:
             yield f"the run was begun with {name} {record['machine'][name]}, this is {value}: last bits may differ"
 
@@ -217,6 +210,8 @@ def _said(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else f"{value}"
 
 
-def _device() -> str:
+def _machine() -> dict[str, str]:
+    """What last bits depend on."""
     info = mx.device_info()
-    return str(info.get("device_name") or info.get("architecture") or mx.default_device())
+    device = str(info.get("device_name") or info.get("architecture") or mx.default_device())
+    return {"wan_mlx": __version__, "mlx": mlx_version(), "device": device}
