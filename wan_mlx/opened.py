@@ -26,7 +26,7 @@ from .models.text_encoder import pad_context
 from .models.tokenizer import Tokenizer
 from .models.vae_execution import VAEExecution
 from .models.vae_tiling import parse_tiling
-from .planning.choose import choose, plan_request
+from .planning.choose import Wanted, plan_video
 from .planning.machine import mlx_version, parse_memory
 from .planning.plan import Plan
 from .planning.sizes import sizes_of
@@ -154,16 +154,18 @@ class OpenedModel:
         Args:
             measure: times too, for which parts of the networks are timed for some seconds.
         """
-        return plan_request(
-            request,
-            self.preset.name,
-            self.sizes,
-            self.quantize,
-            self.memory,
-            self.vae_tiling,
+        wanted = Wanted(
+            self.preset.name, request.width, request.height, request.num_frames, request.steps_made,
+            passes=1 if request.guidance_scale == 1 else 2,
+            references=len(request.src_ref_images),
+            step_cache=request.cache not in (None, "none"),
+            videos=None if request.video is None else 1,
+            quantize=self.quantize,
+            memory=self.memory,
+            vae_tiling=self.vae_tiling,
             kept=self.keeps_loaded,
-            parameters=partial(parameters_of, self.checkpoint) if measure else None,
-        )
+        )  # fmt: skip
+        return plan_video(wanted, self.sizes, measure, partial(parameters_of, self.checkpoint))
 
     def settings(self, request: Request) -> dict[str, Any]:
         """Everything needed to make the video again, as embedded in its file."""
@@ -280,8 +282,6 @@ class OpenedModel:
                 yield finish(frames[0])
             return
         decode = tiling.decode if self.vae_tiling == "off" else tiling.decode_in_memory
-        if plan is None and self.vae_tiling is None:
-            plan = choose(self.sizes(self.quantize), "decode", latents.shape[1:4], 1, self.memory)
         vae, tile = self.load_vae(listener), self.tile_of(plan)
         for frames in decode(vae, latents, tile, finish, counted(listener, "decoding")):
             yield frames[0]

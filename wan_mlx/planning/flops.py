@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 
 IMAGE_TOKENS = 257  # CLIP's tokens for each image
@@ -42,16 +40,6 @@ def image_flop(config: ImageEncoderConfig) -> float:
     return patches + (config.num_layers - 1) * (tokens * linear + 4.0 * tokens**2 * d)
 
 
-def decode_flop(config: VAEConfig, latent_shape: tuple[int, int, int]) -> float:
-    """FLOP of decoding latents (t, h, w)."""
-    return sum(_stage_flops(config, latent_shape, decoding=True))
-
-
-def encode_flop(config: VAEConfig, latent_shape: tuple[int, int, int]) -> float:
-    """FLOP of encoding a video to latents (t, h, w)."""
-    return sum(_stage_flops(config, latent_shape, decoding=False))
-
-
 def stages(config: VAEConfig, decoding: bool) -> list[tuple[int, int, int]]:
     """Each resolution in order of computation: (input width, width, factor of the latents' resolution).
 
@@ -73,32 +61,28 @@ def frames_at(config: VAEConfig, latent_frames: int, stage: int, decoding: bool)
     return (latent_frames - 1) * 2 ** sum(doublings) + 1
 
 
-def _stage_flops(config: VAEConfig, latent_shape: tuple[int, int, int], decoding: bool) -> Iterator[float]:
+def vae_flop(config: VAEConfig, latent_shape: tuple[int, int, int], decoding: bool) -> float:
+    """FLOP of decoding latents (t, h, w), or of encoding a video to them."""
     t, h, w = latent_shape
-    found = stages(config, decoding)
+    found, last = stages(config, decoding), len(config.dim_mult) - 1
     blocks = config.num_res_blocks + decoding
     temporal = config.temporal_downsample[::-1] if decoding else config.temporal_downsample
     widest = config.dim * config.dim_mult[-1]
     # The middle: two residual blocks, attention with one head, and the convolution from or to latents.
     z = config.z_dim if decoding else 2 * config.z_dim
-    middle = 4 * 54.0 * widest**2 + 8.0 * widest**2 + 4.0 * h * w * widest + 54.0 * widest * z
-    yield t * h * w * middle
-    for stage, (into, width, scale) in enumerate(found):
-        pixels = frames_at(config, t, stage, decoding) * h * w * scale**2
-        yield pixels * (54.0 * into * width + (2 * blocks - 1) * 54.0 * width**2)  # 3x3x3, two in each block
+    flop = t * h * w * (4 * 54.0 * widest**2 + 8.0 * widest**2 + 4.0 * h * w * widest + 54.0 * widest * z)
+    areas = [h * w * scale**2 for _, _, scale in found]
+    pixels = [area * frames_at(config, t, stage, decoding) for stage, area in enumerate(areas)]
+    for stage, (into, width, _) in enumerate(found):
+        flop += pixels[stage] * (54.0 * into * width + (2 * blocks - 1) * 54.0 * width**2)  # 3x3x3, two in each block
         if into != width:
-            yield pixels * 2.0 * into * width
-        if stage == (len(found) - 1 if decoding else 0):
-            yield pixels * 54.0 * 3 * width
-        if stage == len(found) - 1:
-            continue
-        after = frames_at(config, t, stage + 1, decoding) * h * w * found[stage + 1][2] ** 2
-        if decoding:
-            yield after * 9.0 * width * width  # 3x3 at twice the resolution, to half the width
-            if temporal[stage]:  # not for the first frame
-                yield (pixels - h * w * scale**2) * 12.0 * width**2
-        else:
-            before = pixels / scale**2 * found[stage + 1][2] ** 2
-            yield before * 18.0 * width**2
-            if temporal[stage]:
-                yield (after - h * w * found[stage + 1][2] ** 2) * 6.0 * width**2
+            flop += pixels[stage] * 2.0 * into * width
+        if stage == (last if decoding else 0):
+            flop += pixels[stage] * 54.0 * 3 * width
+        if stage < last and decoding:
+            flop += pixels[stage + 1] * 9.0 * width**2  # 3x3 at twice the resolution, to half the width
+            flop += temporal[stage] * (pixels[stage] - areas[stage]) * 12.0 * width**2  # not for the first frame
+        elif stage < last:
+            flop += pixels[stage] / areas[stage] * areas[stage + 1] * 18.0 * width**2
+            flop += temporal[stage] * (pixels[stage + 1] - areas[stage + 1]) * 6.0 * width**2
+    return flop

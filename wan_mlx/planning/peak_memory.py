@@ -8,6 +8,7 @@ code and from MLX, which allocates all submitted work before it runs. These numb
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 import mlx.core as mx
@@ -47,6 +48,10 @@ from .sizes import Networks, WeightBytes
 LATENTS_ALIVE = 10
 # Allocated by the GPU backend itself.
 GPU_OVERHEAD = 40_000_000
+ITEMSIZE = 4  # of the VAE, which computes in float32
+Shape = tuple[int, int, int]  # (t, h, w) of latents
+Tile = tuple[int, int] | None  # (width, height) in pixels
+Spans = tuple[tuple[int, int], tuple[int, int]]  # of a tile's input and output
 
 
 def on_cpu() -> bool:
@@ -118,57 +123,29 @@ def _pieces(nets: Networks, tokens: int) -> float:
     return tokens * nets.dtype.size * (PIECE_TOKENS * c.dim + PIECE_WIDE * c.ffn_dim)
 
 
-def decode(config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int) -> int:
-    """The VAE's weights, causal caches and temporaries; with tiles also the latents after the middle block."""
-    return _vae(config, latent_shape, tile, itemsize, decoding=True)
-
-
-def encode(config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int) -> int:
-    """The VAE's weights, causal caches and temporaries; with tiles also the video and the latents before the middle."""
-    return _vae(config, latent_shape, tile, itemsize, decoding=False)
-
-
 @lru_cache(maxsize=8)
-def vae_weights(config: VAEConfig, itemsize: int) -> int:
+def vae_weights(config: VAEConfig) -> int:
     """Bytes of the VAE's weights, encoder and decoder."""
-    return sum(math.prod(shape) for shape in parameter_shapes(VAE(config)).values()) * itemsize
+    return ITEMSIZE * sum(math.prod(shape) for shape in parameter_shapes(VAE(config)).values())
 
 
-def tile_work(
-    config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None, decoding: bool
-) -> float:
+def tile_work(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> float:
     """Work of the tiles, relative to whole frames: margins are computed twice."""
     if tile is None:
         return 1.0
-    t, h, w = latent_shape
-    factor, whole, tiled = config.spatial_factor, 0.0, 0.0
-    spans_of = decoder_spans if decoding else encoder_spans
-    sums = []
-    for length, side in zip((h, w), tile[::-1], strict=True):
-        spans = [
-            spans_of(part, convolutions(config, decoding), length) for part in split(length, max(1, side // factor))
-        ]
-        sums.append([sum(s[stage][0][1] - s[stage][0][0] for s in spans) for stage in range(len(config.dim_mult))])
+    whole, tiled = 0.0, 0.0
+    rows, columns = ([sum(_lengths(stage, 0)) for stage in axis] for axis in _spans(config, latent_shape, tile, decoding))
     for stage, (into, width, scale) in enumerate(stages(config, decoding)):
-        each = frames_at(config, t, stage, decoding) * (into + 4 * width) * width
-        whole += each * h * w * scale**2
-        tiled += each * sums[0][stage] * sums[1][stage]
+        each = frames_at(config, latent_shape[0], stage, decoding) * (into + 4 * width) * width
+        whole += each * math.prod(latent_shape[1:]) * scale**2
+        tiled += each * rows[stage] * columns[stage]
     return tiled / whole
 
 
-def tile_kinds(
-    config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None, decoding: bool
-) -> int:
+def tile_kinds(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> int:
     """Number of different tile shapes, margins included."""
-    if tile is None:
-        return 1
-    kinds, factor = 1, config.spatial_factor
-    spans_of = decoder_spans if decoding else encoder_spans
-    for length, side in zip(latent_shape[1:], tile[::-1], strict=True):
-        parts = split(length, max(1, side // factor))
-        spans = [spans_of(part, convolutions(config, decoding), length) for part in parts]
-        kinds *= len({tuple(end - start for (start, end), _ in stages) for stages in spans})
-    return kinds
+    axes = _spans(config, latent_shape, tile, decoding)
+    return math.prod(len(set(zip(*(_lengths(stage, 0) for stage in axis), strict=True))) for axis in axes)
 
 
 def convolutions(config: VAEConfig, decoding: bool) -> list[int]:
@@ -178,47 +155,55 @@ def convolutions(config: VAEConfig, decoding: bool) -> list[int]:
     return counts
 
 
-def _vae(config, latent_shape, tile, itemsize, decoding) -> int:
-    t, h, w = latent_shape
-    factor, widest = config.spatial_factor, config.dim * config.dim_mult[-1]
-    weights = vae_weights(config, itemsize)
+def _spans(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> Iterator[list[tuple[Spans, ...]]]:
+    """Along height and width, for each stage: each tile's spans of pixels, of its input and of its output."""
     spans_of = decoder_spans if decoding else encoder_spans
-    sides_given, sides_right = [], []  # pixels of the largest tile at each stage: input and output
-    for length, side in zip((h, w), tile[::-1] if tile else (h * factor, w * factor), strict=True):
-        parts = split(length, max(1, side // factor))
-        spans = [spans_of(part, convolutions(config, decoding), length) for part in parts]
-        sides_given.append([max(s[i][0][1] - s[i][0][0] for s in spans) for i in range(len(config.dim_mult))])
-        sides_right.append([max(s[i][1][1] - s[i][1][0] for s in spans) for i in range(len(config.dim_mult))])
-    given, right = ([a * b for a, b in zip(*axes, strict=True)] for axes in (sides_given, sides_right))
+    for length, side in zip(latent_shape[1:], tile[::-1] if tile else latent_shape[1:], strict=True):
+        parts = split(length, max(1, side // config.spatial_factor) if tile else length)
+        yield list(zip(*(spans_of(part, convolutions(config, decoding), length) for part in parts), strict=True))
+
+
+def _lengths(tiles: tuple[Spans, ...], which: int) -> list[int]:
+    """Of each tile's input (``which`` is 0) or output (1)."""
+    return [spans[which][1] - spans[which][0] for spans in tiles]
+
+
+def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> int:
+    """The VAE's weights, causal caches and temporaries, of decoding or encoding.
+
+    With tiles also the latents beside the middle block and, of encoding, the video.
+    """
+    t, h, w = latent_shape
+    axes = list(_spans(config, latent_shape, tile, decoding))
+    # Pixels of the largest tile at each stage: input and output.
+    given, right = ([math.prod(max(_lengths(s, which)) for s in stage) for stage in zip(*axes, strict=True)]
+                    for which in (0, 1))  # fmt: skip
     caches, peak, held = 0, 0, 0
     blocks = config.num_res_blocks + decoding
     each = (DECODE_FRAMES if decoding else ENCODE_FRAMES) + UNFOLDED_FRAMES * on_cpu()
+    late = DEFERRED if decoding and not on_cpu() else 0
     temporal = config.temporal_downsample[::-1] if decoding else config.temporal_downsample
     frames = 1 if t == 1 or decoding else 2 ** sum(temporal)
     for stage, (into, width, _) in enumerate(stages(config, decoding)):
-        last = stage == len(given) - 1
         caches += 2 * given[stage] * (into + (2 * blocks - 1) * width)
-        frame = given[stage] * width * itemsize
+        frame = given[stage] * width * ITEMSIZE
         count = max(1, min(frames, VALUES_AT_ONCE // (given[stage] * width)))
-        late = DEFERRED if decoding and not on_cpu() else 0
         peak = max(peak, (each * count + (JOINED_FRAMES if count > 1 else 0)) * frame + late + held)
-        if last and decoding:
-            caches += 2 * given[stage] * width
-        if last:
+        if stage == len(given) - 1:
+            caches += 2 * given[stage] * width * decoding
             break
         caches += 2 * right[stage] * width * temporal[stage] // (1 if decoding else 4)
         if decoding:
             given_on = frames * 2 ** (temporal[stage] and t > 1)
             # Frames that wait for the next stage and, if they are twice as many, the frames they were made from.
-            held += (given_on + frames * (given_on > frames)) * right[stage] * width * itemsize
+            held += (given_on + frames * (given_on > frames)) * right[stage] * width * ITEMSIZE
             frames = given_on
         else:
             frames = max(1, count // 2 ** temporal[stage])  # pieces stay separate
-    middle = 2 * h * w * (4 * widest + (config.z_dim if decoding else widest))
-    whole_video = 0
+    widest = config.dim * config.dim_mult[-1]
+    middle, whole_video = 2 * h * w * (4 * widest + (config.z_dim if decoding else widest)), 0
     if tile:
-        middle = 0
-        whole_video = t * h * w * widest * itemsize
+        middle, whole_video = 0, t * h * w * widest * ITEMSIZE
         if not decoding:
-            whole_video += ((t - 1) * config.temporal_factor + 1) * h * w * factor**2 * 3 * 4
-    return round(weights + (caches + middle) * itemsize + peak + whole_video + overhead())
+            whole_video += ((t - 1) * config.temporal_factor + 1) * h * w * config.spatial_factor**2 * 3 * 4
+    return round(vae_weights(config) + (caches + middle) * ITEMSIZE + peak + whole_video + overhead())
