@@ -213,7 +213,7 @@ class Bench:
                 mx.eval(tiling.encode(vae, grey(width, height, frames), tile))
 
         peak, seconds = measured(run, warm_up=False)
-        predicted = getattr(peaks, direction)(config, shape, tile, 4)
+        predicted = peaks.vae(config, shape, tile, direction == "decode")
         how = "whole" if tile is None else f"tiles of {tile[0]}x{tile[1]}"
         self.row(f"{direction} {width}x{height}x{frames} {how}", predicted, peak, seconds)
 
@@ -276,7 +276,7 @@ def predict(what: str, how: str, bench: Bench) -> float:
         return peaks.encode_text(bench.networks("t2v-1.3B"), TEXT_TOKENS)
     if direction := re.match("decode|encode", how):
         tile = re.search(r"tiles of (\d+)x(\d+)", how)
-        return getattr(peaks, direction[0])(VAEConfig(), shape, tile and (int(tile[1]), int(tile[2])), 4)
+        return peaks.vae(VAEConfig(), shape, tile and (int(tile[1]), int(tile[2])), direction[0] == "decode")
     model, mode = re.search(r"\S+-\S*B", what)[0], re.search(r" (q\d)\b", what)
     pieces = re.search(r"(\d+) tokens", how)
     nets = bench.networks(model, mode and mode[1])

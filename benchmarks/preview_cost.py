@@ -24,7 +24,7 @@ from wan_mlx.media.write import save_video
 from wan_mlx.models.configs import VAEConfig
 from wan_mlx.models.taehv import TAEHVConfig
 from wan_mlx.models.taehv import decode_flop as taehv_flop
-from wan_mlx.planning.flops import decode_flop, forward_parts
+from wan_mlx.planning.flops import forward_parts, vae_flop
 from wan_mlx.presets import PRESETS
 from wan_mlx.weights.taehv import load_taehv
 
@@ -73,7 +73,7 @@ def main() -> None:
             for kind, small in (("TAEHV's small decode", True), ("TAEHV's draft", False)):
                 work = taehv_flop(TAEHVConfig(), shape, small)
                 print(f"    {kind}: {work / 1e12:.1f} TFLOP, {100 * work / step:.2f} % of that step; "
-                      f"the VAE's decode: {decode_flop(VAEConfig(), shape) / 1e12:.0f}")  # fmt: skip
+                      f"the VAE's decode: {vae_flop(VAEConfig(), shape, decoding=True) / 1e12:.0f}")  # fmt: skip
 
 
 if __name__ == "__main__":

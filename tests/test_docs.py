@@ -335,7 +335,7 @@ def test_the_memory_table_agrees_with_plans(monkeypatch):
             return memory.plan(name, *size, 81, memory=room, quantize=quantize)
 
         streamed = next(row.peak for row in plan("24GB").rows if row.stage == "denoise")
-        decode = peaks.decode(configs.VAEConfig(), (21, size[1] // 8, size[0] // 8), None, 4)
+        decode = peaks.vae(configs.VAEConfig(), (21, size[1] // 8, size[0] // 8), None, decoding=True)
         want = [plan("200GB").peak, plan("200GB", "q8").peak, plan("200GB", "q4").peak, max(decode, streamed),
                 plan("100MB").peak]  # fmt: skip
         got = [float(number.removesuffix(" GiB")) * 2**30 for number in told.split(" | ")]

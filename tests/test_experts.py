@@ -112,9 +112,9 @@ def test_quantisation_is_of_a_part():
 
 def test_plans_count_one_expert_at_a_time_or_all_that_stay():
     nets, one = sizes_of(two_experts(), "float32"), sizes_of(open_checkpoint(BUNDLED["nano"]), "float32")
-    shape = (2, 8, 8)
     for kept in (False, True):
-        two, single = (choose.choose(n, "nano", shape, 10, "4GB", kept=kept) for n in (nets, one))
+        wanted = choose.Wanted("nano", 64, 64, 5, steps=10, memory="4GB", kept=kept)
+        two, single = (choose.choose(n, wanted) for n in (nets, one))
         assert two.peak - single.peak == kept * one.weights.all
         rows, row = ({r.stage: r for r in plan.rows}["denoise"] for plan in (two, single))
         assert (rows.flop, rows.reads) == (row.flop, 2 * row.reads)

@@ -239,7 +239,7 @@ def test_tiles_get_smaller_and_cost_more(monkeypatch):
     tiles = memory.tile_choices(shape)
     assert tiles[0] is None and len(tiles) > 10 and all(min(tile) >= tiling.SMALLEST_TILE for tile in tiles[1:])
     assert peaks.tile_work(vae, shape, None, True) == 1 < peaks.tile_work(vae, shape, (640, 360), True)
-    assert peaks.decode(vae, shape, (256, 240), 4) < 3 * GIB < peaks.decode(vae, shape, None, 4)
+    assert peaks.vae(vae, shape, (256, 240), True) < 3 * GIB < peaks.vae(vae, shape, None, True)
 
 
 def benchmark():
@@ -319,11 +319,11 @@ def test_predicted_decode_peak_equals_the_measured_one(tile):
     vae, latents = VAE(config), mx.zeros((1, 3, 2, 32, 16))
     mx.eval(vae.parameters(), latents)
     mx.clear_cache()
-    before = mx.get_active_memory() - peaks.vae_weights(config, 4)
+    before = mx.get_active_memory() - peaks.vae_weights(config)
     mx.reset_peak_memory()
     for _ in tiling.decode(VAEExecution(vae), latents, tile):
         pass
-    assert mx.get_peak_memory() - before == pytest.approx(peaks.decode(config, (3, 2, 32), tile, 4), rel=0.25)
+    assert mx.get_peak_memory() - before == pytest.approx(peaks.vae(config, (3, 2, 32), tile, True), rel=0.25)
 
 
 def test_every_preset_can_be_planned():

@@ -51,6 +51,10 @@ def takes(monkeypatch, clock, owner, name, seconds):
     monkeypatch.setattr(owner, name, slow)
 
 
+def planned(nets, width, height, num_frames) -> memory.Plan:
+    return memory.choose(nets, memory.Wanted("tiny", width, height, num_frames, steps=2, passes=2, memory="4GB"))
+
+
 def times(plan: memory.Plan, rates: Rates) -> dict[str, float]:
     return {row.stage: row.seconds for row in timing.with_seconds(plan, rates).rows}
 
@@ -120,7 +124,7 @@ def test_the_vae_is_timed_by_a_later_frame_of_a_part(clock, monkeypatch, frames)
     """The first frame, which is other work, counts only where there is no other."""
     config, firsts = tiny_mlx_model.VAE_CONFIG, []
 
-    def frame(flop, scale):
+    def frame(decoding, scale):
         def seconds(_, layer, x, cache):
             if not isinstance(layer, CausalConv):
                 return 0.0
@@ -128,16 +132,17 @@ def test_the_vae_is_timed_by_a_later_frame_of_a_part(clock, monkeypatch, frames)
             h, w = (n // scale for n in x.shape[1:3])
             if firsts[-1] and frames > 1:
                 return 1000.0
-            return (flop(config, (2 - firsts[-1], h, w)) - (0 if firsts[-1] else flop(config, (1, h, w)))) / 1e6
+            whole = work.vae_flop(config, (2 - firsts[-1], h, w), decoding)
+            return (whole - (0 if firsts[-1] else work.vae_flop(config, (1, h, w), decoding))) / 1e6
 
         return seconds
 
     shape = (frames, 3, 6)
     with monkeypatch.context() as decoding:
-        takes(decoding, clock, VAEExecution, "_run", frame(work.decode_flop, 1))
-        assert timing.decode_rate(config, shape).flop == pytest.approx(1e6)
-    takes(monkeypatch, clock, VAEExecution, "_run", frame(work.encode_flop, 8))
-    assert timing.encode_rate(config, shape).flop == pytest.approx(1e6)
+        takes(decoding, clock, VAEExecution, "_run", frame(True, 1))
+        assert timing.vae_rate(config, shape, True).flop == pytest.approx(1e6)
+    takes(monkeypatch, clock, VAEExecution, "_run", frame(False, 8))
+    assert timing.vae_rate(config, shape, False).flop == pytest.approx(1e6)
     assert any(firsts) and any(not first for first in firsts) == (frames > 1)
 
 
@@ -171,13 +176,13 @@ def test_the_extra_time_of_a_first_run_counts_once(nets, monkeypatch):
         return 1.0 + (tried.count(size) == 1) * 3.0
 
     assert timing.worth_timing(seconds_at, 16, 50) == (16, 1.0, 3.0)
-    rates = {"attention_rate": (2e9, 0.25), "transformer_rate": (1e9, 0.5), "decode_rate": (3e9, 0.125)}
+    rates = {"attention_rate": (2e9, 0.25), "transformer_rate": (1e9, 0.5), "vae_rate": (3e9, 0.125)}
     for name, rate in rates.items():
         monkeypatch.setattr(timing, name, lambda *_, rate=rate: timing.Rate(*rate))
-    plan = memory.choose(nets, "tiny", (3, 16, 40), 4, "4GB")
+    plan = planned(nets, 320, 128, 9)
     for tile, kinds in ((None, 1), ((160, 128), 1), ((80, 128), 2)):
         found = timing.measure_rates(replace(plan, decode_tile=tile), nets, (3, 16, 40), 1)
-        assert found.first == {"denoise": 0.75, "decode": 0.125 * 2 * kinds, "encode video": 0}
+        assert found.first == {"denoise": 0.75, "decode": 0.125 * 2 * kinds}
     later = replace(found, first={})
     assert times(plan, found)["denoise"] == pytest.approx(times(plan, later)["denoise"] + 0.75)
 
@@ -216,18 +221,18 @@ def test_every_kind_of_model_can_be_timed(monkeypatch, model):
         small = replace(preset.transformer, model_type="vace", num_layers=3, vace_layers=(0, 2))
         preset = replace(preset, task="vace", transformer=small)
     nets = sizes_of(replace(preset, vae=VAEConfig(dim=8)), "float32", None)
-    plan = memory.choose(nets, "tiny", (2, 4, 4), 4, "4GB")
+    plan = planned(nets, 32, 32, 5)
     state = mx.random.state[0].tolist()
-    plan = timing.timed(plan, nets, (2, 4, 4), 2)
+    plan = timing.with_seconds(plan, timing.measure_rates(plan, nets, (2, 4, 4), 2))
     assert plan.seconds > 0 and all(row.seconds > 0 for row in plan.rows)
     assert mx.random.state[0].tolist() == state
 
 
 def test_guidance_on_the_cpu_is_timed_with_both_passes_at_once(nets, monkeypatch):
     asked = []
-    for name in ("attention_rate", "transformer_rate", "decode_rate"):
+    for name in ("attention_rate", "transformer_rate", "vae_rate"):
         monkeypatch.setattr(timing, name, lambda *args, name=name: asked.append((name, args)) or timing.Rate(1.0, 0.0))
-    plan = memory.choose(nets, "tiny", (1, 4, 4), 4, "4GB")
+    plan = planned(nets, 32, 32, 1)
 
     def at_a_time(plan, passes):
         asked.clear()

@@ -8,7 +8,6 @@ code and from MLX, which allocates all submitted work before it runs. These numb
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import lru_cache
 
 import mlx.core as mx
@@ -51,7 +50,6 @@ GPU_OVERHEAD = 40_000_000
 ITEMSIZE = 4  # of the VAE, which computes in float32
 Shape = tuple[int, int, int]  # (t, h, w) of latents
 Tile = tuple[int, int] | None  # (width, height) in pixels
-Spans = tuple[tuple[int, int], tuple[int, int]]  # of a tile's input and output
 
 
 def on_cpu() -> bool:
@@ -134,18 +132,18 @@ def tile_work(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool
     if tile is None:
         return 1.0
     whole, tiled = 0.0, 0.0
-    rows, columns = ([sum(_lengths(stage, 0)) for stage in axis] for axis in _spans(config, latent_shape, tile, decoding))
+    heights, widths = _sides(config, latent_shape, tile, decoding)
     for stage, (into, width, scale) in enumerate(stages(config, decoding)):
         each = frames_at(config, latent_shape[0], stage, decoding) * (into + 4 * width) * width
         whole += each * math.prod(latent_shape[1:]) * scale**2
-        tiled += each * rows[stage] * columns[stage]
+        tiled += each * sum(heights[stage]) * sum(widths[stage])
     return tiled / whole
 
 
 def tile_kinds(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> int:
     """Number of different tile shapes, margins included."""
-    axes = _spans(config, latent_shape, tile, decoding)
-    return math.prod(len(set(zip(*(_lengths(stage, 0) for stage in axis), strict=True))) for axis in axes)
+    axes = _sides(config, latent_shape, tile, decoding)
+    return math.prod(len(set(zip(*axis, strict=True))) for axis in axes)
 
 
 def convolutions(config: VAEConfig, decoding: bool) -> list[int]:
@@ -155,17 +153,16 @@ def convolutions(config: VAEConfig, decoding: bool) -> list[int]:
     return counts
 
 
-def _spans(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> Iterator[list[tuple[Spans, ...]]]:
-    """Along height and width, for each stage: each tile's spans of pixels, of its input and of its output."""
-    spans_of = decoder_spans if decoding else encoder_spans
+def _sides(
+    config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool, output: bool = False
+) -> list[list[list[int]]]:
+    """Heights, and widths: for each stage those of each tile's input, or of the valid part of its output, in pixels."""
+    axes, spans_of = [], decoder_spans if decoding else encoder_spans
     for length, side in zip(latent_shape[1:], tile[::-1] if tile else latent_shape[1:], strict=True):
         parts = split(length, max(1, side // config.spatial_factor) if tile else length)
-        yield list(zip(*(spans_of(part, convolutions(config, decoding), length) for part in parts), strict=True))
-
-
-def _lengths(tiles: tuple[Spans, ...], which: int) -> list[int]:
-    """Of each tile's input (``which`` is 0) or output (1)."""
-    return [spans[which][1] - spans[which][0] for spans in tiles]
+        tiles = [spans_of(part, convolutions(config, decoding), length) for part in parts]
+        axes.append([[spans[output][1] - spans[output][0] for spans in stage] for stage in zip(*tiles, strict=True)])
+    return axes
 
 
 def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> int:
@@ -174,10 +171,11 @@ def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> i
     With tiles also the latents beside the middle block and, of encoding, the video.
     """
     t, h, w = latent_shape
-    axes = list(_spans(config, latent_shape, tile, decoding))
     # Pixels of the largest tile at each stage: input and output.
-    given, right = ([math.prod(max(_lengths(s, which)) for s in stage) for stage in zip(*axes, strict=True)]
-                    for which in (0, 1))  # fmt: skip
+    given, right = (
+        [max(heights) * max(widths) for heights, widths in zip(*axes, strict=True)]
+        for axes in (_sides(config, latent_shape, tile, decoding, output) for output in (False, True))
+    )
     caches, peak, held = 0, 0, 0
     blocks = config.num_res_blocks + decoding
     each = (DECODE_FRAMES if decoding else ENCODE_FRAMES) + UNFOLDED_FRAMES * on_cpu()

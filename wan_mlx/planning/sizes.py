@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field
 from functools import lru_cache
@@ -54,65 +55,57 @@ def shapes_of(config: Any) -> Mapping[str, tuple[int, ...]]:
 
 
 def weight_bytes(
-    config: TransformerConfig, dtype: mx.Dtype, packings: Mapping, stored: Mapping[str, int] | None = None
+    config: TransformerConfig, dtype: mx.Dtype, packings: Mapping[str, Packing], stored: Mapping[str, int]
 ) -> WeightBytes:
     """Bytes of a transformer.
 
     Args:
         config: its sizes.
         dtype: of weights that are neither quantised nor kept in float32.
-        packings: weight's name → `Packing`, for quantised weights.
-        stored: name → bytes in the file; None takes float32, as published.
+        packings: of its quantised weights, by name.
+        stored: bytes of each tensor in its file, by name.
     """
-    kept: dict[str, int] = {}
-    in_file: dict[str, int] = {}
-    packed_later: dict[str, int] = {}
-    changed: dict[str, list[int]] = {}
-    made_anew: dict[str, int] = {}
+    # Of each tensor: bytes kept and stored; whether it is made anew, and whether that is quantising.
+    blocks: dict[str, list[tuple[int, int, bool, bool]]] = defaultdict(list)
     unpacked = 0
     for name, shape in shapes_of(config).items():
-        block = ".".join(name.split(".")[:2]) if name.split(".")[0] in BLOCK_LISTS else ""
         if name in packings:
             size = sum(math.prod(s) * d.size for s, d in packings[name].shapes(shape).values())
             unpacked = max(unpacked, math.prod(shape) * dtype.size)
         else:
             size = math.prod(shape) * dtype_of("transformer", name, dtype).size
-        kept[block] = kept.get(block, 0) + size
-        as_stored = stored[name] if stored else 4 * math.prod(shape)
-        in_file[block] = in_file.get(block, 0) + as_stored
-        if not block or as_stored == size and row_order(name, config.dim, config.head_dim) is None:
-            continue
-        made_anew[block] = made_anew.get(block, 0) + size
-        if name in packings and as_stored != size:
-            packed_later[block] = packed_later.get(block, 0) + as_stored
-        else:
-            changed.setdefault(block, []).append(as_stored)
-    outside, stored_outside = kept.pop(""), in_file.pop("")
-    in_flight = [
-        most_in_flight(changed.get(b, []), packed_later.get(b, 0), in_file[b], kept[b], made_anew.get(b, 0))
-        for b in kept
-    ]
-    return WeightBytes(
-        outside, sum(kept.values()), max(kept.values()), stored_outside, sum(in_file.values()), unpacked,
-        max(in_flight),
-    )  # fmt: skip
+        resized = stored[name] != size
+        anew = resized or row_order(name, config.dim, config.head_dim) is not None
+        block = ".".join(name.split(".")[:2]) if name.split(".")[0] in BLOCK_LISTS else "outside"
+        blocks[block].append((size, stored[name], anew, resized and name in packings))
 
+    def in_flight(block: list[tuple[int, int, bool, bool]]) -> int:
+        changed = [read for _, read, anew, packed in block if anew and not packed]
+        quantised = sum(read for _, read, _, packed in block if packed)
+        made = sum(size for size, _, anew, _ in block if anew)
+        return most_in_flight(changed, quantised, read_of(block), kept_of(block), made)
 
-def text_block_bytes(config: TextEncoderConfig, dtype: mx.Dtype, packings: Mapping) -> int:
-    """Bytes of one block of the text encoder, resident."""
-    size = 0
-    for name, shape in shapes_of(config).items():
-        if name.startswith("blocks.0."):
-            packed = packings[name].shapes(shape).values() if name in packings else [(shape, dtype)]
-            size += sum(math.prod(s) * d.size for s, d in packed)
-    return size
+    def kept_of(block: list[tuple[int, int, bool, bool]]) -> int:
+        return sum(size for size, *_ in block)
+
+    def read_of(block: list[tuple[int, int, bool, bool]]) -> int:
+        return sum(read for _, read, *_ in block)
+
+    outside = blocks.pop("outside")
+    kept = [kept_of(block) for block in blocks.values()]
+    return WeightBytes(kept_of(outside), sum(kept), max(kept), read_of(outside), sum(map(read_of, blocks.values())),
+                       unpacked, max(map(in_flight, blocks.values())))  # fmt: skip
 
 
 def text_weight_bytes(
-    config: TextEncoderConfig, dtype: mx.Dtype, packings: Mapping, stored: Mapping[str, int]
+    config: TextEncoderConfig, dtype: mx.Dtype, packings: Mapping[str, Packing], stored: Mapping[str, int]
 ) -> WeightBytes:
     """Bytes of the text encoder's weights; embedding rows are read one by one. Arguments as for `weight_bytes`."""
-    block = text_block_bytes(config, dtype, packings)
+    block = 0
+    for name, shape in shapes_of(config).items():
+        if name.startswith("blocks.0."):
+            packed = packings[name].shapes(shape).values() if name in packings else [(shape, dtype)]
+            block += sum(math.prod(s) * d.size for s, d in packed)
     in_file = sum(size for name, size in stored.items() if name.startswith("blocks."))
     return WeightBytes(0, config.num_layers * block, block, 0, in_file)
 

@@ -7,22 +7,21 @@ small shapes, casts, norms and unfolding for convolutions take a share of time t
 
 from __future__ import annotations
 
+import math
 import random
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from statistics import fmean
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
 from .. import cuda
-from ..cuda import StagingBuffers
 from ..guidance import at_once
 from ..models.configs import TransformerConfig, VAEConfig
 from ..models.execution import Execution, Pacer, attention
@@ -37,7 +36,6 @@ from . import peak_memory as peaks
 from .plan import Plan, limited_cache
 from .sizes import Networks
 
-M = TypeVar("M", bound=nn.Module)
 # Seconds of each measurement: enough for a stable result, and no GPU work so long that macOS would end it.
 ENOUGH, MOST_TIMES = 0.4, 100
 # Seconds; longer work is not repeated.
@@ -83,15 +81,6 @@ class Rate(NamedTuple):
     first: float
 
 
-def timed(
-    plan: Plan, nets: Networks, latent_shape: tuple[int, int, int], passes: int, parameters: Parameters | None = None
-) -> Plan:
-    """The plan with times, if it fits; arguments as for `measure_rates`."""
-    if not plan.fits:  # the timed code might not fit either
-        return plan
-    return with_seconds(plan, measure_rates(plan, nets, latent_shape, passes, parameters))
-
-
 def with_seconds(plan: Plan, rates: Rates) -> Plan:
     """The plan with times from these rates."""
     rows = []
@@ -124,21 +113,21 @@ def measure_rates(
         parameters: the transformer's, if its weights are here.
     """
     at_a_time = passes if peaks.on_cpu() and not plan.stream else 1
-    tokens = nets.geometry.seq_len(latent_shape)
-    encodes = any(row.stage == "encode video" for row in plan.rows)
+    tokens, vae, flop, first = nets.geometry.seq_len(latent_shape), nets.vae, {}, {}
+    tiles = {"decode": plan.decode_tile, "encode video": plan.encode_tile}
     with limited_cache(plan):  # as in the run: allocating anew each time is slower
         attending = attention_rate(nets, tokens, at_a_time)
         forward = transformer_rate(nets, tokens, at_a_time, plan.tokens_at_once, attending.flop)
-        decode = decode_rate(nets.vae, _corner(nets.vae, latent_shape, plan.decode_tile))
-        encode = encode_rate(nets.vae, _corner(nets.vae, latent_shape, plan.encode_tile)) if encodes else Rate(0.0, 0.0)
+        first["denoise"] = forward.first + attending.first
+        for stage in tiles.keys() & {row.stage for row in plan.rows}:
+            tile, decoding = tiles[stage], stage == "decode"
+            flop[stage], more = vae_rate(vae, _corner(vae, latent_shape, tile), decoding)
+            # For each kind of tile, and in it for the first frame and for later ones.
+            kinds = peaks.tile_kinds(vae, latent_shape, tile, decoding) * (2 if latent_shape[0] > 1 else 1)
+            first[stage] = more * kinds
         reading = reading_rate(parameters, plan.stream) if parameters else None
     mx.clear_cache()
-    first = {
-        "denoise": forward.first + attending.first,
-        "decode": decode.first * _kinds(nets.vae, latent_shape, plan.decode_tile, decoding=True),
-        "encode video": encode.first * _kinds(nets.vae, latent_shape, plan.encode_tile, decoding=False),
-    }
-    return Rates(forward.flop, attending.flop, decode.flop, encode.flop or None, reading, first)
+    return Rates(forward.flop, attending.flop, flop["decode"], flop.get("encode video"), reading, first)
 
 
 def transformer_rate(nets: Networks, tokens: int, at_a_time: int, tokens_at_once: int, attending: float) -> Rate:
@@ -189,48 +178,42 @@ def attention_rate(nets: Networks, tokens: int, at_a_time: int) -> Rate:
     return Rate(4.0 * heads * rows * tokens * c.head_dim / seconds, first)
 
 
-def decode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> Rate:
-    """Rate of decoding latents (t, h, w), from the second frame; all later ones are alike."""
+def vae_rate(config: VAEConfig, latent_shape: tuple[int, int, int], decoding: bool) -> Rate:
+    """Rate of decoding latents (t, h, w), or encoding to them, from the second frame; all later ones are alike."""
     vae = VAE(config)
-    for part in (vae.conv2, vae.decoder):
+    for part in (vae.conv2, vae.decoder) if decoding else (vae.conv1, vae.encoder):
         random_weights(part)
     run = VAEExecution(vae)
 
-    def decode(side: int) -> float:
-        shape = _two_frames(latent_shape, side)
-        frames = run.decode(random_array((1, *shape, config.z_dim), 1.0, mx.float32))
-        for _ in range(shape[0]):
-            started = perf_counter()
-            next(frames)
-        return perf_counter() - started
+    def two_frames(side: int) -> tuple[int, int, int]:
+        t, h, w = latent_shape
+        return min(2, t), min(side, h), min(side, w)
 
-    side, seconds, first = worth_timing(decode, 2, max(latent_shape[1:]), power=2)
-    return Rate(_flop_of_last(work.decode_flop, config, _two_frames(latent_shape, side)) / seconds, first)
-
-
-def encode_rate(config: VAEConfig, latent_shape: tuple[int, int, int]) -> Rate:
-    """Rate of encoding to latents (t, h, w), from the second frame; all later ones are alike."""
-    vae = VAE(config)
-    for part in (vae.conv1, vae.encoder):
-        random_weights(part)
-    run = VAEExecution(vae)
-
-    def encode(side: int) -> float:
-        count, *size = _two_frames(latent_shape, side)
-        height, width = (n * vae.spatial_factor for n in size)
+    def last_frame(side: int) -> float:
+        """Seconds of the last frame of at most ``side`` squared."""
+        count, h, w = two_frames(side)
         started: list[float] = []
 
         def chunks() -> Iterator[mx.array]:
             for frames in (1, vae.temporal_factor)[:count]:
-                chunk = random_array((1, frames, height, width, 3), 1.0, mx.float32)
+                shape = 1, frames, h * vae.spatial_factor, w * vae.spatial_factor, 3
+                chunk = random_array(shape, 1.0, mx.float32)
                 started.append(perf_counter())
                 yield chunk
 
-        mx.eval(run.encode_chunks(chunks()))
+        if decoding:
+            frames = run.decode(random_array((1, count, h, w, config.z_dim), 1.0, mx.float32))
+            for _ in range(count):
+                started.append(perf_counter())
+                next(frames)
+        else:
+            mx.eval(run.encode_chunks(chunks()))
         return perf_counter() - started[-1]
 
-    side, seconds, first = worth_timing(encode, 2, max(latent_shape[1:]), power=2)
-    return Rate(_flop_of_last(work.encode_flop, config, _two_frames(latent_shape, side)) / seconds, first)
+    side, seconds, first = worth_timing(last_frame, 2, max(latent_shape[1:]), power=2)
+    t, h, w = two_frames(side)
+    flop = work.vae_flop(config, (t, h, w), decoding) - (t > 1 and work.vae_flop(config, (1, h, w), decoding))
+    return Rate(flop / seconds, first)
 
 
 def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
@@ -243,53 +226,35 @@ def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
     if sum(stored.values()) < READ_BYTES / 4:
         return None
     # From all over the file, different each time: the system caches recent reads.
-    names = random.sample(list(stored), len(stored))
+    names, read = [], 0
+    for name in random.sample(list(stored), len(stored)):
+        if read < READ_BYTES:
+            names.append(name)
+            read += stored[name]
     staging = cuda.staging_buffers()
-    if staging is not None and (stream or weights.byte_ranges(names) is not None):
-        return _staged_rate(parameters, stored, names, stream, staging)
-    read, seconds = 0, 0.0
-    for name in names:
-        started = perf_counter()
-        with mx.stream(mx.cpu):
-            arrays = parameters.start([name], now=True)
-        parameters.finish(arrays)
-        read, seconds = read + stored[name], seconds + perf_counter() - started
-        if read >= READ_BYTES:
-            break
-    return read / seconds
-
-
-def _staged_rate(
-    parameters: Parameters, stored: dict[str, int], names: list[str], stream: bool, staging: StagingBuffers
-) -> float:
-    """The same through staging buffers: many tensors at once; a block's go into memory that is already allocated."""
-    some, read = [], 0
-    while names and read < READ_BYTES:
-        some.append(names.pop())
-        read += stored[some[-1]]
-    one_of_each = {re.sub(r"\d+", "", name): name for name in parameters.weights.shapes}.values()
-    load_staged(parameters, one_of_each, staging)  # compiles kernels
-    if stream and (ranges := parameters.weights.byte_ranges(some)):
-        for _ in range(2):
+    ranges = None if staging is None else weights.byte_ranges(names)
+    if staging and (stream or ranges):  # many tensors at once; a block's go into memory that is already allocated
+        one_of_each = {re.sub(r"\d+", "", name): name for name in weights.shapes}.values()
+        load_staged(parameters, one_of_each, staging)  # compiles kernels
+        for _ in range(2 if stream and ranges else 0):
             staging.next(staging.bytes_for(ranges))
     started = perf_counter()
-    if stream:
-        parameters.finish(parameters.prefetch(some, staging).result())
+    if staging and stream:
+        parameters.finish(parameters.prefetch(names, staging).result())
+    elif staging and ranges:
+        load_staged(parameters, names, staging)
     else:
-        load_staged(parameters, some, staging)
+        for name in names:
+            with mx.stream(mx.cpu):
+                arrays = parameters.start([name], now=True)
+            parameters.finish(arrays)
     return read / (perf_counter() - started)
 
 
-class Timing(NamedTuple):
-    """A size, its seconds, and the extra seconds of the first time."""
-
-    size: int
-    seconds: float
-    first: float
-
-
-def worth_timing(seconds_at: Callable[[int], float], smallest: int, whole: int, power: int = 1) -> Timing:
-    """Find a size, up to ``whole``, that takes long enough to be timed, and time it.
+def worth_timing(
+    seconds_at: Callable[[int], float], smallest: int, whole: int, power: int = 1
+) -> tuple[int, float, float]:
+    """Find a size, up to ``whole``, that takes long enough to be timed: the size, its seconds, and extra ones at first.
 
     Args:
         seconds_at: runs the work at a size; returns its seconds.
@@ -305,7 +270,7 @@ def worth_timing(seconds_at: Callable[[int], float], smallest: int, whole: int, 
             again = seconds_at(size)
             seconds, first = again, max(0.0, seconds - again) * (not peaks.on_cpu())
         if seconds >= ENOUGH / 2 or size == whole:
-            return Timing(size, typical(partial(seconds_at, size), seconds), first)
+            return size, typical(partial(seconds_at, size), seconds), first
         leap = (min(LARGEST_LEAP, ENOUGH / seconds) if seconds else LARGEST_LEAP) ** (1 / power)
         size = min(whole, max(size + 1, int(size * leap)))
 
@@ -321,56 +286,41 @@ def typical(run: Callable[[], float], seconds: float = 0.0) -> float:
     return fmean(sorted(times)[: (len(times) + 1) // 2])
 
 
-@lru_cache(maxsize=1)
-def _pattern() -> mx.array:
-    """float32 (PATTERN,), normal."""
-    return mx.array(np.random.default_rng(0).standard_normal(PATTERN, np.float32))
-
-
 def random_array(shape: tuple[int, ...], scale: float, dtype: mx.Dtype) -> mx.array:
     """Normal numbers times ``scale``, a few values repeated; evaluated."""
-    size = int(np.prod(shape))
-    numbers = (_pattern() * scale).astype(dtype)
+    size = math.prod(shape)
+    numbers = (mx.random.normal((PATTERN,), key=mx.random.key(0)) * scale).astype(dtype)
     array = mx.tile(numbers, -(-size // PATTERN))[:size].reshape(shape)
     mx.eval(array)
     return array
 
 
-def random_weights(
-    module: M, dtype: Callable[[str], mx.Dtype] = lambda name: mx.float32, packed: Collection[str] = ()
-) -> M:
-    """Give ``module`` random matrices that keep activations near one; norms and biases stay.
-
-    Args:
-        module: changed in place.
-        dtype: of a parameter, by its name.
-        packed: names of weights that are left alone.
-    """
-    stems = tuple(name.removesuffix("weight") for name in packed)
+def random_weights(module: nn.Module, dtype: Callable[[str], mx.Dtype] = lambda name: mx.float32) -> None:
+    """Give ``module`` random matrices that keep activations near one, of the dtypes of their names; the rest stays."""
     arrays = []
-    for name, array in dict(tree_flatten(module.parameters())).items():
-        if name.startswith(stems) and not name.endswith(".bias"):
-            continue
+    for name, array in tree_flatten(module.parameters()):
         if array.ndim > 1:
             array = random_array(array.shape, (array.size / len(array)) ** -0.5, dtype(name))
         arrays.append((name, array.astype(dtype(name))))
-    module.load_weights(arrays, strict=False)
+    module.load_weights(arrays)
     mx.eval(module.parameters())  # two threads may be about to read them
-    return module
 
 
 def random_transformer(config: TransformerConfig, nets: Networks) -> Transformer:
     """A transformer of these sizes, its matrices quantised like those of ``nets``."""
     model, packings = new_transformer(config), nets.experts[0].packings
-    packed = dict(tree_flatten(model.parameters())).keys() & packings.keys()
-    for name in packed:
-        parent, index = locate(model, name)
-        (rows, columns), packing = parent[index].weight.shape, packings[name]
-        parent[index] = layer = QuantizedLinear(columns, rows, True, packing)
-        few = packing.pack(random_array((min(rows, FEW_ROWS), columns), columns**-0.5, mx.float32))
-        for key, array in few.items():
-            layer[key] = mx.tile(array, (-(-rows // len(array)), 1))[:rows]
-    return random_weights(model, lambda name: dtype_of("transformer", name, nets.dtype), packed)
+    random_weights(model, lambda name: dtype_of("transformer", name, nets.dtype))
+    for name, weight in tree_flatten(model.parameters()):
+        if name in packings:
+            parent, index = locate(model, name)
+            rows, columns = weight.shape
+            layer = QuantizedLinear(columns, rows, False, packings[name])
+            layer.bias = parent[index].bias
+            for key, array in packings[name].pack(weight[:FEW_ROWS]).items():
+                layer[key] = mx.tile(array, (-(-rows // len(array)), 1))[:rows]
+            parent[index] = layer
+    mx.eval(model.parameters())
+    return model
 
 
 def _inputs(config: TransformerConfig, tokens: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array, dict[str, Any]]:
@@ -413,20 +363,3 @@ def _corner(
         return latent_shape
     t, h, w = latent_shape
     return t, min(h, tile[1] // config.spatial_factor), min(w, tile[0] // config.spatial_factor)
-
-
-def _two_frames(latent_shape: tuple[int, int, int], side: int) -> tuple[int, int, int]:
-    """Two frames of latents (or one, if there is only one), at most ``side`` squared."""
-    t, h, w = latent_shape
-    return min(2, t), min(side, h), min(side, w)
-
-
-def _kinds(config: VAEConfig, latent_shape: tuple[int, int, int], tile: tuple[int, int] | None, decoding: bool) -> int:
-    """Number of different shape sets in the VAE: one for each kind of tile, for the first frame and for later ones."""
-    return (2 if latent_shape[0] > 1 else 1) * peaks.tile_kinds(config, latent_shape, tile, decoding)
-
-
-def _flop_of_last(flop: Callable[..., float], config: VAEConfig, latent_shape: tuple[int, int, int]) -> float:
-    """FLOP of the last frame of latents (t, h, w)."""
-    t, h, w = latent_shape
-    return flop(config, (t, h, w)) - (flop(config, (t - 1, h, w)) if t > 1 else 0.0)
