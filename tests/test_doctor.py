@@ -13,6 +13,7 @@ import pytest
 import wan_mlx
 from wan_mlx.cli import doctor, selftest
 from wan_mlx.cli.selftest import Check
+from wan_mlx.planning import choose, speed
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
@@ -100,20 +101,24 @@ def quick(monkeypatch):
     """A doctor that looks at nothing that takes time; returns what sets its findings."""
 
     def with_checks(*checks):
-        monkeypatch.setattr(doctor, "all_checks", lambda: iter(checks))
-        rates = {"matmul bfloat16": 10.0, "attention bfloat16": 20.0}
-        monkeypatch.setattr(selftest, "rates", lambda: rates)
+        monkeypatch.setattr(selftest, "all_checks", lambda: iter(checks))
+
+    monkeypatch.setattr(choose, "available_memory", lambda: 64 * 10**9)
+    monkeypatch.setattr(speed, "measure_rates", lambda *_: speed.Rates(10e12, 20e12, 5e12))
 
     return with_checks
 
 
-def test_verdict_and_exit_code(quick, capsys):
+def test_verdict_and_exit_code(quick, capsys, monkeypatch):
     quick(Check("one", "ok", "fine"), Check("two", "warn", "so so", "be patient"))
     assert doctor.main([]) == 0
     said = capsys.readouterr().out
     assert re.search(r"^ok   one: fine$", said, re.MULTILINE) and "WARN two: so so\n     be patient" in said
     assert "All is well (two: see above)" in said and "in about 30 min" in said  # 100 * (82.1 / 10 + 200.9 / 20) s
     assert wan_mlx.__version__ in said and mx.__version__ in said
+    assert "denoise bfloat16: 15.5 TFLOP/s" in said and "denoise float32: 15.5" in said and "decode: 5 TFLOP/s" in said
+    monkeypatch.setattr(choose, "available_memory", lambda: 10**9)
+    assert doctor.main([]) == 0 and "T2V-1.3B does not fit into the free memory" in capsys.readouterr().out
     quick(Check("one", "fail", "broken", "mend it"), Check("two", "ok", "fine"))
     assert doctor.main(["--json"]) == 1
     found = json.loads(capsys.readouterr().out)
@@ -132,11 +137,11 @@ def test_home_is_not_shown(quick, capsys, monkeypatch, arguments):
 
 
 def test_surroundings(monkeypatch):
-    found = {check.name: check for check in doctor.surroundings()}
+    found = {check.name: check for check in selftest.surroundings()}
     assert found["MLX's version"].status == "ok" and {"a GPU", "memory", "disk for models"} < set(found)
-    monkeypatch.setattr(doctor, "OLDEST_MLX", (99, 0, 0))
-    assert next(doctor.surroundings()).status == "fail"
-    assert doctor.ffmpeg().status == "ok"
+    monkeypatch.setattr(selftest, "OLDEST_MLX", (99, 0, 0))
+    assert next(selftest.surroundings()).status == "fail"
+    assert selftest.ffmpeg().status == "ok"
 
 
 @pytest.mark.slow

@@ -49,12 +49,10 @@ OF_ROOT = {"__version__", "check_backend"}
 STARTS_FAST = {
     "cli.main": "--help, completion and a wrong flag answer without MLX",
     "cli.config_file": "main reads --config before it needs MLX",
-    "cli.doctor": "says why MLX cannot be imported",
+    "cli.doctor": "says why MLX, or a package, cannot be imported",
 }
 # Packages imported inside functions: (module, package) → reason.
 LATE_PACKAGES = {
-    ("cli.doctor", "mlx"): "doctor says why MLX cannot be imported",
-    ("cli.doctor", "numpy"): "doctor says why a package cannot be imported",
     ("files.gguf", "gguf"): "an extra",
     ("files.sentencepiece", "sentencepiece"): "protobuf's classes, only for a tokenizer that is rebuilt",
     ("hub.modelscope", "modelscope"): "an extra",

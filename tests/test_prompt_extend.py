@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from PIL import Image
 
 import wan_mlx
 from wan_mlx.cli.flags import build_parser
+from wan_mlx.cli.jobs import extension_of
 from wan_mlx.cli.main import main
 from wan_mlx.errors import WanError
 from wan_mlx.media.write import read_settings
@@ -279,18 +281,18 @@ def parsed(*words) -> argparse.Namespace:
 
 
 def test_official_flags():
-    assert Extension.of(parsed()) is None
-    assert Extension.of(parsed("--use_prompt_extend")) == Extension(None, "zh")
-    assert Extension.of(parsed("--extend-prompt")) == Extension(None, None)
+    assert extension_of(parsed()) is None
+    assert extension_of(parsed("--use_prompt_extend")) == Extension(None, "zh")
+    assert extension_of(parsed("--extend-prompt")) == Extension(None, None)
     official = parsed("--use_prompt_extend", "--prompt_extend_method", "local_qwen", "--prompt_extend_model",
                       "Qwen2.5_14B", "--prompt_extend_target_lang", "en")  # fmt: skip
-    assert Extension.of(official) == Extension("Qwen2.5_14B", "en")
+    assert extension_of(official) == Extension("Qwen2.5_14B", "en")
     assert prompt_extend.choose_model("Qwen2.5_14B", False) == "mlx-community/Qwen2.5-14B-Instruct-4bit"
     assert prompt_extend.choose_model(None, False) == "mlx-community/Qwen2.5-7B-Instruct-4bit"
     dashscope = parsed("--use_prompt_extend", "--prompt_extend_method", "dashscope")
-    assert Extension.of(dashscope) == Extension(None, "zh")
+    assert extension_of(dashscope) == Extension(None, "zh")
     with pytest.raises(ValueError, match="expected --extend-prompt, too"):
-        Extension.of(parsed("--extend-model", "x"))
+        extension_of(parsed("--extend-model", "x"))
 
 
 @pytest.fixture
@@ -313,6 +315,7 @@ def vision(folder, tmp_path, monkeypatch):
         return types.SimpleNamespace(text="a red circle moves", finish_reason=seen.reason)
 
     fake = types.ModuleType("mlx_vlm")
+    fake.__spec__ = ModuleSpec("mlx_vlm", None)
     fake.load, fake.apply_chat_template, fake.generate = load, apply_chat_template, generate
     monkeypatch.setitem(sys.modules, "mlx_vlm", fake)
     seen.folder = tmp_path / "sees"

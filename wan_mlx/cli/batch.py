@@ -19,7 +19,7 @@ from ..runs.job import Job
 from ..runs.record import seed_of_made
 from .flags import build_parser, json_flags
 from .interrupt import Interrupts
-from .jobs import check_flags, extend, jobs_from, model_options, open_model, request_from, watch
+from .jobs import check_flags, extend, extension_of, jobs_from, model_options, open_model, request_from, watch
 from .terminal import FAILURE, SUSPECT, Terminal, explain
 
 
@@ -202,7 +202,7 @@ def _lines(
 ) -> list[Line]:
     """What a line asks for: one video, or several stills."""
     check_flags(args)
-    extension, draws = Extension.of(args), args.seed is None or args.seed < 0
+    extension, draws = extension_of(args), args.seed is None or args.seed < 0
     if args.num_images is not None and draws:
         raise UsageError("num_images without a seed, which names the files; give one")
     model = model_options(args)

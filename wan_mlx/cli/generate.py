@@ -14,13 +14,23 @@ from ..events import Finished
 from ..media.write import check_output
 from ..planning.choose import plan
 from ..planning.machine import mlx_version
-from ..prompts.extend import Extension
 from ..recipes import recipe_notes
 from ..runs.folder import ENDING, RunFolder
 from ..runs.job import Job
 from ..runs.record import check_identity, check_same, model_of, read_record, request_of, seed_of_made, with_dtype
 from .interrupt import Interrupts
-from .jobs import check_flags, default_output, extend, jobs_from, make, model_options, open_model, request_from, watch
+from .jobs import (
+    check_flags,
+    default_output,
+    extend,
+    extension_of,
+    jobs_from,
+    make,
+    model_options,
+    open_model,
+    request_from,
+    watch,
+)
 from .summary import describe, tell_downloads, tell_watching
 from .terminal import FAILURE, Terminal
 
@@ -45,7 +55,7 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     model = model_options(args)
     if args.dry_run and tell_downloads(model, say):
         return 0
-    extension = Extension.of(args)
+    extension = extension_of(args)
     pipe = open_model(model, say)
     request = request_from(pipe, args)
     output = Path(args.output or default_output(pipe.preset.name, request))

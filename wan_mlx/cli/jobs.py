@@ -33,6 +33,20 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--prompt is missing: say what the video should show")
 
 
+def extension_of(args: argparse.Namespace) -> Extension | None:
+    """The extension of prompts that is asked for, if one is.
+
+    Raises:
+        UsageError: a model or language without it.
+    """
+    model, language = args.prompt_extend_model, args.prompt_extend_target_lang
+    if args.extend_prompt or args.use_prompt_extend:
+        return Extension(model, language or (None if args.extend_prompt else "zh"))  # the official default
+    if model or language:
+        raise UsageError("--extend-model and --extend-language do nothing alone, expected --extend-prompt, too")
+    return None
+
+
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keywords for `WanPipeline.from_pretrained`."""
     return options.keywords(vars(args), options.MODEL)

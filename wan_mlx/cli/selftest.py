@@ -1,4 +1,4 @@
-"""doctor's computations: MLX's operations at Wan's own shapes against numpy, their rates, and nano's video.
+"""doctor's checks: the machine, MLX's operations at Wan's own shapes against numpy, nano's video; and rates.
 
 Known to have gone wrong on some GPU or other: convolutions that return zeros where scratch memory ran out (mlx #3979,
 #4242), attention over more than 32,768 keys (mlx #2894, #3360, #3361), NaN out of narrow floats.
@@ -6,20 +6,32 @@ Known to have gone wrong on some GPU or other: convolutions that return zeros wh
 
 from __future__ import annotations
 
-import time
+import os
+import platform
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from .. import __version__
+from ..media.write import read_settings, save_video
+from ..models import kernels
 from ..pipeline import WanPipeline
-from ..planning.speed import worth_timing
+from ..planning.choose import plan
+from ..planning.machine import installed_memory, mlx_version
 from ..presets import BUNDLED
-from ..storage import fingerprint
+from ..storage import fingerprint, free_space
 
+OLDEST_MLX = (0, 32, 4)
+PACKAGES = ("mlx", "mlx-lm", "numpy", "huggingface-hub", "sentencepiece", "imageio-ffmpeg", "pillow")
+LITTLE_MEMORY, LITTLE_DISK = 8e9, 40e9
 # max |a - b| / max |b|: wide enough for TF32 and Winograd, far below anything that would be seen in a video.
 TOLERANCE = {mx.float32: 5e-3, mx.bfloat16: 4e-2}
 SOFTMAX_SPREAD = 3.0  # standard deviation of the scores: some keys stand out among tens of thousands
@@ -47,6 +59,105 @@ class Check:
     said: str
     advice: str = ""
 
+    @classmethod
+    def of(cls, name: str, good: bool, said: str, advice: str, otherwise: str = "fail") -> Check:
+        return cls(name, "ok" if good else otherwise, said, "" if good else advice)
+
+
+def all_checks() -> Iterator[Check]:
+    """Everything, in the order in which one thing depends on another."""
+    yield from surroundings()
+    yield from operations()
+    yield from fused_kernels()
+    for dtype in ("float32", "bfloat16"):
+        yield nano(dtype)
+    yield ffmpeg()
+
+
+def machine() -> dict[str, str]:
+    """The machine and its packages, one line each."""
+    info = mx.device_info()
+    backend = "Metal" if mx.metal.is_available() else "CUDA" if mx.cuda.is_available() else "CPU"
+    memory = f"{installed_memory() / 1e9:.1f} GB"
+    if working_set := info.get("max_recommended_working_set_size"):
+        memory += f", of which the GPU may use {int(working_set) / 1e9:.1f}"
+    if total := info.get("total_memory"):
+        memory += f", and {int(total) / 1e9:.1f} of the GPU"
+    installed = {found.metadata["Name"].lower(): found.version for found in metadata.distributions()}
+    about = {
+        "wan_mlx": f"{__version__} in {Path(__file__).parent.parent}",
+        "device": f"{info.get('device_name', 'unknown')}, {backend}, {os.cpu_count()} cores",
+        "memory": memory,
+        "system": platform.platform(),
+        "python": f"{platform.python_version()} ({platform.machine()}) at {sys.executable}",
+        "packages": ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed),
+    }
+    if platform.system() == "Darwin":  # where much swap is used, everything is slow
+        swap = subprocess.run(["sysctl", "-n", "vm.swapusage"], capture_output=True, text=True).stdout
+        about["swap"] = " ".join(swap.split())
+    return about
+
+
+def surroundings() -> Iterator[Check]:
+    """Checks that compute nothing."""
+    version = tuple(int(part) for part in mlx_version().split("+")[0].split(".")[:3] if part.isdigit())
+    said = f"{mlx_version()}, {'.'.join(map(str, OLDEST_MLX))} or later is needed"
+    yield Check.of("MLX's version", version >= OLDEST_MLX, said, "pip install -U mlx")
+    if platform.system() == "Darwin":
+        native = platform.machine() == "arm64"
+        advice = "this Python runs under Rosetta: install one for arm64"
+        yield Check.of("Apple silicon", native, platform.machine(), advice)
+    gpu = mx.default_device().type == mx.DeviceType.gpu
+    advice = ("only nano is quick enough for that; on Linux with an NVIDIA GPU: pip install 'wan-mlx[cuda13]' instead "
+              "of 'wan-mlx[cpu]'")  # fmt: skip
+    yield Check.of("a GPU", gpu, "in use" if gpu else "none: the CPU computes", advice, "warn")
+    memory = installed_memory()
+    advice = "use --memory, a small size and few frames"
+    yield Check.of("memory", memory >= LITTLE_MEMORY, f"{memory / 1e9:.1f} GB", advice, "warn")
+    folder = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    free = free_space(folder)
+    advice = "T2V-1.3B is a download of 17.5 GB, the 14B models of 69 to 83; set HF_HOME to a folder on a larger disk"
+    yield Check.of("disk for models", free >= LITTLE_DISK, f"{free / 1e9:.0f} GB free for {folder}", advice, "warn")
+
+
+def fused_kernels() -> Iterator[Check]:
+    """Whether wan_mlx's own kernels can be used on this GPU, for each dtype that people compute in."""
+    if mx.default_device() != mx.gpu:
+        return
+    if kernels.off():
+        yield Check("wan_mlx's kernels", "warn", "turned off", f"unset {kernels.SWITCH} to use them")
+        return
+    for dtype, width in ((mx.bfloat16, 1536), (mx.float32, 256)):
+        bad = [kernel.__name__ for kernel in kernels.TRIALS if not kernels.agrees(kernel, dtype, width)]
+        said = f"{', '.join(bad)}: not right here, so MLX's operations are used" if bad else "as MLX's operations"
+        advice = "videos are right, but slower to make; please report this"
+        yield Check.of(f"wan_mlx's kernels in {_name(dtype)}", not bad, said, advice, "warn")
+
+
+def ffmpeg() -> Check:
+    """Whether a video can be written and read back."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = save_video(Path(folder) / "a.mp4", np.full((5, 32, 32, 3), 99, np.uint8), 16, {"prompt": "猫"})
+            good, said = read_settings(path) == {"prompt": "猫"}, "a video can be written and read back"
+    except Exception as error:
+        good, said = False, f"{type(error).__name__}: {error}"
+    return Check.of("ffmpeg", good, said, "pip install --force-reinstall imageio-ffmpeg")
+
+
+def rates() -> tuple[dict[str, float], float | None]:
+    """TFLOP/s of denoising and decoding a video of T2V-1.3B; and the seconds of denoising it, in bfloat16, if it fits.
+
+    Parts of the networks are timed, as for a `Plan` with times.
+    """
+    found, seconds = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        for row in plan("t2v-1.3B", 832, 480, 81, steps=50, dtype=dtype, measure=True).rows:
+            if row.seconds and row.stage in ("denoise", "decode"):
+                name = row.stage if row.stage == "decode" else f"{row.stage} {dtype}"
+                found[name], seconds[name] = row.flop / row.seconds / 1e12, row.seconds
+    return found, seconds.get("denoise bfloat16")
+
 
 def operations() -> Iterator[Check]:
     """Each operation on the default device against numpy in float32."""
@@ -69,10 +180,9 @@ def _guarded(name: str, check: Callable[..., tuple[float, float, str]], *args) -
     try:
         error, allowed, fault = check(*args)
     except Exception as failure:
-        return Check(name, "fail", f"{type(failure).__name__}: {failure}", UPDATE)
+        return Check.of(name, False, f"{type(failure).__name__}: {failure}", UPDATE)
     said = fault or f"relative error {error:.1e} of {allowed:.0e} allowed"
-    good = not fault and error <= allowed
-    return Check(name, "ok" if good else "fail", said, "" if good else UPDATE)
+    return Check.of(name, not fault and error <= allowed, said, UPDATE)
 
 
 def matmul(inner: int, outer: int, dtype: mx.Dtype) -> tuple[float, float, str]:
@@ -96,7 +206,7 @@ def convolution(channels: int, height: int, width: int) -> tuple[float, float, s
     x = _random(mx.float32, (1, height, width, channels))
     w = _random(mx.float32, (channels, 3, 3, channels), 1 / (9 * channels) ** 0.5, seed=1)
     y = mx.conv2d(x, w, padding=1)
-    if fault := _fault(y, "rows", axes=(0, 2, 3)):
+    if fault := _fault(y, axes=(0, 2, 3)):
         return 1.0, 0.0, fault
     got, pixels, weights = np.array(y[0]), np.pad(np.array(x[0]), ((1, 1), (1, 1), (0, 0))), np.array(w)
     worst = 0.0
@@ -112,34 +222,7 @@ def quantised(bits: int, allowed: float) -> tuple[float, float, str]:
     """Packed and unpacked again, against what was packed."""
     w = _random(mx.float32, (256, 1536))
     back = mx.dequantize(*mx.quantize(w, group_size=64, bits=bits), group_size=64, bits=bits)
-    return _relative(np.array(back), np.array(w)), allowed, _fault(back, "rows", axes=(1,))
-
-
-def rates() -> dict[str, float]:
-    """TFLOP/s of what the time goes into, each measured for a fraction of a second."""
-    found = {}
-    for dtype in (mx.bfloat16, mx.float32):
-        w = _random(dtype, (8960, 1536))
-        found[f"matmul {_name(dtype)}"] = _rate(
-            lambda n, w=w: _random(w.dtype, (n, 1536)), lambda x, w=w: x @ w.T, lambda n: 2 * n * 1536 * 8960, 32
-        )
-    found["attention bfloat16"] = _rate(
-        lambda n: _random(mx.bfloat16, (1, 12, 16 * n, 128)),
-        lambda x: mx.fast.scaled_dot_product_attention(x, x, x, scale=128**-0.5),
-        lambda n: 4 * 12 * (16 * n) ** 2 * 128,
-        8,
-        largest=1024,
-        power=2,
-    )
-    w = _random(mx.float32, (96, 3, 3, 96))
-    found["convolution float32"] = _rate(
-        lambda n: _random(mx.float32, (1, n, 256, 96)),
-        lambda x: mx.conv2d(x, w, padding=1),
-        lambda n: 2 * n * 256 * 96 * 96 * 9,
-        8,
-        largest=2048,
-    )
-    return found
+    return _relative(np.array(back), np.array(w)), allowed, _fault(back, axes=(1,))
 
 
 def nano(dtype: str) -> Check:
@@ -154,13 +237,11 @@ def nano(dtype: str) -> Check:
         if str(stored["weights"]) != _nano_weights():
             advice = "reinstall wan_mlx; if you retrained nano, run python -m wan_mlx.doctor --store-reference"
             return Check(name, "fail", "the stored frames are of other weights of nano", advice)
-        means = nano_means(dtype)
+        worst = float(np.abs(nano_means(dtype) - stored["means"].astype(np.float32)).max())
     except Exception as failure:
         return Check(name, "fail", f"{type(failure).__name__}: {failure}", advice)
-    worst = float(np.abs(means - stored["means"].astype(np.float32)).max())
-    good = worst <= NANO_TOLERANCE[dtype]
     said = f"differs by at most {worst:.1f} of 255 levels, {NANO_TOLERANCE[dtype]:g} allowed"
-    return Check(name, "ok" if good else "fail", said, "" if good else advice)
+    return Check.of(name, worst <= NANO_TOLERANCE[dtype], said, advice)
 
 
 def nano_means(dtype: str) -> np.ndarray:
@@ -185,19 +266,6 @@ def _nano_weights() -> str:
     return " ".join(fingerprint(path)["sha256"][:16] for path in sorted(BUNDLED["nano"].glob("[!.]*")))
 
 
-def _rate(make, compute, flop, start: int, largest: int = 1 << 14, power: int = 1) -> float:
-    """TFLOP/s of ``compute(make(n))``, of an n from ``start`` on at which it takes long enough to be timed."""
-
-    def seconds_at(n: int) -> float:
-        x = make(n)
-        started = time.perf_counter()
-        mx.eval(compute(x))
-        return time.perf_counter() - started
-
-    n, seconds, _ = worth_timing(seconds_at, start, largest, power)
-    return flop(n) / seconds / 1e12
-
-
 def _random(dtype: mx.Dtype, shape: tuple[int, ...], scale: float = 1.0, seed: int = 0) -> mx.array:
     """Normal, from numpy, so that it is the same on every device; evaluated."""
     numbers = np.random.default_rng(SEED + seed).standard_normal(shape, np.float32) * np.float32(scale)
@@ -212,7 +280,7 @@ def _numpy(x: mx.array) -> np.ndarray:
 
 def _compare(got: mx.array, want: np.ndarray, dtype: mx.Dtype) -> tuple[float, float, str]:
     """Relative error, the allowed one, and a fault other than an error's size."""
-    fault = _fault(got, "rows", axes=(-1,))
+    fault = _fault(got, axes=(-1,))
     return _relative(_numpy(got), want), TOLERANCE[dtype], fault
 
 
@@ -220,13 +288,13 @@ def _relative(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
-def _fault(x: mx.array, what: str, axes: tuple[int, ...]) -> str:
+def _fault(x: mx.array, axes: tuple[int, ...]) -> str:
     """NaN, or rows that are nothing but zeros."""
     bad = int((~mx.isfinite(x)).sum())
     if bad:
         return f"{bad} of {x.size} values are NaN or infinite"
     empty = int((mx.abs(x).max(axis=axes) == 0).sum())
-    return f"{empty} {what} are nothing but zeros" if empty else ""
+    return f"{empty} rows are nothing but zeros" if empty else ""
 
 
 def _name(dtype: mx.Dtype) -> str:

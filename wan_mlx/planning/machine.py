@@ -71,7 +71,12 @@ def system_memory(root: Path = Path("/")) -> int:
     left = [size for size in found if size is not None]
     if left:
         return max(0, min(left))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return installed_memory() // 2
+
+
+def installed_memory() -> int:
+    """Bytes of the machine's main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _left(group: Path, limit: str, usage: str) -> int | None:

@@ -7,6 +7,7 @@ system prompts. It has its own random keys: the same seed gives the same words, 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import logging
 import re
@@ -15,20 +16,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import mlx.core as mx
 from PIL import Image
 
 from ..errors import WanError
 from ..media.read import read_image
-from ..types import Request
+from ..types import Request, Source
 from .instructions import INSTRUCTIONS, LANGUAGES
-
-if TYPE_CHECKING:
-    import argparse
-
-    from ..types import Source
 
 log = logging.getLogger(__name__)
 
@@ -94,22 +90,21 @@ class PromptExtender:
             raise ValueError(f"language is {language!r}, expected one of {', '.join(LANGUAGES)}")
         self.model = choose_model(model, pictures)
         self.language, self.pictures, self.shows = language, pictures, False
-        self._generate: Callable[..., tuple[str, bool]] | None = None
+        self._generate: Generate | None = None
 
     def __enter__(self) -> PromptExtender:
         folder = _folder_of(self.model)
         try:
             sees = "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if sees and self.pictures and _vlm() is None:
-                raise ImportError(f"{self.model} needs mlx-vlm to see the picture: pip install 'wan-mlx[vlm]'")
             self.shows = sees and self.pictures
+            if self.shows and not _has_vlm():
+                raise ImportError(f"{self.model} needs mlx-vlm to see the picture: pip install 'wan-mlx[vlm]'")
             with same_random_state():  # mlx-lm draws random weights before it reads the real ones
                 self._generate = _vision_model(folder) if self.shows else _text_model(folder)
         except (WanError, ImportError):
             raise
         except Exception as error:  # any error of mlx-lm, transformers or the files
-            said = " ".join(str(error).split())
-            raise WanError(f"prompt extension: {self.model} cannot be loaded: {said}") from error
+            raise WanError(f"prompt extension: {self.model} cannot be loaded: {_line(error)}") from error
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -126,12 +121,13 @@ class PromptExtender:
             seed: the same seed gives the same words.
             pictures: first image of the video (and last), for a vision model.
         """
-        language = self.language or language_of(prompt)
         if self._generate is None:
             raise ValueError("the model of prompt extension is not loaded; use PromptExtender in a with block")
+        instructions = INSTRUCTIONS[kind][self.language or language_of(prompt)]
+        messages = [{"role": "system", "content": instructions}, {"role": "user", "content": prompt}]
         shown = [_small(picture) for picture in pictures] if self.shows else []
         with same_random_state():
-            words, ended = self._generate(INSTRUCTIONS[kind][language], prompt, Sampler(seed), shown)
+            words, ended = self._generate(messages, Sampler(seed), shown)
         words = tidy(words)
         complaint = complaint_of(words, ended)
         return Extended(prompt if complaint else words, prompt, str(self.model), complaint)
@@ -205,20 +201,6 @@ class Extension:
     model: str | None = None
     language: str | None = None
 
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Extension | None:
-        """From the flags; None if they do not ask for it.
-
-        Raises:
-            ValueError: a model or language without extension.
-        """
-        model, language = args.prompt_extend_model, args.prompt_extend_target_lang
-        if not (args.extend_prompt or args.use_prompt_extend):
-            if model or language:
-                raise ValueError("--extend-model and --extend-language do nothing alone, expected --extend-prompt, too")
-            return None
-        return cls(model, language or (None if args.extend_prompt else "zh"))  # the official default
-
     def __call__(self, requests: Sequence[Request], tell: Callable[[str], None] = log.warning) -> list[Request]:
         """The requests with longer prompts, each by its own seed; one model is loaded once and freed.
 
@@ -281,7 +263,7 @@ def choose_model(model: str | Path | None, pictures: bool) -> str:
     """The model's id or folder."""
     if model is not None:
         return SHORT_NAMES.get(str(model), str(model))
-    if pictures and _vlm() is not None:
+    if pictures and _has_vlm():
         return DEFAULT_VISION_MODEL
     if pictures:
         log.warning("the language model will not see the picture; for one that does: pip install 'wan-mlx[vlm]'")
@@ -289,11 +271,7 @@ def choose_model(model: str | Path | None, pictures: bool) -> str:
 
 
 def _folder_of(model: str) -> Path:
-    """The model's folder; downloads it if necessary.
-
-    Raises:
-        WanError: it cannot be downloaded.
-    """
+    """The model's folder; downloaded if it is none."""
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
     from huggingface_hub import snapshot_download
@@ -302,12 +280,19 @@ def _folder_of(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=DEFAULT_ALLOW_PATTERNS))
     except Exception as error:  # no such repository, no network, no space
-        said = " ".join(str(error).split())
-        raise WanError(f"prompt extension: {model} is no folder, and cannot be downloaded: {said[:300]}") from error
+        said = _line(error)[:300]
+        raise WanError(f"prompt extension: {model} is no folder, and cannot be downloaded: {said}") from error
 
 
-def _text_model(folder: Path) -> Callable[..., tuple[str, bool]]:
-    """(instructions, prompt, sampler, no pictures) → the answer, and whether it is complete."""
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+# (messages, sampler, PIL images) → the answer, and whether it is complete.
+Generate = Callable[[list[dict[str, str]], Sampler, Sequence[Image.Image]], tuple[str, bool]]
+
+
+def _text_model(folder: Path) -> Generate:
     import mlx_lm
 
     model, tokenizer, *_ = mlx_lm.load(str(folder))
@@ -315,8 +300,7 @@ def _text_model(folder: Path) -> Callable[..., tuple[str, bool]]:
         raise WanError(f"prompt extension: {folder} has no chat template; expected a model that follows instructions, "
                        f"such as {DEFAULT_MODEL}")  # fmt: skip
 
-    def generate(instructions: str, prompt: str, sampler: Sampler, pictures: Sequence[Any]) -> tuple[str, bool]:
-        messages = [{"role": "system", "content": instructions}, {"role": "user", "content": prompt}]
+    def generate(messages, sampler, pictures) -> tuple[str, bool]:
         # Turns off thinking; other chat templates ignore the argument.
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
         words, reason = "", None
@@ -327,15 +311,13 @@ def _text_model(folder: Path) -> Callable[..., tuple[str, bool]]:
     return generate
 
 
-def _vision_model(folder: Path) -> Callable[..., tuple[str, bool]]:
-    """(instructions, prompt, sampler, PIL images) → the answer, and whether it is complete."""
+def _vision_model(folder: Path) -> Generate:
     from mlx_vlm import apply_chat_template, load
     from mlx_vlm import generate as answer
 
     model, processor = load(str(folder))
 
-    def generate(instructions: str, prompt: str, sampler: Sampler, pictures: Sequence[Any]) -> tuple[str, bool]:
-        messages = [{"role": "system", "content": instructions}, {"role": "user", "content": prompt}]
+    def generate(messages, sampler, pictures) -> tuple[str, bool]:
         text = apply_chat_template(processor, model.config, messages, num_images=len(pictures))
         with tempfile.TemporaryDirectory() as temporary:
             paths = [str(Path(temporary) / f"{i}.png") for i in range(len(pictures))]
@@ -347,19 +329,12 @@ def _vision_model(folder: Path) -> Callable[..., tuple[str, bool]]:
     return generate
 
 
-def _vlm() -> Any:
-    """mlx-vlm, or None if it is not installed."""
-    try:
-        import mlx_vlm
-    except ModuleNotFoundError as error:
-        if error.name != "mlx_vlm":
-            raise
-        return None
-    return mlx_vlm
+def _has_vlm() -> bool:
+    return importlib.util.find_spec("mlx_vlm") is not None
 
 
-def _small(picture: Source) -> Any:
-    """A PIL image of at most `LONGEST_SIDE` pixels a side."""
+def _small(picture: Source) -> Image.Image:
+    """Of at most `LONGEST_SIDE` pixels a side."""
     image = Image.fromarray(read_image(picture))
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     return image
