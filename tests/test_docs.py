@@ -188,7 +188,7 @@ def homes(tmp_path_factory, pico):
 def quick(monkeypatch):
     """The doctor measures nothing and no language model is there: `test_doctor` and `test_prompt_extend` show both."""
     monkeypatch.setattr(Extension, "__call__", lambda extension, requests, tell: requests)
-    monkeypatch.setattr(selftest, "_rate", lambda *_, **__: 1.0)
+    monkeypatch.setattr(selftest, "rates", lambda: ({"denoise bfloat16": 1.0}, 60.0))
     monkeypatch.setattr(selftest, "operations", lambda: iter(()))
     monkeypatch.setattr(selftest, "nano", lambda dtype: selftest.Check(f"nano, {dtype}", "ok", ""))
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from wan_mlx.cli import doctor
+from wan_mlx.cli import selftest
 from wan_mlx.models import fused, kernels, rope
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -216,11 +216,11 @@ def test_rotation_is_the_same_with_them(on_gpu, monkeypatch, head_dim):
 
 
 def test_doctor_reports_kernels(on_gpu, monkeypatch):
-    assert [check.status for check in doctor.fused_kernels()] == ["ok", "ok"]
+    assert [check.status for check in selftest.fused_kernels()] == ["ok", "ok"]
     kernels.agrees.cache_clear()
     monkeypatch.setitem(kernels.TRIALS, kernels.layer_norm, lambda *args: iter([(mx.array(1.0), mx.array(2.0))]))
-    bad = list(doctor.fused_kernels())
+    bad = list(selftest.fused_kernels())
     assert {check.status for check in bad} == {"warn"} and bad[0].said.startswith("layer_norm: not right here")
     monkeypatch.setenv(kernels.SWITCH, "0")
-    (check,) = doctor.fused_kernels()
+    (check,) = selftest.fused_kernels()
     assert check.said == "turned off"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .. import options
 from ..errors import Stopped, UsageError
@@ -19,24 +20,35 @@ from ..runs.job import Job
 from ..runs.record import seed_of_made
 from .flags import build_parser, json_flags
 from .interrupt import Interrupts
-from .jobs import check_flags, extend, extension_of, jobs_from, model_options, open_model, request_from, watch
+from .jobs import check_flags, extend, extension_of, jobs_from, model_options, open_model, request_from
 from .terminal import FAILURE, SUSPECT, Terminal, explain
 
 
 @dataclass
 class Line:
-    """What a line of the file asks for, or one of its stills.
-
-    Attributes:
-        number: of the line.
-        draws: whether the seed is drawn, so that any is the one asked for.
-        extension: of the prompt, if it is to be written out.
-    """
+    """A video or a still that a line of the file asks for; with ``extension`` its prompt is to be written out."""
 
     number: int
     job: Job
-    draws: bool = False
     extension: Extension | None = field(default=None, repr=False)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the seed is drawn, so that any is the one asked for."""
+        return self.job.asked["seed"] is None or self.job.asked["seed"] < 0
+
+    @property
+    def begins(self) -> bool:
+        """Whether it is made from the start."""
+        return self.job.overwrite or not RunFolder(self.job.output).is_unfinished
+
+    def is_made(self) -> bool:
+        """Whether the output is there and says of itself that it is what the line asks for."""
+        job = self.job
+        seed = seed_of_made(job.pipe, job.request, job.output, self.draws, self.extension)
+        if seed is not None:
+            job.request = replace(job.request, seed=seed)
+        return seed is not None
 
 
 def run_batch(args: argparse.Namespace, argv: list[str], say: Terminal, interrupts: Interrupts) -> int:
@@ -67,51 +79,48 @@ def run_batch(args: argparse.Namespace, argv: list[str], say: Terminal, interrup
         report = Report(file, len(lines))
         for pipe in pipes:
             _make_lines([line for line in lines if line.job.pipe is pipe], report, say, interrupts, args.debug)
-    say.note(f"batch     {report.said()}; see {path}")
-    return report.code()
+    say.note(f"batch     {', '.join(f'{count} {status}' for status, count in report.counts.items())}; see {path}")
+    return FAILURE if report.counts["failed"] else SUSPECT if report.counts["suspect"] else 0
 
 
 class Report:
     """A line of JSON for each of ``total`` requests, written as soon as it is over."""
 
-    def __init__(self, file, total: int):
+    def __init__(self, file: TextIO, total: int):
         self.file, self.total = file, total
-        self.counts: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()
 
     def add(self, line: Line, status: str, **rest: Any) -> None:
         output, seed = str(line.job.output), line.job.request.seed
         entry = {"line": line.number, "status": status, "output": output, "seed": seed, **rest}
         self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self.file.flush()
-        self.counts[status] = self.counts.get(status, 0) + 1
-
-    @property
-    def done(self) -> int:
-        return sum(self.counts.values())
-
-    def said(self) -> str:
-        return ", ".join(f"{count} {status}" for status, count in self.counts.items())
-
-    def code(self) -> int:
-        if "failed" in self.counts:
-            return FAILURE
-        return SUSPECT if "suspect" in self.counts else 0
+        self.counts[status] += 1
 
 
 def _make_lines(lines: list[Line], report: Report, say: Terminal, interrupts: Interrupts, debug: bool) -> None:
-    """Make the videos of one model."""
-    pipe, left = lines[0].job.pipe, []
+    """Make the videos of one model: those of one language model are written out together, and all texts encoded."""
+    left = []
     for line in lines:
-        if not line.job.overwrite and is_made(line):
+        if not line.job.overwrite and line.is_made():
             report.add(line, "skipped", reason="complete")
         else:
             left.append(line)
-    _extend_prompts(left, say)
+    new = [line for line in left if line.begins]
+    for extension in dict.fromkeys(line.extension for line in new if line.extension):
+        extend(extension, [line.job for line in new if line.extension == extension], say)
+    pipe, requests = lines[0].job.pipe, [line.job.request for line in new]
+    texts = [text for r in requests for text in (r.prompt, r.negative_prompt)[: 1 + (r.guidance_scale != 1)]]
     with pipe.keep_loaded():
-        _encode_texts(pipe, left, say)
+        try:
+            if texts:
+                pipe.encode_text(list(dict.fromkeys(texts)))
+        except Exception as error:  # whose it is will be seen when each is encoded alone
+            say.note(f"the texts could not be encoded together: {error}")
         for line in left:
             job = line.job
-            say.note(f"\n[{report.done + 1}/{report.total}] line {line.number}: {job.output}: {job.request.prompt}")
+            done = report.counts.total()
+            say.note(f"\n[{done + 1}/{report.total}] line {line.number}: {job.output}: {job.request.prompt}")
             started = time.perf_counter()
             try:
                 with interrupts.stopping(job):
@@ -129,38 +138,6 @@ def _make_lines(lines: list[Line], report: Report, say: Terminal, interrupts: In
                 said = {"complaint": made.complaint} if made.complaint else {}
                 rest = {"seconds": round(made.seconds, 1), "peak_gib": made.peak_gib}
                 report.add(line, "suspect" if said else "done", **said, **rest)
-
-
-def _begins(line: Line) -> bool:
-    """Whether the line is made from the start."""
-    return line.job.overwrite or not RunFolder(line.job.output).is_unfinished
-
-
-def _extend_prompts(lines: list[Line], say: Terminal) -> None:
-    """Write the prompts out where that is asked for, those of one language model together."""
-    new = [line for line in lines if line.extension and _begins(line)]
-    for extension in dict.fromkeys(line.extension for line in new if line.extension):
-        extend(extension, [line.job for line in new if line.extension == extension], say)
-
-
-def _encode_texts(pipe: WanPipeline, lines: list[Line], say: Terminal) -> None:
-    """All texts in one pass over the text encoder, which are then at hand for each request."""
-    requests = [line.job.request for line in lines if _begins(line)]
-    texts = [text for r in requests for text in (r.prompt, r.negative_prompt)[: 1 + (r.guidance_scale != 1)]]
-    try:
-        if texts:
-            pipe.encode_text(list(dict.fromkeys(texts)))
-    except Exception as error:  # whose it is will be seen when each is encoded alone
-        say.note(f"the texts could not be encoded together: {error}")
-
-
-def is_made(line: Line) -> bool:
-    """Whether the output is there and says of itself that it is what the line asks for."""
-    job = line.job
-    seed = seed_of_made(job.pipe, job.request, job.output, line.draws, line.extension)
-    if seed is not None:
-        job.request = replace(job.request, seed=seed)
-    return seed is not None
 
 
 def read_lines(path: Path, argv: list[str], overwrite: bool, say: Terminal) -> list[Line]:
@@ -185,7 +162,7 @@ def read_lines(path: Path, argv: list[str], overwrite: bool, say: Terminal) -> l
                 output = line.job.output
                 if output in outputs:
                     raise UsageError(f"output {output} is that of line {outputs[output]}, too")
-                if not is_made(line):  # then it is skipped
+                if not line.is_made():  # then it is skipped
                     check_output(output, overwrite or RunFolder(output).is_unfinished)
                 outputs[output] = number
                 lines.append(line)
@@ -202,8 +179,8 @@ def _lines(
 ) -> list[Line]:
     """What a line asks for: one video, or several stills."""
     check_flags(args)
-    extension, draws = extension_of(args), args.seed is None or args.seed < 0
-    if args.num_images is not None and draws:
+    extension = extension_of(args)
+    if args.num_images is not None and (args.seed is None or args.seed < 0):
         raise UsageError("num_images without a seed, which names the files; give one")
     model = model_options(args)
     key = json.dumps(model, default=str, sort_keys=True)
@@ -211,6 +188,4 @@ def _lines(
         pipes[key] = open_model(model, say)
     request = request_from(pipes[key], args)
     output = args.output or f"{path.stem}_{number:04d}{'.png' if request.num_frames == 1 else '.mp4'}"
-    jobs = jobs_from(pipes[key], args, request, Path(output))
-    watch(jobs, args.preview, args.preview_every)
-    return [Line(number, job, draws, extension) for job in jobs]
+    return [Line(number, job, extension) for job in jobs_from(pipes[key], args, request, Path(output))]

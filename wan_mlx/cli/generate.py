@@ -65,7 +65,6 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
         jobs = [job for job in jobs if job not in made]
     for job in jobs:
         check_output(job.output, args.overwrite)
-    watch(jobs, args.preview, args.preview_every)
     describe(pipe, request, say, *(job.output for job in [*made, *jobs]))
     tell_watching(pipe, jobs[0].previews if jobs else None, say)
     experts = [part.file for part in pipe.checkpoint.of_kind("transformer")]

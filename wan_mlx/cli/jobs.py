@@ -75,18 +75,14 @@ def jobs_from(pipe: WanPipeline, args: argparse.Namespace, request: Request, out
         for option in options.flags()
         if option.of != options.MODEL and not (option.free or option.alone or option.no_effect)
     }
-    if args.num_images is None:
-        return [Job(pipe, request, output, asked, args.overwrite)]
-    return [  # each as if it had been asked for alone
-        Job(
-            pipe,
-            one,
-            output.with_name(f"{output.stem}_seed{one.seed}{output.suffix}"),
-            {**asked, "seed": one.seed},
-            args.overwrite,
-        )
-        for one in request.series(args.num_images)
-    ]
+    jobs = [Job(pipe, request, output, asked, args.overwrite)]
+    if args.num_images is not None:  # each as if it had been asked for alone
+        jobs = []
+        for one in request.series(args.num_images):
+            name = output.with_name(f"{output.stem}_seed{one.seed}{output.suffix}")
+            jobs.append(Job(pipe, one, name, {**asked, "seed": one.seed}, args.overwrite))
+    watch(jobs, args.preview, args.preview_every)
+    return jobs
 
 
 def watch(jobs: Sequence[Job], path: str | None, every: int) -> None:
