@@ -237,7 +237,7 @@ def _advice(plan: Plan, wanted: Wanted, sizes: Callable[[str | None], Networks])
     smaller = [[geometry.nearest_side(round(side * share)) for side in (wanted.width, wanted.height)]
                for share in (0.75, 0.65, 0.5, 0.35)]  # fmt: skip
     fewer = [n for n in map(geometry.nearest_frames, (61, 49, 33, 17, 5, 1)) if n < wanted.num_frames]
-    changes = [
+    changes: list[list[tuple[str, dict[str, Any]]]] = [
         [(f"--quantize {mode}", {"quantize": mode}) for mode in ("q8", "q4") if wanted.quantize is None],
         [(f"--size {width}x{height}", {"width": width, "height": height}) for width, height in smaller],
         [(f"--frames {frames}", {"num_frames": frames}) for frames in fewer],

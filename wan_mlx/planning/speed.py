@@ -236,8 +236,9 @@ def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
     if staging and (stream or ranges):  # many tensors at once; a block's go into memory that is already allocated
         one_of_each = {re.sub(r"\d+", "", name): name for name in weights.shapes}.values()
         load_staged(parameters, one_of_each, staging)  # compiles kernels
-        for _ in range(2 if stream and ranges else 0):
-            staging.next(staging.bytes_for(ranges))
+        if stream and ranges:
+            size = staging.bytes_for(ranges)
+            staging.next(size), staging.next(size)
     started = perf_counter()
     if staging and stream:
         parameters.finish(parameters.prefetch(names, staging).result())
@@ -298,7 +299,7 @@ def random_array(shape: tuple[int, ...], scale: float, dtype: mx.Dtype) -> mx.ar
 def random_weights(module: nn.Module, dtype: Callable[[str], mx.Dtype] = lambda name: mx.float32) -> None:
     """Give ``module`` random matrices that keep activations near one, of the dtypes of their names; the rest stays."""
     arrays = []
-    for name, array in tree_flatten(module.parameters()):
+    for name, array in dict(tree_flatten(module.parameters())).items():
         if array.ndim > 1:
             array = random_array(array.shape, (array.size / len(array)) ** -0.5, dtype(name))
         arrays.append((name, array.astype(dtype(name))))
@@ -310,7 +311,7 @@ def random_transformer(config: TransformerConfig, nets: Networks) -> Transformer
     """A transformer of these sizes, its matrices quantised like those of ``nets``."""
     model, packings = new_transformer(config), nets.experts[0].packings
     random_weights(model, lambda name: dtype_of("transformer", name, nets.dtype))
-    for name, weight in tree_flatten(model.parameters()):
+    for name, weight in dict(tree_flatten(model.parameters())).items():
         if name in packings:
             parent, index = locate(model, name)
             rows, columns = weight.shape
