@@ -237,8 +237,8 @@ def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
         one_of_each = {re.sub(r"\d+", "", name): name for name in weights.shapes}.values()
         load_staged(parameters, one_of_each, staging)  # compiles kernels
         if stream and ranges:
-            size = staging.bytes_for(ranges)
-            staging.next(size), staging.next(size)
+            for _ in range(2):
+                staging.next(staging.bytes_for(ranges))
     started = perf_counter()
     if staging and stream:
         parameters.finish(parameters.prefetch(names, staging).result())
