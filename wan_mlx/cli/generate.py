@@ -132,19 +132,10 @@ def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, in
 
 def show_plan(args: argparse.Namespace) -> int:
     """``--plan``: print it; 1 if it does not fit."""
+    still = args.num_frames is None and args.preset == "t2i-14B"
+    same = ("steps", "memory", "dtype", "quantize", "guidance_scale", "vae_tiling")
     width, height = args.size or (None, None)
-    found = plan(
-        args.model,
-        width,
-        height,
-        1 if args.num_frames is None and args.preset == "t2i-14B" else args.num_frames,
-        args.steps,
-        args.memory,
-        dtype=args.dtype,
-        quantize=args.quantize,
-        guidance_scale=args.guidance_scale,
-        vae_tiling=args.vae_tiling,
-        measure=True,
-    )
+    frames = 1 if still else args.num_frames
+    found = plan(args.model, width, height, frames, measure=True, **{name: getattr(args, name) for name in same})
     print(found)
     return 0 if found.fits else FAILURE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -54,6 +54,10 @@ def shapes_of(config: Any) -> Mapping[str, tuple[int, ...]]:
     return parameter_shapes(new_network(config))
 
 
+# Of each tensor: bytes kept and stored; whether it is made anew, and whether that is quantising.
+Tensors = list[tuple[int, int, bool, bool]]
+
+
 def weight_bytes(
     config: TransformerConfig, dtype: mx.Dtype, packings: Mapping[str, Packing], stored: Mapping[str, int]
 ) -> WeightBytes:
@@ -65,8 +69,7 @@ def weight_bytes(
         packings: of its quantised weights, by name.
         stored: bytes of each tensor in its file, by name.
     """
-    # Of each tensor: bytes kept and stored; whether it is made anew, and whether that is quantising.
-    blocks: dict[str, list[tuple[int, int, bool, bool]]] = defaultdict(list)
+    blocks: dict[str, Tensors] = defaultdict(list)
     unpacked = 0
     for name, shape in shapes_of(config).items():
         if name in packings:
@@ -79,16 +82,16 @@ def weight_bytes(
         block = ".".join(name.split(".")[:2]) if name.split(".")[0] in BLOCK_LISTS else "outside"
         blocks[block].append((size, stored[name], anew, resized and name in packings))
 
-    def in_flight(block: list[tuple[int, int, bool, bool]]) -> int:
+    def in_flight(block: Tensors) -> int:
         changed = [read for _, read, anew, packed in block if anew and not packed]
         quantised = sum(read for _, read, _, packed in block if packed)
         made = sum(size for size, _, anew, _ in block if anew)
         return most_in_flight(changed, quantised, read_of(block), kept_of(block), made)
 
-    def kept_of(block: list[tuple[int, int, bool, bool]]) -> int:
+    def kept_of(block: Tensors) -> int:
         return sum(size for size, *_ in block)
 
-    def read_of(block: list[tuple[int, int, bool, bool]]) -> int:
+    def read_of(block: Tensors) -> int:
         return sum(read for _, read, *_ in block)
 
     outside = blocks.pop("outside")
@@ -171,10 +174,6 @@ class Networks:
         return geometry_of(self.transformer, self.vae)
 
 
-# Kind → (sizes, dtype, packings, bytes of each tensor in its file) → bytes of its weights.
-BYTES_OF: dict[str, Callable[..., WeightBytes]] = {"transformer": weight_bytes, "text_encoder": text_weight_bytes}
-
-
 def sizes_of(model: Preset | Checkpoint, dtype: str | mx.Dtype, quantize: str | None = None) -> Networks:
     """Sizes of a released or local model; reads no weights.
 
@@ -187,16 +186,17 @@ def sizes_of(model: Preset | Checkpoint, dtype: str | mx.Dtype, quantize: str | 
     """
     dtype = parse_dtype(dtype)
     check_mode(quantize)
-    found = _published(model, quantize) if isinstance(model, Preset) else _opened(model, dtype, quantize)
+    count: dict[str, Callable[..., WeightBytes]] = {"transformer": weight_bytes, "text_encoder": text_weight_bytes}
     parts = []
-    for name, kind, config, packings, stored in found:
-        weights = BYTES_OF[kind](config, dtype, packings, stored) if kind in BYTES_OF else WeightBytes()
-        parts.append(PartSizes(name, kind, config, packings, weights))
+    for part, stored in _published(model, quantize) if isinstance(model, Preset) else _opened(model, dtype, quantize):
+        if part.kind in count:
+            part = replace(part, weights=count[part.kind](part.config, dtype, part.packings, stored))
+        parts.append(part)
     return Networks(tuple(parts), dtype)
 
 
-# Name and kind of a part, its sizes, packings, and the bytes of each tensor in its file.
-Found = tuple[str, str, Any, Mapping[str, Packing], Mapping[str, int]]
+# A part, and the bytes of each tensor in its file.
+Found = tuple[PartSizes, Mapping[str, int]]
 
 
 def _published(preset: Preset, quantize: str | None) -> Iterator[Found]:
@@ -205,10 +205,11 @@ def _published(preset: Preset, quantize: str | None) -> Iterator[Found]:
     for kind, config, itemsize in (("transformer", preset.transformer, 4), ("text_encoder", preset.text_encoder, 2)):
         shapes = shapes_of(config)
         packings = {} if plain or quantize is None else plan_quantization(kind, quantize, shapes).packings
-        yield kind, kind, config, packings, {name: itemsize * math.prod(shape) for name, shape in shapes.items()}
-    yield "vae", "vae", preset.vae, {}, {}
+        stored = {name: itemsize * math.prod(shape) for name, shape in shapes.items()}
+        yield PartSizes(kind, kind, config, packings), stored
+    yield PartSizes("vae", "vae", preset.vae), {}
     if preset.transformer.has_image_branch:
-        yield "image_encoder", "image_encoder", ImageEncoderConfig(), {}, {}
+        yield PartSizes("image_encoder", "image_encoder", ImageEncoderConfig()), {}
 
 
 def _opened(checkpoint: Checkpoint, dtype: mx.Dtype, quantize: str | None) -> Iterator[Found]:
@@ -220,4 +221,5 @@ def _opened(checkpoint: Checkpoint, dtype: mx.Dtype, quantize: str | None) -> It
         packings: Mapping[str, Packing] = {}
         if part.kind in QUANTIZED:
             packings = Parameters(weights, dtype, part.quantize or quantize).quantization.packings
-        yield part.name, part.kind, config, packings, {name: weights.stored_bytes(name) for name in weights.sources}
+        stored = {name: weights.stored_bytes(name) for name in weights.sources}
+        yield PartSizes(part.name, part.kind, config, packings), stored
