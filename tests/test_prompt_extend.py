@@ -18,7 +18,7 @@ import wan_mlx
 from wan_mlx.cli.flags import build_parser
 from wan_mlx.cli.jobs import extension_of
 from wan_mlx.cli.main import main
-from wan_mlx.errors import WanError
+from wan_mlx.errors import UsageError, WanError
 from wan_mlx.media.write import read_settings
 from wan_mlx.prompts import extend as prompt_extend
 from wan_mlx.prompts.extend import Extension, PromptExtender, Sampler, complaint_of, extend_prompt, language_of, tidy
@@ -291,7 +291,7 @@ def test_official_flags():
     assert prompt_extend.choose_model(None, False) == "mlx-community/Qwen2.5-7B-Instruct-4bit"
     dashscope = parsed("--use_prompt_extend", "--prompt_extend_method", "dashscope")
     assert extension_of(dashscope) == Extension(None, "zh")
-    with pytest.raises(ValueError, match="expected --extend-prompt, too"):
+    with pytest.raises(UsageError, match="expected --extend-prompt, too"):
         extension_of(parsed("--extend-model", "x"))
 
 
