@@ -19,8 +19,9 @@ from wan_mlx.models.quantized_linear import MODE_NAMES, Packing, QuantizedLinear
 from wan_mlx.weights.component import open_component
 from wan_mlx.weights.convert import convert
 from wan_mlx.weights.load import load_text_encoder, load_transformer, transformer_parameters
-from wan_mlx.weights.parameters import Parameters, stream_blocks
+from wan_mlx.weights.parameters import Parameters
 from wan_mlx.weights.quantize import plan_quantization
+from wan_mlx.weights.stream import stream_blocks
 
 # Relative error on Gaussian weights, and how far a mode may be from it.
 ERRORS = {

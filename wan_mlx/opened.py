@@ -35,7 +35,7 @@ from .progress_bars import ProgressBars
 from .prompts.cache import PromptCache
 from .tasks import TASKS
 from .types import LoraChoice, Request
-from .weights.checkpoint import Checkpoint
+from .weights.checkpoint import Checkpoint, Part
 from .weights.component import open_component
 from .weights.load import (
     check_loras,
@@ -50,7 +50,6 @@ from .weights.load import (
     vae_config_of,
 )
 from .weights.lora import describe_lora, normalise_loras
-from .weights.parts import Part
 from .weights.set_loras import set_loras
 
 

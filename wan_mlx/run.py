@@ -26,7 +26,7 @@ from .recipes import scheduler_for
 from .tasks import TASKS
 from .types import Conditioning, Request, RunState, StageReport, Step
 from .video import Video
-from .weights.parts import Part
+from .weights.checkpoint import Part
 
 log = logging.getLogger(__name__)
 

@@ -15,15 +15,8 @@ from wan_mlx.models.text_encoder import TextEncoder
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vae import VAE
 from wan_mlx.presets import PRESETS
-from wan_mlx.weights.component import (
-    ComponentWeights,
-    check_keys,
-    image_encoder_config,
-    parameter_shapes,
-    text_encoder_config,
-    transformer_config,
-    vae_config,
-)
+from wan_mlx.weights.component import ComponentWeights, check_keys, parameter_shapes
+from wan_mlx.weights.configs import image_encoder_config, text_encoder_config, transformer_config, vae_config
 
 
 class HeaderOnly(WeightsFile):

@@ -18,13 +18,8 @@ from wan_mlx.models.image_encoder import ImageEncoder, last_block_shapes
 from wan_mlx.presets import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES
 from wan_mlx.resize import resize_bicubic
 from wan_mlx.weights.checkpoint import open_checkpoint
-from wan_mlx.weights.component import (
-    ComponentWeights,
-    check_keys,
-    image_encoder_config,
-    open_component,
-    parameter_shapes,
-)
+from wan_mlx.weights.component import ComponentWeights, check_keys, open_component, parameter_shapes
+from wan_mlx.weights.configs import image_encoder_config
 
 BOUND = 2e-5
 LAYERS = 4

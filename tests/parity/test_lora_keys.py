@@ -6,7 +6,7 @@ from diffusers.loaders import lora_conversion_utils
 from oracles import diffusers_transformer
 
 from wan_mlx.weights.layouts import canonical_keys, recognise
-from wan_mlx.weights.lora import _Resolver
+from wan_mlx.weights.lora import resolve, spellings
 
 
 def matrices(kind):
@@ -23,7 +23,7 @@ def matrices(kind):
 @pytest.mark.parametrize("kind", checkpoints.KINDS)
 def test_every_matrix_has_each_of_its_names(kind):
     modules, parameters = matrices(kind)
-    resolve = _Resolver(dict.fromkeys(parameters))
+    names = spellings(parameters)
     for module, name in modules.items():
         official = name.removesuffix(".weight")
         for stem in (
@@ -32,11 +32,11 @@ def test_every_matrix_has_each_of_its_names(kind):
             f"lora_unet_{module.replace('.', '_')}", f"lora_unet_{official.replace('.', '_')}",
             f"lora_unet__{official.replace('.', '_')}", f"lycoris_{official.replace('.', '_')}",
         ):  # fmt: skip
-            assert resolve(f"{stem}.lora_A.weight") == (name, "down"), stem
-            assert resolve(f"{stem}.lora_up.weight") == (name, "up"), stem
-            assert resolve(f"{stem}.alpha") == (name, "alpha"), stem
+            assert resolve(f"{stem}.lora_A.weight", names) == (name, "down"), stem
+            assert resolve(f"{stem}.lora_up.weight", names) == (name, "up"), stem
+            assert resolve(f"{stem}.alpha", names) == (name, "alpha"), stem
             bias = f"{official}.bias"
-            assert resolve(f"{stem}.diff_b") == ((bias, "diff") if bias in parameters else None), stem
+            assert resolve(f"{stem}.diff_b", names) == ((bias, "diff") if bias in parameters else None), stem
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
@@ -45,7 +45,7 @@ def test_diffusers_converter_means_the_same_modules(kind):
     import torch
 
     modules, parameters = matrices(kind)
-    resolve = _Resolver(dict.fromkeys(parameters))
+    names = spellings(parameters)
     blocks = {name.removesuffix(".weight") for name in modules.values() if name.startswith("blocks.")}
     down, up = torch.zeros(4, 8), torch.zeros(8, 4)
     comfy, musubi = {}, {}
@@ -58,8 +58,8 @@ def test_diffusers_converter_means_the_same_modules(kind):
         (lora_conversion_utils._convert_non_diffusers_wan_lora_to_diffusers, comfy),
         (lora_conversion_utils._convert_musubi_wan_lora_to_diffusers, musubi),
     ):
-        ours = {resolve(key) for key in keys if not key.endswith("alpha")}
-        assert ours == {resolve(key) for key in convert(dict(keys))} and None not in ours
+        ours = {resolve(key, names) for key in keys if not key.endswith("alpha")}
+        assert ours == {resolve(key, names) for key in convert(dict(keys))} and None not in ours
         assert {name for name, _ in ours} == {f"{name}.weight" for name in blocks}
 
 
@@ -67,9 +67,9 @@ def test_diffusers_converter_means_the_same_modules(kind):
 def test_every_parameter_can_be_a_difference(kind):
     """As lightx2v's extractor names what it does not split in two factors."""
     parameters = matrices(kind)[1]
-    resolve = _Resolver(dict.fromkeys(parameters))
+    names = spellings(parameters)
     endings = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}
     for name in parameters:
         stem, _, end = name.rpartition(".")
         key = f"{stem}.{endings[end]}" if end in endings else f"{name}.diff"
-        assert resolve(f"diffusion_model.{key}") == (name, "diff"), key
+        assert resolve(f"diffusion_model.{key}", names) == (name, "diff"), key

@@ -18,7 +18,8 @@ from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.presets import DIFFUSERS_FILES, PRESETS
 from wan_mlx.weights.checkpoint import open_checkpoint
-from wan_mlx.weights.component import ComponentWeights, check_keys, parameter_shapes, transformer_config
+from wan_mlx.weights.component import ComponentWeights, check_keys, parameter_shapes
+from wan_mlx.weights.configs import transformer_config
 from wan_mlx.weights.layouts import canonical_keys, recognise
 from wan_mlx.weights.load import load_transformer
 from wan_mlx.weights.parameters import dtype_of

@@ -6,20 +6,18 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 
 from ..geometry import Geometry
 from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig, geometry_of
-from ..models.networks import new_network
 from ..models.quantized_linear import Packing
 from ..models.rope import row_order
 from ..models.transformer import BLOCK_LISTS
 from ..presets import Preset
 from ..weights.checkpoint import Checkpoint
-from ..weights.component import parameter_shapes
+from ..weights.configs import shapes_of
 from ..weights.load import config_of, open_network, parse_dtype
 from ..weights.parameters import Parameters, dtype_of
 from ..weights.prefetch import most_in_flight
@@ -46,12 +44,6 @@ class WeightBytes:
     @property
     def all(self) -> int:
         return self.outside + self.blocks
-
-
-@lru_cache(maxsize=32)
-def shapes_of(config: Any) -> Mapping[str, tuple[int, ...]]:
-    """Name → shape of every parameter of a network of these sizes."""
-    return parameter_shapes(new_network(config))
 
 
 # Of each tensor: bytes kept and stored; whether it is made anew, and whether that is quantising.

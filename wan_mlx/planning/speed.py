@@ -30,7 +30,8 @@ from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import ForwardPass, Transformer
 from ..models.vae import VAE
 from ..models.vae_execution import VAEExecution
-from ..weights.parameters import Parameters, dtype_of, load_staged, locate
+from ..weights.parameters import Parameters, dtype_of, locate
+from ..weights.stream import load_staged
 from . import flops as work
 from . import peak_memory as peaks
 from .plan import Plan, limited_cache

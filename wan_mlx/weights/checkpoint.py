@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from ..files.open import ShardedFile, format_of, open_weights
 from ..files.sentencepiece import find_tokenizer, has_tokenizer
 from ..presets import COMFYUI_PARTS, DIFFUSERS_FILES, MLX_FILES, NETWORKS, OFFICIAL_FILES, PARTS
 from .component import ComponentWeights, open_component
-from .parts import Part
 
 # Diffusers' and transformers' names for entries of config.json that shapes cannot show.
 DIFFUSERS_NAMES = {
     "transformer": {
         "num_attention_heads": "num_heads",
         "patch_size": "patch_size",
+        "image_dim": "image_dim",
         "eps": "eps",
         "vace_layers": "vace_layers",
         "vace_in_channels": "vace_in_dim",
@@ -42,6 +43,41 @@ MLX_FORMAT = "wan_mlx"
 MAX_CONFIG_BYTES = 4_000_000
 # Depth and number of files of the search for weight files.
 _MAX_DEPTH, _MAX_FILES = 3, 5000
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a model, or its tokenizer.
+
+    Attributes:
+        name: unique in the model. The only part of a kind has the kind's name.
+        kind: "transformer", "text_encoder", "vae", "image_encoder" or "tokenizer".
+        file: its path; for shards, of the index.
+        config: entries of config.json that its weights' shapes cannot show.
+        recorded: the file's quantisation according to config.json; None if it has no entry.
+        quantize: the quantisation to load it in, if different from the whole model's.
+        loras: path and strength of each LoRA for this part, in addition to the whole model's.
+        timesteps: (a, b): a transformer that is the expert for the timesteps a <= t < b.
+    """
+
+    name: str
+    kind: str
+    file: Path
+    config: Mapping[str, Any] = field(default_factory=dict)
+    recorded: str | None = None
+    quantize: str | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
+    timesteps: tuple[float, float] = (0.0, math.inf)
+
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        return self.name.replace("_", " ")
+
+    def serves(self, timestep: float) -> bool:
+        """Whether this expert serves a timestep."""
+        first, end = self.timesteps
+        return first <= timestep < end
 
 
 @dataclass(frozen=True)
@@ -118,7 +154,10 @@ def look_at(path: str | Path, given: Mapping[str, Path] | None = None) -> Checkp
         WeightsError: nothing was recognised, or a part was found twice.
     """
     path, given = _existing(Path(path).expanduser(), "model"), given or {}
-    found = _look_at_folder(path, given) if path.is_dir() else _look_at_file(path)
+    if path.is_dir():
+        found = _look_at_folder(path, given)
+    else:
+        found = Checkpoint(path, (_part_in(ComponentWeights(open_weights(path))),))
     parts = {part.name: part for part in found.parts}
     for kind, place in given.items():
         part = find_part(_existing(place, kind.replace("_", " ")), kind)
@@ -141,9 +180,9 @@ def find_part(place: Path, kind: str) -> Part:
         file = find_tokenizer(place) if place.is_dir() else place
         if file is None:
             raise WeightsError(f"{place} holds no tokenizer, expected umT5's spiece.model")
-        return Part(kind, kind, file)
+        return _part(kind, file)
     if not place.is_dir():
-        return _part_of(open_component(place, kind))
+        return _part_in(open_component(place, kind))
     found = _look_at_folder(place, {other: place for other in NETWORKS if other != kind})
     if not found.of_kind(kind):
         raise WeightsError(f"{place} holds no {kind}, only {', '.join(found.files) or _listing(place)}")
@@ -153,47 +192,52 @@ def find_part(place: Path, kind: str) -> Part:
 def _look_at_folder(folder: Path, given: Mapping[str, Path]) -> Checkpoint:
     config = _read_config(folder / "config.json")
     if config.get("format") == MLX_FORMAT:
-        found = _open_mlx(folder, config)
+        found = Checkpoint(folder, _parts(_mlx_files(folder, config)), config.get("model"), "mlx")
     elif (folder / "model_index.json").is_file() or (folder / "transformer" / "config.json").is_file():
-        parts = _parts(_find(folder, DIFFUSERS_FILES), _diffusers_configs(folder))
-        found = Checkpoint(folder, parts, layout="diffusers")
+        found = Checkpoint(folder, _parts(_find(folder, DIFFUSERS_FILES)), layout="diffusers")
     else:
         files = _find(folder, OFFICIAL_FILES)
         # Diffusers uses this file name for every network, not only the transformer.
         if files.keys() <= {"transformer"} and "num_heads" not in config:
             return _search(folder, given)
-        found = Checkpoint(folder, _parts(files, {"transformer": config}), layout="official")
+        found = Checkpoint(folder, _parts(files), layout="official")
     if any(part not in given for part in found.missing()):
         found = _search(folder, given, found)
     return found
 
 
-def _open_mlx(folder: Path, config: dict[str, Any]) -> Checkpoint:
-    """An MLX folder; its missing parts come from the neighbouring folder in its "parts_from", if any."""
-    files, sibling = _find(folder, MLX_FILES), config.get("parts_from")
-    if sibling is not None:
-        if not isinstance(sibling, str) or sibling in ("", ".", "..") or Path(sibling).name != sibling:
-            raise WeightsError(
-                f"{folder / 'config.json'} takes parts from {sibling!r}, expected the name of a folder beside {folder}"
-            )
-        beside = folder.parent / sibling
-        others = _read_config(beside / "config.json")
-        files = {**_find(beside, MLX_FILES), **files}
-        config = {**{part: others.get(part, {}) for part in NETWORKS if part not in config}, **config}
-    return Checkpoint(folder, _parts(files, config), config.get("model"), "mlx")
+def _mlx_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
+    """The files of an MLX folder; missing ones are those of the neighbouring folder in its "parts_from", if any."""
+    sibling = config.get("parts_from")
+    if sibling is None:
+        return _find(folder, MLX_FILES)
+    if not isinstance(sibling, str) or sibling in ("", ".", "..") or Path(sibling).name != sibling:
+        raise WeightsError(
+            f"{folder / 'config.json'} takes parts from {sibling!r}, expected the name of a folder beside {folder}"
+        )
+    return {**_find(folder.parent / sibling, MLX_FILES), **_find(folder, MLX_FILES)}
 
 
-def _parts(files: Mapping[str, Path], config: Mapping[str, Any]) -> tuple[Part, ...]:
-    """Parts, one of each kind, and the folder's ``config`` for each."""
-    packed = config.get("quantization")
-    return tuple(
-        Part(kind, kind, file, config.get(kind, {}), packed.get(kind) if isinstance(packed, dict) else packed)
-        for kind, file in files.items()
-    )
+def _parts(files: Mapping[str, Path]) -> tuple[Part, ...]:
+    return tuple(_part(kind, file) for kind, file in files.items())
 
 
-def _look_at_file(file: Path) -> Checkpoint:
-    return Checkpoint(file, (_part_of(ComponentWeights(open_weights(file))),))
+def _part(kind: str, file: Path, mode: str | None = None) -> Part:
+    """A part with what the config.json beside its file says; ``mode``: its quantisation, where that does not say it."""
+    if kind == "tokenizer":
+        return Part(kind, kind, file)
+    config = _read_config(file.parent / "config.json")
+    if config.get("format") == MLX_FORMAT:
+        packed = config.get("quantization")
+        return Part(kind, kind, file, config.get(kind, {}), packed.get(kind) if isinstance(packed, dict) else packed)
+    if not (kind == "transformer" and "num_heads" in config):
+        config = {ours: config[theirs] for theirs, ours in DIFFUSERS_NAMES[kind].items() if theirs in config}
+    return Part(kind, kind, file, config, mode)
+
+
+def _part_in(weights: ComponentWeights) -> Part:
+    """The part in a file."""
+    return _part(weights.component, weights.path, weights.quantization.mode if weights.quantization else None)
 
 
 def _search(folder: Path, given: Mapping[str, Path], known: Checkpoint | None = None) -> Checkpoint:
@@ -214,12 +258,12 @@ def _search(folder: Path, given: Mapping[str, Path], known: Checkpoint | None = 
         if len(files) > 1:
             names = ", ".join(str(weights.path.relative_to(folder)) for weights in files)
             raise WeightsError(f"{folder} holds {len(files)} files of a {kind}: {names}; choose one with {_flag(kind)}")
-    parts = {kind: _part_of(files[0]) for kind, files in networks.items()} | {part.name: part for part in known.parts}
+    parts = {kind: _part_in(files[0]) for kind, files in networks.items()} | {part.name: part for part in known.parts}
     if not parts and not given:
         why = f"of its files, {refused[0]}" if refused else f"it holds {_listing(folder)}"
         raise WeightsError(f"{folder} is not a complete Wan2.1 folder: no file of a Wan2.1 network in it; {why}")
     if "tokenizer" not in parts and (tokenizer := find_tokenizer(folder)):
-        parts["tokenizer"] = Part("tokenizer", "tokenizer", tokenizer)
+        parts["tokenizer"] = _part("tokenizer", tokenizer)
     return replace(known, parts=tuple(parts.values()))
 
 
@@ -262,28 +306,7 @@ def _tokenizer_of(text_encoder: Path) -> dict[str, Part]:
     """The tokenizer inside a text encoder's file, or next to it."""
     found = text_encoder if has_tokenizer(open_weights(text_encoder)) else None
     found = found or find_tokenizer(text_encoder.parent) or find_tokenizer(text_encoder.parent.parent)
-    return {"tokenizer": Part("tokenizer", "tokenizer", found)} if found else {}
-
-
-def _part_of(weights: ComponentWeights) -> Part:
-    """The part in a file, with the config.json of its folder."""
-    kind, file = weights.component, weights.path
-    config = _read_config(file.parent / "config.json")
-    if config.get("format") == MLX_FORMAT:
-        return _parts({kind: file}, config)[0]
-    if not (kind == "transformer" and "num_heads" in config):
-        config = _renamed(config, kind)
-    return Part(kind, kind, file, config, weights.quantization.mode if weights.quantization else None)
-
-
-def _renamed(config: dict[str, Any], kind: str) -> dict[str, Any]:
-    return {ours: config[theirs] for theirs, ours in DIFFUSERS_NAMES[kind].items() if theirs in config}
-
-
-def _diffusers_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    configs = {part: _renamed(_read_config(folder / part / "config.json"), part) for part in DIFFUSERS_NAMES}
-    image_dim = _read_config(folder / "transformer" / "config.json").get("image_dim")
-    return configs | ({"transformer": {**configs["transformer"], "image_dim": image_dim}} if image_dim else {})
+    return {"tokenizer": _part("tokenizer", found)} if found else {}
 
 
 def _incomplete(found: Checkpoint, missing: list[str]) -> str:

@@ -10,9 +10,10 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ import numpy as np
 from .. import __version__
 from ..errors import WeightsError
 from ..files.sentencepiece import read_tokenizer
-from ..presets import MLX_FILES, PRESETS
+from ..presets import MLX_FILES, NETWORKS, PRESETS
 from ..storage import fingerprint, free_space, gigabytes, new_folder
 from .checkpoint import MLX_FORMAT, Checkpoint, open_checkpoint
-from .component import CONFIG_OF, MLX_LAYOUT, SAFETENSORS_NAMES, open_component
-from .load import Progress, no_progress, parse_dtype
+from .component import MLX_LAYOUT, SAFETENSORS_NAMES, beside
+from .load import Progress, no_progress, open_network, parse_dtype
 from .parameters import Parameters, dtype_of
 from .quantize import QUANTIZED
 
@@ -82,9 +83,9 @@ def convert(
         "dtypes": {},
     }
     networks = []
-    for part in (part for kind in CONFIG_OF for part in checkpoint.of_kind(kind)):
-        weights = open_component(part.file, part.kind)
-        config[part.name] = asdict(CONFIG_OF[part.kind](weights, part.config))
+    for part in (part for kind in NETWORKS for part in checkpoint.of_kind(kind)):
+        weights, sizes = open_network(part, part.kind)
+        config[part.name] = asdict(sizes)
         kept = parse_dtype({"vae": vae_dtype, "image_encoder": "float32"}.get(part.kind, dtype))
         parameters = Parameters(weights, kept, quantize if part.kind in QUANTIZED else None)
         if parameters.quantization.packings:
@@ -149,19 +150,18 @@ class Network:
 
     def dtypes(self) -> dict[str, int]:
         """Dtype → number of its tensors."""
-        names = [SAFETENSORS_NAMES[dtype] for specs in self.kept.values() for _, dtype in specs.values()]
-        return {name: names.count(name) for name in sorted(set(names))}
+        names = (SAFETENSORS_NAMES[dtype] for specs in self.kept.values() for _, dtype in specs.values())
+        return dict(sorted(Counter(names).items()))
 
     def shards(self) -> list[list[str]]:
         """The names of each file in storage order: blocks last, in order, never split."""
-        groups: dict[tuple, list[str]] = {}
-        for place, name in enumerate(self.kept):
-            block = BLOCK.match(name)
-            # Tensors outside blocks come first, each its own group; VACE's blocks are computed before the others.
-            groups.setdefault((1, block[1] == "blocks", int(block[2])) if block else (0, False, place), []).append(name)
+        # Tensors outside blocks come first, each its own group; VACE's blocks are computed before the others.
+        blocks = {name: (block[1] == "blocks", int(block[2])) for name in self.kept if (block := BLOCK.match(name))}
+        ordered = sorted(self.kept, key=lambda name: blocks.get(name, ()))
         shards: list[list[str]] = [[]]
         room = self.shard_bytes
-        for _, names in sorted(groups.items()):
+        for _, group in groupby(ordered, key=lambda name: blocks.get(name, name)):
+            names = list(group)
             size = sum(map(self._size, names))
             if size > room and shards[-1]:
                 shards.append([])
@@ -232,11 +232,9 @@ def _kept(parameters: Parameters, name: str) -> Specs:
     """
     weights, packing = parameters.weights, parameters.quantization.packings.get(name)
     if packing is not None:
-        stem = name.removesuffix("weight")
-        return {stem + key: value for key, value in packing.shapes(weights.shapes[name]).items()}
+        return {beside(name, key): value for key, value in packing.shapes(weights.shapes[name]).items()}
     wanted = dtype_of(weights.component, name, parameters.dtype)
-    stored = weights.file.tensors[weights.sources[name][0]].dtype
-    narrow = next((d for d, s in SAFETENSORS_NAMES.items() if s == stored and d.size == 2), wanted)
+    narrow = {"F16": mx.float16, "BF16": mx.bfloat16}.get(weights.stored_dtype(name), wanted)
     return {name: (weights.shapes[name], narrow if wanted == mx.float32 else wanted)}
 
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import WeightsError
+from ..files.base import BLOCKS
 from ..models.quantized_linear import Packing
 
 # (integers uint8 (n, values), scales, biases (n, groups)) of blocks uint8 (n, bytes).
@@ -84,17 +85,18 @@ def _q5_k(blocks: np.ndarray) -> Parts:
     return integers, _halves(blocks, 0) * scales, -_halves(blocks, 2) * mins
 
 
-# GGUF type → packing, bytes of a block, function that splits it: exact ones, and those that only round a scale.
-EXACT: dict[str, tuple[str, int, Callable[[np.ndarray], Parts]]] = {
-    "Q8_0": ("q8-g32", 34, _q8_0),
-    "Q5_0": ("q5-g32", 22, _q5_0),
-    "Q5_1": ("q5-g32", 24, _q5_1),
-    "Q4_0": ("q4-g32", 18, _q4_0),
-    "Q4_1": ("q4-g32", 20, _q4_1),
+# GGUF type → function that splits its blocks: those stored exactly in MLX's format, and those that only round a scale.
+EXACT: dict[str, Callable[[np.ndarray], Parts]] = {
+    "Q8_0": _q8_0, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q4_0": _q4_0, "Q4_1": _q4_1
+}  # fmt: skip
+NEARLY_EXACT = {"Q5_K": _q5_k, "Q4_K": _q4_k}
+# GGUF type → nearest packing. Types without such a function are quantised again from their values, with enough bits
+# that the second rounding adds little to the first.
+PACKINGS = {
+    **{"Q8_0": "q8-g32", "Q5_0": "q5-g32", "Q5_1": "q5-g32", "Q4_0": "q4-g32", "Q4_1": "q4-g32"},
+    **{"Q5_K": "q5-g32", "Q4_K": "q4-g32"},
+    **{"Q6_K": "q8-g32", "IQ4_NL": "q5-g32", "IQ4_XS": "q5-g32", "Q3_K": "q5-g32", "Q2_K": "q4-g32"},
 }
-NEARLY_EXACT = {"Q5_K": ("q5-g32", 176, _q5_k), "Q4_K": ("q4-g32", 144, _q4_k)}
-# Packings of the other types, through float values: enough bits that the second rounding adds little to the first.
-PACKED_AGAIN = {"Q6_K": "q8-g32", "IQ4_NL": "q5-g32", "IQ4_XS": "q5-g32", "Q3_K": "q5-g32", "Q2_K": "q4-g32"}
 
 
 def repack(blocks: np.ndarray, kind: str) -> dict[str, mx.array]:
@@ -103,14 +105,13 @@ def repack(blocks: np.ndarray, kind: str) -> dict[str, mx.array]:
     Raises:
         WeightsError: a scale is not finite, or too large for float16.
     """
-    name, size, take_apart = {**EXACT, **NEARLY_EXACT}[kind]
     rows = len(blocks)
-    integers, scales, biases = take_apart(blocks.reshape(-1, size))
+    integers, scales, biases = {**EXACT, **NEARLY_EXACT}[kind](blocks.reshape(-1, BLOCKS[kind][1]))
     with np.errstate(over="ignore"):
         scales, biases = (a.astype(np.float16).reshape(rows, -1) for a in (scales, biases))
     if not (np.isfinite(scales).all() and np.isfinite(biases).all()):
         raise WeightsError(f"a {kind} block holds a scale that is not finite or too large; download it again")
-    weight = _pack(integers.reshape(rows, -1), Packing.parse(name).bits)
+    weight = _pack(integers.reshape(rows, -1), Packing.parse(PACKINGS[kind]).bits)
     return {"weight": mx.array(weight), "scales": mx.array(scales), "biases": mx.array(biases)}
 
 

@@ -16,12 +16,11 @@ from ..files.base import BLOCKS
 from ..files.fp8 import FP8
 from ..files.sentencepiece import read_tokenizer
 from ..models.configs import TransformerConfig
-from ..models.image_encoder import last_block_shapes
-from ..models.networks import new_network
 from ..presets import NETWORKS, PRESETS
 from ..storage import gigabytes
 from .checkpoint import look_at
-from .component import CONFIG_OF, ComponentWeights, check_keys, open_component, parameter_shapes
+from .component import ComponentWeights, open_component
+from .configs import network_config
 
 KINDS = {
     "t2v": "text to video",
@@ -92,14 +91,11 @@ def _contents(weights: ComponentWeights) -> Iterator[str]:
 
 def _sizes_of(weights: ComponentWeights, config: Mapping[str, Any]) -> tuple[str, str, Any]:
     """Summary of a network, the reason why it cannot be loaded, and its configuration (None if not readable)."""
-    kind = weights.component
     try:
-        c = CONFIG_OF[kind](weights, config)
-        unread = last_block_shapes(c) if kind == "image_encoder" else {}
-        check_keys(weights, parameter_shapes(new_network(c)) | unread)
+        c = network_config(weights, config)
     except (WeightsError, ValueError) as error:
         return "of unknown size", str(error), None
-    return WORDS[kind].format(c=c), "", c
+    return WORDS[weights.component].format(c=c), "", c
 
 
 def _model_of(config: TransformerConfig, recorded: str | None) -> str:

@@ -13,20 +13,23 @@ import mlx.core as mx
 from ..errors import WeightsError
 from ..models.configs import TransformerConfig, VAEConfig
 from ..models.execution import Execution, StreamedTextEncoder
-from ..models.image_encoder import ImageEncoder, last_block_shapes
+from ..models.image_encoder import ImageEncoder
 from ..models.networks import new_transformer
 from ..models.rope import row_order
-from ..models.text_encoder import EncoderBlock, TextEncoder
+from ..models.text_encoder import EncoderBlock
 from ..models.transformer import Transformer
 from ..models.vae import VAE
 from ..types import LoraChoice
-from .checkpoint import Checkpoint, find_part
-from .component import CONFIG_OF, DTYPES, ComponentWeights, check_keys, open_component, parameter_shapes
+from .checkpoint import Checkpoint, Part, find_part
+from .component import ComponentWeights, open_component
+from .configs import network_config
 from .lora import normalise_loras, open_loras
-from .parameters import Parameters, load_module, load_streamed, stream_blocks
-from .parts import Part
+from .parameters import Parameters
 from .quantize import QUANTIZED
 from .set_loras import set_loras
+from .stream import load_module, load_streamed, stream_blocks
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 # Source of a network: a model, one of its parts, its folder, or the network's own folder or file.
 Source = str | Path | Checkpoint | Part
@@ -53,7 +56,11 @@ def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
 
 
 def open_network(source: Source, kind: str) -> tuple[ComponentWeights, Any]:
-    """The weights of a network and its sizes, such as a `TransformerConfig`; reads no weights."""
+    """The weights of a whole network and its sizes, such as a `TransformerConfig`; reads no weights.
+
+    Raises:
+        WeightsError: there is none, or it lacks tensors or has others than those of its sizes.
+    """
     if isinstance(source, Checkpoint):
         part = source.part(kind)
     elif isinstance(source, Part):
@@ -67,7 +74,7 @@ def open_network(source: Source, kind: str) -> tuple[ComponentWeights, Any]:
             f"{part.file.parent}: config.json says that its {kind}'s quantisation is {part.recorded or 'none'}, "
             f"but the file's is {found or 'none'}"
         )
-    return weights, CONFIG_OF[kind](weights, part.config)
+    return weights, network_config(weights, part.config)
 
 
 def modes_of(checkpoint: Checkpoint, quantize: str | None) -> dict[str, str]:
@@ -175,7 +182,7 @@ def load_image_encoder(
     if dtype == mx.bfloat16:
         raise ValueError("bfloat16 is too coarse for CLIP; give float32 or float16")
     weights, config = open_network(path, "image_encoder")
-    return load_module(ImageEncoder(config), Parameters(weights, dtype), progress, unread=last_block_shapes(config))
+    return load_module(ImageEncoder(config), Parameters(weights, dtype), progress)
 
 
 def load_text_encoder(
@@ -197,7 +204,6 @@ def load_text_encoder(
     dtype = parse_dtype(dtype)
     if dtype == mx.float16:
         raise ValueError("umT5 overflows float16; give bfloat16 or float32")
-    check_keys(weights, parameter_shapes(TextEncoder(config)))
     parameters = Parameters(weights, dtype, quantize)
     return StreamedTextEncoder(
         config,

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..files.fp8 import FP8, fold
 from ..files.open import open_weights
 from ..storage import sha256
 from ..types import LoraChoice
-from .layouts import LAYOUTS
+from .layouts import LAYOUTS, pattern
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +36,15 @@ PREFIX = re.compile(
 # kohya and musubi join a module's names with underscores.
 JOINED = re.compile(r"(?:lora_unet|lora_transformer|lycoris)__?(\w+)")
 TEXT_ENCODER = re.compile(r"(?:base_model\.model\.)?(?:pipe\.)?(?:text_encoder|lora_te|te|conditioner)\d?[._].+")
-# Endings of keys → role for the parameter.
+# Endings of keys → role for the parameter, and the ending of the parameter's name; the first that the model has.
 ENDINGS = {
-    "down": r"\.(?:lora_down|lora_A|lora\.down)(?:\.\w+)?\.weight",
-    "up": r"\.(?:lora_up|lora_B|lora\.up)(?:\.\w+)?\.weight",
-    "up_bias": r"\.lora_B(?:\.\w+)?\.bias",
-    "alpha": r"\.alpha",
-    "diff": r"\.(?:diff|w_norm)",
-    "diff_bias": r"\.(?:diff_b|b_norm)",
-    "diff_modulation": r"\.diff_m",
+    r"\.(?:lora_down|lora_A|lora\.down)(?:\.\w+)?\.weight": ("down", "weight"),
+    r"\.(?:lora_up|lora_B|lora\.up)(?:\.\w+)?\.weight": ("up", "weight"),
+    r"\.lora_B(?:\.\w+)?\.bias": ("up_bias", "bias"),
+    r"\.alpha": ("alpha", "weight"),
+    r"\.(?:diff|w_norm)": ("diff", "weight", ""),
+    r"\.(?:diff_b|b_norm)": ("diff", "bias"),
+    r"\.diff_m": ("diff", "modulation"),
 }
 UNSUPPORTED = {"dora_scale": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "lora_mid": "LoCon with a middle convolution"}
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -54,8 +54,8 @@ PEFT_CONFIG = "adapter_config.json"
 
 
 @dataclass
-class Part:
-    """One file's change of one parameter: keys in the file, and the scale of ``up @ down``."""
+class Change:
+    """One file's change of one parameter: keys in the file by their role, and the scale of ``up @ down``."""
 
     down: str = ""
     up: str = ""
@@ -70,37 +70,36 @@ class Lora:
     """A LoRA file at a strength, with its keys resolved against a model.
 
     Attributes:
-        parts: name of a parameter → its change.
-        shapes: shape of each of those parameters in this package's layout.
+        changes: name of a parameter → its change.
+        shapes: name → shape of every parameter of the model in this package's layout.
         patch: values of one channel in a patch (see `open_loras`).
         unused: keys for a text encoder.
     """
 
-    path: Path
     strength: float
     file: WeightsFile
-    parts: Mapping[str, Part]
+    changes: Mapping[str, Change]
     shapes: Mapping[str, tuple[int, ...]]
     patch: int
     unused: Sequence[str] = ()
 
     def factors(self, name: str) -> tuple[mx.array, mx.array, float] | None:
         """``down`` (rank, inputs), ``up`` (outputs, rank), both float32, and the factor of their product."""
-        part = self.parts[name]
-        if not part.down:
+        change = self.changes[name]
+        if not change.down:
             return None
         outputs, inputs = self.shapes[name]
-        down, up = self._read(part.down, name).reshape(-1, inputs), self._read(part.up).reshape(outputs, -1)
-        return down, up, self.strength * part.scale
+        down, up = self._read(change.down, name).reshape(-1, inputs), self._read(change.up).reshape(outputs, -1)
+        return down, up, self.strength * change.scale
 
     def difference(self, name: str) -> mx.array | None:
         """The ``diff`` beside the factors, float32, strength included."""
-        part = self.parts[name]
+        change = self.changes[name]
         total = None
-        for key, scale in ((part.diff, 1.0), (part.up_bias, part.scale)):
+        for key, scale in ((change.diff, 1.0), (change.up_bias, change.scale)):
             if key:
-                change = self.strength * scale * self._read(key, name).reshape(self.shapes[name])
-                total = change if total is None else total + change
+                array = self.strength * scale * self._read(key, name).reshape(self.shapes[name])
+                total = array if total is None else total + array
         return total
 
     def apply(self, name: str, array: mx.array) -> mx.array:
@@ -126,52 +125,42 @@ class Loras:
 
     def __init__(self, loras: Iterable[Lora] = ()):
         self.loras = tuple(loras)
-        self.names = {name for lora in self.loras for name in lora.parts}
+        self.names = {name for lora in self.loras for name in lora.changes}
 
-    def __bool__(self) -> bool:
-        return bool(self.names)
+    def of(self, name: str) -> list[Lora]:
+        """Those that change a parameter."""
+        return [lora for lora in self.loras if name in lora.changes]
 
     def report_unused(self) -> None:
-        """Log the keys for a text encoder, which are not used."""
+        """Log the keys for a text encoder."""
         for lora in self.loras:
-            if lora.unused:
-                first, count = lora.unused[0], len(lora.unused)
-                log.warning("%s: %d keys for a text encoder are not used, such as %s", lora.file.path, count, first)
+            if count := len(lora.unused):
+                log.warning(
+                    "%s: %d keys for a text encoder are not used, such as %s", lora.file.path, count, lora.unused[0]
+                )
 
     def apply(self, name: str, array: mx.array) -> mx.array:
         """The float32 parameter ``name`` with all LoRAs merged, in order."""
-        for lora in self.loras:
-            if name in lora.parts:
-                array = lora.apply(name, array)
+        for lora in self.of(name):
+            array = lora.apply(name, array)
         return array
 
-    def beside(self, name: str, dtype: mx.Dtype, order: mx.array | None = None) -> dict[str, mx.array]:
-        """`side` in ``dtype``, for a layer with rows in ``order``."""
-        arrays = {key: array.astype(dtype) for key, array in self.side(name).items()}
-        if order is not None:
-            arrays = {key: array if key == "lora_a" else array[order] for key, array in arrays.items()}
-        return arrays
-
-    def side_shapes(self, name: str) -> dict[str, tuple[int, int]]:
-        """Shapes of the arrays of `side`."""
-        rank, dense = 0, False
-        for lora in self.loras:
-            part = lora.parts.get(name, Part())
-            rank += math.prod(lora.file.tensors[part.down].shape[:1]) if part.down else 0
-            dense = dense or bool(part.diff)
-        outputs, inputs = next(lora.shapes[name] for lora in self.loras if name in lora.parts)
+    def shapes_beside(self, name: str) -> dict[str, tuple[int, int]]:
+        """Shapes of the arrays of `beside`."""
+        found = [(lora.file.tensors, lora.changes[name]) for lora in self.of(name)]
+        rank = sum(tensors[change.down].shape[0] for tensors, change in found if change.down)
+        outputs, inputs = self.of(name)[0].shapes[name]
         shapes = {"lora_a": (rank, inputs), "lora_b": (outputs, rank)} if rank else {}
-        return {**shapes, "lora_dense": (outputs, inputs)} if dense else shapes
+        return {**shapes, "lora_dense": (outputs, inputs)} if any(change.diff for _, change in found) else shapes
 
-    def side(self, name: str) -> dict[str, mx.array]:
+    def beside(self, name: str, dtype: mx.Dtype, order: mx.array | None = None) -> dict[str, mx.array]:
         """Unmerged LoRAs of a matrix: the factors of all of them stacked along the rank, with scales in ``lora_b``.
 
-        Float32: ``lora_a`` (ranks, inputs), ``lora_b`` (outputs, ranks), and ``lora_dense`` if a file has a ``diff``.
+        ``lora_a`` (ranks, inputs), ``lora_b`` (outputs, ranks), and ``lora_dense`` if a file has a ``diff``, in
+        ``dtype``, for a layer with rows in ``order``.
         """
         downs, ups, dense = [], [], None
-        for lora in self.loras:
-            if name not in lora.parts:
-                continue
+        for lora in self.of(name):
             factors, difference = lora.factors(name), lora.difference(name)
             if factors is not None:
                 down, up, scale = factors
@@ -180,25 +169,20 @@ class Loras:
             if difference is not None:
                 dense = difference if dense is None else dense + difference
         arrays = {"lora_a": mx.concatenate(downs), "lora_b": mx.concatenate(ups, axis=1)} if downs else {}
-        return arrays if dense is None else {**arrays, "lora_dense": dense}
+        arrays |= {"lora_dense": dense} if dense is not None else {}
+        arrays = {key: array.astype(dtype) for key, array in arrays.items()}
+        return {key: array if order is None or key == "lora_a" else array[order] for key, array in arrays.items()}
 
 
 def parse_lora(text: str) -> tuple[str, float]:
-    """``path`` or ``path:strength`` → path and strength (1 if none is given); the path may contain colons.
-
-    Raises:
-        ValueError: the strength is not finite.
-    """
+    """``path`` or ``path:strength`` → path and strength (1 if none is given); the path may contain colons."""
     path, colon, number = text.rpartition(":")
     if not colon or Path(text).expanduser().exists():
         return text, 1.0
     try:
-        strength = float(number)
+        return path, float(number)
     except ValueError:
         return text, 1.0
-    if not math.isfinite(strength):
-        raise ValueError(f"the strength of the LoRA {text!r} is not finite; expected a number such as {path}:0.8")
-    return path, strength
 
 
 def normalise_loras(loras: Iterable[LoraChoice] | LoraChoice | None) -> list[tuple[Path, float]]:
@@ -207,25 +191,17 @@ def normalise_loras(loras: Iterable[LoraChoice] | LoraChoice | None) -> list[tup
     Raises:
         ValueError: an entry is not a path, or not (path, strength) with a finite strength.
     """
-    if loras is None:
-        return []
-    if isinstance(loras, str | Path):
-        loras = [loras]
     found = []
-    for given in loras:
-        entry: Any = given
-        if isinstance(entry, str):
-            entry = parse_lora(entry)
-        elif isinstance(entry, Path):
-            entry = entry, 1.0
+    for entry in [loras] if isinstance(loras, str | Path) else loras or ():
         try:
-            path, strength = entry
-            strength = float(strength)
-            found.append((Path(path).expanduser(), strength))
+            given: Any = parse_lora(entry) if isinstance(entry, str) else entry
+            path, strength = (given, 1.0) if isinstance(given, Path) else given
+            path, strength = Path(path).expanduser(), float(strength)
         except (TypeError, ValueError):
             raise ValueError(f"{entry!r} is no LoRA; expected a path, or (path, strength)") from None
         if not math.isfinite(strength):
-            raise ValueError(f"the strength of the LoRA {path} is {strength}; expected a finite number")
+            raise ValueError(f"the strength of the LoRA {path} is {strength}; expected a finite number such as 0.8")
+        found.append((path, strength))
     return found
 
 
@@ -240,7 +216,8 @@ def open_loras(loras: Iterable[tuple[Path, float]], shapes: Mapping[str, tuple[i
     Raises:
         WeightsError: a file cannot be read, has keys without a match, or factors whose shapes differ from the model's.
     """
-    return Loras(_open(path, strength, shapes, patch) for path, strength in loras)
+    names = spellings(shapes)
+    return Loras(_open(fold(open_weights(_file_of(path))), strength, shapes, names, patch) for path, strength in loras)
 
 
 def describe_lora(path: Path, strength: float) -> dict[str, Any]:
@@ -265,36 +242,55 @@ def _file_of(path: Path) -> Path:
     return found[0]
 
 
-def _open(path: Path, strength: float, shapes: Mapping[str, tuple[int, ...]], patch: int) -> Lora:
-    file = fold(open_weights(_file_of(path)))
-    resolver = _Resolver(shapes)
-    parts: dict[Any, Any] = {}
+def spellings(shapes: Iterable[str]) -> dict[str, str]:
+    """All layouts' names of a transformer's parameters, also with underscores in place of dots → the parameters."""
+    found = {}
+    tables = [layout.names for layout in LAYOUTS if layout.component == "transformer"]
+    for name in shapes:
+        matches = ((theirs, pattern(ours).fullmatch(name)) for table in tables for theirs, ours in table.items())
+        for spelling in (name, *(theirs.format(**match.groupdict()) for theirs, match in matches if match)):
+            found[spelling] = found[spelling.replace(".", "_")] = name
+    return found
+
+
+def resolve(key: str, names: Mapping[str, str]) -> tuple[str, str] | None:
+    """The parameter that a LoRA's key changes, and the key's role there; ``names`` are the model's `spellings`."""
+    for ending, (role, *kinds) in ENDINGS.items():
+        if match := re.fullmatch(rf"(.+?){ending}", key):
+            joined = JOINED.fullmatch(match[1])
+            module, dot = (joined[1], "_") if joined else (PREFIX.sub("", match[1], count=1), ".")
+            found = (names.get(f"{module}{dot}{kind}".rstrip(dot)) for kind in kinds)
+            return next(((name, role) for name in found if name is not None), None)
+    return None
+
+
+def _open(file: WeightsFile, strength: float, shapes: Mapping, names: Mapping[str, str], patch: int) -> Lora:
+    changes: dict[str, Change] = {}
     unknown, unused = list[str](), list[str]()
-    for key in file.tensors:
-        found = resolver(key)
+    for key, info in file.tensors.items():
+        found = resolve(key, names)
         if found is None:
             (unused if TEXT_ENCODER.fullmatch(key) else unknown).append(key)
             continue
         name, role = found
-        part = parts.setdefault(name, Part())
-        if getattr(part, role):
-            raise WeightsError(f"{file.path}: two keys for the {role} of {name}: {getattr(part, role)} and {key}")
-        setattr(part, role, key)
+        if info.dtype not in (*FLOATS, *FP8):
+            raise WeightsError(f"{file.path}: {key} is {info.dtype}; expected floats")
+        change = changes.setdefault(name, Change())
+        if getattr(change, role):
+            raise WeightsError(f"{file.path}: two keys for the {role} of {name}: {getattr(change, role)} and {key}")
+        setattr(change, role, key)
     if unknown:
         raise WeightsError(_unknown(file, unknown, shapes))
-    odd = [key for key in file.tensors if key not in unused and file.tensors[key].dtype not in (*FLOATS, *FP8)]
-    if odd:
-        raise WeightsError(f"{file.path}: {odd[0]} is {file.tensors[odd[0]].dtype}; expected floats")
     # The scale of a bias's up is that of the weight's factors.
     config = _PeftConfig.of(file)
-    for name, part in parts.items():
-        factors = parts.get(name.removesuffix("bias") + "weight", part) if part.up_bias else part
-        _check(file, name, part, shapes[name], patch, has_factors=bool(factors.down))
+    for name, change in changes.items():
+        factors = changes.get(name.removesuffix("bias") + "weight", change) if change.up_bias else change
+        _check(file, name, change, shapes[name], patch, bool(factors.down))
         if factors.down:
-            part.scale = _scale(file, name, factors, config)
-    if not parts:
+            change.scale = _scale(file, factors, config)
+    if not changes:
         raise WeightsError(f"{file.path}: no LoRA keys for the transformer among its {len(file.tensors)} tensors")
-    return Lora(path, strength, file, parts, {name: shapes[name] for name in parts}, patch, unused)
+    return Lora(strength, file, changes, shapes, patch, unused)
 
 
 def _unknown(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]) -> str:
@@ -310,62 +306,13 @@ def _unknown(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]) -
     return f"{file.path}: {len(unknown)} keys match nothing in this transformer: {some(unknown)}{hint}"
 
 
-class _Resolver:
-    """A LoRA's key → its parameter and its role there."""
-
-    def __init__(self, shapes: Mapping[str, Any]):
-        self.shapes = shapes
-        self.joined = {name.replace(".", "_"): name for name in shapes}
-        self.rules = [rule for layout in LAYOUTS if layout.component == "transformer" for rule in layout.rules]
-
-    def __call__(self, key: str) -> tuple[str, str] | None:
-        for role, pattern in ENDINGS.items():
-            match = re.fullmatch(rf"(.+?){pattern}", key)
-            if match:
-                name = self._parameter(match[1], role)
-                role = "diff" if role.startswith("diff") else role
-                return (name, role) if name is not None and name in self.shapes else None
-        return None
-
-    def _parameter(self, module: str, role: str) -> str | None:
-        if role in ("diff_bias", "up_bias"):
-            return self._named(module, "bias")
-        if role == "diff_modulation":
-            return self._named(module, "modulation")
-        if role == "diff":  # of a weight, or of a parameter that is not a module's weight
-            return self._named(module, "weight") or self._named(module, "")
-        return self._named(module, "weight")
-
-    def _named(self, module: str, kind: str) -> str | None:
-        joined = JOINED.fullmatch(module)
-        if joined:
-            return self._joined(f"{joined[1]}_{kind}".rstrip("_"))
-        name = f"{PREFIX.sub('', module, count=1)}.{kind}".rstrip(".")
-        if name in self.shapes:
-            return name
-        return next((target for target in self._renamed(name, ".") if target in self.shapes), None)
-
-    def _joined(self, name: str) -> str | None:
-        if name in self.joined:
-            return self.joined[name]
-        targets = (target.replace(".", "_") for target in self._renamed(name, "_"))
-        return next((self.joined[target] for target in targets if target in self.joined), None)
-
-    def _renamed(self, name: str, joint: str) -> Iterable[str]:
-        """Names from the layouts' rules for a name whose parts are joined by ``joint``."""
-        for rule in self.rules:
-            pattern = rule.pattern if joint == "." else rule.pattern.replace(r"\.", joint)
-            match = re.fullmatch(pattern, name)
-            if match and isinstance(rule.target, str):
-                yield match.expand(rule.target)
-
-
-def _check(file: WeightsFile, name: str, part: Part, shape: tuple[int, ...], patch: int, has_factors: bool) -> None:
-    """Check the shapes of one part against the parameter's."""
-    stored = {role: file.tensors[key].shape for role, key in vars(part).items() if role != "scale" and key}
-    if bool(part.down) != bool(part.up) or (part.alpha and not part.down) or (part.up_bias and not has_factors):
-        raise WeightsError(f"{file.path}: {name} has only {', '.join(vars(part)[role] for role in stored)}")
-    if part.down:
+def _check(file: WeightsFile, name: str, change: Change, shape: tuple[int, ...], patch: int, factors: bool) -> None:
+    """Check the shapes of one change against the parameter's; ``factors``: whether those of a bias's weight exist."""
+    keys = {role: key for role, key in vars(change).items() if role != "scale" and key}
+    stored = {role: file.tensors[key].shape for role, key in keys.items()}
+    if bool(change.down) != bool(change.up) or (change.alpha and not change.down) or (change.up_bias and not factors):
+        raise WeightsError(f"{file.path}: {name} has only {', '.join(keys.values())}")
+    if change.down:
         rank, fits = stored["down"][:1], False
         if len(shape) == 2 and rank and rank[0] > 0:
             down, up = stored["down"][1:], stored["up"]
@@ -373,11 +320,11 @@ def _check(file: WeightsFile, name: str, part: Part, shape: tuple[int, ...], pat
             fits = kernel and math.prod(down) == shape[1] and up[:2] == (shape[0], rank[0]) and set(up[2:]) <= {1}
         if not fits:
             raise WeightsError(
-                f"{file.path}: {part.down} {stored['down']} and {part.up} {stored['up']} do not fit {name} {shape}"
+                f"{file.path}: {change.down} {stored['down']} and {change.up} {stored['up']} do not fit {name} {shape}"
             )
     for role in ("diff", "up_bias"):
         if role in stored and not _same_values(stored[role], shape, patch):
-            raise WeightsError(f"{file.path}: {vars(part)[role]} {stored[role]} does not fit {name} {shape}")
+            raise WeightsError(f"{file.path}: {keys[role]} {stored[role]} does not fit {name} {shape}")
 
 
 def _same_values(stored: tuple[int, ...], shape: tuple[int, ...], patch: int) -> bool:
@@ -386,58 +333,54 @@ def _same_values(stored: tuple[int, ...], shape: tuple[int, ...], patch: int) ->
     return stored == shape
 
 
-def _scale(file: WeightsFile, name: str, part: Part, config: _PeftConfig | None) -> float:
-    rank = file.tensors[part.down].shape[0]
-    if part.alpha:
-        if math.prod(file.tensors[part.alpha].shape) != 1:
-            raise WeightsError(f"{file.path}: {part.alpha} has shape {file.tensors[part.alpha].shape}, not one number")
-        alpha = float(file.read(part.alpha).astype(mx.float32))
-        if not math.isfinite(alpha):
-            raise WeightsError(f"{file.path}: {part.alpha} is {alpha}, expected a finite number")
-        return alpha / rank
-    return config.scale(part.down, rank) if config else 1.0
+def _scale(file: WeightsFile, change: Change, config: _PeftConfig) -> float:
+    """Of ``up @ down``."""
+    rank = file.tensors[change.down].shape[0]
+    if not change.alpha:
+        return config.scale(change.down, rank)
+    if math.prod(shape := file.tensors[change.alpha].shape) != 1:
+        raise WeightsError(f"{file.path}: {change.alpha} has shape {shape}, not one number")
+    alpha = float(file.read(change.alpha).astype(mx.float32))
+    if not math.isfinite(alpha):
+        raise WeightsError(f"{file.path}: {change.alpha} is {alpha}, expected a finite number")
+    return alpha / rank
 
 
 @dataclass(frozen=True)
 class _PeftConfig:
-    """A LoRA's configuration, as stored beside the weights by PEFT or Diffusers."""
+    """The configuration that PEFT and Diffusers store beside the weights; alphas by the end of a module's name."""
 
-    path: Path
-    alpha: float | None = None
-    use_rslora: bool = False
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    alphas: Mapping[str, float]
+    use_rslora: bool
 
     @classmethod
-    def of(cls, file: WeightsFile) -> _PeftConfig | None:
+    def of(cls, file: WeightsFile) -> _PeftConfig:
         """From the file's own metadata (Diffusers), or from the adapter_config.json beside the file (PEFT).
 
         Raises:
-            WeightsError: it cannot be read.
+            WeightsError: it cannot be read, or is a DoRA's.
         """
-        beside = file.path.parent / PEFT_CONFIG
+        beside, entries = file.path.parent / PEFT_CONFIG, {}
         try:
             if "lora_adapter_metadata" in file.metadata:
-                entries = json.loads(file.metadata["lora_adapter_metadata"])
-                return cls._from({key.removeprefix("transformer."): value for key, value in entries.items()}, file.path)
-            if file.path.name == FOLDER_FILES[0] and beside.is_file():
-                return cls._from(json.loads(beside.read_text(encoding="utf-8")), beside)
+                found = json.loads(file.metadata["lora_adapter_metadata"])
+                entries = {key.removeprefix("transformer."): value for key, value in found.items()}
+            elif file.path.name == FOLDER_FILES[0] and beside.is_file():
+                entries = json.loads(beside.read_text(encoding="utf-8"))
+            names = entries.get("alpha_pattern") or {}
+            alphas = {"." + key.strip("^$").replace("\\.", "."): float(value) for key, value in names.items()}
+            if entries.get("lora_alpha") is not None:
+                alphas[""] = float(entries["lora_alpha"])
         except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise WeightsError(f"{file.path}: its LoRA configuration cannot be read ({error})") from None
-        return None
-
-    @classmethod
-    def _from(cls, entries: Mapping[str, Any], path: Path) -> _PeftConfig:
         if entries.get("use_dora"):
-            raise WeightsError(f"{path}: a DoRA, which is not supported, only LoRA")
-        alpha = entries.get("lora_alpha")
-        pattern = entries.get("alpha_pattern") or {}
-        pattern = {key.strip("^$").replace("\\.", "."): float(value) for key, value in pattern.items()}
-        return cls(path, None if alpha is None else float(alpha), bool(entries.get("use_rslora")), pattern)
+            raise WeightsError(f"{file.path}: a DoRA, which is not supported, only LoRA")
+        return cls(alphas, bool(entries.get("use_rslora")))
 
     def scale(self, key: str, rank: int) -> float:
         """The scale of the factors whose down is ``key``."""
-        module = "." + re.split(ENDINGS["down"], key, maxsplit=1)[0]
-        alpha = next((alpha for name, alpha in self.alpha_pattern.items() if module.endswith(f".{name}")), self.alpha)
+        module = "." + re.split(next(iter(ENDINGS)), key, maxsplit=1)[0]
+        alpha = next((alpha for name, alpha in self.alphas.items() if module.endswith(name)), None)
         if alpha is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)

@@ -9,7 +9,7 @@ consumer casts and reorders: in the thread, each of these would wait until the r
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache, partial
 from typing import Any
@@ -73,27 +73,21 @@ class Prefetch:
         wait([self._future])
 
 
-def prefetch_lazy(
-    start: Callable[[Sequence[str]], Started], nbytes: dict[str, int], changed: set[str]
-) -> Prefetch:
+def prefetch_lazy(start: Callable[[Sequence[str]], Started], in_flight: Mapping[str, int]) -> Prefetch:
     """Evaluate lazy arrays in the thread.
 
     Args:
         start: names → lazy arrays of each, on the current stream.
-        nbytes: name → bytes in the file.
-        changed: names of tensors that are cast or reordered, and so take memory twice.
+        in_flight: name → bytes in the file, 0 for a tensor that is not cast or reordered, and so takes no memory twice.
     """
     reader = _reader()
     with reader.turn, mx.stream(reader.stream):  # some files are read immediately
-        started = start(list(nbytes))
+        started = start(list(in_flight))
+    return Prefetch(partial(_evaluate, reader, started, in_flight))
 
-    return Prefetch(partial(_evaluate, reader, started, nbytes, changed))
 
-
-def _evaluate(
-    reader: Reader, started: Started, nbytes: dict[str, int], changed: set[str], stopped: threading.Event
-) -> Started:
-    for group in batches(nbytes, changed):
+def _evaluate(reader: Reader, started: Started, in_flight: Mapping[str, int], stopped: threading.Event) -> Started:
+    for group in batches(in_flight, in_flight.__getitem__):
         if not stopped.is_set():
             with reader.turn:
                 mx.eval([started[name] for name in group])
@@ -103,9 +97,7 @@ def _evaluate(
 def prefetch_in_turn(start: Callable[[Sequence[str], bool], Started], names: Sequence[str]) -> Prefetch:
     """Read and change tensors of a file without lazy arrays, one after the other, in the thread.
 
-    Args:
-        start: names, and True for reading immediately → arrays of each, on the current stream.
-        names: of the tensors.
+    ``start``: names, and True for reading immediately → arrays of each, on the current stream.
     """
 
     def read(stopped: threading.Event) -> Started:
@@ -127,12 +119,12 @@ def prefetch_staged(
     return Prefetch(fill, lambda _: start(buffer.arrays(ranges)), resident)
 
 
-def batches(nbytes: dict[str, int], changed: set[str]) -> Iterator[list[str]]:
-    """The names in groups of at most `IN_FLIGHT` bytes of changed tensors, or a single one."""
+def batches(names: Iterable[str], size_of: Callable[[str], int]) -> Iterator[list[str]]:
+    """The names in groups of at most `IN_FLIGHT` bytes by ``size_of``, or a single one."""
     batch: list[str] = []
     size = 0
-    for name in nbytes:
-        more = nbytes[name] if name in changed else 0
+    for name in names:
+        more = size_of(name)
         if batch and size and more and size + more > IN_FLIGHT:
             yield batch
             batch, size = [], 0

@@ -15,7 +15,8 @@ from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import Transformer
 from ..types import LoraChoice
 from .lora import normalise_loras, open_loras
-from .parameters import LoraState, StreamedBlocks, dtype_of, is_matrix, locate
+from .parameters import dtype_of, is_matrix, locate
+from .stream import LoraState, StreamedBlocks
 
 
 def set_loras(loaded: Transformer | Execution, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:

@@ -34,8 +34,11 @@ def load_taehv(path: str | Path, dtype: str | mx.Dtype = "float32") -> TAEHV:
     problems = [
         *(f"lacks {name}" for name in expected if name not in found),
         *(f"holds unexpected {name}" for name in found if name not in expected),
-        *(f"has {name} {found[name]} instead of {expected[name]}" for name in expected.keys() & found.keys()
-          if expected[name] != found[name]),
+        *(
+            f"has {name} {found[name]} instead of {expected[name]}"
+            for name in expected.keys() & found.keys()
+            if expected[name] != found[name]
+        ),
     ]
     if problems:
         raise WeightsError(f"{file.path}: is no TAEHV of Wan 2.1: it {some(problems, 3)}")

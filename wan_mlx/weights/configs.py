@@ -1,0 +1,219 @@
+"""The sizes of a network, from the shapes of its weights.
+
+config.json only adds values that shapes cannot show, and must not contradict them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import WeightsError
+from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from ..models.image_encoder import last_block_shapes
+from ..models.networks import new_network
+from .component import ComponentWeights, check_keys, parameter_shapes
+
+LARGEST_SIZE = 2**20  # of a dimension, exclusive; umT5's vocabulary has 256,384
+
+
+def network_config(weights: ComponentWeights, config: Mapping[str, Any]) -> Any:
+    """The sizes of the network that ``weights`` are of, such as a `TransformerConfig`, and ``config`` its config.json.
+
+    Raises:
+        WeightsError: the sizes make no sense, or the weights are not the whole of such a network and nothing else.
+    """
+    found = CONFIG_OF[weights.component](weights, config)
+    check_keys(weights, shapes_of(found))
+    return found
+
+
+@lru_cache(maxsize=32)
+def shapes_of(config: Any) -> Mapping[str, tuple[int, ...]]:
+    """Name → shape of every tensor of a network of these sizes; of CLIP also its last block's, which is not used."""
+    unused = last_block_shapes(config) if isinstance(config, ImageEncoderConfig) else {}
+    return {**parameter_shapes(new_network(config)), **unused}
+
+
+def _count(shapes: Mapping[str, Any], pattern: str) -> int:
+    return len({match[1] for match in (re.match(pattern, name) for name in shapes) if match})
+
+
+def _said(config_class, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The values of config.json for fields of ``config_class``, with types checked; null counts as missing."""
+    said = {}
+    for field in fields(config_class):
+        value = config.get(field.name)
+        if value is None:
+            continue
+        if isinstance(field.default, tuple):
+            kinds = (int,) if field.name == "vace_layers" else (int, float)
+            fits = isinstance(value, list | tuple) and all(isinstance(v, kinds) and math.isfinite(v) for v in value)
+            wanted, value = "a list of numbers", tuple(value) if fits else value
+        elif isinstance(field.default, str):
+            fits, wanted = isinstance(value, str), "text"
+        else:
+            kind = (int, float) if isinstance(field.default, float) else (int,)
+            fits = isinstance(value, kind) and not isinstance(value, bool) and 0 < value < LARGEST_SIZE
+            wanted = (
+                "a number above 0" if isinstance(field.default, float) else f"a size from 1 to {LARGEST_SIZE - 1:,}"
+            )
+        if not fits:
+            raise WeightsError(f"{path}: config.json says {field.name} = {str(value)[:60]}, expected {wanted}")
+        said[field.name] = value
+    return said
+
+
+def _merge(config_class, found: dict[str, Any], said: Mapping[str, Any], path: Path):
+    """``found`` in the weights plus other values ``said`` by config.json; a contradiction is an error."""
+    for key, value in found.items():
+        if key in said and said[key] != value:
+            raise WeightsError(f"{path}: config.json says {key} = {said[key]}, but the weights have {value}")
+        sizes = value if isinstance(value, tuple) else (value,)
+        least = 0 if isinstance(value, tuple) else 1  # tuples may list layers, which count from 0
+        if any(type(size) is int and not least <= size < LARGEST_SIZE for size in sizes):
+            raise WeightsError(f"{path}: by its shapes {key} is {value}, which no such network has")
+    merged = config_class(**{**said, **found})
+    dim = getattr(merged, "dim_attn", merged.dim)
+    heads = getattr(merged, "num_heads", 1)
+    if dim % heads:
+        raise WeightsError(f"{path}: {heads} heads do not divide {dim} channels")
+    return merged
+
+
+def _heads(weights: ComponentWeights, said: Mapping[str, Any], dim: int, width: int) -> int:
+    """The number of heads in config.json, else for heads of ``width``, as in all released models."""
+    if "num_heads" not in said and dim % width:
+        raise WeightsError(f"{weights.path}: dim {dim} is no multiple of {width} and no config.json gives num_heads")
+    return said.get("num_heads", dim // width)
+
+
+def _shape_of(weights: ComponentWeights, name: str, ndim: int = 2) -> tuple[int, ...]:
+    if name not in weights.shapes:
+        raise WeightsError(f"{weights.path}: as a {weights.component} it lacks {name}")
+    shape = weights.shapes[name]
+    if len(shape) != ndim or 0 in shape:
+        raise WeightsError(f"{weights.path}: {name} has shape {shape}, expected {ndim} axes, none of them empty")
+    return shape
+
+
+def transformer_config(weights: ComponentWeights, config: Mapping[str, Any]) -> TransformerConfig:
+    """Sizes of a transformer. The number of heads is config.json's, else for heads of 128, as in every Wan model."""
+    said = _said(TransformerConfig, config, weights.path)
+    dim, text_dim = _shape_of(weights, "text_embedding.0.weight")
+    patch = math.prod(said.get("patch_size", TransformerConfig.patch_size))
+    if patch < 1 or len(said.get("patch_size", "123")) != 3:
+        raise WeightsError(f"{weights.path}: config.json says patch_size = {said['patch_size']}, expected 3 sizes")
+    shapes = weights.shapes
+    kind = (
+        "vace" if "vace_patch_embedding.weight" in shapes
+        else "flf2v" if "img_emb.emb_pos" in shapes
+        else "i2v" if "img_emb.proj.1.weight" in shapes
+        else "t2v"
+    )  # fmt: skip
+    found = dict(
+        model_type=kind,
+        dim=dim,
+        text_dim=text_dim,
+        ffn_dim=_shape_of(weights, "blocks.0.ffn.0.weight")[0],
+        num_layers=_count(shapes, r"blocks\.(\d+)\."),
+        freq_dim=_shape_of(weights, "time_embedding.0.weight")[1],
+        in_dim=_shape_of(weights, "patch_embedding.weight")[1] // patch,
+        out_dim=_shape_of(weights, "head.head.weight")[0] // patch,
+    )
+    if kind in ("i2v", "flf2v"):
+        found["image_dim"] = _shape_of(weights, "img_emb.proj.1.weight")[1]
+    found["num_heads"] = _heads(weights, said, dim, 128)
+    if kind == "vace":
+        found["vace_in_dim"] = _shape_of(weights, "vace_patch_embedding.weight")[1] // patch
+        found["vace_layers"] = _vace_layers(weights, said, found["num_layers"])
+    return _merge(TransformerConfig, found, said, weights.path)
+
+
+def _vace_layers(weights: ComponentWeights, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """The layers with hints: config.json's, else evenly spaced as in the released models."""
+    _shape_of(weights, "vace_blocks.0.after_proj.weight")
+    count = _count(weights.shapes, r"vace_blocks\.(\d+)\.")
+    layers = tuple(config.get("vace_layers") or (num_layers * n // count for n in range(count)))
+    if len(layers) != count or layers[:1] != (0,) or sorted(set(range(num_layers)).intersection(layers)) != [*layers]:
+        raise WeightsError(
+            f"{weights.path}: vace_layers is {list(layers)}, but {count} VACE blocks beside {num_layers} layers need "
+            f"{count} increasing numbers from 0 to {num_layers - 1}, the first of them 0"
+        )
+    return layers
+
+
+def text_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) -> TextEncoderConfig:
+    """Sizes of a umT5 encoder, all from the weights' shapes."""
+    said = _said(TextEncoderConfig, config, weights.path)
+    vocab, dim = _shape_of(weights, "token_embedding.weight")
+    buckets, heads = _shape_of(weights, "blocks.0.pos_embedding.embedding.weight")
+    found = dict(
+        vocab_size=vocab,
+        dim=dim,
+        num_buckets=buckets,
+        num_heads=heads,
+        dim_attn=_shape_of(weights, "blocks.0.attn.q.weight")[0],
+        dim_ffn=_shape_of(weights, "blocks.0.ffn.fc1.weight")[0],
+        num_layers=_count(weights.shapes, r"blocks\.(\d+)\."),
+    )
+    return _merge(TextEncoderConfig, found, said, weights.path)
+
+
+def image_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) -> ImageEncoderConfig:
+    """Sizes of CLIP's vision tower. The number of heads is config.json's, else for heads of 80, as in ViT-H/14."""
+    said = _said(ImageEncoderConfig, config, weights.path)
+    dim, pixels = _shape_of(weights, "patch_embedding.weight")
+    patch = math.isqrt(pixels // 3)
+    found = dict(
+        image_size=patch * math.isqrt(_shape_of(weights, "pos_embedding", 3)[1] - 1),
+        patch_size=patch,
+        dim=dim,
+        mlp_ratio=_shape_of(weights, "transformer.0.mlp.0.weight")[0] // dim,
+        num_layers=_count(weights.shapes, r"transformer\.(\d+)\."),
+    )
+    found["num_heads"] = _heads(weights, said, dim, 80)
+    return _merge(ImageEncoderConfig, found, said, weights.path)
+
+
+def vae_config(weights: ComponentWeights, config: Mapping[str, Any]) -> VAEConfig:
+    """Sizes of a VAE, from its encoder's layers: every stage ends at a ``resample``."""
+    said = _said(VAEConfig, config, weights.path)
+    shapes = weights.shapes
+    dim = _shape_of(weights, "encoder.conv1.weight", 5)[0]
+    mult, temporal, blocks = [], [], 0
+    for index in range(_count(shapes, r"encoder\.downsamples\.(\d+)\.")):
+        layer = f"encoder.downsamples.{index}"
+        if f"{layer}.resample.1.weight" in shapes:
+            temporal.append(f"{layer}.time_conv.weight" in shapes)
+            mult.append(_shape_of(weights, f"{layer}.resample.1.weight", 4)[0] // dim)
+        elif not mult:
+            blocks += 1
+    mult.append(_shape_of(weights, "encoder.middle.0.residual.2.weight", 5)[0] // dim)
+    found = dict(
+        dim=dim,
+        dim_mult=tuple(mult),
+        num_res_blocks=blocks,
+        temporal_downsample=tuple(temporal),
+        z_dim=_shape_of(weights, "conv2.weight", 5)[0],
+    )
+    if found["z_dim"] != len(VAEConfig.mean) and "mean" not in said:
+        raise WeightsError(
+            f"{weights.path}: a VAE with {found['z_dim']} latent channels, expected Wan2.1's 16 "
+            "(Wan2.2-TI2V-5B has its own VAE, which is not supported)"
+        )
+    return _merge(VAEConfig, found, said, weights.path)
+
+
+# Kind of network → (weights, its config.json) → its sizes; WeightsError if they make no sense.
+CONFIG_OF: dict[str, Callable[[ComponentWeights, Mapping[str, Any]], Any]] = {
+    "transformer": transformer_config,
+    "text_encoder": text_encoder_config,
+    "vae": vae_config,
+    "image_encoder": image_encoder_config,
+}
