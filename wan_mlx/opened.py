@@ -47,7 +47,6 @@ from .weights.load import (
     modes_of,
     parameters_of,
     parse_dtype,
-    vae_config_of,
 )
 from .weights.lora import describe_lora, normalise_loras
 from .weights.set_loras import set_loras
@@ -145,7 +144,7 @@ class OpenedModel:
     @cached_property
     def geometry(self) -> Geometry:
         """The sizes of the model's latents and tokens, from its weights."""
-        return geometry_of(self.config, vae_config_of(self.checkpoint))
+        return geometry_of(self.config, config_of(self.checkpoint, "vae"))
 
     def plan(self, request: Request, measure: bool = False) -> Plan:
         """How a request keeps within the memory there is: what is resident, streamed or tiled, and its peaks.
@@ -301,4 +300,4 @@ class OpenedModel:
 
     @cached_property
     def previewer(self) -> Previewer:
-        return partial(tiny_preview, self._tiny) if self._tiny else latent_map(vae_config_of(self.checkpoint))
+        return partial(tiny_preview, self._tiny) if self._tiny else latent_map(config_of(self.checkpoint, "vae"))

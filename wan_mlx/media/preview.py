@@ -28,7 +28,7 @@ from ..models.configs import VAEConfig
 from ..models.taehv import TAEHV
 from ..types import Request, Step
 from ..weights.checkpoint import Checkpoint
-from ..weights.load import vae_config_of
+from ..weights.load import config_of
 from ..weights.taehv import load_taehv
 from .write import check_output, contact_sheet, read_settings, save_video, to_uint8
 
@@ -182,6 +182,6 @@ def tiny_autoencoder(checkpoint: Checkpoint, path: str | Path | None, draft: boo
         if draft:
             raise ValueError("draft needs TAEHV's weights; give taew2_1.pth of github.com/madebyollin/taehv as taehv")
         return None
-    if not is_same_space(vae_config_of(checkpoint), VAEConfig()):
+    if not is_same_space(config_of(checkpoint, "vae"), VAEConfig()):
         raise ValueError(f"taehv is for Wan 2.1's latents, but {checkpoint.path} has others; leave it out")
     return load_taehv(path)

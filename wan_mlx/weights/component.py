@@ -194,19 +194,20 @@ def beside(name: str, key: str) -> str:
 
 def check_keys(weights: ComponentWeights, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise WeightsError unless the file has exactly the ``expected`` names and shapes."""
-    missing = sorted(expected.keys() - weights.shapes.keys())
-    extra = sorted(weights.shapes.keys() - expected.keys())
-    wrong = sorted(k for k in expected.keys() & weights.shapes.keys() if tuple(expected[k]) != weights.shapes[k])
-    problems = []
-    if missing:
-        problems.append(f"lacks {some(missing)}")
-    if extra:
-        problems.append(f"holds unexpected {some(extra)}")
-    if wrong:
-        shapes = [f"{k} {weights.shapes[k]} instead of {tuple(expected[k])}" for k in wrong]
-        problems.append(f"has other shapes: {some(shapes)}")
+    check_shapes(f"{weights.path}: as a {weights.component} it", weights.shapes, expected)
+
+
+def check_shapes(subject: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise WeightsError, which begins with its ``subject``, unless the names and shapes are the ``expected`` ones."""
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
+    wrong = sorted(k for k in expected.keys() & found.keys() if tuple(expected[k]) != found[k])
+    problems = [f"lacks {some(missing)}"] if missing else []
+    problems += [f"holds unexpected {some(extra)}"] if extra else []
+    shapes = [f"{k} {found[k]} instead of {tuple(expected[k])}" for k in wrong]
+    problems += [f"has other shapes: {some(shapes)}"] if shapes else []
     if problems:
-        raise WeightsError(f"{weights.path}: as a {weights.component} it {'; it '.join(problems)}")
+        raise WeightsError(f"{subject} {'; it '.join(problems)}")
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

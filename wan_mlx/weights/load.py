@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import WeightsError
-from ..models.configs import TransformerConfig, VAEConfig
+from ..models.configs import TransformerConfig
 from ..models.execution import Execution, StreamedTextEncoder
 from ..models.image_encoder import ImageEncoder
 from ..models.networks import new_transformer
@@ -219,14 +219,9 @@ def load_text_encoder(
     )
 
 
-def config_of(checkpoint: Checkpoint) -> TransformerConfig:
-    """Sizes of the transformer; reads no weights."""
-    return open_network(checkpoint, "transformer")[1]
-
-
-def vae_config_of(checkpoint: Checkpoint) -> VAEConfig:
-    """Sizes of the VAE; reads no weights."""
-    return open_network(checkpoint, "vae")[1]
+def config_of(checkpoint: Checkpoint, kind: str = "transformer") -> Any:
+    """Sizes of a network, by default the `TransformerConfig`; reads no weights."""
+    return open_network(checkpoint, kind)[1]
 
 
 def parameters_of(source: Source, dtype: mx.Dtype, quantize: str | None = None) -> Parameters:

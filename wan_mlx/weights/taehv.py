@@ -6,11 +6,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import WeightsError, some
+from ..errors import WeightsError
 from ..files.base import WeightsFile
 from ..files.open import open_weights
 from ..models.taehv import TAEHV, TAEHVConfig
-from .component import parameter_shapes
+from .component import check_shapes, parameter_shapes
 from .load import parse_dtype
 
 WIDTHS = ("decoder.1.weight", "decoder.8.weight", "decoder.14.weight", "decoder.20.weight")
@@ -31,17 +31,7 @@ def load_taehv(path: str | Path, dtype: str | mx.Dtype = "float32") -> TAEHV:
     model = TAEHV(_config(file))
     expected = {name: _torch_shape(shape) for name, shape in parameter_shapes(model).items()}
     found = {name: _last_frames(name, info.shape, expected) for name, info in file.tensors.items()}
-    problems = [
-        *(f"lacks {name}" for name in expected if name not in found),
-        *(f"holds unexpected {name}" for name in found if name not in expected),
-        *(
-            f"has {name} {found[name]} instead of {expected[name]}"
-            for name in expected.keys() & found.keys()
-            if expected[name] != found[name]
-        ),
-    ]
-    if problems:
-        raise WeightsError(f"{file.path}: is no TAEHV of Wan 2.1: it {some(problems, 3)}")
+    check_shapes(f"{file.path}: is no TAEHV of Wan 2.1: it", found, expected)
     arrays = [(name, _channels_last(file.read(name))[-shape[0] :].astype(dtype)) for name, shape in expected.items()]
     mx.eval([array for _, array in arrays])
     model.load_weights(arrays)
