@@ -218,6 +218,12 @@ CASES = {
         "diffusers transformer", diffusers_i2v_published, lambda: official_transformer(I2V), 40
     ),
     "official umT5": Case("official text_encoder", official_text_encoder, official_text_encoder),
+    "official umT5 with its tokenizer": Case(
+        "official text_encoder",
+        lambda: official_text_encoder() | {"spiece_model": (4548313,)},
+        official_text_encoder,
+        1,
+    ),
     "hf umT5": Case("huggingface text_encoder", hf_text_encoder, official_text_encoder, 1),
     "hf umT5 without shared": Case("huggingface text_encoder", untied_text_encoder, official_text_encoder),
     "comfyui umT5": Case("huggingface text_encoder", comfyui_text_encoder, official_text_encoder, 2),
