@@ -230,7 +230,7 @@ def _part(kind: str, file: Path, mode: str | None = None) -> Part:
     if config.get("format") == MLX_FORMAT:
         packed = config.get("quantization")
         return Part(kind, kind, file, config.get(kind, {}), packed.get(kind) if isinstance(packed, dict) else packed)
-    if not (kind == "transformer" and "num_heads" in config):
+    if kind != "transformer" or config.keys().isdisjoint(("num_heads", "model_type")):
         config = {ours: config[theirs] for theirs, ours in DIFFUSERS_NAMES[kind].items() if theirs in config}
     return Part(kind, kind, file, config, mode)
 

@@ -29,7 +29,11 @@ def network_config(weights: ComponentWeights, config: Mapping[str, Any]) -> Any:
         WeightsError: the sizes make no sense, or the weights are not the whole of such a network and nothing else.
     """
     found = CONFIG_OF[weights.component](weights, config)
-    check_keys(weights, shapes_of(found))
+    try:
+        expected = shapes_of(found)
+    except ValueError as error:  # the network cannot have these sizes
+        raise WeightsError(f"{weights.path}: {error}") from None
+    check_keys(weights, expected)
     return found
 
 

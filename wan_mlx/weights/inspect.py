@@ -93,7 +93,7 @@ def _sizes_of(weights: ComponentWeights, config: Mapping[str, Any]) -> tuple[str
     """Summary of a network, the reason why it cannot be loaded, and its configuration (None if not readable)."""
     try:
         c = network_config(weights, config)
-    except (WeightsError, ValueError) as error:
+    except WeightsError as error:
         return "of unknown size", str(error), None
     return WORDS[weights.component].format(c=c), "", c
 
