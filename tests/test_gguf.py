@@ -235,6 +235,13 @@ def test_hostile_headers(tmp_path, change, word):
         tracemalloc.stop()
 
 
+def test_texts_are_counted_over_all_lists(tmp_path, monkeypatch):
+    monkeypatch.setattr("wan_mlx.files.gguf._MAX_STRINGS", 10)
+    fields = [field(name, 9, array(8, 8, bytes(64))) for name in ("a", "b")]
+    open_weights(write_gguf(tmp_path / "x.gguf", ONE, fields[:1]))
+    assert "at most 10" in refusal(write_gguf(tmp_path / "x.gguf", ONE, fields))
+
+
 def test_wrong_magic(tmp_path):
     refusal(write_gguf(tmp_path / "x.gguf", ONE, magic=b"GGML"))
 

@@ -295,6 +295,17 @@ def test_a_mirror_may_have_etags_of_its_own(server, one_file):
     assert resolve(one_file).read_bytes() == server.repos["a/b"]["big.gguf"]
 
 
+@pytest.mark.parametrize("file", ["big.gguf", "small.json"])
+def test_the_listed_hash_counts_whatever_the_etag_says(server, one_file, file):
+    """SHA-256 of a large file, git's hash of a small one."""
+    server.repos["a/b"]["small.json"] = b"{}" * 500
+    server.etags[file] = "mirror-7"
+    server.damage[file] = bytes(len(server.repos["a/b"][file]))
+    with pytest.raises(WeightsError, match=f"a/b: {file} arrived damaged: its hash is .* fetch it again"):
+        resolve(f"a/b:{file}")
+    assert not is_cached(f"a/b:{file}")
+
+
 def test_a_full_disk_is_reported_before_downloading(server, monkeypatch):
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5000))
     with pytest.raises(WeightsError, match=r"needs \d+.\d KB more in .*cache, which has 5.0 KB free; .*HF_HOME"):

@@ -1,6 +1,7 @@
 """Hostile and damaged weight files end in one clear WeightsError; and how little of a good one is read."""
 
 import copyreg
+import json
 import os
 import pickle
 import random
@@ -163,7 +164,44 @@ def test_storage_that_inflates_past_its_declared_size(pth):
     assert "larger than its file" in refusal(path)
 
 
+def test_too_many_names_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    names = (b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(300_000))
+    path = write_safetensors(tmp_path / "x.safetensors", b"{" + b",".join(names) + b"}")
+    monkeypatch.setattr("json.loads", None)
+    assert "at most" in refusal(path)
+
+
+def test_names_beyond_any_model_are_refused(tmp_path):
+    many = {f"{i}": entry("U8", [0], 0, 0) for i in range(100_001)}
+    assert "100,001 tensors" in refusal(write_safetensors(tmp_path / "x.safetensors", many))
+    assert "named 'kkk" in refusal(write_safetensors(tmp_path / "x.safetensors", {"k" * 2000: many["0"]}))
+    index = tmp_path / "x.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(many, "x.safetensors")}))
+    assert "100,001 tensors" in refusal(index)
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": ' * 100_000, '{"weight_map": {"a": ' + "[" * 100_000])
+def test_an_index_nested_deeply(tmp_path, text):
+    index = tmp_path / "x.safetensors.index.json"
+    index.write_text(text)
+    assert "damaged JSON" in refusal(index)
+
+
+def test_a_shard_with_an_endless_name(sharded):
+    assert "plain file name" in refusal(sharded(a="x" * 5000))
+
+
 # --- damage
+
+
+def test_unfinished_downloads_are_named(two):
+    """Of programs that set a file's whole length aside first."""
+    control = two.with_name("two.safetensors.aria2")
+    control.write_bytes(b"")
+    assert "not finished" in refusal(two) and control.name in refusal(two)
+    control.unlink()
+    two.write_bytes(bytes(two.stat().st_size))
+    assert "zeros" in refusal(two) and "download it again" in refusal(two)
 
 
 def damaged_copies(path):

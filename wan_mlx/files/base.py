@@ -7,7 +7,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +87,8 @@ class WeightsFile:
     is_lazy = False
 
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str] | None = None):
+        check_names(path, tensors)
         self.path = path
-        odd = next((key for key in tensors if not key.isprintable()), None)
-        if odd is not None:  # error messages contain keys, and must be one line
-            raise WeightsError(f"{path}: damaged header (a tensor named {odd[:80]!r})")
         self.tensors = tensors
         self.metadata = metadata or {}
         self._stamp = stamp(path)
@@ -248,6 +246,16 @@ class WeightsFile:
         """Raise WeightsError if the file has changed since it was opened."""
         if stamp(self.path) != self._stamp:
             raise WeightsError(f"{self.path}: changed since it was opened; open it again")
+
+
+def check_names(path: Path, names: Collection[str]) -> None:
+    """Raise WeightsError if these are no names of a model's tensors."""
+    if len(names) > MAX_ENTRIES:
+        raise WeightsError(f"{path}: claims {len(names):,} tensors; at most {MAX_ENTRIES:,} are allowed")
+    # Error messages contain names, and must be one line.
+    odd = next((name for name in names if len(name) > MAX_NAME or not name.isprintable()), None)
+    if odd is not None:
+        raise WeightsError(f"{path}: damaged header (a tensor named {odd[:80]!r})")
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ PLAIN = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT, _MAX_ALIGNMENT = 32, 2**16
-_MAX_STRINGS = 2_000_000  # umT5's tokenizer has 256,384
+_MAX_STRINGS = 2_000_000  # in all lists; umT5's tokenizer has 256,384
 _ROWS = 512  # of a tensor, converted at a time by one thread
 # ComfyUI's converter reshapes tensors that no block divides, and stores the true shape under this name.
 _TRUE_SHAPE = "comfy.gguf.orig_shape."
@@ -156,7 +156,7 @@ class _Header:
     """A cursor over a GGUF header that never passes the file's end or the maximum header size."""
 
     def __init__(self, path: Path, file: BinaryIO, position: int = 0):
-        self.path, self.file, self.position = path, file, position
+        self.path, self.file, self.position, self.texts = path, file, position, 0
         self.size = os.fstat(file.fileno()).st_size
         file.seek(position)
 
@@ -242,8 +242,9 @@ class _Header:
         array = Array(inner, count, self.position)
         if inner == _STRING:
             self._check(8 * count)
-            if count > _MAX_STRINGS:
-                raise WeightsError(f"{self.path}: {name[:80]!r} claims {count:,} texts; at most {_MAX_STRINGS:,}")
+            self.texts += count
+            if self.texts > _MAX_STRINGS:
+                raise WeightsError(f"{self.path}: its lists claim {self.texts:,} texts; at most {_MAX_STRINGS:,}")
             for _ in range(count):
                 self._take(self._number("Q"))
         else:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import WeightsError, closest, some
-from .base import MAX_HEADER_BYTES, ByteRange, WeightsFile
+from .base import MAX_HEADER_BYTES, ByteRange, WeightsFile, check_names
 from .gguf import GGUFFile
 from .pth import TorchFile
 from .safetensors import SafetensorsFile, parse_json
@@ -32,6 +32,8 @@ def open_weights(path: str | Path) -> WeightsFile:
     """
     path = Path(path)
     head = _head(path)
+    if (unfinished := Path(f"{path}.aria2")).exists():
+        raise WeightsError(f"{path}: its download has not finished: aria2 keeps {unfinished.name} beside it until then")
     kind = format_of(head)
     if kind is None:
         raise WeightsError(f"{path}: {_looks_like(head)}")
@@ -83,8 +85,9 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     owners = parse_json(path, path.read_bytes(), "JSON").get("weight_map")
     if not isinstance(owners, dict) or not owners:
         raise WeightsError(f"{path}: JSON without a weight_map; expected the index of a sharded checkpoint")
+    check_names(path, owners)
     for name in owners.values():
-        if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        if not isinstance(name, str) or name in ("", ".", "..") or len(name) > 255 or any(c in name for c in "/\\\0"):
             raise WeightsError(f"{path}: the shard name {str(name)[:80]!r} is not a plain file name in its own folder")
     return owners
 
@@ -151,6 +154,8 @@ def _looks_like(head: bytes) -> str:
             "a bare pickle or torch's format before 1.6 (with torch, re-save it: "
             "torch.save(torch.load(old, map_location='cpu', weights_only=True), new))"
         )
+    elif not head.strip(b"\0"):
+        found = "zeros where its header should be (of a download that has not finished; download it again)"
     elif head.startswith(b"PK"):
         found = "an empty or split zip archive"
     else:

@@ -13,11 +13,12 @@ from typing import Any, TypeGuard, cast
 import mlx.core as mx
 
 from ..errors import WeightsError
-from .base import ITEMSIZE, MAX_DIM, MAX_NDIM, TensorInfo, WeightsFile
+from .base import ITEMSIZE, MAX_DIM, MAX_ENTRIES, MAX_NDIM, TensorInfo, WeightsFile
 from .parallel_read import PIECE
 
 # One such tensor makes mx.load refuse the whole file.
 _UNKNOWN_TO_MLX = {"F64", "F8_E5M2"}
+_MOST_VALUES = 20 * MAX_ENTRIES  # in a header or an index
 # Number of streams for which a safetensors file keeps lazy arrays, and so stays open.
 _MOST_POOLS = 8
 
@@ -132,6 +133,10 @@ def _is_counts(value: Any) -> TypeGuard[list[int]]:
 
 def parse_json(path: Path, data: bytes, what: str) -> dict[str, Any]:
     """A JSON object, stricter than ``json``: no duplicate names, NaN or half surrogates, so that MLX reads the same."""
+    if data.count(b",") + data.count(b":") > _MOST_VALUES:  # each costs far more memory and time than its bytes
+        raise WeightsError(
+            f"{path}: its {what} holds more than any model's: at most {_MOST_VALUES:,} values are allowed"
+        )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

@@ -114,8 +114,8 @@ def _fetch(repo: str, commit: str, file: RemoteFile, advance: Callable[[int], No
                 if output.tell() < file.size:
                     rest = partial(_fetch_rest, url, name, file.size, output, advance, stop)
                     _persist(rest, output.tell, name, stop)
-            if remote.etag == file.etag:  # a mirror may have its own etags
-                _check_hash(_unfinished(blob), name, remote.etag)
+            if file.etag and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", file.etag):  # a mirror may answer with its own
+                _check_hash(_unfinished(blob), name, file.etag)
             publish(_unfinished(blob), blob)
     hf_hub_download(repo, file.path, revision=commit)  # finds the blob and links to it
 

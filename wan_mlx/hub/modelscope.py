@@ -12,7 +12,7 @@ from .download import RemoteFile, one_line
 
 def cache() -> Path:
     """ModelScope's cache folder."""
-    return Path(os.environ.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope")
+    return Path(os.environ.get("MODELSCOPE_CACHE") or os.path.expanduser("~/.cache/modelscope"))
 
 
 def list_files(repo: str, revision: str | None) -> dict[str, RemoteFile]:
