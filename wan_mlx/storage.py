@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import WanError
 
+# Beginning of the names that unfinished files and folders have, each with letters drawn at random after it; and the
+# file in such a folder by which it is known to be ours.
+DRAWN, MARKER = ".wan_mlx-", ".wan_mlx-unfinished"
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of a large file's fingerprint
 
 
@@ -67,7 +72,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         WanError: it cannot be written; says how much room the disk has.
     """
-    temporary = path.with_name(f".wan_mlx-{secrets.token_hex(4)}-{path.name}")
+    temporary = path.with_name(f"{DRAWN}{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
         publish(temporary, path)
@@ -97,29 +102,97 @@ def _not_written(path: Path, error: Exception) -> WanError:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
     """A folder to write into, which becomes ``out`` when the block ends; if that fails, nothing is left.
 
-    It is ``{out}.partial`` until then. An ``out`` that exists is replaced; whoever calls this has asked.
+    Until then it has a drawn name beside ``out``, and a marker that this process holds locked. The next call removes
+    such a folder if its process was killed. Nothing else is ever removed but, with ``replace``, an ``out`` that exists.
+
+    Raises:
+        WanError: it cannot be written, or ``out`` appeared meanwhile; then both are kept, and it says where.
     """
-    partial, old = (out.with_name(f"{out.name}.{ending}") for ending in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir(parents=True)
+    drawn = out.with_name(f"{DRAWN}{secrets.token_hex(4)}")
     try:
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            flush(path)
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(out, old)
-        os.replace(partial, out)
-        flush(out.parent)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        drawn.mkdir(parents=True)
+        _remove_leftovers(out.parent)
+        with (drawn / MARKER).open("x") as marker:
+            _lock(marker)
+            yield drawn
+            for path in [*drawn.rglob("*"), drawn]:
+                flush(path)
+            if os.path.lexists(out) and not (replace and out.is_dir() and not out.is_symlink()):
+                kept = out.with_name(f"{out.name}-{drawn.name.removeprefix(DRAWN)}")
+                _move(drawn, kept)
+                raise WanError(f"{out} appeared meanwhile; it was left as it is, and the new folder is {kept}")
+            _move(drawn, out)
+    except OSError as error:
+        raise _not_written(out, error) from error
+    finally:  # after Ctrl-C too; once moved, this is what was replaced
+        _remove(drawn)
+
+
+def _move(folder: Path, out: Path) -> None:
+    """Give a finished folder its name, and its drawn name to a folder that has it."""
+    if not os.path.lexists(out):
+        os.rename(folder, out)
+    elif not _exchange(folder, out):
+        old = folder.with_name(f"{folder.name}-old")
+        os.rename(out, old)
+        try:
+            os.rename(folder, out)
+        except BaseException:
+            os.rename(old, out)
+            raise
+        os.rename(old, folder)
+    flush(out.parent)
+    (out / MARKER).unlink()
+    if folder.is_dir():
+        (folder / MARKER).touch()
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names at once, so that a kill leaves both; False where the system or the disk cannot."""
+    library, names = ctypes.CDLL(None), (os.fsencode(one), os.fsencode(other))
+    try:
+        if sys.platform == "darwin":
+            return library.renamex_np(*names, 2) == 0  # RENAME_SWAP
+        return library.renameat2(-100, names[0], -100, names[1], 2) == 0  # AT_FDCWD, RENAME_EXCHANGE
+    except AttributeError:
+        return False
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished folders of killed processes: those with a marker that nobody holds locked."""
+    for place in folder.glob(f"{DRAWN}*"):
+        try:
+            if not place.is_symlink():
+                with (place / MARKER).open("r+") as marker:
+                    if _lock(marker):
+                        _remove(place)
+        except OSError:  # no marker, or somebody else's
+            continue
+
+
+def _lock(file: IO) -> bool:
+    """Lock a file until it is closed or the process ends; False where that cannot be, or another process holds it."""
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of ours, the marker last: a kill in between leaves what the next call removes."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != MARKER:
+                path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # Telling files apart

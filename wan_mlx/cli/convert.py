@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--inspect", action="store_true", help="say what SOURCE is, from its headers, and write nothing"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is an MLX folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is an MLX folder and no more")
     parser.add_argument("--dtype", default="bfloat16", help="of transformer and text encoder (default bfloat16)")
     parser.add_argument("--vae-dtype", default="float32", help="of the VAE (default float32)")
     parser.add_argument(
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written, a download goes on where it was", file=sys.stderr)
         return 130
-    except (ValueError, WanError) as error:
+    except (ValueError, WanError, OSError, RuntimeError) as error:  # the last is MLX's, of a file that cannot be read
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     print(out)

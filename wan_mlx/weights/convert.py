@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -21,10 +23,10 @@ import mlx.core as mx
 import numpy as np
 
 from .. import __version__
-from ..errors import WeightsError
+from ..errors import WeightsError, some
 from ..files.sentencepiece import read_tokenizer
 from ..presets import MLX_FILES, NETWORKS, PRESETS
-from ..storage import fingerprint, free_space, gigabytes, new_folder
+from ..storage import MARKER, fingerprint, free_space, gigabytes, new_folder
 from .checkpoint import MLX_FORMAT, Checkpoint, open_checkpoint
 from .component import MLX_LAYOUT, SAFETENSORS_NAMES, beside
 from .load import Progress, no_progress, open_network, parse_dtype
@@ -35,6 +37,8 @@ from .quantize import QUANTIZED
 Specs = dict[str, tuple[tuple[int, ...], mx.Dtype]]
 
 SHARD_BYTES = 4 * 10**9
+# Files of a converted folder beside those that its config.json lists.
+CONVERTED = ("config.json", "README.md", *(names[0] for names in MLX_FILES.values()), MARKER, ".DS_Store")
 BLOCK = re.compile(r"(vace_blocks|blocks)\.(\d+)\.")
 
 
@@ -61,7 +65,7 @@ def convert(
         model: preset whose sampling defaults the folder should use; recorded in its config.json.
         progress: wraps the iteration over tensors.
         quantize: mode for the blocks of transformer and text encoder, as for `load_transformer`.
-        overwrite: replace ``out`` if it is an MLX folder; anything else is never removed.
+        overwrite: replace ``out`` if it is an MLX folder that holds nothing else; anything else is never removed.
         shard_bytes: a larger network is split, never within a block.
         parts: name in `PARTS` → a file or folder used in place of the part in ``source``.
         name: of the source in config.json and README.md; None: the folder's or file's name.
@@ -98,7 +102,7 @@ def convert(
     needed, free = sum(network.nbytes for network in networks) + len(tokenizer), free_space(out.parent)
     if needed > free:
         raise WeightsError(f"{out} needs {gigabytes(needed)}, and its disk has {gigabytes(free)} free")
-    with new_folder(out) as folder:
+    with new_folder(out, overwrite) as folder:
         steps = iter(progress([name for network in networks for name in network.kept]))
         config["files"] = {MLX_FILES["tokenizer"][0]: hashlib.sha256(tokenizer).hexdigest()}
         for network in networks:
@@ -115,16 +119,23 @@ def check_target(out: str | Path, overwrite: bool = False, model: str | None = N
     if model is not None and model not in PRESETS:
         raise ValueError(f"model is {model!r}, expected one of {', '.join(PRESETS)}")
     out = Path(out).expanduser()
-    if not out.exists():
+    try:
+        is_link = stat.S_ISLNK(os.lstat(out).st_mode)
+    except FileNotFoundError:
         return
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made ({error.strerror}); give the name of a new folder") from None
     if not overwrite:
         raise ValueError(f"{out} exists already; give a new folder, or --overwrite (overwrite=True) to replace it")
     try:
-        ours = json.loads((out / "config.json").read_bytes()).get("format") == MLX_FORMAT
-    except (OSError, ValueError, AttributeError):
-        ours = False
+        config = json.loads((out / "config.json").read_bytes())
+        ours = {*config["files"], *CONVERTED} if config["format"] == MLX_FORMAT and not is_link else set()
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        ours = set()
     if not ours:
         raise ValueError(f"{out} is no MLX folder, so it is not replaced; give a new folder")
+    if others := sorted(path.name for path in out.iterdir() if path.name not in ours):
+        raise ValueError(f"{out} also holds {some(others)}, which would be lost; move that, or give a new folder")
 
 
 @dataclass
