@@ -244,6 +244,19 @@ class TestFingerprint:
         path.write_bytes(data[:-1])
         assert fingerprint(path) != known
 
+    def test_a_change_between_samples_is_noticed(self, tmp_path):
+        """One of the runs that such a change must not let go on."""
+        path, index = tmp_path / "a", tmp_path / "model.safetensors.index.json"
+        path.write_bytes(bytes(40 * SAMPLE_BYTES))
+        index.write_text(json.dumps({"weight_map": {"x": "a"}}))
+        known = fingerprint(path), fingerprint(index)
+        time.sleep(0.01)
+        with path.open("r+b") as file:
+            file.seek(SAMPLE_BYTES + 100)
+            file.write(b"1")
+        now = fingerprint(path), fingerprint(index)
+        assert now[0]["sha256"] == known[0]["sha256"] and all(a != b for a, b in zip(now, known, strict=True))
+
     def test_an_index_stands_for_its_shards(self, tmp_path):
         for name in "ab":
             (tmp_path / name).write_bytes(name.encode())

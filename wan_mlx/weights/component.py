@@ -131,6 +131,10 @@ class ComponentWeights:
         """Bytes of the tensor in the file; for a quantised one, without scales."""
         return sum(self.file.nbytes(source) for source in self.sources[name])
 
+    def only_zeros(self, name: str) -> WeightsError:
+        """The error of a matrix that cannot be all zero, and is."""
+        return WeightsError(f"{self.path}: {name} holds only zeros, as where a download ended early; download it again")
+
     def _has_blocks(self, name: str) -> bool:
         sources = self.sources[name]
         return len(self.shapes[name]) == 2 and len(sources) == 1 and self.file.has_rows_of_blocks(sources[0])

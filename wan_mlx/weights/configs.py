@@ -188,6 +188,8 @@ def image_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) -
 def vae_config(weights: ComponentWeights, config: Mapping[str, Any]) -> VAEConfig:
     """Sizes of a VAE, from its encoder's layers: every stage ends at a ``resample``."""
     said = _said(VAEConfig, config, weights.path)
+    if any(value <= 0 for value in said.get("std", ())):
+        raise WeightsError(f"{weights.path}: config.json says std = {[*said['std']]}, expected numbers above 0")
     shapes = weights.shapes
     dim = _shape_of(weights, "encoder.conv1.weight", 5)[0]
     mult, temporal, blocks = [], [], 0

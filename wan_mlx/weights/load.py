@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import WeightsError
 from ..models.configs import TransformerConfig
@@ -205,6 +206,9 @@ def load_text_encoder(
     if dtype == mx.float16:
         raise ValueError("umT5 overflows float16; give bfloat16 or float32")
     parameters = Parameters(weights, dtype, quantize)
+    some_ids = np.arange(0, config.vocab_size, max(1, config.vocab_size // 16))
+    if not weights.rows("token_embedding.weight", some_ids).any().item():
+        raise weights.only_zeros("token_embedding.weight")
     return StreamedTextEncoder(
         config,
         embed=lambda ids: weights.rows("token_embedding.weight", ids).astype(dtype),

@@ -26,6 +26,8 @@ from .lora import Loras
 from .prefetch import Prefetch, prefetch_in_turn, prefetch_lazy, prefetch_staged
 from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
 
+# Matrices that are zero before the first step of training, by the official code's initialisation.
+MAY_BE_ZERO = r"^head\.head\.|\.(?:before|after)_proj\.|\.middle\.1\.proj\."
 # Name of a parameter → its arrays as stored: itself, or weight, scales and biases of a quantised one.
 Arrays = dict[str, mx.array]
 # Name of a parameter → the order of its rows (axis 0), or None for the stored order.
@@ -83,6 +85,7 @@ class Parameters:
         self.packings = self.quantization.packings
         # Those quantised as stored; the others are quantised from their values, or not at all.
         self.as_stored = {name for name, packing in self.packings.items() if weights.stores(name, packing)}
+        self._checked: set[str] = set()
         self.use(loras or Loras(), merge)
 
     def use(self, loras: Loras, merge: bool) -> None:
@@ -173,7 +176,7 @@ class Parameters:
         """
         if resident:
             mx.eval(list(started.values()))
-        self._check_scales(started)
+        self._check(started)
         finished: list[tuple[str, mx.array]] = []
         for name in list(started):
             arrays = started.pop(name)
@@ -187,18 +190,34 @@ class Parameters:
             finished += arrays.items()
         return finished
 
-    def _check_scales(self, started: Mapping[str, Arrays]) -> None:
-        """Raise WeightsError if a tensor quantised as stored has a scale that is not finite."""
+    def _check(self, started: Mapping[str, Arrays]) -> None:
+        """Look at each tensor once: scales must be finite, and no matrix all zero, as an unfinished download leaves it.
+
+        Of a matrix a few rows are looked at, and the others only if those are zero.
+
+        Raises:
+            WeightsError: says which.
+        """
         with mx.stream(cuda.device_of_new_weights()):
-            good = {
-                name: self.packings[name].are_finite({key.rpartition(".")[2]: array for key, array in arrays.items()})
-                for name, arrays in started.items()
-                if name in self.as_stored
-            }
-            mx.eval(good)
-        bad = [name for name, fine in good.items() if not fine.item()]
-        if bad:
-            raise WeightsError(f"{self.weights.path}: {bad[0]} has scales that are not finite; download it again")
+            finite, has_values = dict[str, mx.array](), dict[str, mx.array]()
+            for name in (name for name in started if name not in self._checked):
+                if name in self.as_stored:
+                    finite[name] = self.packings[name].are_finite(_unnamed(started[name]))
+                if name.endswith(".weight") and len(self.weights.shapes[name]) > 1 and not re.search(MAY_BE_ZERO, name):
+                    has_values[name] = self._has_values(name, started[name], pieces=4)
+            mx.eval(finite, has_values)
+            if bad := [name for name, fine in finite.items() if not fine.item()]:
+                raise WeightsError(f"{self.weights.path}: {bad[0]} has scales that are not finite; download it again")
+            for name in (name for name, some in has_values.items() if not some.item()):
+                if not self._has_values(name, started[name]).item():
+                    raise self.weights.only_zeros(name)
+        self._checked |= started.keys()
+
+    def _has_values(self, name: str, arrays: Arrays, pieces: int = 0) -> mx.array:
+        """Whether a matrix is not all zero, or, with ``pieces``, a row at the start of each."""
+        step = max(1, len(next(iter(arrays.values()))) // pieces) if pieces else 1
+        rows = {key: array[::step] for key, array in _unnamed(arrays).items()}
+        return (self.packings[name].unpack(rows, mx.float32) if name in self.as_stored else rows["weight"]).any()
 
     def _is_changed(self, name: str) -> bool:
         """Whether loading temporarily needs memory beside the result."""
@@ -238,6 +257,11 @@ class Parameters:
 def _named(name: str, arrays: Arrays) -> Arrays:
     """The arrays of a layer, by its keys, under the names of parameters; ``name`` is its weight's."""
     return {beside(name, key): array for key, array in arrays.items()}
+
+
+def _unnamed(arrays: Arrays) -> Arrays:
+    """The arrays of a layer by its keys, undoing `_named`."""
+    return {key.rpartition(".")[2]: array for key, array in arrays.items()}
 
 
 def _quantization(weights: ComponentWeights, quantize: str | None) -> Quantization:
