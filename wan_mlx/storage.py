@@ -132,22 +132,24 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def _move(folder: Path, out: Path) -> None:
-    """Give a finished folder its name, and its drawn name to a folder that has it."""
+    """Give a finished folder its name, and its drawn name and the marker to a folder that has it."""
     if not os.path.lexists(out):
         os.rename(folder, out)
-    elif not _exchange(folder, out):
-        old = folder.with_name(f"{folder.name}-old")
-        os.rename(out, old)
-        try:
-            os.rename(folder, out)
-        except BaseException:
-            os.rename(old, out)
-            raise
-        os.rename(old, folder)
+    else:
+        (out / MARKER).touch()
+        if not _exchange(folder, out):
+            (out / MARKER).unlink()  # until the new one is in its place
+            old = folder.with_name(f"{folder.name}-old")
+            os.rename(out, old)
+            try:
+                os.rename(folder, out)
+            except BaseException:
+                os.rename(old, out)
+                raise
+            os.rename(old, folder)
+            (folder / MARKER).touch()
     flush(out.parent)
     (out / MARKER).unlink()
-    if folder.is_dir():
-        (folder / MARKER).touch()
 
 
 def _exchange(one: Path, other: Path) -> bool:
