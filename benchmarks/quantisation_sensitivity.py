@@ -26,9 +26,9 @@ import mlx.core as mx
 import wan_mlx
 from wan_mlx.models.quantized_linear import Packing, QuantizedLinear
 from wan_mlx.types import Conditioning, Step
+from wan_mlx.weights.configs import shapes_of
 from wan_mlx.weights.parameters import locate
 from wan_mlx.weights.quantize import plan_quantization, quantizable
-from wan_mlx.weights.set_loras import logical_shapes
 
 PROMPTS = (
     "a red circle moves right on a blue background",
@@ -96,7 +96,7 @@ def bits_of(packing: Packing, shape: tuple[int, int]) -> int:
 
 def measure(model, points, mode: str) -> dict[str, dict[str, dict[str, float]]]:
     """Groups of layers by what they are, their errors and shares."""
-    shapes, packing = logical_shapes(model), Packing.parse(mode)
+    shapes, packing = shapes_of(model.config), Packing.parse(mode)
     names = quantizable("transformer", shapes)
     total = sum(math.prod(shapes[name]) for name in names)
     groups: dict[str, dict[str, list[str]]] = {"all": {"all": names}}

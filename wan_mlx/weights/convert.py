@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -99,7 +99,7 @@ def convert(
         config["source"]["layouts"][part.name] = MLX_LAYOUT if weights.channels_last else weights.layout.name
         config["source"]["fingerprints"][part.name] = fingerprint(weights.path)["sha256"]
     tokenizer = read_tokenizer(checkpoint.part("tokenizer").file)
-    needed, free = sum(network.nbytes for network in networks) + len(tokenizer), free_space(out.parent)
+    needed, free = sum(network.nbytes() for network in networks) + len(tokenizer), free_space(out.parent)
     if needed > free:
         raise WeightsError(f"{out} needs {gigabytes(needed)}, and its disk has {gigabytes(free)} free")
     with new_folder(out, overwrite) as folder:
@@ -152,12 +152,10 @@ class Network:
     kept: dict[str, Specs]
     shard_bytes: int = SHARD_BYTES
 
-    @property
-    def nbytes(self) -> int:
-        return sum(map(self._size, self.kept))
-
-    def _size(self, name: str) -> int:
-        return sum(math.prod(shape) * dtype.size for shape, dtype in self.kept[name].values())
+    def nbytes(self, names: Iterable[str] | None = None) -> int:
+        """Bytes of some of the parameters, or of all."""
+        specs = (spec for name in names or self.kept for spec in self.kept[name].values())
+        return sum(math.prod(shape) * dtype.size for shape, dtype in specs)
 
     def dtypes(self) -> dict[str, int]:
         """Dtype → number of its tensors."""
@@ -173,7 +171,7 @@ class Network:
         room = self.shard_bytes
         for _, group in groupby(ordered, key=lambda name: blocks.get(name, name)):
             names = list(group)
-            size = sum(map(self._size, names))
+            size = self.nbytes(names)
             if size > room and shards[-1]:
                 shards.append([])
                 room = self.shard_bytes
@@ -192,7 +190,7 @@ class Network:
             file = f"{component}-{number:05d}-of-{len(shards):05d}.safetensors"
             digests[file] = self._write_shard(folder / file, names, steps)
             owners |= {key: file for name in names for key in self.kept[name]}
-        text = json.dumps({"metadata": {"total_size": self.nbytes}, "weight_map": owners}, indent=1) + "\n"
+        text = json.dumps({"metadata": {"total_size": self.nbytes()}, "weight_map": owners}, indent=1) + "\n"
         (folder / index).write_text(text, encoding="utf-8")
         return digests
 

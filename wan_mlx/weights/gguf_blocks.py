@@ -8,6 +8,7 @@ scales stay float16. Q4_K and Q5_K multiply two scales, whose product is rounded
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -35,27 +36,14 @@ def _high_bits(data: np.ndarray) -> np.ndarray:
     return np.unpackbits(np.ascontiguousarray(data), axis=1, bitorder="little") << 4
 
 
-def _q8_0(blocks: np.ndarray) -> Parts:
+def _simple(blocks: np.ndarray, bits: int, has_min: bool) -> Parts:
+    """Blocks of one scale for 32 values, which are around zero, or from a minimum on."""
     d = _halves(blocks, 0)
-    return blocks[:, 2:] ^ 128, d, -128 * d  # two's complement, shifted by 128
-
-
-def _q4_0(blocks: np.ndarray) -> Parts:
-    d = _halves(blocks, 0)
-    return _nibbles(blocks[:, 2:]), d, -8 * d
-
-
-def _q4_1(blocks: np.ndarray) -> Parts:
-    return _nibbles(blocks[:, 4:]), _halves(blocks, 0), _halves(blocks, 2)
-
-
-def _q5_0(blocks: np.ndarray) -> Parts:
-    d = _halves(blocks, 0)
-    return _nibbles(blocks[:, 6:]) | _high_bits(blocks[:, 2:6]), d, -16 * d
-
-
-def _q5_1(blocks: np.ndarray) -> Parts:
-    return _nibbles(blocks[:, 8:]) | _high_bits(blocks[:, 4:8]), _halves(blocks, 0), _halves(blocks, 2)
+    m = _halves(blocks, 2) if has_min else -(2 ** (bits - 1)) * d
+    data = blocks[:, 4 if has_min else 2 :]
+    if bits == 8:
+        return data ^ 128, d, m  # two's complement, shifted by 128
+    return (_nibbles(data[:, 4:]) | _high_bits(data[:, :4]) if bits == 5 else _nibbles(data)), d, m
 
 
 def _scales_and_mins(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -87,8 +75,12 @@ def _q5_k(blocks: np.ndarray) -> Parts:
 
 # GGUF type → function that splits its blocks: those stored exactly in MLX's format, and those that only round a scale.
 EXACT: dict[str, Callable[[np.ndarray], Parts]] = {
-    "Q8_0": _q8_0, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q4_0": _q4_0, "Q4_1": _q4_1
-}  # fmt: skip
+    "Q8_0": partial(_simple, bits=8, has_min=False),
+    "Q5_0": partial(_simple, bits=5, has_min=False),
+    "Q5_1": partial(_simple, bits=5, has_min=True),
+    "Q4_0": partial(_simple, bits=4, has_min=False),
+    "Q4_1": partial(_simple, bits=4, has_min=True),
+}
 NEARLY_EXACT = {"Q5_K": _q5_k, "Q4_K": _q4_k}
 # GGUF type → nearest packing. Types without such a function are quantised again from their values, with enough bits
 # that the second rounding adds little to the first.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,12 @@ from .lora import normalise_loras, open_loras
 from .parameters import Parameters
 from .quantize import QUANTIZED
 from .set_loras import set_loras
-from .stream import load_module, load_streamed, stream_blocks
+from .stream import Progress, load_module, load_streamed, stream_blocks
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 # Source of a network: a model, one of its parts, its folder, or the network's own folder or file.
 Source = str | Path | Checkpoint | Part
-# Wraps an iteration like ``tqdm``: progress(items, total=...) → items.
-Progress = Callable[..., Iterable]
 
 
 def no_progress(items: Iterable, total: int | None = None, initial: int = 0) -> Iterable:

@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterable
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..models.execution import Execution
 from ..models.layers import SIDE_KEYS
-from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import Transformer
 from ..types import LoraChoice
+from .configs import shapes_of
 from .lora import normalise_loras, open_loras
 from .parameters import dtype_of, is_matrix, locate
 from .stream import LoraState, StreamedBlocks
@@ -38,7 +37,7 @@ def set_loras(loaded: Transformer | Execution, loras: Iterable[LoraChoice] | Lor
     if state.merged:
         raise ValueError("LoRAs were merged into these weights as they were loaded; load the model again without them")
     streamed = blocks.parameters if isinstance(blocks, StreamedBlocks) else None
-    shapes = streamed.weights.shapes if streamed else logical_shapes(model)
+    shapes = shapes_of(model.config)
     opened = open_loras(normalise_loras(loras), shapes, math.prod(model.config.patch_size))
     opened.report_unused()
     originals, order = state.originals, state.row_order
@@ -68,14 +67,3 @@ def set_loras(loaded: Transformer | Execution, loras: Iterable[LoraChoice] | Lor
     state.originals = {name: originals.get(name, parameters[name]) for name in changed}
     if streamed:
         streamed.use(opened, merge=False)
-
-
-def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every stored parameter of a loaded model; a quantised matrix counts as one matrix."""
-    shapes = {}
-    for name, module in model.named_modules():
-        for key, array in module.items():
-            if isinstance(array, mx.array) and key not in (*SIDE_KEYS, "scales", "biases"):
-                packed = isinstance(module, QuantizedLinear) and key == "weight"
-                shapes[f"{name}.{key}".lstrip(".")] = module.matrix_shape if packed else tuple(array.shape)
-    return shapes

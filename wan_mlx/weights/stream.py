@@ -20,8 +20,8 @@ from .parameters import Arrays, Parameters, RowOrder
 from .prefetch import Prefetch, batches
 
 M = TypeVar("M", bound=nn.Module)
-# Wraps an iteration over names of tensors, like ``tqdm``.
-Progress = Callable[[Iterable[str]], Iterable[str]]
+# Wraps an iteration like ``tqdm``: progress(items, total=...) → items.
+Progress = Callable[..., Iterable]
 
 
 @dataclass
