@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from arrays import relative_error
 
-from wan_mlx.cuda import attention as cuda_attention
+from wan_mlx.cuda import forward as cuda_attention
 from wan_mlx.models import execution
 from wan_mlx.models.attention import SelfAttention, attention
 from wan_mlx.models.configs import TransformerConfig

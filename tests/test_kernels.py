@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from wan_mlx.cli import selftest
-from wan_mlx.models import fused, kernels, rope
+from wan_mlx.models import kernels, rope
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -140,7 +140,7 @@ def normal(seed: int, *shape: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed))
 
 
-@pytest.mark.parametrize("kernel", kernels.TRIALS, ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.__name__)
 @pytest.mark.parametrize("channels", [384, 640])
 def test_agree_with_operations(on_gpu, caplog, kernel, channels):
     assert kernels.agrees(kernel, mx.float32, channels)
@@ -152,7 +152,7 @@ def test_parts_that_are_not_put_together(on_gpu, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("kernel", kernels.TRIALS, ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.__name__)
 def test_a_wrong_kernel_is_not_used(on_gpu, monkeypatch, caplog, kernel):
     right = kernels._run
     monkeypatch.setattr(kernels, "_run", lambda *a, **k: [result + 1e-3 for result in right(*a, **k)])
@@ -165,25 +165,28 @@ def test_a_kernel_that_does_not_compile_is_not_used(on_gpu, monkeypatch, caplog)
         raise RuntimeError("[metal::Device] Unable to build metal library")
 
     monkeypatch.setattr(kernels, "_run", fails)
-    assert not kernels.usable(kernels.layer_norm, normal(0, 1, 2, 96))
+    assert not kernels.gelu_tanh.usable(normal(0, 1, 2, 96))
     assert "does not run here ([metal::Device] Unable to build metal library)" in caplog.text
 
 
 def test_can_be_turned_off(on_gpu, monkeypatch):
     monkeypatch.setenv(kernels.SWITCH, "0")
-    assert not kernels.usable(kernels.layer_norm, normal(0, 1, 2, 96))
+    assert not kernels.gelu_tanh.usable(normal(0, 1, 2, 96))
 
 
 def test_used_on_a_gpu_only():
-    assert not kernels.usable(kernels.layer_norm, normal(0, 1, 2, 96))
+    assert not kernels.gelu_tanh.usable(normal(0, 1, 2, 96))
 
 
 def test_kernels_are_used_for_supported_arrays_only(on_gpu):
     x = normal(0, 2, 3, 96)
-    assert kernels.usable(kernels.layer_norm, x, normal(1, 96))
-    assert not kernels.usable(kernels.layer_norm, x, normal(1, 2, 1, 96))  # one vector for each sample
-    assert not kernels.usable(kernels.layer_norm, normal(0, 2, 3, 90))
-    assert not kernels.usable(kernels.layer_norm, x.astype(mx.int32))
+    vector, of_each_sample = normal(1, 96), normal(1, 2, 1, 96)
+    assert kernels.modulated_norm.usable(x, vector, vector, 1e-6)
+    assert not kernels.modulated_norm.usable(x, of_each_sample, of_each_sample, 1e-6)
+    assert not kernels.gelu_tanh.usable(normal(0, 2, 3, 90))
+    assert not kernels.gelu_tanh.usable(x.astype(mx.int32))
+    assert not kernels.gated_add.usable(x, [x[:, :2], x[:, 2:]], vector)  # parts of two samples
+    assert not kernels.norm_and_rotate.usable(x, vector, 8, rope.rope_table((3, 1, 1), 12), 1e-6)
 
 
 @pytest.mark.parametrize("channels", [96, 160])
@@ -192,16 +195,16 @@ def test_layers_are_the_same_with_them(on_gpu, monkeypatch, channels):
     gate, scale, shift = (normal(seed, 1, 1, channels) for seed in (2, 3, 4))
 
     def results():
-        yield fused.modulated_norm(x, scale, shift, 1e-6)
-        yield from fused.add_and_norm(x, y, gate, scale, shift, 1e-6)
-        yield fused.gated_add(x, y, gate)
-        yield fused.gated_add(x, [y[:, :2], y[:, 2:4], y[:, 4:]], gate)
+        yield kernels.modulated_norm(x, scale, shift, 1e-6)
+        yield from kernels.add_and_norm(x, y, gate, scale, shift, 1e-6)
+        yield kernels.gated_add(x, [y], gate)
+        yield kernels.gated_add(x, [y[:, :2], y[:, 2:4], y[:, 4:]], gate)
         x2, y2 = (mx.repeat(array, 2, axis=0) for array in (x, y))
-        yield fused.gated_add(x2, [y2[:, :3], y2[:, 3:]], gate)
-        yield fused.gelu_tanh(4 * x)
+        yield kernels.gated_add(x2, [y2[:, :3], y2[:, 3:]], gate)
+        yield kernels.gelu_tanh(4 * x)
 
     got = list(results())
-    monkeypatch.setattr(kernels, "usable", lambda *arrays, **constants: False)
+    monkeypatch.setattr(kernels.Fused, "usable", lambda self, *arguments: False)
     for mine, wanted in zip(got, results(), strict=True):
         assert mine.shape == wanted.shape and mx.allclose(mine, wanted, rtol=1e-5, atol=1e-5)
 
@@ -210,17 +213,18 @@ def test_layers_are_the_same_with_them(on_gpu, monkeypatch, channels):
 def test_rotation_is_the_same_with_them(on_gpu, monkeypatch, head_dim):
     heads, grid = 2, (2, 1, 3)
     x, weight, table = normal(0, 2, 6, heads * head_dim), normal(1, heads * head_dim), rope.rope_table(grid, head_dim)
-    got = fused.norm_and_rotate(x, weight, heads, table, 1e-6)
-    monkeypatch.setattr(kernels, "usable", lambda *arrays, **constants: False)
-    assert mx.allclose(got, fused.norm_and_rotate(x, weight, heads, table, 1e-6), rtol=1e-5, atol=1e-5)
+    got = kernels.norm_and_rotate(x, weight, heads, table, 1e-6)
+    monkeypatch.setattr(kernels.Fused, "usable", lambda self, *arguments: False)
+    assert mx.allclose(got, kernels.norm_and_rotate(x, weight, heads, table, 1e-6), rtol=1e-5, atol=1e-5)
 
 
 def test_doctor_reports_kernels(on_gpu, monkeypatch):
     assert [check.status for check in selftest.fused_kernels()] == ["ok", "ok"]
     kernels.agrees.cache_clear()
-    monkeypatch.setitem(kernels.TRIALS, kernels.layer_norm, lambda *args: iter([(mx.array(1.0), mx.array(2.0))]))
+    right = kernels.modulated_norm.kernel
+    monkeypatch.setattr(kernels.modulated_norm, "kernel", lambda *arguments: right(*arguments) + 1)
     bad = list(selftest.fused_kernels())
-    assert {check.status for check in bad} == {"warn"} and bad[0].said.startswith("layer_norm: not right here")
+    assert {check.status for check in bad} == {"warn"} and bad[0].said.startswith("modulated_norm: not right here")
     monkeypatch.setenv(kernels.SWITCH, "0")
     (check,) = selftest.fused_kernels()
     assert check.said == "turned off"

@@ -10,7 +10,7 @@ import pytest
 
 import wan_mlx
 from wan_mlx.cli.main import main
-from wan_mlx.cuda.deferred_frees import DeferredFrees
+from wan_mlx.cuda.forward import DeferredFrees
 from wan_mlx.errors import MemoryPlanError
 from wan_mlx.models import vae_tiling as tiling
 from wan_mlx.models.configs import TransformerConfig, VAEConfig

@@ -59,10 +59,8 @@ def test_a_packed_linear_multiplies_by_its_unpacked_weight(mode, rows):
     layer = packed(weight, bias, mode)
     want = x @ layer.unpacked(mx.float32).T + bias
     assert relative_distance(layer(x), want) < 1e-6
-    assert relative_distance(layer._multiply_packed(x) + bias, want) < 1e-3  # what a GPU does with few rows
     layer.bias, x = bias.astype(mx.bfloat16), x.astype(mx.bfloat16)
-    assert layer(x).dtype == layer._multiply_packed(x).dtype == mx.bfloat16
-    assert relative_distance(layer(x), want) < 0.01 and relative_distance(layer._multiply_packed(x) + bias, want) < 0.02
+    assert layer(x).dtype == mx.bfloat16 and relative_distance(layer(x), want) < 0.01
 
 
 def test_packing_names_round_trip():

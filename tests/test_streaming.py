@@ -384,8 +384,8 @@ def test_an_abandoned_pass_stops_prefetching(file, monkeypatch):
 def test_a_staging_buffer_that_something_computes_with_is_not_taken(monkeypatch):
     """Blocks that compute with the arrays of their buffer, and others, in any order."""
     monkeypatch.setattr(cuda, "StagingBuffer", lambda nbytes: SimpleNamespace(memory=SimpleNamespace(size=nbytes)))
-    buffers, before = cuda.StagingBuffers(), None
+    buffers, before, ranges = cuda.StagingBuffers(), None, {"x": SimpleNamespace(nbytes=10)}
     for stays_idle in (False, True, True, False, False, True, False, True, False, False):
-        buffer = buffers.next(10, stays_idle)
+        buffer = buffers.next(ranges, stays_idle)
         assert buffer is not before
         before = None if stays_idle else buffer

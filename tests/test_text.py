@@ -136,8 +136,8 @@ def random_blocks(config: TextEncoderConfig, dtype=mx.float32) -> list[EncoderBl
 def encoder(dtype=mx.float32, blocks=None) -> StreamedTextEncoder:
     table = mx.random.normal((TINY.vocab_size, TINY.dim), key=mx.random.key(99)).astype(dtype)
     held = random_blocks(TINY, dtype)
-    blocks, norm = blocks or (lambda: held), mx.ones(TINY.dim)
-    return StreamedTextEncoder(TINY, lambda ids: table[mx.array(ids)], blocks, norm, dtype)
+    norm = mx.ones(TINY.dim, dtype)
+    return StreamedTextEncoder(TINY, lambda ids: table[mx.array(ids)], blocks or (lambda: held), norm)
 
 
 def test_together_equals_alone():
@@ -192,17 +192,12 @@ def test_relative_buckets():
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="float16.*expected bfloat16 or float32"):
-        encoder(mx.float16)
     with pytest.raises(ValueError, match=r"shape \(0,\), expected \(L,\) with L at least 1"):
         encoder()([[1], []])
     with pytest.raises(ValueError, match="ids run from 1 to 50, expected 0 to 49"):
         encoder()([[1, 50]])
     with pytest.raises(ValueError, match="ids run from -1 to 1, expected 0 to 49"):
         encoder()([[-1, 1]])
-    for count in (2, 4):
-        with pytest.raises(WeightsError, match=f"given {count} blocks, expected 3"):
-            encoder(blocks=lambda count=count: [EncoderBlock(TINY)] * count)([[1]])
 
 
 def test_pad_context():

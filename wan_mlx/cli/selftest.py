@@ -128,7 +128,7 @@ def fused_kernels() -> Iterator[Check]:
         yield Check("wan_mlx's kernels", "warn", "turned off", f"unset {kernels.SWITCH} to use them")
         return
     for dtype, width in ((mx.bfloat16, 1536), (mx.float32, 256)):
-        bad = [kernel.__name__ for kernel in kernels.TRIALS if not kernels.agrees(kernel, dtype, width)]
+        bad = [kernel.__name__ for kernel in kernels.KERNELS if not kernels.agrees(kernel, dtype, width)]
         said = f"{', '.join(bad)}: not right here, so MLX's operations are used" if bad else "as MLX's operations"
         advice = "videos are right, but slower to make; please report this"
         yield Check.of(f"wan_mlx's kernels in {_name(dtype)}", not bad, said, advice, "warn")

@@ -1,6 +1,6 @@
-"""The door to everything specific to NVIDIA GPUs. Elsewhere memory is shared, and each function has a trivial result.
+"""The door to everything specific to NVIDIA GPUs. Elsewhere each function has a trivial result.
 
-On CUDA, weight files are read into staging buffers in the GPU's own memory; `read` says why and how.
+Weight files are read into staging buffers in the GPU's own memory; `read` says why and how.
 """
 
 from __future__ import annotations
@@ -28,11 +28,8 @@ def device_of_new_weights() -> mx.Device:
 def staged_bytes(stored: int, kept: int, changed: int, made: int) -> int | None:
     """Peak extra bytes while reading blocks with staging buffers; None without them.
 
-    Args:
-        stored: bytes of a block in its file.
-        kept: bytes of the loaded block.
-        changed: bytes in the file of tensors that are cast, reordered or quantised.
-        made: bytes of the results of these.
+    Bytes of a block ``stored`` in its file, and ``kept`` when loaded; of tensors that are cast, reordered or quantised
+    (``changed``) in the file, and of their results (``made``).
     """
     if not in_use():
         return None

@@ -1,11 +1,10 @@
 """Reads files directly into GPU memory.
 
-On CUDA, arrays that MLX's CPU side makes or inspects lie in managed memory: its pages move to the GPU one by one when
-a kernel first touches them, and copying there is slow while kernels run. Also, waiting for the CPU side means waiting
+Arrays that MLX's CPU side makes or inspects lie in managed memory on CUDA: its pages move to the GPU one by one when a
+kernel first touches them, and copying there is slow while kernels run. Also, waiting for the CPU side means waiting
 for a signalling kernel, which runs only when those before it leave room. So a `StagingBuffer` is pure GPU memory,
 allocated by MLX's GPU side and touched by nothing else. Files are read into it past MLX: threads read pieces into
-page-locked memory, which they reuse, and the GPU's copy engine takes them from there, through the CUDA driver that MLX
-also uses.
+page-locked memory, which they reuse, and the GPU's copy engine takes them from there.
 """
 
 from __future__ import annotations
@@ -107,11 +106,11 @@ class StagingBuffer:
         files = {id(place.file): place.file for place in ranges.values()}.values()
         for file in files:
             file.check_unchanged()
-        pieces = []
-        for place, start in zip(ranges.values(), starts(ranges), strict=True):
-            for at in range(0, place.nbytes, PIECE):
-                length = min(PIECE, place.nbytes - at)
-                pieces.append(_threads().submit(_read_piece, place, at, length, address + start + at, stopped))
+        pieces = [
+            _threads().submit(_read_piece, place, at, min(PIECE, place.nbytes - at), address + start + at, stopped)
+            for place, start in zip(ranges.values(), starts(ranges), strict=True)
+            for at in range(0, place.nbytes, PIECE)
+        ]
         wait(pieces)
         for piece in pieces:
             piece.result()
@@ -120,10 +119,10 @@ class StagingBuffer:
 
     def arrays(self, ranges: Mapping[str, ByteRange]) -> dict[str, mx.array]:
         """The tensors of the last `fill`, as arrays, without a copy; valid until the next `fill`."""
-        found = {}
-        for (key, place), start in zip(ranges.items(), starts(ranges), strict=True):
-            found[key] = self.memory[start : start + place.nbytes].view(place.dtype).reshape(place.shape)
-        return found
+        return {
+            key: self.memory[start : start + place.nbytes].view(place.dtype).reshape(place.shape)
+            for (key, place), start in zip(ranges.items(), starts(ranges), strict=True)
+        }
 
 
 class StagingBuffers:
@@ -133,8 +132,9 @@ class StagingBuffers:
         self.idle: StagingBuffer | None = None
         self.busy: StagingBuffer | None = None
 
-    def next(self, nbytes: int, stays_idle: bool = False) -> StagingBuffer:
-        """An idle buffer of at least ``nbytes``; ``stays_idle``: no computation will use its arrays directly."""
+    def next(self, ranges: Mapping[str, ByteRange], stays_idle: bool = False) -> StagingBuffer:
+        """An idle buffer for these tensors; ``stays_idle``: no computation will use its arrays directly."""
+        nbytes = sum(map(_padded, ranges.values()))
         if self.idle is None or self.idle.memory.size < nbytes:
             self.idle = None
             self.idle = StagingBuffer(nbytes)
@@ -142,10 +142,6 @@ class StagingBuffers:
         if not stays_idle:
             self.idle, self.busy = self.busy, self.idle
         return buffer
-
-    def bytes_for(self, ranges: Mapping[str, ByteRange]) -> int:
-        """Bytes of a buffer for these tensors."""
-        return sum(map(_padded, ranges.values()))
 
     @staticmethod
     def one_serves(changed: int, whole: int) -> bool:

@@ -5,7 +5,7 @@ Follows the official ``wan/modules/model.py``. Parameter names are the official 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import reduce
 
 import mlx.core as mx
@@ -15,16 +15,14 @@ from .configs import TransformerConfig
 from .layers import Linear
 from .rope import RopeTable, norm_and_rotate
 
+# Keys and values that tokens attend to, each (B, length, heads, head_dim).
+Pairs = list[tuple[mx.array, mx.array]]
+
 
 def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """Attention without a mask (Wan needs none), softmax in float32, scale 1/sqrt(head_dim).
 
-    Args:
-        q: (B, Lq, heads, head_dim).
-        k, v: (B, Lk, heads, head_dim).
-
-    Returns:
-        (B, Lq, heads * head_dim).
+    Queries (B, Lq, heads, head_dim), keys and values (B, Lk, heads, head_dim) → (B, Lq, heads * head_dim).
     """
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     attended = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
@@ -71,22 +69,21 @@ class CrossAttention(Attention):
             self.v_img = Linear(config.dim, config.dim)
             self.norm_k_img = RMSNorm(config.dim)
 
-    def keys_values(self, context: mx.array, image_context: mx.array | None) -> list[tuple[mx.array, mx.array]]:
-        """Keys and values of the text and, if there is one, of the image: each (B, length, heads, head_dim)."""
+    def keys_values(self, context: mx.array, image_context: mx.array | None) -> Pairs:
+        """Keys and values of the text and, if there is one, of the image."""
         pairs = [(self._normed(self.k(context), self.norm_k), split_heads(self.v(context), self.heads))]
         if image_context is not None:
             keys, values = self.k_img(image_context), self.v_img(image_context)
             pairs.append((self._normed(keys, self.norm_k_img), split_heads(values, self.heads)))
         return pairs
 
-    def queries(self, x: mx.array) -> mx.array:
-        """Normed tokens (B, L, D) → queries (B, L, heads, head_dim)."""
-        return self._normed(self.q(x), self.norm_q)
+    def attend(self, x: mx.array, pairs: Pairs, attention: Callable[..., mx.array] = attention) -> mx.array:
+        """Normed tokens (B, L, D) and the keys and values that they attend to → (B, L, D), for ``o``."""
+        q = self._normed(self.q(x), self.norm_q)
+        return reduce(mx.add, (attention(q, k, v) for k, v in pairs))  # sum() would add them to 0
 
-    def __call__(self, x: mx.array, pairs: Sequence[tuple[mx.array, mx.array]]) -> mx.array:
-        """Normed tokens (B, L, D) and the keys and values that they attend to → (B, L, D)."""
-        q = self.queries(x)
-        return self.o(reduce(mx.add, (attention(q, k, v) for k, v in pairs)))
+    def __call__(self, x: mx.array, pairs: Pairs) -> mx.array:
+        return self.o(self.attend(x, pairs))
 
     def _normed(self, x, norm):
         return split_heads(mx.fast.rms_norm(x, norm.weight.astype(x.dtype), self.eps), self.heads)

@@ -1,8 +1,8 @@
 """How the networks are run on this machine: when work is submitted, in how many pieces, with which kernels.
 
-The other modules of this folder define the computation. `Execution` runs a transformer by calling the same pieces of
-its blocks (queries, keys and values; attention; the rest, token by token), resident or streamed from a file, with the
-same results: in float32 on a CPU, the same bits. `vae_execution` does it for the VAE.
+`Execution` runs a transformer by calling the same pieces of its blocks (queries, keys and values; attention; the rest,
+token by token), resident or streamed from a file, with the same results: in float32 on a CPU, the same bits.
+`vae_execution` does it for the VAE.
 
 The numbers of live arrays beside the code are for `wan_mlx.planning.peak_memory`; changing the order of the code
 changes them. ``benchmarks/memory_table.py`` measures them.
@@ -11,23 +11,23 @@ changes them. ``benchmarks/memory_table.py`` measures them.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import partial, reduce
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..cuda.attention import fill_last_tile
-from ..cuda.deferred_frees import DeferredFrees
-from ..errors import WeightsError
-from . import fused
-from .attention import CrossAttention, SelfAttention, split_heads
+from ..cuda.forward import DeferredFrees, fill_last_tile
+from . import kernels
+from .attention import Pairs, SelfAttention, split_heads
 from .configs import TextEncoderConfig
 from .image_encoder import ImageEncoder
+from .layers import gated_add
 from .rope import RopeTable
 from .text_encoder import EncoderBlock, checked_ids
 from .transformer import Block, BlocksHook, ForwardPass, Modulation, Transformer
-from .vace import VaceBlock
+from .vace import VaceBlock, VaceTransformer
 
 # Everything after self-attention treats tokens one by one, so it runs on this many at a time: the 5.8x wider
 # feed-forward arrays stay small, and matmuls are still large enough for full speed. `wan_mlx.planning.choose` lowers it
@@ -48,7 +48,6 @@ DISPATCH_FLOP = 2e12 if mx.metal.is_available() else 1e18
 UNFUSED_SCORES = 1 << 26
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
 
-Projected = tuple[mx.array, mx.array, mx.array]  # queries, keys, values (B, L, heads, head_dim)
 # (names of blocks, in order) → the blocks, each valid until the next is requested.
 StreamedBlocks = Callable[[Sequence[str]], Iterator[Block]]
 
@@ -64,10 +63,6 @@ class Pacer:
         submit(c)  c submitted, nothing waited for      b, then c run: c is too small to wait for
         pace(d)    d submitted, b and c waited for      d runs
         finish()   d waited for                         nothing runs, nothing is held
-
-    Attributes:
-        tokens_at_once: size of the pieces where tokens are independent (`in_token_chunks`).
-        frees: bounds deferred frees, where there are any.
     """
 
     def __init__(self, tokens_at_once: int = TOKENS_AT_ONCE, frees: DeferredFrees | None = None):
@@ -108,10 +103,8 @@ class Pacer:
 class Execution:
     """Runs a transformer: called like the network, with the same result.
 
-    Args:
-        model: the network. It holds no blocks if they are streamed.
-        blocks: reads the blocks if they are streamed.
-        tokens_at_once: size of the pieces where tokens are independent; fewer tokens take less memory.
+    The ``model`` holds no blocks if they are streamed: then ``blocks`` reads them. Fewer ``tokens_at_once``, where
+    tokens are independent, take less memory.
     """
 
     def __init__(
@@ -121,17 +114,10 @@ class Execution:
         self._frees = DeferredFrees(DEFERRED)
 
     def __call__(
-        self,
-        latents: mx.array,
-        timestep: float | Sequence[float],
-        context: mx.array,
-        *conditions: mx.array | None,
-        through: BlocksHook | None = None,
-        skip_layers: Collection[int] = (),
-        **named: Any,
+        self, *inputs: Any, through: BlocksHook | None = None, skip_layers: Collection[int] = (), **named: Any
     ) -> mx.array:
-        """The velocity, float32 (B, t, h, w, out_dim); arguments and errors as for the network."""
-        x, this_pass = self.model.enter(latents, timestep, context, *conditions, **named)
+        """Same as `Transformer.__call__`."""
+        x, this_pass = self.model.enter(*inputs, **named)
         self._frees.most = DEFERRED_WHOLE if self.tokens_at_once > FEED_FORWARD_TOKENS else DEFERRED
         pace = Pacer(self.tokens_at_once, self._frees)
 
@@ -151,39 +137,28 @@ class Execution:
     ) -> None:
         """Send the only array of ``tokens`` (B, L, D) through the blocks, in place: no caller keeps an old one."""
         control: Any = None
-        start: Any = None
-        scale: Any = None
-        if this_pass.vace_context is not None:
-            control, start = self.model.control_tokens(this_pass), tokens[0]
-            scale = mx.array(this_pass.vace_scale, dtype=mx.float32)
-        for block in self._each_block(self.model.block_order(skip_layers)):
+        if isinstance(self.model, VaceTransformer):
+            (control, scale), start = self.model.control(this_pass), tokens[:]
+        resident = partial(map, self.model.block)
+        for block in (self.blocks or resident)(self.model.block_order(skip_layers)):
             if isinstance(block, VaceBlock):
                 if "before_proj" in block:
-                    control, start = block.before_proj(control) + start, None
+                    control = block.before_proj(control) + start.pop()
                     pace(control)
                 control = self.run_block(block, control, this_pass, pace)
-                tokens.append(fused.gated_add(tokens.pop(), block.after_proj(control), scale))
+                tokens.append(gated_add(tokens.pop(), block.after_proj(control), scale))
                 pace(tokens[0])
             else:
                 tokens.append(self.run_block(block, tokens.pop(), this_pass, pace))
             if self.blocks is not None:  # a streamed block is emptied when the next one is requested
                 mx.eval(tokens if control is None else [control, *tokens])
 
-    def _each_block(self, names: Sequence[str]) -> Iterator[Block]:
-        """Blocks in order, resident or streamed."""
-        if self.blocks is not None:
-            yield from self.blocks(names)
-            return
-        for name in names:
-            kind, index = name.split(".")
-            yield self.model[kind][int(index)]
-
     def run_block(self, block: Block, x: mx.array, this_pass: ForwardPass, pace: Pacer) -> mx.array:
         """Same as `Block.__call__`: x (B, L, D) → (B, L, D)."""
         # In a long video, arrays as wide as x dominate memory: each is released as soon as possible, and all other work
         # waits for the token-wise pieces below.
         m = block.modulate(this_pass.modulation)
-        normed = fused.modulated_norm(x, m.scale_attn, m.shift_attn, block.eps)
+        normed = kernels.modulated_norm(x, m.scale_attn, m.shift_attn, block.eps)
         pace.small(normed)
         heads = queries_keys_values(block.self_attn, normed, this_pass.rope, pace)
         del normed
@@ -215,24 +190,21 @@ class Execution:
 TOKENS_ALIVE, TOKENS_ALIVE_SETTLED, TOKENS_ALIVE_OPERATIONS = 6.9, 5.9, 0.8
 
 
-def queries_keys_values(layer: SelfAttention, x: mx.array, rope: RopeTable, pace: Pacer) -> Projected:
-    """Same as `SelfAttention.queries_keys_values`, one after the other.
-
-    On CUDA a few keys and values may be added that weigh next to nothing (`cuda.attention.fill_last_tile`).
-    """
+def queries_keys_values(
+    layer: SelfAttention, x: mx.array, rope: RopeTable, pace: Pacer
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Same as `SelfAttention.queries_keys_values`, one after the other, with the last tile filled on CUDA."""
     # While values are computed, queries and keys are waited for: their sources are freed before attention.
-    q = fused.norm_and_rotate(layer.q(x), layer.norm_q.weight, layer.heads, rope, layer.eps)
+    q = kernels.norm_and_rotate(layer.q(x), layer.norm_q.weight, layer.heads, rope, layer.eps)
     fill = has_fused_kernel(q.dtype, q.shape[-1])
     pace(q)
     pace.settle()
-    k = fused.norm_and_rotate(layer.k(x), layer.norm_k.weight, layer.heads, rope, layer.eps)
-    if fill:
-        k = fill_last_tile(k)
+    k = kernels.norm_and_rotate(layer.k(x), layer.norm_k.weight, layer.heads, rope, layer.eps)
+    k = fill_last_tile(k) if fill else k
     pace.small(k)
     pace.settle()
     v = split_heads(layer.v(x), layer.heads)
-    if fill:
-        v = fill_last_tile(v)
+    v = fill_last_tile(v) if fill else v
     pace(v)
     pace.settle()
     return q, k, v
@@ -249,22 +221,19 @@ PIECE_TOKENS, PIECE_WIDE = 4.0, 0.75
 TOKENS_ALIVE_WHOLE, TOKENS_ALIVE_WHOLE_STREAMED, WHOLE_WIDE = 11.4, 9.1, 1.7
 
 
-def _after_attention(
-    block: Block,
-    m: Modulation,
-    pairs: Sequence[tuple[mx.array, mx.array]],
-    pace: Pacer,
-    pieces: list[mx.array],
-) -> mx.array:
+def _after_attention(block: Block, m: Modulation, pairs: Pairs, pace: Pacer, pieces: list[mx.array]) -> mx.array:
     """`Block.after_attention` for some tokens; ``pieces`` are x and the result of attention, and are emptied."""
     x, attended = pieces
     pieces.clear()
     norm3 = block.norm3
-    x, y = fused.add_and_norm(x, block.self_attn.o(attended), m.gate_attn, norm3.weight, norm3.bias, block.eps)
+    x, y = kernels.add_and_norm(x, block.self_attn.o(attended), m.gate_attn, norm3.weight, norm3.bias, block.eps)
     del attended
     pace.small(x, y)
-    cross = _cross_attention(block.cross_attn, y, pairs, pace)
-    x, y = fused.add_and_norm(x, cross, mx.ones_like(m.gate_ffn), m.scale_ffn, m.shift_ffn, block.eps)
+    attended = block.cross_attn.attend(y, pairs, partial(attention, pace=pace))
+    pace(attended)
+    cross = block.cross_attn.o(attended)
+    del attended
+    x, y = kernels.add_and_norm(x, cross, mx.ones_like(m.gate_ffn), m.scale_ffn, m.shift_ffn, block.eps)
     del cross
     pace(x, y)  # the widest arrays come next: all earlier ones are freed first
     pieces.append(y)
@@ -272,23 +241,14 @@ def _after_attention(
 
     def feed_forward(pieces: list[mx.array]) -> mx.array:
         up, _, down = block.ffn
-        y = down(fused.gelu_tanh(up(pieces.pop())))
+        y = down(kernels.gelu_tanh(up(pieces.pop())))
         pace(y)
         return y
 
     parts = token_parts(feed_forward, pieces, min(FEED_FORWARD_TOKENS, pace.tokens_at_once))
-    x = fused.gated_add(x, parts, m.gate_ffn)
+    x = kernels.gated_add(x, parts, m.gate_ffn)
     pace.submit(x)
     return x
-
-
-def _cross_attention(
-    layer: CrossAttention, x: mx.array, pairs: Sequence[tuple[mx.array, mx.array]], pace: Pacer
-) -> mx.array:
-    q = layer.queries(x)
-    attended = reduce(mx.add, (attention(q, k, v, pace) for k, v in pairs))  # sum() would add them to 0
-    pace(attended)
-    return layer.o(attended)
 
 
 def has_fused_kernel(dtype: mx.Dtype, head_dim: int) -> bool:
@@ -329,11 +289,10 @@ def in_token_chunks(
 ) -> mx.array:
     """``function(arrays)`` for a function that treats tokens (B, L, D) independently, ``at_once`` tokens at a time.
 
-    The function may empty its list of arrays (or slices), to release them early. It has its result computed by
-    ``pace(result)``.
+    The function may empty its list of arrays, to release them early, and calls ``pace`` with its result.
     """
     parts = token_parts(function, arrays, at_once)
-    whole = fused.joined(parts)
+    whole = kernels.joined(parts)
     if len(parts) > 1:
         pace.submit(whole)  # otherwise the parts would live until the next array is computed
     return whole
@@ -349,50 +308,22 @@ def token_parts(
     return [function([x[:, start : start + at_once] for x in arrays]) for start in range(0, length, at_once)]
 
 
+@dataclass(frozen=True)
 class StreamedTextEncoder:
-    """The umT5 encoder over weights that pass through memory block by block; called like `TextEncoder`.
+    """The umT5 encoder over weights that pass through memory block by block; called like `TextEncoder`."""
 
-    Args:
-        config: sizes.
-        embed: int32 ids (L,) → their rows of ``token_embedding.weight``, (L, dim).
-        blocks: called once per pass; yields the loaded blocks in order. All work with a block is done when the next
-            is requested.
-        norm_weight: (dim,).
-        dtype: of the computation, bfloat16 or float32.
-
-    Raises:
-        ValueError: another dtype.
-    """
-
-    def __init__(
-        self,
-        config: TextEncoderConfig,
-        embed: Callable[[np.ndarray], mx.array],
-        blocks: Callable[[], Iterable[EncoderBlock]],
-        norm_weight: mx.array,
-        dtype: mx.Dtype = mx.bfloat16,
-    ):
-        if dtype not in (mx.bfloat16, mx.float32):
-            raise ValueError(f"dtype is {dtype}, expected bfloat16 or float32 (umT5 overflows float16)")
-        self.config, self.dtype = config, dtype
-        self.embed, self.blocks, self.norm_weight = embed, blocks, norm_weight
+    config: TextEncoderConfig
+    embed: Callable[[np.ndarray], mx.array]  # ids, int32 (L,) → their rows of ``token_embedding.weight``, (L, dim)
+    blocks: Callable[[], Iterable[EncoderBlock]]  # in order; all work with one is done when the next is requested
+    norm_weight: mx.array  # (dim,)
 
     def __call__(self, ids: Sequence[Sequence[int]]) -> list[mx.array]:
-        """Encode several prompts in one pass over the weights; arguments, result and errors as for `TextEncoder`.
-
-        Raises:
-            WeightsError: ``blocks`` yields another number of blocks than the config's layers.
-        """
-        prompts = [checked_ids(prompt, self.config.vocab_size) for prompt in ids]
-        states = [self.embed(prompt).astype(self.dtype)[None] for prompt in prompts]
-        count = 0
+        """Encode several prompts in one pass over the weights; arguments, result and errors as for `TextEncoder`."""
+        states = [self.embed(checked_ids(prompt, self.config.vocab_size))[None] for prompt in ids]
         for block in self.blocks():
             states = [block(x) for x in states]
             mx.eval(states)
-            count += 1
-        if count != self.config.num_layers:
-            raise WeightsError(f"the text encoder was given {count} blocks, expected {self.config.num_layers}")
-        return [mx.fast.rms_norm(x, self.norm_weight.astype(self.dtype), self.config.eps)[0] for x in states]
+        return [mx.fast.rms_norm(x, self.norm_weight, self.config.eps)[0] for x in states]
 
 
 def encode_images(encoder: ImageEncoder, images: np.ndarray | mx.array) -> mx.array:

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from ..resize import resize_bicubic
 from .attention import attention
 from .configs import ImageEncoderConfig
-from .layers import Linear
+from .layers import Linear, chain
 
 # Mean of the RGB channels, in [0, 1], over CLIP's training images.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -58,10 +58,7 @@ class Block(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x + self.attn(self.norm1(x))
-        y = self.norm2(x)
-        for layer in self.mlp:
-            y = layer(y)
-        return x + y
+        return x + chain(self.norm2(x), self.mlp)
 
 
 class ImageEncoder(nn.Module):
@@ -78,35 +75,21 @@ class ImageEncoder(nn.Module):
         self.transformer = [Block(config) for _ in range(config.num_layers - 1)]
 
     def __call__(self, images: np.ndarray | mx.array) -> mx.array:
-        """Encode images, each resized to CLIP's square.
+        """Encode images (N, H, W, 3) in [-1, 1], each resized to CLIP's square → float32 (N, 257, dim).
 
-        Args:
-            images: (N, H, W, 3) float32 in [-1, 1], any size.
-
-        Returns:
-            float32 (N, 257, dim): the class token, then the patches row by row.
-
-        Raises:
-            ValueError: another shape.
+        The class token comes first, then the patches row by row. ValueError: another shape.
         """
-        x = self.embed(images)
-        for block in self.transformer:
-            x = block(x)
-        return x
+        return chain(self.embed(images), self.transformer)
 
     def embed(self, images: np.ndarray | mx.array) -> mx.array:
         """Images (N, H, W, 3) → class token and embedded patches, with their positions (N, 257, dim)."""
         if images.ndim != 4:
             raise ValueError(f"images have shape {tuple(images.shape)}, expected (N, H, W, 3)")
-        x = self._patches(preprocess(images, self.config.image_size))
-        x = mx.concatenate([mx.repeat(self.cls_embedding, x.shape[0], axis=0), x], axis=1)
+        n, size, patch = images.shape[0], self.config.image_size, self.config.patch_size
+        pixels = preprocess(images, size).reshape(n, size // patch, patch, size // patch, patch, 3).swapaxes(2, 3)
+        x = self.patch_embedding(mx.array(pixels.reshape(n, -1, 3 * patch**2)))
+        x = mx.concatenate([mx.repeat(self.cls_embedding, n, axis=0), x], axis=1)
         return self.pre_norm(x + self.pos_embedding)
-
-    def _patches(self, pixels: np.ndarray) -> mx.array:
-        """(N, size, size, 3) → (N, patches, dim)."""
-        n, size, patch = pixels.shape[0], self.config.image_size, self.config.patch_size
-        tiles = pixels.reshape(n, size // patch, patch, size // patch, patch, 3).swapaxes(2, 3)
-        return self.patch_embedding(mx.array(tiles.reshape(n, -1, 3 * patch**2)))
 
 
 def last_block_shapes(config: ImageEncoderConfig) -> dict[str, tuple[int, ...]]:

@@ -1,23 +1,26 @@
-"""Kernels for the transformer's norms and neighbouring operations, each in one pass over memory; MLX takes two to four.
+"""Functions of `layers` and `rope`, each by a kernel in one pass over memory where MLX's operations take two to four.
 
 The same source serves Metal and CUDA: a group of 32 threads (a simdgroup, a warp) takes one row, which stays in
 registers. Statistics and arithmetic are float32, and only the result is rounded.
 
-A kernel is used after its results on this machine match MLX's operations, on a few rows of the wanted width
-(`usable`); otherwise, and on the CPU, callers use the operations.
+A kernel is used after its results on this machine match MLX's operations, on a few rows of the wanted width; otherwise,
+and on the CPU, the plain function is. Kernels have no gradient, so the networks call the plain functions, and
+`execution` calls these.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+
+from . import layers, rope
 
 log = logging.getLogger(__name__)
 
@@ -143,40 +146,6 @@ EACH WRITE(out, start + c) = kept[i];
 """
 
 
-def usable(kernel: Callable, x: mx.array, *vectors: mx.array, **constants: int) -> bool:
-    """Whether a kernel works for ``x`` with ``vectors`` of one value per channel.
-
-    ``constants``: the kernel's other compile-time constants, by name.
-    """
-    channels = x.shape[-1]
-    if mx.default_device() != mx.gpu or x.dtype not in TOLERANCE or channels % 4:
-        return False
-    return all(vector.size == channels for vector in vectors) and agrees(kernel, x.dtype, channels, **constants)
-
-
-def off() -> bool:
-    """Whether the user has turned the kernels off."""
-    return os.environ.get(SWITCH) == "0"
-
-
-@lru_cache(maxsize=64)
-def agrees(kernel: Callable, dtype: mx.Dtype, channels: int, **constants: int) -> bool:
-    """Whether a kernel's results match MLX's on this GPU, for a few rows; computed once."""
-    if off():
-        return False
-    what = f"MLX's own operations are used, which is slower: {kernel.__name__} for {channels} channels of {dtype}"
-    try:
-        pairs = list(TRIALS[kernel](dtype, channels, **constants))
-        errors = [float(mx.abs(got.astype(mx.float32) - wanted).max()) for got, wanted in pairs]
-    except (RuntimeError, ValueError) as error:
-        log.warning("%s does not run here (%s)", what, error)
-        return False
-    good = all(error <= TOLERANCE[dtype] for error in errors)  # False for NaN
-    if not good:
-        log.warning("%s is off by %g here", what, max(errors))
-    return good
-
-
 @lru_cache(maxsize=32)
 def _made(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], steps: str, eps: float) -> Callable:
     backend = "metal" if mx.metal.is_available() else "cuda"
@@ -203,101 +172,124 @@ def _run(
     )
 
 
-def layer_norm(x: mx.array, scale: mx.array, shift: mx.array, eps: float) -> mx.array:
-    """LayerNorm over the last axis times ``scale`` plus ``shift``, float32 (C,), in x's dtype."""
-    inputs = {"x": x, "scale": scale, "shift": shift}
+class Fused:
+    """Calls a kernel where this machine can use it for the arguments, else the ``plain`` function of the same ones."""
+
+    def __init__(self, kernel: Callable, plain: Callable):
+        self.kernel, self.plain, self.__name__ = kernel, plain, kernel.__name__
+        self.parameters = tuple(inspect.signature(kernel).parameters)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return (self.kernel if self.usable(*arguments) else self.plain)(*arguments)
+
+    def usable(self, *arguments: Any) -> bool:
+        """Whether the kernel takes these arguments, x (B, L, D) first, and is right."""
+        given = dict(zip(self.parameters, arguments, strict=True))
+        x, parts = given["x"], len(given.get("parts", "1"))
+        channels = x.shape[-1]
+        head_dim = channels // given["heads"] if "heads" in given else 128
+        return (
+            mx.default_device() == mx.gpu
+            and x.dtype in TOLERANCE
+            and channels % 4 == head_dim % 8 == 0
+            and all(given[name].size == channels for name in VECTORS & given.keys())
+            and (parts == 1 or x.shape[0] == 1)
+            and agrees(self, x.dtype, channels, parts, head_dim)
+        )
+
+
+# Arguments of which a kernel takes one value per channel, for all samples alike.
+VECTORS = {"gate", "scale", "shift", "weight"}
+
+
+def with_kernel(plain: Callable) -> Callable[[Callable], Fused]:
+    """Decorates a kernel, with the function that computes the same by MLX's operations."""
+    return lambda kernel: Fused(kernel, plain)
+
+
+def off() -> bool:
+    """Whether the user has turned the kernels off."""
+    return os.environ.get(SWITCH) == "0"
+
+
+@lru_cache(maxsize=64)
+def agrees(fused: Fused, dtype: mx.Dtype, channels: int, parts: int = 3, head_dim: int = 128) -> bool:
+    """Whether a kernel's results match MLX's on this GPU, for a few rows; computed once."""
+    if off():
+        return False
+    said = f"MLX's own operations are used, which is slower: {fused.__name__} for {channels} channels of {dtype}"
+    rows = 8 * parts - 1
+    x, y = (2.5 * mx.random.normal((2, 1, rows, channels), key=mx.random.key(0))).astype(dtype)
+    gate, scale, shift = mx.random.uniform(-1, 1, (3, channels), key=mx.random.key(1))
+    values = {
+        "x": x, "y": y, "parts": [y[:, start : start + 8] for start in range(0, rows, 8)],
+        "gate": gate, "scale": scale, "shift": shift, "weight": scale, "eps": 1e-6,
+        "heads": channels // head_dim, "table": rope.rope_table((rows, 1, 1), head_dim),
+    }  # fmt: skip
+    arguments = [values[name] for name in fused.parameters]
+    try:
+        results = zip(_listed(fused.kernel(*arguments)), _listed(fused.plain(*arguments)), strict=True)
+        errors = [float(mx.abs(got.astype(mx.float32) - wanted.astype(mx.float32)).max()) for got, wanted in results]
+    except (RuntimeError, ValueError) as error:
+        log.warning("%s does not run here (%s)", said, error)
+        return False
+    good = all(error <= TOLERANCE[dtype] for error in errors)  # False for NaN
+    if not good:
+        log.warning("%s is off by %g here", said, max(errors))
+    return good
+
+
+def _listed(results: mx.array | Sequence[mx.array]) -> Sequence[mx.array]:
+    return [results] if isinstance(results, mx.array) else results
+
+
+@with_kernel(layers.modulated_norm)
+def modulated_norm(x, scale, shift, eps):
+    inputs = {"x": x, "scale": scale.flatten(), "shift": shift.flatten()}
     return _run("layer_norm", READ + LAYER_NORM, eps, inputs)[0]
 
 
-def _try_layer_norm(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
-    x, (scale, shift) = _rows(dtype, channels), _vectors(2, channels)
-    yield layer_norm(x, scale, shift, 1e-6), mx.fast.layer_norm(x.astype(mx.float32), scale, shift, 1e-6)
-
-
-def gated_add(x: mx.array, parts: Sequence[mx.array], gate: mx.array) -> mx.array:
-    """``x + y * gate``, x and y of one dtype, gate float32 (C,).
-
-    ``parts``: y, or consecutive rows of it, equally many in each part but the last; they need not be joined.
-    """
+@with_kernel(lambda x, parts, gate: layers.gated_add(x, joined(parts), gate))
+def gated_add(x, parts, gate):
+    """`layers.gated_add` of x (B, L, D) and parts along L, all but the last equally long, which stay apart."""
     names, rows = [f"y{i}" for i in range(len(parts))], parts[0].size // x.shape[-1]
     choose = "".join(f"row / ROWS == {i} ? {name} : " for i, name in enumerate(names[:-1])) + names[-1]
     y_parts = f"const size_t y_start = row % ROWS * C;\nconst DEVICE T* y = {choose};"
-    inputs = {"x": x, **dict(zip(names, parts, strict=True)), "gate": gate}
+    inputs = {"x": x, **dict(zip(names, parts, strict=True)), "gate": gate.flatten()}
     return _run(f"gated_add_{len(parts)}", y_parts + READ_SUM + WRITE_SUM, 0.0, inputs, ("total",), ROWS=rows)[0]
 
 
-def _try_gated_add(dtype: mx.Dtype, channels: int, parts: int = 1) -> Iterator[tuple[mx.array, mx.array]]:
-    rows = 3 * parts - 1
-    x, y, (gate,) = _rows(dtype, channels, 0, rows), _rows(dtype, channels, 1, rows), _vectors(1, channels)
-    pieces = [y[:, i : i + 3] for i in range(0, rows, 3)]
-    yield gated_add(x, pieces, gate), x.astype(mx.float32) + y.astype(mx.float32) * gate
+def _add_and_norm(x, y, gate, scale, shift, eps):
+    total = layers.gated_add(x, y, gate)
+    return total, layers.modulated_norm(total, scale, shift, eps)
 
 
-def add_and_norm(
-    x: mx.array, y: mx.array, gate: mx.array, scale: mx.array, shift: mx.array, eps: float
-) -> list[mx.array]:
-    """``x + y * gate``, x and y of one dtype, gate float32 (C,), and its `layer_norm`."""
-    inputs = {"x": x, "y": y, "gate": gate, "scale": scale, "shift": shift}
-    return _run("add_and_norm", Y_WHOLE + READ_SUM + WRITE_SUM + LAYER_NORM, eps, inputs, ("total", "out"))
+@with_kernel(_add_and_norm)
+def add_and_norm(x, y, gate, scale, shift, eps):
+    """`layers.gated_add`, and the `layers.modulated_norm` of its result."""
+    vectors = {"gate": gate.flatten(), "scale": scale.flatten(), "shift": shift.flatten()}
+    steps = Y_WHOLE + READ_SUM + WRITE_SUM + LAYER_NORM
+    return _run("add_and_norm", steps, eps, {"x": x, "y": y, **vectors}, ("total", "out"))
 
 
-def _try_add_and_norm(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
-    x, y, (gate, scale, shift) = _rows(dtype, channels), _rows(dtype, channels, 1), _vectors(3, channels)
-    total = (x.astype(mx.float32) + y.astype(mx.float32) * gate).astype(dtype).astype(mx.float32)
-    wanted = total, mx.fast.layer_norm(total, scale, shift, 1e-6)
-    yield from zip(add_and_norm(x, y, gate, scale, shift, 1e-6), wanted, strict=True)
+@with_kernel(rope.norm_and_rotate)
+def norm_and_rotate(x, weight, heads, table, eps):
+    length, channels = x.shape[1:]
+    cosines, sines = (part.reshape(length, -1) for part in table)
+    inputs = {"x": x, "weight": weight.astype(mx.float32), "cosines": cosines, "sines": sines}
+    steps = READ_PAIRS + ROOT_MEAN_SQUARE + SCALE_AND_ROTATE
+    return _run("rms_norm_and_rotate", steps, eps, inputs, HEAD=channels // heads)[0].reshape(*x.shape[:2], heads, -1)
 
 
-def rms_norm_and_rotate(
-    x: mx.array, weight: mx.array, eps: float, cosines: mx.array, sines: mx.array, head_dim: int
-) -> mx.array:
-    """RMS norm of x (B, L, D) over D times ``weight``, float32 (D,), then rotary positions of every head.
-
-    Each head's channels are in halves. ``cosines`` are float32 (L, head_dim / 2), ``sines`` (L, head_dim), negative for
-    the first half.
-    """
-    inputs = {"x": x, "weight": weight, "cosines": cosines, "sines": sines}
-    return _run("rms_norm_and_rotate", READ_PAIRS + ROOT_MEAN_SQUARE + SCALE_AND_ROTATE, eps, inputs, HEAD=head_dim)[0]
-
-
-def _try_rms_norm_and_rotate(
-    dtype: mx.Dtype, channels: int, head_dim: int = 128
-) -> Iterator[tuple[mx.array, mx.array]]:
-    x, (weight,), angles = _rows(dtype, channels), _vectors(1, channels), mx.arange(TRIED * head_dim / 2)
-    cosines, sines = (f(angles).reshape(TRIED, 1, -1) for f in (mx.cos, mx.sin))
-    normed = mx.fast.rms_norm(x.astype(mx.float32), weight, 1e-6).reshape(TRIED, -1, head_dim)
-    a, b = mx.split(normed, 2, axis=-1)
-    wanted = mx.concatenate([a * cosines - b * sines, b * cosines + a * sines], axis=-1).reshape(x.shape)
-    signed = mx.concatenate([-sines, sines], axis=-1).reshape(TRIED, -1)
-    yield rms_norm_and_rotate(x, weight, 1e-6, cosines.reshape(TRIED, -1), signed, head_dim), wanted
-
-
-def gelu_tanh(x: mx.array) -> mx.array:
-    """tanh-approximated GELU."""
+@with_kernel(layers.gelu_tanh)
+def gelu_tanh(x):
     row = math.gcd(x.shape[-1], 512)  # elementwise, so any row length works; short rows use more groups
     return _run("gelu_tanh", READ + GELU, 0.0, {"x": x.reshape(-1, row)})[0].reshape(x.shape)
 
 
-def _try_gelu_tanh(dtype: mx.Dtype, channels: int) -> Iterator[tuple[mx.array, mx.array]]:
-    x = 4 * _rows(dtype, channels)
-    yield gelu_tanh(x), nn.gelu_approx(x.astype(mx.float32))
+KERNELS = (modulated_norm, gated_add, add_and_norm, norm_and_rotate, gelu_tanh)
 
 
-TRIED = 7  # rows
-
-
-def _rows(dtype: mx.Dtype, channels: int, seed: int = 0, rows: int = TRIED) -> mx.array:
-    return mx.random.normal((1, rows, channels), key=mx.random.key(seed)).astype(dtype)
-
-
-def _vectors(count: int, channels: int) -> mx.array:
-    return mx.random.normal((count, channels), key=mx.random.key(2))
-
-
-TRIALS = {
-    layer_norm: _try_layer_norm,
-    gated_add: _try_gated_add,
-    add_and_norm: _try_add_and_norm,
-    rms_norm_and_rotate: _try_rms_norm_and_rotate,
-    gelu_tanh: _try_gelu_tanh,
-}
+def joined(parts: Sequence[mx.array]) -> mx.array:
+    """Parts of tokens (B, L, D) as one array."""
+    return parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import reduce
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -35,6 +38,11 @@ class Embedding(nn.Embedding):
     def __init__(self, count: int, dim: int):
         nn.Module.__init__(self)
         self.weight = mx.zeros((count, dim))
+
+
+def chain(x: mx.array, layers: Iterable[Callable]) -> mx.array:
+    """x through the layers, one after the other."""
+    return reduce(lambda x, layer: layer(x), layers, x)
 
 
 @mx.compile

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import mlx.nn as nn
@@ -14,12 +13,8 @@ from .transformer import Transformer
 from .vace import VaceTransformer
 from .vae import VAE
 
-TRANSFORMERS: dict[str, type[Transformer]] = {
-    "t2v": Transformer,
-    "i2v": Transformer,
-    "flf2v": Transformer,
-    "vace": VaceTransformer,
-}
+TRANSFORMERS = {"t2v": Transformer, "i2v": Transformer, "flf2v": Transformer, "vace": VaceTransformer}
+NETWORKS = {TextEncoderConfig: TextEncoder, VAEConfig: VAE, ImageEncoderConfig: ImageEncoder}
 
 
 def new_transformer(config: TransformerConfig) -> Transformer:
@@ -27,14 +22,6 @@ def new_transformer(config: TransformerConfig) -> Transformer:
     return TRANSFORMERS[config.model_type](config)
 
 
-NETWORKS: dict[type, Callable[[Any], nn.Module]] = {
-    TransformerConfig: new_transformer,
-    TextEncoderConfig: TextEncoder,
-    VAEConfig: VAE,
-    ImageEncoderConfig: ImageEncoder,
-}
-
-
 def new_network(config: Any) -> nn.Module:
     """The network of these sizes, without weights."""
-    return NETWORKS[type(config)](config)
+    return new_transformer(config) if isinstance(config, TransformerConfig) else NETWORKS[type(config)](config)

@@ -13,28 +13,18 @@ THETA = 10000.0
 RopeTable = tuple[mx.array, mx.array]
 
 
-def axis_dims(head_dim: int) -> tuple[int, int, int]:
-    """Channels of a head that rotate with time, height and width; the remainder goes to time."""
-    spatial = 2 * (head_dim // 6)
-    return head_dim - 2 * spatial, spatial, spatial
-
-
 @lru_cache(maxsize=4)
 def rope_table(grid: tuple[int, int, int], head_dim: int) -> RopeTable:
     """Cosines and sines for every token of a patch grid.
 
     Built in float64: at hundreds of positions, float32 angles are already visibly wrong.
 
-    Args:
-        grid: patches along (time, height, width).
-        head_dim: channels of one head.
-
     Returns:
         cosines (L, 1, 1, head_dim / 2) and signed sines (L, 1, 2, head_dim / 2), float32: for every pair of channels
         (a, b) its angle's cosine, and (-sine, sine). Tokens are in (time, height, width) order.
     """
-    angles = []
-    for axis, dim in enumerate(axis_dims(head_dim)):
+    angles, spatial = [], 2 * (head_dim // 6)  # channels that rotate with height, and with width
+    for axis, dim in enumerate((head_dim - 2 * spatial, spatial, spatial)):
         frequency = THETA ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
         angle = np.outer(np.arange(grid[axis], dtype=np.float64), frequency)
         shape = [1, 1, 1, dim // 2]
@@ -75,15 +65,8 @@ def scale_and_rotate(x: mx.array, scale: mx.array, table: RopeTable) -> mx.array
     """Apply the query/key norm's weight and the rotation in one pass, computed in float32.
 
     A pair (a, b) becomes (a cos - b sin, b cos + a sin): the pair times the cosine plus the swapped pair times
-    (-sin, sin). The swap is a view, so nothing is copied.
-
-    Args:
-        x: (B, L, heads, head_dim), each head's channels in halves (see `row_order`).
-        scale: (heads, head_dim), likewise.
-        table: from `rope_table`.
-
-    Returns:
-        (B, L, heads, head_dim) in x's dtype.
+    (-sin, sin). The swap is a view, so nothing is copied. x is (B, L, heads, head_dim), each head's channels in halves
+    (see `row_order`), and scale (heads, head_dim) likewise.
     """
     pairs, scales = x.reshape(*x.shape[:-1], 2, -1), scale.reshape(*scale.shape[:-1], 2, -1)
     return _rotate(pairs, pairs[..., ::-1, :], scales, scales[..., ::-1, :], *table).reshape(x.shape)

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .configs import TEXT_LEN, TextEncoderConfig
-from .layers import Embedding, Linear
+from .layers import Embedding, Linear, chain
 
 
 @mx.compile
@@ -60,8 +60,7 @@ class Attention(nn.Module):
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         self.heads = config.num_heads
-        for name in ("q", "k", "v"):
-            setattr(self, name, Linear(config.dim, config.dim_attn, bias=False))
+        self.q, self.k, self.v = (Linear(config.dim, config.dim_attn, bias=False) for _ in range(3))
         self.o = Linear(config.dim_attn, config.dim, bias=False)
 
     def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
@@ -112,34 +111,19 @@ class TextEncoder(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.eps)
 
     def __call__(self, ids: Sequence[Sequence[int]]) -> list[mx.array]:
-        """Encode several prompts.
-
-        Args:
-            ids: the ids of each prompt, not padded.
-
-        Returns:
-            One (L, dim) array per prompt, L its number of ids, in the weights' dtype.
+        """Encode prompts, given the ids of each, not padded → an array (L, dim) of each, in the weights' dtype.
 
         Raises:
             ValueError: a prompt without ids, or an id outside the vocabulary.
         """
         # Each prompt is computed alone at its true length. The official code pads to 512, gives padded keys the lowest
         # float as score, so zero weight, and drops padded rows at the end: the result is the same.
-        encoded = []
-        for prompt in ids:
-            x = self.token_embedding(mx.array(checked_ids(prompt, self.config.vocab_size)))[None]
-            for block in self.blocks:
-                x = block(x)
-            encoded.append(self.norm(x)[0])
-        return encoded
+        prompts = (mx.array(checked_ids(prompt, self.config.vocab_size)) for prompt in ids)
+        return [self.norm(chain(self.token_embedding(prompt)[None], self.blocks))[0] for prompt in prompts]
 
 
 def checked_ids(prompt: Sequence[int], vocab_size: int) -> np.ndarray:
-    """The ids of a prompt, int32 (L,).
-
-    Raises:
-        ValueError: it is empty, or an id is outside the vocabulary.
-    """
+    """The ids of a prompt, int32 (L,); ValueError if there is none, or one outside the vocabulary."""
     ids = np.asarray(prompt, dtype=np.int32)
     if ids.ndim != 1 or not ids.size:
         raise ValueError(f"a prompt has ids of shape {ids.shape}, expected (L,) with L at least 1")
@@ -149,11 +133,7 @@ def checked_ids(prompt: Sequence[int], vocab_size: int) -> np.ndarray:
 
 
 def pad_context(embedding: mx.array, text_len: int = TEXT_LEN) -> mx.array:
-    """(L, dim) → (1, text_len, dim), zero-padded for the transformer's cross-attention.
-
-    Raises:
-        ValueError: L is above ``text_len``.
-    """
+    """(L, dim) → (1, text_len, dim), zero-padded for the transformer's cross-attention; ValueError if L is above."""
     length = embedding.shape[0]
     if length > text_len:
         raise ValueError(f"the text has {length} tokens, expected at most {text_len}")

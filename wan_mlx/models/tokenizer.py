@@ -32,10 +32,7 @@ def clean(text: str) -> str:
 
 
 class Tokenizer:
-    """umT5's tokenizer.
-
-    Args:
-        model: a sentencepiece model file, a folder that holds ``spiece.model``, or the serialized model itself.
+    """umT5's tokenizer, of a sentencepiece model file, a folder with ``spiece.model``, or the serialized model itself.
 
     Raises:
         WeightsError: the file does not exist, or is not a sentencepiece model with an end-of-sequence token.
@@ -43,17 +40,20 @@ class Tokenizer:
 
     def __init__(self, model: str | Path | bytes):
         name, data = ("the given bytes", model) if isinstance(model, bytes) else _read(Path(model))
-        self.pieces = SentencePieceProcessor()
+        self.pieces = pieces = SentencePieceProcessor()
         try:
-            self.pieces.load_from_serialized_proto(data)
+            pieces.load_from_serialized_proto(data)
         except RuntimeError as error:
             raise WeightsError(
                 f"{name}: not a sentencepiece model ({len(data)} bytes), expected umT5's {MODEL_FILE}"
             ) from error
-        self.eos_id, self.unk_id = self.pieces.eos_id(), self.pieces.unk_id()
+        self.eos_id, self.unk_id = pieces.eos_id(), pieces.unk_id()
         if self.eos_id < 0:
             raise WeightsError(f"{name}: has no end-of-sequence token, expected umT5's {MODEL_FILE}")
-        self.special_ids = self._special_ids()
+        named = (pieces.pad_id(), self.eos_id, pieces.bos_id(), self.unk_id)
+        last = pieces.get_piece_size() + EXTRA_IDS - 1
+        self.special_ids = {pieces.id_to_piece(i): i for i in named if i >= 0}
+        self.special_ids |= {f"<extra_id_{n}>": last - n for n in range(EXTRA_IDS)}
         self.special_pattern = re.compile(f"({'|'.join(map(re.escape, self.special_ids))})")
 
     def __call__(self, text: str, max_length: int = 512) -> list[int]:
@@ -69,16 +69,9 @@ class Tokenizer:
             raise ValueError(f"max_length is {max_length}, expected at least 1")
         ids = []
         for index, part in enumerate(self.special_pattern.split(clean(text))):
-            is_special = index % 2 == 1  # split() puts matches of the pattern's group at odd places
-            ids += [self.special_ids[part]] if is_special else self._encode(part)
+            # split() puts matches of the pattern's group at odd places
+            ids += [self.special_ids[part]] if index % 2 else self._encode(part)
         return [*ids[: max_length - 1], self.eos_id]
-
-    def _special_ids(self) -> dict[str, int]:
-        pieces = self.pieces
-        named = (pieces.pad_id(), pieces.eos_id(), pieces.bos_id(), pieces.unk_id())
-        last = pieces.get_piece_size() + EXTRA_IDS - 1
-        extra = {f"<extra_id_{n}>": last - n for n in range(EXTRA_IDS)}
-        return {pieces.id_to_piece(i): i for i in named if i >= 0} | extra
 
     def _encode(self, text: str) -> list[int]:
         """Ids of text without special tokens. A space beside a special token stays: a word start without a word."""

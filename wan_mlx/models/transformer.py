@@ -4,22 +4,23 @@ Follows the official ``wan/modules/model.py``. Parameter names are the official 
 weights' dtype; the time path, modulation, norms' statistics, the patch embedding and the head are float32.
 
 Everything here is a function of arrays: it can be differentiated, compiled and compared with the paper.
-`wan_mlx.models.execution` decides how it runs on a machine: in how many pieces and with which kernels.
+`wan_mlx.models.execution` decides how it runs on a machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .attention import CrossAttention, SelfAttention, attention
+from .attention import CrossAttention, Pairs, SelfAttention, attention
 from .configs import TransformerConfig
-from .layers import AffineNorm, Linear, gated_add, gelu_tanh, modulated_norm
+from .layers import AffineNorm, Linear, chain, gated_add, gelu_tanh, modulated_norm
 from .rope import RopeTable, rope_table
 
 # Attributes that are lists of blocks, in all transformers.
@@ -29,10 +30,7 @@ FLOAT32_PARAMETERS = r"(^|.*\.)(time_\w+|\w*patch_embedding|head|modulation|norm
 
 
 class Modulation(NamedTuple):
-    """The timestep's effect on one block: shift, scale and gate of self-attention and of the feed-forward.
-
-    Each is float32 (B, 1, D). Scales multiply a norm's result.
-    """
+    """The timestep's effect on one block, each float32 (B, 1, D); scales multiply a norm's result."""
 
     shift_attn: mx.array
     scale_attn: mx.array
@@ -68,15 +66,11 @@ class Block(nn.Module):
         pairs = self.cross_attn.keys_values(context, image_context)
         return self.after_attention(x, attention(q, k, v), m, pairs)
 
-    def after_attention(
-        self, x: mx.array, attended: mx.array, m: Modulation, pairs: Sequence[tuple[mx.array, mx.array]]
-    ) -> mx.array:
+    def after_attention(self, x: mx.array, attended: mx.array, m: Modulation, pairs: Pairs) -> mx.array:
         """The rest of the block, token by token: x and the attention result (B, L, D) → (B, L, D)."""
         x = gated_add(x, self.self_attn.o(attended), m.gate_attn)
         x = x + self.cross_attn(self.norm3(x), pairs)
-        y = modulated_norm(x, m.scale_ffn, m.shift_ffn, self.eps)
-        for layer in self.ffn:
-            y = layer(y)
+        y = chain(modulated_norm(x, m.scale_ffn, m.shift_ffn, self.eps), self.ffn)
         return gated_add(x, y, m.gate_ffn)
 
     def modulate(self, modulation: mx.array) -> Modulation:
@@ -108,14 +102,9 @@ class ImageEmbedding(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        width = config.image_dim
-        self.proj: list[Any] = [
-            nn.LayerNorm(width),
-            Linear(width, width),
-            nn.gelu,
-            Linear(width, config.dim),
-            nn.LayerNorm(config.dim),
-        ]
+        width, dim = config.image_dim, config.dim
+        wide: list[Any] = [nn.LayerNorm(width), Linear(width, width), nn.gelu]
+        self.proj = [*wide, Linear(width, dim), nn.LayerNorm(dim)]
         if config.model_type == "flf2v":
             self.emb_pos = mx.zeros((1, 2 * 257, width))
 
@@ -123,32 +112,21 @@ class ImageEmbedding(nn.Module):
         x = features.astype(mx.float32)
         if "emb_pos" in self:
             x = x.reshape(-1, 2 * features.shape[1], features.shape[2]) + self.emb_pos
-        for layer in self.proj:
-            x = layer(x)
-        return x
+        return chain(x, self.proj)
 
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Values that stay the same in one forward pass, from the first block to the head.
+    """Values that stay the same in one forward pass, from the first block to the head."""
 
-    Attributes:
-        grid: patches along (time, height, width).
-        time: the time embedding, float32 (B, D).
-        modulation: the time projection that modulates the blocks, float32 (B, 6, D).
-        context, image_context: text and CLIP features with the transformer's width (B, length, D).
-        rope: from `rope_table`.
-        vace_context, vace_scale: latents of VACE's control video and the strength of its hints.
-    """
-
-    grid: tuple[int, int, int]
-    time: mx.array
-    modulation: mx.array
-    context: mx.array
-    image_context: mx.array | None
+    grid: tuple[int, int, int]  # patches along (time, height, width)
+    time: mx.array  # the time embedding, float32 (B, D)
+    modulation: mx.array  # its projection for the blocks, float32 (B, 6, D)
+    context: mx.array  # text with the transformer's width (B, length, D)
+    image_context: mx.array | None  # CLIP features, likewise
     rope: RopeTable
-    vace_context: mx.array | None = None
-    vace_scale: float = 1.0
+    vace_context: mx.array | None = None  # latents of VACE's control video
+    vace_scale: float = 1.0  # strength of its hints
 
     @property
     def for_blocks(self) -> tuple[mx.array, mx.array, mx.array | None, RopeTable]:
@@ -187,30 +165,24 @@ class Transformer(nn.Module):
         latents: mx.array,
         timestep: float | Sequence[float],
         context: mx.array,
-        condition: mx.array | None = None,
-        image_features: mx.array | None = None,
+        *conditions: Any,
         through: BlocksHook | None = None,
         skip_layers: Collection[int] = (),
+        **named: Any,
     ) -> mx.array:
-        """Predict the velocity (noise minus clean latents).
+        """Predict the velocity (noise minus clean latents), float32 (B, t, h, w, out_dim).
 
         Args:
-            latents: (B, t, h, w, out_dim), h and w even.
-            timestep: in [0, 1000], one for all samples or one for each.
-            context: (B, text_len, text_dim), text embeddings zero-padded to ``text_len`` rows; the zero rows count.
-            condition: (B, t, h, w, in_dim - out_dim), for image-conditioned models.
-            image_features: CLIP features, for image-conditioned models.
+            latents, timestep, context, conditions, named: as for `enter`.
             through: called in place of the blocks; may run them.
-            skip_layers: numbers of the blocks to leave out, from 0.
-
-        Returns:
-            float32 (B, t, h, w, out_dim).
+            skip_layers: numbers of the blocks to leave out, from 0; VACE's hints stay.
 
         Raises:
             ValueError: an argument has the wrong shape.
         """
-        x, this_pass = self.enter(latents, timestep, context, condition, image_features)
-        return self.leave(self._blocks(x, this_pass, through, skip_layers), this_pass)
+        x, this_pass = self.enter(latents, timestep, context, *conditions, **named)
+        run_blocks = partial(self.run_blocks, this_pass=this_pass, skip_layers=skip_layers)
+        return self.leave(run_blocks(x) if through is None else through(x, this_pass, run_blocks), this_pass)
 
     def enter(
         self,
@@ -220,35 +192,43 @@ class Transformer(nn.Module):
         condition: mx.array | None = None,
         image_features: mx.array | None = None,
     ) -> tuple[mx.array, ForwardPass]:
-        """Everything before the blocks: arguments of a call → tokens (B, L, D), and the values of this pass."""
+        """Everything before the blocks: tokens (B, L, D), and the values of this pass.
+
+        Args:
+            latents: (B, t, h, w, out_dim), h and w even.
+            timestep: in [0, 1000], one for all samples or one for each.
+            context: (B, text_len, text_dim), text embeddings zero-padded to ``text_len`` rows; the zero rows count.
+            condition: (B, t, h, w, in_dim - out_dim), for image-conditioned models.
+            image_features: CLIP features, for image-conditioned models.
+        """
         self._check(latents, context, condition, image_features)
         if condition is not None:
             latents = mx.concatenate([latents, condition.astype(latents.dtype)], axis=-1)
         x, grid = self.patchify(latents, self.patch_embedding)
-        time, modulation = self.embed_time(timestep)
-        text, image = self.embed_context(context, image_features)
+        time = chain(mx.array(sinusoid(np.atleast_1d(timestep), self.config.freq_dim)), self.time_embedding)
+        modulation = chain(time, self.time_projection).reshape(-1, 6, self.config.dim)
+        text = chain(context.astype(self.dtype), self.text_embedding)
+        image = None if image_features is None else self.img_emb(image_features).astype(self.dtype)
         return x, ForwardPass(grid, time, modulation, text, image, rope_table(grid, self.config.head_dim))
 
     def leave(self, x: mx.array, this_pass: ForwardPass) -> mx.array:
         """Everything after the blocks: tokens (B, L, D) → velocity, float32 (B, t, h, w, out_dim)."""
         return self.unpatchify(self.head(x, this_pass.time), this_pass.grid)
 
-    def _blocks(self, x, this_pass, through, skip_layers):
-        def run_blocks(x: mx.array) -> mx.array:
-            return self.run_blocks(x, this_pass, skip_layers)
-
-        return run_blocks(x) if through is None else through(x, this_pass, run_blocks)
-
     def run_blocks(self, x: mx.array, this_pass: ForwardPass, skip_layers: Collection[int] = ()) -> mx.array:
         """Tokens (B, L, D) through the blocks."""
-        for layer, block in enumerate(self.blocks):
-            if layer not in skip_layers:
-                x = block(x, *this_pass.for_blocks)
+        for block in map(self.block, self.block_order(skip_layers)):
+            x = block(x, *this_pass.for_blocks)
         return x
 
     def block_order(self, skip_layers: Collection[int] = ()) -> list[str]:
-        """Names of the blocks in an order in which they can run one after the other."""
+        """Names of the blocks, in the order in which they run."""
         return [f"blocks.{layer}" for layer in range(self.config.num_layers) if layer not in skip_layers]
+
+    def block(self, name: str) -> Block:
+        """The block of this name."""
+        kind, index = name.split(".")
+        return self[kind][int(index)]
 
     @staticmethod
     def new_block(config: TransformerConfig, name: str) -> Block:
@@ -283,24 +263,6 @@ class Transformer(nn.Module):
         pt, ph, pw = self.config.patch_size
         x = x.reshape(x.shape[0], *grid, pt, ph, pw, self.config.out_dim).transpose(0, 1, 4, 2, 5, 3, 6, 7)
         return x.reshape(x.shape[0], grid[0] * pt, grid[1] * ph, grid[2] * pw, self.config.out_dim)
-
-    def embed_time(self, timestep: float | Sequence[float]) -> tuple[mx.array, mx.array]:
-        """Timestep → its embedding (B, D) and the blocks' modulation (B, 6, D), float32."""
-        time = mx.array(sinusoid(np.atleast_1d(timestep), self.config.freq_dim))
-        for layer in self.time_embedding:
-            time = layer(time)
-        modulation = time
-        for layer in self.time_projection:
-            modulation = layer(modulation)
-        return time, modulation.reshape(-1, 6, self.config.dim)
-
-    def embed_context(self, context: mx.array, image_features: mx.array | None) -> tuple[mx.array, mx.array | None]:
-        """Text and CLIP embeddings with the transformer's width."""
-        text = context.astype(self.dtype)
-        for layer in self.text_embedding:
-            text = layer(text)
-        image = None if image_features is None else self.img_emb(image_features).astype(self.dtype)
-        return text, image
 
 
 def sinusoid(position: np.ndarray, dim: int) -> np.ndarray:

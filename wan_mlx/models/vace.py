@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from .configs import TransformerConfig
 from .layers import Linear, gated_add
-from .transformer import Block, BlocksHook, ForwardPass, Transformer
+from .transformer import Block, ForwardPass, Transformer
 
 
 class VaceBlock(Block):
@@ -40,37 +40,7 @@ class VaceTransformer(Transformer):
             return Transformer.new_block(config, name)
         return VaceBlock(config, first=name == "vace_blocks.0")
 
-    def __call__(  # type: ignore[override]  # other conditions than the plain transformer's
-        self,
-        latents: mx.array,
-        timestep: float | Sequence[float],
-        context: mx.array,
-        vace_context: mx.array,
-        vace_scale: float = 1.0,
-        through: BlocksHook | None = None,
-        skip_layers: Collection[int] = (),
-    ) -> mx.array:
-        """Predict the velocity (noise minus clean latents).
-
-        Args:
-            latents: (B, t, h, w, out_dim), h and w even; t counts the frames of reference images too.
-            timestep: in [0, 1000], one for all samples or one for each.
-            context: (B, text_len, text_dim), text embeddings zero-padded to ``text_len`` rows; the zero rows count.
-            vace_context: (B, t, h, w, vace_in_dim), latents of the control video and its mask.
-            vace_scale: strength of the hints; 0 equals the transformer without VACE.
-            through: called in place of the blocks, VACE's included; may run them.
-            skip_layers: numbers of the transformer's blocks to leave out, from 0; their hints stay.
-
-        Returns:
-            float32 (B, t, h, w, out_dim).
-
-        Raises:
-            ValueError: an argument has the wrong shape.
-        """
-        x, this_pass = self.enter(latents, timestep, context, vace_context, vace_scale)
-        return self.leave(self._blocks(x, this_pass, through, skip_layers), this_pass)
-
-    def enter(  # type: ignore[override]  # as above
+    def enter(  # type: ignore[override]  # other conditions than the plain transformer's
         self,
         latents: mx.array,
         timestep: float | Sequence[float],
@@ -78,6 +48,13 @@ class VaceTransformer(Transformer):
         vace_context: mx.array,
         vace_scale: float = 1.0,
     ) -> tuple[mx.array, ForwardPass]:
+        """Everything before the blocks: tokens (B, L, D), and the values of this pass.
+
+        Args:
+            latents, timestep, context: as for `Transformer.enter`; t counts the frames of reference images too.
+            vace_context: (B, t, h, w, vace_in_dim), latents of the control video and its mask.
+            vace_scale: strength of the hints; 0 equals the transformer without VACE.
+        """
         x, this_pass = super().enter(latents, timestep, context)
         expected = (*latents.shape[:-1], self.config.vace_in_dim)
         if vace_context.shape != expected:
@@ -86,29 +63,22 @@ class VaceTransformer(Transformer):
 
     def run_blocks(self, x: mx.array, this_pass: ForwardPass, skip_layers: Collection[int] = ()) -> mx.array:
         """Tokens (B, L, D) through the blocks, each hint added after its layer."""
-        hints = dict(zip(self.config.vace_layers, self.hints(x, this_pass), strict=True))
-        scale = mx.array(this_pass.vace_scale, dtype=mx.float32)
-        for layer, block in enumerate(self.blocks):
-            if layer not in skip_layers:
+        (control, scale), start = self.control(this_pass), x
+        for block in map(self.block, self.block_order(skip_layers)):
+            if isinstance(block, VaceBlock):
+                if "before_proj" in block:
+                    control = block.before_proj(control) + start
+                control = block(control, *this_pass.for_blocks)
+                x = gated_add(x, block.after_proj(control), scale)
+            else:
                 x = block(x, *this_pass.for_blocks)
-            if layer in hints:
-                x = gated_add(x, hints[layer], scale)
         return x
 
-    def hints(self, x: mx.array, this_pass: ForwardPass) -> list[mx.array]:
-        """The VACE blocks' hints for the tokens x: each (B, L, D)."""
-        control, hints = self.control_tokens(this_pass), []
-        for block in self.vace_blocks:
-            if "before_proj" in block:
-                control = block.before_proj(control) + x
-            control = block(control, *this_pass.for_blocks)
-            hints.append(block.after_proj(control))
-        return hints
-
-    def control_tokens(self, this_pass: ForwardPass) -> mx.array:
-        """The control video's patches with the transformer's width (B, L, D)."""
+    def control(self, this_pass: ForwardPass) -> tuple[mx.array, mx.array]:
+        """The control video's patches with the transformer's width (B, L, D), and the strength of their hints."""
         assert this_pass.vace_context is not None, "`enter` puts it there"
-        return self.patchify(this_pass.vace_context, self.vace_patch_embedding)[0]
+        control = self.patchify(this_pass.vace_context, self.vace_patch_embedding)[0]
+        return control, mx.array(this_pass.vace_scale, dtype=mx.float32)
 
     def block_order(self, skip_layers: Collection[int] = ()) -> list[str]:
         # The official code computes all hints first and keeps them. Control tokens do not depend on the transformer's

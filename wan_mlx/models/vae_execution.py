@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cuda.deferred_frees import DeferredFrees
+from ..cuda.forward import DeferredFrees
 from .execution import Pacer
 from .vae import VAE, AttentionBlock, Downsample, Head, ResidualBlock, Upsample, flow, silu
 from .vae_layers import CausalCache, CausalConv, TemporalConv, convolve

@@ -239,7 +239,7 @@ def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
         load_staged(parameters, one_of_each, staging)  # compiles kernels
         if stream and ranges:
             for _ in range(2):
-                staging.next(staging.bytes_for(ranges))
+                staging.next(ranges)
     started = perf_counter()
     if staging and stream:
         parameters.finish(parameters.prefetch(names, staging).result())

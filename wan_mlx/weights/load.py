@@ -217,7 +217,6 @@ def load_text_encoder(
             total=config.num_layers,
         ),
         norm_weight=weights.read("norm.weight").astype(dtype),
-        dtype=dtype,
     )
 
 

@@ -149,7 +149,7 @@ class Parameters:
             ranges, copied = self._staged(names, staging)
             copied = copied or kept
             if ranges is not None:
-                buffer = staging.next(staging.bytes_for(ranges), stays_idle=copied)
+                buffer = staging.next(ranges, stays_idle=copied)
                 start = partial(self.start_staged, names, copied=copied)
                 return prefetch_staged(buffer, ranges, start, resident=copied)
         if not self.weights.file.is_lazy:

@@ -1,4 +1,4 @@
-"""Padding of keys and values to whole tiles, which cuDNN's attention computes faster; elsewhere there is none."""
+"""Needed by a forward on CUDA: keys that fill a tile of cuDNN's attention, and a bound on frees that MLX defers."""
 
 from __future__ import annotations
 
@@ -37,3 +37,21 @@ def append_mean(x: mx.array, count: int) -> mx.array:
     mean = mx.full((1, length), 1 / length, x.dtype) @ rows  # summed in float32, unlike `mx.mean` on CUDA
     rows = mx.concatenate([rows, mx.broadcast_to(mean, (batch, count, rows.shape[-1]))], axis=1)
     return rows.reshape(batch, length + count, *rest)
+
+
+class DeferredFrees:
+    """Bounds to ``most`` bytes the memory that the GPU has released and MLX has not yet freed.
+
+    On CUDA MLX frees memory in a thread, which falls behind by gigabytes when many small pieces are submitted.
+    `mx.synchronize` waits for that thread, so it is called when memory has grown since the last call.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self.least = mx.get_active_memory()
+
+    def limit(self) -> None:
+        """Wait, if more than ``most`` bytes may be pending."""
+        if mx.cuda.is_available() and mx.get_active_memory() > self.least + self.most:
+            mx.synchronize()
+            self.least = mx.get_active_memory()
