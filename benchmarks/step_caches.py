@@ -9,7 +9,7 @@ forwards of MagCache, and with it the time, does not depend on the weights, so a
 left out. PSNR means something only for a trained model.
 
 TeaCache and MagCache need constants, which are published for Wan-AI's models alone. ``--calibrate`` measures them for
-any other model, by one run that computes everything, and prints them as `wan_mlx.caching.constants` holds them.
+any other model, by one run that computes everything, and prints them as ``assets/step_caches.json`` has them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ import mlx.core as mx
 import numpy as np
 from speed import machine
 
-from wan_mlx import WanPipeline, pipeline
+from wan_mlx import WanPipeline, run
 from wan_mlx.caching import COND
-from wan_mlx.caching.constants import MAGCACHE, TEACACHE, MagCacheConstants, TeaCacheConstants
-from wan_mlx.caching.residual import ResidualCache
+from wan_mlx.caching.residual import MAGCACHE, TEACACHE, MagCacheConstants, ResidualCache, TeaCacheConstants
 
 CANDIDATES = (
     "teacache:0.05", "teacache:0.08", "teacache:0.1", "teacache:0.2", "magcache", "magcache:0.12:4", "magcache:0.24:6",
@@ -78,18 +77,19 @@ def calibrate(pipe: WanPipeline, prompt: str, options: dict) -> None:
     """Measure the constants of a model and enter them under its preset's name, for this process."""
     request = pipe.request(prompt, **options)
     recorder = Recorder(request.steps)
-    make_cache, pipeline.make_cache = pipeline.make_cache, lambda *args: recorder
+    make_cache, run.make_cache = run.make_cache, lambda *args: recorder
     try:
         pipe(prompt, seed=1, **options)
     finally:
-        pipeline.make_cache = make_cache
+        run.make_cache = make_cache
     cond, uncond = (recorder.ratios[branch] or recorder.ratios[COND] for branch in range(2))
     ratios = tuple(round(value, 5) for pair in zip(cond, uncond, strict=True) for value in pair)
     changes = np.array(recorder.changes)
     fits = [tuple(np.polyfit(changes[:, column], changes[:, 2], 4).tolist()) for column in range(2)]
     MAGCACHE[pipe.preset.name] = MagCacheConstants(0.12, 2, 0.2, ratios)
     TEACACHE[pipe.preset.name] = TeaCacheConstants(0.1, "plain", *fits)
-    print(MAGCACHE[pipe.preset.name], TEACACHE[pipe.preset.name], sep="\n")
+    rows = {"teacache": TEACACHE[pipe.preset.name], "magcache": MAGCACHE[pipe.preset.name]}
+    print(json.dumps({cache: {pipe.preset.name: vars(row)} for cache, row in rows.items()}))
 
 
 def available(pipe: WanPipeline, options: dict) -> list[str]:

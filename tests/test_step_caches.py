@@ -20,7 +20,7 @@ from wan_mlx.caching import (
     planned_forwards,
     resolve_cache,
 )
-from wan_mlx.caching.constants import MAGCACHE, TEACACHE
+from wan_mlx.caching.residual import MAGCACHE, TEACACHE
 from wan_mlx.denoise import always, denoise
 from wan_mlx.guidance import Guidance
 from wan_mlx.models.configs import TransformerConfig
@@ -370,7 +370,7 @@ class TestChoice:
             ("magcache:0.1:2.5", "count of steps is '2.5'"),
             ("magcache:0.1:2:1.5", "retention is '1.5', expected a share"),
             ("easycache:0.1:3:4", "has 3 settings"),
-            ("none:1", "settings to none"),
+            ("none:1", "has 1 settings, expected none"),
         ],
     )
     def test_wrong_settings(self, text, says):

@@ -13,10 +13,10 @@ BLOCK = 16  # PyTorch transforms uniform to normal numbers sixteen at a time
 
 def normal(shape: Sequence[int], seed: int, earlier: int = 0) -> np.ndarray:
     """Normal numbers, float32 ``shape``, as ``torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))``
-    returns them after ``earlier`` calls for the same shape.
+    returns them after ``earlier`` calls for the same shape, of at least sixteen values.
 
-    Follows ATen's ``normal_fill`` and ``normal_distribution``; logarithm and sine may round differently, by less
-    than 1e-6. Only the low 32 bits of the seed count, as in PyTorch.
+    Follows ATen's ``normal_fill``; logarithm and sine may round differently, by less than 1e-6. Only the low 32 bits of
+    the seed count, as in PyTorch.
 
     Raises:
         ValueError: the seed is not in [0, 2**64).
@@ -26,8 +26,6 @@ def normal(shape: Sequence[int], seed: int, earlier: int = 0) -> np.ndarray:
     # RandomState, not Generator: its stream is mt19937 with PyTorch's seeding, and will not change.
     draws = np.random.RandomState(seed & 0xFFFFFFFF)
     n = math.prod(shape)
-    if n < BLOCK:  # here PyTorch goes on in the middle of a pair
-        return _by_pairs(draws, n * (earlier + 1))[n * earlier :].reshape(shape)
     for _ in range(earlier):
         draws.randint(0, 2**32, n + (BLOCK if n % BLOCK else 0), dtype=np.uint32)
     return _by_blocks(draws, n).reshape(shape)
@@ -36,23 +34,15 @@ def normal(shape: Sequence[int], seed: int, earlier: int = 0) -> np.ndarray:
 def latent_noise(latent_shape: tuple[int, int, int], channels: int, seed: int, earlier: int = 0) -> mx.array:
     """Noise to start from or to add later, float32 (1, t, h, w, C).
 
-    Drawn as PyTorch draws (C, t, h, w), so a seed gives the same video in both.
-
-    Args:
-        latent_shape: (t, h, w).
-        channels: C.
-        seed: in [0, 2**64).
-        earlier: number of earlier draws of this shape from the seed.
-
-    Raises:
-        ValueError: the seed is out of range.
+    Drawn as PyTorch draws (C, t, h, w), so a seed gives the same video in both. ``latent_shape`` is (t, h, w) and
+    ``channels`` C; ``seed`` and ``earlier`` are as for `normal`.
     """
     noise = normal((channels, *latent_shape), seed, earlier)
     return mx.array(np.ascontiguousarray(np.moveaxis(noise, 0, -1)))[None]
 
 
 def _by_blocks(draws: np.random.RandomState, n: int) -> np.ndarray:
-    """At least sixteen values: 24-bit uniforms, in float32; an incomplete last block redoes the last sixteen."""
+    """24-bit uniforms, in float32; an incomplete last block redoes the last sixteen."""
     values = np.empty(n, np.float32)
     whole = n - n % BLOCK
     uniform = _uniform24(draws, n)
@@ -73,11 +63,3 @@ def _box_muller(uniform: np.ndarray) -> np.ndarray:
     radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - first))
     angle = np.float32(2 * math.pi) * second
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
-
-
-def _by_pairs(draws: np.random.RandomState, n: int) -> np.ndarray:
-    """Fewer than sixteen values: 53-bit uniforms, in float64, a cosine and a sine from each pair."""
-    words = draws.randint(0, 2**32, 4 * ((n + 1) // 2), dtype=np.uint32).astype(np.uint64).reshape(-1, 2, 2)
-    uniform = ((words[..., 0] << np.uint64(32) | words[..., 1]) & np.uint64(2**53 - 1)) * 2.0**-53
-    angle, radius = 2 * math.pi * uniform[:, 0], np.sqrt(-2 * np.log1p(-uniform[:, 1]))
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()[:n].astype(np.float32)

@@ -87,7 +87,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "rcm", "NVIDIA's rCM-distilled Wan2.1, in 1 to 4 steps",
             solver="dmd", steps=4, shift=1.0, grid=lambda steps: Grid.trigonometric(RCM_ANGLES[:steps]),
-            hints=r"\brcm\b", other_steps=(1, 2, 3),
+            hints=r"(?<![a-z0-9])rcm(?![a-z0-9])", other_steps=(1, 2, 3),
         ),
     )
 }  # fmt: skip
@@ -121,10 +121,8 @@ def suggest_recipe(path: str | Path, metadata: Mapping[str, Any] | None = None) 
     """
     path = Path(path)
     said = [value for value in (metadata or {}).values() if isinstance(value, str) and len(value) <= LONGEST_HINT]
-    text = " ".join([path.parent.name, path.name, *said]).lower()
-    text = re.sub(r"[-_.\s]+", "_", text).replace("_", " ")
-    squeezed = text.replace(" ", "_")
-    return next((r for r in RECIPES.values() if re.search(r.hints, squeezed) or re.search(r.hints, text)), None)
+    text = re.sub(r"[-_.\s]+", "_", " ".join([path.parent.name, path.name, *said]).lower())
+    return next((recipe for recipe in RECIPES.values() if re.search(recipe.hints, text)), None)
 
 
 def recipe_notes(paths: Iterable[str | Path], chosen: str | None) -> list[str]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from oracles import official, relative_error, torch
 
-from wan_mlx.schedulers import SOLVERS, make_scheduler, sigma_schedule
+from wan_mlx.schedulers import SOLVERS, Grid, make_scheduler
 
 SHAPE = (1, 3, 4, 5, 16)
 STEPS = [1, 2, 3, 4, 10, 20, 40, 50]
@@ -141,7 +141,7 @@ class TestWrongUse:
     @pytest.mark.parametrize("steps, shift", [(0, 5.0), (-1, 5.0), (4, 0.0), (4, -1.0), (4, np.nan), (4, np.inf)])
     def test_steps_and_shift(self, steps, shift):
         with pytest.raises(ValueError, match="expected"):
-            sigma_schedule(steps, shift, 1.0)
+            Grid.even(steps, shift, 1.0)
 
     @pytest.mark.parametrize("begin", [-1, 4, 9])
     def test_no_step_left(self, begin):

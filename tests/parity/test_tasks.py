@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 
 from wan_mlx.media.read import cover
 from wan_mlx.models.configs import VAEConfig
-from wan_mlx.tasks import TASKS, flf2v, i2v, vace
+from wan_mlx.tasks import TASKS, i2v, vace
 from wan_mlx.types import Request
 
 BOUND = 2e-5
@@ -170,7 +170,7 @@ def official_cover(frames: np.ndarray, height: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("last_size", [(60, 90), (31, 20), (80, 40)])
 def test_flf2v_last_image_takes_the_size_of_the_first(last_size):
     encoders, images = StandIns(), [noise_image(40, 60), noise_image(*last_size, seed=1)]
-    got = flf2v.condition(request("flf2v", (48, 32), 9, image=images[0], last_image=images[1]), encoders)
+    got = i2v.condition(request("flf2v", (48, 32), 9, image=images[0], last_image=images[1]), encoders)
     last = official_cover(images[1][None], 40, 60)[0].movedim(0, -1).numpy()
     want = official_y(encoders, [images[0], last], (48, 32), 9)
     assert np.array_equal(first(got.condition)[:4], want[:4])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from .choice import FORMS, make_cache, planned_forwards, resolve_cache
+from .choice import make_cache, planned_forwards, resolve_cache
 from .easycache import EasyCache
-from .magcache import MagCache
 from .protocol import COND, UNCOND, StepCache
-from .teacache import TeaCache
+from .residual import MagCache, TeaCache
 
 __all__ = [
-    "COND", "FORMS", "UNCOND", "EasyCache", "MagCache", "StepCache", "TeaCache",
+    "COND", "UNCOND", "EasyCache", "MagCache", "StepCache", "TeaCache",
     "make_cache", "planned_forwards", "resolve_cache",
 ]  # fmt: skip

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from ..errors import closest
 from ..models.configs import TransformerConfig
 from ..options import CACHES
 from ..presets import PRESETS
-from .constants import MAGCACHE, TEACACHE, MagCacheConstants, TeaCacheConstants
 from .easycache import EasyCache
-from .magcache import MagCache
 from .protocol import StepCache
-from .teacache import TeaCache
+from .residual import MAGCACHE, TEACACHE, MagCache, MagCacheConstants, TeaCache, TeaCacheConstants
 
 FORMS = "none, teacache[:THRESHOLD[:plain|ret]], magcache[:THRESHOLD[:MOST_SKIPS[:RETENTION]]] or "\
         "easycache[:THRESHOLD[:FIRST_STEPS]]"  # fmt: skip
@@ -21,6 +21,43 @@ FORMS = "none, teacache[:THRESHOLD[:plain|ret]], magcache[:THRESHOLD[:MOST_SKIPS
 FEWEST_STEPS = 10
 EASYCACHE_THRESHOLD = 0.05
 EASYCACHE_FIRST = 10  # of 40 or 50 steps; a quarter of fewer
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a cache: its name and its values in words, its type, and which values it takes."""
+
+    name: str
+    expected: str
+    kind: type
+    takes: Callable[[Any], bool]
+
+    def parse(self, word: str, text: str) -> Any:
+        """The value of ``word`` in the user's ``text``.
+
+        Raises:
+            ValueError: it is of another kind, or out of range.
+        """
+        try:
+            value = self.kind(word)
+        except ValueError:
+            value = math.nan
+        if not self.takes(value):
+            raise ValueError(f"cache {text!r}: the {self.name} is {word!r}, expected {self.expected}")
+        return value
+
+
+THRESHOLD = Setting("threshold", "a number from 0 (off) up, such as 0.1", float, lambda value: 0 <= value < math.inf)
+RETENTION = Setting("retention", "a share from 0 to 1, such as 0.2", float, lambda value: 0 <= value <= 1)
+COUNT = Setting("count of steps", "a whole number from 1 up", int, lambda value: value >= 1)
+MODE = Setting("mode", "plain or ret", str, lambda value: value in ("plain", "ret"))
+# The settings of each cache, as the form of its text, its constants and its class have them in order.
+SETTINGS: dict[str, tuple[Setting, ...]] = {
+    "none": (),
+    "teacache": (THRESHOLD, MODE),
+    "magcache": (THRESHOLD, COUNT, RETENTION),
+    "easycache": (THRESHOLD, COUNT),
+}
 
 
 def resolve_cache(text: str | None, steps: int, model: str, config: TransformerConfig) -> str:
@@ -38,22 +75,18 @@ def resolve_cache(text: str | None, steps: int, model: str, config: TransformerC
     name, *given = (text or "none").strip().lower().split(":")
     if name not in CACHES:
         raise ValueError(f"unknown cache {text!r}, expected {FORMS}; nearest: {closest(name, CACHES)}")
+    if len(given) > len(SETTINGS[name]):
+        raise ValueError(f"cache {text!r} has {len(given)} settings, expected {FORMS}")
     if name == "none":
-        if given:
-            raise ValueError(f"cache {text!r} gives settings to none; expected {FORMS}")
         return name
     if steps < FEWEST_STEPS:
         raise ValueError(
             f"{name} makes no sense with {steps} steps, expected at least {FEWEST_STEPS}: with few steps, each changes "
             "too much to be left out; leave the cache out"
         )
-    defaults, kinds = _settings(name, steps, model, config)
-    if len(given) > len(defaults):
-        raise ValueError(f"cache {text!r} has {len(given)} settings, expected {FORMS}")
-    settings = list(defaults)
-    for place, (word, kind) in enumerate(zip(given, kinds, strict=False)):
-        settings[place] = kind(word, text)
-    return ":".join([name, *(repr(value) if isinstance(value, float) else str(value) for value in settings)])
+    values = _defaults(name, steps, model, config)
+    values[: len(given)] = [kind.parse(word, text or "") for kind, word in zip(SETTINGS[name], given, strict=False)]
+    return ":".join(map(str, [name, *values]))
 
 
 def make_cache(resolved: str, steps: int, model: str, left_out: int = 0) -> StepCache:
@@ -61,14 +94,13 @@ def make_cache(resolved: str, steps: int, model: str, left_out: int = 0) -> Step
 
     ``left_out``: number of steps skipped at the start of the grid, because the run starts from a video.
     """
-    name, *settings = resolved.split(":")
+    name, *words = resolved.split(":")
+    values = [setting.kind(word) for setting, word in zip(SETTINGS[name], words, strict=True)]
     if name == "teacache":
-        return TeaCache.of(model, steps, float(settings[0]), settings[1])
+        return TeaCache(steps, *values, coefficients=getattr(TEACACHE[model], values[1]))
     if name == "magcache":
-        return MagCache.of(model, steps, float(settings[0]), int(settings[1]), float(settings[2]), left_out)
-    if name == "easycache":
-        return EasyCache(steps, float(settings[0]), int(settings[1]))
-    return StepCache(steps)
+        return MagCache(steps, *values, ratios=MAGCACHE[model].ratios, left_out=left_out)
+    return EasyCache(steps, *values) if name == "easycache" else StepCache(steps)
 
 
 def planned_forwards(resolved: str, steps: int, model: str, passes: int, left_out: int = 0) -> int | None:
@@ -80,10 +112,10 @@ def planned_forwards(resolved: str, steps: int, model: str, passes: int, left_ou
     return steps * passes if type(cache) is StepCache else None
 
 
-def _settings(name: str, steps: int, model: str, config: TransformerConfig) -> tuple[tuple, tuple]:
-    """The default of each setting, and its parser."""
+def _defaults(name: str, steps: int, model: str, config: TransformerConfig) -> list:
+    """The value of each setting that is not given."""
     if name == "easycache":
-        return (EASYCACHE_THRESHOLD, min(EASYCACHE_FIRST, math.ceil(steps / 4))), (_threshold, _count)
+        return [EASYCACHE_THRESHOLD, min(EASYCACHE_FIRST, math.ceil(steps / 4))]
     table: Mapping[str, TeaCacheConstants | MagCacheConstants] = TEACACHE if name == "teacache" else MAGCACHE
     if model not in table:
         raise ValueError(f"{name} has no published constants for {model}, only for {', '.join(table)}; "
@@ -92,36 +124,4 @@ def _settings(name: str, steps: int, model: str, config: TransformerConfig) -> t
     if (config.dim, config.num_layers) != (published.dim, published.num_layers):
         raise ValueError(f"{name} has constants for {model} ({sizes.format(published)}), not for this model "
                          f"({sizes.format(config)}); easycache needs none")  # fmt: skip
-    row = table[model]
-    if isinstance(row, TeaCacheConstants):
-        return (row.threshold, row.mode), (_threshold, _mode)
-    return (row.threshold, row.most_skips, row.retention), (_threshold, _count, _share)
-
-
-def _threshold(word: str, text: str) -> float:
-    return _number(word, text, "threshold", "a number from 0 (off) up, such as 0.1", lambda v: v >= 0)
-
-
-def _share(word: str, text: str) -> float:
-    return _number(word, text, "retention", "a share from 0 to 1, such as 0.2", lambda v: 0 <= v <= 1)
-
-
-def _count(word: str, text: str) -> int:
-    value = _number(word, text, "count of steps", "a whole number from 1 up", lambda v: v >= 1 and v == int(v))
-    return int(value)
-
-
-def _number(word, text, what, expected, valid) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and valid(value)):
-        raise ValueError(f"cache {text!r}: the {what} is {word!r}, expected {expected}")
-    return value
-
-
-def _mode(word: str, text: str) -> str:
-    if word not in ("plain", "ret"):
-        raise ValueError(f"cache {text!r}: the mode is {word!r}, expected plain or ret")
-    return word
+    return list(vars(table[model]).values())[: len(SETTINGS[name])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -72,8 +71,9 @@ class StepCache:
         found: dict[str, mx.array] = {}
         for name, branch in zip(NAMES, self.branches, strict=True):
             found |= {f"{name}.array.{key}": array for key, array in branch.arrays.items()}
-            numbers = {**branch.numbers, "computed": float(branch.computed)}
-            found |= {f"{name}.number.{key}": _pack(value) for key, value in numbers.items()}
+            for key, value in {**branch.numbers, "computed": float(branch.computed)}.items():
+                # As bytes: MLX has no float64 on a GPU, and a rounded sum might change a decision.
+                found[f"{name}.number.{key}"] = mx.array(np.array([value]).view(np.uint8))
         return found
 
     def load_state(self, state: Mapping[str, mx.array]) -> None:
@@ -90,17 +90,8 @@ class StepCache:
                 if kind == "array":
                     branch.arrays[entry] = array
                 else:
-                    branch.numbers[entry] = _unpack(array)
+                    branch.numbers[entry] = float(np.array(array).view(np.float64)[0])
             for branch in self.branches:
                 branch.computed = int(branch.numbers.pop("computed"))
-        except (KeyError, ValueError, struct.error) as error:
+        except (KeyError, ValueError) as error:
             raise ValueError(f"the state of a {type(self).__name__} is not whole: {error!r}") from error
-
-
-def _pack(value: float) -> mx.array:
-    """A float64 as bytes: MLX has no float64 on a GPU, and a rounded sum might change a decision."""
-    return mx.array(list(struct.pack("<d", value)), dtype=mx.uint8)
-
-
-def _unpack(array: mx.array) -> float:
-    return struct.unpack("<d", np.asarray(array).tobytes())[0]

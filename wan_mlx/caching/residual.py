@@ -1,13 +1,56 @@
-"""The base of TeaCache and MagCache: skipped blocks are replaced by their last residual."""
+"""TeaCache and MagCache: skipped blocks are replaced by their last residual. Both have constants for each model.
+
+The published constants are rows of ``assets/step_caches.json``. TeaCache's are ali-vilab's (``TeaCache4Wan2.1``),
+MagCache's Zehong-Ma's (``MagCache4Wan2.1``). VACE 1.3B and 14B have TeaCache's of the text-to-video models, because
+VACE's blocks accompany one that was not trained further: the signal is the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from ..models.transformer import ForwardPass
 from .protocol import Branch, Forward, StepCache
+
+RET_HEAD = 5
+
+
+@dataclass(frozen=True)
+class TeaCacheConstants:
+    """Polynomials from the change of the signal to the change of the blocks' output, highest power first.
+
+    ``plain`` takes the time embedding and computes the first and the last step; ``ret`` takes the time projection and
+    computes the first five. ``mode`` is the better of the two in the authors' measurements, ``threshold`` the published
+    value that about halves the time.
+    """
+
+    threshold: float
+    mode: str
+    plain: Sequence[float]
+    ret: Sequence[float]
+
+
+@dataclass(frozen=True)
+class MagCacheConstants:
+    """``ratios``: change of the residual's mean magnitude from step to step, from the second step, cond and uncond in
+    turn; and the published settings: the error allowed, the most steps in a row that may be skipped, and the share
+    of the run at its start that is always computed."""
+
+    threshold: float
+    most_skips: int
+    retention: float
+    ratios: Sequence[float]
+
+
+_ROWS = json.loads((Path(__file__).parent.parent / "assets" / "step_caches.json").read_text(encoding="utf-8"))
+TEACACHE = {model: TeaCacheConstants(**row) for model, row in _ROWS["teacache"].items()}
+MAGCACHE = {model: MagCacheConstants(**row) for model, row in _ROWS["magcache"].items()}
 
 
 class ResidualCache(StepCache):
@@ -28,7 +71,7 @@ class ResidualCache(StepCache):
             own = self.branches[branch]
             if self.skips(branch, own, this_pass) and "residual" in own.arrays:
                 return x + own.arrays["residual"]
-            self.computed_again(own)
+            own.numbers.clear()  # the errors start afresh, because the blocks run
             own.computed += 1
             own.arrays.pop("residual", None)  # freed before the new one is made
             after = run_blocks(x)
@@ -40,9 +83,90 @@ class ResidualCache(StepCache):
         return forward(through=through)
 
     def skips(self, branch: int, own: Branch, this_pass: ForwardPass) -> bool:
-        """Whether to skip the blocks; called exactly once for each pass."""
+        """Whether to skip the blocks; called exactly once for each pass. ``own.numbers`` are cleared if not."""
         raise NotImplementedError
 
-    def computed_again(self, own: Branch) -> None:
-        """Resets the error, because the blocks run."""
-        raise NotImplementedError
+
+class TeaCache(ResidualCache):
+    """TeaCache (arXiv 2411.19108): sums a polynomial of the signal's relative change over the steps, and computes when
+    the sum reaches the threshold.
+
+    Args:
+        steps: number of sampling steps.
+        threshold: 0 never skips.
+        mode: "plain" or "ret", see `TeaCacheConstants`.
+        coefficients: of the polynomial, highest power first.
+    """
+
+    def __init__(self, steps: int, threshold: float, mode: str, coefficients: Sequence[float]):
+        super().__init__(steps, threshold)
+        self.mode, self.coefficients = mode, coefficients
+        self.always = range(RET_HEAD) if mode == "ret" else (0, steps - 1)
+
+    def skips(self, branch: int, own: Branch, this_pass: ForwardPass) -> bool:
+        signal = this_pass.modulation if self.mode == "ret" else this_pass.time
+        before, own.arrays["signal"] = own.arrays.get("signal"), signal
+        mx.eval(signal)
+        if before is None or self.index in self.always:
+            return False
+        change = (mx.abs(signal - before).mean() / mx.abs(before).mean()).item()
+        own.numbers["error"] = own.numbers.get("error", 0.0) + float(np.polyval(self.coefficients, change))
+        return own.numbers["error"] < self.threshold
+
+
+class MagCache(ResidualCache):
+    """MagCache (arXiv 2506.09045): skips while the known magnitude of the residual has drifted little. Skips depend on
+    the number of steps, not on the video.
+
+    Args:
+        steps: number of sampling steps.
+        threshold: 0 never skips.
+        most_skips: steps in a row that may be skipped.
+        retention: share of the run, at its start, that is always computed, in [0, 1].
+        ratios: see `MagCacheConstants`; for another number of steps the nearest ones are taken.
+        left_out: steps skipped before the first; the ratios cover them too.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        threshold: float,
+        most_skips: int,
+        retention: float,
+        ratios: Sequence[float],
+        left_out: int = 0,
+    ):
+        super().__init__(steps, threshold)
+        self.most_skips = most_skips
+        self.first = int(2 * steps * retention)  # counted in forwards, two a step
+        of_pass = [np.array([1.0, *ratios[branch::2]]) for branch in range(2)]
+        self.ratios = [stretched(values, left_out + steps)[left_out:] for values in of_pass]
+
+    def planned(self, passes: int) -> int:
+        """Number of forwards that will be computed in a run with guidance at all steps (2 passes) or none (1)."""
+        computed = 0
+        for branch in range(passes):
+            own = Branch()
+            for index in range(self.steps):
+                self.index = index
+                if not self.skips(branch, own, None) or index == 0:
+                    own.numbers.clear()
+                    computed += 1
+        return computed
+
+    def skips(self, branch: int, own: Branch, this_pass: ForwardPass | None) -> bool:
+        if 2 * self.index + branch < self.first:
+            return False
+        ratio = own.numbers.get("ratio", 1.0) * float(self.ratios[branch][self.index])
+        own.numbers["ratio"] = ratio
+        own.numbers["skips"] = own.numbers.get("skips", 0.0) + 1
+        own.numbers["error"] = own.numbers.get("error", 0.0) + abs(1 - ratio)
+        return own.numbers["error"] < self.threshold and own.numbers["skips"] <= self.most_skips
+
+
+def stretched(values: np.ndarray, count: int) -> np.ndarray:
+    """``count`` of the values, evenly spaced from the first to the last, each the nearest (halves to even)."""
+    if count == 1:
+        return values[-1:]
+    scale = (len(values) - 1) / (count - 1)
+    return values[np.round(np.arange(count) * scale).astype(int)]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from ..errors import closest
-from .dmd import DMD
-from .dpmpp import DPMSolverPP
-from .euler import Euler
-from .schedule import Grid, Scheduler, sigma_schedule
-from .unipc import UniPC
+from .schedule import Grid, Scheduler
+from .solvers import DMD, DPMSolverPP, Euler, UniPC
 
-__all__ = ["DMD", "SOLVERS", "DPMSolverPP", "Euler", "Grid", "Scheduler", "UniPC", "make_scheduler", "sigma_schedule"]
+__all__ = ["SOLVERS", "Grid", "Scheduler", "make_scheduler"]
 
 SOLVERS: dict[str, type[Scheduler]] = {"unipc": UniPC, "dpm++": DPMSolverPP, "euler": Euler, "dmd": DMD}
 
@@ -17,9 +14,7 @@ SOLVERS: dict[str, type[Scheduler]] = {"unipc": UniPC, "dpm++": DPMSolverPP, "eu
 def make_scheduler(
     name: str, steps: int, shift: float, grid: Grid | None = None, seed: int = 0, begin: int = 0
 ) -> Scheduler:
-    """The solver ``name`` over ``steps`` steps of a grid shifted by ``shift``, or over ``grid``.
-
-    The first ``begin`` steps are skipped.
+    """The solver ``name``; the other arguments are `Scheduler`'s.
 
     Raises:
         ValueError: unknown name, fewer than one step, no step left, or a shift that is not above 0.

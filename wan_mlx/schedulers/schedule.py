@@ -12,48 +12,38 @@ import numpy as np
 from ..models.configs import NUM_TRAIN_TIMESTEPS
 
 
-def _shifted(steps: int, shift: float, sigma_max: float) -> np.ndarray:
-    """float64 (steps,): evenly spaced from ``sigma_max`` towards 0, then shifted."""
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, expected at least 1")
-    if not (shift > 0 and math.isfinite(shift)):
-        raise ValueError(f"shift is {shift}, expected a finite number above 0, such as 5")
-    return _shift(np.linspace(sigma_max, 0.0, steps + 1)[:-1], shift)
-
-
 def _shift(sigma, shift: float):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def sigma_schedule(steps: int, shift: float, sigma_max: float) -> np.ndarray:
-    """Noise levels, float32 (steps + 1,), falling from ``sigma_max`` (shifted) to exactly 0.
-
-    Follows the official ``FlowUniPCMultistepScheduler.set_timesteps`` and ``get_sampling_sigmas``.
-
-    Raises:
-        ValueError: fewer than one step, or a shift that is not above 0.
-    """
-    return np.append(_shifted(steps, shift, sigma_max), 0.0).astype(np.float32)
-
-
-def timestep_schedule(steps: int, shift: float, sigma_max: float) -> np.ndarray:
-    """The model's timestep at each step, int64 (steps,) in [0, 1000].
-
-    Truncated from the float64 sigmas, as in the official code: with float32 sigmas a timestep would sometimes differ
-    by one.
-    """
-    return (_shifted(steps, shift, sigma_max) * NUM_TRAIN_TIMESTEPS).astype(np.int64)
-
-
 @dataclass(frozen=True)
 class Grid:
-    """Noise levels of a distilled model, which samples at the few levels of its training.
+    """Noise levels, and the model's input at each; a distilled model samples at the few levels of its training.
 
-    ``sigmas``: float32 (steps + 1,), the last 0. ``timesteps``: float64 (steps,), the model's input.
+    ``sigmas``: float32 (steps + 1,), falling to exactly 0. ``timesteps``: (steps,) in [0, 1000], int64 of an even grid,
+    float64 of others.
     """
 
     sigmas: np.ndarray
     timesteps: np.ndarray
+
+    @classmethod
+    def even(cls, steps: int, shift: float, sigma_max: float) -> Grid:
+        """Evenly spaced from ``sigma_max`` towards 0, then shifted.
+
+        Follows the official ``FlowUniPCMultistepScheduler.set_timesteps`` and ``get_sampling_sigmas``.
+
+        Raises:
+            ValueError: fewer than one step, or a shift that is not above 0.
+        """
+        if steps < 1:
+            raise ValueError(f"steps is {steps}, expected at least 1")
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift is {shift}, expected a finite number above 0, such as 5")
+        sigmas = _shift(np.linspace(sigma_max, 0.0, steps + 1)[:-1], shift)
+        # Truncated in float64, as in the official code: in float32 a timestep would sometimes differ by one.
+        timesteps = (sigmas * NUM_TRAIN_TIMESTEPS).astype(np.int64)
+        return cls(np.append(sigmas, 0.0).astype(np.float32), timesteps)
 
     @classmethod
     def of(cls, sigmas: Sequence[float], timesteps: Sequence[float]) -> Grid:
@@ -63,8 +53,8 @@ class Grid:
     @classmethod
     def shifted(cls, places: Sequence[int], shift: float) -> Grid:
         """``places``: positions on 1000 even levels before the shift; timesteps are the shifted levels, not rounded."""
-        sigmas = [_shift(place / NUM_TRAIN_TIMESTEPS, shift) for place in places]
-        return cls.of(sigmas, [sigma * NUM_TRAIN_TIMESTEPS for sigma in sigmas])
+        sigmas = _shift(np.array(places) / NUM_TRAIN_TIMESTEPS, shift)
+        return cls.of(sigmas, sigmas * NUM_TRAIN_TIMESTEPS)
 
     @classmethod
     def nearest(cls, timesteps: Sequence[int], shift: float) -> Grid:
@@ -91,8 +81,7 @@ def log_snr(sigma: np.float32) -> np.float32:
 class Scheduler:
     """A solver from noise to a clean sample; elementwise, so any layout works.
 
-    Call ``step`` with index 0, 1, ... in order; index 0 starts afresh. The model's timestep at ``index`` is
-    ``timesteps[index]``.
+    Call ``step`` with index 0, 1, ... in order; index 0 starts afresh.
 
     Args:
         steps, shift: of the grid.
@@ -102,8 +91,7 @@ class Scheduler:
             ``begin``, taken at first order like every start.
 
     Attributes:
-        sigmas: numpy float32 (steps - begin + 1,), the noise level before each step, then 0.
-        timesteps: numpy int64 (steps - begin,); float64 for a `Grid`.
+        sigmas, timesteps: of the grid from ``begin`` on: before each step, and the last sigma.
         denoised: float32, the latest step's estimate of the clean sample; unset before the first.
     """
 
@@ -112,11 +100,10 @@ class Scheduler:
     history_from: Mapping[str, int] = {}
 
     def __init__(self, steps: int, shift: float, grid: Grid | None = None, seed: int = 0, begin: int = 0):
-        self.sigmas = sigma_schedule(steps, shift, self.sigma_max) if grid is None else grid.sigmas
-        self.timesteps = timestep_schedule(steps, shift, self.sigma_max) if grid is None else grid.timesteps
-        if not 0 <= begin < len(self.timesteps):
+        grid = grid or Grid.even(steps, shift, self.sigma_max)
+        if not 0 <= begin < len(grid.timesteps):
             raise ValueError(f"sampling begins at step {begin} of {steps}, expected 0 to {steps - 1}")
-        self.sigmas, self.timesteps = self.sigmas[begin:], self.timesteps[begin:]
+        self.sigmas, self.timesteps = grid.sigmas[begin:], grid.timesteps[begin:]
         self.seed = seed
         self.denoised: mx.array
         self.history: dict[str, mx.array] = {}
@@ -155,7 +142,7 @@ class Scheduler:
         return result
 
     def _advance(self, index: int, velocity: mx.array, sample: mx.array, x0: mx.array) -> mx.array:
-        """The next sample; ``x0`` is the clean estimate made here."""
+        """The next sample; ``x0`` is the clean estimate."""
         raise NotImplementedError
 
     def state(self) -> dict[str, mx.array]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..types import SOURCE_FIELDS, Conditioning, Encoders, Request
-from . import flf2v, i2v, t2v, vace
+from . import i2v, t2v, vace
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Task:
 TASKS: dict[str, Task] = {
     "t2v": Task(t2v.condition, ("video",), t2v.fit),
     "i2v": Task(i2v.condition, ("image",), i2v.fit),
-    "flf2v": Task(flf2v.condition, ("image", "last_image"), flf2v.fit),
+    "flf2v": Task(i2v.condition, ("image", "last_image"), i2v.fit_first_and_last),
     "vace": Task(vace.condition, ("src_video", "src_mask", "src_ref_images"), vace.fit),
 }
 

@@ -1,19 +1,20 @@
-"""Image to video: the first frame is given.
+"""Image to video: the first frame is given, or the first and the last.
 
-Follows the official ``wan/image2video.py``, with its mask for any number of frames.
+Follows the official ``wan/image2video.py``, with its mask for any number of frames, and
+``wan/first_last_frame2video.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
 from ..geometry import WAN_2_1, Geometry
-from ..media.read import in_chunks, read_image, to_float
+from ..media.read import cover, in_chunks, read_image, to_float
 from ..resize import resize_bicubic
 from ..types import Conditioning, Encoders, Request
 from . import t2v
@@ -49,23 +50,33 @@ def fit(request: Request) -> Request:
     return replace(request, width=width, height=height)
 
 
-def condition(request: Request, encoders: Encoders) -> Conditioning:
-    """Texts, noise, CLIP features of ``request.image``, and the latents of a video that starts with it.
+def fit_first_and_last(request: Request) -> Request:
+    """The same for two images, of which the first gives the proportions.
 
     Raises:
-        ValueError: the image cannot be read.
+        ValueError: also if the video is too short for both.
     """
-    return condition_on_frames(request, encoders, {0: read_image(request.image)})
+    for name, image in (("first", request.image), ("last", request.last_image)):
+        if image is None:
+            raise ValueError(f"first and last frame to video needs both images, the {name} one was not given")
+    if request.num_frames < (least := request.geometry.num_frames(latent_frames=2)):
+        raise ValueError(f"frames is {request.num_frames}, expected room for a first and a last one; nearest: {least}")
+    read_image(request.last_image)
+    return fit(request)
 
 
-def condition_on_frames(request: Request, encoders: Encoders, known: Mapping[int, np.ndarray]) -> Conditioning:
-    """Condition on given frames, by their number.
+def condition(request: Request, encoders: Encoders) -> Conditioning:
+    """Texts, noise, CLIP features of the given images, and the latents of a video that has them as its first and, if
+    there are two, last frame, resized, and grey between.
 
-    Args:
-        request: its ``width`` and ``height`` are the size that frames are resized to.
-        encoders: all three are used.
-        known: frame number → uint8 (H, W, 3), all of one size; all other frames are grey for the VAE.
+    Raises:
+        ValueError: an image cannot be read.
     """
+    known = {0: read_image(request.image)}
+    if request.last_image is not None:
+        # The official code intends to resize the last image to the first's size and crop it, but only crops or pads,
+        # with width and height swapped. Here it is resized and cropped; images of one size come out the same.
+        known[request.num_frames - 1] = cover(read_image(request.last_image), *known[0].shape[:2])
     base = t2v.condition(request, encoders)
     images = {number: to_float(image) for number, image in known.items()}
     features = encoders.encode_images(mx.array(np.stack(list(images.values()))))
@@ -78,7 +89,7 @@ def condition_on_frames(request: Request, encoders: Encoders, known: Mapping[int
     return replace(base, condition=mx.concatenate([mask, latents], axis=-1), image_features=features)
 
 
-def _mask(num_frames: int, known: Mapping[int, np.ndarray], temporal: int) -> mx.array:
+def _mask(num_frames: int, known: Container[int], temporal: int) -> mx.array:
     """float32 (t, 1, 1, temporal): 1 where a frame is given. A latent frame's channels are its frames; the first frame
     is repeated ``temporal`` times."""
     given = [float(number in known) for number in range(num_frames)]

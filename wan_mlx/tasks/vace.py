@@ -66,12 +66,9 @@ def fit(request: Request) -> Request:
         raise ValueError("VACE needs a source video, a mask or reference images, none was given")
     for source in request.src_ref_images:
         read_image(source)
-    mask = None if request.src_mask is None else open_video(request.src_mask)
-    if request.src_video is None:
+    clip, _ = _open_sources(request)
+    if clip is None:
         return request
-    clip = open_video(request.src_video)
-    if mask is not None:
-        _check_lengths(mask, clip)
     shape = (clip.num_frames, clip.height, clip.width)
     area = request.width * request.height
     width, height, num_frames = output_shape(shape, area, request.num_frames, request.geometry)
@@ -125,29 +122,35 @@ def read_source(request: Request) -> tuple[np.ndarray, np.ndarray]:
         ValueError: a source cannot be read or is too short, or the mask is of another length.
     """
     size, geometry = (request.height, request.width), request.geometry
-    video = open_video(request.src_video)
+    video, given_mask = _open_sources(request)
+    assert video is not None, "`condition` reads one only where it is given"
     if request.num_frames > video.num_frames:
         raise ValueError(
             f"source video {video.name} has {video.num_frames} frames, expected at least {request.num_frames}; "
             f"nearest number of frames: {geometry.num_frames(geometry.latent_frames(video.num_frames))}"
         )
     numbers = spread(video.times, request.num_frames)
-    if request.src_mask is None:
-        mask = np.full((request.num_frames, *size), 255, np.uint8)
-    else:
-        clip = open_video(request.src_mask)
-        _check_lengths(clip, video)
-        chosen = numbers if clip.num_frames > 1 else [0]
-        mask = np.stack([cover(frame, *size)[..., 0] for frame in clip.read(chosen)])
-        mask = np.broadcast_to(mask, (request.num_frames, *size))
+    mask = np.full((1, *size), 255, np.uint8)
+    if given_mask is not None:
+        chosen = numbers if given_mask.num_frames > 1 else [0]
+        mask = np.stack([cover(frame, *size)[..., 0] for frame in given_mask.read(chosen)])
+    mask = np.broadcast_to(mask, (request.num_frames, *size))
     return np.stack([cover(frame, *size) for frame in video.read(numbers)]), mask
 
 
-def _check_lengths(mask: Clip, video: Clip) -> None:
-    if mask.num_frames not in (1, video.num_frames):
+def _open_sources(request: Request) -> tuple[Clip | None, Clip | None]:
+    """The source video and its mask, those that are given.
+
+    Raises:
+        ValueError: one cannot be read, or the mask is of another length.
+    """
+    sources = (request.src_video, request.src_mask)
+    video, mask = (None if source is None else open_video(source) for source in sources)
+    if video and mask and mask.num_frames not in (1, video.num_frames):
         raise ValueError(
             f"mask {mask.name} has {mask.num_frames} frames, expected {video.num_frames} as its video, or one"
         )
+    return video, mask
 
 
 def spread(times: np.ndarray, count: int) -> list[int]:

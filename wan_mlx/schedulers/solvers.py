@@ -1,15 +1,72 @@
-"""UniPC (arXiv 2302.04867), second order, B(h) = exp(h) - 1."""
+"""The solvers: how each goes from one noise level to the next, on the grid and the history of `Scheduler`."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
 
+from ..noise import latent_noise
 from .schedule import Scheduler, log_snr
 
 
+class Euler(Scheduler):
+    """First order, no history: ``x + (sigma_next - sigma) * velocity``.
+
+    The official code has no Euler solver; this one uses its dpm++ grid, with integer timesteps.
+    """
+
+    def _advance(self, index: int, velocity: mx.array, sample: mx.array, x0: mx.array) -> mx.array:
+        return sample + float(self.sigmas[index + 1] - self.sigmas[index]) * velocity
+
+
+class DMD(Scheduler):
+    """Sampling of models distilled by distribution matching: estimates the clean sample, then adds fresh noise of the
+    next level, ``(1 - sigma_next) * clean + sigma_next * noise``.
+
+    Follows FastVideo's ``DmdDenoisingStage`` and NVlabs' ``wan2pt1_t2v_rcm_infer.py``. Samples are (1, t, h, w, C).
+    The noise of step ``index`` is draw number ``index + 1`` of ``torch.randn`` (C, t, h, w) after the starting noise,
+    from the same CPU generator. It depends only on seed and index, so a run can be resumed.
+    """
+
+    def start(self, noise: mx.array, source: mx.array | None = None) -> mx.array:
+        if source is not None or self.sigmas[0] == 1:
+            return super().start(noise, source)
+        return float(self.sigmas[0]) * noise
+
+    def _advance(self, index: int, velocity: mx.array, sample: mx.array, x0: mx.array) -> mx.array:
+        sigma = float(self.sigmas[index + 1])
+        if sigma == 0:
+            return x0
+        _, frames, height, width, channels = sample.shape
+        noise = latent_noise((frames, height, width), channels, self.seed, earlier=index + 1)
+        return (1 - sigma) * x0 + sigma * noise
+
+
+class DPMSolverPP(Scheduler):
+    """DPM-Solver++(2M) (arXiv 2211.01095): second order, midpoint, on predictions of the clean sample.
+
+    Follows the official ``FlowDPMSolverMultistepScheduler`` as ``text2video`` sets it up: the grid of
+    ``get_sampling_sigmas``, first order at the first and at the last step.
+    """
+
+    history_from = {"x0_1": 1}  # the clean estimate, one step back
+
+    def _advance(self, index: int, velocity: mx.array, sample: mx.array, x0: mx.array) -> mx.array:
+        sigma, sigma_next = self.sigmas[index], self.sigmas[index + 1]
+        h = log_snr(sigma_next) - log_snr(sigma)
+        gain = (np.float32(1) - sigma_next) * (np.exp(-h) - np.float32(1))
+        result = float(sigma_next / sigma) * sample - float(gain) * x0
+        if 0 < index < len(self.timesteps) - 1:
+            h_last = log_snr(sigma) - log_snr(self.sigmas[index - 1])
+            slope = float(np.float32(1) / (h_last / h)) * (x0 - self.history["x0_1"])
+            result = result - float(np.float32(0.5) * gain) * slope
+        self.history = {"x0_1": x0}
+        return result
+
+
 class UniPC(Scheduler):
-    """Predictor and corrector on predictions of the clean sample; one model call per step.
+    """UniPC (arXiv 2302.04867), second order, B(h) = exp(h) - 1: predictor and corrector on predictions of the clean
+    sample; one model call per step.
 
     Follows the official ``FlowUniPCMultistepScheduler`` as ``text2video`` sets it up: order 2, bh2, corrector at
     every step but the first, first order at the first and at the last step. The coefficients are float32, in the
