@@ -23,12 +23,26 @@ from wan_mlx.media.preview import enlarge, latent_map, sheet_of, tiny_preview
 from wan_mlx.media.write import save_video
 from wan_mlx.models.configs import VAEConfig
 from wan_mlx.models.taehv import TAEHVConfig
-from wan_mlx.models.taehv import decode_flop as taehv_flop
 from wan_mlx.planning.flops import forward_parts, vae_flop
 from wan_mlx.presets import PRESETS
 from wan_mlx.weights.taehv import load_taehv
 
 CASES = [("t2v-1.3B", (21, 60, 104)), ("t2v-14B", (21, 60, 104)), ("t2v-14B", (21, 90, 160))]
+
+
+def taehv_flop(config: TAEHVConfig, latent_shape: tuple[int, int, int], small: bool = False) -> float:
+    """Floating-point operations of decoding latents (t, h, w); a multiply-add counts as two."""
+    frames, height, width = latent_shape
+    pixels = frames * height * width
+    flop = pixels * 18 * config.z_dim * config.widths[0]
+    for dim, next_dim, grow in zip(config.widths, config.widths[1:], config.grows, strict=False):
+        flop += pixels * 3 * 18 * 4 * dim**2  # three blocks of convolutions 2d -> d, d -> d, d -> d
+        pixels *= 1 if small else 4
+        grow = 1 if small else grow
+        flop += pixels * 2 * dim * dim * grow
+        pixels *= grow
+        flop += pixels * 18 * dim * next_dim
+    return float(flop + pixels * 18 * config.widths[-1] * 3)
 
 
 def best(function: Callable[[], object], times: int) -> float:

@@ -60,7 +60,7 @@ def pairs(vae: VAE, clip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Latents (t, h, w, C) of a clip, and the colours (t, h, w, 3) that the VAE decodes them to."""
     latents = vae.encode(mx.array(clip)[None])
     decoded = np.concatenate([np.array(frames[0]) for frames in vae.decode(latents)])
-    return np.array(latents[0]), shrink(decoded, vae.spatial_factor)
+    return np.array(latents[0]), shrink(decoded, vae.geometry.spatial)
 
 
 def fit(latents: np.ndarray, colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -59,7 +59,6 @@ def both_passes(model, cache, index, x, timestep, order=(COND, UNCOND)) -> dict[
     contexts = {COND: conditioning().context, UNCOND: conditioning().negative_context}
     cache.begin_step(index, x, (COND, UNCOND))
     of = {branch: cache.velocity(branch, partial(model, x, timestep, contexts[branch])) for branch in order}
-    cache.end_step()
     return of
 
 

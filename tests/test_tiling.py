@@ -51,7 +51,7 @@ def test_margins_are_as_wide_as_the_convolutions_reach(vae, direction, stage):
     Random values could not show this: what reaches through a dozen convolutions is too little to see.
     """
     layers, length, core = getattr(vae, direction).local, 48, (24, 26)
-    spans = getattr(tiling, f"{direction}_spans")(core, tiling._convolutions(layers), length)
+    spans = tiling.stage_spans(core, tiling._convolutions(layers), length, decoding=direction == "decoder")
     start, end = spans[stage - 1][1] if stage else spans[0][0]  # what the stage is given, before it resamples
     right, rest = spans[-1][1], [layer for group in tiling._stages(layers)[stage:] for layer in group]
     into = max(0, stage - 1)
@@ -131,8 +131,8 @@ def test_nano_shows_no_seam():
 def test_the_pipeline_decodes_in_tiles(monkeypatch):
     """``vae_tiling`` reaches the VAE, and the frames stay within a level: pixels are truncated."""
     asked, latents = [], random(1, 1, 2, 24, 16)
-    decoder_tiles = tiling.decoder_tiles
-    monkeypatch.setattr(tiling, "decoder_tiles", lambda *args: asked.append(args[-1]) or decoder_tiles(*args))
+    tiles_of = tiling.tiles_of
+    monkeypatch.setattr(tiling, "tiles_of", lambda *args, **how: asked.append(args[-1]) or tiles_of(*args, **how))
     frames = {}
     for option in (None, "off", "64x64", "auto"):
         pipe = wan_mlx.WanPipeline.from_pretrained("nano", progress=False, vae_tiling=option)

@@ -153,10 +153,10 @@ def test_cache_does_not_grow(vae):
 @pytest.mark.parametrize(
     "shape, message",
     [
-        ((1, 6, 16, 24, 3), r"6 frames given, expected 4n\+1; nearest is 5"),
-        ((1, 4, 16, 24, 3), r"4 frames given, expected 4n\+1; nearest is 5"),
-        ((1, 5, 16, 21, 3), "frames are 21x16, expected multiples of 8; nearest is 24x16"),
-        ((1, 5, 3, 24, 3), "nearest is 24x8"),
+        ((1, 6, 16, 24, 3), r"frames is 6, expected 4n\+1 .*; nearest: 5"),
+        ((1, 4, 16, 24, 3), r"frames is 4, expected 4n\+1 .*; nearest: 5"),
+        ((1, 5, 16, 21, 3), "width is 21, expected a positive multiple of 8; nearest: 24"),
+        ((1, 5, 3, 24, 3), "height is 3, .*; nearest: 8"),
         ((1, 3, 5, 16, 24), r"expected \(1, T, H, W, 3\), channels last"),
         ((2, 5, 16, 24, 3), r"expected \(1, T, H, W, 3\)"),
         ((5, 16, 24, 3), r"expected \(1, T, H, W, 3\)"),
@@ -169,7 +169,7 @@ def test_wrong_frames(vae, shape, message):
 
 
 @pytest.mark.parametrize(
-    "shapes, message", [([1, 3], "chunk 1 has 3 frames, expected 4"), ([4], "expected 1"), ([], "no")]
+    "shapes, message", [([1, 3], "chunk 2 has 3 frames, expected 4"), ([4], "expected 1"), ([], "no")]
 )
 def test_wrong_chunks(vae, shapes, message):
     with pytest.raises(ValueError, match=message):
@@ -182,7 +182,10 @@ def test_wrong_latents_are_refused_at_once(vae, shape):
         vae.decode(mx.zeros(shape))
 
 
-@pytest.mark.parametrize("changes, message", [({"z_dim": 5}, "z_dim = 5"), ({"dim_mult": (1, 2)}, "expected 1, one")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"z_dim": 5}, "mean has 4 values, expected 5"), ({"dim_mult": (1, 2)}, "3 values, expected 1")],
+)
 def test_config_must_agree_with_itself(changes, message):
     sizes = dict(dim=8, z_dim=4, mean=VAE_CONFIG.mean, std=VAE_CONFIG.std)
     with pytest.raises(ValueError, match=message):

@@ -35,9 +35,8 @@ def denoise(
     """Sample from noise to clean latents; yields an evaluated `Step` after each step.
 
     Args:
-        serving: called before each step; returns the model, (latents float32 (1, t, h, w, C), timestep, context) →
-            velocity, and the guidance, which gives the passes of a step and combines them. `Transformer`'s
-            ``through`` and ``skip_layers`` are passed only where a cache or the guidance uses them.
+        serving: called before each step; returns the model, and the guidance, which gives the passes of a step and
+            combines them.
         conditioning: starting latents and texts.
         scheduler: solver with its sigma grid; the loop changes its history.
         cache: decides which forwards are skipped; the loop changes its state. None: no forward is skipped.

@@ -45,7 +45,6 @@ class Guidance:
 
     @classmethod
     def of(cls, request: Request) -> Guidance:
-        """The guidance of a request."""
         return cls(
             scale=request.guidance_scale,
             range=request.guidance_range,
@@ -80,9 +79,8 @@ def zero_steps_of(task: str) -> int:
 
 def check_guidance(request: Request, num_layers: int) -> None:
     """Raise ValueError if the guidance options contradict each other, the steps or the model's ``num_layers``."""
-    plain = Guidance(request.guidance_scale)
     if request.guidance_scale == 1.0:
-        for name, default in (("guidance_range", plain.range), ("cfg_zero", None), ("skip_layers", ())):
+        for name, default in (("guidance_range", (0.0, 1.0)), ("cfg_zero", None), ("skip_layers", ())):
             if getattr(request, name) != default:
                 raise ValueError(f"{name} is {getattr(request, name)}, but guidance is off at scale 1; "
                                  "give a scale above 1, or leave it out")  # fmt: skip
@@ -93,11 +91,9 @@ def check_guidance(request: Request, num_layers: int) -> None:
         used = name == "guidance_range" or request.skip_layers
         if used and not any(_within(span, index, request.steps_made) for index in range(request.steps_made)):
             raise ValueError(f"{name} {span} holds none of the {request.steps_made} steps; widen it, or leave it out")
-    if request.cfg_zero is not None and not 0 <= request.cfg_zero < request.steps_made:
-        most = request.steps_made - 1
-        raise ValueError(f"cfg_zero is {request.cfg_zero} steps, expected 0 to {most} of {request.steps_made}")
-    wrong = [layer for layer in request.skip_layers if not 0 <= layer < num_layers]
-    if wrong:
+    if request.cfg_zero is not None and not 0 <= request.cfg_zero < (made := request.steps_made):
+        raise ValueError(f"cfg_zero is {request.cfg_zero} steps, expected 0 to {made - 1} of {made}")
+    if wrong := [layer for layer in request.skip_layers if not 0 <= layer < num_layers]:
         raise ValueError(f"skip_layers names layer {wrong[0]}, expected 0 to {num_layers - 1}")
 
 
@@ -118,10 +114,7 @@ def guided_velocity(
     total: int,
     cache: StepCache,
 ) -> mx.array:
-    """The velocity of step ``index`` of ``total``, float32 (1, t, h, w, C).
-
-    Without a negative context only one pass is made.
-    """
+    """The velocity of step ``index`` of ``total``, float32 (1, t, h, w, C); without a negative context, of one pass."""
     passes = guidance.passes(index, total)
     if conditioning.negative_context is None:
         passes = tuple(branch for branch in passes if branch == COND)
@@ -139,15 +132,12 @@ def guided_velocity(
 
     cache.begin_step(index, latents, passes)
     if not passes:
-        result = mx.zeros_like(latents)
-    elif len(passes) == 1:
-        result = velocity(COND)
-    elif mx.default_device().type == mx.DeviceType.cpu:
-        result = guidance.combine(*at_once(velocity, COND, UNCOND))
-    else:
-        result = guidance.combine(velocity(COND), velocity(UNCOND))
-    cache.end_step()
-    return result
+        return mx.zeros_like(latents)
+    if len(passes) == 1:
+        return velocity(COND)
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return guidance.combine(*at_once(velocity, COND, UNCOND))
+    return guidance.combine(velocity(COND), velocity(UNCOND))
 
 
 def plain_passes(conditioning: Conditioning, guidance: Guidance) -> int:

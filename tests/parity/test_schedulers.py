@@ -148,15 +148,6 @@ class TestWrongUse:
         with pytest.raises(ValueError, match=f"begins at step {begin} of 4, expected 0 to 3"):
             make_scheduler("unipc", 4, 5.0, begin=begin)
 
-    def test_step_out_of_order(self):
-        scheduler, sample = make_scheduler("unipc", 3, 5.0), mx.array(noise())
-        with pytest.raises(ValueError, match="expected step 0"):
-            scheduler.step(1, sample, sample)
-        for index in range(3):
-            scheduler.step(index, sample, sample)
-        with pytest.raises(ValueError, match="step 3 of 3"):
-            scheduler.step(3, sample, sample)
-
     def test_state_of_another_step_or_solver(self):
         state = {"x0_1": mx.zeros(3)}
         with pytest.raises(ValueError, match=r"expected \['sample', 'x0_1', 'x0_2'\] for UniPC"):

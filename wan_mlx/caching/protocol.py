@@ -28,8 +28,8 @@ class Branch:
 class StepCache:
     """Decides at which steps the transformer is skipped, and computes the velocity in its place.
 
-    Call ``begin_step``, then ``velocity`` once for each pass of the step, in any order or at once, then
-    ``end_step``. Step 0 starts afresh.
+    Call ``begin_step``, then ``velocity`` once for each pass of the step, in any order or at once. Step 0
+    starts afresh.
 
     Attributes:
         steps: number of sampling steps.
@@ -54,17 +54,12 @@ class StepCache:
         """Start step ``index``, which makes these passes over ``latents``."""
         if index == 0:
             self._reset()
-        self.index, self.passes = index, passes
-        self.latents = latents
+        self.index, self.latents = index, latents
 
     def velocity(self, branch: int, forward: Forward) -> mx.array:
         """The velocity of one pass, float32 (1, t, h, w, C), by ``forward`` or without it."""
         self.branches[branch].computed += 1
         return forward()
-
-    def end_step(self) -> None:
-        """Finish the step, after all its passes."""
-        del self.latents
 
     def state(self) -> dict[str, mx.array]:
         """All arrays that later steps need, by name. Empty if nothing is cached."""

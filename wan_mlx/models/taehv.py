@@ -8,16 +8,16 @@ the reference's ``nn.Sequential``, with None where a layer has no parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .vae_layers import CausalCache
-
-SPATIAL, TEMPORAL = 8, 4
+from ..geometry import Geometry
+from .vae_layers import CausalCache, check_frames, check_latents
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class TAEHVConfig:
     widths: tuple[int, int, int, int] = (256, 128, 64, 64)
     pools: tuple[int, int, int] = (2, 2, 1)
     grows: tuple[int, int, int] = (1, 2, 2)
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(math.prod(self.pools), 2 ** len(self.pools), patch=(1, 1, 1))
 
 
 class Conv(nn.Module):
@@ -87,10 +91,9 @@ class TGrow(nn.Module):
         self._stride = stride
 
     def __call__(self, x: mx.array, last: bool = False) -> mx.array:
-        dim = x.shape[-1]
+        n, height, width, dim = x.shape
         if last:
             return mx.conv2d(x, self.conv.weight[-dim:])
-        n, height, width, _ = x.shape
         grown = self.conv(x).reshape(n, height, width, self._stride, dim)
         return mx.moveaxis(grown, 3, 1).reshape(n * self._stride, height, width, dim)
 
@@ -113,13 +116,12 @@ class TAEHV(nn.Module):
             self.decoder += [None, TGrow(dim, grow), Conv(dim, next_dim, bias=False)]
         self.decoder += [None, Conv(config.widths[-1], 3)]
 
-    def encode(self, frames: mx.array, at_once: int = 1) -> mx.array:
+    def encode(self, frames: mx.array) -> mx.array:
         """Latents of a video.
 
         Args:
             frames: (1, T, H, W, 3) in [-1, 1]; H and W are multiples of 8. After T = 4n+1 frames (any other T is
                 allowed) the last one is repeated until there are 4n+4.
-            at_once: number of latent frames that are computed at a time.
 
         Returns:
             float32 (1, t, H/8, W/8, C), normalised as for the transformer.
@@ -127,89 +129,58 @@ class TAEHV(nn.Module):
         Raises:
             ValueError: ``frames`` has another shape.
         """
-        if frames.ndim != 5 or frames.shape[0] != 1 or frames.shape[-1] != 3 or 0 in frames.shape:
-            raise ValueError(f"frames have shape {frames.shape}, expected (1, T, H, W, 3), channels last")
-        height, width = frames.shape[2:4]
-        if height % SPATIAL or width % SPATIAL:
-            raise ValueError(f"frames are {width}x{height}, expected multiples of {SPATIAL}")
-        frames = frames[0]
-        if left := -len(frames) % TEMPORAL:
+        check_frames(frames, self.config.geometry)
+        frames, step, cache = frames[0], self.config.geometry.temporal, CausalCache()
+        if left := -len(frames) % step:
             frames = mx.concatenate([frames, mx.repeat(frames[-1:], left, axis=0)])
-        cache, latents = CausalCache(), []
-        for start in range(0, len(frames), TEMPORAL * at_once):
-            x = (frames[start : start + TEMPORAL * at_once].astype(mx.float32) + 1) / 2
-            latents.append(self._encode(x.astype(self.encoder[0].weight.dtype), cache).astype(mx.float32))
+        first, _, *middle, last = self.encoder
+        latents = []
+        for start in range(0, len(frames), step):
+            x = (frames[start : start + step].astype(mx.float32) + 1) / 2
+            x = nn.relu(first(x.astype(first.weight.dtype)))
+            for layer in middle:
+                x = layer(x, cache) if isinstance(layer, MemBlock) else layer(x)
+            latents.append(last(x).astype(mx.float32))
         return mx.concatenate(latents)[None]
 
-    def decode(self, latents: mx.array, at_once: int = 1, small: bool = False) -> Iterator[mx.array]:
+    def decode(self, latents: mx.array, small: bool = False) -> Iterator[mx.array]:
         """Frames of a video, as they are decoded.
 
         Args:
             latents: (1, t, h, w, C), normalised as for the transformer.
-            at_once: number of latent frames that are decoded at a time.
             small: one frame per latent frame, with the latents' height and width, for a quarter of the work: upsampling
                 is left out, as the reference suggests for previews.
 
         Returns:
             An iterator over float32 (1, n, 8h, 8w, 3) in [-1, 1]: of the first latent frame n is 1, of
-            every other 4. If ``small``, (1, n, h, w, 3), n as many as latent frames.
+            every other 4. If ``small``, (1, 1, h, w, 3) of each.
 
         Raises:
             ValueError: ``latents`` has another shape.
         """
-        z_dim = self.config.z_dim
-        if latents.ndim != 5 or latents.shape[0] != 1 or latents.shape[-1] != z_dim or 0 in latents.shape:
-            raise ValueError(f"latents have shape {latents.shape}, expected (1, t, h, w, {z_dim}), channels last")
-        return self._decode_chunks(latents[0], at_once, small)
+        check_latents(latents, self.config.z_dim)
+        return self._decode(latents[0], small)
 
-    def _decode_chunks(self, latents: mx.array, at_once: int, small: bool) -> Iterator[mx.array]:
-        cache = CausalCache()
-        for start in range(0, len(latents), at_once):
-            x = latents[start : start + at_once].astype(self.decoder[1].weight.dtype)
-            frames = self._decode(x, cache, small)
-            if start == 0 and not small:  # a lone first frame is the last of its four decoded frames
-                frames = frames[TEMPORAL - 1 :]
-            yield 2 * mx.clip(frames.astype(mx.float32), 0, 1)[None] - 1
-
-    def _encode(self, x: mx.array, cache: CausalCache) -> mx.array:
-        first, _, *middle, last = self.encoder
-        return last(_through(middle, nn.relu(first(x)), cache))
-
-    def _decode(self, x: mx.array, cache: CausalCache, small: bool) -> mx.array:
+    def _decode(self, latents: mx.array, small: bool) -> Iterator[mx.array]:
         _, first, _, *middle, _, last = self.decoder
-        x = nn.relu(first(mx.tanh(x / 3) * 3))
-        for layer in middle:
-            if isinstance(layer, TGrow):
-                x = layer(x, last=small)
-            elif layer is not None:
-                x = _through([layer], x, cache)
-            elif not small:
-                x = _double(x)
-        return last(nn.relu(x))
-
-
-def _through(layers: Sequence[Callable], x: mx.array, cache: CausalCache) -> mx.array:
-    for layer in layers:
-        x = layer(x, cache) if isinstance(layer, MemBlock) else layer(x)
-    return x
+        cache = CausalCache()
+        for index in range(len(latents)):
+            x = latents[index : index + 1].astype(first.weight.dtype)
+            x = nn.relu(first(mx.tanh(x / 3) * 3))
+            for layer in middle:
+                if isinstance(layer, TGrow):
+                    x = layer(x, last=small)
+                elif layer is None:
+                    x = x if small else _double(x)
+                else:
+                    x = layer(x, cache) if isinstance(layer, MemBlock) else layer(x)
+            frames = last(nn.relu(x))
+            if index == 0 and not small:  # a lone first frame is the last of its four decoded frames
+                frames = frames[-1:]
+            yield 2 * mx.clip(frames.astype(mx.float32), 0, 1)[None] - 1
 
 
 def _double(x: mx.array) -> mx.array:
     """Every pixel twice in both directions: (n, H, W, C) → (n, 2H, 2W, C)."""
     n, height, width, dim = x.shape
     return mx.broadcast_to(x[:, :, None, :, None], (n, height, 2, width, 2, dim)).reshape(n, 2 * height, 2 * width, dim)
-
-
-def decode_flop(config: TAEHVConfig, latent_shape: tuple[int, int, int], small: bool = False) -> float:
-    """Floating-point operations of decoding latents (t, h, w); a multiply-add counts as two."""
-    frames, height, width = latent_shape
-    pixels = frames * height * width
-    flop = pixels * 18 * config.z_dim * config.widths[0]
-    for dim, next_dim, grow in zip(config.widths, config.widths[1:], config.grows, strict=False):
-        flop += pixels * 3 * 18 * 4 * dim**2  # three blocks of convolutions 2d -> d, d -> d, d -> d
-        pixels *= 1 if small else 4
-        grow = 1 if small else grow
-        flop += pixels * 2 * dim * dim * grow
-        pixels *= grow
-        flop += pixels * 18 * dim * next_dim
-    return float(flop + pixels * 18 * config.widths[-1] * 3)

@@ -9,15 +9,15 @@ parameters. `wan_mlx.models.vae_execution` decides how it runs on a machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..geometry import Geometry
 from .configs import VAEConfig
-from .vae_layers import CausalCache, CausalConv, Conv, PointConv, TimeConv
+from .vae_layers import CausalCache, CausalConv, Conv, PointConv, TimeConv, check_frames, check_latents
 
 
 class RMSNorm(nn.Module):
@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.gamma = mx.ones((dim,))
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, cache: CausalCache | None = None) -> mx.array:
         # The official norm divides by at least 1e-12; the fused one adds its eps to the mean square instead.
         return mx.fast.rms_norm(x, self.gamma.astype(x.dtype), 1e-24 / x.shape[-1])
 
@@ -50,9 +50,15 @@ class ResidualBlock(nn.Module):
             self.shortcut = PointConv(in_dim, out_dim)
 
     def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
-        norm1, _, conv1, norm2, _, _, conv2 = self.residual
-        y = conv1(silu(norm1(x)), cache)
-        return conv2(silu(norm2(y)), cache, residual=self.shortcut(x) if "shortcut" in self else x)
+        return self.second(self.first(x, cache), x, cache)
+
+    def first(self, x: mx.array, cache: CausalCache) -> mx.array:
+        norm, _, conv, *_ = self.residual
+        return conv(silu(norm(x)), cache)
+
+    def second(self, y: mx.array, x: mx.array, cache: CausalCache) -> mx.array:
+        *_, norm, _, _, conv = self.residual
+        return conv(silu(norm(y)), cache, self.shortcut(x) if "shortcut" in self else x)
 
 
 class AttentionBlock(nn.Module):
@@ -163,39 +169,29 @@ class Upsample(nn.Module):
         return y.reshape(n, h, w, 2, c).transpose(0, 3, 1, 2, 4).reshape(2 * n, h, w, c)
 
 
+def residual_blocks(in_dim: int, out_dim: int, count: int) -> list[nn.Module]:
+    return [ResidualBlock(in_dim, out_dim), *(ResidualBlock(out_dim, out_dim) for _ in range(count - 1))]
+
+
 def middle_blocks(dim: int) -> list[nn.Module]:
     return [ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim)]
 
 
-@dataclass(frozen=True)
-class Head:
-    """The last layers in one: norm, SiLU, causal convolution."""
-
-    layers: Sequence
-
-    def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
-        norm, _, conv = self.layers
-        return conv(silu(norm(x)), cache)
-
-
-def run_layer(layer: Callable, x: mx.array, cache: CausalCache) -> mx.array | Iterator[mx.array]:
-    """A layer's result: frames, or, from a resampling layer, pieces of them."""
-    return layer(x, cache)
-
-
 def flow(
-    layers: Sequence[Callable], frames: Iterable[mx.array], cache: CausalCache, run: Callable = run_layer
+    layers: Sequence[Callable | None],
+    frames: Iterable[mx.array],
+    cache: CausalCache,
+    run: Callable = lambda layer, x, cache: layer(x, cache),
 ) -> Iterator[mx.array]:
-    """Send ``frames``, pieces (n, H, W, C) of a video, through ``layers``; resampling changes their number.
-
-    Each piece passes all layers before the next one starts, so that few large frames exist at a time.
+    """Send ``frames``, pieces (n, H, W, C) of a video, through ``layers``, None for SiLU; resampling changes their
+    number. Each piece passes all layers before the next one starts, so that few large frames exist at a time.
     """
     for x in frames:
         for i, layer in enumerate(layers):
             if isinstance(layer, (Downsample, Upsample)):
                 yield from flow(layers[i + 1 :], run(layer, x, cache), cache, run)
                 break
-            x = run(layer, x, cache)
+            x = silu(x) if layer is None else run(layer, x, cache)
         else:
             yield x
 
@@ -212,22 +208,21 @@ class Encoder(nn.Module):
         self.conv1 = CausalConv(3, widths[0])
         self.downsamples: list[Any] = []
         for i, (in_dim, out_dim) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            self.downsamples.append(ResidualBlock(in_dim, out_dim))
-            self.downsamples += [ResidualBlock(out_dim, out_dim) for _ in range(config.num_res_blocks - 1)]
+            self.downsamples += residual_blocks(in_dim, out_dim, config.num_res_blocks)
             if i < len(config.temporal_downsample):
                 self.downsamples.append(Downsample(out_dim, config.temporal_downsample[i]))
         self.middle = middle_blocks(widths[-1])
         self.head: list[Any] = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 2 * config.z_dim)]
 
     @property
-    def local(self) -> list[Callable]:
+    def local(self) -> list[Callable | None]:
         """The first layers, where every pixel sees only its neighbourhood."""
         return [self.conv1, *self.downsamples]
 
     @property
-    def whole(self) -> list[Callable]:
+    def whole(self) -> list[Callable | None]:
         """The layers after them, which see whole frames."""
-        return [*self.middle, Head(self.head)]
+        return [*self.middle, *self.head]
 
 
 class Decoder(nn.Module):
@@ -245,21 +240,20 @@ class Decoder(nn.Module):
         temporal = config.temporal_downsample[::-1]
         for i, (in_dim, out_dim) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
             # The previous upsampling has halved the width.
-            self.upsamples.append(ResidualBlock(in_dim // 2 if i else in_dim, out_dim))
-            self.upsamples += [ResidualBlock(out_dim, out_dim) for _ in range(config.num_res_blocks)]
+            self.upsamples += residual_blocks(in_dim // 2 if i else in_dim, out_dim, config.num_res_blocks + 1)
             if i < len(temporal):
                 self.upsamples.append(Upsample(out_dim, temporal[i]))
         self.head: list[Any] = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 3)]
 
     @property
-    def whole(self) -> list[Callable]:
+    def whole(self) -> list[Callable | None]:
         """The first layers, which see whole frames."""
         return [self.conv1, *self.middle]
 
     @property
-    def local(self) -> list[Callable]:
+    def local(self) -> list[Callable | None]:
         """The layers after them, where every pixel sees only its neighbourhood."""
-        return [*self.upsamples, Head(self.head)]
+        return [*self.upsamples, *self.head]
 
 
 class VAE(nn.Module):
@@ -271,28 +265,16 @@ class VAE(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        if len(config.mean) != config.z_dim or len(config.std) != config.z_dim:
-            raise ValueError(
-                f"mean and std have {len(config.mean)} and {len(config.std)} values, expected z_dim = {config.z_dim}"
-            )
-        if len(config.temporal_downsample) != len(config.dim_mult) - 1:
-            raise ValueError(f"temporal_downsample has {len(config.temporal_downsample)} values, expected "
-                             f"{len(config.dim_mult) - 1}, one fewer than dim_mult")  # fmt: skip
+        lengths = {"mean": config.z_dim, "std": config.z_dim, "temporal_downsample": len(config.dim_mult) - 1}
+        for name, expected in lengths.items():
+            if len(values := getattr(config, name)) != expected:
+                raise ValueError(f"{name} has {len(values)} values, expected {expected}")
         self.config = config
+        self.geometry = Geometry(config.temporal_factor, config.spatial_factor, patch=(1, 1, 1))
         self.encoder = Encoder(config)
         self.conv1 = PointConv(2 * config.z_dim, 2 * config.z_dim)
         self.conv2 = PointConv(config.z_dim, config.z_dim)
         self.decoder = Decoder(config)
-
-    @property
-    def spatial_factor(self) -> int:
-        """Pixels per latent along height and width; 8 for Wan2.1."""
-        return self.config.spatial_factor
-
-    @property
-    def temporal_factor(self) -> int:
-        """Frames per latent frame after the first, which stands for one frame; 4 for Wan2.1."""
-        return self.config.temporal_factor
 
     def encode(self, frames: mx.array) -> mx.array:
         """Mean of the latents of a whole video in memory.
@@ -306,13 +288,10 @@ class VAE(nn.Module):
         Raises:
             ValueError: ``frames`` has another shape.
         """
-        self._check_frames(frames)
-        num_frames, step = frames.shape[1], self.temporal_factor
-        if num_frames % step != 1 % step:
-            nearest = max(0, round((num_frames - 1) / step)) * step + 1
-            raise ValueError(f"{num_frames} frames given, expected {step}n+1; nearest is {nearest}")
-        starts = range(1, num_frames, step)
-        return self.encode_chunks([frames[:, :1], *(frames[:, i : i + step] for i in starts)])
+        check_frames(frames, self.geometry)
+        num_frames, step = frames.shape[1], self.geometry.temporal
+        self.geometry.check_frames(num_frames)
+        return self.encode_chunks([frames[:, :1], *(frames[:, i : i + step] for i in range(1, num_frames, step))])
 
     def encode_chunks(self, chunks: Iterable[mx.array]) -> mx.array:
         """Like ``encode`` for a video that arrives in chunks: (1, 1, H, W, 3), then (1, 4, H, W, 3) each.
@@ -324,20 +303,15 @@ class VAE(nn.Module):
         moments = flow([*self.encoder.local, *self.encoder.whole], frames, CausalCache())
         return mx.stack([self.pack(frame) for frame in moments], axis=1)
 
-    def enter(self, chunk: mx.array) -> mx.array:
-        """A chunk float32 (1, n, H, W, 3) → the encoder's input (n, H, W, 3)."""
-        return chunk[0].astype(self.encoder.conv1.weight.dtype)
-
     def checked_chunks(self, chunks: Iterable[mx.array]) -> Iterator[mx.array]:
         """The same chunks; raises ValueError as `encode_chunks` does."""
         count = 0
-        for chunk in chunks:
-            self._check_frames(chunk)
-            expected = self.temporal_factor if count else 1
+        for count, chunk in enumerate(chunks, 1):
+            check_frames(chunk, self.geometry)
+            expected = 1 if count == 1 else self.geometry.temporal
             if chunk.shape[1] != expected:
                 raise ValueError(f"chunk {count} has {chunk.shape[1]} frames, expected {expected}")
             yield chunk
-            count += 1
         if not count:
             raise ValueError("no chunk of frames given, expected at least one")
 
@@ -353,15 +327,13 @@ class VAE(nn.Module):
         Raises:
             ValueError: ``latents`` has another shape.
         """
-        self.check_latents(latents)
+        check_latents(latents, self.config.z_dim)
         cache, layers = CausalCache(), [*self.decoder.whole, *self.decoder.local]
         return (self.to_frames(flow(layers, [z], cache)) for z in self.unpack(latents))
 
-    def check_latents(self, latents: mx.array) -> None:
-        """Raise ValueError if latents are not (1, t, h, w, C)."""
-        z_dim = self.config.z_dim
-        if latents.ndim != 5 or latents.shape[0] != 1 or latents.shape[-1] != z_dim or 0 in latents.shape:
-            raise ValueError(f"latents have shape {latents.shape}, expected (1, t, h, w, {z_dim}), channels last")
+    def enter(self, chunk: mx.array) -> mx.array:
+        """A chunk float32 (1, n, H, W, 3) → the encoder's input (n, H, W, 3)."""
+        return chunk[0].astype(self.encoder.conv1.weight.dtype)
 
     def pack(self, moments: mx.array) -> mx.array:
         """The encoder's result (1, h, w, 2C) → a normalised latent frame, float32 (1, h, w, C)."""
@@ -378,13 +350,3 @@ class VAE(nn.Module):
         """Pieces of decoded frames (n, H, W, 3) → float32 (1, n, H, W, 3), clipped to [-1, 1]."""
         frames = mx.concatenate(list(decoded))[None]
         return mx.clip(frames.astype(mx.float32), -1.0, 1.0)
-
-    def _check_frames(self, frames):
-        if frames.ndim != 5 or frames.shape[0] != 1 or frames.shape[-1] != 3 or 0 in frames.shape:
-            raise ValueError(f"frames have shape {frames.shape}, expected (1, T, H, W, 3), channels last")
-        height, width = frames.shape[2:4]
-        factor = self.spatial_factor
-        if height % factor or width % factor:
-            nearest = [max(1, round(n / factor)) * factor for n in (height, width)]
-            raise ValueError(f"frames are {width}x{height}, expected multiples of {factor}; "
-                             f"nearest is {nearest[1]}x{nearest[0]}")  # fmt: skip

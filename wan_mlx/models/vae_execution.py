@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..cuda.forward import DeferredFrees
 from .execution import Pacer
-from .vae import VAE, AttentionBlock, Downsample, Head, ResidualBlock, Upsample, flow, silu
-from .vae_layers import CausalCache, CausalConv, TemporalConv, convolve
+from .vae import VAE, AttentionBlock, Downsample, ResidualBlock, Upsample, flow
+from .vae_layers import CausalCache, CausalConv, TemporalConv, check_latents, convolve
 
 # The one attention head is 384 wide, too wide for fused kernels: this many scores at a time (64 MB in float32).
 SCORES_AT_ONCE = 1 << 24
@@ -76,7 +75,6 @@ class VAEExecution:
 
     def __init__(self, vae: VAE):
         self.vae = vae
-        self._made: dict[int, tuple[mx.array, Any]] = {}  # of a layer: its weight, and the value derived from it
         for layer in vae.modules():
             if isinstance(layer, TemporalConv):  # contiguous taps, so that none is copied when used
                 layer.weight = mx.moveaxis(mx.contiguous(mx.moveaxis(layer.weight, 1, 0)), 0, 1)
@@ -94,12 +92,12 @@ class VAEExecution:
 
     def decode(self, latents: mx.array) -> Iterator[mx.array]:
         """Same as `VAE.decode`: frames float32 (1, n, 8h, 8w, 3) in [-1, 1] as they are decoded."""
-        self.vae.check_latents(latents)
+        check_latents(latents, self.vae.config.z_dim)
         layers = [*self.vae.decoder.whole, *self.vae.decoder.local]
         return self.decode_frames(self.vae.unpack(latents), layers, PacedCache(ahead=True))
 
     def decode_frames(
-        self, frames: Iterable[mx.array], layers: Sequence[Callable], cache: PacedCache
+        self, frames: Iterable[mx.array], layers: Sequence[Callable | None], cache: PacedCache
     ) -> Iterator[mx.array]:
         """Pieces of latent frames through the last layers of the decoder: float32 (1, n, H, W, 3) each."""
         for z in frames:
@@ -108,68 +106,43 @@ class VAEExecution:
             yield decoded
 
     def flow(
-        self, layers: Sequence[Callable], frames: Iterable[mx.array], cache: PacedCache
+        self, layers: Sequence[Callable | None], frames: Iterable[mx.array], cache: PacedCache
     ) -> Iterator[mx.array]:
-        """Same as `vae.flow`, with this class's way to run each layer."""
-        return flow(layers, frames, cache, self._run)
+        """Same as `vae.flow`, with the way to run each layer here."""
+        return flow(layers, frames, cache, run_layer)
 
     def first_batches(self, x: mx.array) -> Iterator[mx.array]:
         """Frames (n, H, W, 3), as many at a time as suit the encoder's first layers."""
         # The first layer turns 3 channels into `dim`.
         return in_batches(x, scale=len(self.vae.encoder.conv1.bias) // 3)
 
-    def _run(self, layer: Callable, x: mx.array, cache: PacedCache) -> mx.array | Iterator[mx.array]:
-        if isinstance(layer, ResidualBlock):
-            return self._residual_block(layer, x, cache)
-        if isinstance(layer, AttentionBlock):
-            return attend_within_frames(layer, x)
-        if isinstance(layer, Upsample):
-            return self._upsample(layer, x, cache)
-        if isinstance(layer, Downsample):
-            return layer.in_time(cache.pace(layer.in_space(x)), cache)
-        if isinstance(layer, CausalConv):
-            return self._convolution(layer, x, cache)
-        if isinstance(layer, Head):
-            norm, _, conv = layer.layers
-            return cache.pace(self._convolution(conv, silu(norm(x)), cache), x)
-        return layer(x, cache)
 
-    def _residual_block(self, block: ResidualBlock, x: mx.array, cache: PacedCache) -> mx.array:
-        norm1, _, conv1, norm2, _, _, conv2 = block.residual
-        y = cache.pace(self._convolution(conv1, silu(norm1(x)), cache))
-        shortcut = block.shortcut(x) if "shortcut" in block else x
-        return cache.pace(self._convolution(conv2, silu(norm2(y)), cache, shortcut))
+def run_layer(layer: Callable, x: mx.array, cache: PacedCache) -> mx.array | Iterator[mx.array]:
+    """Same as the layer's ``__call__``, waited for in between."""
+    if isinstance(layer, ResidualBlock):
+        return cache.pace(layer.second(cache.pace(layer.first(x, cache)), x, cache))
+    if isinstance(layer, AttentionBlock):
+        return attend_within_frames(layer, x)
+    if isinstance(layer, Upsample):
+        # Four times the pixels, half the width. No variable holds a result: it is as large as the frames made from it.
+        phases, batches = layer.phase_weights(), in_batches(layer.in_time(x, cache), scale=2)
+        return (cache.pace(layer.in_space(frames, phases)) for frames in batches)
+    if isinstance(layer, Downsample):
+        return layer.in_time(cache.pace(layer.in_space(x)), cache)
+    if isinstance(layer, CausalConv):
+        return cache.pace(convolve_in_eights(layer, x, cache), x)
+    return layer(x, cache)
 
-    def _upsample(self, layer: Upsample, x: mx.array, cache: PacedCache) -> Iterator[mx.array]:
-        phases = self._made_once(layer, layer.resample[1].weight, layer.phase_weights)
-        for frames in in_batches(layer.in_time(x, cache), scale=2):  # four times the pixels, half the width
-            # No variable holds the result: it is as large as the frames computed from it.
-            yield cache.pace(layer.in_space(frames, phases))
 
-    def _convolution(
-        self, conv: CausalConv, x: mx.array, cache: PacedCache, residual: mx.array | None = None
-    ) -> mx.array:
-        width = len(conv.bias)
-        # cuDNN computes channels in eights; MLX unfolds other widths, which takes nine times the frame.
-        missing = -width % 8 if mx.default_device() == mx.gpu else 0
-        frames = cache.look_back(conv, x)
-        if not missing:  # views, which `TemporalConv.taps` would copy at every call on a GPU
-            return convolve(frames, [conv.weight[:, tap] for tap in range(3)], conv.bias, residual)
-
-        def in_eights() -> list[mx.array]:
-            return [mx.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (*conv.taps(), conv.bias)]
-
-        *taps, bias = self._made_once(conv, conv.weight, in_eights)
-        y = convolve(frames, taps, bias, None)[..., :width]
-        return y if residual is None else y + residual
-
-    def _made_once(self, layer: nn.Module, weight: mx.array, make: Callable[[], Any]) -> Any:
-        """``make()``, computed from the layer's weight; cached until the weight is replaced."""
-        known, made = self._made.get(id(layer), (None, None))
-        if known is not weight:
-            made = make()
-            self._made[id(layer)] = weight, made
-        return made
+def convolve_in_eights(conv: CausalConv, x: mx.array, cache: PacedCache) -> mx.array:
+    """Same as `CausalConv.__call__`: frames (n, H, W, C) → (n, H, W, out_dim)."""
+    width = len(conv.bias)
+    # cuDNN computes channels in eights; MLX unfolds other widths, which takes nine times the frame.
+    missing = -width % 8 if mx.default_device() == mx.gpu else 0
+    if not missing:
+        return conv(x, cache)
+    *taps, bias = (mx.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (*conv.taps(), conv.bias))
+    return convolve(cache.look_back(conv, x), taps, bias)[..., :width]
 
 
 def attend_within_frames(block: AttentionBlock, x: mx.array) -> mx.array:

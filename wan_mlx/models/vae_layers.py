@@ -7,12 +7,24 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..geometry import Geometry
+
+
+def check_frames(frames: mx.array, geometry: Geometry) -> None:
+    """Raise ValueError unless frames are (1, T, H, W, 3) of a size that the geometry allows."""
+    if frames.ndim != 5 or frames.shape[0] != 1 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(f"frames have shape {frames.shape}, expected (1, T, H, W, 3), channels last")
+    geometry.check_size(frames.shape[3], frames.shape[2])
+
+
+def check_latents(latents: mx.array, z_dim: int) -> None:
+    """Raise ValueError unless latents are (1, t, h, w, z_dim)."""
+    if latents.ndim != 5 or latents.shape[0] != 1 or latents.shape[-1] != z_dim or 0 in latents.shape:
+        raise ValueError(f"latents have shape {latents.shape}, expected (1, t, h, w, {z_dim}), channels last")
+
 
 class CausalCache:
-    """The last input frames (1, H, W, C) of each layer that looks back in time, during one pass over a video.
-
-    Each frame is an array of its own, so no larger array stays alive with it.
-    """
+    """The last input frames (1, H, W, C) of each layer that looks back in time, during one pass over a video."""
 
     def __init__(self):
         self.frames: dict[int, tuple[mx.array, ...]] = {}
@@ -22,14 +34,13 @@ class CausalCache:
         return self.frames.get(id(layer), ())
 
     def keep(self, layer: nn.Module, *frames: mx.array) -> None:
-        """Replace the frames kept for ``layer``; views of larger arrays are copied."""
+        """Replace the frames kept for ``layer``; views are copied, so that no larger array stays alive."""
         self.frames[id(layer)] = tuple(mx.contiguous(frame) for frame in frames)
 
     def look_back(self, layer: nn.Module, x: mx.array) -> list[mx.array]:
-        """Prepare frames x (n, H, W, C) for a layer that sees each with the two before it.
+        """Frames x (n, H, W, C) → for each the second before it, the one before it, and itself, (n, H, W, C) each.
 
-        Returns three arrays (n, H, W, C): for each frame the second before, the one before, and ``x`` itself. Zeros
-        stand before the first frame. The last two frames are kept.
+        Zeros stand before the first frame. The last two frames are kept.
         """
         before = self.get(layer) or (mx.zeros_like(x[:1]),) * 2
         if len(x) == 1:
@@ -54,7 +65,7 @@ class TemporalConv(Conv):
 
     def taps(self) -> list[mx.array]:
         """The weight's three parts (O, height, width, I): second frame before, frame before, and the frame itself."""
-        return [mx.contiguous(self.weight[:, tap]) for tap in range(3)]
+        return [self.weight[:, tap] for tap in range(3)]
 
 
 class CausalConv(TemporalConv):
@@ -63,19 +74,16 @@ class CausalConv(TemporalConv):
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__(in_dim, out_dim, 3, 3, 3)
 
-    def __call__(self, x: mx.array, cache: CausalCache, residual: mx.array | None = None) -> mx.array:
-        """Frames (n, H, W, C) → (n, H, W, out_dim), plus ``residual`` of that shape if there is one."""
-        return convolve(cache.look_back(self, x), self.taps(), self.bias, residual)
+    def __call__(self, x: mx.array, cache: CausalCache, *added: mx.array) -> mx.array:
+        """Frames (n, H, W, C) → (n, H, W, out_dim), plus what is ``added`` of that shape."""
+        return convolve(cache.look_back(self, x), self.taps(), self.bias, *added)
 
 
-def convolve(
-    frames: Sequence[mx.array], taps: Sequence[mx.array], bias: mx.array, residual: mx.array | None
-) -> mx.array:
-    """Three frames (n, H, W, C), each with its tap (O, 3, 3, C) → their sum with bias and residual, (n, H, W, O)."""
+def convolve(frames: Sequence[mx.array], taps: Sequence[mx.array], *added: mx.array) -> mx.array:
+    """Three frames (n, H, W, C), each with its tap (O, 3, 3, C) → their sum and what is ``added``, (n, H, W, O)."""
     # One 2D convolution per tap, summed: Metal computes such a 3D convolution this way anyway, and this avoids joining
     # three frames in one array; it is a quarter faster than cuDNN's 3D convolution.
-    terms = [mx.conv2d(frame, weight, padding=1) for frame, weight in zip(frames, taps, strict=True)]
-    return add(*terms, bias) if residual is None else add(*terms, bias, residual)
+    return add(*(mx.conv2d(frame, weight, padding=1) for frame, weight in zip(frames, taps, strict=True)), *added)
 
 
 @mx.compile
@@ -103,5 +111,5 @@ class TimeConv(TemporalConv):
     def __call__(self, *frames: mx.array) -> mx.array:
         y = self.bias
         for frame, weight in zip(frames, self.taps(), strict=True):
-            y = mx.addmm(y, frame, weight.squeeze((1, 2)).T)
+            y = mx.addmm(y, frame, mx.contiguous(weight.squeeze((1, 2))).T)
         return y

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, pairwise, product
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +24,7 @@ from ..errors import is_out_of_memory
 from ..geometry import WAN_2_1, Geometry
 from .vae import VAE, Downsample, ResidualBlock, Upsample
 from .vae_execution import PacedCache, VAEExecution
+from .vae_layers import CausalConv
 
 log = logging.getLogger(__name__)
 
@@ -96,24 +97,25 @@ def decode(
             yield finish(frames)
         return
     _, count, height, width, _ = latents.shape
+    starts = [0, *(vae.geometry.num_frames(index) for index in range(1, count + 1))]
     middle = list(run.flow(vae.decoder.whole, vae.unpack(latents), PacedCache()))
-    tiles = decoder_tiles(vae, (height, width), tile)
+    tiles = tiles_of(vae, (height, width), tile, decoding=True)
     canvas = None
     work = iter(progress(range(len(tiles) * count), total=len(tiles) * count))
-    for area in tiles:
-        rows, columns = (slice(*span) for span in area.target)
-        for index, frames in enumerate(_decode_tile(run, middle, area)):
+    for one in tiles:
+        cache, (rows, columns) = PacedCache(), one.target
+        parts = run.decode_frames((one.source(frame, cache) for frame in middle), one.layers, cache)
+        for start, frames in zip(starts, parts, strict=False):
             next(work)
             pixels = finish(frames)
             if canvas is None:
-                size = [n * vae.spatial_factor for n in (height, width)]
-                canvas = np.empty((1, _first_frame(vae, count), *size, 3), pixels.dtype)
-            start = _first_frame(vae, index)
-            canvas[:, start : start + pixels.shape[1], rows, columns] = pixels
+                size = [n * vae.geometry.spatial for n in (height, width)]
+                canvas = np.empty((1, starts[-1], *size, 3), pixels.dtype)
+            canvas[:, start : start + pixels.shape[1], slice(*rows), slice(*columns)] = pixels
     del middle
     assert canvas is not None, "there is a tile"
-    for index in range(count):
-        yield canvas[:, _first_frame(vae, index) : _first_frame(vae, index + 1)]
+    for start, end in pairwise(starts):
+        yield canvas[:, start:end]
 
 
 def decode_in_memory(
@@ -124,16 +126,12 @@ def decode_in_memory(
     progress: Callable[..., Iterable],
 ) -> Iterator[Any]:
     """`decode`; when memory runs out, again with smaller tiles, which give the same frames."""
-    factor, given = run.vae.spatial_factor, 0
-    size = factor * latents.shape[3], factor * latents.shape[2]
+    given, size = 0, (run.vae.geometry.spatial * latents.shape[3], run.vae.geometry.spatial * latents.shape[2])
     while True:
-        done = 0
         try:
-            for frames in decode(run, latents, tile, finish, progress):
-                done += 1
-                if done > given:
-                    given = done
-                    yield frames
+            for frames in islice(decode(run, latents, tile, finish, progress), given, None):
+                given += 1
+                yield frames
             return
         except (RuntimeError, MemoryError) as error:
             tile = smaller_tile(tile, size)
@@ -161,30 +159,31 @@ def encode(run: VAEExecution, chunks: Iterable[mx.array], tile: tuple[int, int] 
     if tile is None:
         return run.encode_chunks(chunks)
     video = list(vae.checked_chunks(chunks))
-    height, width = (n // vae.spatial_factor for n in video[0].shape[2:4])
-    canvas: list[list[Any]] = [[] for _ in video]
-    for area in encoder_tiles(vae, (height, width), tile):
-        for parts, part in zip(canvas, _encode_tile(run, video, area), strict=True):
-            parts.append((area.target, part))
-    del video
-    frames = (_put_together(parts, height, width) for parts in canvas)
+    height, width = (n // vae.geometry.spatial for n in video[0].shape[2:4])
+    frames: list[mx.array] = []
+    for one in tiles_of(vae, (height, width), tile, decoding=False):
+        rows, columns = one.target
+        for index, part in enumerate(_encode_tile(run, video, one)):
+            if index == len(frames):
+                frames.append(mx.zeros((1, height, width, part.shape[-1]), part.dtype))
+            frames[index][:, slice(*rows), slice(*columns)] = part
+            mx.eval(frames[index])
+    del video, part
     latents = []
-    for moments in run.flow(vae.encoder.whole, frames, PacedCache()):
+    for moments in run.flow(vae.encoder.whole, (frames.pop(0) for _ in range(len(frames))), PacedCache()):
         latents.append(vae.pack(moments))
         mx.eval(latents[-1])
     return mx.stack(latents, axis=1)
 
 
-@dataclass(frozen=True)
-class Area:
-    """One tile: the part to cut out before the first stage and at the end of each stage, and the result's place.
-
-    Each is (rows, columns); ``source`` and ``target`` in the whole frame, ``cuts`` in the stage's output.
-    """
-
-    source: tuple[Span, Span]
-    cuts: tuple[tuple[Span, Span], ...]
-    target: tuple[Span, Span]
+def _encode_tile(run: VAEExecution, video: Sequence[mx.array], tile: Tile) -> Iterator[mx.array]:
+    """(1, h, w, channels) of the tile for each chunk, before the middle."""
+    cache = PacedCache()
+    for chunk in video:
+        frames = run.vae.enter(tile.source(chunk[0], cache)[None])
+        (encoded,) = run.flow(tile.layers, run.first_batches(frames), cache)
+        mx.eval(encoded)
+        yield encoded
 
 
 @dataclass(frozen=True)
@@ -201,14 +200,31 @@ class Cut:
         return mx.contiguous(x[:, slice(*self.rows), slice(*self.columns)])
 
 
-def decoder_tiles(vae: VAE, size: tuple[int, int], tile: tuple[int, int]) -> list[Area]:
-    """Tiles of a frame of ``size`` (height, width) in latents, for the decoder; ``tile`` as for `decode`."""
-    return _tiles(vae, size, tile, _convolutions(vae.decoder.local), decoder_spans)
+@dataclass(frozen=True)
+class Tile:
+    """One tile: the cut out of the whole frame, the layers with a cut after each resolution, and the result's place,
+    (rows, columns) in the whole result."""
+
+    source: Cut
+    layers: list[Callable | None]
+    target: tuple[Span, Span]
 
 
-def encoder_tiles(vae: VAE, size: tuple[int, int], tile: tuple[int, int]) -> list[Area]:
-    """Like `decoder_tiles`, for the encoder."""
-    return _tiles(vae, size, tile, _convolutions(vae.encoder.local), encoder_spans)
+def tiles_of(vae: VAE, size: tuple[int, int], largest: tuple[int, int], decoding: bool) -> list[Tile]:
+    """Tiles of a frame of ``size`` (height, width) in latents, each at most ``largest`` (width, height) in pixels."""
+    local = vae.decoder.local if decoding else vae.encoder.local
+    counts = _convolutions(local)
+    axes = [
+        [stage_spans(core, counts, length, decoding) for core in split(length, max(1, side // vae.geometry.spatial))]
+        for length, side in zip(size, largest[::-1], strict=True)
+    ]
+    found = []
+    for rows, columns in product(*axes):
+        layers: list[Callable | None] = []
+        for stage, of_rows, of_columns in zip(_stages(local), rows, columns, strict=True):
+            layers += [*stage, Cut(_within(*of_rows), _within(*of_columns))]
+        found.append(Tile(Cut(rows[0][0], columns[0][0]), layers, (rows[-1][1], columns[-1][1])))
+    return found
 
 
 def split(length: int, largest: int) -> list[Span]:
@@ -217,61 +233,32 @@ def split(length: int, largest: int) -> list[Span]:
     return [(length * i // count, length * (i + 1) // count) for i in range(count)]
 
 
-def _tiles(vae, size, tile, convolutions, spans_of) -> list[Area]:
-    largest = [max(1, side // vae.spatial_factor) for side in tile[::-1]]
-    axes = [
-        [spans_of(core, convolutions, length) for core in split(length, most)]
-        for length, most in zip(size, largest, strict=True)
-    ]
-    areas = []
-    for rows, columns in product(*axes):
-        cuts = tuple(
-            (_within(*of_rows), _within(*of_columns)) for of_rows, of_columns in zip(rows, columns, strict=True)
-        )
-        areas.append(Area((rows[0][0], columns[0][0]), cuts, (rows[-1][1], columns[-1][1])))
-    return areas
-
-
 def _within(outer: Span, inner: Span) -> Span:
     """``inner`` relative to the start of ``outer``."""
     return inner[0] - outer[0], inner[1] - outer[0]
 
 
-def _grow(span: Span, by: int, length: int) -> Span:
-    """``span`` with a margin on both sides, within the frame."""
-    return max(0, span[0] - by), min(length, span[1] + by)
-
-
-def decoder_spans(core: Span, convolutions: Sequence[int], length: int) -> list[tuple[Span, Span]]:
+def stage_spans(core: Span, convolutions: Sequence[int], length: int, decoding: bool) -> list[tuple[Span, Span]]:
     """For each stage, its input span and the valid part of its output, in pixels of that stage.
 
     Args:
-        core: latents to decode, out of ``length``.
-        convolutions: number of 3x3 ones in each stage, without that of the upsampling before it.
+        core: latents to decode, or to encode to, out of ``length``.
+        convolutions: number of 3x3 ones in each stage, without that of the resampling before it.
+        decoding: whether stages double the pixels, or halve them.
     """
-    spans, last = [], len(convolutions) - 1
-    right = core[0] << last, core[1] << last
+    found, last = [], len(convolutions) - 1
+    right = (core[0] << last, core[1] << last) if decoding else core
     for stage in range(last, -1, -1):
-        given = _grow(right, convolutions[stage] + (stage > 0), length << stage)
-        if stage:  # the stage before doubles pixels
-            given = given[0] // 2 * 2, (given[1] + 1) // 2 * 2
-        spans.append((given, right))
-        right = given[0] // 2, given[1] // 2
-    return spans[::-1]
-
-
-def encoder_spans(core: Span, convolutions: Sequence[int], length: int) -> list[tuple[Span, Span]]:
-    """Like `decoder_spans`, towards ``core``."""
-    spans, last = [], len(convolutions) - 1
-    right = core
-    for stage in range(last, -1, -1):
-        size = length << (last - stage)
-        given = _grow(right, convolutions[stage], size)
-        if stage:  # halving the resolution reads one more pixel, only after the span
-            given = given[0], min(given[1] + 1, size)
-        spans.append((given, right))
-        right = given[0] * 2, given[1] * 2
-    return spans[::-1]
+        size = length << (stage if decoding else last - stage)
+        margin = convolutions[stage] + (decoding and stage > 0)  # the upsampling has one, too
+        start, end = max(0, right[0] - margin), min(size, right[1] + margin)
+        if stage and decoding:  # the stage before doubles pixels
+            start, end = start // 2 * 2, (end + 1) // 2 * 2
+        elif stage:  # halving the resolution reads one more pixel, only after the span
+            end = min(end + 1, size)
+        found.append(((start, end), right))
+        right = (start // 2, end // 2) if decoding else (2 * start, 2 * end)
+    return found[::-1]
 
 
 def _stages(layers: Sequence) -> list[list]:
@@ -286,46 +273,5 @@ def _stages(layers: Sequence) -> list[list]:
 
 def _convolutions(layers: Sequence) -> list[int]:
     """Number of 3x3 convolutions at each resolution, without resampling layers."""
-
-    def count(layer) -> int:
-        return 2 if isinstance(layer, ResidualBlock) else not isinstance(layer, Downsample | Upsample)
-
-    return [sum(map(count, group)) for group in _stages(layers)]
-
-
-def _with_cuts(layers: Sequence, area: Area) -> list:
-    """``layers`` with the cuts of one tile."""
-    groups = zip(_stages(layers), area.cuts, strict=True)
-    return [layer for group, cut in groups for layer in (*group, Cut(*cut))]
-
-
-def _decode_tile(run: VAEExecution, middle: Sequence[mx.array], area: Area) -> Iterator[mx.array]:
-    """float32 (1, n, H, W, 3) of the tile for each latent frame."""
-    cache, layers, first = PacedCache(), _with_cuts(run.vae.decoder.local, area), Cut(*area.source)
-    return run.decode_frames((first(frame, cache) for frame in middle), layers, cache)
-
-
-def _encode_tile(run: VAEExecution, video: Sequence[mx.array], area: Area) -> Iterator[mx.array]:
-    """(1, h, w, channels) of the tile for each chunk, before the middle."""
-    cache, layers, first = PacedCache(), _with_cuts(run.vae.encoder.local, area), Cut(*area.source)
-    for chunk in video:
-        frames = run.vae.enter(first(chunk[0], cache)[None])
-        (encoded,) = run.flow(layers, run.first_batches(frames), cache)
-        mx.eval(encoded)
-        yield encoded
-
-
-def _put_together(parts: list[tuple[tuple[Span, Span], mx.array]], height: int, width: int) -> mx.array:
-    """Tiles in row order → the whole (1, height, width, channels); empties ``parts``."""
-    rows: dict[Span, list[mx.array]] = {}
-    for (of_rows, _), part in parts:
-        rows.setdefault(of_rows, []).append(part)
-    parts.clear()
-    whole = mx.concatenate([mx.concatenate(row, axis=2) for row in rows.values()], axis=1)
-    assert whole.shape[1:3] == (height, width)
-    return whole
-
-
-def _first_frame(vae: VAE, index: int) -> int:
-    """Number of the first frame decoded from latent frame ``index``."""
-    return (index - 1) * vae.temporal_factor + 1 if index else 0
+    counts = {ResidualBlock: 2, CausalConv: 1}
+    return [sum(counts.get(type(layer), 0) for layer in stage) for stage in _stages(layers)]

@@ -38,7 +38,7 @@ from ..models.vae_execution import (
     UNFOLDED_FRAMES,
     VALUES_AT_ONCE,
 )
-from ..models.vae_tiling import decoder_spans, encoder_spans, split
+from ..models.vae_tiling import split, stage_spans
 from ..weights.component import parameter_shapes
 from .flops import frames_at, stages
 from .sizes import Networks, WeightBytes
@@ -157,10 +157,10 @@ def _sides(
     config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool, output: bool = False
 ) -> list[list[list[int]]]:
     """Heights, and widths: for each stage those of each tile's input, or of the valid part of its output, in pixels."""
-    axes, spans_of = [], decoder_spans if decoding else encoder_spans
+    axes = []
     for length, side in zip(latent_shape[1:], tile[::-1] if tile else latent_shape[1:], strict=True):
         parts = split(length, max(1, side // config.spatial_factor) if tile else length)
-        tiles = [spans_of(part, convolutions(config, decoding), length) for part in parts]
+        tiles = [stage_spans(part, convolutions(config, decoding), length, decoding) for part in parts]
         axes.append([[spans[output][1] - spans[output][0] for spans in stage] for stage in zip(*tiles, strict=True)])
     return axes
 

@@ -196,8 +196,8 @@ def vae_rate(config: VAEConfig, latent_shape: tuple[int, int, int], decoding: bo
         started: list[float] = []
 
         def chunks() -> Iterator[mx.array]:
-            for frames in (1, vae.temporal_factor)[:count]:
-                shape = 1, frames, h * vae.spatial_factor, w * vae.spatial_factor, 3
+            for frames in (1, vae.geometry.temporal)[:count]:
+                shape = 1, frames, h * vae.geometry.spatial, w * vae.geometry.spatial, 3
                 chunk = random_array(shape, 1.0, mx.float32)
                 started.append(perf_counter())
                 yield chunk

@@ -81,7 +81,7 @@ def log_snr(sigma: np.float32) -> np.float32:
 class Scheduler:
     """A solver from noise to a clean sample; elementwise, so any layout works.
 
-    Call ``step`` with index 0, 1, ... in order; index 0 starts afresh.
+    Call ``step`` with index 0, 1, ... in order.
 
     Args:
         steps, shift: of the grid.
@@ -107,7 +107,6 @@ class Scheduler:
         self.seed = seed
         self.denoised: mx.array
         self.history: dict[str, mx.array] = {}
-        self.next_index = 0
 
     def start(self, noise: mx.array, source: mx.array | None = None) -> mx.array:
         """The first sample, from noise and, for video to video, the clean sample."""
@@ -125,28 +124,16 @@ class Scheduler:
 
         Returns:
             float32, the sample at ``sigmas[index + 1]``; not yet evaluated.
-
-        Raises:
-            ValueError: a step out of order, which would corrupt the history.
         """
-        if index == 0:
-            self.next_index, self.history = 0, {}
-        if index != self.next_index or index >= len(self.timesteps):
-            raise ValueError(
-                f"step {index} of {len(self.timesteps)} was asked for, expected step {self.next_index}, "
-                "or 0 to start afresh"
-            )
         self.denoised = sample - float(self.sigmas[index]) * velocity
-        result = self._advance(index, velocity, sample, self.denoised)
-        self.next_index = index + 1
-        return result
+        return self._advance(index, velocity, sample, self.denoised)
 
     def _advance(self, index: int, velocity: mx.array, sample: mx.array, x0: mx.array) -> mx.array:
         """The next sample; ``x0`` is the clean estimate."""
         raise NotImplementedError
 
     def state(self) -> dict[str, mx.array]:
-        """The arrays that ``load_state(self.next_index, ...)`` needs to continue bit for bit."""
+        """The arrays that `load_state` needs to continue bit for bit."""
         return dict(self.history)
 
     def load_state(self, index: int, state: Mapping[str, mx.array]) -> None:
@@ -163,4 +150,4 @@ class Scheduler:
                 f"the state for step {index} holds {sorted(state)}, expected {sorted(expected)} "
                 f"for {type(self).__name__}"
             )
-        self.next_index, self.history = index, dict(state)
+        self.history = dict(state)

@@ -33,9 +33,7 @@ def output_shape(
 
     Args:
         source: (num_frames, height, width) of the source video.
-        area: pixels, of a size that the geometry allows.
-        num_frames: a number that the geometry allows.
-        geometry: the model's.
+        area, num_frames: as the geometry allows.
 
     Raises:
         ValueError: a side of the result would be below one token.
@@ -90,8 +88,8 @@ def condition(request: Request, encoders: Encoders) -> Conditioning:
         if request.src_mask is not None:
             log.warning("the mask is not used: without a source video all is generated, as in the official code")
         mask = np.full((request.num_frames, *size), 255, np.uint8)
-        # Both areas are the same grey.
-        videos: list[Iterable[np.ndarray]] = [repeat(np.zeros((*size, 3), np.float32), request.num_frames)]
+        grey = repeat(np.zeros((*size, 3), np.float32), request.num_frames)
+        videos: list[Iterable[np.ndarray]] = [grey]  # of both areas
     else:
         frames, mask = read_source(request)
         videos = [_where(frames, mask <= 127), _where(frames, mask > 127)]
@@ -99,15 +97,12 @@ def condition(request: Request, encoders: Encoders) -> Conditioning:
     to_encode = (*videos, *([reference] for reference in references))
     latents = encoders.encode_videos([in_chunks(video, request.geometry) for video in to_encode])
     stays, changes, of_references = latents[0], latents[len(videos) - 1], latents[len(videos) :]
-    channels = request.geometry.spatial**2
-    context = [
-        mx.concatenate([latent, mx.zeros_like(latent), mx.zeros((*latent.shape[:-1], channels))], axis=-1)
-        for latent in of_references
-    ]
-    context.append(mx.concatenate([stays, changes, mask_to_latents(mask, request.geometry)], axis=-1))
+    nothing = mask_to_latents(np.zeros((1, *size), np.uint8), request.geometry)
+    context = [(latent, mx.zeros_like(latent), nothing) for latent in of_references]
+    context.append((stays, changes, mask_to_latents(mask, request.geometry)))
     return replace(
         base,
-        vace_context=mx.concatenate(context, axis=1),
+        vace_context=mx.concatenate([mx.concatenate(parts, axis=-1) for parts in context], axis=1),
         context_scale=request.context_scale,
         trim_latents=len(references),
     )
