@@ -306,8 +306,8 @@ def test_taehv_makes_previews_and_drafts(wan_space, taehv, flags, tmp_path, caps
     wanted = np.concatenate([preview.to_uint8(frames[0]) for frames in tiny.decode(latents)])
     assert video.frames.shape == (5, 32, 16, 3) and np.array_equal(video.frames, wanted)
     assert video.settings["draft"] == "taew2_1.safetensors"
-    small = next(tiny.decode(latents, small=True))
-    assert np.array_equal(steps[0].preview(), preview.to_uint8(small[0]))
+    small = [preview.to_uint8(frames[0]) for frames in tiny.decode(latents, small=True)]
+    assert np.array_equal(steps[0].preview(), np.concatenate(small))
     plain = wan_mlx.WanPipeline.from_pretrained(wan_space, dtype="float32", progress=False)
     assert not np.array_equal(plain("a red circle", **options).frames, video.frames)
     assert "draft" not in plain.settings(plain.request("x"))

@@ -84,14 +84,15 @@ def check_guidance(request: Request, num_layers: int) -> None:
             if getattr(request, name) != default:
                 raise ValueError(f"{name} is {getattr(request, name)}, but guidance is off at scale 1; "
                                  "give a scale above 1, or leave it out")  # fmt: skip
+    made = request.steps_made
     for name in ("guidance_range", "skip_range"):
         span = getattr(request, name)
         if len(span) != 2 or not 0 <= span[0] < span[1] <= 1:
             raise ValueError(f"{name} is {span}, expected two fractions of the steps, 0 <= from < to <= 1")
         used = name == "guidance_range" or request.skip_layers
-        if used and not any(_within(span, index, request.steps_made) for index in range(request.steps_made)):
-            raise ValueError(f"{name} {span} holds none of the {request.steps_made} steps; widen it, or leave it out")
-    if request.cfg_zero is not None and not 0 <= request.cfg_zero < (made := request.steps_made):
+        if used and not any(_within(span, index, made) for index in range(made)):
+            raise ValueError(f"{name} {span} holds none of the {made} steps; widen it, or leave it out")
+    if request.cfg_zero is not None and not 0 <= request.cfg_zero < made:
         raise ValueError(f"cfg_zero is {request.cfg_zero} steps, expected 0 to {made - 1} of {made}")
     if wrong := [layer for layer in request.skip_layers if not 0 <= layer < num_layers]:
         raise ValueError(f"skip_layers names layer {wrong[0]}, expected 0 to {num_layers - 1}")

@@ -27,9 +27,8 @@ class EasyCache(StepCache):
     def begin_step(self, index: int, latents: mx.array, passes: Sequence[int]) -> None:
         super().begin_step(index, latents, passes)
         # Decided before the passes, because they may run at once.
-        self.skipping = COND in passes and self._expected_to_hold(index, latents)
-        if any("offset" not in self.branches[branch].arrays for branch in passes):
-            self.skipping = False
+        known = all("offset" in self.branches[branch].arrays for branch in passes)
+        self.skipping = COND in passes and self._expected_to_hold(index, latents) and known
         if COND in passes:
             own = self.branches[COND]
             own.arrays["latents"] = latents

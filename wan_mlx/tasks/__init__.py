@@ -16,8 +16,9 @@ class Task:
     Attributes:
         condition: Request and encoders → Conditioning.
         takes: the sources it accepts; others are refused.
-        fit: Request → the same with size and length taken from its sources. Raises ValueError if a source is missing or
-            cannot be read.
+        fit: Request → the same with size and length taken from its sources.
+
+    ``condition`` and ``fit`` raise ValueError if a source is missing, cannot be read or does not suit the request.
     """
 
     condition: Callable[[Request, Encoders], Conditioning]

@@ -38,11 +38,7 @@ def output_size(image_size: tuple[int, int], area: int, geometry: Geometry = WAN
 
 
 def fit(request: Request) -> Request:
-    """The request with the proportions of its image and about the requested area.
-
-    Raises:
-        ValueError: the image is missing, cannot be read, or is too narrow.
-    """
+    """The request with the proportions of its image and about the requested area."""
     if request.image is None:
         raise ValueError("image to video needs an image, none was given")
     height, width = read_image(request.image).shape[:2]
@@ -51,11 +47,7 @@ def fit(request: Request) -> Request:
 
 
 def fit_first_and_last(request: Request) -> Request:
-    """The same for two images, of which the first gives the proportions.
-
-    Raises:
-        ValueError: also if the video is too short for both.
-    """
+    """The same for two images, of which the first gives the proportions."""
     for name, image in (("first", request.image), ("last", request.last_image)):
         if image is None:
             raise ValueError(f"first and last frame to video needs both images, the {name} one was not given")
@@ -67,11 +59,7 @@ def fit_first_and_last(request: Request) -> Request:
 
 def condition(request: Request, encoders: Encoders) -> Conditioning:
     """Texts, noise, CLIP features of the given images, and the latents of a video that has them as its first and, if
-    there are two, last frame, resized, and grey between.
-
-    Raises:
-        ValueError: an image cannot be read.
-    """
+    there are two, last frame, resized, and grey between."""
     known = {0: read_image(request.image)}
     if request.last_image is not None:
         # The official code intends to resize the last image to the first's size and crop it, but only crops or pads,

@@ -17,11 +17,7 @@ from ..types import Conditioning, Encoders, Request
 
 
 def fit(request: Request) -> Request:
-    """The request, shortened to the length of its video, if it has one.
-
-    Raises:
-        ValueError: the video cannot be read, or an option needs a run from noise alone.
-    """
+    """The request, shortened to the length of its video, if it has one."""
     if request.video is None:
         return request
     if request.begin and request.cache.startswith("magcache"):
@@ -36,16 +32,9 @@ def fit(request: Request) -> Request:
 
 
 def condition(request: Request, encoders: Encoders, extra_latents: int = 0) -> Conditioning:
-    """Encode prompt and negative prompt in one pass over the text encoder's weights, and draw the noise.
-
-    ``extra_latents``: latent frames of noise added to the video's.
-
-    Raises:
-        ValueError: the video cannot be read.
-    """
-    texts = [request.prompt]
-    if request.guidance_scale != 1.0:
-        texts.append(request.negative_prompt)
+    """Encode prompt and negative prompt in one pass over the text encoder's weights, and draw the noise, with
+    ``extra_latents`` latent frames more than the video's."""
+    texts = [request.prompt, request.negative_prompt][: 1 if request.guidance_scale == 1.0 else 2]
     context, *negative = encoders.encode_text(texts)
     t, h, w = request.latent_shape
     return Conditioning(

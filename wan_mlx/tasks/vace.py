@@ -54,12 +54,7 @@ def output_shape(
 
 
 def fit(request: Request) -> Request:
-    """The request with the proportions and length of its source video, if it has one.
-
-    Raises:
-        ValueError: the request has no source, a source cannot be read, the video is too small, or its mask has another
-            length.
-    """
+    """The request with the proportions and length of its source video, if it has one."""
     if request.src_video is None and request.src_mask is None and not request.src_ref_images:
         raise ValueError("VACE needs a source video, a mask or reference images, none was given")
     for source in request.src_ref_images:
@@ -78,9 +73,6 @@ def condition(request: Request, encoders: Encoders) -> Conditioning:
 
     The source is cropped to ``request``'s size and sampled down to its ``num_frames``, as set by `fit`. Reference
     images come first, one latent frame each, also in the noise.
-
-    Raises:
-        ValueError: a source cannot be read, is too short, or does not fit its mask.
     """
     size = request.height, request.width
     references = [letterbox(read_image(source), *size) for source in request.src_ref_images]
@@ -112,9 +104,6 @@ def read_source(request: Request) -> tuple[np.ndarray, np.ndarray]:
     """The source video uint8 (T, H, W, 3) and its mask uint8 (T, H, W), white if missing, as `condition` uses them.
 
     A mask of one frame covers the whole video.
-
-    Raises:
-        ValueError: a source cannot be read or is too short, or the mask is of another length.
     """
     size, geometry = (request.height, request.width), request.geometry
     video, given_mask = _open_sources(request)
@@ -134,11 +123,7 @@ def read_source(request: Request) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _open_sources(request: Request) -> tuple[Clip | None, Clip | None]:
-    """The source video and its mask, those that are given.
-
-    Raises:
-        ValueError: one cannot be read, or the mask is of another length.
-    """
+    """The source video and its mask, those that are given."""
     sources = (request.src_video, request.src_mask)
     video, mask = (None if source is None else open_video(source) for source in sources)
     if video and mask and mask.num_frames not in (1, video.num_frames):
