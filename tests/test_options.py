@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from docs import make_flags
 from wan_mlx import options, request_builder, types
 from wan_mlx.caching import resolve_cache
 from wan_mlx.cli import completion, config_file, flags
@@ -25,7 +26,7 @@ from wan_mlx.types import Request
 
 DOCS = Path(__file__).parent.parent / "docs/flags.md"
 MADE_UP = Option(
-    "how many sparks fly", "More of them are brighter", options.SAMPLE, ("--sparks", "--official_sparks"), "N", 3,
+    "--sparks --official_sparks N", "how many sparks fly", options.SAMPLE, more="More of them are brighter", default=3,
     limits=Limits(1, 9), name="sparkle", type=int | None, of=REQUEST,
 )  # fmt: skip
 
@@ -42,6 +43,11 @@ def made_up(monkeypatch):
     wider = make_dataclass("Wider", [("sparkle", int, 0)], bases=(Request,), frozen=True)
     monkeypatch.setattr(request_builder, "Request", wider)
     return MADE_UP
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    return [completion.script(shell) for shell in completion.SHELLS]
 
 
 def parsed(*words: str):
@@ -88,11 +94,11 @@ class TestAMadeUpOption:
             check_same({"sparkle": 6}, record, options.free_on_resume())
 
     def test_completion(self, made_up):
-        assert all("sparks" in script() for script in (completion.bash, completion.zsh, completion.fish))
+        assert all("sparks" in completion.script(shell) for shell in completion.SHELLS)
 
     def test_docs(self, made_up):
         row = "| `--sparks N`, `--official_sparks` | `sparkle` | how many sparks fly. More of them are brighter |"
-        text = flags.page(DOCS.read_text(encoding="utf-8"))
+        text = make_flags.page(DOCS.read_text(encoding="utf-8"))
         assert text.count(row) == 1 and text.index("## How to sample") < text.index(row) < text.index("## Guiding")
 
     def test_schema(self, made_up):
@@ -111,13 +117,13 @@ class TestEveryOption:
         assert option.default is None or option.limits is None or option.default in option.limits
         assert not option.choices or option.default in (None, *option.choices)
 
-    def test_help_completion_and_docs_show_it(self, option):
+    def test_help_completion_and_docs_show_it(self, option, scripts):
         page = DOCS.read_text(encoding="utf-8")
         for flag in option.flags:
             assert f"`{flag}" in page or option.no_effect and flag in page
             shown = not (option.hidden or option.no_effect)
             assert (f"{flag} " in flags.build_parser().format_help().replace("\n", " ")) or not shown
-            assert all((flag.lstrip("-") in script()) or not shown for script in (completion.bash, completion.fish))
+            assert all((flag.lstrip("-") in script) or not shown for script in scripts)
 
     def test_a_file_may_hold_it(self, option):
         if option.flags and not option.alone:
@@ -160,9 +166,9 @@ def test_no_flag_and_no_key_is_given_twice():
 
 
 def test_docs_are_made_from_the_table():
-    """``python -m wan_mlx.cli.flags docs/flags.md`` writes them anew."""
+    """``python docs/make_flags.py`` writes them anew."""
     text = DOCS.read_text(encoding="utf-8")
-    assert flags.page(text) == text
+    assert make_flags.page(text) == text
     told = {group for group in options.GROUPS if f"<!-- flags: {group} -->" in text}
     assert told == {*options.GROUPS} - {options.OFFICIAL}
 
@@ -179,23 +185,30 @@ def test_requests_have_a_field_for_each():
     assert {option.name for option in options.of(REQUEST)} <= fields
 
 
-def test_signatures_and_help_name_each():
-    for function in (WanPipeline.__call__, WanPipeline.images, WanPipeline.request):
-        taken = inspect.signature(function).parameters
-        assert {option.name for option in options.of(REQUEST)} <= {*taken} and "options" not in taken
-        assert taken["steps"].annotation == int | None and "steps: sampling steps" in function.__doc__
+@pytest.mark.parametrize(
+    "face, function",
+    [
+        (REQUEST, WanPipeline.__call__),
+        (REQUEST, WanPipeline.images),
+        (REQUEST, WanPipeline.request),
+        (MODEL, WanPipeline.from_pretrained),
+    ],
+)
+def test_signatures_and_help_name_each(face, function):
+    taken = inspect.signature(function).parameters
+    assert "options" not in taken
+    for option in options.of(face):
+        if option not in (options.PROMPT, options.MODEL_NAME):
+            assert taken[option.name].annotation in (option.type, getattr(option.type, "__forward_arg__", None))
+            assert taken[option.name].default == option.default
+            assert f"    {option.keyword}: {option.described}" in function.__doc__
+        else:
+            assert taken[option.name].default is inspect.Parameter.empty
 
 
-def test_from_pretrained_takes_the_options_of_the_table():
-    taken = inspect.signature(WanPipeline.from_pretrained).parameters
-    assert {option.name for option in options.of(MODEL)} == {*taken}
-    for option in options.of(MODEL):
-        annotation = taken[option.name].annotation
-        declared = getattr(option.type, "__forward_arg__", None) or str(option.type)
-        said = declared.replace("pathlib.", "") if not isinstance(option.type, type) else option.type.__name__
-        assert {*annotation.split(" | ")} == {*said.split(" | ")}, option.name
-        default = taken[option.name].default
-        assert default == (inspect.Parameter.empty if option.name == "model" else option.default), option.name
+def test_from_pretrained_refuses_other_names():
+    with pytest.raises(TypeError, match="no option 'quantise'; nearest: 'quantize'"):
+        WanPipeline.from_pretrained("nano", quantise="q8")
 
 
 def test_a_file_s_composed_keys():

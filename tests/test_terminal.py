@@ -133,7 +133,7 @@ def test_models(capsys):
 
 def completed(script: str, *words: str) -> list[str]:
     typed = " ".join(f"'{word}'" for word in words)
-    probe = f"COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _wan_mlx; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    probe = f"COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _shtab_wan_mlx; printf '%s\\n' \"${{COMPREPLY[@]}}\""
     done = subprocess.run(["bash", "-c", f"{script}\n{probe}"], capture_output=True, text=True, check=True)
     return done.stdout.split()
 
@@ -148,7 +148,7 @@ def test_bash_completion(capsys):
     assert completed(script, "wan-mlx", "--model", "vace") == ["vace-1.3B", "vace-14B"]
 
 
-@pytest.mark.parametrize("shell, line", [("zsh", "#compdef wan-mlx"), ("fish", "complete -c wan-mlx -l solver -x")])
+@pytest.mark.parametrize("shell, line", [("zsh", "#compdef wan-mlx"), ("fish", "-l solver -l sample_solver -x")])
 def test_other_completion(capsys, shell, line):
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence, Sized
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,17 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Event:
-    """Base of the events; ``kind`` is their name in JSON."""
+    """Base of the events; ``kind`` is their name in JSON, ``said`` the attributes that are in it."""
 
     kind: ClassVar[str]
+    said: ClassVar[str] = ""
 
     def as_json(self) -> dict[str, Any]:
-        """The event as JSON takes it: its kind under "event", and its fields."""
-        return {"event": self.kind, **self.fields()}
-
-    def fields(self) -> dict[str, Any]:
-        """The fields as JSON takes them; those that hold arrays say something else of themselves."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+        """The event as JSON takes it: its kind under "event", and what is said of it."""
+        found = {name.rpartition(".")[2]: attrgetter(name)(self) for name in self.said.split()}
+        if "seconds" in found:
+            found["seconds"] = round(found["seconds"], 3)
+        plain = {name: str(value).strip() for name, value in found.items() if isinstance(value, str | Path)}
+        return {"event": self.kind, **found, **plain}
 
 
 Listener = Callable[[Event], Any]
@@ -40,7 +42,7 @@ Listener = Callable[[Event], Any]
 class Started(Event):
     """A run that makes a file begins or goes on; ``settings`` are those embedded in the file."""
 
-    kind = "start"
+    kind, said = "start", "output settings"
     output: Path
     settings: dict[str, Any]
 
@@ -49,20 +51,16 @@ class Started(Event):
 class StageStarted(Event):
     """A stage begins: conditioning, load transformer, denoise, or decode."""
 
-    kind = "stage_started"
+    kind, said = "stage_started", "name"
     name: str
 
 
 @dataclass(frozen=True)
 class StageEnded(Event):
-    """A stage is over, or was left; its ``report`` has its name, seconds and peak memory."""
+    """A stage is over, or was left."""
 
-    kind = "stage"
+    kind, said = "stage", "report.name report.seconds report.peak_bytes"
     report: Report
-
-    def fields(self) -> dict[str, Any]:
-        report = self.report
-        return {"name": report.name, "seconds": round(report.seconds, 3), "peak_bytes": report.peak_bytes}
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Progress(Event):
     Only listeners hear it: it happens within the work between two of the events that a run yields.
     """
 
-    kind = "progress"
+    kind, said = "progress", "name done total unit"
     name: str
     done: int
     total: int | None = None
@@ -86,60 +84,43 @@ class Conditioned(Event):
     kind = "conditioning"
     conditioning: Conditioning
 
-    def fields(self) -> dict[str, Any]:
-        return {}
-
 
 @dataclass(frozen=True)
 class Stepped(Event):
     """A sampling step is done; of a run that goes on, the step reached is told once more."""
 
-    kind = "step"
+    kind, said = "step", "step.index step.total step.seconds step.sigma step.forwards"
     step: Step
-
-    def fields(self) -> dict[str, Any]:
-        step = self.step
-        seconds, sigma = round(step.seconds, 3), step.sigma
-        return dict(index=step.index, total=step.total, seconds=seconds, sigma=sigma, forwards=step.forwards)
 
 
 @dataclass(frozen=True)
 class Decoded(Event):
     """More frames, uint8 (n, H, W, 3), are decoded: ``done`` of ``total`` so far, these included."""
 
-    kind = "frames"
+    kind, said = "frames", "done total"
     frames: np.ndarray
     done: int
     total: int
-
-    def fields(self) -> dict[str, Any]:
-        return {"done": self.done, "total": self.total}
 
 
 @dataclass(frozen=True)
 class Previewed(Event):
     """The preview's files show step ``step`` (from 0) now; making them took ``seconds`` of the stage."""
 
-    kind = "preview"
+    kind, said = "preview", "animation sheet step"
     animation: Path
     sheet: Path
     step: int
     seconds: float
-
-    def fields(self) -> dict[str, Any]:
-        return {"animation": str(self.animation), "sheet": str(self.sheet), "step": self.step}
 
 
 @dataclass(frozen=True)
 class Note(Event):
     """A line for people; an ``important`` one is said even to who wants quiet."""
 
-    kind = "note"
+    kind, said = "note", "text"
     text: str
     important: bool = False
-
-    def fields(self) -> dict[str, Any]:
-        return {"text": self.text.strip()}
 
 
 @dataclass(frozen=True)
@@ -149,7 +130,7 @@ class Finished(Event):
     ``reports`` and ``forwards`` are those of the run; there are none where all was done before.
     """
 
-    kind = "result"
+    kind, said = "result", "output seconds complaint peak_gib"
     output: Path
     seconds: float = 0.0
     complaint: str | None = None
@@ -161,20 +142,12 @@ class Finished(Event):
         """The most that MLX held."""
         return round(max((report.peak_bytes for report in self.reports), default=0) / 2**30, 2)
 
-    def fields(self) -> dict[str, Any]:
-        return {
-            "output": str(self.output),
-            "seconds": round(self.seconds, 3),
-            "complaint": self.complaint,
-            "peak_gib": self.peak_gib,
-        }
-
 
 @dataclass(frozen=True)
 class Failed(Event):
     """It went wrong; ``code`` is the exit code that says how."""
 
-    kind = "error"
+    kind, said = "error", "message code"
     message: str
     code: int
 

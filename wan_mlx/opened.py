@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from . import __version__
 from .events import Listener, counted, unheard
 from .files.sentencepiece import read_tokenizer
 from .geometry import Geometry
-from .hub.resolve import resolve_loras
+from .hub.resolve import preset_of, resolve_loras
 from .media.preview import Previewer, latent_map, tiny_autoencoder, tiny_preview
 from .media.write import to_uint8
 from .models import vae_tiling as tiling
@@ -27,10 +27,12 @@ from .models.tokenizer import Tokenizer
 from .models.vae_execution import VAEExecution
 from .models.vae_tiling import parse_tiling
 from .planning.choose import Wanted, plan_video
+from .option import MODEL
+from .options import filled
 from .planning.machine import mlx_version, parse_memory
 from .planning.plan import Plan
 from .planning.sizes import sizes_of
-from .presets import Preset, find_preset, preset_for
+from .presets import find_preset, preset_for
 from .progress_bars import ProgressBars
 from .prompts.cache import PromptCache
 from .tasks import TASKS
@@ -64,50 +66,34 @@ class OpenedModel:
         sizes: quantisation → the sizes of its networks (`Networks`), as plans need them.
         opened_with: the options that it was opened with, as `from_pretrained` takes them.
         taehv: the file of TAEHV's weights, if it is used; ``draft`` tells whether for the video itself.
-        listener: hears the `Progress` of all work: progress bars, if they are wanted.
+        listener: hears the `Progress` of all work: progress bars, if wanted; during a run, the run.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: str = "bfloat16",
-        preset: Preset | None = None,
-        progress: bool = True,
-        quantize: str | None = None,
-        vae_tiling: str | tuple[int, int] | None = None,
-        loras: Iterable[LoraChoice] | LoraChoice | None = None,
-        prompt_cache: bool = True,
-        memory: str | int | None = None,
-        taehv: str | Path | None = None,
-        draft: bool = False,
-    ):
-        kind = parse_dtype(dtype)
-        parse_memory(memory)
-        self.memory = memory
-        self.prompt_cache = prompt_cache
-        self.vae_tiling = parse_tiling(vae_tiling)
-        self.quantized = modes_of(checkpoint, quantize)
+    def __init__(self, checkpoint: Checkpoint, **options: Any):
+        """``options``: as for `from_pretrained`; LoRAs and TAEHV are files of this machine here."""
+        given = filled(MODEL, {"model": checkpoint.path, **options})
+        self.opened_with = {name: value for name, value in given.items() if name != "progress"}
         self.checkpoint = checkpoint
-        self.dtype, self.quantize = dtype, quantize
-        self.opened_with: dict[str, Any] = {
-            "model": checkpoint.path, "dtype": dtype, "quantize": quantize, "preset": preset and preset.name,
-            "vae_tiling": vae_tiling, "loras": loras, "prompt_cache": prompt_cache, "memory": memory, "taehv": taehv,
-            "draft": draft,
-        }  # fmt: skip
+        self.dtype, self.quantize, self.memory = given["dtype"], given["quantize"], given["memory"]
+        self.sizes = lru_cache(partial(sizes_of, checkpoint, parse_dtype(self.dtype)))
+        parse_memory(self.memory)
+        self.vae_tiling = parse_tiling(given["vae_tiling"])
+        self.quantized = modes_of(checkpoint, self.quantize)
+        self.prompt_cache: bool = given["prompt_cache"]
         self.config = config_of(checkpoint)
-        self.guessed_preset = preset is None and checkpoint.model is None
-        self.preset = preset or (find_preset(checkpoint.model) if checkpoint.model else preset_for(self.config))
-        self.progress = progress
-        self.listener: Listener = ProgressBars() if progress else unheard
         self.latent_channels = self.config.out_dim
-        self.loras = normalise_loras(loras)
+        name = given["preset"] or checkpoint.model
+        known = find_preset(name) if name else preset_of(given["model"])  # models of the same sizes differ in defaults
+        self.guessed_preset, self.preset = known is None, known or preset_for(self.config)
+        self.listener: Listener = ProgressBars() if given["progress"] else unheard
+        self.loras = normalise_loras(given["loras"])
         check_loras(checkpoint, self.loras)
         self._merge_loras = True
-        self.taehv, self.draft = Path(taehv) if taehv else None, draft
-        self._tiny = tiny_autoencoder(checkpoint, taehv, draft)
-        self._kept: dict[str, Any] | None = None  # what stays loaded within `keep_loaded`
+        self.taehv, self.draft = given["taehv"] and Path(given["taehv"]), given["draft"]
+        self._tiny = tiny_autoencoder(checkpoint, self.taehv, self.draft)
+        self._kept: dict[str, Any] = {}  # what stays loaded within `keep_loaded`
+        self.keeps_loaded = False
         self.running = threading.Lock()  # held by the run that is under way
-        self.sizes = lru_cache(partial(sizes_of, checkpoint, kind))
         if self.preset.task != self.config.model_type:
             raise ValueError(
                 f"{checkpoint.path} holds a {self.config.model_type} model, "
@@ -133,9 +119,9 @@ class OpenedModel:
         loras = resolve_loras(given, listener=self.listener)
         check_loras(self.checkpoint, loras)
         for part in self.checkpoint.of_kind("transformer"):
-            kept = (self._kept or {}).get(part.name)
+            kept = self._kept.get(part.name)
             if kept is not None and kept.model.lora_state.merged:
-                (self._kept or {}).pop(part.name)
+                del self._kept[part.name]
             elif kept is not None:
                 set_loras(kept, [*loras, *part.loras])
         self.loras, self._merge_loras = loras, False
@@ -167,35 +153,42 @@ class OpenedModel:
 
     def settings(self, request: Request) -> dict[str, Any]:
         """Everything needed to make the video again, as embedded in its file."""
+        chosen = {
+            "quantize": self.quantize,
+            "quantized": self.quantized,
+            "loras": [describe_lora(path, strength) for path, strength in self.loras],
+            "draft": self.draft and self.taehv and self.taehv.name,
+        }
         return {
             "model": self.preset.name,
             "checkpoint": self.checkpoint.path.name,
             **request.settings(),
             "dtype": self.dtype,
-            **({"quantize": self.quantize} if self.quantize else {}),
-            **({"quantized": self.quantized} if self.quantized else {}),
-            **({"loras": [describe_lora(path, strength) for path, strength in self.loras]} if self.loras else {}),
-            **({"draft": self.taehv.name} if self.draft and self.taehv else {}),
+            **{name: value for name, value in chosen.items() if value},
             "versions": {"wan_mlx": __version__, "mlx": mlx_version()},
         }
-
-    @property
-    def keeps_loaded(self) -> bool:
-        """Whether it is within `keep_loaded`."""
-        return self._kept is not None
 
     @contextmanager
     def keep_loaded(self) -> Iterator[None]:
         """Within this block transformer and VAE stay loaded from one video to the next, and texts stay encoded."""
-        if self._kept is not None:
+        if self.keeps_loaded:
             yield
             return
-        self._kept = {}
+        self.keeps_loaded = True
         try:
             yield
         finally:
-            self._kept = None
+            self.keeps_loaded, self._kept = False, {}
             mx.clear_cache()
+
+    def _kept_or(self, name: str, load: Callable[[], Any]) -> Any:
+        """What stays loaded under this name, or what ``load`` gives, which stays within `keep_loaded`."""
+        if name in self._kept:
+            return self._kept[name]
+        loaded = load()
+        if self.keeps_loaded:
+            self._kept[name] = loaded
+        return loaded
 
     def check_vae(self) -> None:
         """Raise WeightsError if the VAE's file is damaged."""
@@ -205,38 +198,37 @@ class OpenedModel:
         """The transformer that serves a timestep."""
         return next(part for part in self.checkpoint.of_kind("transformer") if part.serves(timestep))
 
-    def load_expert(self, part: Part, plan: Plan | None = None, listener: Listener | None = None) -> Execution:
+    def load_expert(self, part: Part, plan: Plan | None = None) -> Execution:
         """A transformer: loaded now, as ``plan`` has it, or kept since it was."""
-        kept = {} if self._kept is None else self._kept
-        if part.name not in kept:
+
+        def load() -> Execution:
             model = load_transformer(
                 part,
                 self.dtype,
-                counted(listener or self.listener, f"loading {part.label}"),
+                counted(self.listener, f"loading {part.label}"),
                 part.quantize or self.quantize,
                 stream=plan is not None and plan.stream,
                 loras=[*self.loras, *part.loras],
                 merge=self._merge_loras,
             )
-            kept[part.name] = model if isinstance(model, Execution) else Execution(model)
+            return model if isinstance(model, Execution) else Execution(model)
+
+        model: Execution = self._kept_or(part.name, load)
         if plan is not None:
-            kept[part.name].tokens_at_once = plan.tokens_at_once
-        return kept[part.name]
+            model.tokens_at_once = plan.tokens_at_once
+        return model
 
-    def load_vae(self, listener: Listener | None = None) -> VAEExecution:
+    def load_vae(self) -> VAEExecution:
         """The VAE: loaded now, or kept since it was."""
-        kept = {} if self._kept is None else self._kept
-        if "vae" not in kept:
-            progress = counted(listener or self.listener, "loading VAE")
-            kept["vae"] = VAEExecution(load_vae(self.checkpoint, progress=progress))
-        return kept["vae"]
+        progress = counted(self.listener, "loading VAE")
+        return self._kept_or("vae", lambda: VAEExecution(load_vae(self.checkpoint, progress=progress)))
 
-    def encode_text(self, texts: Sequence[str], listener: Listener | None = None) -> list[mx.array]:
+    def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
         """Texts → embeddings zero-padded to (1, 512, text_dim), in one pass over the encoder's weights.
 
         Texts whose embeddings are on disk are not encoded; if all are, the encoder is not opened.
         """
-        known = {} if self._kept is None else self._kept.setdefault("texts", {})
+        known = self._kept_or("texts", dict)
         quantize = self.checkpoint.part("text_encoder").quantize or self.quantize
         cache = PromptCache.of(self.checkpoint, self.dtype, quantize) if self.prompt_cache else None
         for text in texts:
@@ -244,44 +236,40 @@ class OpenedModel:
                 known[text] = kept
         if new := [text for text in dict.fromkeys(texts) if text not in known]:
             tokenizer = Tokenizer(read_tokenizer(self.checkpoint.part("tokenizer").file))
-            progress = counted(listener or self.listener, "encoding text")
+            progress = counted(self.listener, "encoding text")
             encoder = load_text_encoder(self.checkpoint, self.dtype, progress, quantize)
             known.update(zip(new, encoder([tokenizer(text) for text in new]), strict=True))
             mx.eval([known[text] for text in new])
-            for text in new if cache is not None else ():
-                assert cache is not None
-                cache.put(text, known[text])
+            if cache:
+                for text in new:
+                    cache.put(text, known[text])
         contexts = [pad_context(known[text], TEXT_LEN) for text in texts]
         mx.eval(contexts)
         return contexts
 
-    def encode_images(self, images: mx.array, listener: Listener | None = None) -> mx.array:
+    def encode_images(self, images: mx.array) -> mx.array:
         """Images (N, H, W, 3) in [-1, 1] → CLIP features (N, 257, image_dim)."""
-        progress = counted(listener or self.listener, "loading CLIP")
+        progress = counted(self.listener, "loading CLIP")
         return encode_images(load_image_encoder(self.checkpoint, progress=progress), images)
 
-    def encode_videos(
-        self, videos: Sequence[Iterable[mx.array]], plan: Plan | None = None, listener: Listener | None = None
-    ) -> list[mx.array]:
+    def encode_videos(self, videos: Sequence[Iterable[mx.array]], plan: Plan | None = None) -> list[mx.array]:
         """Videos in chunks of frames in [-1, 1] → normalised latents (1, t, h, w, C) each."""
-        vae, tile = self.load_vae(listener), self.tile_of(plan, "encode_tile")
-        progress = counted(listener or self.listener, "encoding video")
+        vae, tile = self.load_vae(), self.tile_of(plan, "encode_tile")
+        progress = counted(self.listener, "encoding video")
         return [tiling.encode(vae, progress(video), tile) for video in videos]
 
-    def decode(
-        self, latents: mx.array, plan: Plan | None = None, listener: Listener | None = None
-    ) -> Iterator[np.ndarray]:
+    def decode(self, latents: mx.array, plan: Plan | None = None) -> Iterator[np.ndarray]:
         """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time."""
         still = latents.shape[1] == 1  # the official code rounds stills and truncates videos
-        finish, listener = partial(to_uint8, rounding=still), listener or self.listener
+        finish = partial(to_uint8, rounding=still)
         if self.draft and self._tiny:
-            progress = counted(listener, "decoding a draft")
+            progress = counted(self.listener, "decoding a draft")
             for frames in progress(self._tiny.decode(latents), total=latents.shape[1]):
                 yield finish(frames[0])
             return
         decode = tiling.decode if self.vae_tiling == "off" else tiling.decode_in_memory
-        vae, tile = self.load_vae(listener), self.tile_of(plan)
-        for frames in decode(vae, latents, tile, finish, counted(listener, "decoding")):
+        vae, tile = self.load_vae(), self.tile_of(plan)
+        for frames in decode(vae, latents, tile, finish, counted(self.listener, "decoding")):
             yield frames[0]
 
     def tile_of(self, plan: Plan | None, which: str = "decode_tile") -> tuple[int, int] | None:

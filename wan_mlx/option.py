@@ -37,11 +37,11 @@ class Option:
     """One option.
 
     Attributes:
+        spelled: the flags, ours before the official ones, and what stands for the value in ``--help``, if there is one
+            and no ``choices``: "--steps --sample_steps N"; empty for a keyword without a flag of its own.
         help: what it does, for ``--help`` and everywhere else; "{choices}" stands for them.
-        more: what docs/flags.md says beside that.
         group: of the flags.
-        flags: ours first, then the official spellings; empty for a keyword without a flag of its own.
-        metavar: what stands for the value in ``--help``.
+        more: what docs/flags.md says beside ``help``.
         default: None where it is the model's, or drawn.
         choices: the only values there are.
         examples: some values, for completion; others may do as well.
@@ -52,7 +52,7 @@ class Option:
         text: values of those keywords (or of a list) → the text that `parse` takes.
         place: "file", whose meaning depends on the folder one is in, or "name": a file or else a name on a hub.
         free: it has no part in what a video shows, so that it may change when a run goes on.
-        alone: it is of the whole command, and no key of a prompt or configuration file.
+        alone: it is of the whole command, free, and no key of a prompt or configuration file.
         hidden: left out of ``--help``.
         no_effect: why it has none here; it is accepted for the official command lines.
         name: the Python keyword, and what a video's settings call it.
@@ -60,11 +60,10 @@ class Option:
         of: `REQUEST`, `MODEL` or `COMMAND`: where the keyword is one.
     """
 
+    spelled: str
     help: str
-    more: str = ""
     group: str = ""
-    flags: tuple[str, ...] = ()
-    metavar: str | None = None
+    more: str = ""
     default: Any = None
     choices: tuple[str, ...] = ()
     examples: tuple[str, ...] = ()
@@ -83,9 +82,20 @@ class Option:
     of: str = COMMAND
 
     @property
+    def flags(self) -> tuple[str, ...]:
+        """Ours first, then the official spellings."""
+        return tuple(word for word in self.spelled.split() if word.startswith("--"))
+
+    @property
+    def metavar(self) -> str | None:
+        """What stands for the value in ``--help``; None for a switch."""
+        value = self.spelled.split()[len(self.flags) :]
+        return value[0] if value else "{" + ",".join(self.choices) + "}" if self.choices else None
+
+    @property
     def key(self) -> str:
         """What parsed flags call it: the keyword's name, or the flag's where that sets several keywords."""
-        return _bare(self.flags[0]) if self.sets else self.name
+        return self.label if self.sets else self.name
 
     @property
     def label(self) -> str:
@@ -107,9 +117,14 @@ class Option:
         return tuple(kind for kind in kinds if kind is not NoneType)
 
     @property
+    def keyword(self) -> str:
+        """The keyword, with the value that the flag gives it where that is False."""
+        return f"{self.name}=False" if self.default is True and self.flags else self.name
+
+    @property
     def is_switch(self) -> bool:
         """Whether the flag takes no value."""
-        return self.kinds == (bool,)
+        return self.metavar is None
 
     @property
     def value_is_optional(self) -> bool:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .events import unheard
-from .hub.resolve import Places, preset_of, resolve
+from .hub.resolve import Places, resolve
 from .models.vae_tiling import parse_tiling
 from .opened import OpenedModel
-from .options import RequestOptions, told
+from .option import MODEL, REQUEST
+from .options import ModelOptions, RequestOptions, filled, told
 from .planning.machine import parse_memory
 from .presets import PARTS, find_preset
 from .progress_bars import ProgressBars
 from .prompts.extend import extend_requests
 from .request_builder import build_request
 from .run import Output, Run
-from .types import LoraChoice, Request, RunState, Step
+from .types import Request, RunState, Step
 from .video import Video
 from .weights.checkpoint import open_checkpoint
 from .weights.lora import normalise_loras
@@ -31,26 +32,8 @@ class WanPipeline(OpenedModel):
     """A Wan2.1 model, opened but not resident: calling it makes a video. Its attributes are `OpenedModel`'s."""
 
     @classmethod
-    def from_pretrained(
-        cls,
-        model: str | Path,
-        dtype: str = "bfloat16",
-        quantize: str | None = None,
-        memory: str | None = None,
-        preset: str | None = None,
-        progress: bool = True,
-        vae_tiling: str | tuple[int, int] | None = None,
-        source: str = "huggingface",
-        loras: Iterable[LoraChoice] | LoraChoice | None = None,
-        prompt_cache: bool = True,
-        taehv: str | Path | None = None,
-        draft: bool = False,
-        transformer: str | Path | None = None,
-        text_encoder: str | Path | None = None,
-        vae: str | Path | None = None,
-        image_encoder: str | Path | None = None,
-        tokenizer: str | Path | None = None,
-    ) -> WanPipeline:
+    @told(MODEL)
+    def from_pretrained(cls, model: str | Path, **options: Unpack[ModelOptions]) -> WanPipeline:
         """Open a model.
 
         Args:
@@ -58,54 +41,27 @@ class WanPipeline(OpenedModel):
                 written by ``weights_convert.py``, or single files); the transformer's own file (safetensors, GGUF or
                 .pth), the other parts given apart; a preset's name; a hub id such as "Wan-AI/Wan2.1-T2V-1.3B", or one
                 file of such a repository, "owner/name:path/to/file". What is not here is downloaded.
-            dtype: of the transformer and the text encoder: "bfloat16" or "float32". The VAE is float32.
-            quantize: keep the blocks of transformer and text encoder in few bits: "q8", "q6", "q5", "q4" or "q3"
-                (groups of 64; "q4-g32" for others), "mxfp8", "mxfp4", "nvfp4", or "auto", which gives sensitive layers
-                more bits. None takes the weights as they are
-                stored, "none" unpacks those stored packed. A GGUF's Q8_0, Q5_0, Q5_1, Q4_0 and Q4_1 stay packed with
-                None; "nearest" packs its other types in the form that comes nearest.
-            memory: what MLX may hold, such as "8GB": decides whether the transformer is resident or its blocks are read
-                at every pass, and whether the VAE works in tiles (`plan`). "auto" (or None) is what this machine has
-                to spare.
-            preset: name in `PRESETS` to take the sampling defaults from, instead of the nearest one.
-            progress: show progress bars.
-            vae_tiling: decode and encode in tiles of at most this size, (width, height) in pixels or "384x256": the
-                same video in less memory and more time; "off" never, "auto" (or None) where memory asks for it.
-            source: hub to download from: "huggingface", or "modelscope" (an extra).
-            loras: LoRA files to merge into the transformer as it is loaded: each a path, "path:strength" or
-                (path, strength); the path may be a repository's file as in ``model``. Quantised weights keep them
-                beside, as `set_loras` does.
-            prompt_cache: keep encoded prompts on disk (`wan_mlx.prompts.cache`), to encode each only once.
-            taehv: weights of TAEHV for Wan 2.1's latents (``taew2_1.pth`` or .safetensors) or their name on a hub, such
-                as "lightx2v/Autoencoders:taew2_1.safetensors": its decoder makes the previews.
-            draft: decode the video with TAEHV as well: in a fraction of the VAE's time, and a little less fine.
-            transformer, text_encoder, vae, image_encoder, tokenizer: a file in any format that is read, or a folder
-                or repository that has it, to use instead of what ``model`` has; that is then not downloaded.
 
         Raises:
-            ValueError: an argument is wrong, or the model's task is not supported.
+            ValueError: an option is wrong, or the model's task is not supported.
             WeightsError: the folder is incomplete, a file is not what it should be, or the download failed.
         """
-        parse_memory(memory)
-        check_mode(quantize)
-        parse_tiling(vae_tiling)  # before a download
-        found, loras = find_preset(preset) if preset else None, normalise_loras(loras)
-        parts = dict(zip(PARTS, (transformer, text_encoder, vae, image_encoder, tokenizer), strict=True))
-        places = Places(model, {part: place for part, place in parts.items() if place is not None}, loras)
-        given = {**parts, "model": model, "preset": preset, "source": source, "loras": loras, "taehv": taehv}
-        listener = ProgressBars() if progress else unheard
-        here = places.fetch(source, listener)
-        taehv = None if taehv is None else resolve(taehv, source, listener)
-        checkpoint = open_checkpoint(here.model, here.parts)
-        if found is None and checkpoint.model is None:
-            found = preset_of(model)  # two models of the same sizes differ in their defaults
-        opened = cls(
-            checkpoint, dtype, found, progress, quantize, vae_tiling, here.loras, prompt_cache, memory, taehv, draft
-        )
-        opened.opened_with |= given
+        given = filled(MODEL, {"model": model, **options})
+        parse_memory(given["memory"])
+        check_mode(given["quantize"])
+        parse_tiling(given["vae_tiling"])  # before a download
+        if given["preset"]:
+            find_preset(given["preset"])
+        given["loras"] = normalise_loras(given["loras"])
+        source, listener = given["source"], ProgressBars() if given["progress"] else unheard
+        parts = {part: given[part] for part in PARTS if given[part] is not None}
+        here = Places(model, parts, given["loras"]).fetch(source, listener)
+        taehv = given["taehv"] and resolve(given["taehv"], source, listener)
+        opened = cls(open_checkpoint(here.model, here.parts), **{**given, "loras": here.loras, "taehv": taehv})
+        opened.opened_with |= {"loras": given["loras"], "taehv": given["taehv"]}
         return opened
 
-    @told
+    @told(REQUEST)
     def __call__(
         self,
         prompt: str,
@@ -132,7 +88,7 @@ class WanPipeline(OpenedModel):
         (request,) = extend_requests([self.request(prompt, **options)], extend_prompt)
         return self.run(request).video(callback)
 
-    @told
+    @told(REQUEST)
     def images(
         self,
         prompt: str,
@@ -159,7 +115,7 @@ class WanPipeline(OpenedModel):
         with self.keep_loaded():
             return [self.run(request).video(callback) for request in requests]
 
-    @told
+    @told(REQUEST)
     def request(self, prompt: str, **options: Unpack[RequestOptions]) -> Request:
         """Fill in the model's defaults and check every value; ``options`` are those of `RequestOptions`.
 

@@ -65,7 +65,7 @@ class Run:
         self.latent_channels = pipe.latent_channels
         self._resume = resume
         self._expert: tuple[Part, Model] | None = None  # the transformer that is there, and its part
-        self._listeners: list[Listener] = [pipe.listener]
+        self._listeners: list[Listener] = []
         self._happened: deque[Event] = deque()
         self._begun = self._stopping = self._finishing = False
 
@@ -215,7 +215,7 @@ class Run:
             self._expert = None
             stage.close()
             with self._stage(f"load {part.label}"):
-                model = self.pipe.load_expert(part, self.plan, self._tell)
+                model = self.pipe.load_expert(part, self.plan)
                 self._expert = part, with_condition(model, conditioning)
             stage.callback(setattr, self, "_expert", None)
             stage.enter_context(self._stage("denoise"))
@@ -231,7 +231,7 @@ class Run:
         done = 0
         with self._stage("decode"):
             yield
-            for frames in self.pipe.decode(latents, self.plan, self._tell):
+            for frames in self.pipe.decode(latents, self.plan):
                 done += len(frames)
                 self._tell(Decoded(frames, done, self.request.num_frames))
                 del frames
@@ -240,13 +240,13 @@ class Run:
     # What a task may ask for while it makes the conditioning: `wan_mlx.types.Encoders`
 
     def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
-        return self.pipe.encode_text(texts, self._tell)
+        return self.pipe.encode_text(texts)
 
     def encode_images(self, images: mx.array) -> mx.array:
-        return self.pipe.encode_images(images, self._tell)
+        return self.pipe.encode_images(images)
 
     def encode_videos(self, videos: Sequence[Iterable[mx.array]]) -> list[mx.array]:
-        return self.pipe.encode_videos(videos, self.plan, self._tell)
+        return self.pipe.encode_videos(videos, self.plan)
 
     def _tell(self, event: Event) -> None:
         for listener in self._listeners:
@@ -276,7 +276,10 @@ class Run:
     def _alone(self) -> Iterator[None]:
         if not self.pipe.running.acquire(blocking=False):
             raise BusyError("this pipeline is making another video; wait until that run ends, or open another pipeline")
+        listener, self.pipe.listener = self.pipe.listener, self._tell
+        self._listeners.insert(0, listener)
         try:
             yield
         finally:
+            self.pipe.listener = listener
             self.pipe.running.release()

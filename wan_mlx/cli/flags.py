@@ -1,17 +1,13 @@
-"""The command line's flags, made from the table of options: the parser, JSON objects of flags, and docs/flags.md.
+"""The command line's flags, made from the table of options: the parser, and JSON objects of flags.
 
 Our own flags follow the Python API; every flag of the official ``generate.py`` is accepted too, with its meaning.
-``python -m wan_mlx.cli.flags docs/flags.md`` writes the tables of that page anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from .. import options
@@ -92,8 +88,7 @@ def arguments_of(option: Option) -> dict[str, Any]:
         common["action"] = "append"
     if option.value_is_optional:
         common |= {"nargs": "?", "const": True}
-    metavar = option.metavar or "{" + ",".join(option.choices) + "}"
-    return {**common, "metavar": metavar, "type": reader(option)}
+    return {**common, "metavar": option.metavar, "type": reader(option)}
 
 
 def reader(option: Option) -> Callable[[str], Any]:
@@ -197,30 +192,3 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise UsageError(f"the key {key!r} is given twice")
         found[key] = value
     return found
-
-
-def table_of(group: str) -> str:
-    """The flags of a group as a table in Markdown."""
-    lines = ["| flag | in Python | |", "|---|---|---|"]
-    for option in options.flags():
-        if option.group == group:
-            first, *others = option.flags
-            value = "" if option.is_switch else f"[{option.metavar}]" if option.value_is_optional else \
-                option.metavar or "\\|".join(option.choices)
-            spelled = [f"`{first} {value}`" if value else f"`{first}`", *(f"`{flag}`" for flag in others)]
-            names = () if option.of == options.COMMAND else option.sets or (option.name,)
-            keyword = ", ".join(f"`{name}=False`" if option.default is True else f"`{name}`" for name in names)
-            text = option.described + (f". {option.more}" if option.more else "")
-            text = re.sub(r"(?<!\S)\(?(--[\w-]+)", lambda found: found[0].replace(found[1], f"`{found[1]}`"), text)
-            lines.append(f"| {', '.join(spelled)} | {keyword} | {text} |")
-    return "\n".join(lines) + "\n"
-
-
-def page(text: str) -> str:
-    """docs/flags.md with each table made anew: it stands below a comment that names the group."""
-    return re.sub(r"(<!-- flags: (.*?) -->\n)(?:\|.*\n)*", lambda found: found[1] + table_of(found[2]), text)
-
-
-if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")
