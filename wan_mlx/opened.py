@@ -67,6 +67,7 @@ class OpenedModel:
         opened_with: the options that it was opened with, as `from_pretrained` takes them.
         taehv: the file of TAEHV's weights, if it is used; ``draft`` tells whether for the video itself.
         listener: hears the `Progress` of all work: progress bars, if wanted; during a run, the run.
+        plan_at_work: what the run that is under way may hold.
     """
 
     def __init__(self, checkpoint: Checkpoint, **options: Any):
@@ -93,6 +94,7 @@ class OpenedModel:
         self._tiny = tiny_autoencoder(checkpoint, self.taehv, self.draft)
         self._kept: dict[str, Any] = {}  # what stays loaded within `keep_loaded`
         self.keeps_loaded = False
+        self.plan_at_work: Plan | None = None
         self.running = threading.Lock()  # held by the run that is under way
         if self.preset.task != self.config.model_type:
             raise ValueError(
@@ -198,8 +200,9 @@ class OpenedModel:
         """The transformer that serves a timestep."""
         return next(part for part in self.checkpoint.of_kind("transformer") if part.serves(timestep))
 
-    def load_expert(self, part: Part, plan: Plan | None = None) -> Execution:
-        """A transformer: loaded now, as ``plan`` has it, or kept since it was."""
+    def load_expert(self, part: Part) -> Execution:
+        """A transformer: loaded now, or kept since it was."""
+        plan = self.plan_at_work
 
         def load() -> Execution:
             model = load_transformer(
@@ -252,13 +255,13 @@ class OpenedModel:
         progress = counted(self.listener, "loading CLIP")
         return encode_images(load_image_encoder(self.checkpoint, progress=progress), images)
 
-    def encode_videos(self, videos: Sequence[Iterable[mx.array]], plan: Plan | None = None) -> list[mx.array]:
+    def encode_videos(self, videos: Sequence[Iterable[mx.array]]) -> list[mx.array]:
         """Videos in chunks of frames in [-1, 1] → normalised latents (1, t, h, w, C) each."""
-        vae, tile = self.load_vae(), self.tile_of(plan, "encode_tile")
+        vae, tile = self.load_vae(), self.tile_of("encode_tile")
         progress = counted(self.listener, "encoding video")
         return [tiling.encode(vae, progress(video), tile) for video in videos]
 
-    def decode(self, latents: mx.array, plan: Plan | None = None) -> Iterator[np.ndarray]:
+    def decode(self, latents: mx.array) -> Iterator[np.ndarray]:
         """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time."""
         still = latents.shape[1] == 1  # the official code rounds stills and truncates videos
         finish = partial(to_uint8, rounding=still)
@@ -268,15 +271,14 @@ class OpenedModel:
                 yield finish(frames[0])
             return
         decode = tiling.decode if self.vae_tiling == "off" else tiling.decode_in_memory
-        vae, tile = self.load_vae(), self.tile_of(plan)
+        vae, tile = self.load_vae(), self.tile_of("decode_tile")
         for frames in decode(vae, latents, tile, finish, counted(self.listener, "decoding")):
             yield frames[0]
 
-    def tile_of(self, plan: Plan | None, which: str = "decode_tile") -> tuple[int, int] | None:
-        """The VAE's largest tile (width, height) in pixels, or None for whole frames."""
-        if isinstance(self.vae_tiling, tuple):
-            return self.vae_tiling
-        return None if plan is None else getattr(plan, which)
+    def tile_of(self, which: str) -> tuple[int, int] | None:
+        """The VAE's largest tile (width, height) in pixels, or None for whole frames; ``which``: a field of the plan.
+        """
+        return self.vae_tiling if isinstance(self.vae_tiling, tuple) else getattr(self.plan_at_work, which, None)
 
     def preview(self, latents: mx.array) -> np.ndarray:
         """Small pictures of latents (1, t, h, w, C), such as `Step.denoised`: uint8 (t, h, w, 3).

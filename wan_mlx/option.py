@@ -169,19 +169,17 @@ class Option:
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema of a value."""
-        kinds = [_schema_of(kind) for kind in self.kinds]
-        found = {"description": self.described, **(kinds[0] if len(kinds) == 1 else {"anyOf": kinds})}
-        if self.choices:
-            found["enum"] = list(self.choices)
-        if self.examples:
-            found["examples"] = list(self.examples)
-        if self.default is not None:
-            found["default"] = list(self.default) if isinstance(self.default, tuple) else self.default
-        if self.limits and math.isfinite(self.limits.low):
-            found["exclusiveMinimum" if self.limits.above else "minimum"] = self.limits.low
-        if self.limits and math.isfinite(self.limits.high):
-            found["maximum"] = self.limits.high
-        return found
+        kinds, limits = [_schema_of(kind) for kind in self.kinds], self.limits or Limits()
+        found = {
+            "description": self.described,
+            **(kinds[0] if len(kinds) == 1 else {"anyOf": kinds}),
+            "enum": list(self.choices) or None,
+            "examples": list(self.examples) or None,
+            "default": list(self.default) if isinstance(self.default, tuple) else self.default,
+            "exclusiveMinimum" if limits.above else "minimum": limits.low,
+            "maximum": limits.high,
+        }
+        return {name: value for name, value in found.items() if value not in (None, -math.inf, math.inf)}
 
 
 def _bare(flag: str) -> str:

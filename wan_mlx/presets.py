@@ -5,8 +5,9 @@ Constants follow the official repository's ``wan/configs`` and the defaults of i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from .geometry import Geometry
 from .models.configs import TextEncoderConfig, TransformerConfig, VAEConfig, geometry_of
@@ -20,6 +21,7 @@ NEGATIVE_PROMPT = (
 BUNDLED = {name: Path(__file__).parent / "assets" / name for name in ("nano", "nano-i2v")}
 CAMERA_SHAKE = "镜头晃动，"
 SCENE_CUT = "镜头切换，"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -69,15 +71,20 @@ class Preset:
         return self.sampling
 
 
-_DIT_1_3B = TransformerConfig()
-_DIT_14B = TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
-_DIT_I2V = TransformerConfig("i2v", dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36)
-_DIT_FLF2V = TransformerConfig("flf2v", dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36)
-_DIT_VACE_1_3B = TransformerConfig("vace", vace_layers=tuple(range(0, 30, 2)))
-_DIT_VACE_14B = TransformerConfig(
-    "vace", dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, vace_layers=tuple(range(0, 40, 5))
+_T2V_1_3B = TransformerConfig()
+_T2V_14B = TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+_I2V_14B = replace(_T2V_14B, model_type="i2v", in_dim=36)
+_NANO = TransformerConfig(dim=256, ffn_dim=640, num_heads=2, num_layers=6, text_dim=128)
+_720P = (1280, 720)
+# Defaults that several models share.
+_OF_NANO: dict[str, Any] = dict(
+    size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0), negative_prompt=""
 )
-_I2V_NEGATIVE = CAMERA_SHAKE + NEGATIVE_PROMPT
+_OF_I2V: dict[str, Any] = dict(
+    sampling=Sampling(steps=40), sampling_480p=Sampling(steps=40, shift=3.0),
+    negative_prompt=CAMERA_SHAKE + NEGATIVE_PROMPT,
+)  # fmt: skip
+_OF_VACE: dict[str, Any] = dict(sampling=Sampling(shift=16.0))
 
 # ComfyUI's single files, as names that ``--model`` takes: of each model a transformer, and these for all models.
 _COMFYUI = "Comfy-Org/Wan_2.1_ComfyUI_repackaged:split_files"
@@ -112,70 +119,56 @@ DIFFUSERS_FILES = {
     "tokenizer": ("tokenizer/spiece.model", "tokenizer/tokenizer.json"),  # transformers 5 saves the second alone
 }
 MLX_FILES = {
-    **{
-        component: (f"{component}.safetensors.index.json", f"{component}.safetensors")
-        for component in ("transformer", "text_encoder", "vae", "image_encoder")
-    },
+    **{component: (f"{component}.safetensors.index.json", f"{component}.safetensors") for component in NETWORKS},
     "tokenizer": ("tokenizer.model",),
 }
 
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            "nano", "t2v", "", TransformerConfig(dim=256, ffn_dim=640, num_heads=2, num_layers=6, text_dim=128),
-            5_806_656, size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0),
-            negative_prompt="",
-        ),
-        Preset(
-            "nano-i2v", "i2v", "",
-            TransformerConfig(
-                "i2v", dim=256, ffn_dim=640, num_heads=2, num_layers=3, in_dim=36, text_dim=128, image_dim=80
-            ),
-            3_676_592, size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0),
-            negative_prompt="",
-        ),
-        Preset(
-            "t2v-1.3B", "t2v", "Wan-AI/Wan2.1-T2V-1.3B", _DIT_1_3B, 1_418_996_800,
-            diffusers="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", comfyui="wan2.1_t2v_1.3B_fp16.safetensors",
-            gguf="samuelchristlie/Wan2.1-T2V-1.3B-GGUF",
-        ),
-        Preset(
-            "t2v-14B", "t2v", "Wan-AI/Wan2.1-T2V-14B", _DIT_14B, 14_288_491_584, size=(1280, 720),
-            diffusers="Wan-AI/Wan2.1-T2V-14B-Diffusers", comfyui="wan2.1_t2v_14B_fp16.safetensors",
-            gguf="city96/Wan2.1-T2V-14B-gguf",
-        ),
-        Preset(
-            "i2v-14B-480P", "i2v", "Wan-AI/Wan2.1-I2V-14B-480P", _DIT_I2V, 16_394_878_784,
-            sampling=Sampling(steps=40), sampling_480p=Sampling(steps=40, shift=3.0), negative_prompt=_I2V_NEGATIVE,
-            diffusers="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", comfyui="wan2.1_i2v_480p_14B_fp16.safetensors",
-            gguf="city96/Wan2.1-I2V-14B-480P-gguf",
-        ),
-        Preset(
-            "i2v-14B-720P", "i2v", "Wan-AI/Wan2.1-I2V-14B-720P", _DIT_I2V, 16_394_878_784, size=(1280, 720),
-            sampling=Sampling(steps=40), sampling_480p=Sampling(steps=40, shift=3.0), negative_prompt=_I2V_NEGATIVE,
-            diffusers="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", comfyui="wan2.1_i2v_720p_14B_fp16.safetensors",
-            gguf="city96/Wan2.1-I2V-14B-720P-gguf",
-        ),
-        Preset(
-            "flf2v-14B-720P", "flf2v", "Wan-AI/Wan2.1-FLF2V-14B-720P", _DIT_FLF2V, 16_395_536_704, size=(1280, 720),
-            sampling=Sampling(shift=16.0), negative_prompt=SCENE_CUT + _I2V_NEGATIVE,
-            diffusers="Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", comfyui="wan2.1_flf2v_720p_14B_fp16.safetensors",
-            gguf="city96/Wan2.1-FLF2V-14B-720P-gguf",
-        ),
-        Preset(
-            "vace-1.3B", "vace", "Wan-AI/Wan2.1-VACE-1.3B", _DIT_VACE_1_3B, 2_153_972_032,
-            sampling=Sampling(shift=16.0), diffusers="Wan-AI/Wan2.1-VACE-1.3B-diffusers",
-            comfyui="wan2.1_vace_1.3B_fp16.safetensors",
-        ),
-        Preset(
-            "vace-14B", "vace", "Wan-AI/Wan2.1-VACE-14B", _DIT_VACE_14B, 17_337_592_896, size=(1280, 720),
-            sampling=Sampling(shift=16.0),
-            diffusers="Wan-AI/Wan2.1-VACE-14B-diffusers", comfyui="wan2.1_vace_14B_fp16.safetensors",
-            gguf="QuantStack/Wan2.1_14B_VACE-GGUF",
-        ),
-    )
-}  # fmt: skip
+_RELEASED = (
+    Preset("nano", "t2v", "", _NANO, 5_806_656, **_OF_NANO),
+    Preset(
+        "nano-i2v", "i2v", "", replace(_NANO, model_type="i2v", num_layers=3, in_dim=36, image_dim=80), 3_676_592,
+        **_OF_NANO,
+    ),
+    Preset(
+        "t2v-1.3B", "t2v", "Wan-AI/Wan2.1-T2V-1.3B", _T2V_1_3B, 1_418_996_800,
+        diffusers="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", comfyui="wan2.1_t2v_1.3B_fp16.safetensors",
+        gguf="samuelchristlie/Wan2.1-T2V-1.3B-GGUF",
+    ),
+    Preset(
+        "t2v-14B", "t2v", "Wan-AI/Wan2.1-T2V-14B", _T2V_14B, 14_288_491_584, _720P,
+        diffusers="Wan-AI/Wan2.1-T2V-14B-Diffusers", comfyui="wan2.1_t2v_14B_fp16.safetensors",
+        gguf="city96/Wan2.1-T2V-14B-gguf",
+    ),
+    Preset(
+        "i2v-14B-480P", "i2v", "Wan-AI/Wan2.1-I2V-14B-480P", _I2V_14B, 16_394_878_784, **_OF_I2V,
+        diffusers="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", comfyui="wan2.1_i2v_480p_14B_fp16.safetensors",
+        gguf="city96/Wan2.1-I2V-14B-480P-gguf",
+    ),
+    Preset(
+        "i2v-14B-720P", "i2v", "Wan-AI/Wan2.1-I2V-14B-720P", _I2V_14B, 16_394_878_784, _720P, **_OF_I2V,
+        diffusers="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", comfyui="wan2.1_i2v_720p_14B_fp16.safetensors",
+        gguf="city96/Wan2.1-I2V-14B-720P-gguf",
+    ),
+    Preset(
+        "flf2v-14B-720P", "flf2v", "Wan-AI/Wan2.1-FLF2V-14B-720P", replace(_I2V_14B, model_type="flf2v"),
+        16_395_536_704, _720P, sampling=Sampling(shift=16.0),
+        negative_prompt=SCENE_CUT + CAMERA_SHAKE + NEGATIVE_PROMPT,
+        diffusers="Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", comfyui="wan2.1_flf2v_720p_14B_fp16.safetensors",
+        gguf="city96/Wan2.1-FLF2V-14B-720P-gguf",
+    ),
+    Preset(
+        "vace-1.3B", "vace", "Wan-AI/Wan2.1-VACE-1.3B",
+        replace(_T2V_1_3B, model_type="vace", vace_layers=tuple(range(0, 30, 2))), 2_153_972_032, **_OF_VACE,
+        diffusers="Wan-AI/Wan2.1-VACE-1.3B-diffusers", comfyui="wan2.1_vace_1.3B_fp16.safetensors",
+    ),
+    Preset(
+        "vace-14B", "vace", "Wan-AI/Wan2.1-VACE-14B",
+        replace(_T2V_14B, model_type="vace", vace_layers=tuple(range(0, 40, 5))), 17_337_592_896, _720P, **_OF_VACE,
+        diffusers="Wan-AI/Wan2.1-VACE-14B-diffusers", comfyui="wan2.1_vace_14B_fp16.safetensors",
+        gguf="QuantStack/Wan2.1_14B_VACE-GGUF",
+    ),
+)  # fmt: skip
+PRESETS = {preset.name: preset for preset in _RELEASED}
 
 
 def find_preset(name: str) -> Preset:

@@ -8,10 +8,10 @@ from typing import Any
 
 from . import options
 from .caching import resolve_cache
-from .errors import closest
 from .geometry import Geometry
 from .guidance import check_guidance, zero_steps_of
 from .models.configs import TransformerConfig
+from .option import REQUEST
 from .presets import Preset
 from .recipes import find_recipe
 from .tasks import fit_sources
@@ -37,21 +37,16 @@ def build_request(
         TypeError: an option of no such name; names the nearest.
         ValueError: a value is wrong; names the nearest valid one. A source is missing, or not for this model.
     """
-    known = options.of(options.REQUEST)
-    for name in given:
-        if name not in (names := [option.name for option in known]):
-            raise TypeError(f"a request has no option {name!r}; nearest: {closest(name, names)!r}")
+    values = options.filled(REQUEST, {"prompt": prompt, **given})
     given = {name: value for name, value in given.items() if value is not None}
     if recipe := given.get("recipe"):
         bound = {name: given.get(name) for name in ("steps", "guidance_scale", "shift", "solver")}
         given |= find_recipe(recipe).fill(**bound)
-    values = {option.name: option.default for option in known}
-    values |= dict(zip(("width", "height"), preset.size, strict=True))
     values |= {name: getattr(preset, name) for name in ("negative_prompt", "num_frames", "fps", "task")}
-    values["strength"] = DEFAULT_STRENGTH if "video" in given else 1.0
-    values |= given
+    values["width"], values["height"] = preset.size
+    values |= {"strength": DEFAULT_STRENGTH if "video" in given else 1.0} | given
     sampling = vars(preset.sampling_for(values["width"], values["height"]))
-    request = completed(Request(**{**values, **sampling, **given, "prompt": prompt}, geometry=geometry))
+    request = completed(Request(**{**values, **sampling, **given}, geometry=geometry))
     check_request(request)
     check_guidance(request, config.num_layers)
     request = replace(request, cache=resolve_cache(request.cache, request.steps_made, preset.name, config))
@@ -63,16 +58,12 @@ def completed(request: Request) -> Request:
     seed, zero_steps = request.seed, request.cfg_zero
     if isinstance(zero_steps, bool):
         zero_steps = zero_steps_of(request.task) if zero_steps else None
-    guidance_from, guidance_to = request.guidance_range
-    skip_from, skip_to = request.skip_range
+    lists = ("src_ref_images", "guidance_range", "skip_layers", "skip_range")
     return replace(
         request,
         seed=secrets.randbelow(MAX_RANDOM_SEED) if seed is None or seed < 0 else seed,
         cfg_zero=zero_steps,
-        src_ref_images=tuple(request.src_ref_images),
-        guidance_range=(guidance_from, guidance_to),
-        skip_layers=tuple(request.skip_layers),
-        skip_range=(skip_from, skip_to),
+        **{name: tuple(getattr(request, name)) for name in lists},
     )
 
 
@@ -83,7 +74,7 @@ def check_request(request: Request) -> None:
     request.geometry.check_size(request.width, request.height)
     request.geometry.check_frames(request.num_frames)
     nearest = {"strength": f"{1 / max(1, request.steps):g}"}
-    for option in options.of(options.REQUEST):
+    for option in options.of(REQUEST):
         option.check(getattr(request, option.name), nearest.get(option.name))
     if request.begin == request.steps:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -62,7 +62,6 @@ class Run:
         self.reports: list[StageReport] = []
         self.forwards: tuple[int, int] | None = None
         self.stopped_after: int | None = None
-        self.latent_channels = pipe.latent_channels
         self._resume = resume
         self._expert: tuple[Part, Model] | None = None  # the transformer that is there, and its part
         self._listeners: list[Listener] = []
@@ -90,13 +89,10 @@ class Run:
 
     @property
     def stops_soon(self) -> bool:
-        """Whether `stop` would be heard soon: in the midst of steps or decoded frames, not while weights are read."""
-        return self.stage == "denoise" or (self.stage == "decode" and not self.tiled)
-
-    @property
-    def tiled(self) -> bool:
-        """Whether the video is decoded in tiles, whose frames all come at the end."""
-        return self.pipe.tile_of(self.plan) is not None and not self.pipe.draft
+        """Whether `stop` would be heard soon: in the midst of steps or decoded frames, not while weights are read, nor
+        where a video is decoded in tiles, whose frames all come at the end."""
+        whole = self.pipe.draft or self.pipe.tile_of("decode_tile") is None
+        return self.stage == "denoise" or (self.stage == "decode" and whole)
 
     def __iter__(self) -> Generator[Event, None, None]:
         """Run, and yield every event but `Progress`.
@@ -174,7 +170,7 @@ class Run:
         if reached is None:
             with self._stage("conditioning"):
                 yield
-                reached = RunState(TASKS[self.request.task].condition(self.request, self))
+                reached = RunState(TASKS[self.request.task].condition(self.request, self.pipe))
                 mx.eval(reached.conditioning.arrays())
         self._tell(Conditioned(reached.conditioning))
         yield
@@ -215,7 +211,7 @@ class Run:
             self._expert = None
             stage.close()
             with self._stage(f"load {part.label}"):
-                model = self.pipe.load_expert(part, self.plan)
+                model = self.pipe.load_expert(part)
                 self._expert = part, with_condition(model, conditioning)
             stage.callback(setattr, self, "_expert", None)
             stage.enter_context(self._stage("denoise"))
@@ -231,22 +227,11 @@ class Run:
         done = 0
         with self._stage("decode"):
             yield
-            for frames in self.pipe.decode(latents, self.plan):
+            for frames in self.pipe.decode(latents):
                 done += len(frames)
                 self._tell(Decoded(frames, done, self.request.num_frames))
                 del frames
                 yield
-
-    # What a task may ask for while it makes the conditioning: `wan_mlx.types.Encoders`
-
-    def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
-        return self.pipe.encode_text(texts)
-
-    def encode_images(self, images: mx.array) -> mx.array:
-        return self.pipe.encode_images(images)
-
-    def encode_videos(self, videos: Sequence[Iterable[mx.array]]) -> list[mx.array]:
-        return self.pipe.encode_videos(videos, self.plan)
 
     def _tell(self, event: Event) -> None:
         for listener in self._listeners:
@@ -276,10 +261,11 @@ class Run:
     def _alone(self) -> Iterator[None]:
         if not self.pipe.running.acquire(blocking=False):
             raise BusyError("this pipeline is making another video; wait until that run ends, or open another pipeline")
-        listener, self.pipe.listener = self.pipe.listener, self._tell
+        listener = self.pipe.listener
         self._listeners.insert(0, listener)
+        self.pipe.listener, self.pipe.plan_at_work = self._tell, self.plan
         try:
             yield
         finally:
-            self.pipe.listener = listener
+            self.pipe.listener, self.pipe.plan_at_work = listener, None
             self.pipe.running.release()

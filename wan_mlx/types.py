@@ -39,8 +39,7 @@ SOURCE_FIELDS = ("image", "last_image", "src_video", "src_mask", "video")
 
 
 def describe_source(source: Source | None) -> str | None:
-    """The text that stands for a source in a video's settings: its path or, of one in memory, its kind, size and
-    SHA-256."""
+    """A source in a video's settings: its path or, of one in memory, its kind, size and SHA-256."""
     if not hasattr(source, "tobytes"):
         return None if source is None else str(source)
     held: Any = source  # of a class that is not imported here
@@ -53,18 +52,10 @@ def describe_source(source: Source | None) -> str | None:
 class Request:
     """What the user asked for, complete: no ``None`` is left where a preset has a default.
 
-    ``width``, ``height`` (pixels) and ``num_frames`` are as the model's ``geometry`` allows, ``seed`` is >= 0.
-
-    Sources are paths, PIL images or numpy arrays (see `wan_mlx.media.read`), None where the task has no use for them:
-    ``image`` and ``last_image`` of i2v and flf2v; ``src_video``, ``src_mask`` (white is what to generate) and
-    ``src_ref_images`` of VACE, with ``context_scale``, the strength of its hints; ``video`` of t2v, what it starts
-    from, with ``strength`` in (0, 1], the share of the steps that are made on it.
-
-    ``cache`` is a step cache with all its settings (`wan_mlx.caching.resolve_cache`). ``guidance_range``,
-    ``skip_layers`` and ``skip_range`` are as in `wan_mlx.guidance.Guidance`; ``cfg_zero`` is None for ordinary
-    guidance, or CFG-Zero*'s number of first steps without motion. ``recipe`` names the noise levels of a distilled
-    model (`wan_mlx.recipes`). ``original_prompt`` is the user's own where ``prompt`` was written out by the language
-    model ``extended_by`` (`wan_mlx.prompts.extend`).
+    Most fields are options of a call, which `options.RequestOptions` explains. Sizes are as the model's ``geometry``
+    allows, ``seed`` is >= 0; ``cfg_zero`` is the number of CFG-Zero*'s first steps without motion, None for ordinary
+    guidance. Sources are None where the task has no use for them. ``original_prompt`` is the user's own where
+    ``prompt`` was written out by the language model ``extended_by``.
     """
 
     prompt: str
@@ -125,31 +116,31 @@ class Request:
         return self.geometry.latent_shape(self.width, self.height, self.num_frames)
 
     @property
-    def begin(self) -> int:
-        """How many steps of the grid are left out: none, unless a video is there to start from."""
-        return self.steps - self.steps_made
-
-    @property
     def steps_made(self) -> int:
         """How many steps of the grid are made: all, unless a video is there to start from."""
         return round(self.strength * self.steps)
+
+    @property
+    def begin(self) -> int:
+        """How many steps of the grid are left out."""
+        return self.steps - self.steps_made
 
 
 @dataclass
 class Conditioning:
     """What a task hands to the sampling loop.
 
-    ``noise``: float32 (1, t, h, w, C), the start of sampling.
-    ``source_latents``: as ``noise``: the video to start from under this noise; None where noise is all there is.
-    ``context`` and ``negative_context``: (1, 512, text_dim), text embeddings zero-padded to 512 rows;
-    ``negative_context`` is None when guidance is off.
-    ``condition``: float32 (1, t, h, w, 4 + C), i2v and flf2v: a mask channel for each of a latent frame's frames, 1
-    where they are given, then latents.
-    ``image_features``: (N, 257, image_dim), CLIP features of the N given images.
-    ``vace_context``: float32 (1, t, h, w, 2C + 64), VACE: latents of what stays, of what changes, and the mask.
-    ``context_scale``: strength of VACE's hints.
-    ``trim_latents``: how many latent frames to cut from the start before decoding: VACE's reference images, which
-    ``noise`` and ``vace_context`` count in t.
+    Attributes:
+        noise: float32 (1, t, h, w, C), the start of sampling.
+        context: (1, 512, text_dim), text embeddings zero-padded to 512 rows.
+        negative_context: likewise; None when guidance is off.
+        source_latents: as ``noise``: the video to start from under this noise, if there is one.
+        condition: float32 (1, t, h, w, 4 + C), i2v and flf2v: a mask channel for each of a latent frame's frames, 1
+            where they are given, then latents.
+        image_features: (N, 257, image_dim), CLIP features of the N given images.
+        vace_context: float32 (1, t, h, w, 2C + 64), VACE: latents of what stays, of what changes, and the mask.
+        context_scale: strength of VACE's hints.
+        trim_latents: latent frames to cut from the start before decoding: VACE's reference images, counted in t.
     """
 
     noise: mx.array
@@ -187,13 +178,11 @@ class Encoders(Protocol):
 class Step:
     """One finished sampling step.
 
-    ``index`` counts from 0 to ``total - 1``; ``timestep`` is in [0, 1000] and ``sigma`` in [0, 1] (both
-    before the step); ``latents`` is float32 (1, t, h, w, C) after it; ``denoised`` is the solver's current
-    estimate of the clean latents, same shape. ``forwards`` are those computed, of the ``passes`` that a run without
-    step cache and with guidance all along makes. ``state`` is all that `denoise` needs to go on after this step:
-    latents (with VACE's reference frames), the estimate, what solver and cache look back on. Where the cache is
-    large, the state is emptied when the next step is asked for. ``previewer`` makes small pictures of latents
-    (`wan_mlx.media.preview`), where the steps are a pipeline's.
+    ``index`` counts from 0 to ``total - 1``; ``timestep`` (in [0, 1000]) and ``sigma`` (in [0, 1]) are those before the
+    step; ``latents`` is float32 (1, t, h, w, C) after it, and ``denoised`` the solver's estimate of the clean latents.
+    ``forwards`` are those computed, of the ``passes`` that a run without step cache and with guidance all along makes.
+    ``state`` is all that `denoise` needs to go on from here; it may be emptied when the next step is asked for.
+    ``previewer`` makes small pictures of latents, where the steps are a pipeline's.
     """
 
     index: int
