@@ -26,9 +26,9 @@ from .models.text_encoder import pad_context
 from .models.tokenizer import Tokenizer
 from .models.vae_execution import VAEExecution
 from .models.vae_tiling import parse_tiling
-from .planning.choose import Wanted, plan_video
 from .option import MODEL
 from .options import filled
+from .planning.choose import Wanted, plan_video
 from .planning.machine import mlx_version, parse_memory
 from .planning.plan import Plan
 from .planning.sizes import sizes_of
