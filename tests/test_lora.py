@@ -417,6 +417,7 @@ def write_tensors(path, tensors):
 def test_a_damaged_configuration_is_refused(base, tmp_path):
     refused(base, tmp_path, GOOD, "configuration cannot be read", metadata={"lora_adapter_metadata": "{"})
     refused(base, tmp_path, GOOD, "configuration cannot be read", metadata={"lora_adapter_metadata": "[1]"})
+    refused(base, tmp_path, GOOD, "alpha is not finite", metadata={"lora_adapter_metadata": '{"lora_alpha": NaN}'})
     dora = json.dumps({"transformer.use_dora": True})
     refused(base, tmp_path, GOOD, "DoRA", metadata={"lora_adapter_metadata": dora})
 

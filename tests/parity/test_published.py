@@ -282,6 +282,16 @@ def test_models_that_read_images_need_their_encoder(states, comfyui, tmp_path):
     assert open_checkpoint(dit, parts | {"image_encoder": clip}).files["image_encoder"] == clip
 
 
+def test_a_relative_beside_a_whole_network_is_not_meant(comfyui, states, tmp_path):
+    """Another model's file, with the same tensors and some more, in the same folder."""
+    folder = shutil.copytree(comfyui, tmp_path / "x")
+    state = states["transformer"] | {"audio_injector.q.weight": torch.zeros(1)}
+    other = published.comfyui_file(folder / "a_s2v.safetensors", state)
+    assert open_checkpoint(folder).files["transformer"] not in (other, None)
+    with pytest.raises(WeightsError, match="unexpected audio_injector.q.weight"):
+        wan_mlx.load_transformer(other)
+
+
 def test_two_of_one_part(comfyui, tmp_path):
     folder = shutil.copytree(comfyui, tmp_path / "x")
     second = shutil.copy(folder / "vae/c.safetensors", folder / "d.safetensors")

@@ -20,6 +20,7 @@ from ..files.open import ShardedFile, format_of, open_weights
 from ..files.sentencepiece import find_tokenizer, has_tokenizer
 from ..presets import COMFYUI_PARTS, DIFFUSERS_FILES, MLX_FILES, NETWORKS, OFFICIAL_FILES, PARTS
 from .component import ComponentWeights, open_component
+from .configs import network_config
 
 # Diffusers' and transformers' names for entries of config.json that shapes cannot show.
 DIFFUSERS_NAMES = {
@@ -264,6 +265,8 @@ def _search(folder: Path, given: Mapping[str, Path], known: Checkpoint | None = 
     networks = {kind: files for kind, files in networks.items() if kind not in given and not known.of_kind(kind)}
     for kind, files in networks.items():
         if len(files) > 1:
+            files[:] = list(filter(_is_whole, files)) or files
+        if len(files) > 1:
             names = ", ".join(str(weights.path.relative_to(folder)) for weights in files)
             raise WeightsError(f"{folder} holds {len(files)} files of a {kind}: {names}; choose one with {_flag(kind)}")
     parts = {kind: _part_in(files[0]) for kind, files in networks.items()} | {part.name: part for part in known.parts}
@@ -273,6 +276,15 @@ def _search(folder: Path, given: Mapping[str, Path], known: Checkpoint | None = 
     if "tokenizer" not in parts and (tokenizer := find_tokenizer(folder)):
         parts["tokenizer"] = _part("tokenizer", tokenizer)
     return replace(known, parts=tuple(parts.values()))
+
+
+def _is_whole(weights: ComponentWeights) -> bool:
+    """Whether a file is a network of Wan2.1, and not of another model with more tensors of such names."""
+    try:
+        network_config(weights, _part_in(weights).config)
+    except WeightsError:
+        return False
+    return True
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:

@@ -102,14 +102,6 @@ class Lora:
                 total = array if total is None else total + array
         return total
 
-    def apply(self, name: str, array: mx.array) -> mx.array:
-        """The changed parameter; ``array`` is float32."""
-        factors, difference = self.factors(name), self.difference(name)
-        if factors is not None:
-            down, up, scale = factors
-            array = array + scale * (up @ down)
-        return array if difference is None else array + difference
-
     def _read(self, key: str, over_inputs: str = "") -> mx.array:
         """A tensor, float32; for the inputs of a patch embedding with channels last, as in the model."""
         with mx.stream(mx.cpu):  # read immediately: GPU work must not wait on a file
@@ -142,7 +134,11 @@ class Loras:
     def apply(self, name: str, array: mx.array) -> mx.array:
         """The float32 parameter ``name`` with all LoRAs merged, in order."""
         for lora in self.of(name):
-            array = lora.apply(name, array)
+            factors, difference = lora.factors(name), lora.difference(name)
+            if factors is not None:
+                down, up, scale = factors
+                array = array + scale * (up @ down)
+            array = array if difference is None else array + difference
         return array
 
     def shapes_beside(self, name: str) -> dict[str, tuple[int, int]]:
@@ -371,6 +367,8 @@ class _PeftConfig:
             alphas = {"." + key.strip("^$").replace("\\.", "."): float(value) for key, value in names.items()}
             if entries.get("lora_alpha") is not None:
                 alphas[""] = float(entries["lora_alpha"])
+            if not all(map(math.isfinite, alphas.values())):
+                raise ValueError("an alpha is not finite")
         except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise WeightsError(f"{file.path}: its LoRA configuration cannot be read ({error})") from None
         if entries.get("use_dora"):
