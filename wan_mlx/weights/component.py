@@ -192,8 +192,8 @@ class ComponentWeights:
 
 
 def beside(name: str, key: str) -> str:
-    """The name of a layer's ``key``, such as its scales, from the name of its weight."""
-    return name.removesuffix("weight") + key
+    """The name of another parameter of the same layer, such as a weight's scales."""
+    return name[: name.rfind(".") + 1] + key
 
 
 def check_keys(weights: ComponentWeights, expected: Mapping[str, tuple[int, ...]]) -> None:

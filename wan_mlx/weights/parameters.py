@@ -28,7 +28,7 @@ from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, 
 
 # Matrices that are zero before the first step of training, by the official code's initialisation.
 MAY_BE_ZERO = r"^head\.head\.|\.(?:before|after)_proj\.|\.middle\.1\.proj\."
-# Name of a parameter → its arrays as stored: itself, or weight, scales and biases of a quantised one.
+# The arrays of one parameter by their keys in its layer: its own, or weight, scales and biases of a quantised one.
 Arrays = dict[str, mx.array]
 # Name of a parameter → the order of its rows (axis 0), or None for the stored order.
 RowOrder = Callable[[str], "mx.array | None"]
@@ -105,15 +105,15 @@ class Parameters:
         """
         for own in parameter_shapes(module):
             name = prefix + own
-            if name in self.packings:
+            if name in self.packings or name in self.unmerged:
                 parent, index = locate(module, own)
+            if name in self.packings:
                 layer = parent[index]
                 if not isinstance(layer, Linear):
                     raise WeightsError(f"{self.weights.path}: {name} is packed, but a {type(layer).__name__} cannot be")
                 rows, columns = layer.weight.shape
                 parent[index] = QuantizedLinear(columns, rows, "bias" in layer, self.packings[name])
             if name in self.unmerged:
-                parent, index = locate(module, own)
                 for key, shape in self.loras.shapes_beside(name).items():
                     parent[index][key] = mx.zeros(shape)
         return module
@@ -181,13 +181,12 @@ class Parameters:
         for name in list(started):
             arrays = started.pop(name)
             if name in self.worked:
-                arrays = self._reordered(name, self._work(name, arrays[name]))
+                arrays = self._reordered(name, self._work(name, *arrays.values()))
             if name in self.unmerged:
-                kept = dtype_of(self.component, name, self.dtype)
-                arrays |= _named(name, self.loras.beside(name, kept, self.row_order(name)))
+                arrays |= self.loras.beside(name, dtype_of(self.component, name, self.dtype), self.row_order(name))
             if resident or name in self.worked or name in self.unmerged:
                 mx.eval(arrays)
-            finished += arrays.items()
+            finished += [(beside(name, key), array) for key, array in arrays.items()]
         return finished
 
     def _check(self, started: Mapping[str, Arrays]) -> None:
@@ -202,7 +201,7 @@ class Parameters:
             finite, has_values = dict[str, mx.array](), dict[str, mx.array]()
             for name in (name for name in started if name not in self._checked):
                 if name in self.as_stored:
-                    finite[name] = self.packings[name].are_finite(_unnamed(started[name]))
+                    finite[name] = self.packings[name].are_finite(started[name])
                 if name.endswith(".weight") and len(self.weights.shapes[name]) > 1 and not re.search(MAY_BE_ZERO, name):
                     has_values[name] = self._has_values(name, started[name], pieces=4)
             mx.eval(finite, has_values)
@@ -216,7 +215,7 @@ class Parameters:
     def _has_values(self, name: str, arrays: Arrays, pieces: int = 0) -> mx.array:
         """Whether a matrix is not all zero, or, with ``pieces``, a row at the start of each."""
         step = max(1, len(next(iter(arrays.values()))) // pieces) if pieces else 1
-        rows = {key: array[::step] for key, array in _unnamed(arrays).items()}
+        rows = {key: array[::step] for key, array in arrays.items()}
         return (self.packings[name].unpack(rows, mx.float32) if name in self.as_stored else rows["weight"]).any()
 
     def _is_changed(self, name: str) -> bool:
@@ -230,15 +229,16 @@ class Parameters:
 
     def _read(self, name: str, fetch: Fetch) -> Arrays:
         if name in self.as_stored:
-            return _named(name, self.weights.packed(name, fetch))
-        return {name: self.weights.read(name, fetch)}
+            return self.weights.packed(name, fetch)
+        return {name.rpartition(".")[2]: self.weights.read(name, fetch)}
 
     def _changed(self, name: str, arrays: Arrays) -> Arrays:
         """The arrays from `_read`, cast and reordered, unless they are merged or quantised first."""
         if name in self.worked:
             return arrays
         if name not in self.as_stored:
-            arrays = {name: arrays[name].astype(dtype_of(self.component, name, self.dtype))}
+            kept = dtype_of(self.component, name, self.dtype)
+            arrays = {key: array.astype(kept) for key, array in arrays.items()}
         return self._reordered(name, arrays)
 
     def _work(self, name: str, array: mx.array) -> Arrays:
@@ -246,22 +246,12 @@ class Parameters:
         if name in self.merged:
             array = self.loras.apply(name, array.astype(mx.float32))
         if name in self.packings:
-            return _named(name, self.packings[name].pack(array))
-        return {name: array.astype(dtype_of(self.component, name, self.dtype))}
+            return self.packings[name].pack(array)
+        return {name.rpartition(".")[2]: array.astype(dtype_of(self.component, name, self.dtype))}
 
     def _reordered(self, name: str, arrays: Arrays) -> Arrays:
         order = self.row_order(name)
         return arrays if order is None else {key: array[order] for key, array in arrays.items()}
-
-
-def _named(name: str, arrays: Arrays) -> Arrays:
-    """The arrays of a layer, by its keys, under the names of parameters; ``name`` is its weight's."""
-    return {beside(name, key): array for key, array in arrays.items()}
-
-
-def _unnamed(arrays: Arrays) -> Arrays:
-    """The arrays of a layer by its keys, undoing `_named`."""
-    return {key.rpartition(".")[2]: array for key, array in arrays.items()}
 
 
 def _quantization(weights: ComponentWeights, quantize: str | None) -> Quantization:
