@@ -34,9 +34,10 @@ from .planning.plan import Plan
 from .planning.sizes import sizes_of
 from .presets import find_preset, preset_for
 from .progress_bars import ProgressBars
-from .prompts.cache import PromptCache
+from .prompts.cache import PromptCache, cache_folder
 from .tasks import TASKS
 from .types import LoraChoice, Request
+from .weights.check_sums import check_once
 from .weights.checkpoint import Checkpoint, Part
 from .weights.component import open_component
 from .weights.load import (
@@ -192,9 +193,14 @@ class OpenedModel:
             self._kept[name] = loaded
         return loaded
 
-    def check_vae(self) -> None:
-        """Raise WeightsError if the VAE's file is damaged."""
+    def check_files(self) -> None:
+        """Raise WeightsError if a file is damaged, as far as check sums and the VAE's header tell."""
         open_component(self.checkpoint.part("vae").file, "vae")
+        try:
+            folder: Path | None = cache_folder()
+        except (OSError, RuntimeError):  # without a home folder nothing is kept
+            folder = None
+        check_once(self.checkpoint.files.values(), folder, self.listener)
 
     def expert(self, timestep: float) -> Part:
         """The transformer that serves a timestep."""

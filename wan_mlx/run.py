@@ -159,7 +159,7 @@ class Run:
     # The stages. A generator below yields wherever events have been told that are to be passed on.
 
     def _stages(self) -> Iterator[None]:
-        self.pipe.check_vae()  # a damaged file is not for after an hour's work to find
+        self.pipe.check_files()  # a damaged file is not for after an hour's work to find
         reached = yield from self._condition()
         latents = yield from self._sample(reached)
         del reached

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -200,12 +200,13 @@ def _remove(folder: Path) -> None:
 # Telling files apart
 
 
-def sha256(path: Path) -> str:
-    """Of the whole file."""
+def sha256(path: Path, advance: Callable[[int], Any] = lambda count: None) -> str:
+    """Of the whole file; ``advance`` hears how many more bytes were read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
+            advance(len(piece))
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ..errors import WanError
-from ..events import counted, unheard
+from ..events import Listener, counted, unheard
 from ..hub.names import parse_location
 from ..hub.resolve import Places, preset_of
 from ..presets import PARTS
@@ -54,17 +54,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
     parts = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
+    listener: Listener = unheard if args.quiet else ProgressBars()
     try:
         if args.inspect == (args.out is not None):
             raise ValueError("give SOURCE and OUT, the folder to write; or --inspect and SOURCE alone")
         if args.inspect:
-            return inspect(args.source, parts, args.hub)
+            return inspect(args.source, parts, args.hub, listener)
         check_target(args.out, args.overwrite, args.model)  # before a download of 69 GB
         places = Places(args.source, parts)
         for download in places.downloads(args.hub):
             if download.missing:
                 print(f"download  {download}", file=sys.stderr)
-        listener = unheard if args.quiet else ProgressBars()
         here = places.fetch(args.hub, listener)
         checkpoint = open_checkpoint(here.model, here.parts)
         location = None if Path(args.source).expanduser().exists() else parse_location(args.source)
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def inspect(source: str, parts: dict[str, str], hub: str) -> int:
+def inspect(source: str, parts: dict[str, str], hub: str, listener: Listener) -> int:
     """Print what a model is, or what of it would have to be downloaded first; 1 if it cannot be loaded."""
     places = Places(source, parts)
     missing = [download for download in places.downloads(hub) if download.missing]
@@ -98,7 +98,7 @@ def inspect(source: str, parts: dict[str, str], hub: str) -> int:
             print(f"not on this machine: {download}")
         return 0
     here = places.fetch(hub)
-    found = inspect_source(here.model, here.parts)
+    found = inspect_source(here.model, here.parts, listener)
     print(*found.lines(), sep="\n")
     return 0 if found.is_sound else 1
 

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from ..errors import WeightsError
@@ -40,7 +41,7 @@ DIFFUSERS_NAMES = {
         "layer_norm_eps": "eps",
     },
 }
-MLX_FORMAT = "wan_mlx"
+MLX_FORMAT, MLX_VERSION = "wan_mlx", 1
 MAX_CONFIG_BYTES = 4_000_000
 # Depth and number of files of the search for weight files.
 _MAX_DEPTH, _MAX_FILES = 3, 5000
@@ -191,7 +192,7 @@ def find_part(place: Path, kind: str) -> Part:
 
 
 def _look_at_folder(folder: Path, given: Mapping[str, Path]) -> Checkpoint:
-    config = _read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     if config.get("format") == MLX_FORMAT:
         version, model = config.get("version", 1), config.get("model")
         if version != 1 or not isinstance(model, str | None):
@@ -233,7 +234,7 @@ def _part(kind: str, file: Path, mode: str | None = None) -> Part:
     """A part with what the config.json beside its file says; ``mode``: its quantisation, where that does not say it."""
     if kind == "tokenizer":
         return Part(kind, kind, file)
-    config = _read_config(file.parent / "config.json")
+    config = read_config(file.parent / "config.json")
     if config.get("format") == MLX_FORMAT:
         packed, sizes = config.get("quantization"), config.get(kind, {})
         if not isinstance(sizes, dict):
@@ -370,7 +371,12 @@ def _find(folder: Path, wanted: dict[str, tuple[str, ...]]) -> dict[str, Path]:
     return {part: files[0] for part, files in present.items() if files}
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json, that of an MLX folder checked; empty if there is none.
+
+    Raises:
+        WeightsError: it is no JSON object, or no MLX folder of this version has such entries.
+    """
     if not path.is_file():
         return {}
     try:
@@ -381,4 +387,18 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path} is not readable JSON: {str(error)[:200]}") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} holds a {type(config).__name__}, expected a JSON object")
+    if config.get("format") == MLX_FORMAT:
+        _check_mlx(path, config)
     return config
+
+
+def _check_mlx(path: Path, config: dict[str, Any]) -> None:
+    version = config.get("version", MLX_VERSION)
+    if version != MLX_VERSION:
+        newer = type(version) is int and version > MLX_VERSION
+        why = "it was made by a newer wan_mlx: update this one" if newer else f"expected {MLX_VERSION}"
+        raise WeightsError(f"{path} says version = {str(version)[:60]}; {why}")
+    allowed: dict[str, tuple[type, ...]] = {"model": (str,), "quantization": (str, dict)}
+    for name, kinds in (allowed | dict.fromkeys((*NETWORKS, "files"), (dict,))).items():
+        if not isinstance(config.get(name), (*kinds, NoneType)):
+            raise WeightsError(f"{path} says {name} = {str(config[name])[:60]}, which is of the wrong kind")

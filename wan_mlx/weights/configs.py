@@ -56,9 +56,11 @@ def _said(config_class, config: Mapping[str, Any], path: Path) -> dict[str, Any]
         if value is None:
             continue
         if isinstance(field.default, tuple):
-            kinds = (int,) if field.name == "vace_layers" else (int, float)
-            fits = isinstance(value, list | tuple) and all(isinstance(v, kinds) and math.isfinite(v) for v in value)
-            wanted, value = "a list of numbers", tuple(value) if fits else value
+            counts = all(type(number) is int for number in field.default)
+            kinds, least = ((int,), 0) if counts else ((int, float), -LARGEST_SIZE)
+            fits = isinstance(value, list | tuple)
+            fits = fits and all(isinstance(v, kinds) and least <= v < LARGEST_SIZE for v in value)
+            wanted, value = f"a list of {'counts' if counts else 'numbers'}", tuple(value) if fits else value
         elif isinstance(field.default, str):
             fits, wanted = isinstance(value, str), "text"
         else:

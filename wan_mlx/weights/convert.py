@@ -27,7 +27,7 @@ from ..errors import WeightsError, some
 from ..files.sentencepiece import read_tokenizer
 from ..presets import MLX_FILES, NETWORKS, PRESETS
 from ..storage import MARKER, fingerprint, free_space, gigabytes, new_folder
-from .checkpoint import MLX_FORMAT, Checkpoint, open_checkpoint
+from .checkpoint import MLX_FORMAT, MLX_VERSION, Checkpoint, open_checkpoint
 from .component import MLX_LAYOUT, SAFETENSORS_NAMES, beside
 from .load import Progress, no_progress, open_network, parse_dtype
 from .parameters import Parameters, dtype_of
@@ -80,7 +80,7 @@ def convert(
     name = name or checkpoint.path.resolve().name
     config: dict[str, Any] = {
         "format": MLX_FORMAT,
-        "version": 1,
+        "version": MLX_VERSION,
         "wan_mlx": __version__,
         "model": model or checkpoint.model,
         "source": {"name": name, "layouts": {}, "fingerprints": {}},

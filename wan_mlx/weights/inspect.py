@@ -12,12 +12,14 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from ..errors import WeightsError
+from ..events import Listener, unheard
 from ..files.base import BLOCKS
 from ..files.fp8 import FP8
 from ..files.sentencepiece import read_tokenizer
 from ..models.configs import TransformerConfig
 from ..presets import NETWORKS, PRESETS
 from ..storage import gigabytes
+from .check_sums import faults_of
 from .checkpoint import look_at
 from .component import ComponentWeights, open_component
 from .configs import network_config
@@ -49,8 +51,12 @@ class Inspection:
         return [f"{name:<15}{text}" for name, text in self.rows]
 
 
-def inspect_source(source: str | Path, parts: Mapping[str, str | Path] | None = None) -> Inspection:
-    """Inspect a folder or file, and separate parts, like `open_checkpoint`; reads no weights.
+def inspect_source(
+    source: str | Path, parts: Mapping[str, str | Path] | None = None, listener: Listener = unheard
+) -> Inspection:
+    """Inspect a folder or file, and separate parts, like `open_checkpoint`.
+
+    Reads headers, and whole files only to compare check sums, of which ``listener`` hears the `Progress`.
 
     Raises:
         ValueError: no such file or folder.
@@ -69,10 +75,12 @@ def inspect_source(source: str | Path, parts: Mapping[str, str | Path] | None = 
             networks.append(("", f"cannot be loaded: {fault}"))
             sound = False
     rows += networks
+    damaged = faults_of(dict.fromkeys(found.files.values()), listener)
+    rows += [("damaged", fault) for fault in damaged]
     for part in found.of_kind("tokenizer"):
         rows.append(("tokenizer", _tokenizer_at(part.file, found.path)))
     rows.append(("missing", ", ".join(found.missing()).replace("_", " ") or "nothing: a whole model"))
-    return Inspection(rows, sound)
+    return Inspection(rows, sound and not damaged)
 
 
 def _contents(weights: ComponentWeights) -> Iterator[str]:
