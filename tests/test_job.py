@@ -12,7 +12,7 @@ from wan_mlx.media.preview import PreviewFiles
 from wan_mlx.pipeline import WanPipeline
 from wan_mlx.runs.folder import RunFolder
 from wan_mlx.runs.job import Job
-from wan_mlx.runs.record import check_same, model_of, normal, read_record, request_of
+from wan_mlx.runs.record import check_same, model_of, normal, request_of
 
 SMALL = dict(width=16, height=16, num_frames=5, steps=3, seed=3)
 
@@ -88,7 +88,7 @@ def test_the_record_is_enough_to_go_on(job, pipe, pico):
     with pytest.raises(Stopped):
         job.make(lambda event: job.stop() if isinstance(event, Stepped) else None)
     with RunFolder(job.output) as folder:
-        record = read_record(folder)
+        record = folder.record()
         assert request_of(record) == job.request
         again = WanPipeline.from_pretrained(**model_of(record), progress=False)
         assert normal(again.opened_with) == normal(pipe.opened_with) == record["model"]

@@ -53,7 +53,7 @@ def step(index: int, total: int = 5) -> Step:
 @pytest.fixture
 def folder(tmp_path):
     with RunFolder(tmp_path / "a.mp4") as folder:
-        folder.begin({"settings": {"prompt": "猫"}})
+        folder.begin({"steps": 5, "settings": {"prompt": "猫"}})
         yield folder
 
 
@@ -74,7 +74,7 @@ class TestFolder:
             got = getattr(state.conditioning, name)
             assert got.dtype == array.dtype and mx.array_equal(got, array)
         assert all(mx.array_equal(state.state[name], array) for name, array in step(2).state.items())
-        assert folder.record() == {"settings": {"prompt": "猫"}}
+        assert folder.record()["settings"] == {"prompt": "猫"} and len(folder.record()["run"]) == 32
 
     def test_two_steps_are_kept_and_the_earlier_one_serves(self, folder):
         folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))
@@ -88,6 +88,7 @@ class TestFolder:
 
     def test_a_step_is_flushed_while_the_next_computes(self, folder, monkeypatch):
         folder.save_conditioning(Conditioning(mx.zeros(1), mx.zeros(1)))
+        assert folder.is_unfinished
         goes_on, flush = threading.Event(), storage.flush
 
         def slowly(path):
@@ -116,7 +117,7 @@ class TestFolder:
         mx.eval(odd.state)
         folder.save_step(odd)
         if how == "large":
-            assert folder._step_files()  # without waiting
+            assert folder._kept()  # without waiting
         assert len(odd.state) == 4  # the loop's own stay
         got = folder.state().state
         assert all(mx.array_equal(got[name], array) for name, array in odd.state.items()) and len(got) == 4
@@ -141,7 +142,7 @@ class TestFolder:
         folder.save_step(step(0))
         folder.open_frames(2, 2).add(np.zeros((1, 2, 2, 3), np.uint8))
         (folder.path / ".wan_mlx-0123.mp4").write_bytes(b"half a video")
-        folder.begin({})
+        folder.begin({"steps": 5})
         assert sorted(path.name for path in folder.path.iterdir()) == ["lock", "run.json"]
         folder.delete()
         assert not folder.path.exists()
@@ -201,7 +202,7 @@ class TestFolder:
         with first:
             first.delete()
             with RunFolder(tmp_path / "a.mp4") as second:
-                second.begin({})
+                second.begin({"steps": 5})
                 with pytest.raises(BusyError), RunFolder(tmp_path / "a.mp4"):
                     pass
 
@@ -336,14 +337,14 @@ class TestResume:
         # Weights that changed meanwhile, and are still needed.
         record = json.loads((tmp_path / "a.npz.wan/run.json").read_text())
         for name, code in (("transformer", 0), ("vae", 1)):
-            changed = json.loads(json.dumps(record))
-            changed["weights"][name]["size"] += 1
-            (tmp_path / "a.npz.wan/run.json").write_text(json.dumps(changed))
+            changed = record["weights"][name] | {"size": 1}
+            with RunFolder(output) as folder:
+                folder.amend(weights=record["weights"] | {name: changed})
             error = error_of("--resume", str(output), "--dry-run", code=code)
             assert ("not the file that the run was begun with" in error) == (code == 1)
         # Another version of MLX is said aloud.
-        record["machine"]["mlx"] = "0.1"
-        (tmp_path / "a.npz.wan/run.json").write_text(json.dumps(record))
+        with RunFolder(output) as folder:
+            folder.amend(weights=record["weights"], machine=record["machine"] | {"mlx": "0.1"})
         capsys.readouterr()
         # The same settings, said in other words, and the folder's own name.
         assert main(["--resume", f"{output}.wan", "--model", str(pico), "--frame_num", "9", "--base_seed", "3",
@@ -364,6 +365,7 @@ class TestResume:
         assert record["request"]["num_frames"] == 9 and record["model"]["dtype"] == "float32"
         assert "flags" not in record and not {"quiet", "json", "resume", "model"} & set(record["asked"])
         record["flags"] = {**record.pop("asked"), **record.pop("model")}
+        del record["run"], record["digest"]
         path.write_text(json.dumps(record))
         capsys.readouterr()
         assert main(["--resume", str(output)]) == 1

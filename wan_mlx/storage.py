@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -66,13 +66,20 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; the file appears as ``path`` when the block ends without an error.
+def whole_file(path: Path, mode: int = 0o666) -> Iterator[Path]:
+    """An empty file beside ``path`` to write to, which becomes ``path`` when the block ends without an error.
+
+    Args:
+        mode: permissions, less the umask.
 
     Raises:
         WanError: it cannot be written; says how much room the disk has.
     """
-    temporary = path.with_name(f"{DRAWN}{secrets.token_hex(4)}{path.suffix}")
+    temporary = path.with_name(f"{DRAWN}{secrets.token_hex(8)}{path.suffix}")
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))  # never through somebody's link
+    except OSError as error:
+        raise _not_written(path, error) from error
     try:
         yield temporary
         publish(temporary, path)
@@ -83,13 +90,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def append(path: Path, data: bytes | memoryview) -> None:
-    """Add to the end of a file; the bytes are on the disk when this returns.
+    """Add to the end of a file that nobody else may read; the bytes are on the disk when this returns.
 
     Raises:
-        WanError: as `whole_file`.
+        WanError: as `whole_file`; or the path is a link.
     """
     try:
-        with path.open("ab") as file:
+        with open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o600)) as file:
             file.write(data)
         flush(path)
     except OSError as error:
@@ -208,6 +215,15 @@ def sha256(path: Path, advance: Callable[[int], Any] = lambda count: None) -> st
             digest.update(piece)
             advance(len(piece))
     return digest.hexdigest()
+
+
+def digest(arrays: Mapping[str, Any], about: Any = None) -> str:
+    """SHA-256 over names, types, shapes and bits of contiguous arrays, and over ``about`` as JSON has it."""
+    said = [about, *([name, str(array.dtype), list(array.shape)] for name, array in sorted(arrays.items()))]
+    found = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for _, array in sorted(arrays.items()):
+        found.update(memoryview(array))
+    return found.hexdigest()
 
 
 def shards_of(path: Path) -> list[Path]:

@@ -212,13 +212,14 @@ class Step:
 class RunState:
     """How far a run has come: its conditioning, how many steps are done, and `Step.state` of the last of them.
 
-    ``how`` is the `Plan.how` of the run; empty if that does not matter.
+    ``how`` is the `Plan.how` of the run; empty if that does not matter. ``notes`` were kept with the last step.
     """
 
     conditioning: Conditioning
     steps: int = 0
     state: dict[str, mx.array] = field(default_factory=dict)
     how: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from ..planning.machine import mlx_version
 from ..recipes import recipe_notes
 from ..runs.folder import ENDING, RunFolder
 from ..runs.job import Job
-from ..runs.record import check_identity, check_same, model_of, read_record, request_of, seed_of_made, with_dtype
+from ..runs.record import check_identity, check_same, model_of, request_of, seed_of_made, with_dtype
 from .interrupt import Interrupts
 from .jobs import (
     check_flags,
@@ -104,7 +104,7 @@ def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, in
             return there()
         raise ValueError(f"there is no unfinished run of {output}: {folder.path} does not exist")
     with folder:
-        record = read_record(folder)
+        record = folder.record()
         if folder.is_finished() or (record is None and output.is_file()):
             folder.delete()
             return there()
@@ -115,10 +115,8 @@ def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, in
         model = model_of(record)
         model |= {name: value for name, value in given.items() if name in model}
         pipe, request = open_model(model, say), request_of(record)
-        if model["dtype"] != record["model"]["dtype"]:
-            record = with_dtype(record, model["dtype"], folder.steps_done)
-            if not args.dry_run:
-                folder.amend(**record)
+        if model["dtype"] != record["model"]["dtype"] and not args.dry_run:
+            folder.amend(**with_dtype(record, model["dtype"], folder.steps_done))
         for difference in check_identity(record, pipe, folder):
             say.note(difference, important=True)
         job = Job(pipe, request, output, overwrite=args.overwrite or record["overwrite"])

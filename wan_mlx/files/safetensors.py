@@ -75,8 +75,10 @@ def load_arrays(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """MLX's lazy arrays of a file, and its metadata.
 
     Raises:
+        WeightsError: the header is damaged.
         RuntimeError, ValueError: as MLX raises them.
     """
+    _read_header(path)
     loaded = mx.load(str(path), format="safetensors", return_metadata=True)
     return cast(tuple[dict[str, mx.array], dict[str, str]], loaded)
 

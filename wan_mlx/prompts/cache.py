@@ -16,19 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
 
 from ..errors import WanError
 from ..files.safetensors import load_arrays
 from ..planning.machine import mlx_version
-from ..storage import fingerprint, shards_of, whole_file
+from ..storage import digest, fingerprint, shards_of, whole_file
 
 if TYPE_CHECKING:
     from ..weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the files; files with another number are ignored
+FORMAT = 3  # of the files; files with another number are ignored
 MOST_ENTRIES = 200
 MOST_BYTES = 256 * 2**20
 ENDING = ".safetensors"
@@ -85,10 +84,10 @@ class PromptCache:
             arrays, metadata = load_arrays(path)
             embedding = arrays["embedding"]
             mx.eval(embedding)
-            if metadata.get("sha256") != _digest(embedding):
+            if metadata.get("sha256") != digest(arrays):
                 raise ValueError("damaged")
             os.utime(path)  # the least recently used are dropped first
-        except (OSError, ValueError, KeyError, RuntimeError):
+        except (OSError, ValueError, KeyError, RuntimeError, WanError):
             path.unlink(missing_ok=True)
             return None
         return embedding
@@ -99,8 +98,10 @@ class PromptCache:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            arrays = {"embedding": mx.contiguous(embedding)}
+            mx.eval(arrays)
             with whole_file(self._path(text)) as path:
-                mx.save_safetensors(str(path), {"embedding": embedding}, {"sha256": _digest(embedding)})
+                mx.save_safetensors(str(path), arrays, {"sha256": digest(arrays)})
             self._trim()
         except (OSError, WanError) as error:
             self._complain(error)
@@ -127,9 +128,3 @@ class PromptCache:
         if not self.said:
             self.said = True
             log.warning("encoded prompts are not kept in %s: %s", self.folder, error)
-
-
-def _digest(embedding: mx.array) -> str:
-    """Hash of dtype, shape and bits."""
-    bits = np.array(embedding.view(mx.uint8) if embedding.ndim else embedding)
-    return hashlib.sha256(f"{embedding.dtype} {embedding.shape}".encode() + bits.tobytes()).hexdigest()

@@ -3,16 +3,21 @@
 Beside ``cat.mp4`` there is ``cat.mp4.wan`` until the video is complete:
 
     lock                      held by the process at work; the system frees it when that dies
-    run.json                  request, model, the settings to embed, fingerprints of weights and sources; then whether
-                              the latents stopped being finite, and SHA-256 of the video that is about to be moved
+    run.json                  the run's drawn id, request, model, settings to embed, fingerprints of weights and
+                              sources; then whether the latents stopped being finite, and SHA-256 of the finished video
     conditioning.safetensors  texts, images and sources as encoded, and the noise: so no encoder is loaded again
     step-0012.safetensors     `Step.state` after step 12; the last two are kept
-    frames.raw, frames.index  decoded frames uint8, and a line per latent frame: how many, and their CRC-32
+    frames.raw, frames.index  decoded frames uint8, and a line per latent frame: how many, their CRC-32, the run's id
 
-All but the frames appear whole: written under another name, flushed to the disk, renamed; a step's state while the
-next step computes. The frames grow, each flushed before its line in the index. The state of the VAE is not kept: it is
+All but the frames appear whole: written under another name, flushed to the disk, renamed; in another thread, while the
+run goes on. The frames grow, each flushed before its line in the index. The state of the VAE is not kept: it is
 gigabytes for what takes a minute of an hour's run, so a decode that was cut starts again from the latents, and frames
 that are here already are not written again.
+
+Nothing is taken on trust. run.json holds its own digest; conditioning and steps hold the run's id, their own name, the
+digest of run.json and one over their arrays. So what is damaged, edited, renamed or of another run is refused; of a
+step, the one before is taken, and it is made again. Links are refused, and a folder that no run has made; only files
+that a run of this id writes are deleted. Nobody else may read them.
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import secrets
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -31,7 +38,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import cuda, storage
-from ..errors import BusyError, WanError
+from ..errors import BusyError, WanError, some
 from ..files.safetensors import load_arrays
 from ..types import Conditioning, RunState, Step
 
@@ -40,6 +47,7 @@ log = logging.getLogger(__name__)
 ENDING = ".wan"
 KEPT_STEPS = 2
 LARGE_STATE = 300_000_000  # bytes; with a step cache it is gigabytes
+PRIVATE = 0o600
 
 
 class Behind:
@@ -70,77 +78,122 @@ class RunFolder:
 
     Raises:
         BusyError: on entering: another process holds it.
-        ValueError: on entering: no folder can be made there.
+        ValueError: on entering: no folder can be made there, or what is there is none of ours.
+        WanError: on entering: its record is damaged.
     """
 
     def __init__(self, output: str | Path):
         self.output = Path(output)
         self.path = self.output.with_name(self.output.name + ENDING)
         self._lock: int | None = None
-        self._steps = Behind(_writer())
+        self._record: dict[str, Any] | None = None
+        self._is_checked = False  # whether the last step that is kept is known to be whole
+        self._saving = Behind(_writer())
 
     def __enter__(self) -> RunFolder:
         while self._lock is None:
             try:
-                self.path.mkdir(exist_ok=True)
-            except OSError as error:
-                raise ValueError(f"the run's folder {self.path} cannot be made: {error.strerror}") from error
-            try:
+                self.path.mkdir(mode=0o700, exist_ok=True)
+                self._check_ours()
                 self._lock = _acquire(self.path / "lock")
             except BlockingIOError:
                 who = _read_text(self.path / "lock").strip()
                 raise BusyError(f"another process{f' ({who})' if who else ''} is making {self.output}") from None
+            except OSError as error:
+                raise ValueError(f"the run's folder {self.path} cannot be made: {error.strerror}") from error
+        self._record = None  # which whoever held it may have changed
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
-            self._steps.settle()
+            self._saving.settle()
         finally:
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
 
+    def _check_ours(self) -> None:
+        """Refuse links, and a folder that no run has made, before anything in it is read, changed or deleted."""
+        another = "remove it, or choose another --output"
+        if self.path.is_symlink():
+            raise ValueError(f"{self.path} is a link, expected the folder of a run; {another}")
+        try:
+            with os.scandir(self.path) as found:
+                entries = list(found)
+        except FileNotFoundError:  # the run that was there has just ended
+            return
+        for entry in entries:
+            if not entry.is_file(follow_symlinks=False):
+                raise ValueError(f"{entry.path} is a link or a folder, expected a file of a run; {another}")
+        names = {entry.name for entry in entries}
+        others = sorted(name for name in names if name != "lock" and not name.startswith("."))
+        if others and "run.json" not in names:  # which is the first to come and the last to go
+            raise ValueError(f"{self.path} holds {some(others)}, but no run.json: no run has made it; {another}")
+        self.record()
+
     # Identity
 
-    def begin(self, record: dict[str, Any]) -> None:
-        """Start anew: drop what an earlier run left, and note what this one is (anything JSON can hold)."""
+    def begin(self, record: Mapping[str, Any]) -> None:
+        """Start anew: drop what an earlier run left, and note what this one is.
+
+        Args:
+            record: anything JSON can hold; its ``steps`` says how many there will be.
+        """
         self._clear()
-        self._write(record)
+        self._note({**record, "run": secrets.token_hex(16), "before": []})
 
     def amend(self, **changes: Any) -> None:
-        """Note what has become of the run."""
-        self._write((self.record() or {}) | changes)
-
-    def _write(self, record: dict[str, Any]) -> None:
-        with storage.whole_file(self.path / "run.json") as path:
-            path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        """Note what has become of the run; what was kept before stays valid."""
+        record = self._begun()
+        self._note({**record, **changes, "before": [*record["before"], record["digest"]]})
 
     def record(self) -> dict[str, Any] | None:
         """The record that `begin` noted; None if no run has begun here.
 
         Raises:
-            WanError: the file is damaged.
+            WanError: the file is damaged, or of an earlier version of wan_mlx.
         """
+        if self._record is None:
+            self._record = self._read()
+        return self._record
+
+    def _begun(self) -> dict[str, Any]:
+        record = self.record()
+        if record is None:
+            raise WanError(f"{self.path} holds no run.json; start anew")
+        return record
+
+    def _note(self, record: dict[str, Any]) -> None:
+        with storage.whole_file(self.path / "run.json", PRIVATE) as path:
+            path.write_text(json.dumps({**record, "digest": _digest(record)}, indent=1), encoding="utf-8")
+        self._record = None
+
+    def _read(self) -> dict[str, Any] | None:
         path = self.path / "run.json"
-        if not path.is_file():
-            return None
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(record, dict):
                 raise ValueError("no JSON object")
-        except ValueError as error:
-            raise WanError(f"{path} is damaged ({error}); start anew with --overwrite") from error
+            if "settings" in record and "run" not in record:
+                raise WanError(
+                    f"the run of {self.output} was begun by an earlier version of wan_mlx, whose records are "
+                    f"different; go on with that version, or remove {self.path} to start anew"
+                )
+            if record.get("digest") != _digest(record):
+                raise ValueError("it is not as it was written")
+        except FileNotFoundError:
+            return None
+        except (ValueError, RecursionError) as error:
+            raise WanError(f"{path} is damaged ({error}); remove {self.path} to start anew") from error
         return record
 
     # How far it has come
 
     def save_conditioning(self, conditioning: Conditioning, how: Mapping[str, Any] | None = None) -> None:
-        """Keep what was encoded, and `RunState.how`."""
+        """Keep what was encoded, and `RunState.how`; as `save_step`."""
         arrays = conditioning.arrays()
-        rest = {name: value for name, value in vars(conditioning).items() if name not in arrays and value is not None}
-        metadata = {"values": json.dumps(rest), "how": json.dumps(how or {})}
-        with storage.whole_file(self.path / "conditioning.safetensors") as path:
-            mx.save_safetensors(str(path), arrays, metadata)
+        values = {name: value for name, value in vars(conditioning).items() if name not in arrays and value is not None}
+        self._save("conditioning", arrays, {"values": values, "how": how or {}})
 
     def save_step(self, step: Step, notes: Mapping[str, Any] | None = None) -> None:
         """Keep the step's state, with ``notes`` that JSON can hold, and drop those before the last but one.
@@ -148,30 +201,84 @@ class RunFolder:
         Another thread writes it, while the next step computes, unless it is so large that it had better be gone; what
         goes wrong there is raised by whatever of this folder is used next.
         """
-        self._steps.settle()
-        large = sum(array.nbytes for array in step.state.values()) > LARGE_STATE
+        self._save(_step_name(step.index + 1), step.state, notes or {})
+
+    def _save(self, name: str, arrays: Mapping[str, mx.array], about: Mapping[str, Any]) -> None:
+        self._saving.settle()
+        large = sum(array.nbytes for array in arrays.values()) > LARGE_STATE
         # On CUDA what the CPU looks into moves away from the GPU, which goes on with it: so it looks into copies.
         copied = cuda.in_use() and not large
-        state = {name: mx.contiguous(array + 0 if copied else array) for name, array in step.state.items()}
-        mx.eval(state)  # another thread cannot
-        metadata = {"notes": json.dumps(notes or {})}
-        self._steps.call(self._keep_step, self._step_path(step.index + 1), state, metadata)
+        arrays = {key: mx.contiguous(array + 0 if copied else array) for key, array in arrays.items()}
+        mx.eval(arrays)  # another thread cannot
+        record = self._begun()
+        metadata = {"run": record["run"], "record": record["digest"], "name": name, "about": json.dumps(about)}
+        self._saving.call(self._write, name, arrays, metadata)
         if large:
-            self._steps.settle()
+            self._saving.settle()
+
+    def _write(self, name: str, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+        metadata["sha256"] = storage.digest(arrays, metadata)
+        with storage.whole_file(self._file(name), PRIVATE) as temporary:
+            mx.save_safetensors(str(temporary), arrays, metadata)
+        arrays.clear()
+        for count in self._kept()[:-KEPT_STEPS]:
+            self._file(_step_name(count)).unlink()
+
+    def _load(self, name: str) -> tuple[dict[str, mx.array], dict[str, Any]]:
+        """What `_save` was given.
+
+        Raises:
+            WanError: the file is not as it was written, or not of this run.
+        """
+        path, record = self._file(name), self._begun()
+        try:
+            arrays, metadata = load_arrays(path)
+            mx.eval(arrays)  # the file may go
+            if metadata.get("run") != record["run"]:
+                fault = "is of another run"
+            elif metadata.pop("sha256", None) != storage.digest(arrays, metadata):
+                fault = "is damaged"
+            elif metadata["name"] != name:
+                fault = f"is a copy of {metadata['name']}.safetensors"
+            elif metadata["record"] not in (record["digest"], *record["before"]):
+                fault = "is of a run.json that has been changed since"
+            else:
+                return arrays, json.loads(metadata["about"])
+        except (WanError, RuntimeError, ValueError) as error:
+            fault = f"is damaged ({error})"
+        raise WanError(f"{path} {fault}")
 
     def state(self) -> RunState | None:
-        """The state to resume from, as `WanPipeline.stages` takes it; None before anything is kept."""
-        path = self.path / "conditioning.safetensors"
-        if not path.is_file():
-            return None
-        arrays, metadata = _load(path)
-        done, state, _ = self._last_step()
-        values: dict[str, Any] = {**arrays, **json.loads(metadata["values"])}
-        return RunState(Conditioning(**values), done, state, json.loads(metadata["how"]))
+        """The state to resume from, as `WanPipeline.stages` takes it; None before anything is kept.
 
-    def notes(self) -> dict[str, Any]:
-        """The notes that `save_step` was given at the last step."""
-        return self._last_step()[2]
+        Raises:
+            WanError: what was encoded is damaged, or of another run.
+        """
+        if not self.is_unfinished:
+            return None
+        try:
+            arrays, about = self._load("conditioning")
+        except WanError as error:
+            raise WanError(f"{error}; start anew with --overwrite") from error
+        values: dict[str, Any] = {**arrays, **about["values"]}
+        done, state, notes = self._last_step()
+        return RunState(Conditioning(**values), done, state, about["how"], notes)
+
+    def _last_step(self) -> tuple[int, dict[str, mx.array], dict[str, Any]]:
+        """How many steps are done, the state after them, and the notes; a step that cannot be used is dropped."""
+        self._saving.settle()
+        for count in reversed(self._kept()):
+            try:
+                state, notes = self._load(_step_name(count))
+            except FileNotFoundError:
+                continue
+            except WanError as error:
+                log.warning("%s; that step is made again", error)
+                self._file(_step_name(count)).unlink()
+                continue
+            self._is_checked = True
+            return count, state, notes
+        return 0, {}, {}
 
     @property
     def has_begun(self) -> bool:
@@ -180,24 +287,33 @@ class RunFolder:
     @property
     def is_unfinished(self) -> bool:
         """Whether there is something to go on with: at least what was encoded."""
-        return self.has_begun and (self.path / "conditioning.safetensors").is_file()
+        self._saving.settle()
+        return self.has_begun and self._file("conditioning").exists()
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether all steps are kept, and what was encoded."""
+        return self.is_unfinished and self.steps_done == self._begun()["steps"]
 
     @property
     def size(self) -> int:
         """Bytes in it."""
-        self._steps.settle()
+        self._saving.settle()
         return sum(path.stat().st_size for path in self.path.iterdir())
 
     @property
     def steps_done(self) -> int:
-        """How many steps are kept, without reading them."""
-        return max((_count_of(path) for path in self._steps_kept()), default=0)
+        """How many steps are kept; the last is looked into the first time."""
+        self._saving.settle()
+        if not self._is_checked:
+            return self._last_step()[0]
+        return max(self._kept(), default=0)
 
     # Frames
 
     def open_frames(self, height: int, width: int) -> FrameStore:
         """The decoded frames, uint8 (n, height, width, 3), to read and to add to."""
-        return FrameStore(self.path, height, width)
+        return FrameStore(self.path, self._begun()["run"], height, width)
 
     # The end
 
@@ -212,8 +328,7 @@ class RunFolder:
         return known is not None and self.output.is_file() and known == storage.sha256(self.output)
 
     def delete(self) -> None:
-        """Remove the folder; the files that a resume needs go before the record, which says if the video is finished.
-        """
+        """Remove the folder, last of all the record, which says whether the video is finished."""
         for _ in range(3):  # an ffmpeg whose process was killed may write a file yet before it sees that
             self._clear()
             (self.path / "lock").unlink(missing_ok=True)
@@ -227,50 +342,36 @@ class RunFolder:
         log.warning("%s stays: %s", self.path, kept.strerror)  # the rest of its files are somebody else's
 
     def _clear(self) -> None:
-        self._steps.settle()
-        for pattern in ("*.safetensors", "frames.*", ".wan_mlx-*", "run.json"):
-            for path in self.path.glob(pattern):
-                path.unlink(missing_ok=True)
+        """Delete the files of the run that is recorded, and no others."""
+        self._saving.settle()
+        ours = [self._file(name) for name in ("conditioning", *map(_step_name, self._counts()))]
+        ours += [self.path / "frames.raw", self.path / "frames.index", *self.path.glob(f"{storage.DRAWN}*")]
+        for path in [*ours, self.path / "run.json"]:
+            path.unlink(missing_ok=True)
+        self._record, self._is_checked = None, True
 
-    def _last_step(self) -> tuple[int, dict[str, mx.array], dict[str, Any]]:
-        """How many steps are done, the state after them, and the notes."""
-        for path in reversed(self._steps_kept()):
-            try:
-                state, metadata = _load(path)
-            except WanError as error:  # cannot be by our own doing, but the step before it is as good
-                log.warning("%s", error)
-                continue
-            return _count_of(path), state, json.loads(metadata["notes"])
-        return 0, {}, {}
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
 
-    def _step_path(self, count: int) -> Path:
-        return self.path / f"step-{count:04d}.safetensors"
+    def _counts(self) -> range:
+        """The numbers that steps of this run have."""
+        return range(1, (self.record() or {"steps": 0})["steps"] + 1)
 
-    def _steps_kept(self) -> list[Path]:
-        self._steps.settle()
-        return self._step_files()
-
-    def _step_files(self) -> list[Path]:
-        return sorted(self.path.glob("step-*.safetensors"), key=_count_of)
-
-    def _keep_step(self, path: Path, state: dict[str, mx.array], metadata: dict[str, str]) -> None:
-        with storage.whole_file(path) as temporary:
-            mx.save_safetensors(str(temporary), state, metadata)
-        state.clear()
-        for old in self._step_files()[:-KEPT_STEPS]:
-            old.unlink()
+    def _kept(self) -> list[int]:
+        """The numbers of the steps that are kept, whole or not."""
+        return [count for count in self._counts() if self._file(_step_name(count)).exists()]
 
 
 class FrameStore:
-    """Frames uint8 (n, height, width, 3) that outlive the process, in chunks as they were decoded.
+    """Frames uint8 (n, height, width, 3) of a run that outlive the process, in chunks as they were decoded.
 
     Attributes:
         count: how many there are.
     """
 
-    def __init__(self, folder: Path, height: int, width: int):
+    def __init__(self, folder: Path, run: str, height: int, width: int):
         self.raw, self.index = folder / "frames.raw", folder / "frames.index"
-        self.shape = (height, width, 3)
+        self.run, self.shape = run, (height, width, 3)
         self._chunks: list[int] = []
         self._drop_damage()
 
@@ -280,9 +381,11 @@ class FrameStore:
 
     def add(self, frames: np.ndarray) -> None:
         """Append frames, uint8 (n, height, width, 3); they are on the disk when this returns."""
+        if frames.dtype != np.uint8 or frames.shape[1:] != self.shape:
+            raise WanError(f"frames are {frames.dtype} {frames.shape}, but the run makes uint8 {self.shape}")
         data = np.ascontiguousarray(frames).data.cast("B")
         storage.append(self.raw, data)
-        storage.append(self.index, f"{len(frames)} {zlib.crc32(data):08x}\n".encode())
+        storage.append(self.index, f"{len(frames)} {zlib.crc32(data):08x} {self.run}\n".encode())
         self._chunks.append(len(frames))
 
     def chunks(self, first: int = 0) -> Iterator[np.ndarray]:
@@ -302,19 +405,19 @@ class FrameStore:
         self._chunks = []
 
     def _drop_damage(self) -> None:
-        """Keep the chunks up to the first whose line or pixels are not whole."""
+        """Keep the chunks up to the first whose line or pixels are not whole, or of another run."""
         frame_bytes, good_bytes, good_text = int(np.prod(self.shape)), 0, ""
         if self.raw.is_file():
             with self.raw.open("rb") as file:
                 for line in _read_text(self.index).splitlines(keepends=True):
-                    count, _, check = line.partition(" ")
-                    if not (line.endswith("\n") and count.isdigit()):
+                    said = re.fullmatch(rf"(\d{{1,9}}) ([0-9a-f]{{8}}) {self.run}\n", line, re.ASCII)
+                    size = int(said[1]) * frame_bytes if said else 0
+                    if not said or good_bytes + size > self.raw.stat().st_size:
                         break
-                    data = file.read(int(count) * frame_bytes)
-                    if len(data) != int(count) * frame_bytes or f"{zlib.crc32(data):08x}" != check.strip():
+                    if f"{zlib.crc32(file.read(size)):08x}" != said[2]:
                         break
-                    self._chunks.append(int(count))
-                    good_bytes, good_text = good_bytes + len(data), good_text + line
+                    self._chunks.append(int(said[1]))
+                    good_bytes, good_text = good_bytes + size, good_text + line
         if not self._chunks:
             self.clear()
         else:
@@ -327,11 +430,12 @@ def _acquire(path: Path) -> int | None:
 
     Raises:
         BlockingIOError: another process holds it.
+        ValueError: it holds something else than a process's number.
     """
     import fcntl
 
     try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, PRIVATE)
     except FileNotFoundError:
         return None
     try:
@@ -344,6 +448,8 @@ def _acquire(path: Path) -> int | None:
         if not path.exists() or not os.path.samestat(os.fstat(lock), os.stat(path)):
             os.close(lock)
             return None
+        if not re.fullmatch(rb"(process \d*\n?)?\0*", os.pread(lock, 100, 0)):  # zeros after a power cut
+            raise ValueError(f"{path} is no run's; remove it, or choose another --output")
         os.ftruncate(lock, 0)
         os.write(lock, f"process {os.getpid()}\n".encode())
         return lock
@@ -352,17 +458,13 @@ def _acquire(path: Path) -> int | None:
         raise
 
 
-def _count_of(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
+def _step_name(count: int) -> str:
+    return f"step-{count:04d}"
 
 
-def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    try:
-        arrays, metadata = load_arrays(path)
-        mx.eval(arrays)  # the file may go
-    except RuntimeError as error:
-        raise WanError(f"{path} is damaged ({error}); start anew with --overwrite") from error
-    return arrays, metadata
+def _digest(record: Mapping[str, Any]) -> str:
+    """Of all but the digest that it holds."""
+    return storage.digest({}, {name: value for name, value in record.items() if name != "digest"})
 
 
 @lru_cache

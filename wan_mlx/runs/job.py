@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SamplingError, Stopped
+from ..errors import SamplingError, Stopped, WanError
 from ..events import Conditioned, Decoded, Event, Finished, Listener, Note, Started, Stepped, unheard
 from ..media.checks import WHAT_TO_TRY, FrameStatistics, check_disk, disk_needed, latents_complaint
 from ..media.preview import PreviewFiles
@@ -22,7 +22,7 @@ from ..pipeline import WanPipeline
 from ..run import Run
 from ..types import Request
 from .folder import Behind, FrameStore, RunFolder
-from .record import check_identity, check_same, make_record, read_record, request_of
+from .record import check_identity, check_same, make_record, request_of
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Job:
             if self.overwrite or not folder.is_unfinished:
                 self._begin(folder)
             else:
-                record = read_record(folder)
+                record = folder.record()
                 assert record is not None, "a run has begun there"
                 check_same({**self.pipe.opened_with, **self.asked}, record, free or ())
                 for difference in check_identity(record, self.pipe, folder):
@@ -101,6 +101,8 @@ class Job:
             listener(Started(self.output, record["settings"]))
             complaint = self._make(folder, record["settings"], listener)
         except BaseException as error:
+            if isinstance(error, OSError | WanError) and not folder.path.is_dir():
+                raise WanError(f"{folder.path} was removed while the run was at work; start anew") from error
             # A run without a step leaves nothing, unless it was stopped on purpose.
             if folder.steps_done or (isinstance(error, Stopped) and folder.is_unfinished):
                 self.kept, self.not_finite = folder.steps_done, bool((folder.record() or {}).get("not_finite"))
@@ -132,11 +134,12 @@ class Job:
         writer = VideoWriter(self.output, request.fps, size, settings, self.overwrite, folder.path)
         store = folder.open_frames(request.height, request.width)
         with _Encoding(writer, folder, store) as encoding:
-            if store.count < request.num_frames:
+            if store.count < request.num_frames or not folder.is_sampled:
                 try:
                     self._sample(folder, store, encoding, listener)
                 except SamplingError:
-                    folder.amend(not_finite=True)
+                    if not folder.is_sampled:  # then another dtype may go on
+                        folder.amend(not_finite=True)
                     raise
             return encoding.finish(self._check)
 
@@ -208,11 +211,17 @@ class _Encoding:
         self._follow()
 
     def _begin(self) -> None:
-        """Begin the file; sampling must be done, since its notes go into the file's head."""
-        if not self._begun:
-            self.writer.settings = self.writer.settings | self.folder.notes()
-            self.writer.__enter__()
-            self._begun = True
+        """Begin the file; sampling must be done, since notes of the last step go into the file's head."""
+        if self._begun:
+            return
+        state = self.folder.state()
+        if state is None or not self.folder.is_sampled:
+            raise WanError(f"the last step in {self.folder.path} cannot be read; go on with --resume")
+        self.writer.settings = self.writer.settings | state.notes
+        self.writer.latents = latents_to_numpy(state.state["latents"][:, state.conditioning.trim_latents :])
+        self.writer.when_whole = self.folder.mark_finished
+        self.writer.__enter__()
+        self._begun = True
 
     def _follow(self, check: Callable[[], None] | None = None) -> None:
         """Encode the kept frames that are not yet; ``check`` is called after each latent frame's worth."""
@@ -228,8 +237,5 @@ class _Encoding:
         self._adding.settle()
         self._begin()
         self._follow(check)
-        state = self.folder.state()
-        assert state is not None, "its steps are there"
-        self.writer.latents = latents_to_numpy(state.state["latents"][:, state.conditioning.trim_latents :])
-        self.writer.when_whole = self.folder.mark_finished
+        assert self.writer.latents is not None
         return self.statistics.complaint() or latents_complaint(self.writer.latents)

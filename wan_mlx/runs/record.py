@@ -47,6 +47,7 @@ def make_record(
     sources = [fields[name] for name in SOURCE_FIELDS] + fields["src_ref_images"]
     record = {
         "request": fields,
+        "steps": request.steps_made,
         "asked": normal(asked) | {"seed": request.seed},
         "model": normal(pipe.opened_with),
         "overwrite": overwrite,
@@ -57,21 +58,6 @@ def make_record(
         "machine": _machine(),
     }
     return json.loads(json.dumps(record))
-
-
-def read_record(folder: RunFolder) -> dict[str, Any] | None:
-    """What was noted of the folder's run; None if none has begun.
-
-    Raises:
-        WanError: it is damaged, or of a version of wan_mlx that noted other things.
-    """
-    record = folder.record()
-    if record is not None and "asked" not in record:
-        raise WanError(
-            f"the run of {folder.output} was begun by an earlier version of wan_mlx, whose records are different; "
-            "go on with that version, or start anew with --overwrite"
-        )
-    return record
 
 
 def seed_of_made(
@@ -139,19 +125,20 @@ def check_same(given: Mapping[str, Any], record: Mapping[str, Any], free: Collec
 
 
 def with_dtype(record: Mapping[str, Any], dtype: str, steps_done: int) -> dict[str, Any]:
-    """The record of a run that goes on in another dtype, which its settings then tell."""
+    """What changes in the record of a run that goes on in another dtype, which its settings then tell."""
     settings = {**record["settings"], "dtype": f"{record['settings']['dtype']}, {dtype} from step {steps_done + 1}"}
-    return {**record, "model": {**record["model"], "dtype": dtype}, "settings": settings}
+    return {"model": {**record["model"], "dtype": dtype}, "settings": settings}
 
 
 def check_identity(record: Mapping[str, Any], pipe: OpenedModel, folder: RunFolder) -> Iterator[str]:
     """Yield what cannot be promised to give the same bytes, in words for the user.
 
     Raises:
-        WanError: weights or sources that are still needed are not those that the run was begun with.
+        WanError: weights or sources that are still needed are not those that the run was begun with, or what was
+            encoded is damaged.
     """
-    encoded = folder.is_unfinished
-    kinds = ENCODERS * encoded + ("transformer",) * (folder.steps_done == request_of(record).steps_made)
+    encoded = folder.state() is not None
+    kinds = ENCODERS * encoded + ("transformer",) * folder.is_sampled
     done = {part.name for part in pipe.checkpoint.parts if part.kind in kinds}
     if "transformer" in kinds:
         done |= {name for name in _weights(pipe) if name.startswith("lora")}
