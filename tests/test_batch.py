@@ -11,6 +11,7 @@ from paused_process import PausedProcess
 
 from wan_mlx.cli.main import main
 from wan_mlx.media.write import read_settings
+from wan_mlx.runs.folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -171,10 +172,12 @@ def test_the_same_command_goes_on(command, how):
     if how == signal.SIGINT:
         assert code == 130 and errors.strip().splitlines()[-1] == "error: interrupted; go on with the same command"
         assert [entry["status"] for entry in report()] == ["done", "interrupted"]
-    record = Path("b.npz.wan/run.json").read_text()
-    Path("b.npz.wan/run.json").write_text(record.replace('"sha256": "', '"sha256": "0'))  # others now
+    with RunFolder("b.npz") as folder:
+        weights = folder.record()["weights"]
+        folder.amend(weights={})  # others now
     assert main(command) == 1 and "not the file that the run was begun with" in report()[1]["error"]
-    Path("b.npz.wan/run.json").write_text(record)
+    with RunFolder("b.npz") as folder:
+        folder.amend(weights=weights)
     assert main(command) == 0
     assert [entry["status"] for entry in report()] == ["skipped", "done"]
     assert [Path(f"{name}.npz").read_bytes() for name in "ab"] == want
