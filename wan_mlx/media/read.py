@@ -4,7 +4,8 @@ As in the official code transparency is dropped, not blended (``convert("RGB")``
 its EXIF orientation or display matrix, and 16-bit greyscale is scaled to 8 bits instead of clipped.
 
 Pillow and imageio-ffmpeg's program are called without imageio, which gives no times of frames (`at_rate` needs them for
-videos without a constant rate), and clips 16-bit greyscale.
+videos without a constant rate), and clips 16-bit greyscale. A received file obeys nobody: both get closed lists of
+formats, and limits that are checked before anything is decoded.
 """
 
 from __future__ import annotations
@@ -12,25 +13,34 @@ from __future__ import annotations
 import logging
 import re
 import subprocess
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
+from ..errors import WanError
 from ..geometry import WAN_2_1, Geometry
 from ..types import Source
 
 log = logging.getLogger(__name__)
 
-PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # image files that are accepted in place of a video
-ANIMATIONS = ("PNG", "WEBP", "GIF")
+# Pillow's formats; of others, EPS starts Ghostscript.
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+ANIMATIONS = ("PNG", "WEBP", "GIF", "AVIF")
+# ffmpeg's formats; of others, playlists such as ffconcat and HLS read other files.
+VIDEOS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,mxf,nut,ivf,yuv4mpegpipe,h264,hevc,av1,obu,dv,m4v"
+MOST_PIXELS = 2**26  # of a picture or frame: 8192x8192
+MOST_FRAMES = 200_000  # of a video: nearly two hours
 STILL_SECONDS = 0.1  # default for a frame without a duration, as in browsers
 EXPECTED = "a path, a PIL image or a numpy uint8 array"
 
@@ -71,7 +81,7 @@ def read_image(source: Source | None) -> np.ndarray:
     if isinstance(source, Image.Image):
         return _rgb(source, "the PIL image")
     path = _existing(source, "image")
-    with _open_picture(path) as image:
+    with open_picture(path) as image:
         return _rgb(image, str(path))
 
 
@@ -88,24 +98,16 @@ def open_video(source: Source | None, fps: int = 16) -> Clip:
     """
     if isinstance(source, np.ndarray):
         frames = _rgb_frames(source, still=source.ndim == 2 or (source.ndim == 3 and source.shape[-1] in (1, 3, 4)))
-        return _clip_in_memory("the array", frames, np.full(len(frames), 1 / fps))
+        return _clip_in_memory("the array", frames, [1 / fps] * len(frames))
     if isinstance(source, Image.Image):
-        return _clip_in_memory("the PIL image", read_image(source)[None], np.full(1, 1 / fps))
+        return _clip_in_memory("the PIL image", read_image(source)[None], [1 / fps])
     path = _existing(source, "video")
     try:
-        image = _open_picture(path, PICTURES)
+        return _open_animation(path)
     except ValueError as error:
         if isinstance(error.__cause__, UnidentifiedImageError):
             return _open_with_ffmpeg(path)
         raise
-    with image:
-        pictures = ImageSequence.Iterator(image) if image.format in ANIMATIONS else [image]
-        shown: list[np.ndarray] = []
-        seconds: list[float] = []
-        for picture in pictures:
-            shown.append(_rgb(picture, str(path)))
-            seconds.append(picture.info.get("duration", 0) / 1000 or STILL_SECONDS)
-    return _clip_in_memory(str(path), np.stack(shown), np.array(seconds))
 
 
 def at_rate(clip: Clip, fps: float, most: int) -> list[int]:
@@ -154,11 +156,51 @@ def _existing(source: str | Path | None, kind: str) -> Path:
     return path
 
 
-def _open_picture(path: Path, formats: tuple[str, ...] | None = None) -> Image.Image:
+@contextmanager
+def open_picture(path: Path, formats: Sequence[str] = PICTURES) -> Iterator[Image.Image]:
+    """A picture's file, opened, its pixels not yet decoded; Pillow's warnings are not shown.
+
+    Raises:
+        ValueError: it is in no such format, damaged, or too large.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(path, formats=formats)
+        except Exception as error:  # Pillow's readers raise many kinds for damaged files
+            raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        with image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{path} has {image.width}x{image.height} pixels, expected at most {MOST_PIXELS} "
+                                 "(8192x8192); make it smaller")  # fmt: skip
+            yield image
+
+
+def _open_animation(path: Path) -> Clip:
+    """A picture, or an animation, of which every frame is decoded once and none is held."""
+    seconds = []
+    with open_picture(path) as image:
+        height, width, _ = _rgb(image, str(path)).shape
+        for picture in ImageSequence.Iterator(image) if image.format in ANIMATIONS else [image]:
+            _load(picture, str(path))
+            seconds.append(picture.info.get("duration", 0) / 1000 or STILL_SECONDS)
+            if len(seconds) > MOST_FRAMES:
+                raise ValueError(f"{path} has more than {MOST_FRAMES} frames; cut it")
+
+    def read(indices: Sequence[int]) -> Iterator[np.ndarray]:
+        with open_picture(path) as image:
+            for index in indices:
+                image.seek(index)
+                yield _rgb(image, str(path))
+
+    return Clip(str(path), height, width, _times(seconds), read)
+
+
+def _load(image: Image.Image, name: str) -> None:
     try:
-        return Image.open(path, formats=formats)
-    except Exception as error:  # Pillow's readers raise many kinds for damaged files
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        image.load()
+    except Exception as error:  # as above
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 def _rgb(image: Image.Image, name: str) -> np.ndarray:
@@ -192,23 +234,27 @@ def _rgb_frames(array: np.ndarray, still: bool) -> np.ndarray:
     return np.broadcast_to(frames, (*frames.shape[:3], 3)) if frames.shape[-1] == 1 else frames[..., :3]
 
 
-def _clip_in_memory(name: str, frames: np.ndarray, seconds: np.ndarray) -> Clip:
-    def read(indices):
-        return (frames[i] for i in indices)
-
-    ends = np.cumsum(seconds)
+def _clip_in_memory(name: str, frames: np.ndarray, seconds: Sequence[float]) -> Clip:
     _, height, width, _ = frames.shape
-    return Clip(name, height, width, np.stack([ends - seconds, ends], axis=1).astype(np.float32), read)
+    return Clip(name, height, width, _times(seconds), lambda indices: (frames[i] for i in indices))
+
+
+def _times(seconds: Sequence[float]) -> np.ndarray:
+    """float32 (T, 2), the start and the end of each frame, from how long each lasts."""
+    ends = np.cumsum(seconds)
+    return np.stack([ends - seconds, ends], axis=1).astype(np.float32)
 
 
 def _open_with_ffmpeg(path: Path) -> Clip:
     """Decode the whole file once for the time of every frame; some files' headers give a wrong rate."""
-    command = [*_ffmpeg_input(path), "-f", "framecrc", "-"]
-    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-    listing, said = (output.decode("utf-8", "replace") for output in (done.stdout, done.stderr))
+    command = [*_ffmpeg_input(path), "-frames:v", str(MOST_FRAMES + 1), "-f", "framecrc", "-"]
+    with start_ffmpeg(*command, stderr=subprocess.PIPE) as process:
+        listing, said = (output.decode("utf-8", "replace") for output in process.communicate())
     frames = re.findall(r"^0, *-?\d+, *(-?\d+), *(\d+),", listing, re.MULTILINE)
-    if done.returncode or not frames:
+    if process.returncode or not frames:
         raise ValueError(f"{path} cannot be read as a video: {_first_line(said) or 'no frames in it'}")
+    if len(frames) > MOST_FRAMES:
+        raise ValueError(f"{path} has more than {MOST_FRAMES} frames; cut it")
     if said:
         log.warning("%s is damaged, %d frames can be read: %s", path, len(frames), _first_line(said))
     tick = re.search(r"^#tb 0: (\d+/\d+)", listing, re.MULTILINE)
@@ -223,11 +269,8 @@ def _open_with_ffmpeg(path: Path) -> Clip:
 
 
 def _decode(path: Path, height: int, width: int, indices: Sequence[int]) -> Iterator[np.ndarray]:
-    command = [*_ffmpeg_input(path), "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
     size, read = height * width * 3, 0
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as process:
+    with start_ffmpeg(*_ffmpeg_input(path), "-pix_fmt", "rgb24", "-f", "rawvideo", "-") as process:
         assert process.stdout is not None
         try:
             for index in indices:
@@ -242,12 +285,31 @@ def _decode(path: Path, height: int, width: int, indices: Sequence[int]) -> Iter
 
 
 def _first_line(said: str) -> str:
-    """ffmpeg's first message, without the name of its component."""
-    return re.sub(r"^\[.*?\] ", "", said.strip().split("\n")[0])
+    """ffmpeg's first message, without the names of its components."""
+    return re.sub(r"^(\[.*?\] )*", "", said.strip().split("\n")[0])
 
 
 def _ffmpeg_input(path: Path) -> list[str]:
     """The start of a command that outputs every frame of the first video (not a cover image) exactly once."""
-    # "file:" keeps ffmpeg from parsing a leading dash as an option, or a colon as a protocol.
-    where = ["-i", f"file:{path.absolute()}", "-map", "0:V:0", "-fps_mode", "passthrough"]
-    return [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *where]
+    closed = ["-protocol_whitelist", "file", "-format_whitelist", VIDEOS, "-max_pixels", str(MOST_PIXELS)]
+    return [*closed, "-i", file_url(path), "-map", "0:V:0", "-fps_mode", "passthrough"]
+
+
+def file_url(path: Path) -> str:
+    """Keeps ffmpeg from parsing a leading dash as an option, or a colon as a protocol."""
+    return f"file:{path.absolute()}"
+
+
+def start_ffmpeg(*arguments: str | bytes, **streams: Any) -> subprocess.Popen:
+    """imageio-ffmpeg's program at work; unless ``streams`` say otherwise, only its output is read.
+
+    Raises:
+        WanError: it cannot be started.
+    """
+    silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    try:
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+        return subprocess.Popen([program, "-v", "error", *arguments], **silent | streams)
+    except (OSError, RuntimeError) as error:
+        raise WanError(f"ffmpeg cannot be started ({error}); install imageio-ffmpeg again, or name another in "
+                       "IMAGEIO_FFMPEG_EXE") from error  # fmt: skip

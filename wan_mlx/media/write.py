@@ -17,13 +17,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import imageio_ffmpeg
 import mlx.core as mx
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ..errors import SamplingError, WanError, closest
 from ..storage import publish
+from .read import file_url, open_picture, start_ffmpeg
 
 ENDINGS = (".mp4", ".gif", ".webp", ".png", ".npz")
 MAX_FPS = 240
@@ -34,6 +34,7 @@ X264_THREADS = 8  # the default is 1.5 per core and is stored in the file: other
 EXIF_DESCRIPTION = 0x010E
 # The comment is one argument of ffmpeg's command line; Linux allows 128 KiB each.
 MP4_SETTINGS_LIMIT = 100_000
+NPZ_SETTINGS_LIMIT = 10_000_000  # bytes that are read of a received file
 
 
 def to_uint8(frames: mx.array | np.ndarray, rounding: bool = False) -> np.ndarray:
@@ -48,7 +49,8 @@ def to_uint8(frames: mx.array | np.ndarray, rounding: bool = False) -> np.ndarra
     on = mx if isinstance(frames, mx.array) else np  # on the GPU if possible: transfers a quarter of the bytes
     frames = frames.astype(on.float32)
     if not on.isfinite(frames).all().item():
-        raise SamplingError("the decoded frames hold NaN or infinite values, expected numbers in [-1, 1]")
+        raise SamplingError("the decoded frames hold NaN or infinite values, expected numbers in [-1, 1]; "
+                            "look at the VAE's weights: wan-mlx inspect")
     scaled = (on.clip(frames, -1, 1) - -1) / 2 * 255
     if rounding:
         scaled = on.clip(scaled + 0.5, 0, 255)
@@ -281,22 +283,20 @@ class _FFmpeg:
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int], text: str):
         command = [
-            imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y",
-            "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}",
+            "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}",
             "-r", str(Fraction(fps).limit_denominator(10_000)), "-i", "-",
             "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(X264_CRF), "-preset", X264_PRESET,
             "-threads", str(X264_THREADS),
             # ffmpeg's default matrix, stated explicitly: from 720 lines up players guess another one.
             "-colorspace", "smpte170m",
-            "-metadata", b"comment=" + text.encode("utf-8"), _url(path),
+            "-metadata", b"comment=" + text.encode("utf-8"), file_url(path),
         ]  # fmt: skip
         self.path = path
         self.errors = tempfile.TemporaryFile()
         try:
             # In its own session, so that Ctrl-C does not reach it: close() ends it.
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.errors, start_new_session=True
-            )
+            streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": self.errors}
+            self.process = start_ffmpeg(*command, **streams, start_new_session=True)
         except BaseException:
             self.errors.close()
             raise
@@ -358,17 +358,17 @@ def _save_npz(path: Path, frames: np.ndarray, fps: float, text: str, latents: np
 
 
 def _read_mp4(path: Path) -> str:
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "mov", "-i", _url(path), "-f", "ffmetadata", "-"]
-    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-    text = done.stdout.decode("utf-8")
+    command = ["-protocol_whitelist", "file", "-f", "mov", "-i", file_url(path), "-f", "ffmetadata", "-"]
+    with start_ffmpeg(*command, stderr=subprocess.PIPE) as process:
+        text, said = (output.decode("utf-8", "replace") for output in process.communicate())
     match = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", text, re.MULTILINE | re.DOTALL)
     if match is None:
-        raise ValueError(" ".join(done.stderr.decode("utf-8", "replace").split()) or "no comment")
+        raise ValueError(" ".join(said.split()) or "no comment")
     return re.sub(r"\\(.)", r"\1", match[1], flags=re.DOTALL)
 
 
 def _read_picture(path: Path) -> str:
-    with Image.open(path, formats=[path.suffix[1:].upper()]) as image:
+    with open_picture(path, formats=[path.suffix[1:].upper()]) as image:
         if isinstance(image, PngImagePlugin.PngImageFile):
             return image.text["settings"]
         if image.format == "GIF":
@@ -377,13 +377,12 @@ def _read_picture(path: Path) -> str:
 
 
 def _read_npz(path: Path) -> str:
-    with path.open("rb") as file, np.load(file) as arrays:  # NumPy would leave a damaged file open
-        return str(arrays["settings"])
-
-
-def _url(path: Path) -> str:
-    """Keeps ffmpeg from parsing a leading dash as an option, or a colon as a protocol."""
-    return f"file:{path.absolute()}"
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:  # NumPy would leave a damaged file open
+        member = archive.getinfo("settings.npy")
+        if member.file_size > NPZ_SETTINGS_LIMIT:
+            raise ValueError(f"its settings are {member.file_size} bytes, expected at most {NPZ_SETTINGS_LIMIT}")
+        with archive.open(member) as stored:
+            return str(np.lib.format.read_array(stored, allow_pickle=False))
 
 
 SAVERS = {".gif": _save_animation, ".webp": _save_animation, ".png": _save_png, ".npz": _save_npz}
