@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+LARGEST_SIDE = 16_384  # pixels
+MOST_FRAMES = 100_001
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -47,25 +50,27 @@ class Geometry:
 
     def nearest_side(self, pixels: float) -> int:
         """The allowed width or height nearest to ``pixels``."""
-        return max(1, round(pixels / self.side)) * self.side
+        return max(1, round(min(pixels, LARGEST_SIDE) / self.side)) * self.side
 
     def nearest_frames(self, num_frames: int) -> int:
         """The allowed number of frames nearest to ``num_frames``."""
-        return self.num_frames(max(1, round((num_frames - 1) / self.temporal) + 1))
+        return self.num_frames(max(1, round((min(num_frames, MOST_FRAMES) - 1) / self.temporal) + 1))
 
     def check_size(self, width: int, height: int) -> None:
         """Raise ValueError, with the nearest valid choice, unless videos can have this size."""
         for name, pixels in (("width", width), ("height", height)):
-            if pixels < self.side or pixels % self.side:
-                raise ValueError(f"{name} is {pixels}, expected a positive multiple of {self.side}; "
+            if not self.side <= pixels <= LARGEST_SIDE or pixels % self.side:
+                most = f" up to {LARGEST_SIDE}" * (pixels > LARGEST_SIDE)
+                raise ValueError(f"{name} is {pixels}, expected a positive multiple of {self.side}{most}; "
                                  f"nearest: {self.nearest_side(pixels)}")  # fmt: skip
 
     def check_frames(self, num_frames: int) -> None:
         """Raise ValueError, with the nearest valid choice, unless videos can have this many frames."""
-        if num_frames < 1 or self.num_frames(self.latent_frames(num_frames)) != num_frames:
+        if not 1 <= num_frames <= MOST_FRAMES or self.num_frames(self.latent_frames(num_frames)) != num_frames:
+            most = f" up to {MOST_FRAMES}" * (num_frames > MOST_FRAMES)
             raise ValueError(
                 f"frames is {num_frames}, expected {self.temporal}n+1 (1, {self.num_frames(2)}, ..., "
-                f"{self.num_frames(21)}, ...); nearest: {self.nearest_frames(num_frames)}"
+                f"{self.num_frames(21)}, ...){most}; nearest: {self.nearest_frames(num_frames)}"
             )
 
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypedDict, TypeVar
 from .errors import closest
 from .option import COMMAND, MODEL, REQUEST, Limits, Option
 from .presets import PRESETS
-from .types import LoraChoice, Source
+from .types import MOST_IMAGES, LoraChoice, Source
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -133,8 +133,8 @@ class RequestOptions(TypedDict, total=False):
         "--context-scale S", "strength of the source (vace; default 1)", SOURCES, default=1.0, limits=Limits(),
     )]
     steps: Annotated[int | None, Option(
-        "--steps --sample_steps N", "sampling steps", SAMPLE, more="Default 50; 40 for I2V; 12 for nano",
-        limits=Limits(1),
+        "--steps --sample_steps N", "sampling steps", SAMPLE, more="Default 50; 40 for I2V; 12 for nano; at most 1000",
+        limits=Limits(1, 1000),
     )]
     guidance_scale: Annotated[float | None, Option(
         "--guidance --sample_guide_scale G", "guidance scale; 1 is off", SAMPLE, more="That takes half the time",
@@ -241,7 +241,7 @@ COMMAND_OPTIONS = [
     ),
     Option(
         "--num-images N", "N stills with the seeds from --seed on", WHAT, more="The output's name gets `_seedN`",
-        limits=Limits(1), type=int,
+        limits=Limits(1, MOST_IMAGES), type=int,
     ),
     Option(
         "--output --save_file FILE", ".mp4 .gif .webp .png .npz (default: named by the prompt)", WHAT,

@@ -34,6 +34,7 @@ Source: TypeAlias = "str | Path | Image | np.ndarray"
 # A LoRA's file, with its strength where that is not 1: also "path:strength".
 LoraChoice: TypeAlias = "str | Path | tuple[str | Path, float]"
 
+MOST_IMAGES = 10_000  # of a series
 # Fields of a `Request` that hold one source each; src_ref_images holds several.
 SOURCE_FIELDS = ("image", "last_image", "src_video", "src_mask", "video")
 
@@ -100,10 +101,10 @@ class Request:
         """``count`` stills of this request, with the seeds from its own on, each as it would be asked for alone.
 
         Raises:
-            ValueError: it is not for a still, ``count`` is below 1, or the seeds run out.
+            ValueError: it is not for a still, ``count`` is not from 1 to `MOST_IMAGES`, or the seeds run out.
         """
-        if count < 1:
-            raise ValueError(f"num_images is {count}, expected at least 1")
+        if not 1 <= count <= MOST_IMAGES:
+            raise ValueError(f"num_images is {count}, expected 1 to {MOST_IMAGES}")
         if count > 1 and self.num_frames != 1:
             raise ValueError(f"num_images is {count}, but {self.num_frames} frames are a video; nearest: 1 frame")
         if self.seed + count > 2**64:

@@ -18,6 +18,7 @@ from ..geometry import WAN_2_1, Geometry
 from ..hub.resolve import is_cached, preset_of, resolve
 from ..models.execution import TOKENS_AT_ONCE
 from ..models.vae_tiling import SMALLEST_TILE, parse_tiling
+from ..options import named
 from ..presets import PRESETS, Preset, find_preset, preset_for
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.load import config_of, parameters_of
@@ -33,6 +34,7 @@ T = TypeVar("T")
 # Choices to try, from the fastest to the smallest: transformer resident or streamed, and the number of tokens at once.
 _PIECES = sorted({TOKENS_AT_ONCE, 8192, 4096, 2048}, reverse=True)
 LADDER = [*((False, pieces) for pieces in _PIECES), *((True, pieces) for pieces in _PIECES), (True, 1024)]
+MANY_TILES = 256  # above so many in a frame not every number of them is tried
 # In a prompt; umT5 reads at most 512, and the default negative prompt has about as many as this.
 TEXT_TOKENS = 128
 
@@ -105,14 +107,13 @@ def plan(
     preset, checkpoint = find_model(model)
     sizes = lru_cache(partial(sizes_of, checkpoint or preset, dtype))
     geometry = sizes(quantize).geometry
-    width, height = width or preset.size[0], height or preset.size[1]
+    width, height = (full if side is None else side for side, full in zip((width, height), preset.size, strict=True))
     frames = preset.num_frames if num_frames is None else num_frames
     geometry.check_size(width, height)
     geometry.check_frames(frames)
     defaults = preset.sampling_for(width, height)
     steps = defaults.steps if steps is None else steps
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, expected at least 1")
+    named("steps").check(steps)
     guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
     wanted = Wanted(preset.name, width, height, frames, steps, passes=1 if guidance == 1 else 2, quantize=quantize,
                     memory=memory, vae_tiling=vae_tiling)  # fmt: skip
@@ -207,16 +208,19 @@ def _first_within(room: float, choices: Sequence[T], peak: Callable[[T], int]) -
     return min(choices, key=peak)
 
 
+@lru_cache
 def tile_choices(latent_shape: tuple[int, int, int], geometry: Geometry = WAN_2_1) -> list[tuple[int, int] | None]:
     """Whole frames first, then tiles (width, height) in pixels from large to small; smaller tiles have more margins."""
     (_, h, w), each = latent_shape, geometry.spatial
     found: list[tuple[int, int] | None] = [None]
-    for count in range(2, 1 + (each * h // SMALLEST_TILE or 1) * (each * w // SMALLEST_TILE or 1)):
-        grids = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+    count, most = 2, (each * h // SMALLEST_TILE or 1) * (each * w // SMALLEST_TILE or 1)
+    while count <= most:
+        grids = [(rows, count // rows) for rows in range(1, min(count, h) + 1) if count % rows == 0]
         tiles = [(each * -(-w // columns), each * -(-h // rows)) for rows, columns in grids]
         tiles = [tile for tile in tiles if min(tile) >= SMALLEST_TILE]
         if tiles:
             found.append(min(tiles, key=sum))  # the squarest tile has the least margin
+        count += 1 if count < MANY_TILES else count // 8
     return found
 
 

@@ -157,12 +157,19 @@ def _sides(
     config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool, output: bool = False
 ) -> list[list[list[int]]]:
     """Heights, and widths: for each stage those of each tile's input, or of the valid part of its output, in pixels."""
-    axes = []
-    for length, side in zip(latent_shape[1:], tile[::-1] if tile else latent_shape[1:], strict=True):
-        parts = split(length, max(1, side // config.spatial_factor) if tile else length)
-        tiles = [stage_spans(part, convolutions(config, decoding), length, decoding) for part in parts]
-        axes.append([[spans[output][1] - spans[output][0] for spans in stage] for stage in zip(*tiles, strict=True)])
-    return axes
+    sides = [max(1, side // config.spatial_factor) for side in tile[::-1]] if tile else latent_shape[1:]
+    return [_along(config, *axis, decoding)[output] for axis in zip(latent_shape[1:], sides, strict=True)]
+
+
+@lru_cache(maxsize=1024)
+def _along(config: VAEConfig, length: int, largest: int, decoding: bool) -> tuple[list[list[int]], list[list[int]]]:
+    """The same along one axis of ``length`` latents, in tiles of at most ``largest``: of inputs, and of outputs."""
+    tiles = [stage_spans(part, convolutions(config, decoding), length, decoding) for part in split(length, largest)]
+    inputs, outputs = (
+        [[spans[which][1] - spans[which][0] for spans in stage] for stage in zip(*tiles, strict=True)]
+        for which in (0, 1)
+    )
+    return inputs, outputs
 
 
 def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> int:
