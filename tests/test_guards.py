@@ -89,6 +89,21 @@ def test_not_finite_keeps_the_last_good_state(tmp_path, monkeypatch, capsys, fla
     assert settings["dtype"] == "bfloat16, float32 from step 2" and settings["steps"] == 3
 
 
+def test_frames_that_are_not_finite_point_at_the_vae(tmp_path, monkeypatch, capsys, flags):
+    """It computes in float32 already, so another dtype of the transformer is no way out."""
+    decoded = VAEExecution.decode_frames
+
+    def poisoned(*args):
+        return (mx.full(frames.shape, mx.nan) for frames in decoded(*args))
+
+    monkeypatch.setattr(VAEExecution, "decode_frames", poisoned)
+    output = str(tmp_path / "a.npz")
+    assert main([*flags, "--output", output]) == 1
+    error = capsys.readouterr().err
+    assert "the decoded frames hold NaN" in error and "look at the VAE's weights: wan-mlx inspect" in error
+    assert "steps are kept; go on with" in error and "--dtype" not in error
+
+
 def test_low_disk_is_seen_before_the_run(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1 << 20))
     monkeypatch.setattr(wan_mlx.WanPipeline, "run", lambda *args: pytest.fail("it ran"))

@@ -241,7 +241,7 @@ def test_an_unknown_flag_names_the_nearest():
 @pytest.mark.parametrize(
     "name, value, said",
     [
-        ("steps", 0, "steps is 0, expected at least 1; nearest: 1"),
+        ("steps", 0, "steps is 0, expected 1 to 1000; nearest: 1"),
         ("shift", 0, "shift is 0, expected a number above 0"),
         ("guidance_scale", float("nan"), "guidance is nan, expected a finite number"),
         ("seed", 2**64, f"seed is {2**64}, expected 0 to {2**64 - 1}; nearest: {2**64 - 1}"),
