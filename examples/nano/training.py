@@ -127,11 +127,11 @@ def pick(packed: dict[str, torch.Tensor], index: torch.Tensor) -> dict[str, torc
 
 def save(module, folder: Path) -> None:
     """Write a module as Diffusers and transformers do, its weights rounded to bfloat16; ``folder`` changes at once."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    copy.deepcopy(module).to("cpu", torch.bfloat16, memory_format=torch.contiguous_format).save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    from wan_mlx.storage import new_folder  # needs no MLX
+
+    with new_folder(folder, replace=True) as unfinished:
+        copied = copy.deepcopy(module).to("cpu", torch.bfloat16, memory_format=torch.contiguous_format)
+        copied.save_pretrained(unfinished)
 
 
 def from_mlx(module: torch.nn.Module, path: Path) -> torch.nn.Module:

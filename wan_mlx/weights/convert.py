@@ -73,6 +73,7 @@ def convert(
     Raises:
         ValueError: ``out`` exists, or ``quantize`` is unknown or not possible for these weights.
         WeightsError: ``source`` cannot be loaded, or the disk has no space for the folder.
+        WanError: the folder cannot be written.
     """
     out = Path(out).expanduser()
     check_target(out, overwrite, model)
@@ -212,14 +213,11 @@ class Network:
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)  # data start at a multiple of eight bytes
         digest = hashlib.sha256()
-        try:
-            with open(path, "wb") as file:
-                head: list[bytes | memoryview] = [len(encoded).to_bytes(8, "little"), encoded]
-                for data in chain(head, self._values(names, steps)):
-                    file.write(data)
-                    digest.update(data)
-        except OSError as error:
-            raise WeightsError(f"{path} cannot be written ({error.strerror or error})") from error
+        head: list[bytes | memoryview] = [len(encoded).to_bytes(8, "little"), encoded]
+        with open(path, "wb") as file:
+            for data in chain(head, self._values(names, steps)):
+                file.write(data)
+                digest.update(data)
         return digest.hexdigest()
 
     def _values(self, names: list[str], steps: Iterator[str]) -> Iterator[memoryview]:
