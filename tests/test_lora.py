@@ -377,10 +377,17 @@ GOOD = {"blocks.0.self_attn.q.lora_A.weight": A, "blocks.0.self_attn.q.lora_B.we
         ),
         ({"blocks.0.norm3.diff": np.ones(64, np.float32)}, r"blocks.0.norm3.diff \(64,\) does not fit .*\(128,\)"),
         ({"blocks.0.norm3.lora_A.weight": A, "blocks.0.norm3.lora_B.weight": B}, r"do not fit blocks.0.norm3.weight"),
+        ({"blocks.0.self_attn.q.lora_A.weight": 0 * A}, r"blocks.0.self_attn.q.lora_A.weight holds only zeros"),
     ],
 )
 def test_a_file_that_does_not_suit_the_model_is_refused(base, tmp_path, change, says):
     refused(base, tmp_path, {**GOOD, **change}, says)
+
+
+def test_a_lora_before_its_first_step_of_training_changes_nothing(base, tmp_path):
+    lora = save(tmp_path / "new.safetensors", {**GOOD, "blocks.0.self_attn.q.lora_B.weight": 0 * B})
+    new, plain = (parameters(load_transformer(base["t2v"][0], "float32", loras=loras)) for loras in (lora, None))
+    assert all(np.array_equal(new[name], array) for name, array in plain.items())
 
 
 def test_factors_in_other_dtypes(base, tmp_path):

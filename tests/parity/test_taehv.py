@@ -187,6 +187,7 @@ def test_weights_that_grow_more_frames_give_the_last(reference, taehv, tmp_path)
         (lambda s: s.update({"encoder.3.weight": torch.zeros(6, 6, 1, 1)}), r"encoder.3.weight \(6, 6, 1, 1\) instead"),
         (lambda s: s.update({"decoder.1.weight": torch.zeros(10, 48, 3, 3)}), "48 latent channels"),
         (lambda s: s.pop("decoder.22.weight"), "is no TAEHV"),
+        (lambda s: s["decoder.8.weight"].zero_(), "decoder.8.weight holds only zeros"),
     ],
 )
 def test_other_files_are_refused(reference, tmp_path, change, said):

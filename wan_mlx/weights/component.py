@@ -131,10 +131,6 @@ class ComponentWeights:
         """Bytes of the tensor in the file; for a quantised one, without scales."""
         return sum(self.file.nbytes(source) for source in self.sources[name])
 
-    def only_zeros(self, name: str) -> WeightsError:
-        """The error of a matrix that cannot be all zero, and is."""
-        return WeightsError(f"{self.path}: {name} holds only zeros, as where a download ended early; download it again")
-
     def _has_blocks(self, name: str) -> bool:
         sources = self.sources[name]
         return len(self.shapes[name]) == 2 and len(sources) == 1 and self.file.has_rows_of_blocks(sources[0])
@@ -189,6 +185,11 @@ class ComponentWeights:
             if shape[1:] == TransformerConfig.patch_size and out and shape[0] % out == 0:
                 return (out, shape[0] // out, *shape[1:])
         return shape
+
+
+def only_zeros(path: Path, name: str) -> WeightsError:
+    """The error of a matrix that cannot be all zero, and is."""
+    return WeightsError(f"{path}: {name} holds only zeros, as where a download ended early; download it again")
 
 
 def beside(name: str, key: str) -> str:

@@ -22,7 +22,7 @@ from ..models.transformer import Transformer
 from ..models.vae import VAE
 from ..types import LoraChoice
 from .checkpoint import Checkpoint, Part, find_part
-from .component import ComponentWeights, open_component
+from .component import ComponentWeights, only_zeros, open_component
 from .configs import network_config
 from .lora import normalise_loras, open_loras
 from .parameters import Parameters
@@ -206,7 +206,7 @@ def load_text_encoder(
     parameters = Parameters(weights, dtype, quantize)
     some_ids = np.arange(0, config.vocab_size, max(1, config.vocab_size // 16))
     if not weights.rows("token_embedding.weight", some_ids).any().item():
-        raise weights.only_zeros("token_embedding.weight")
+        raise only_zeros(weights.path, "token_embedding.weight")
     return StreamedTextEncoder(
         config,
         embed=lambda ids: weights.rows("token_embedding.weight", ids).astype(dtype),

@@ -25,6 +25,7 @@ from ..files.fp8 import FP8, fold
 from ..files.open import open_weights
 from ..storage import sha256
 from ..types import LoraChoice
+from .component import only_zeros
 from .layouts import LAYOUTS, pattern
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ class Lora:
             return None
         outputs, inputs = self.shapes[name]
         down, up = self._read(change.down, name).reshape(-1, inputs), self._read(change.up).reshape(outputs, -1)
+        if not down.any(stream=mx.cpu).item():  # up is zero before the first step of training, down never
+            raise only_zeros(self.file.path, change.down)
         return down, up, self.strength * change.scale
 
     def difference(self, name: str) -> mx.array | None:

@@ -21,7 +21,7 @@ from ..files.base import ByteRange
 from ..models.layers import Linear
 from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import FLOAT32_PARAMETERS
-from .component import SAFETENSORS_NAMES, ComponentWeights, Fetch, beside, parameter_shapes
+from .component import SAFETENSORS_NAMES, ComponentWeights, Fetch, beside, only_zeros, parameter_shapes
 from .lora import Loras
 from .prefetch import Prefetch, prefetch_in_turn, prefetch_lazy, prefetch_staged
 from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
@@ -209,7 +209,7 @@ class Parameters:
                 raise WeightsError(f"{self.weights.path}: {bad[0]} has scales that are not finite; download it again")
             for name in (name for name, some in has_values.items() if not some.item()):
                 if not self._has_values(name, started[name]).item():
-                    raise self.weights.only_zeros(name)
+                    raise only_zeros(self.weights.path, name)
         self._checked |= started.keys()
 
     def _has_values(self, name: str, arrays: Arrays, pieces: int = 0) -> mx.array:

@@ -10,7 +10,7 @@ from ..errors import WeightsError
 from ..files.base import WeightsFile
 from ..files.open import open_weights
 from ..models.taehv import TAEHV, TAEHVConfig
-from .component import check_shapes, parameter_shapes
+from .component import check_shapes, only_zeros, parameter_shapes
 from .load import parse_dtype
 
 WIDTHS = ("decoder.1.weight", "decoder.8.weight", "decoder.14.weight", "decoder.20.weight")
@@ -34,6 +34,8 @@ def load_taehv(path: str | Path, dtype: str | mx.Dtype = "float32") -> TAEHV:
     check_shapes(f"{file.path}: is no TAEHV of Wan 2.1: it", found, expected)
     arrays = [(name, _channels_last(file.read(name))[-shape[0] :].astype(dtype)) for name, shape in expected.items()]
     mx.eval([array for _, array in arrays])
+    if zeros := [name for name, array in arrays if array.ndim > 1 and not array.any().item()]:
+        raise only_zeros(file.path, zeros[0])
     model.load_weights(arrays)
     model.eval()
     return model
