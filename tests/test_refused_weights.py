@@ -9,7 +9,6 @@ import pytest
 from wan_mlx.cli.main import main
 from wan_mlx.errors import WeightsError
 from wan_mlx.presets import BUNDLED
-from wan_mlx.weights.checkpoint import open_checkpoint
 from wan_mlx.weights.convert import convert
 from wan_mlx.weights.load import load_text_encoder, load_transformer, load_vae
 
@@ -94,23 +93,13 @@ def test_a_run_with_zeros_fails_in_one_line(nano, tmp_path, capsys):
     assert not (tmp_path / "a.png").exists() and not (tmp_path / "mlx").exists()
 
 
-@pytest.mark.parametrize(
-    "entry, value, says",
-    [
-        ("vae", {"std": [0.0] + [1.0] * 15}, "std = .*, expected numbers above 0"),
-        ("vae", {"std": [1.0] * 15 + [-1]}, "std = .*, expected numbers above 0"),
-        ("transformer", [], "transformer is '\\[\\]', expected an object"),
-        ("vae", "x", "vae is 'x', expected an object"),
-        ("model", {}, "model '{}', expected version 1 and a preset's name"),
-        ("version", 999, "version 999"),
-    ],
-)
-def test_a_configuration_that_makes_no_sense_is_refused(nano, tmp_path, capsys, entry, value, says):
+@pytest.mark.parametrize("std", [[0.0] + [1.0] * 15, [1.0] * 15 + [-1]])
+def test_a_std_that_is_not_above_zero_is_refused(nano, tmp_path, capsys, std):
     config = json.loads((nano / "config.json").read_text())
-    config[entry] = {**config[entry], **value} if isinstance(value, dict) and value else value
+    config["vae"]["std"] = std
     (nano / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=says) as error:
-        load_vae(open_checkpoint(nano))
+    with pytest.raises(WeightsError, match="std = .*, expected numbers above 0") as error:
+        load_vae(nano)
     assert "\n" not in str(error.value)
     assert main(["--model", str(nano), *RUN, "--output", str(tmp_path / "a.png")]) == 1
     assert capsys.readouterr().err.count("\n") == 1

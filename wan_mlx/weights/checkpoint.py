@@ -194,13 +194,7 @@ def find_part(place: Path, kind: str) -> Part:
 def _look_at_folder(folder: Path, given: Mapping[str, Path]) -> Checkpoint:
     config = read_config(folder / "config.json")
     if config.get("format") == MLX_FORMAT:
-        version, model = config.get("version", 1), config.get("model")
-        if version != 1 or not isinstance(model, str | None):
-            raise WeightsError(
-                f"{folder / 'config.json'} has version {str(version)[:20]} and model {str(model)[:60]!r}, expected "
-                "version 1 and a preset's name; convert it again, or update wan_mlx"
-            )
-        found = Checkpoint(folder, _parts(_mlx_files(folder, config)), model, "mlx")
+        found = Checkpoint(folder, _parts(_mlx_files(folder, config)), config.get("model"), "mlx")
     elif (folder / "model_index.json").is_file() or (folder / "transformer" / "config.json").is_file():
         found = Checkpoint(folder, _parts(_find(folder, DIFFUSERS_FILES)), layout="diffusers")
     else:
@@ -236,10 +230,9 @@ def _part(kind: str, file: Path, mode: str | None = None) -> Part:
         return Part(kind, kind, file)
     config = read_config(file.parent / "config.json")
     if config.get("format") == MLX_FORMAT:
-        packed, sizes = config.get("quantization"), config.get(kind, {})
-        if not isinstance(sizes, dict):
-            raise WeightsError(f"{file.parent / 'config.json'}: {kind} is {str(sizes)[:60]!r}, expected an object")
-        return Part(kind, kind, file, sizes, packed.get(kind) if isinstance(packed, dict) else packed)
+        packed = config.get("quantization")
+        recorded = packed.get(kind) if isinstance(packed, dict) else packed
+        return Part(kind, kind, file, config.get(kind) or {}, recorded)
     if kind != "transformer" or config.keys().isdisjoint(("num_heads", "model_type")):
         config = {ours: config[theirs] for theirs, ours in DIFFUSERS_NAMES[kind].items() if theirs in config}
     return Part(kind, kind, file, config, mode)
