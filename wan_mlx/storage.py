@@ -122,8 +122,9 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
     try:
         drawn.mkdir(parents=True)
         _remove_leftovers(out.parent)
-        with (drawn / MARKER).open("x") as marker:
+        with (drawn / "unlocked").open("x") as marker:
             _lock(marker)
+            os.rename(marker.name, drawn / MARKER)
             yield drawn
             for path in [*drawn.rglob("*"), drawn]:
                 flush(path)
