@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +252,21 @@ def test_a_folder_in_place_of_a_file(folder, resume, name):
     (folder / name).mkdir()
     code, said = resume()
     assert code == 2 and f"{name} is a link or a folder" in said
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its names are always UTF-8")
+def test_a_name_that_mlx_cannot_write(tmp_path, capsys, flags):
+    assert main([*flags, "--output", str(tmp_path / os.fsdecode(b"a\xff.mp4"))]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "a\\udcff.mp4' is not UTF-8" in lines[0] and os.listdir(tmp_path) == []
+
+
+def test_a_state_that_does_not_fit_is_not_damaged(folder, monkeypatch):
+    def fails(*arrays):
+        raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
+
+    monkeypatch.setattr("wan_mlx.runs.folder.mx.eval", fails)
+    assert main(["--resume", "a.npz"]) == 1 and (folder / "step-0003.safetensors").exists()
 
 
 def test_nobody_else_may_read(folder, monkeypatch, flags):

@@ -38,7 +38,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import cuda, storage
-from ..errors import BusyError, WanError, some
+from ..errors import BusyError, WanError, is_out_of_memory, some
 from ..files.safetensors import load_arrays
 from ..types import Conditioning, RunState, Step
 
@@ -91,6 +91,10 @@ class RunFolder:
         self._saving = Behind(_writer())
 
     def __enter__(self) -> RunFolder:
+        try:
+            str(self.path).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"output {ascii(str(self.output))} is not UTF-8, as MLX needs; choose another") from None
         while self._lock is None:
             try:
                 self.path.mkdir(mode=0o700, exist_ok=True)
@@ -245,7 +249,9 @@ class RunFolder:
             else:
                 return arrays, json.loads(metadata["about"])
         except (WanError, RuntimeError, ValueError) as error:
-            fault = f"is damaged ({error})"
+            if is_out_of_memory(error):
+                raise
+            fault = "is damaged"
         raise WanError(f"{path} {fault}")
 
     def state(self) -> RunState | None:
@@ -348,7 +354,7 @@ class RunFolder:
         ours += [self.path / "frames.raw", self.path / "frames.index", *self.path.glob(f"{storage.DRAWN}*")]
         for path in [*ours, self.path / "run.json"]:
             path.unlink(missing_ok=True)
-        self._record, self._is_checked = None, True
+        self._record, self._is_checked = None, False
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
