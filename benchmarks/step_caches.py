@@ -135,7 +135,7 @@ def main() -> None:
     args = parser.parse_args()
     width, height = (int(n) for n in args.size.split("x")) if args.size else (None, None)
     options = {"width": width, "height": height, "num_frames": args.frames, "steps": args.steps}
-    pipe = WanPipeline.from_pretrained(args.model, args.dtype, preset=args.task, progress=False)
+    pipe = WanPipeline.from_pretrained(args.model, dtype=args.dtype, preset=args.task, progress=False)
     prompts, seeds = args.prompt or list(PROMPTS), range(1, args.seeds + 1)
     rows = []
     with pipe.keep_loaded():

@@ -54,6 +54,7 @@ STARTS_FAST = {
 # Packages imported inside functions: (module, package) → reason.
 LATE_PACKAGES = {
     ("files.gguf", "gguf"): "an extra",
+    ("generate", "cli.main"): "Ctrl-C is made harmless before it",
     ("files.sentencepiece", "sentencepiece"): "protobuf's classes, only for a tokenizer that is rebuilt",
     ("hub.modelscope", "modelscope"): "an extra",
     ("prompts.extend", "mlx_lm"): "takes seconds; only prompt extension needs it",

@@ -216,7 +216,7 @@ def test_a_file_s_composed_keys():
     assert flags.json_flags('{"size": [64, 32]}') == ["--size=64x32"]
     assert flags.json_flags('{"skip_layers": [1, 2], "skip_range": [0, 0.9]}') == ["--slg=1,2:0-0.9"]
     assert flags.json_flags('{"skip_layers": [], "skip_range": [0.1, 1.0]}') == []
-    assert flags.json_flags('{"slg": [1, 2]}') == ["--slg=1,2"]
+    assert flags.json_flags('{"slg": [[1, 2], null]}') == ["--slg=1,2"]
     assert flags.json_flags('{"prompt_cache": false}') == ["--no-prompt-cache"]
     assert flags.json_flags('{"no_prompt_cache": true}') == ["--no-prompt-cache"]
     assert flags.json_flags('{"prompt_cache": true}') == []

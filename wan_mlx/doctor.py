@@ -2,7 +2,7 @@
 
 import sys
 
-from .cli.doctor import main
+from .generate import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["doctor", *sys.argv[1:]]))

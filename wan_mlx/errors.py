@@ -55,6 +55,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in text for word in words))
 
 
+def printable(text: object) -> str:
+    """As one line that cannot steer a terminal: whatever is not printable, line ends too, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def some(names: Collection[str], most: int = 5) -> str:
     """The first names of many, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

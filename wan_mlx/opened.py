@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -104,6 +105,8 @@ class OpenedModel:
             )
         if self.preset.task not in TASKS:
             raise ValueError(f"{self.preset.task} models are not supported yet; supported: {', '.join(TASKS)}")
+        if given["image_encoder"] and "image" not in TASKS[self.preset.task].takes:
+            raise ValueError(f"image_encoder was given to a {self.preset.task} model, which reads no images with it")
 
     def set_loras(self, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
         """Use these LoRAs, in place of those before, from the next video on; none restores the model exactly.
@@ -165,7 +168,7 @@ class OpenedModel:
         return {
             "model": self.preset.name,
             "checkpoint": self.checkpoint.path.name,
-            **request.settings(),
+            **request.settings(os.path.basename),  # where files lie on this machine is nobody's business
             "dtype": self.dtype,
             **{name: value for name, value in chosen.items() if value},
             "versions": {"wan_mlx": __version__, "mlx": mlx_version()},

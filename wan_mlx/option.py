@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, ForwardRef, get_args, get_origin
 
@@ -51,6 +52,8 @@ class Option:
         sets: the keywords that the flag sets together, where it is not the one that it is declared with.
         text: values of those keywords (or of a list) → the text that `parse` takes.
         place: "file", whose meaning depends on the folder one is in, or "name": a file or else a name on a hub.
+        needs: keys of flags, one of which must be given with this one.
+        empty: whether an empty text is a value; of others it is taken for a shell variable that is not set.
         free: it has no part in what a video shows, so that it may change when a run goes on.
         alone: it is of the whole command, free, and no key of a prompt or configuration file.
         hidden: left out of ``--help``.
@@ -73,6 +76,8 @@ class Option:
     sets: tuple[str, ...] = ()
     text: Callable[..., str] = field(default=lambda *values: ",".join(map(str, values)))
     place: str = ""
+    needs: tuple[str, ...] = ()
+    empty: bool = False
     free: bool = False
     alone: bool = False
     hidden: bool = False
@@ -143,6 +148,10 @@ class Option:
         Raises:
             ValueError: it stands for none.
         """
+        if not text.strip() and not self.empty:
+            raise ValueError(f"it is empty, expected {self.metavar}; leave it out for the default")
+        if not is_utf8(text):
+            raise ValueError("its name is not UTF-8; rename it" if self.place else "it is not UTF-8")
         number = next((kind for kind in self.kinds if kind in (int, float)), None)
         if self.parse or number is None:
             return self.parse(text) if self.parse else text
@@ -167,6 +176,16 @@ class Option:
             near = f"; nearest: {nearest}" if nearest and math.isfinite(value) else ""
             raise ValueError(f"{self.label} is {value}, expected {self.limits}{near}")
 
+    def suits(self, value: Any) -> bool:
+        """Whether a value is None or of the keyword's type."""
+        return value is None or any(_suits(value, kind) for kind in self.kinds)
+
+    def check_type(self, value: Any) -> None:
+        """Raise ValueError if ``value`` is of another type; of sources and LoRAs those tell who read them."""
+        if not isinstance(self.type, ForwardRef) and not self.suits(value):
+            kinds = " or ".join(str(_schema_of(kind)["type"]) for kind in self.kinds)
+            raise ValueError(f"{self.label} is {value!r}, expected {kinds}")
+
     def schema(self) -> dict[str, Any]:
         """The JSON schema of a value."""
         kinds, limits = [_schema_of(kind) for kind in self.kinds], self.limits or Limits()
@@ -184,6 +203,20 @@ class Option:
 
 def _bare(flag: str) -> str:
     return flag.lstrip("-").replace("-", "_")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether it came from UTF-8: bytes of other names are half surrogates, which files cannot hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _suits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) in (tuple, Sequence):
+        items = get_args(kind)
+        right = isinstance(value, list | tuple) and (get_origin(kind) is Sequence or len(value) == len(items))
+        return right and all(_suits(item, items[0]) for item in value)
+    plain = {int: Integral, float: Real, bool: bool}.get(kind, kind)
+    return isinstance(value, plain) and (kind is bool or not isinstance(value, bool))
 
 
 def _schema_of(kind: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, TypeVar
 
-from .errors import closest
+from .errors import UsageError, closest
 from .option import COMMAND, MODEL, REQUEST, Limits, Option
 from .presets import PRESETS
 from .types import MOST_IMAGES, LoraChoice, Source
@@ -67,19 +67,19 @@ def parse_skip(text: str) -> tuple[tuple[int, ...], tuple[float, float] | None]:
 
 def _size(width: int | None, height: int | None) -> str:
     if width is None or height is None:
-        raise ValueError(f"{'width' if height is None else 'height'} is given alone; expected both, such as 832x480")
+        raise UsageError(f"{'width' if height is None else 'height'} is given alone; expected both, such as 832x480")
     return f"{width}x{height}"
 
 
-def _skip(*values: Any) -> str:
-    """Of layers and a range, or of layers alone; "" if there are none."""
-    layers, span = (values, None) if all(isinstance(value, int) for value in values) else values
+def _skip(layers: Sequence[int] | None, span: Sequence[float] | None) -> str:
+    """"" if there are no layers."""
     return ",".join(map(str, layers)) + (":{}-{}".format(*span) if span else "") if layers else ""
 
 
 PROMPT = Option(
-    "--prompt TEXT", "what the video should show", WHAT, more="In English or Chinese", name="prompt", of=REQUEST
-)
+    "--prompt TEXT", "what the video should show", WHAT, more="In English or Chinese", empty=True, name="prompt",
+    of=REQUEST,
+)  # fmt: skip
 MODEL_NAME = Option(
     "--model --ckpt_dir MODEL", "nano or nano-i2v (bundled), a preset, a folder, a file, or a hub id", WEIGHTS,
     more="See [formats](formats.md)", examples=tuple(PRESETS), place="name", name="model", type=str | Path, of=MODEL,
@@ -92,7 +92,7 @@ class RequestOptions(TypedDict, total=False):
     out or None is the model's default."""
 
     negative_prompt: Annotated[str | None, Option(
-        "--negative-prompt TEXT", "what to avoid (default: the model's own)", WHAT, more='`""` for nothing',
+        "--negative-prompt TEXT", "what to avoid (default: the model's own)", WHAT, more='`""` for nothing', empty=True,
     )]
     width: Annotated[int | None, Option(
         "--size WxH", "pixels, multiples of 16 (default: the model's)", WHAT,
@@ -190,7 +190,7 @@ class ModelOptions(TypedDict, total=False):
     tokenizer: Annotated[str | Path | None, Option("--tokenizer PATH", LIKEWISE, WEIGHTS, place="name")]
     source: Annotated[str, Option(
         "--source HUB", "hub to download from: {choices}", WEIGHTS, default="huggingface",
-        choices=("huggingface", "modelscope"),
+        choices=("huggingface", "modelscope"), free=True,
     )]
     preset: Annotated[str | None, Option(
         "--task NAME", "take the sampling defaults of this official task, such as t2v-1.3B", WEIGHTS,
@@ -227,7 +227,8 @@ class ModelOptions(TypedDict, total=False):
     )]
     taehv: Annotated[str | Path | None, Option(
         "--taehv FILE", "weights of the tiny autoencoder TAEHV, for finer previews: taew2_1.pth, or on the hub "
-        "lightx2v/Autoencoders:taew2_1.safetensors", WATCH, place="name", free=True,
+        "lightx2v/Autoencoders:taew2_1.safetensors", WATCH, place="name",
+        needs=("preview", "draft"), free=True,
     )]
     draft: Annotated[bool, Option("--draft", "decode the video with TAEHV, too: fast, less fine", WATCH)]
     progress: Annotated[bool, Option("", "show progress bars", default=True)]
@@ -250,7 +251,7 @@ COMMAND_OPTIONS = [
     Option("--overwrite", "replace the output if it exists", WHAT, alone=True),
     Option(
         "--report FILE", "of --prompts: what became of each line (default: FILE.report.jsonl)", WHAT, place="file",
-        alone=True,
+        needs=("prompts",), alone=True,
     ),
     Option(
         "--extend-prompt", "by a language model on this machine, before anything else is loaded", EXTEND,
@@ -259,11 +260,11 @@ COMMAND_OPTIONS = [
     Option(
         "--extend-model --prompt_extend_model MODEL",
         "any instruct model that mlx-lm runs: hub id or folder (default: mlx-community/Qwen2.5-7B-Instruct-4bit)",
-        EXTEND, place="name", name="prompt_extend_model",
+        EXTEND, place="name", needs=("extend_prompt", "use_prompt_extend"), name="prompt_extend_model",
     ),
     Option(
         "--extend-language --prompt_extend_target_lang", "default: the prompt's own (--use_prompt_extend: zh)", EXTEND,
-        choices=("zh", "en"), name="prompt_extend_target_lang",
+        choices=("zh", "en"), needs=("extend_prompt", "use_prompt_extend"), name="prompt_extend_target_lang",
     ),
     Option(
         "--use_prompt_extend", "the official --extend-prompt", EXTEND,
@@ -297,7 +298,10 @@ COMMAND_OPTIONS = [
         "what it is becoming, after every step: a small animation FILE.webp, and FILE.png with its frames side by side",
         WATCH, place="file", free=True,
     ),
-    Option("--preview-every N", "only after every N steps", WATCH, default=1, limits=Limits(1), free=True, type=int),
+    Option(
+        "--preview-every N", "only after every N steps", WATCH, default=1, limits=Limits(1), needs=("preview",),
+        free=True, type=int,
+    ),
     Option("--offload_model BOOL", "", OFFICIAL, no_effect="weights are always dropped as soon as a stage is done"),
     Option("--t5_cpu", "", OFFICIAL, no_effect="the text encoder is always streamed from disk"),
     Option("--t5_fsdp", "", OFFICIAL, no_effect=ONE_GPU),

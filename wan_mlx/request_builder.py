@@ -38,6 +38,8 @@ def build_request(
         ValueError: a value is wrong; names the nearest valid one. A source is missing, or not for this model.
     """
     values = options.filled(REQUEST, {"prompt": prompt, **given})
+    for option in options.of(REQUEST):
+        option.check_type(values[option.name])
     given = {name: value for name, value in given.items() if value is not None}
     if recipe := given.get("recipe"):
         bound = {name: given.get(name) for name in ("steps", "guidance_scale", "shift", "solver")}
@@ -58,18 +60,21 @@ def completed(request: Request) -> Request:
     seed, zero_steps = request.seed, request.cfg_zero
     if isinstance(zero_steps, bool):
         zero_steps = zero_steps_of(request.task) if zero_steps else None
-    lists = ("src_ref_images", "guidance_range", "skip_layers", "skip_range")
+    tuples: Any = {
+        name: tuple(getattr(request, name))
+        for name in ("src_ref_images", "guidance_range", "skip_layers", "skip_range")
+    }
     return replace(
         request,
         seed=secrets.randbelow(MAX_RANDOM_SEED) if seed is None or seed < 0 else seed,
         cfg_zero=zero_steps,
-        **{name: tuple(getattr(request, name)) for name in lists},
+        **tuples,
     )
 
 
 def check_request(request: Request) -> None:
     """Raise ValueError, with the nearest valid choice, if a value cannot be used."""
-    if not request.prompt.strip():
+    if not (request.prompt or "").strip():
         raise ValueError("the prompt is empty; say what the video should show")
     request.geometry.check_size(request.width, request.height)
     request.geometry.check_frames(request.num_frames)

@@ -38,6 +38,27 @@ def gigabytes(count: int) -> str:
     return f"{count} bytes"
 
 
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value from a file or a user.
+
+    Raises:
+        ValueError: it is none, is nested too deeply to be read, or a key is given twice, of which one would be ignored.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {key!r} is given twice")
+            found[key] = value
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("its lists and objects are nested too deeply") from None
+
+
 # Durable writes
 
 
@@ -231,7 +252,7 @@ def shards_of(path: Path) -> list[Path]:
     """The files that an index of shards names; of any other file, the file itself."""
     if not path.name.endswith(".index.json"):
         return [path]
-    names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    names = set(parse_json(path.read_text(encoding="utf-8"))["weight_map"].values())
     return [path.parent / name for name in sorted(names)]
 
 

@@ -39,10 +39,10 @@ MOST_IMAGES = 10_000  # of a series
 SOURCE_FIELDS = ("image", "last_image", "src_video", "src_mask", "video")
 
 
-def describe_source(source: Source | None) -> str | None:
-    """A source in a video's settings: its path or, of one in memory, its kind, size and SHA-256."""
+def describe_source(source: Source | None, name: Callable[[str], str] = str) -> str | None:
+    """A source in JSON: what ``name`` makes of its path or, of one in memory, its kind, size and SHA-256."""
     if not hasattr(source, "tobytes"):
-        return None if source is None else str(source)
+        return None if source is None else name(str(source))
     held: Any = source  # of a class that is not imported here
     kind = f"array {held.dtype} {held.shape}" if hasattr(held, "dtype") else \
         f"image {held.mode} {held.width}x{held.height}"
@@ -89,12 +89,12 @@ class Request:
     extended_by: str | None = None
     geometry: Geometry = WAN_2_1
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, name: Callable[[str], str] = str) -> dict[str, Any]:
         """Every field but the model's ``geometry``, as JSON takes it: sources as `describe_source` has them."""
         return {
-            **{name: value for name, value in vars(self).items() if name != "geometry"},
-            **{name: describe_source(getattr(self, name)) for name in SOURCE_FIELDS},
-            "src_ref_images": [describe_source(source) for source in self.src_ref_images],
+            **{field: value for field, value in vars(self).items() if field != "geometry"},
+            **{field: describe_source(getattr(self, field), name) for field in SOURCE_FIELDS},
+            "src_ref_images": [describe_source(source, name) for source in self.src_ref_images],
         }
 
     def series(self, count: int) -> list[Request]:

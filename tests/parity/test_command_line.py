@@ -75,8 +75,8 @@ def test_wrong_argument_is_usage(capsys, folder, arguments, says):
 
 def test_no_model_explains_the_choices(capsys):
     assert main(["--prompt", "a cat"]) == 2
-    error = capsys.readouterr().err
-    assert "Wan-AI/Wan2.1-T2V-1.3B" in error and "GB" in error
+    error = one_line(capsys.readouterr().err)
+    assert "nano-i2v" in error and "a hub id" in error and "`wan-mlx models`" in error
 
 
 def test_no_prompt(capsys, folder):

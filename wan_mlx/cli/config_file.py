@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 
 from .. import options
 from ..errors import UsageError
+from ..option import Option
 from ..presets import BUNDLED, PRESETS
+from ..storage import parse_json
 from .flags import arguments
 
 log = logging.getLogger(__name__)
@@ -33,33 +35,78 @@ def config_arguments(path: Path, given: Mapping[str, Any]) -> list[str]:
         UsageError: it cannot be read, or holds what no flag sets; names the nearest.
         ValueError: a video without settings.
     """
-    if path.suffix.lower() == ".json":
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--config {path} cannot be read: {error}") from error
-        if not isinstance(settings, dict):
-            raise UsageError(f"--config {path} holds a {type(settings).__name__}, expected an object of settings")
-    else:
-        from ..media.write import read_settings
-
-        settings = read_settings(path)
+    is_video = path.suffix.lower() != ".json"
+    settings = _settings_of(path) if is_video else _read_json(path)
     try:
-        return arguments(as_options(settings, path, given))
+        return arguments(as_options(obeyed(settings, given) if is_video else settings, path, given))
     except UsageError as error:
         raise UsageError(f"--config {path}: {error}") from error
+
+
+def _settings_of(path: Path) -> dict[str, Any]:
+    from ..media.write import read_settings  # which needs numpy
+
+    return read_settings(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        settings = parse_json(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"--config {path} holds a {type(settings).__name__}, expected an object of settings")
+    return settings
+
+
+def obeyed(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings that are embedded in a video or picture those that make what it shows.
+
+    The file may come from anybody: what names a place to read from, to download from or to write to is taken only from
+    ``given``, the command line. Released models are known here, and sources by their bare names lie in this folder.
+
+    Raises:
+        UsageError: a place is named, and the command line does not give it.
+    """
+    found = dict(settings)
+    known = {key: option for option in options.flags() for key in option.keys}
+    for key, value in settings.items():
+        option = known.get(key)
+        if option is None or value in (None, []):
+            continue
+        if not (option.place or option.free or option.of == options.COMMAND):  # it makes what is shown
+            continue
+        if option.key in given:
+            del found[key]
+        elif not (_is_known(option, value) or _are_loras(value)):
+            raise UsageError(f"it asks for {option.flags[0]} {value!r}, which is not taken from a video or picture; "
+                             f"give {option.flags[0]} yourself, if you want it")  # fmt: skip
+    return found
+
+
+def _is_known(option: Option, value: Any) -> bool:
+    """Whether what is named is harmless: a released model, or sources in the folder that one is in."""
+    if option is options.MODEL_NAME:
+        return value in [*PRESETS]
+    names = value if isinstance(value, list) else [value]
+    return option.of == options.REQUEST and all(name == os.path.basename(str(name)) for name in names)
+
+
+def _are_loras(value: Any) -> bool:
+    """Whether it is what `describe_lora` says of one or more."""
+    return isinstance(value, list) and all(isinstance(lora, dict) and {"file", "strength"} <= {*lora} for lora in value)
 
 
 def as_options(settings: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """A video's settings as options. What is no setting of ours passes as it is: it may be a flag."""
     bound = OF_RECIPE if settings.get("recipe") else ()
     found = {name: value for name, value in settings.items() if name not in (*NOTES, *bound)}
-    if found.get("task") in {preset.task for preset in PRESETS.values()}:  # of the model; the flag names a preset
+    if found.get("task") in [preset.task for preset in PRESETS.values()]:  # of the model; the flag names a preset
         del found["task"]
     for option in options.of(options.REQUEST):
         if option.place == "file":
-            _check_paths(found.get(option.name), path)
-    if found.get("video") is None:
+            _check_paths(found.get(option.name))
+    if found.get("video") is None and "video" not in given:
         found.pop("strength", None)
     if isinstance(found.get("dtype"), str):  # a run that went on in another: "bfloat16, float32 from step 3"
         said = found["dtype"]
@@ -68,22 +115,23 @@ def as_options(settings: Mapping[str, Any], path: Path, given: Mapping[str, Any]
             log.warning("%s was made in %s; now all of it is in %s", path, said, found["dtype"])
     if stopped := found.pop("stopped_after", None):
         log.warning("%s was stopped after %s steps; now all are made", path, stopped)
-    if (bundled := settings.get("checkpoint")) in BUNDLED and bundled != found.get("model"):
+    bundled = settings.get("checkpoint")
+    if bundled in [*BUNDLED] and bundled != found.get("model"):
         found["preset"], found["model"] = found.get("model"), bundled
     loras = found.get("loras")
-    if isinstance(loras, list) and any(isinstance(lora, Mapping) for lora in loras):
+    if loras and _are_loras(loras):
         del found["loras"]
         if "loras" not in given:
-            names = ", ".join(f"{lora['file']} at {lora['strength']:g}" for lora in loras)
-            raise UsageError(f"{path} was made with {names}; give it with --lora FILE:STRENGTH")
+            names = ", ".join(f"{lora['file']} at {lora['strength']}" for lora in loras)
+            raise UsageError(f"it was made with {names}; give it with --lora FILE:STRENGTH")
     if isinstance(draft := found.get("draft"), str):
         if "taehv" not in given:
-            raise UsageError(f"{path} is a draft by {draft}; give that with --taehv")
+            raise UsageError(f"it is a draft by {draft}; give that with --taehv")
         found["draft"] = True
     return found
 
 
-def _check_paths(source: Any, path: Path) -> None:
+def _check_paths(source: Any) -> None:
     for one in source if isinstance(source, list) else [source]:
         if one is not None and (not isinstance(one, str) or IN_MEMORY.search(one)):
-            raise UsageError(f"{path} was made from a source that was in memory ({one}); give it as a file")
+            raise UsageError(f"it was made from a source that was in memory ({one}); give it as a file")

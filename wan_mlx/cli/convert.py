@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from ..errors import WanError
+from ..errors import Stopped, UsageError, WanError
 from ..events import Listener, counted, unheard
 from ..hub.names import parse_location
 from ..hub.resolve import Places, preset_of
@@ -18,6 +17,8 @@ from ..progress_bars import ProgressBars
 from ..weights.checkpoint import open_checkpoint
 from ..weights.convert import check_target, convert
 from ..weights.inspect import inspect_source
+from .flags import Parser
+from .terminal import write
 
 DESCRIPTION = """Convert a published checkpoint into one MLX folder: give SOURCE and OUT.
 
@@ -25,9 +26,9 @@ With --inspect, say what SOURCE is instead.
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 (failure), 2 (usage) or 130 (interrupted)."""
-    parser = argparse.ArgumentParser(
+def main(argv: list[str]) -> int:
+    """Run the command line and return its exit code."""
+    parser = Parser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("source", help="what --model takes: a folder or file, a preset such as t2v-1.3B, a hub id")
@@ -55,38 +56,40 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     parts = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
     listener: Listener = unheard if args.quiet else ProgressBars()
+    if args.inspect == (args.out is not None):
+        raise UsageError("give SOURCE and OUT, the folder to write; or --inspect and SOURCE alone")
+    if args.inspect:
+        return inspect(args.source, parts, args.hub, listener)
     try:
-        if args.inspect == (args.out is not None):
-            raise ValueError("give SOURCE and OUT, the folder to write; or --inspect and SOURCE alone")
-        if args.inspect:
-            return inspect(args.source, parts, args.hub, listener)
-        check_target(args.out, args.overwrite, args.model)  # before a download of 69 GB
-        places = Places(args.source, parts)
-        for download in places.downloads(args.hub):
-            if download.missing:
-                print(f"download  {download}", file=sys.stderr)
-        here = places.fetch(args.hub, listener)
-        checkpoint = open_checkpoint(here.model, here.parts)
-        location = None if Path(args.source).expanduser().exists() else parse_location(args.source)
-        out = convert(
-            checkpoint,
-            args.out,
-            args.dtype,
-            args.vae_dtype,
-            args.model or checkpoint.model or getattr(preset_of(args.source), "name", None),
-            counted(listener, "converting"),
-            args.quantize,
-            args.overwrite,
-            name=str(location) if location else None,
-        )
+        write(convert_source(args, parts, listener))
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written, a download goes on where it was", file=sys.stderr)
-        return 130
-    except (ValueError, WanError, OSError, RuntimeError) as error:  # the last is MLX's, of a file that cannot be read
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    print(out)
+        raise Stopped(go_on="; nothing was written, a download goes on where it was") from None
+    except RuntimeError as error:  # MLX's, of a file that cannot be read
+        raise WanError(str(error)) from error
     return 0
+
+
+def convert_source(args: argparse.Namespace, parts: dict[str, str], listener: Listener) -> Path:
+    """Fetch and convert what the flags name; returns the folder that is written."""
+    check_target(args.out, args.overwrite, args.model)  # before a download of 69 GB
+    places = Places(args.source, parts)
+    for download in places.downloads(args.hub):
+        if download.missing:
+            write(f"download  {download}", to="stderr")
+    here = places.fetch(args.hub, listener)
+    checkpoint = open_checkpoint(here.model, here.parts)
+    location = None if Path(args.source).expanduser().exists() else parse_location(args.source)
+    return convert(
+        checkpoint,
+        args.out,
+        args.dtype,
+        args.vae_dtype,
+        args.model or checkpoint.model or getattr(preset_of(args.source), "name", None),
+        counted(listener, "converting"),
+        args.quantize,
+        args.overwrite,
+        name=str(location) if location else None,
+    )
 
 
 def inspect(source: str, parts: dict[str, str], hub: str, listener: Listener) -> int:
@@ -95,10 +98,11 @@ def inspect(source: str, parts: dict[str, str], hub: str, listener: Listener) ->
     missing = [download for download in places.downloads(hub) if download.missing]
     if missing:
         for download in missing:
-            print(f"not on this machine: {download}")
+            write(f"not on this machine: {download}")
         return 0
     here = places.fetch(hub)
     found = inspect_source(here.model, here.parts, listener)
-    print(*found.lines(), sep="\n")
+    for line in found.lines():
+        write(line)
     return 0 if found.is_sound else 1
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import check_backend
+from .flags import Parser
 
 if TYPE_CHECKING:
     from .selftest import Check
@@ -24,16 +24,13 @@ MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 
 def main(argv: list[str] | None = None) -> int:
     """Look at the machine, print what was found; 0 if nothing failed, 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m wan_mlx.doctor", description=DESCRIPTION)
+    parser = Parser(prog="python -m wan_mlx.doctor", description=DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--store-reference", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    try:
-        check_backend()
-        from . import selftest
-    except ImportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    check_backend()
+    from . import selftest
+
     if args.store_reference:
         print(selftest.store_reference())
         return 0

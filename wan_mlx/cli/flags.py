@@ -14,6 +14,7 @@ from .. import options
 from ..errors import UsageError, closest
 from ..option import Option
 from ..presets import PRESETS
+from ..storage import parse_json
 
 DESCRIPTION = "Make a video with a Wan2.1 model, on Apple silicon or any other MLX backend."
 
@@ -27,16 +28,6 @@ examples:
   python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompts cats.jsonl
   python -m wan_mlx.generate --task t2v-1.3B --size 832*480 --ckpt_dir ./Wan2.1-T2V-1.3B --prompt "a cat boxing"
 """
-
-MODEL_HELP = """\
-which model? give --model one of
-  nano                     bundled: shapes moving on plain backgrounds, 128x128, in seconds
-  nano-i2v                 bundled: the same from a first frame, given with --image
-  a folder                 ./Wan2.1-T2V-1.3B, downloaded from the hub
-  owner/name:path/file     one file of a repository on the hub
-  Wan-AI/Wan2.1-T2V-1.3B   text to video, 480p (17.5 GB to download)
-  Wan-AI/Wan2.1-T2V-14B    text to video, 480p and 720p (69 GB to download)
-  Wan-AI/Wan2.1-I2V-14B-480P, -I2V-14B-720P, -FLF2V-14B-720P, -VACE-1.3B, -VACE-14B   from pictures and videos"""
 
 USAGE = "%(prog)s --model MODEL --prompt TEXT [--output FILE] [flags]"
 ABOUT_GROUP = {options.SAMPLE: "Defaults are the model's own: see the table below."}
@@ -53,8 +44,7 @@ class Parser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            known = [flag for option in options.flags() for flag in option.flags]
-            near = closest(unknown[0].split("=")[0], known)
+            near = closest(unknown[0].split("=")[0], self._option_string_actions)
             self.error(f"unknown argument {' '.join(unknown)}; nearest: {near}")
         return parsed
 
@@ -131,8 +121,8 @@ def json_flags(text: str) -> list[str]:
         UsageError: it is no such thing; names the nearest option.
     """
     try:
-        line = json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
+        line = parse_json(text)
+    except ValueError as error:
         raise UsageError(f"is no JSON: {error}") from error
     if not isinstance(line, dict):
         raise UsageError(f"is a JSON {type(line).__name__}, expected an object such as " '{"prompt": "a cat"}')
@@ -148,8 +138,14 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
     known = {key: option for option in options.flags() if not option.alone for key in option.keys}
     settings, found = dict(settings), []
     for option in options.flags():
+        given = settings.get(option.key)
+        if option.sets and isinstance(given, list) and len(given) == len(option.sets):
+            settings |= zip(option.sets, settings.pop(option.key), strict=True)
         values = [settings.pop(name, None) for name in option.sets]
-        if any(value is not None for value in values) and (text := _text(option, values)):
+        for name, value in zip(option.sets, values, strict=True):
+            if not options.named(name).suits(value):
+                raise _wrong(option, name, value)
+        if any(value is not None for value in values) and (text := option.text(*values)):
             settings[option.key] = text
     for key, value in settings.items():
         if key not in known:
@@ -163,32 +159,18 @@ def _argument(option: Option, key: str, value: Any) -> list[str]:
     flag, stands_alone = option.flags[0], option.is_switch or option.value_is_optional
     if option.is_switch and key == option.name and option.default and isinstance(value, bool):
         value = not value  # prompt_cache: false is --no-prompt-cache
-    if value in (None, []) or (value is False and stands_alone):
+    if value is None or (value == [] and option.suits(value)) or (value is False and stands_alone):
         return []
     if value is True and stands_alone:
         return [flag]
-    if isinstance(value, list) and option.repeats:
+    if isinstance(value, list) and option.repeats and option.suits(value):
         return [f"{flag}={entry}" for entry in value]
-    if isinstance(value, list):
-        value = _text(option, value)
-    if isinstance(value, bool | Mapping) or option.is_switch:
-        expected = "true or false" if option.is_switch else "a value"
-        raise UsageError(f"{key!r} is {json.dumps(value)}, expected {expected}")
-    return [f"{flag}={value}"]
+    is_value = option.suits(value) and not (option.sets or isinstance(value, bool))
+    if option.is_switch or not (is_value or isinstance(value, str)):
+        raise _wrong(option, key, value)
+    return [f"{flag}={option.text(*value) if isinstance(value, list) else value}"]
 
 
-def _text(option: Option, values: list[Any]) -> str:
-    try:
-        return option.text(*values)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{option.label} cannot be {json.dumps(values)}: {error}") from error
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; a key that is given twice would be ignored once."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise UsageError(f"the key {key!r} is given twice")
-        found[key] = value
-    return found
+def _wrong(option: Option, key: str, value: Any) -> UsageError:
+    expected = "true or false" if option.is_switch else f"a value as in {option.flags[0]} {option.metavar}"
+    return UsageError(f"{key!r} is {json.dumps(value)}, expected {expected}")

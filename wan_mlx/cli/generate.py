@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, options
+from ..errors import UsageError
 from ..events import Finished
 from ..media.write import check_output
 from ..planning.choose import plan
@@ -32,13 +33,13 @@ from .jobs import (
     watch,
 )
 from .summary import describe, tell_downloads, tell_watching
-from .terminal import FAILURE, Terminal
+from .terminal import FAILURE, Terminal, write
 
 
 def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     """Do what the flags ask for; returns the exit code."""
     if args.version:
-        print(f"wan_mlx {__version__}, mlx {mlx_version()}, python {sys.version.split()[0]}")
+        write(f"wan_mlx {__version__}, mlx {mlx_version()}, python {sys.version.split()[0]}")
         return 0
     check_flags(args)
     if args.plan:
@@ -91,6 +92,8 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
 
 def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, interrupts: Interrupts) -> int:
     """``--resume FILE``: go on with the run that was making FILE, as it was asked for; returns the exit code."""
+    if args.plan:
+        raise UsageError("--plan does not go with --resume: the plan of a run that goes on is the one it has")
     output = Path(args.resume.removesuffix(ENDING) if args.resume.endswith(ENDING) else args.resume)
     folder = RunFolder(output)
 
@@ -135,5 +138,6 @@ def show_plan(args: argparse.Namespace) -> int:
     width, height = args.size or (None, None)
     frames = 1 if still else args.num_frames
     found = plan(args.model, width, height, frames, measure=True, **{name: getattr(args, name) for name in same})
-    print(found)
+    for line in str(found).splitlines():
+        write(line)
     return 0 if found.fits else FAILURE

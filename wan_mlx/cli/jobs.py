@@ -19,18 +19,23 @@ from ..prompts.extend import Extension
 from ..runs.folder import RunFolder
 from ..runs.job import Job
 from ..types import Request
-from .flags import MODEL_HELP
 from .interrupt import Interrupts
 from .summary import tell_downloads
 from .terminal import SUSPECT, Terminal
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse what is not there, and what says too little."""
+    """Refuse what is not there, what says too little, and what would have no effect."""
     if args.model is None:
-        raise UsageError(MODEL_HELP)
+        raise UsageError(f"--model is missing: {options.MODEL_NAME.help}; `wan-mlx models` lists those released")
     if args.prompt is None and not args.plan:
         raise UsageError("--prompt is missing: say what the video should show")
+    names = options.flag_names()
+    for option in options.flags():
+        given = getattr(args, option.key) != option.default
+        if given and option.needs and not any(getattr(args, need) for need in option.needs):
+            needed = " or ".join(names[need] for need in option.needs if need != "use_prompt_extend")
+            raise UsageError(f"{option.flags[0]} has no effect without {needed}; give that, or leave it out")
 
 
 def extension_of(args: argparse.Namespace) -> Extension | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import Any
 
 from ..hub.resolve import is_cached
 from ..presets import PRESETS, Preset
+from .flags import Parser
 
 TASKS = {"t2v": "text to video", "i2v": "image to video", "flf2v": "first and last frame", "vace": "editing (VACE)"}
 
@@ -30,7 +30,7 @@ def row_of(preset: Preset) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """Print the table, or with ``--json`` one JSON array."""
-    parser = argparse.ArgumentParser(prog="wan-mlx models", description="Released models and what is on this machine.")
+    parser = Parser(prog="wan-mlx models", description="Released models and what is on this machine.")
     parser.add_argument("--json", action="store_true", help="print a JSON array")
     args = parser.parse_args(argv)
     rows = [row_of(preset) for preset in PRESETS.values()]

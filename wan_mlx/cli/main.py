@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 
 from .. import check_backend
@@ -11,7 +12,7 @@ from ..errors import Stopped
 from .config_file import config_arguments
 from .flags import build_parser, given_flags
 from .interrupt import Interrupts
-from .terminal import INTERRUPTED, Terminal, explain
+from .terminal import INTERRUPTED, Terminal, explain, say_logs
 
 # What ``wan-mlx`` does besides: first argument → module whose ``main`` takes the rest.
 COMMANDS = {"models": ".list_models", "doctor": ".doctor", "completion": ".completion",
@@ -24,7 +25,11 @@ def main(argv: list[str] | None = None) -> int:
     0; 1: failed; 2: wrong usage; 3: the video was written, but it is black, flat or saturated; 130: interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
-    say = Terminal()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding lacks
+    say = Terminal(as_json="--json" in argv)
+    say_logs("--verbose" in argv)
     try:
         if argv and argv[0] in COMMANDS:
             command, *rest = argv

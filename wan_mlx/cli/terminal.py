@@ -12,8 +12,9 @@ import logging
 import os
 import sys
 import time
+from typing import TextIO
 
-from ..errors import UsageError, WanError, is_out_of_memory
+from ..errors import UsageError, WanError, is_out_of_memory, printable
 from ..events import Event, Failed, Finished, Note, Previewed, Progress
 
 USAGE, FAILURE, SUSPECT, INTERRUPTED = 2, 1, 3, 130  # exit codes
@@ -21,6 +22,22 @@ RED, DIM, PLAIN = "\033[31m", "\033[2m", "\033[0m"
 LABEL_WIDTH = 10  # of the lines that say what will run
 PROGRESS_EVERY = 0.5  # seconds
 LESS_MEMORY = "try --memory with less than this machine has, --quantize q8 or q4, a smaller --size or fewer --frames"
+
+
+def write(text: object, label: str = "", colour: str = "", to: str = "stdout") -> None:
+    """Print a line, whatever is in it (`errors.printable`), behind a label in colour.
+
+    A stream that is closed, full, or whose reader has gone is no reason for anything else to fail.
+    """
+    stream: TextIO | None = getattr(sys, to)
+    if stream is None:
+        return
+    plain = not colour or "NO_COLOR" in os.environ or not stream.isatty()
+    label = label if plain else f"{colour}{label}{PLAIN}"
+    try:
+        print(f"{label}{printable(text)}", file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python would complain once more as it ends
 
 
 class Terminal:
@@ -39,9 +56,7 @@ class Terminal:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Terminal:
-        """As the flags ``--quiet``, ``--verbose`` and ``--json`` ask for."""
-        if args.verbose:
-            logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s", level=logging.INFO, force=True)
+        """As the flags ``--quiet`` and ``--json`` ask for."""
         return cls(args.quiet and not args.dry_run, args.json)
 
     def __call__(self, event: Event) -> None:
@@ -50,13 +65,13 @@ class Terminal:
         elif isinstance(event, Note):
             self._say_note(event)
         elif isinstance(event, Failed):
-            print(f"{_coloured('error:', RED)} {event.message}", file=sys.stderr)
+            write(event.message, "error: ", RED, "stderr")
         elif isinstance(event, Previewed):
             self._previews.append(event)
         elif isinstance(event, Finished):
             if self.details:
                 self._say_stages(event)
-            print(event.output, flush=True)
+            write(event.output)
 
     def note(self, text: str, important: bool = False) -> None:
         """A line that helps and is not the result; an ``important`` one is said even to who wants quiet."""
@@ -72,13 +87,16 @@ class Terminal:
             if time.monotonic() < self._progress_at + PROGRESS_EVERY:
                 return
             self._progress_at = time.monotonic()
-        print(json.dumps(event.as_json(), ensure_ascii=False), flush=True)
+        write(json.dumps(event.as_json()))
 
     def _say_note(self, event: Note) -> None:
         if event.important or not self.quiet:
-            label, rest = event.text[:LABEL_WIDTH], event.text[LABEL_WIDTH:]
-            is_label = rest and label.endswith(" ") and label.strip().isalpha()
-            print(_coloured(label, DIM) + rest if is_label else event.text, file=sys.stderr)
+            text = event.text.removeprefix("\n")
+            if text != event.text:
+                write("", to="stderr")
+            label, rest = text[:LABEL_WIDTH], text[LABEL_WIDTH:]
+            is_label = bool(rest) and label.endswith(" ") and label.strip().isalpha()
+            write(rest if is_label else text, label if is_label else "", DIM, "stderr")
 
     def _say_stages(self, finished: Finished) -> None:
         for report in finished.reports:
@@ -98,13 +116,30 @@ def explain(error: Exception) -> tuple[str, int]:
     if is_out_of_memory(error):
         return f"out of memory ({error}); {LESS_MEMORY}", FAILURE
     if isinstance(error, UsageError | ValueError):
-        return str(error), USAGE
+        return shortened(str(error)), USAGE
     if isinstance(error, WanError | ImportError):
-        return str(error), FAILURE
+        return shortened(str(error)), FAILURE
+    if isinstance(error, OSError) and error.strerror:
+        return shortened(f"{error.filename or 'the system'}: {error.strerror}"), FAILURE
     # A bug, or the machine's own failure.
     return f"{type(error).__name__}: {error} (run again with --debug for the traceback)", FAILURE
 
 
-def _coloured(text: str, colour: str) -> str:
-    plain = "NO_COLOR" in os.environ or not sys.stderr.isatty()
-    return text if plain else f"{colour}{text}{PLAIN}"
+def shortened(text: str, most: int = 1000) -> str:
+    """Without the middle, if it is very long: some names are."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+def say_logs(verbose: bool) -> None:
+    """Have what the package logs said: warnings, or with ``--verbose`` everything, of other packages too."""
+    if verbose:
+        logging.basicConfig(handlers=[_Logged()], level=logging.INFO, force=True)
+    logging.getLogger("wan_mlx").handlers = [] if verbose else [_Logged()]
+
+
+class _Logged(logging.Handler):
+    """Says what is logged: a warning as it is, anything else behind the module's name."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        origin = "" if record.levelno >= logging.WARNING else f"{record.name}: "
+        write(f"{origin}{record.getMessage()}", to="stderr")

@@ -9,7 +9,6 @@ without its scale, is an error, so that it cannot cause a wrong picture.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import WeightsError, some
+from ..storage import parse_json
 from .base import ByteRange, WeightsFile
 
 FP8 = ("F8_E4M3", "F8_E5M2")
@@ -120,8 +120,8 @@ def _formats(file: WeightsFile) -> Iterator[tuple[str, Any]]:
 
 def _json(file: WeightsFile, what: str, text: str | bytes) -> dict:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except (ValueError):
         value = None
     if not isinstance(value, dict):
         raise WeightsError(f"{file.path}: {what} is not a JSON object; download it again")

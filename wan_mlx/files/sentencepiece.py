@@ -8,7 +8,6 @@ place of the model. Both of those have every piece with score and kind, and the 
 from __future__ import annotations
 
 import base64
-import json
 import os
 import re
 from pathlib import Path
@@ -18,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import WeightsError
+from ..storage import parse_json
 from .base import WeightsFile
 from .open import ShardedFile, format_of, open_weights
 
@@ -111,7 +111,7 @@ def _is_filling(text: Any, score: Any, kind: Any) -> bool:
 def _from_json(path: Path, data: bytes) -> bytes:
     """From a ``tokenizer.json`` of the tokenizers library, without its final ``<extra_id_n>``."""
     try:
-        config = json.loads(data)
+        config = parse_json(data)
         model, added = config["model"], config.get("added_tokens") or []
         if model["type"] != "Unigram":
             raise WeightsError(f"{path}: a tokenizer of the type {str(model['type'])[:40]}, expected Unigram")
@@ -120,7 +120,7 @@ def _from_json(path: Path, data: bytes) -> bytes:
         # transformers 5 always stores 2, which is umT5's <s>.
         unknown = next((i for i, (text, _) in enumerate(vocab) if text == "<unk>"), int(model["unk_id"]))
         charsmap = _charsmap(config.get("normalizer"))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise WeightsError(f"{path}: damaged, or not the tokenizer.json of umT5; give its spiece.model") from None
     while vocab and _EXTRA_ID.fullmatch(vocab[-1][0]):
         vocab.pop()

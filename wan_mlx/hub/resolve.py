@@ -231,7 +231,7 @@ def _is_whole(folder: Path, parts: Collection[str]) -> bool:
     try:
         indexes = [name for name in needed_files(names, str(folder), parts) if name.endswith(".index.json")]
         shards = [shard for name in indexes for shard in shards_of(folder / name)]
-    except (WeightsError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (WeightsError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return all(shard.is_file() for shard in shards)
 

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ..errors import SamplingError, WanError, closest
-from ..storage import publish
+from ..storage import parse_json, publish
 from .read import file_url, open_picture, start_ffmpeg
 
 ENDINGS = (".mp4", ".gif", ".webp", ".png", ".npz")
@@ -251,8 +251,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist, expected a file")
     try:
-        settings = json.loads(READERS[path.suffix.lower()](path))
-    except (KeyError, ValueError, OSError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
+        settings = parse_json(READERS[path.suffix.lower()](path))
+    except Exception as error:  # of many kinds: Pillow's, numpy's, zipfile's
         raise ValueError(f"{path} holds no settings of wan_mlx, or is damaged ({error})") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings of wan_mlx, expected a JSON object")

@@ -30,11 +30,11 @@ def parse_memory(memory: str | int | None) -> int | None:
     if isinstance(memory, int) and not isinstance(memory, bool):
         size = memory
     elif match and match[2].upper() in UNITS:
-        size = round(float(match[1]) * UNITS[match[2].upper()])
+        size = round(min(float(match[1]), 1e15) * UNITS[match[2].upper()])
     else:
         raise ValueError(f"memory is {memory!r}, expected auto or a size such as 8GB")
-    if size < 100_000_000:
-        raise ValueError(f"memory is {memory!r}, expected at least 100MB")
+    if not 1e8 <= size <= 1e15:
+        raise ValueError(f"memory is {str(memory):.40}, expected at least 100MB and at most 1000TB")
     return size
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import json
 import logging
 import re
 import tempfile
@@ -23,6 +22,7 @@ from PIL import Image
 
 from ..errors import WanError
 from ..media.read import read_image
+from ..storage import parse_json
 from ..types import Request, Source
 from .instructions import INSTRUCTIONS, LANGUAGES
 
@@ -95,7 +95,7 @@ class PromptExtender:
     def __enter__(self) -> PromptExtender:
         folder = _folder_of(self.model)
         try:
-            sees = "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            sees = "vision_config" in parse_json((folder / "config.json").read_text(encoding="utf-8"))
             self.shows = sees and self.pictures
             if self.shows and not _has_vlm():
                 raise ImportError(f"{self.model} needs mlx-vlm to see the picture: pip install 'wan-mlx[vlm]'")

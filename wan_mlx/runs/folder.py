@@ -40,6 +40,7 @@ import numpy as np
 from .. import cuda, storage
 from ..errors import BusyError, WanError, is_out_of_memory, some
 from ..files.safetensors import load_arrays
+from ..storage import parse_json
 from ..types import Conditioning, RunState, Step
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ class RunFolder:
     def _read(self) -> dict[str, Any] | None:
         path = self.path / "run.json"
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = parse_json(path.read_text(encoding="utf-8"))
             if not isinstance(record, dict):
                 raise ValueError("no JSON object")
             if "settings" in record and "run" not in record:
@@ -187,7 +188,7 @@ class RunFolder:
                 raise ValueError("it is not as it was written")
         except FileNotFoundError:
             return None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise WanError(f"{path} is damaged ({error}); remove {self.path} to start anew") from error
         return record
 
@@ -247,7 +248,7 @@ class RunFolder:
             elif metadata["record"] not in (record["digest"], *record["before"]):
                 fault = "is of a run.json that has been changed since"
             else:
-                return arrays, json.loads(metadata["about"])
+                return arrays, parse_json(metadata["about"])
         except (WanError, RuntimeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..types import SOURCE_FIELDS, Conditioning, Encoders, Request
 from . import i2v, t2v, vace
@@ -15,7 +16,7 @@ class Task:
 
     Attributes:
         condition: Request and encoders → Conditioning.
-        takes: the sources it accepts; others are refused.
+        takes: the sources, and what scales them, that it accepts; others are refused.
         fit: Request → the same with size and length taken from its sources.
 
     ``condition`` and ``fit`` raise ValueError if a source is missing, cannot be read or does not suit the request.
@@ -30,7 +31,7 @@ TASKS: dict[str, Task] = {
     "t2v": Task(t2v.condition, ("video",), t2v.fit),
     "i2v": Task(i2v.condition, ("image",), i2v.fit),
     "flf2v": Task(i2v.condition, ("image", "last_image"), i2v.fit_first_and_last),
-    "vace": Task(vace.condition, ("src_video", "src_mask", "src_ref_images"), vace.fit),
+    "vace": Task(vace.condition, ("src_video", "src_mask", "src_ref_images", "context_scale"), vace.fit),
 }
 
 
@@ -41,9 +42,10 @@ def fit_sources(request: Request) -> Request:
         ValueError: a source is missing, cannot be read, or does not belong to this task.
     """
     task = TASKS[request.task]
-    for name in (*SOURCE_FIELDS, "src_ref_images"):
+    absent: dict[str, Any] = {name: None for name in SOURCE_FIELDS} | {"src_ref_images": (), "context_scale": 1.0}
+    for name, nothing in absent.items():
         source = getattr(request, name)
-        given = len(source) > 0 if isinstance(source, tuple) else source is not None
+        given = source is not None if nothing is None else source != nothing
         if given and name not in task.takes:
             takes, users = ", ".join(task.takes), ", ".join(other for other, row in TASKS.items() if name in row.takes)
             raise ValueError(f"{name} was given to a {request.task} model, which takes {takes}; it is for {users}")

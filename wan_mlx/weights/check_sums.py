@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import WanError, WeightsError
 from ..events import Listener, Progress, unheard
-from ..storage import sha256, shards_of, whole_file
+from ..storage import parse_json, sha256, shards_of, whole_file
 from .checkpoint import MLX_FORMAT, read_config
 
 log = logging.getLogger(__name__)
@@ -137,8 +137,8 @@ def _run(checks: Mapping[Path, Callable[[Advance], str | None]], listener: Liste
 def _remembered(folder: Path | None) -> dict[str, Any]:
     """A file's place → size, time, inode and SHA-256 when it was right."""
     try:
-        known = json.loads((folder / REMEMBERED).read_bytes()) if folder else {}
-    except (OSError, ValueError, RecursionError):
+        known = parse_json((folder / REMEMBERED).read_bytes()) if folder else {}
+    except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
 

@@ -7,7 +7,6 @@ recognised by their keys, never by their names.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from ..errors import WeightsError
 from ..files.open import ShardedFile, format_of, open_weights
 from ..files.sentencepiece import find_tokenizer, has_tokenizer
 from ..presets import COMFYUI_PARTS, DIFFUSERS_FILES, MLX_FILES, NETWORKS, OFFICIAL_FILES, PARTS
+from ..storage import parse_json
 from .component import ComponentWeights, open_component
 from .configs import network_config
 
@@ -300,9 +300,9 @@ def _weight_files(folder: Path) -> Iterator[Path]:
 
 def _shard_names(index: Path) -> set[str]:
     try:
-        owners = json.loads(index.read_bytes()).get("weight_map")
+        owners = parse_json(index.read_bytes()).get("weight_map")
         return {name for name in owners.values() if isinstance(name, str)}
-    except (ValueError, AttributeError, OSError, RecursionError):
+    except (ValueError, AttributeError, OSError):
         return set()
 
 
@@ -375,8 +375,8 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
             raise WeightsError(f"{path} is {size:,} bytes, expected a configuration of at most {MAX_CONFIG_BYTES:,}")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise WeightsError(f"{path} is not readable JSON: {str(error)[:200]}") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} holds a {type(config).__name__}, expected a JSON object")

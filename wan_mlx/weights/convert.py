@@ -26,7 +26,7 @@ from .. import __version__
 from ..errors import WeightsError, some
 from ..files.sentencepiece import read_tokenizer
 from ..presets import MLX_FILES, NETWORKS, PRESETS
-from ..storage import MARKER, fingerprint, free_space, gigabytes, new_folder
+from ..storage import MARKER, fingerprint, free_space, gigabytes, new_folder, parse_json
 from .checkpoint import MLX_FORMAT, MLX_VERSION, Checkpoint, open_checkpoint
 from .component import MLX_LAYOUT, SAFETENSORS_NAMES, beside
 from .load import Progress, no_progress, open_network, parse_dtype
@@ -129,9 +129,9 @@ def check_target(out: str | Path, overwrite: bool = False, model: str | None = N
     if not overwrite:
         raise ValueError(f"{out} exists already; give a new folder, or --overwrite (overwrite=True) to replace it")
     try:
-        config = json.loads((out / "config.json").read_bytes())
+        config = parse_json((out / "config.json").read_bytes())
         ours = {*config["files"], *CONVERTED} if config["format"] == MLX_FORMAT and not is_link else set()
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         ours = set()
     if not ours:
         raise ValueError(f"{out} is no MLX folder, so it is not replaced; give a new folder")

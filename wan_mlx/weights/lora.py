@@ -7,7 +7,6 @@ own parameters. A key without a match is an error; keys of a text encoder are re
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -23,7 +22,7 @@ from ..errors import WeightsError, some
 from ..files.base import WeightsFile
 from ..files.fp8 import FP8, fold
 from ..files.open import open_weights
-from ..storage import sha256
+from ..storage import parse_json, sha256
 from ..types import LoraChoice
 from .component import only_zeros
 from .layouts import LAYOUTS, pattern
@@ -362,17 +361,17 @@ class _PeftConfig:
         beside, entries = file.path.parent / PEFT_CONFIG, {}
         try:
             if "lora_adapter_metadata" in file.metadata:
-                found = json.loads(file.metadata["lora_adapter_metadata"])
+                found = parse_json(file.metadata["lora_adapter_metadata"])
                 entries = {key.removeprefix("transformer."): value for key, value in found.items()}
             elif file.path.name == FOLDER_FILES[0] and beside.is_file():
-                entries = json.loads(beside.read_text(encoding="utf-8"))
+                entries = parse_json(beside.read_text(encoding="utf-8"))
             names = entries.get("alpha_pattern") or {}
             alphas = {"." + key.strip("^$").replace("\\.", "."): float(value) for key, value in names.items()}
             if entries.get("lora_alpha") is not None:
                 alphas[""] = float(entries["lora_alpha"])
             if not all(map(math.isfinite, alphas.values())):
                 raise ValueError("an alpha is not finite")
-        except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, OSError) as error:
             raise WeightsError(f"{file.path}: its LoRA configuration cannot be read ({error})") from None
         if entries.get("use_dora"):
             raise WeightsError(f"{file.path}: a DoRA, which is not supported, only LoRA")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from ..errors import WeightsError
 from ..models.quantized_linear import MODE_NAMES, Packing
+from ..storage import parse_json
 
 # The matrices of the blocks, nearly all of the bytes. Weights outside the blocks, norms and modulation are not
 # quantised: they are few bytes, and every token of every step passes through them.
@@ -53,9 +54,9 @@ class Quantization:
         if "quantization" not in metadata:
             return None
         try:
-            entry = json.loads(metadata["quantization"])
+            entry = parse_json(metadata["quantization"])
             return cls(str(entry["mode"]), {str(k): Packing.parse(v) for k, v in entry["packings"].items()})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{path}: its quantization entry is damaged ({error}); convert it again") from None
 
 
