@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +15,8 @@ from ..cuda.forward import DeferredFrees
 from .execution import Pacer
 from .vae import VAE, AttentionBlock, Downsample, ResidualBlock, Upsample, flow
 from .vae_layers import CausalCache, CausalConv, TemporalConv, check_latents, convolve
+
+T = TypeVar("T")
 
 # The one attention head is 384 wide, too wide for fused kernels: this many scores at a time (64 MB in float32).
 SCORES_AT_ONCE = 1 << 24
@@ -44,6 +47,7 @@ class PacedCache(CausalCache):
     def __init__(self, ahead: bool = False):
         super().__init__()
         self._not_made: list[mx.array] = []  # copies of frames, not yet submitted
+        self._derived: dict[int, Any] = {}  # of a layer, from its weights
         self._ahead = ahead and mx.default_device() == mx.gpu
         self._pacer = Pacer()
         self._frees = DeferredFrees(DEFERRED_AHEAD if self._ahead else DEFERRED)
@@ -60,6 +64,12 @@ class PacedCache(CausalCache):
             self._pacer.finish()
         self._frees.limit()
         return y
+
+    def derived(self, layer: nn.Module, make: Callable[[], T]) -> T:
+        """``make()``, from the layer's weights: made once in this pass."""
+        if id(layer) not in self._derived:
+            self._derived[id(layer)] = make()
+        return self._derived[id(layer)]
 
     def keep(self, layer: nn.Module, *frames: mx.array) -> None:
         super().keep(layer, *frames)
@@ -125,7 +135,8 @@ def run_layer(layer: Callable, x: mx.array, cache: PacedCache) -> mx.array | Ite
         return attend_within_frames(layer, x)
     if isinstance(layer, Upsample):
         # Four times the pixels, half the width. No variable holds a result: it is as large as the frames made from it.
-        phases, batches = layer.phase_weights(), in_batches(layer.in_time(x, cache), scale=2)
+        phases = cache.derived(layer, layer.phase_weights)
+        batches = in_batches(layer.in_time(x, cache), scale=2)
         return (cache.pace(layer.in_space(frames, phases)) for frames in batches)
     if isinstance(layer, Downsample):
         return layer.in_time(cache.pace(layer.in_space(x)), cache)
@@ -141,7 +152,11 @@ def convolve_in_eights(conv: CausalConv, x: mx.array, cache: PacedCache) -> mx.a
     missing = -width % 8 if mx.default_device() == mx.gpu else 0
     if not missing:
         return conv(x, cache)
-    *taps, bias = (mx.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (*conv.taps(), conv.bias))
+
+    def padded() -> list[mx.array]:
+        return [mx.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (*conv.taps(), conv.bias)]
+
+    *taps, bias = cache.derived(conv, padded)
     return convolve(cache.look_back(conv, x), taps, bias)[..., :width]
 
 
