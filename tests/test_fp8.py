@@ -133,13 +133,13 @@ def bad(**tensors):
         (bad(a__weight=("I8", CODES), a__weight_scale=SCALAR), None, "which is I8"),
         (bad(a__weight=W, a__weight_scale=SCALAR, b__weight=W), None, "no scale: b.weight"),
         (bad(a__weight=W, scaled_fp8=("F8_E4M3", np.zeros(0))), None, "no scale: a.weight"),
-        (bad(a__weight=W, a__comfy_quant=json_tensor({"format": "nvfp4"})), None, "stored as nvfp4"),
+        (bad(a__weight=W, a__comfy_quant=json_tensor({"format": "nvfp4"})), None, "stored as 'nvfp4'"),
         (
             bad(a__weight=("I8", CODES), a__comfy_quant=json_tensor({"format": "int8_tensorwise"})),
             None,
             "int8_tensorwise",
         ),
-        (bad(a__weight=W, a__comfy_quant=json_tensor({})), None, "stored as None"),
+        (bad(a__weight=W, a__comfy_quant=json_tensor({})), None, "stored as 'None'"),
         (bad(a__weight=W, a__comfy_quant=json_tensor([1])), None, "not a JSON object"),
         (bad(a__weight=W, a__comfy_quant=("U8", [123, 255])), None, "not a JSON object"),
         (bad(a__weight=W, a__comfy_quant=("F32", [1.0])), None, "expected JSON in U8"),
@@ -152,8 +152,8 @@ def bad(**tensors):
         ),
         (bad(a__weight=W), {"_quantization_metadata": "{"}, "not a JSON object"),
         (bad(a__weight=W), {"_quantization_metadata": '{"layers": 3}'}, "dict of layers"),
-        (bad(a__weight=W), {"_quantization_metadata": '{"layers": {"a": {"format": "mxfp8"}}}'}, "stored as mxfp8"),
-        (bad(a__weight=W), {"_quantization_metadata": '{"layers": {"a": 3}}'}, "stored as None"),
+        (bad(a__weight=W), {"_quantization_metadata": '{"layers": {"a": {"format": "mxfp8"}}}'}, "stored as 'mxfp8'"),
+        (bad(a__weight=W), {"_quantization_metadata": '{"layers": {"a": 3}}'}, "stored as 'None'"),
     ],
 )
 def test_scales_that_do_not_fit_are_refused(tmp_path, tensors, metadata, word):

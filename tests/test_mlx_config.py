@@ -34,12 +34,12 @@ def folder(written, tmp_path):
     "changes, words",
     [
         ({"transformer": []}, "config.json says transformer = [], which is of the wrong kind"),
-        ({"vae": "x"}, "config.json says vae = x, which"),
+        ({"vae": "x\n"}, r"config.json says vae = 'x\n', which"),
         ({"model": {}}, "config.json says model = {}, which"),
         ({"quantization": []}, "config.json says quantization = [], which"),
         ({"files": []}, "config.json says files = [], which"),
         ({"version": 999}, "config.json says version = 999; it was made by a newer wan_mlx: update this one"),
-        ({"version": "1.5"}, "config.json says version = 1.5; expected 1"),
+        ({"version": "1.5"}, "config.json says version = '1.5'; expected 1"),
     ],
 )
 def test_entries_of_the_wrong_kind(folder, changes, words):

@@ -250,7 +250,7 @@ def test_sharded_set(sharded):
     assert "'d'" in refusal(file.path, lambda _: file.read("d"))
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../1.safetensors", "..", ".", "", "x/1.safetensors", "x\\y", 3, None])
+@pytest.mark.parametrize("name", ["/a", "../1.safetensors", "..", ".", "", "x/1.safetensors", "x\\y", "x\n", 3])
 def test_shard_names_stay_in_the_folder(sharded, name):
     assert "plain file name" in refusal(sharded(a=name))
 

@@ -108,7 +108,8 @@ def test_files_without_a_tokenizer(tmp_path, two):
     refusal(tmp_path / "nowhere.model", read_tokenizer)
     bad = write_safetensors(tmp_path / "x.safetensors", {"spiece_model": entry("F32", [1], 0, 4)}, bytes(4))
     assert "expected bytes" in refusal(bad, read_tokenizer)
-    for content in ("{}", '{"model": {"type": "BPE"}}', '{"model": 3}', "{" * 100_000):
+    huge = '{"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", 1%s]]}}' % ("0" * 400)
+    for content in ("{}", huge, '{"model": {"type": "BPE"}}', '{"model": 3}', "{" * 100_000):
         (tmp_path / "tokenizer.json").write_text(content)
         refusal(tmp_path / "tokenizer.json", read_tokenizer)
     with open(tmp_path / "huge.model", "wb") as file:

@@ -93,7 +93,7 @@ def _check_formats(file: WeightsFile) -> None:
         name = declared.get("format") if isinstance(declared, dict) else None
         if name not in FORMATS:
             raise WeightsError(
-                f"{file.path}: {layer} is stored as {str(name)[:40]}, which is not supported; "
+                f"{file.path}: {layer} is stored as {str(name)[:40]!r}, which is not supported; "
                 f"expected {' or '.join(FORMATS)} (or give the bf16, fp16 or GGUF file)"
             )
         if extra := sorted(declared.keys() - _HARMLESS):

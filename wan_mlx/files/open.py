@@ -87,7 +87,8 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         raise WeightsError(f"{path}: JSON without a weight_map; expected the index of a sharded checkpoint")
     check_names(path, owners)
     for name in owners.values():
-        if not isinstance(name, str) or name in ("", ".", "..") or len(name) > 255 or any(c in name for c in "/\\\0"):
+        plain = isinstance(name, str) and name.isprintable() and 0 < len(name) <= 255 and not set(name) & set("/\\")
+        if not plain or name in (".", ".."):
             raise WeightsError(f"{path}: the shard name {str(name)[:80]!r} is not a plain file name in its own folder")
     return owners
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -120,9 +121,9 @@ def _parse_entry(path: Path, key: str, entry: Any) -> tuple[TensorInfo, int, int
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise WeightsError(f"{path}: {key[:200]!r} has dtype {str(dtype)[:40]!r}; known are {', '.join(ITEMSIZE)}")
     if not _is_counts(shape) or len(shape) > MAX_NDIM or any(n > MAX_DIM for n in shape):
-        raise WeightsError(f"{path}: {key[:200]!r} has shape {str(shape)[:80]}; expected a list of sizes below 2**31")
+        raise WeightsError(f"{path}: {key[:200]!r} has shape {reprlib.repr(shape)}; expected sizes below 2**31")
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise WeightsError(f"{path}: {key[:200]!r} has data_offsets {str(offsets)[:80]}; expected [begin, end]")
+        raise WeightsError(f"{path}: {key[:200]!r} has data_offsets {reprlib.repr(offsets)}; expected [begin, end]")
     info, size = TensorInfo(tuple(shape), dtype), offsets[1] - offsets[0]
     if size != info.nbytes:
         raise WeightsError(f"{path}: {key[:200]!r} is {size:,} bytes; {dtype} of shape {shape} needs {info.nbytes:,}")

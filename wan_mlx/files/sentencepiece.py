@@ -114,13 +114,13 @@ def _from_json(path: Path, data: bytes) -> bytes:
         config = parse_json(data)
         model, added = config["model"], config.get("added_tokens") or []
         if model["type"] != "Unigram":
-            raise WeightsError(f"{path}: a tokenizer of the type {str(model['type'])[:40]}, expected Unigram")
+            raise WeightsError(f"{path}: a tokenizer of the type {str(model['type'])[:40]!r}, expected Unigram")
         special = {token["content"] for token in added if token["special"]} | {"<pad>", "</s>", "<s>"}
         vocab = [(str(text), float(score)) for text, score in model["vocab"]]
         # transformers 5 always stores 2, which is umT5's <s>.
         unknown = next((i for i, (text, _) in enumerate(vocab) if text == "<unk>"), int(model["unk_id"]))
         charsmap = _charsmap(config.get("normalizer"))
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise WeightsError(f"{path}: damaged, or not the tokenizer.json of umT5; give its spiece.model") from None
     while vocab and _EXTRA_ID.fullmatch(vocab[-1][0]):
         vocab.pop()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -390,8 +391,8 @@ def _check_mlx(path: Path, config: dict[str, Any]) -> None:
     if version != MLX_VERSION:
         newer = type(version) is int and version > MLX_VERSION
         why = "it was made by a newer wan_mlx: update this one" if newer else f"expected {MLX_VERSION}"
-        raise WeightsError(f"{path} says version = {str(version)[:60]}; {why}")
+        raise WeightsError(f"{path} says version = {reprlib.repr(version)}; {why}")
     allowed: dict[str, tuple[type, ...]] = {"model": (str,), "quantization": (str, dict)}
     for name, kinds in (allowed | dict.fromkeys((*NETWORKS, "files"), (dict,))).items():
         if not isinstance(config.get(name), (*kinds, NoneType)):
-            raise WeightsError(f"{path} says {name} = {str(config[name])[:60]}, which is of the wrong kind")
+            raise WeightsError(f"{path} says {name} = {reprlib.repr(config[name])}, which is of the wrong kind")

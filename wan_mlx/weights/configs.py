@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import lru_cache
@@ -70,7 +71,7 @@ def _said(config_class, config: Mapping[str, Any], path: Path) -> dict[str, Any]
                 "a number above 0" if isinstance(field.default, float) else f"a size from 1 to {LARGEST_SIZE - 1:,}"
             )
         if not fits:
-            raise WeightsError(f"{path}: config.json says {field.name} = {str(value)[:60]}, expected {wanted}")
+            raise WeightsError(f"{path}: config.json says {field.name} = {reprlib.repr(value)}, expected {wanted}")
         said[field.name] = value
     return said
 
@@ -79,7 +80,7 @@ def _merge(config_class, found: dict[str, Any], said: Mapping[str, Any], path: P
     """``found`` in the weights plus other values ``said`` by config.json; a contradiction is an error."""
     for key, value in found.items():
         if key in said and said[key] != value:
-            raise WeightsError(f"{path}: config.json says {key} = {said[key]}, but the weights have {value}")
+            raise WeightsError(f"{path}: config.json says {key} = {said[key]!r}, but the weights have {value}")
         sizes = value if isinstance(value, tuple) else (value,)
         least = 0 if isinstance(value, tuple) else 1  # tuples may list layers, which count from 0
         if any(type(size) is int and not least <= size < LARGEST_SIZE for size in sizes):
