@@ -260,7 +260,7 @@ STEP_ERRORS |= {"mxfp8": 0.05, "mxfp4": 0.25, "nvfp4": 0.2, "none": 0.0}
 
 def sampled(quantize):
     """Latents after one step of a picture."""
-    pipe = wan_mlx.WanPipeline.from_pretrained("nano", "float32", quantize, progress=False)
+    pipe = wan_mlx.WanPipeline.from_pretrained("nano", dtype="float32", quantize=quantize, progress=False)
     request = pipe.request("a red star spins", width=32, height=32, num_frames=1, steps=1, guidance_scale=1, seed=1)
     with contextlib.closing(pipe.stages(request)) as events:
         step = next(event for event in events if isinstance(event, wan_mlx.Step))
@@ -279,7 +279,7 @@ def test_q8_videos_are_within_35_db():
     options = dict(width=48, height=48, num_frames=5, steps=2, guidance_scale=3.0, seed=5)
     frames = []
     for quantize in (None, "q8"):
-        pipe = wan_mlx.WanPipeline.from_pretrained("nano", "float32", quantize, progress=False)
+        pipe = wan_mlx.WanPipeline.from_pretrained("nano", dtype="float32", quantize=quantize, progress=False)
         frames.append(pipe("a red circle moves right on a blue background", **options).frames.astype(np.float64))
     error = np.mean((frames[0] - frames[1]) ** 2)
     assert 0 < error and 10 * np.log10(255**2 / error) >= 35
