@@ -33,11 +33,11 @@ def folder(written, tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"transformer": []}, "config.json says transformer = [], which is of the wrong kind"),
-        ({"vae": "x\n"}, r"config.json says vae = 'x\n', which"),
-        ({"model": {}}, "config.json says model = {}, which"),
-        ({"quantization": []}, "config.json says quantization = [], which"),
-        ({"files": []}, "config.json says files = [], which"),
+        ({"transformer": []}, "config.json says transformer = [], expected an object"),
+        ({"vae": "x\n"}, r"config.json says vae = 'x\n', expected an object"),
+        ({"model": {}}, "config.json says model = {}, expected a preset's name"),
+        ({"quantization": []}, "config.json says quantization = [], expected a mode"),
+        ({"files": []}, "config.json says files = [], expected an object"),
         ({"version": 999}, "config.json says version = 999; it was made by a newer wan_mlx: update this one"),
         ({"version": "1.5"}, "config.json says version = '1.5'; expected 1"),
     ],

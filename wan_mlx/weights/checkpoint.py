@@ -13,7 +13,6 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from ..errors import WeightsError
@@ -392,7 +391,8 @@ def _check_mlx(path: Path, config: dict[str, Any]) -> None:
         newer = type(version) is int and version > MLX_VERSION
         why = "it was made by a newer wan_mlx: update this one" if newer else f"expected {MLX_VERSION}"
         raise WeightsError(f"{path} says version = {reprlib.repr(version)}; {why}")
-    allowed: dict[str, tuple[type, ...]] = {"model": (str,), "quantization": (str, dict)}
-    for name, kinds in (allowed | dict.fromkeys((*NETWORKS, "files"), (dict,))).items():
-        if not isinstance(config.get(name), (*kinds, NoneType)):
-            raise WeightsError(f"{path} says {name} = {reprlib.repr(config[name])}, which is of the wrong kind")
+    objects = {name: (dict, "an object") for name in (*NETWORKS, "files")}
+    wanted = {**objects, "model": (str, "a preset's name"), "quantization": (str | dict, "a mode for all or for each")}
+    for name, (kind, words) in wanted.items():
+        if not isinstance(config.get(name), kind | None):
+            raise WeightsError(f"{path} says {name} = {reprlib.repr(config[name])}, expected {words}")
