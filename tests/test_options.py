@@ -206,6 +206,14 @@ def test_signatures_and_help_name_each(face, function):
             assert taken[option.name].default is inspect.Parameter.empty
 
 
+def test_from_pretrained_takes_some_in_order():
+    assert WanPipeline.from_pretrained("nano", "float32", "q8").opened_with["quantize"] == "q8"
+    *_, last = inspect.signature(WanPipeline.from_pretrained).bind("nano", *"12345").arguments
+    assert last == "progress"
+    with pytest.raises(TypeError, match="6 options without their names"):
+        WanPipeline.from_pretrained("nano", *"123456")
+
+
 def test_from_pretrained_refuses_other_names():
     with pytest.raises(TypeError, match="no option 'quantise'; nearest: 'quantize'"):
         WanPipeline.from_pretrained("nano", quantise="q8")

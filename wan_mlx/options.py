@@ -391,23 +391,26 @@ def value_in(request: Mapping[str, Any], key: str) -> Any:
     return values[0] if not (option.sets and values[0]) else values
 
 
-def told(face: str) -> Callable[[Function], Function]:
+def told(face: str, in_order: Sequence[str] = ()) -> Callable[[Function], Function]:
     """Decorates a function that takes ``**options``, an `Unpack` of the keywords of ``face``: each of them appears in
-    its signature and docstring, for help() and notebooks."""
+    its signature and docstring, for help() and notebooks; first those that it takes ``in_order`` without their names.
+    """
 
     def tell(function: Function) -> Function:
         signature = inspect.signature(function)
         taken = [option for option in of(face) if option.name not in signature.parameters]
+        taken.sort(key=lambda option: [*in_order, option.name].index(option.name))
         named = [
             inspect.Parameter(
                 option.name,
-                inspect.Parameter.KEYWORD_ONLY,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD if option.name in in_order else inspect.Parameter.KEYWORD_ONLY,
                 default=option.default,
                 annotation=getattr(option.type, "__forward_arg__", option.type),
             )
             for option in taken
         ]
-        own = [*signature.parameters.values()][:-1]
+        several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+        own = [parameter for parameter in signature.parameters.values() if parameter.kind not in several]
         vars(function)["__signature__"] = signature.replace(parameters=[*own, *named])
         lines = [f"    {option.keyword}: {option.described}" for option in taken]
         function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Options:", *lines])

@@ -27,13 +27,16 @@ from .weights.quantize import check_mode
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of Python 3.11
 
+# Options of `WanPipeline.from_pretrained` that may be given without their names.
+IN_ORDER = ("dtype", "quantize", "memory", "preset", "progress")
+
 
 class WanPipeline(OpenedModel):
     """A Wan2.1 model, opened but not resident: calling it makes a video. Its attributes are `OpenedModel`'s."""
 
     @classmethod
-    @told(MODEL)
-    def from_pretrained(cls, model: str | Path, **options: Unpack[ModelOptions]) -> WanPipeline:
+    @told(MODEL, IN_ORDER)
+    def from_pretrained(cls, model: str | Path, *in_order: Any, **options: Unpack[ModelOptions]) -> WanPipeline:
         """Open a model.
 
         Args:
@@ -46,7 +49,9 @@ class WanPipeline(OpenedModel):
             ValueError: an option is wrong, or the model's task is not supported.
             WeightsError: the folder is incomplete, a file is not what it should be, or the download failed.
         """
-        given = filled(MODEL, {"model": model, **options})
+        if len(in_order) > len(IN_ORDER):
+            raise TypeError(f"{len(in_order)} options without their names, expected at most {', '.join(IN_ORDER)}")
+        given = filled(MODEL, {"model": model, **dict(zip(IN_ORDER, in_order, strict=False)), **options})
         parse_memory(given["memory"])
         check_mode(given["quantize"])
         parse_tiling(given["vae_tiling"])  # before a download

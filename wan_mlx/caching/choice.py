@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..errors import closest
@@ -95,11 +96,11 @@ def make_cache(resolved: str, steps: int, model: str, left_out: int = 0) -> Step
     ``left_out``: number of steps skipped at the start of the grid, because the run starts from a video.
     """
     name, *words = resolved.split(":")
-    values = [setting.kind(word) for setting, word in zip(SETTINGS[name], words, strict=True)]
+    values: list[Any] = [setting.kind(word) for setting, word in zip(SETTINGS[name], words, strict=True)]
     if name == "teacache":
-        return TeaCache(steps, *values, coefficients=getattr(TEACACHE[model], values[1]))
+        return partial(TeaCache, coefficients=getattr(TEACACHE[model], values[1]))(steps, *values)
     if name == "magcache":
-        return MagCache(steps, *values, ratios=MAGCACHE[model].ratios, left_out=left_out)
+        return partial(MagCache, ratios=MAGCACHE[model].ratios, left_out=left_out)(steps, *values)
     return EasyCache(steps, *values) if name == "easycache" else StepCache(steps)
 
 

@@ -157,7 +157,7 @@ def _existing(source: str | Path | None, kind: str) -> Path:
 
 
 @contextmanager
-def open_picture(path: Path, formats: Sequence[str] = PICTURES) -> Iterator[Image.Image]:
+def open_picture(path: Path, formats: tuple[str, ...] = PICTURES) -> Iterator[Image.Image]:
     """A picture's file, opened, its pixels not yet decoded; Pillow's warnings are not shown.
 
     Raises:

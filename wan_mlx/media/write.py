@@ -282,7 +282,7 @@ class _FFmpeg:
     """imageio-ffmpeg's program, fed by a pipe; imageio's own writer neither notices errors nor waits for the end."""
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int], text: str):
-        command = [
+        command: list[str | bytes] = [
             "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}",
             "-r", str(Fraction(fps).limit_denominator(10_000)), "-i", "-",
             "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(X264_CRF), "-preset", X264_PRESET,
@@ -368,7 +368,7 @@ def _read_mp4(path: Path) -> str:
 
 
 def _read_picture(path: Path) -> str:
-    with open_picture(path, formats=[path.suffix[1:].upper()]) as image:
+    with open_picture(path, formats=(path.suffix[1:].upper(),)) as image:
         if isinstance(image, PngImagePlugin.PngImageFile):
             return image.text["settings"]
         if image.format == "GIF":

@@ -90,8 +90,8 @@ def condition(request: Request, encoders: Encoders) -> Conditioning:
     latents = encoders.encode_videos([in_chunks(video, request.geometry) for video in to_encode])
     stays, changes, of_references = latents[0], latents[len(videos) - 1], latents[len(videos) :]
     nothing = mask_to_latents(np.zeros((1, *size), np.uint8), request.geometry)
-    context = [(latent, mx.zeros_like(latent), nothing) for latent in of_references]
-    context.append((stays, changes, mask_to_latents(mask, request.geometry)))
+    context = [[latent, mx.zeros_like(latent), nothing] for latent in of_references]
+    context.append([stays, changes, mask_to_latents(mask, request.geometry)])
     return replace(
         base,
         vace_context=mx.concatenate([mx.concatenate(parts, axis=-1) for parts in context], axis=1),
