@@ -197,7 +197,7 @@ def test_models_on_this_machine_touch_no_network(server, tmp_path):
     assert resolve(tmp_path) == tmp_path and resolve(str(tmp_path)) == tmp_path
     assert (resolve("nano") / "config.json").is_file() and is_cached("nano")
     assert resolve("./missing/folder") == Path("missing/folder") and resolve("missing") == Path("missing")
-    assert survey("nano") is None and preset_of(str(tmp_path)) is None
+    assert survey("nano") == resolve("nano") and preset_of(str(tmp_path)) is None
     assert not server.requests
 
 

@@ -146,7 +146,7 @@ def parameters(model):
     """Name → float32 array, its rows in the order of the file."""
     found = {}
     for name, array in tree_flatten(model.parameters()):
-        order = model.lora_state.row_order(name)
+        order = model.source.row_order(name)
         found[name] = np.array(array.astype(mx.float32) if order is None else array[mx.argsort(order)])
     return found
 
@@ -328,13 +328,12 @@ def test_rows_in_another_order(base, two):
     order = mx.array(np.random.default_rng(0).permutation(128))
     wanted = {f"blocks.{i}.self_attn.{n}" for i in (0, 1) for n in ("q.weight", "q.bias", "norm_k.weight")}
     results = []
-    for merge, reorder in ((True, False), (True, True), (False, True), (None, True)):
+    for merge, reorder in ((True, False), (True, True), (False, True)):
         weights = open_component(base["t2v"][0], "transformer")
-        loras = () if merge is None else two
-        parameters = transformer_parameters(weights, KINDS["t2v"], mx.float32, None, loras, bool(merge))
+        parameters = transformer_parameters(weights, KINDS["t2v"], mx.float32, None, two if merge else ())
         parameters.row_order = lambda name, reorder=reorder: order if reorder and name in wanted else None
         model = load_module(Transformer(KINDS["t2v"]), parameters, lambda names: names)
-        if merge is None:
+        if not merge:
             set_loras(model, two)
         results.append((model.blocks[0].self_attn.q(mx.ones((1, 3, 128))), model.blocks[1].self_attn.q.bias))
     for got in results[1:]:
@@ -496,7 +495,7 @@ def test_a_pipeline_swaps_loras_without_loading_again(nano_loras, monkeypatch):
         return load_transformer(*args, **options)
 
     monkeypatch.setattr(opened, "load_transformer", load)
-    pipe = wan_mlx.WanPipeline.from_pretrained("nano", "float32", progress=False)
+    pipe = wan_mlx.WanPipeline.from_pretrained("nano", dtype="float32", progress=False)
     with pipe.keep_loaded():
         plain = sampled(pipe)
         pipe.set_loras([(nano_loras[0], 0.8)])
@@ -509,7 +508,7 @@ def test_a_pipeline_swaps_loras_without_loading_again(nano_loras, monkeypatch):
     assert not np.array_equal(plain, first) and not np.array_equal(first, second)
     assert settings["loras"] == [describe_lora(nano_loras[0], 0.8)]
     assert "loras" not in pipe.settings(pipe.request("a red circle"))
-    merged = wan_mlx.WanPipeline.from_pretrained("nano", "float32", progress=False, loras=[(nano_loras[0], 0.8)])
+    merged = wan_mlx.WanPipeline.from_pretrained("nano", dtype="float32", progress=False, loras=[(nano_loras[0], 0.8)])
     with merged.keep_loaded():
         assert np.abs(sampled(merged) - first).max() < 1e-4
         merged.set_loras([])

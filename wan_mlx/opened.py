@@ -126,7 +126,7 @@ class OpenedModel:
         check_loras(self.checkpoint, loras)
         for part in self.checkpoint.of_kind("transformer"):
             kept = self._kept.get(part.name)
-            if kept is not None and kept.model.lora_state.merged:
+            if kept is not None and kept.model.source.merged:
                 del self._kept[part.name]
             elif kept is not None:
                 set_loras(kept, [*loras, *part.loras])

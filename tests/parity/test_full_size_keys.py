@@ -16,7 +16,7 @@ from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vae import VAE
 from wan_mlx.presets import PRESETS
 from wan_mlx.weights.component import ComponentWeights, check_keys, parameter_shapes
-from wan_mlx.weights.configs import image_encoder_config, text_encoder_config, transformer_config, vae_config
+from wan_mlx.weights.configs import network_config
 
 
 class HeaderOnly(WeightsFile):
@@ -43,23 +43,23 @@ def official_transformer(name: str) -> ComponentWeights:
 def test_transformer(name, count):
     weights = official_transformer(name)
     assert len(weights.shapes) == count
-    config = transformer_config(weights, {"num_heads": PRESETS[name].transformer.num_heads})
+    config = network_config(weights, {"num_heads": PRESETS[name].transformer.num_heads})
     assert config == PRESETS[name].transformer
-    assert transformer_config(weights, {}) == config  # heads of 128 where no config.json says otherwise
+    assert network_config(weights, {}) == config  # heads of 128 where no config.json says otherwise
     check_keys(weights, parameter_shapes(Transformer(config)))
 
 
 def test_text_encoder():
     sizes = dict(vocab=256384, dim=4096, dim_attn=4096, dim_ffn=10240, num_heads=64, num_layers=24, num_buckets=32)
     weights = on_meta(official("modules.t5").T5Encoder, shared_pos=False, **sizes)
-    assert text_encoder_config(weights, {}) == TextEncoderConfig()
+    assert network_config(weights, {}) == TextEncoderConfig()
     check_keys(weights, parameter_shapes(TextEncoder(TextEncoderConfig())))
 
 
 def test_vae():
     sizes = dict(dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
     weights = on_meta(official("modules.vae2_1").WanVAE_, **sizes)
-    assert vae_config(weights, {}) == VAEConfig()
+    assert network_config(weights, {}) == VAEConfig()
     check_keys(weights, parameter_shapes(VAE(VAEConfig())))
 
 
@@ -70,26 +70,26 @@ def test_every_released_transformer(name, layout):
     config = PRESETS[name].transformer
     shapes = {"diffusers": test_layouts.diffusers_shapes, "official": test_layouts.official_transformer}[layout]
     weights = ComponentWeights(HeaderOnly(shapes(config)))
-    assert weights.layout.name == layout and transformer_config(weights, {}) == config
+    assert weights.layout.name == layout and network_config(weights, {}) == config
     check_keys(weights, parameter_shapes(new_transformer(config)))
 
 
 def test_huggingface_text_encoder():
     for shapes in (test_layouts.hf_text_encoder(), test_layouts.gguf_text_encoder()):
         weights = ComponentWeights(HeaderOnly(shapes))
-        assert text_encoder_config(weights, {}) == TextEncoderConfig()
+        assert network_config(weights, {}) == TextEncoderConfig()
         check_keys(weights, parameter_shapes(TextEncoder(TextEncoderConfig())))
 
 
 def test_diffusers_vae():
     weights = ComponentWeights(HeaderOnly(test_layouts.diffusers_vae()))
-    assert vae_config(weights, {}) == VAEConfig()
+    assert network_config(weights, {}) == VAEConfig()
     check_keys(weights, parameter_shapes(VAE(VAEConfig())))
 
 
 def test_huggingface_image_encoder():
     weights = ComponentWeights(HeaderOnly(test_layouts.hf_image_encoder()))
-    assert image_encoder_config(weights, {}) == ImageEncoderConfig()
+    assert network_config(weights, {}) == ImageEncoderConfig()
     check_keys(weights, parameter_shapes(ImageEncoder(ImageEncoderConfig())) | last_block_shapes(ImageEncoderConfig()))
 
 

@@ -19,7 +19,7 @@ from wan_mlx.presets import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES
 from wan_mlx.resize import resize_bicubic
 from wan_mlx.weights.checkpoint import open_checkpoint
 from wan_mlx.weights.component import ComponentWeights, check_keys, open_component, parameter_shapes
-from wan_mlx.weights.configs import image_encoder_config
+from wan_mlx.weights.configs import network_config
 
 BOUND = 2e-5
 LAYERS = 4
@@ -205,7 +205,7 @@ def test_full_size_keys_are_strict(layout, request):
             reference = hf_clip(**sizes, image_size=224)
     header = {name: TensorInfo(tuple(t.shape), "F16") for name, t in reference.state_dict().items()}
     weights = ComponentWeights(types.SimpleNamespace(path="published", metadata={}, tensors=header))
-    assert image_encoder_config(weights, {}) == ImageEncoderConfig()
+    assert network_config(weights, {}) == ImageEncoderConfig()
     norms = [module for module in reference.modules() if isinstance(module, torch.nn.LayerNorm)]
     heads = {
         module.num_heads for module in reference.modules() if hasattr(module, "to_qkv") or hasattr(module, "q_proj")

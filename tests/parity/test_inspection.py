@@ -70,11 +70,12 @@ def test_models_of_the_same_shapes_are_all_named():
     from test_layouts import PRESETS, official_transformer
 
     from wan_mlx.weights.component import ComponentWeights
-    from wan_mlx.weights.inspect import _model_of, _sizes_of
+    from wan_mlx.weights.configs import network_config
+    from wan_mlx.weights.inspect import WORDS, _model_of
 
     weights = ComponentWeights(HeaderOnly(official_transformer(PRESETS["i2v-14B-480P"].transformer)))
-    words, fault, config = _sizes_of(weights, {})
-    assert (words, fault) == ("40 layers of 5120, 40 heads", "")
+    config = network_config(weights, {})
+    assert WORDS["transformer"].format(c=config) == "40 layers of 5120, 40 heads"
     assert "image to video, i2v-14B-480P or i2v-14B-720P" in _model_of(config, None)
 
 

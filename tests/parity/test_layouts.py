@@ -240,6 +240,11 @@ CASES = {
 ONE_OF_EACH = {case.layout: name for name, case in CASES.items()}.values()
 
 
+def names_of(keys):
+    """The canonical names of a file's keys."""
+    return canonical_keys(recognise(keys), keys)
+
+
 def sources_of(mapping) -> list[str]:
     return [key for value in mapping.values() for key in ((value,) if isinstance(value, str) else value)]
 
@@ -340,16 +345,16 @@ def test_missing_part_is_named():
     key = "encoder.layers.31.self_attn.k_proj.weight"
     keys = [k for k in hf_image_encoder() if k != key]
     with pytest.raises(WeightsError, match=f"without {key}"):
-        recognise(keys)
+        names_of(keys)
 
 
 def test_two_keys_for_one_tensor_are_named():
     keys = [*official_transformer(T2V), "model.diffusion_model.head.head.weight"]
     with pytest.raises(WeightsError, match="head.head.weight and model.diffusion_model.head.head.weight"):
-        recognise(keys)
+        names_of(keys)
     keys = [*diffusers_vae(), "decoder.up_blocks.0.resnets.4.conv1.bias"]  # past the upsampler, where block 1 begins
     with pytest.raises(WeightsError, match="two keys for decoder.upsamples.4.residual.2.bias"):
-        recognise(keys)
+        names_of(keys)
 
 
 def wan22_vae() -> Shapes:
@@ -376,7 +381,7 @@ FOREIGN = {
 def test_other_networks_are_refused_with_their_keys(case):
     make, message = FOREIGN[case]
     with pytest.raises(WeightsError, match=message):
-        recognise(make())
+        names_of(make())
 
 
 def official_state(reference: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -219,11 +219,8 @@ def test_gguf_types(states, tmp_path, dtype):
         true = published.gguf_file(tmp_path / "x.gguf", states["transformer"], dtype, prefix)
         assert_holds(tmp_path / "x.gguf", true)
     weights = ComponentWeights(open_weights(tmp_path / "x.gguf"))
-    blocks = weights.raw("blocks.1.ffn.0.weight")
-    assert (blocks is None) == (dtype in ("F32", "F16", "BF16"))
-    assert weights.raw("patch_embedding.weight") is None and weights.raw("blocks.0.modulation") is None
-    if blocks:
-        assert blocks[1] == dtype and blocks[0].dtype == np.uint8 and blocks[0].shape[0] == published.DIT["ffn_dim"]
+    assert ("blocks.1.ffn.0.weight" in weights.nearest) == (dtype not in ("F32", "F16", "BF16"))
+    assert not weights.nearest.keys() & {"patch_embedding.weight", "blocks.0.modulation"}
     text = published.gguf_text_encoder(states["text_encoder"])
     true = published.gguf_file(tmp_path / "y.gguf", text, dtype, tokenizer=published.TOKENIZER)
     weights = ComponentWeights(open_weights(tmp_path / "y.gguf"))
@@ -254,7 +251,7 @@ def refused(*arguments, error=WeightsError) -> str:
 def test_missing_parts_are_named_in_one_line(comfyui, capsys):
     dit = comfyui / "diffusion_models/a.safetensors"
     line = refused(dit)
-    assert line.startswith(f"{dit} holds transformer; missing text_encoder, vae and tokenizer: add --text-encoder FILE")
+    assert line.startswith(f"{dit} holds transformer; missing text_encoder, vae, tokenizer: add --text-encoder FILE")
     assert "missing transformer, text_encoder and tokenizer:" in refused(comfyui / "vae/c.safetensors")
     assert "missing vae: add --vae FILE" in refused(dit, {"text_encoder": comfyui / "text_encoders"})
     assert main(["--model", str(dit), "--prompt", "x", "--vae", str(comfyui / "vae")]) == 1

@@ -19,7 +19,7 @@ from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.presets import DIFFUSERS_FILES, PRESETS
 from wan_mlx.weights.checkpoint import open_checkpoint
 from wan_mlx.weights.component import ComponentWeights, check_keys, parameter_shapes
-from wan_mlx.weights.configs import transformer_config
+from wan_mlx.weights.configs import network_config
 from wan_mlx.weights.layouts import canonical_keys, recognise
 from wan_mlx.weights.load import load_transformer
 from wan_mlx.weights.parameters import dtype_of
@@ -217,7 +217,7 @@ def test_full_size_keys(name, official):
     weights, expected = full_size(name, official), PRESETS[name].transformer
     assert len(weights.shapes) == {"vace-1.3B": 1264, "vace-14B": 1331}[name]
     published = {"model_type": "vace", "vace_layers": list(expected.vace_layers), "vace_in_dim": 96}
-    assert transformer_config(weights, published) == transformer_config(weights, {}) == expected
+    assert network_config(weights, published) == network_config(weights, {}) == expected
     shapes = parameter_shapes(VaceTransformer(expected))
     check_keys(weights, shapes)
     with pytest.raises(WeightsError, match="unexpected vace_blocks.7.after_proj.bias"):

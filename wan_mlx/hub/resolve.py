@@ -9,7 +9,6 @@ import logging
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from .. import __version__
@@ -45,7 +44,7 @@ class Download:
     def missing(self) -> int:
         return self.total - self.cached
 
-    @cached_property
+    @property
     def free(self) -> int:
         """Free bytes on the cache's disk."""
         return free_space(self.cache)
@@ -75,13 +74,13 @@ def resolve(model: str | Path, source: str = "huggingface", listener: Listener =
     return Path(Places(model).fetch(source, listener).model)
 
 
-def survey(model: str | Path, source: str = "huggingface", parts: Collection[str] = PARTS) -> Download | None:
+def survey(model: str | Path, source: str = "huggingface", parts: Collection[str] = PARTS) -> Download | Path:
     """The download that `resolve` would make, from the repository's listing; downloads nothing.
 
     ``parts``: those of `PARTS` that are needed from a whole repository.
 
     Returns:
-        None if nothing needs a hub: the model is local, or it is in the cache and the hub cannot be reached.
+        The place if nothing needs a hub: the model is local, or it is in the cache and the hub cannot be reached.
 
     Raises:
         ValueError, WeightsError: as `resolve`.
@@ -90,7 +89,7 @@ def survey(model: str | Path, source: str = "huggingface", parts: Collection[str
         raise ValueError(f"source is {source!r}, expected {' or '.join(SOURCES)}")
     location = _remote(model)
     if location is None:
-        return None
+        return _here(model) or Path(model).expanduser()  # opening it reports that it does not exist
     if source == "modelscope":
         listing, commit, cache = modelscope.list_files(location.repo, location.revision), None, modelscope.cache()
     else:
@@ -100,8 +99,8 @@ def survey(model: str | Path, source: str = "huggingface", parts: Collection[str
         try:
             listing, commit = _list_files(location)
         except Exception as error:  # of many kinds: huggingface_hub's own, and its HTTP client's
-            if _is_unreachable(error) and cached(model, parts) is not None:
-                return None
+            if _is_unreachable(error) and (found := cached(model, parts)) is not None:
+                return found
             raise explain(error, location) from error
     names = [location.file] if location.file else needed_files(listing, location.repo, parts)
     if names[0] not in listing:
@@ -129,13 +128,17 @@ class Places:
     def downloads(self, source: str = "huggingface") -> list[Download]:
         """The downloads that `fetch` would make, one for each repository; see `survey`."""
         found = [survey(place, source, parts) for place, parts in self._named()]
-        return [download for download in found if download]
+        return [download for download in found if isinstance(download, Download)]
 
     def fetch(self, source: str = "huggingface", listener: Listener = unheard) -> Places:
         """The same places on this machine, after one check of free space for all of them; see `resolve`."""
-        surveyed = [(place, parts, survey(place, source, parts)) for place, parts in self._named()]
-        _check_room([download for *_, download in surveyed if download])
-        taken = {str(place): _take(place, download, listener, parts) for place, parts, download in surveyed}
+        surveyed = [(place, survey(place, source, parts)) for place, parts in self._named()]
+        _check_room([found for _, found in surveyed if isinstance(found, Download)])
+        taken = {}
+        for place, found in surveyed:
+            if isinstance(found, Path) and _remote(place) is not None:
+                log.warning("the hub is out of reach; taking %s from the cache", place)
+            taken[str(place)] = found if isinstance(found, Path) else _fetch(found, listener)
         loras = [(taken.get(str(_lora_name(lora)), lora[0]), lora[1]) for lora in self.loras]
         return Places(taken[str(self.model)], {part: taken[str(place)] for part, place in self.parts.items()}, loras)
 
@@ -166,19 +169,6 @@ def _check_room(downloads: Collection[Download]) -> None:
                 f"{names} needs {gigabytes(missing)} more in {download.cache}, which has {gigabytes(download.free)} "
                 f"free; make room, or set {variable} to a folder on a larger disk"
             )
-
-
-def _take(place: str | Path, download: Download | None, listener: Listener, parts: Collection[str]) -> Path:
-    """A place on this machine, after its `survey`."""
-    if download is not None:
-        log.info("%s", download)
-        return _fetch(download, listener)
-    if _remote(place) is None:
-        return _here(place) or Path(place).expanduser()  # opening it reports that it does not exist
-    log.warning("the hub is out of reach; taking %s from the cache", place)
-    if (found := cached(place, parts)) is None:
-        raise WeightsError(f"{place} is not in the cache, and the hub is out of reach")
-    return found
 
 
 def cached(model: str | Path, parts: Collection[str] = PARTS) -> Path | None:
@@ -250,6 +240,7 @@ def _list_files(location: Location) -> tuple[dict[str, RemoteFile], str]:
 def _fetch(download: Download, listener: Listener) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+    log.info("%s", download)
     location, commit = download.location, download.commit
     if commit is None:
         folder = modelscope.fetch(location.repo, location.revision, download.files)

@@ -248,7 +248,7 @@ def reading_rate(parameters: Parameters, stream: bool = False) -> float | None:
     else:
         for name in names:
             with mx.stream(mx.cpu):
-                arrays = parameters.start([name], now=True)
+                arrays = parameters.start([name], weights.file.read_now)
             parameters.finish(arrays)
     return read / (perf_counter() - started)
 

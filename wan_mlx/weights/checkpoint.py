@@ -10,18 +10,19 @@ import difflib
 import math
 import os
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import WeightsError
+from ..errors import WeightsError, some
 from ..files.open import ShardedFile, format_of, open_weights
 from ..files.sentencepiece import find_tokenizer, has_tokenizer
 from ..presets import COMFYUI_PARTS, DIFFUSERS_FILES, MLX_FILES, NETWORKS, OFFICIAL_FILES, PARTS
 from ..storage import parse_json
 from .component import ComponentWeights, open_component
 from .configs import network_config
+from .quantize import EXPAND
 
 # Diffusers' and transformers' names for entries of config.json that shapes cannot show.
 DIFFUSERS_NAMES = {
@@ -41,6 +42,8 @@ DIFFUSERS_NAMES = {
         "layer_norm_eps": "eps",
     },
 }
+# Layout of a folder → the names of its files.
+FOLDERS = {"mlx": MLX_FILES, "diffusers": DIFFUSERS_FILES, "official": OFFICIAL_FILES}
 MLX_FORMAT, MLX_VERSION = "wan_mlx", 1
 MAX_CONFIG_BYTES = 4_000_000
 # Depth and number of files of the search for weight files.
@@ -56,7 +59,7 @@ class Part:
         kind: "transformer", "text_encoder", "vae", "image_encoder" or "tokenizer".
         file: its path; for shards, of the index.
         config: entries of config.json that its weights' shapes cannot show.
-        recorded: the file's quantisation according to config.json; None if it has no entry.
+        recorded: the file's quantisation according to an MLX folder's config.json, or "none"; else "".
         quantize: the quantisation to load it in, if different from the whole model's.
         loras: path and strength of each LoRA for this part, in addition to the whole model's.
         timesteps: (a, b): a transformer that is the expert for the timesteps a <= t < b.
@@ -66,7 +69,7 @@ class Part:
     kind: str
     file: Path
     config: Mapping[str, Any] = field(default_factory=dict)
-    recorded: str | None = None
+    recorded: str = ""
     quantize: str | None = None
     loras: tuple[tuple[Path, float], ...] = ()
     timesteps: tuple[float, float] = (0.0, math.inf)
@@ -86,7 +89,7 @@ class Part:
 class Checkpoint:
     """A local model: its parts.
 
-    ``parts`` has all kinds in `PARTS`, but "image_encoder" only for models that read images.
+    ``parts`` has all kinds in `PARTS`, but "image_encoder" only if the model reads images.
     ``model`` is the preset's name, if the folder records it.
     """
 
@@ -117,16 +120,11 @@ class Checkpoint:
     def missing(self) -> list[str]:
         """The kinds of parts that are missing."""
         lacking = [kind for kind in PARTS if not self.of_kind(kind)]
-        return [kind for kind in lacking if kind != "image_encoder" or any(map(self._reads_images, self.parts))]
-
-    def _reads_images(self, part: Part) -> bool:
-        if part.kind != "transformer":
-            return False
-        if self.layout == "diffusers":  # config.json has the width of the image features, or None
-            return part.config.get("image_dim") is not None
-        if "model_type" in part.config:
-            return part.config["model_type"] in ("i2v", "flf2v")
-        return "img_emb.proj.1.weight" in ComponentWeights(open_weights(part.file)).shapes
+        if "image_encoder" in lacking:  # only models that read images have one
+            files = [part.file for part in self.of_kind("transformer")]
+            if not any("img_emb.proj.1.weight" in open_component(file).shapes for file in files):
+                lacking.remove("image_encoder")
+        return lacking
 
 
 def open_checkpoint(path: str | Path, parts: Mapping[str, str | Path | None] | None = None) -> Checkpoint:
@@ -141,33 +139,33 @@ def open_checkpoint(path: str | Path, parts: Mapping[str, str | Path | None] | N
         ValueError: no such file or folder.
         WeightsError: parts are missing or found twice, or a config.json is not JSON; says which.
     """
-    given = {name: Path(place).expanduser() for name, place in (parts or {}).items() if place is not None}
-    found = look_at(path, given)
+    found = look_at(path, parts)
     if missing := found.missing():
         raise WeightsError(_incomplete(found, missing))
     return found
 
 
-def look_at(path: str | Path, given: Mapping[str, Path] | None = None) -> Checkpoint:
+def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = None) -> Checkpoint:
     """Like `open_checkpoint`, but the model may be incomplete.
 
     Raises:
         ValueError: no such file or folder.
         WeightsError: nothing was recognised, or a part was found twice.
     """
-    path, given = _existing(Path(path).expanduser(), "model"), given or {}
+    path = _existing(path, "model folder")
+    given = {kind: place for kind, place in (parts or {}).items() if place is not None}
     if path.is_dir():
         found = _look_at_folder(path, given)
     else:
-        found = Checkpoint(path, (_part_in(ComponentWeights(open_weights(path))),))
-    parts = {part.name: part for part in found.parts}
+        found = Checkpoint(path, (_part(open_component(path).component, path),))
+    named = {part.name: part for part in found.parts}
     for kind, place in given.items():
         part = find_part(_existing(place, kind.replace("_", " ")), kind)
-        parts = {name: other for name, other in parts.items() if other.kind != kind or name == kind} | {kind: part}
+        named = {name: other for name, other in named.items() if other.kind != kind or name == kind} | {kind: part}
     # A text encoder's own tokenizer, unless one was given or is part of a whole model.
-    if "text_encoder" in parts and "tokenizer" not in given and ("text_encoder" in given or "tokenizer" not in parts):
-        parts |= _tokenizer_of(parts["text_encoder"].file)
-    return replace(found, parts=tuple(parts.values()))
+    if "text_encoder" in named and "tokenizer" not in given and ("text_encoder" in given or "tokenizer" not in named):
+        named |= _tokenizer_of(named["text_encoder"].file)
+    return replace(found, parts=tuple(named.values()))
 
 
 def find_part(place: Path, kind: str) -> Part:
@@ -184,28 +182,28 @@ def find_part(place: Path, kind: str) -> Part:
             raise WeightsError(f"{place} holds no tokenizer, expected umT5's spiece.model")
         return _part(kind, file)
     if not place.is_dir():
-        return _part_in(open_component(place, kind))
-    found = _look_at_folder(place, {other: place for other in NETWORKS if other != kind})
+        return _part(kind, open_component(place, kind).path)
+    found = _look_at_folder(place, [other for other in NETWORKS if other != kind])
     if not found.of_kind(kind):
         raise WeightsError(f"{place} holds no {kind}, only {', '.join(found.files) or _listing(place)}")
     return found.part(kind)
 
 
-def _look_at_folder(folder: Path, given: Mapping[str, Path]) -> Checkpoint:
+def _look_at_folder(folder: Path, given: Collection[str]) -> Checkpoint:
+    """The model in a folder, where parts of the kinds ``given`` may be missing."""
     config = read_config(folder / "config.json")
     if config.get("format") == MLX_FORMAT:
-        found = Checkpoint(folder, _parts(_mlx_files(folder, config)), config.get("model"), "mlx")
-    elif (folder / "model_index.json").is_file() or (folder / "transformer" / "config.json").is_file():
-        found = Checkpoint(folder, _parts(_find(folder, DIFFUSERS_FILES)), layout="diffusers")
+        layout, files = "mlx", _mlx_files(folder, config)
     else:
-        files = _find(folder, OFFICIAL_FILES)
-        # Diffusers uses this file name for every network, not only the transformer.
-        if files.keys() <= {"transformer"} and "num_heads" not in config:
-            return _search(folder, given)
-        found = Checkpoint(folder, _parts(files), layout="official")
-    if any(part not in given for part in found.missing()):
-        found = _search(folder, given, found)
-    return found
+        is_diffusers = (folder / "model_index.json").is_file() or (folder / "transformer" / "config.json").is_file()
+        layout = "diffusers" if is_diffusers else "official"
+        files = _find(folder, FOLDERS[layout])
+    # Diffusers uses this file name for every network, not only the transformer.
+    if layout == "official" and files.keys() <= {"transformer"} and "num_heads" not in config:
+        return _search(Checkpoint(folder), given)
+    parts = tuple(_part(kind, file) for kind, file in files.items())
+    found = Checkpoint(folder, parts, config.get("model") if layout == "mlx" else None, layout)
+    return found if all(kind in given for kind in found.missing()) else _search(found, given)
 
 
 def _mlx_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
@@ -220,50 +218,43 @@ def _mlx_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
     return {**_find(folder.parent / sibling, MLX_FILES), **_find(folder, MLX_FILES)}
 
 
-def _parts(files: Mapping[str, Path]) -> tuple[Part, ...]:
-    return tuple(_part(kind, file) for kind, file in files.items())
-
-
-def _part(kind: str, file: Path, mode: str | None = None) -> Part:
-    """A part with what the config.json beside its file says; ``mode``: its quantisation, where that does not say it."""
+def _part(kind: str, file: Path) -> Part:
+    """A part, with what the config.json beside its file says."""
     if kind == "tokenizer":
         return Part(kind, kind, file)
     config = read_config(file.parent / "config.json")
     if config.get("format") == MLX_FORMAT:
         packed = config.get("quantization")
-        recorded = packed.get(kind) if isinstance(packed, dict) else packed
-        return Part(kind, kind, file, config.get(kind) or {}, recorded)
+        mode = packed.get(kind) if isinstance(packed, dict) else packed
+        return Part(kind, kind, file, config.get(kind) or {}, str(mode or EXPAND))
     if kind != "transformer" or config.keys().isdisjoint(("num_heads", "model_type")):
         config = {ours: config[theirs] for theirs, ours in DIFFUSERS_NAMES[kind].items() if theirs in config}
-    return Part(kind, kind, file, config, mode)
+    return Part(kind, kind, file, config)
 
 
-def _part_in(weights: ComponentWeights) -> Part:
-    """The part in a file."""
-    return _part(weights.component, weights.path, weights.quantization.mode if weights.quantization else None)
-
-
-def _search(folder: Path, given: Mapping[str, Path], known: Checkpoint | None = None) -> Checkpoint:
-    """Parts found in the weight files below a folder, by their keys; ``known`` parts are kept."""
-    known = known or Checkpoint(folder)
+def _search(known: Checkpoint, given: Collection[str]) -> Checkpoint:
+    """``known`` with more parts: those in the weight files below its folder, by their keys."""
+    folder = known.path
     networks: dict[str, list[ComponentWeights]] = {}
     refused = []
     for file in _weight_files(folder):
         if file in known.files.values():
             continue
         try:
-            weights = ComponentWeights(open_weights(file))
+            weights = open_component(file)
             networks.setdefault(weights.component, []).append(weights)
         except WeightsError as error:
             refused.append(str(error))
-    networks = {kind: files for kind, files in networks.items() if kind not in given and not known.of_kind(kind)}
+    parts = {part.name: part for part in known.parts}
     for kind, files in networks.items():
+        if kind in given or known.of_kind(kind):
+            continue
         if len(files) > 1:
-            files[:] = list(filter(_is_whole, files)) or files
+            files = list(filter(_is_whole, files)) or files
         if len(files) > 1:
             names = ", ".join(str(weights.path.relative_to(folder)) for weights in files)
             raise WeightsError(f"{folder} holds {len(files)} files of a {kind}: {names}; choose one with {_flag(kind)}")
-    parts = {kind: _part_in(files[0]) for kind, files in networks.items()} | {part.name: part for part in known.parts}
+        parts[kind] = _part(kind, files[0].path)
     if not parts and not given:
         why = f"of its files, {refused[0]}" if refused else f"it holds {_listing(folder)}"
         raise WeightsError(f"{folder} is not a complete Wan2.1 folder: no file of a Wan2.1 network in it; {why}")
@@ -275,7 +266,7 @@ def _search(folder: Path, given: Mapping[str, Path], known: Checkpoint | None = 
 def _is_whole(weights: ComponentWeights) -> bool:
     """Whether a file is a network of Wan2.1, and not of another model with more tensors of such names."""
     try:
-        network_config(weights, _part_in(weights).config)
+        network_config(weights, _part(weights.component, weights.path).config)
     except WeightsError:
         return False
     return True
@@ -324,39 +315,34 @@ def _tokenizer_of(text_encoder: Path) -> dict[str, Part]:
 
 
 def _incomplete(found: Checkpoint, missing: list[str]) -> str:
-    names = {"mlx": MLX_FILES, "diffusers": DIFFUSERS_FILES, "official": OFFICIAL_FILES}.get(found.layout)
-    if names is not None:
-        lacking = "; ".join(f"{' or '.join(names[part])} ({part})" for part in missing)
+    if found.layout in FOLDERS:
+        lacking = "; ".join(f"{' or '.join(FOLDERS[found.layout][part])} ({part})" for part in missing)
         return f"{found.path} is not a complete Wan2.1 folder: missing {lacking}; it holds {_listing(found.path)}"
     flags = " ".join(f"{_flag(part)} FILE" for part in missing)
     published = ", ".join(COMFYUI_PARTS[part] for part in missing if part in COMFYUI_PARTS)
     hint = f" (published: {published})" if published else ""
-    return f"{found.path} holds {_and(list(found.files))}; missing {_and(missing)}: add {flags}{hint}"
+    return f"{found.path} holds {some([*found.files])}; missing {some(missing)}: add {flags}{hint}"
 
 
 def _flag(part: str) -> str:
     return "--" + part.replace("_", "-")
 
 
-def _and(names: list[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names) or "nothing"
-
-
-def _existing(path: Path, what: str) -> Path:
+def _existing(given: str | Path, kind: str) -> Path:
+    path = Path(given).expanduser()
     if not path.exists():
         near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        kind = "model folder" if what == "model" else what
         raise ValueError(f"{kind} {path} does not exist{hint}")
     return path
 
 
 def _names(folder: Path) -> list[str]:
-    return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
 
 
 def _listing(folder: Path) -> str:
-    return ", ".join(sorted(_names(folder))[:8]) or "nothing"
+    return ", ".join(_names(folder)[:8]) or "nothing"
 
 
 def _find(folder: Path, wanted: dict[str, tuple[str, ...]]) -> dict[str, Path]:

@@ -37,8 +37,7 @@ class ComponentWeights:
         component: "transformer", "text_encoder", "vae" or "image_encoder".
         shapes: name → shape of every tensor, from headers only; for a quantised one, the matrix's shape.
         quantization: the matrices stored in MLX's quantised formats, with the formats; None if there are none.
-        packable: packing of each matrix that `packed` returns unchanged: those, and some of GGUF's blocks.
-        nearest: packing nearest to that of each matrix stored in GGUF's blocks.
+        nearest: the packing of each such matrix, or the one nearest to that of a matrix stored in GGUF's blocks.
     """
 
     def __init__(self, file: WeightsFile):
@@ -58,9 +57,7 @@ class ComponentWeights:
         self.shapes = {name: self._shape(name) for name in self.sources}
         self._check_packed()
         in_blocks = [name for name in quantizable(self.component, self.sources) if self._has_blocks(name)]
-        self.nearest = {name: Packing.parse(PACKINGS[self.stored_dtype(name)]) for name in in_blocks}
-        exact = {name: packing for name, packing in self.nearest.items() if self.stored_dtype(name) in EXACT}
-        self.packable = {**self.packings, **exact}
+        self.nearest = self.packings or {name: Packing.parse(PACKINGS[self.stored_dtype(name)]) for name in in_blocks}
         odd = [name for name in self.sources if self.stored_dtype(name) not in READABLE]
         if odd and not self.channels_last:
             raise WeightsError(
@@ -90,19 +87,24 @@ class ComponentWeights:
         Raises:
             WeightsError: blocks of a GGUF file have scales that are not finite.
         """
-        blocks = self.raw(name)
-        if blocks is None:
+        if name in self.packings:
             keys = self.packings[name].shapes(self.shapes[name])
             return {key: (fetch or self.file.read)(beside(name, key)) for key in keys}
         try:
-            return repack(*blocks)
+            return repack(self.file.raw(self.sources[name][0]), self.stored_dtype(name))
         except WeightsError as error:
             raise WeightsError(f"{self.path}: {name}: {error}") from None
 
     def stores(self, name: str, packing: Packing) -> bool:
         """Whether `packed` returns a matrix in this packing, with its integers as stored, even if not its scales."""
-        near = self.nearest.get(name) if self.stored_dtype(name) in NEARLY_EXACT else None
-        return self.packable.get(name, near) == packing
+        as_stored = name in self.packings or self.stored_dtype(name) in (*EXACT, *NEARLY_EXACT)
+        return as_stored and self.nearest.get(name) == packing
+
+    @property
+    def packable(self) -> dict[str, Packing]:
+        """The packing of each matrix that `packed` returns unchanged."""
+        exact = self.packings or [name for name in self.nearest if self.stored_dtype(name) in EXACT]
+        return {name: self.nearest[name] for name in exact}
 
     def byte_ranges(self, names: Iterable[str]) -> dict[str, ByteRange] | None:
         """Places of all bytes that `read` and `packed` need for ``names``; None if some are stored differently."""
@@ -118,10 +120,6 @@ class ComponentWeights:
         """Rows of a 2-D tensor; reads only them."""
         (source,) = self.sources[name]
         return self.file.rows(source, indices)
-
-    def raw(self, name: str) -> tuple[np.ndarray, str] | None:
-        """A 2-D tensor's GGUF blocks as stored, uint8 (rows, bytes of a row), and their type; None without blocks."""
-        return (self.file.raw(self.sources[name][0]), self.stored_dtype(name)) if self._has_blocks(name) else None
 
     def stored_dtype(self, name: str) -> str:
         """The dtype in the file: F32, BF16, F8_E4M3 …, or a GGUF type such as Q4_K."""
@@ -204,14 +202,13 @@ def check_keys(weights: ComponentWeights, expected: Mapping[str, tuple[int, ...]
 
 def check_shapes(subject: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise WeightsError, which begins with its ``subject``, unless the names and shapes are the ``expected`` ones."""
-    missing = sorted(expected.keys() - found.keys())
-    extra = sorted(found.keys() - expected.keys())
-    wrong = sorted(k for k in expected.keys() & found.keys() if tuple(expected[k]) != found[k])
-    problems = [f"lacks {some(missing)}"] if missing else []
-    problems += [f"holds unexpected {some(extra)}"] if extra else []
-    shapes = [f"{k} {found[k]} instead of {tuple(expected[k])}" for k in wrong]
-    problems += [f"has other shapes: {some(shapes)}"] if shapes else []
-    if problems:
+    wrong = sorted(name for name in expected.keys() & found.keys() if tuple(expected[name]) != found[name])
+    faults = {
+        "lacks": sorted(expected.keys() - found.keys()),
+        "holds unexpected": sorted(found.keys() - expected.keys()),
+        "has other shapes:": [f"{name} {found[name]} instead of {tuple(expected[name])}" for name in wrong],
+    }
+    if problems := [f"{fault} {some(names)}" for fault, names in faults.items() if names]:
         raise WeightsError(f"{subject} {'; it '.join(problems)}")
 
 
@@ -220,13 +217,13 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(array.shape) for name, array in dict(tree_flatten(module.parameters())).items()}
 
 
-def open_component(path: str | Path, component: str) -> ComponentWeights:
-    """Open a weight file and check that it is a ``component``.
+def open_component(path: str | Path, component: str | None = None) -> ComponentWeights:
+    """Open a weight file, and check that it is a ``component``.
 
     Raises:
         WeightsError: the file cannot be read, is not recognised, or is another network.
     """
     weights = ComponentWeights(open_weights(path))
-    if weights.component != component:
+    if component not in (None, weights.component):
         raise WeightsError(f"{path}: holds a {weights.component}, expected a {component}")
     return weights

@@ -29,7 +29,9 @@ def network_config(weights: ComponentWeights, config: Mapping[str, Any]) -> Any:
     Raises:
         WeightsError: the sizes make no sense, or the weights are not the whole of such a network and nothing else.
     """
-    found = CONFIG_OF[weights.component](weights, config)
+    config_class, sizes_in = SIZES_IN[weights.component]
+    said = _said(config_class, config, weights.path)
+    found = _merge(config_class, sizes_in(weights, said), said, weights.path)
     try:
         expected = shapes_of(found)
     except ValueError as error:  # the network cannot have these sizes
@@ -65,11 +67,10 @@ def _said(config_class, config: Mapping[str, Any], path: Path) -> dict[str, Any]
         elif isinstance(field.default, str):
             fits, wanted = isinstance(value, str), "text"
         else:
-            kind = (int, float) if isinstance(field.default, float) else (int,)
-            fits = isinstance(value, kind) and not isinstance(value, bool) and 0 < value < LARGEST_SIZE
-            wanted = (
-                "a number above 0" if isinstance(field.default, float) else f"a size from 1 to {LARGEST_SIZE - 1:,}"
-            )
+            whole = isinstance(field.default, int)
+            fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            fits = fits and 0 < value < LARGEST_SIZE
+            wanted = f"a size from 1 to {LARGEST_SIZE - 1:,}" if whole else "a number above 0"
         if not fits:
             raise WeightsError(f"{path}: config.json says {field.name} = {reprlib.repr(value)}, expected {wanted}")
         said[field.name] = value
@@ -109,9 +110,8 @@ def _shape_of(weights: ComponentWeights, name: str, ndim: int = 2) -> tuple[int,
     return shape
 
 
-def transformer_config(weights: ComponentWeights, config: Mapping[str, Any]) -> TransformerConfig:
+def _transformer_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes of a transformer. The number of heads is config.json's, else for heads of 128, as in every Wan model."""
-    said = _said(TransformerConfig, config, weights.path)
     dim, text_dim = _shape_of(weights, "text_embedding.0.weight")
     patch = math.prod(said.get("patch_size", TransformerConfig.patch_size))
     if patch < 1 or len(said.get("patch_size", "123")) != 3:
@@ -132,14 +132,14 @@ def transformer_config(weights: ComponentWeights, config: Mapping[str, Any]) -> 
         freq_dim=_shape_of(weights, "time_embedding.0.weight")[1],
         in_dim=_shape_of(weights, "patch_embedding.weight")[1] // patch,
         out_dim=_shape_of(weights, "head.head.weight")[0] // patch,
+        num_heads=_heads(weights, said, dim, 128),
     )
     if kind in ("i2v", "flf2v"):
         found["image_dim"] = _shape_of(weights, "img_emb.proj.1.weight")[1]
-    found["num_heads"] = _heads(weights, said, dim, 128)
     if kind == "vace":
         found["vace_in_dim"] = _shape_of(weights, "vace_patch_embedding.weight")[1] // patch
         found["vace_layers"] = _vace_layers(weights, said, found["num_layers"])
-    return _merge(TransformerConfig, found, said, weights.path)
+    return found
 
 
 def _vace_layers(weights: ComponentWeights, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
@@ -155,12 +155,11 @@ def _vace_layers(weights: ComponentWeights, config: Mapping[str, Any], num_layer
     return layers
 
 
-def text_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) -> TextEncoderConfig:
+def _text_encoder_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes of a umT5 encoder, all from the weights' shapes."""
-    said = _said(TextEncoderConfig, config, weights.path)
     vocab, dim = _shape_of(weights, "token_embedding.weight")
     buckets, heads = _shape_of(weights, "blocks.0.pos_embedding.embedding.weight")
-    found = dict(
+    return dict(
         vocab_size=vocab,
         dim=dim,
         num_buckets=buckets,
@@ -169,60 +168,51 @@ def text_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) ->
         dim_ffn=_shape_of(weights, "blocks.0.ffn.fc1.weight")[0],
         num_layers=_count(weights.shapes, r"blocks\.(\d+)\."),
     )
-    return _merge(TextEncoderConfig, found, said, weights.path)
 
 
-def image_encoder_config(weights: ComponentWeights, config: Mapping[str, Any]) -> ImageEncoderConfig:
+def _image_encoder_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes of CLIP's vision tower. The number of heads is config.json's, else for heads of 80, as in ViT-H/14."""
-    said = _said(ImageEncoderConfig, config, weights.path)
     dim, pixels = _shape_of(weights, "patch_embedding.weight")
     patch = math.isqrt(pixels // 3)
-    found = dict(
+    return dict(
         image_size=patch * math.isqrt(_shape_of(weights, "pos_embedding", 3)[1] - 1),
         patch_size=patch,
         dim=dim,
         mlp_ratio=_shape_of(weights, "transformer.0.mlp.0.weight")[0] // dim,
         num_layers=_count(weights.shapes, r"transformer\.(\d+)\."),
+        num_heads=_heads(weights, said, dim, 80),
     )
-    found["num_heads"] = _heads(weights, said, dim, 80)
-    return _merge(ImageEncoderConfig, found, said, weights.path)
 
 
-def vae_config(weights: ComponentWeights, config: Mapping[str, Any]) -> VAEConfig:
+def _vae_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes of a VAE, from its encoder's layers: every stage ends at a ``resample``."""
-    said = _said(VAEConfig, config, weights.path)
     if any(value <= 0 for value in said.get("std", ())):
         raise WeightsError(f"{weights.path}: config.json says std = {[*said['std']]}, expected numbers above 0")
     shapes = weights.shapes
     dim = _shape_of(weights, "encoder.conv1.weight", 5)[0]
-    mult, temporal, blocks = [], [], 0
+    dim_mult, temporal, blocks = [], [], 0
     for index in range(_count(shapes, r"encoder\.downsamples\.(\d+)\.")):
         layer = f"encoder.downsamples.{index}"
         if f"{layer}.resample.1.weight" in shapes:
             temporal.append(f"{layer}.time_conv.weight" in shapes)
-            mult.append(_shape_of(weights, f"{layer}.resample.1.weight", 4)[0] // dim)
-        elif not mult:
+            dim_mult.append(_shape_of(weights, f"{layer}.resample.1.weight", 4)[0] // dim)
+        elif not dim_mult:
             blocks += 1
-    mult.append(_shape_of(weights, "encoder.middle.0.residual.2.weight", 5)[0] // dim)
-    found = dict(
-        dim=dim,
-        dim_mult=tuple(mult),
-        num_res_blocks=blocks,
-        temporal_downsample=tuple(temporal),
-        z_dim=_shape_of(weights, "conv2.weight", 5)[0],
-    )
-    if found["z_dim"] != len(VAEConfig.mean) and "mean" not in said:
+    dim_mult.append(_shape_of(weights, "encoder.middle.0.residual.2.weight", 5)[0] // dim)
+    channels = _shape_of(weights, "conv2.weight", 5)[0]
+    if channels != len(VAEConfig.mean) and "mean" not in said:
         raise WeightsError(
-            f"{weights.path}: a VAE with {found['z_dim']} latent channels, expected Wan2.1's 16 "
+            f"{weights.path}: a VAE with {channels} latent channels, expected Wan2.1's 16 "
             "(Wan2.2-TI2V-5B has its own VAE, which is not supported)"
         )
-    return _merge(VAEConfig, found, said, weights.path)
+    stages = dict(dim_mult=tuple(dim_mult), temporal_downsample=tuple(temporal))
+    return dict(dim=dim, num_res_blocks=blocks, z_dim=channels, **stages)
 
 
-# Kind of network → (weights, its config.json) → its sizes; WeightsError if they make no sense.
-CONFIG_OF: dict[str, Callable[[ComponentWeights, Mapping[str, Any]], Any]] = {
-    "transformer": transformer_config,
-    "text_encoder": text_encoder_config,
-    "vae": vae_config,
-    "image_encoder": image_encoder_config,
+# Kind of network → its configuration, and the sizes that weights show beside what config.json said of it.
+SIZES_IN: dict[str, tuple[type, Callable[[ComponentWeights, Mapping[str, Any]], dict[str, Any]]]] = {
+    "transformer": (TransformerConfig, _transformer_sizes),
+    "text_encoder": (TextEncoderConfig, _text_encoder_sizes),
+    "vae": (VAEConfig, _vae_sizes),
+    "image_encoder": (ImageEncoderConfig, _image_encoder_sizes),
 }

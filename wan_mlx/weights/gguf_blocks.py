@@ -19,21 +19,12 @@ from ..models.quantized_linear import Packing
 
 # (integers uint8 (n, values), scales, biases (n, groups)) of blocks uint8 (n, bytes).
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray]
+Split = Callable[[np.ndarray], Parts]
 
 
 def _halves(blocks: np.ndarray, at: int) -> np.ndarray:
     """The float16 at byte ``at`` of each block, as float32 (n, 1)."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)
-
-
-def _nibbles(data: np.ndarray) -> np.ndarray:
-    """Bytes (n, k) → (n, 2k): all low halves, then all high ones."""
-    return np.concatenate([data & 15, data >> 4], axis=1)
-
-
-def _high_bits(data: np.ndarray) -> np.ndarray:
-    """Four bytes (n, 4) → 32 bits (n, 32), each worth 16."""
-    return np.unpackbits(np.ascontiguousarray(data), axis=1, bitorder="little") << 4
 
 
 def _simple(blocks: np.ndarray, bits: int, has_min: bool) -> Parts:
@@ -43,45 +34,36 @@ def _simple(blocks: np.ndarray, bits: int, has_min: bool) -> Parts:
     data = blocks[:, 4 if has_min else 2 :]
     if bits == 8:
         return data ^ 128, d, m  # two's complement, shifted by 128
-    return (_nibbles(data[:, 4:]) | _high_bits(data[:, :4]) if bits == 5 else _nibbles(data)), d, m
+    halves = data[:, -16:]  # all low halves, then all high ones
+    integers = np.concatenate([halves & 15, halves >> 4], axis=1)
+    if bits == 5:
+        integers |= np.unpackbits(np.ascontiguousarray(data[:, :4]), axis=1, bitorder="little") << 4
+    return integers, d, m
 
 
-def _scales_and_mins(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The eight six-bit scales and mins of a K block's twelve bytes, float32 (n, 8) each."""
-    first, second, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+def _super(blocks: np.ndarray, bits: int) -> Parts:
+    """K blocks: eight groups of 32 values, with scales and mins of six bits, which two float16 multiply."""
+    first, second, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate([first & 63, (high & 15) | (first >> 6) << 4], axis=1)
     mins = np.concatenate([second & 63, (high >> 4) | (second >> 6) << 4], axis=1)
-    return scales.astype(np.float32), mins.astype(np.float32)
-
-
-def _k_nibbles(data: np.ndarray) -> np.ndarray:
-    """128 bytes (n, 128) → 256 values: each 32 bytes have 32 values in the low halves, the next 32 in the high ones."""
-    pieces = data.reshape(-1, 4, 1, 32)
-    return np.concatenate([pieces & 15, pieces >> 4], axis=2).reshape(-1, 256)
-
-
-def _q4_k(blocks: np.ndarray) -> Parts:
-    scales, mins = _scales_and_mins(blocks[:, 4:16])
-    return _k_nibbles(blocks[:, 16:]), _halves(blocks, 0) * scales, -_halves(blocks, 2) * mins
-
-
-def _q5_k(blocks: np.ndarray) -> Parts:
-    scales, mins = _scales_and_mins(blocks[:, 4:16])
-    # Bit g of byte i is the fifth bit of value i of group g.
-    high = (blocks[:, 16:48].reshape(-1, 1, 32) >> np.arange(8, dtype=np.uint8).reshape(1, 8, 1)) & 1
-    integers = _k_nibbles(blocks[:, 48:]) | (high << 4).reshape(-1, 256)
-    return integers, _halves(blocks, 0) * scales, -_halves(blocks, 2) * mins
+    # Each 32 bytes have 32 values in the low halves, the next 32 in the high ones.
+    halves = blocks[:, -128:].reshape(-1, 4, 1, 32)
+    integers = np.concatenate([halves & 15, halves >> 4], axis=2).reshape(-1, 256)
+    if bits == 5:  # bit g of byte i is the fifth bit of value i of group g
+        fifth = (blocks[:, 16:48].reshape(-1, 1, 32) >> np.arange(8, dtype=np.uint8).reshape(1, 8, 1)) & 1
+        integers |= (fifth << 4).reshape(-1, 256)
+    return integers, _halves(blocks, 0) * scales.astype(np.float32), -_halves(blocks, 2) * mins.astype(np.float32)
 
 
 # GGUF type → function that splits its blocks: those stored exactly in MLX's format, and those that only round a scale.
-EXACT: dict[str, Callable[[np.ndarray], Parts]] = {
+EXACT: dict[str, Split] = {
     "Q8_0": partial(_simple, bits=8, has_min=False),
     "Q5_0": partial(_simple, bits=5, has_min=False),
     "Q5_1": partial(_simple, bits=5, has_min=True),
     "Q4_0": partial(_simple, bits=4, has_min=False),
     "Q4_1": partial(_simple, bits=4, has_min=True),
 }
-NEARLY_EXACT = {"Q5_K": _q5_k, "Q4_K": _q4_k}
+NEARLY_EXACT: dict[str, Split] = {"Q5_K": partial(_super, bits=5), "Q4_K": partial(_super, bits=4)}
 # GGUF type → nearest packing. Types without such a function are quantised again from their values, with enough bits
 # that the second rounding adds little to the first.
 PACKINGS = {

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
@@ -62,18 +61,20 @@ def inspect_source(
         ValueError: no such file or folder.
         WeightsError: nothing was recognised; lists the contents.
     """
-    found = look_at(source, {part: Path(place).expanduser() for part, place in (parts or {}).items()})
+    found = look_at(source, parts)
     rows, networks, sound = [("source", f"{found.path} ({found.layout})")], [], True
     for part in (part for kind in NETWORKS for part in found.of_kind(kind)):
         weights = open_component(part.file, part.kind)
-        sizes, fault, config = _sizes_of(weights, part.config)
-        if isinstance(config, TransformerConfig):
-            rows.append(("model", _model_of(config, found.model)))
-        networks.append((part.name.replace("_", " "), f"{_relative(weights.path, found.path)}: {sizes}"))
-        networks += [("", text) for text in _contents(weights)]
-        if fault:
-            networks.append(("", f"cannot be loaded: {fault}"))
-            sound = False
+        sizes, faults = "of unknown size", []
+        try:
+            config = network_config(weights, part.config)
+            sizes = WORDS[part.kind].format(c=config)
+            if isinstance(config, TransformerConfig):
+                rows.append(("model", _model_of(config, found.model)))
+        except WeightsError as error:
+            faults, sound = [f"cannot be loaded: {error}"], False
+        networks.append((part.label, f"{_relative(weights.path, found.path)}: {sizes}"))
+        networks += [("", text) for text in (*_contents(weights), *faults)]
     rows += networks
     damaged = faults_of(dict.fromkeys(found.files.values()), listener)
     rows += [("damaged", fault) for fault in damaged]
@@ -95,15 +96,6 @@ def _contents(weights: ComponentWeights) -> Iterator[str]:
     yield f"{gigabytes(sum(nbytes.values()))}: {dtypes}"
     if quantization := _quantization_of(weights):
         yield f"quantised: {quantization}"
-
-
-def _sizes_of(weights: ComponentWeights, config: Mapping[str, Any]) -> tuple[str, str, Any]:
-    """Summary of a network, the reason why it cannot be loaded, and its configuration (None if not readable)."""
-    try:
-        c = network_config(weights, config)
-    except WeightsError as error:
-        return "of unknown size", str(error), None
-    return WORDS[weights.component].format(c=c), "", c
 
 
 def _model_of(config: TransformerConfig, recorded: str | None) -> str:

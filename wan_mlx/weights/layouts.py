@@ -79,24 +79,19 @@ class Layout:
 
 
 @cache
-def pattern(template: str, joint: str = ".") -> re.Pattern[str]:
-    """The pattern of a name in a table; ``joint`` stands between the parts of a key."""
+def pattern(template: str) -> re.Pattern[str]:
+    """The pattern of a name in a table."""
     pieces = re.split(r"\{(\w+)\}", template)
-    pieces[::2] = (re.escape(text.replace(".", joint)) for text in pieces[::2])
-    pieces[1::2] = (f"(?P<{name}>{PLACEHOLDERS[name]})".replace(r"\.", re.escape(joint)) for name in pieces[1::2])
+    pieces[::2] = map(re.escape, pieces[::2])
+    pieces[1::2] = (f"(?P<{name}>{PLACEHOLDERS[name]})" for name in pieces[1::2])
     return re.compile("".join(pieces))
 
 
 def recognise(keys: Iterable[str]) -> Layout:
-    """Recognise network and layout from the keys alone.
-
-    Raises:
-        WeightsError: no layout fits, or one fits except for some keys (see `canonical_keys`); lists the keys.
-    """
+    """Recognise network and layout from the keys alone; WeightsError if none fits."""
     keys = list(keys)
     for layout in LAYOUTS:
         if {layout.strip(key) for key in keys}.issuperset(layout.anchors):
-            canonical_keys(layout, keys)
             return layout
     known = ", ".join(str(layout) for layout in LAYOUTS)
     raise WeightsError(f"{len(keys)} keys of no known network: {some(keys)}; expected one of: {known}")
@@ -151,106 +146,7 @@ def _inside(theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, str]:
     return {f"{theirs}.{inner}": f"{ours}.{name}" for inner, name in names.items()}
 
 
-_TRANSFORMER_OFFICIAL = Layout(
-    "official",
-    "transformer",
-    anchors=("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.modulation"),
-    prefix=r"(?:model\.)?diffusion_model\.",
-)
-
-_TRANSFORMER_DIFFUSERS = Layout(
-    "diffusers",
-    "transformer",
-    anchors=("patch_embedding.weight", "condition_embedder.time_proj.weight", "blocks.0.attn1.to_q.weight"),
-    names={
-        "patch_embedding.{end}": "patch_embedding.{end}",
-        "vace_patch_embedding.{end}": "vace_patch_embedding.{end}",
-        "condition_embedder.{of}_embedder.linear_1.{end}": "{of}_embedding.0.{end}",
-        "condition_embedder.{of}_embedder.linear_2.{end}": "{of}_embedding.2.{end}",
-        "condition_embedder.time_proj.{end}": "time_projection.1.{end}",
-        "condition_embedder.image_embedder.norm1.{end}": "img_emb.proj.0.{end}",
-        "condition_embedder.image_embedder.ff.net.0.proj.{end}": "img_emb.proj.1.{end}",
-        "condition_embedder.image_embedder.ff.net.2.{end}": "img_emb.proj.3.{end}",
-        "condition_embedder.image_embedder.norm2.{end}": "img_emb.proj.4.{end}",
-        "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
-        "{blocks}.{n}.scale_shift_table": "{blocks}.{n}.modulation",
-        "{blocks}.{n}.norm2.{end}": "{blocks}.{n}.norm3.{end}",
-        "{blocks}.{n}.attn1.to_{q}.{end}": "{blocks}.{n}.self_attn.{q}.{end}",
-        "{blocks}.{n}.attn1.to_out.0.{end}": "{blocks}.{n}.self_attn.o.{end}",
-        "{blocks}.{n}.attn1.norm_{q}.weight": "{blocks}.{n}.self_attn.norm_{q}.weight",
-        "{blocks}.{n}.attn2.to_{q}.{end}": "{blocks}.{n}.cross_attn.{q}.{end}",
-        "{blocks}.{n}.attn2.to_out.0.{end}": "{blocks}.{n}.cross_attn.o.{end}",
-        "{blocks}.{n}.attn2.norm_{q}.weight": "{blocks}.{n}.cross_attn.norm_{q}.weight",
-        "blocks.{n}.attn2.add_{q}_proj.{end}": "blocks.{n}.cross_attn.{q}_img.{end}",
-        "blocks.{n}.attn2.norm_added_k.weight": "blocks.{n}.cross_attn.norm_k_img.weight",
-        "blocks.{n}.attn2.norm_added_q.weight": UNUSED,  # left by a conversion; image features meet no such norm
-        "{blocks}.{n}.ffn.net.0.proj.{end}": "{blocks}.{n}.ffn.0.{end}",
-        "{blocks}.{n}.ffn.net.2.{end}": "{blocks}.{n}.ffn.2.{end}",
-        "vace_blocks.0.proj_in.{end}": "vace_blocks.0.before_proj.{end}",
-        "vace_blocks.{n}.proj_out.{end}": "vace_blocks.{n}.after_proj.{end}",
-        "scale_shift_table": "head.modulation",
-        "proj_out.{end}": "head.head.{end}",
-    },
-)
-
 _TOKENIZER = {"spiece_model": UNUSED}  # the tokenizer's sentencepiece model
-
-_TEXT_OFFICIAL = Layout(
-    "official",
-    "text_encoder",
-    anchors=("token_embedding.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.gate.0.weight"),
-    names=_TOKENIZER,
-)
-
-# Also ComfyUI's files, which include the tokenizer.
-_TEXT_HUGGINGFACE = Layout(
-    "huggingface",
-    "text_encoder",
-    anchors=("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"),
-    names={
-        **_TOKENIZER,
-        "shared.weight": "token_embedding.weight",
-        "encoder.embed_tokens.weight": "token_embedding.weight",
-        "encoder.final_layer_norm.weight": "norm.weight",
-        "encoder.block.{n}.layer.0.layer_norm.weight": "blocks.{n}.norm1.weight",
-        "encoder.block.{n}.layer.0.SelfAttention.{q}.weight": "blocks.{n}.attn.{q}.weight",
-        "encoder.block.{n}.layer.0.SelfAttention.relative_attention_bias.weight": (
-            "blocks.{n}.pos_embedding.embedding.weight"
-        ),
-        "encoder.block.{n}.layer.1.layer_norm.weight": "blocks.{n}.norm2.weight",
-        "encoder.block.{n}.layer.1.DenseReluDense.wi_0.weight": "blocks.{n}.ffn.gate.0.weight",
-        "encoder.block.{n}.layer.1.DenseReluDense.wi_1.weight": "blocks.{n}.ffn.fc1.weight",
-        "encoder.block.{n}.layer.1.DenseReluDense.wo.weight": "blocks.{n}.ffn.fc2.weight",
-    },
-    # Some versions of transformers store zeros in the copy, so the original is used.
-    copies={"encoder.embed_tokens.weight": "shared.weight"},
-)
-
-# llama.cpp's names for a T5 encoder.
-_TEXT_GGUF = Layout(
-    "gguf",
-    "text_encoder",
-    anchors=("token_embd.weight", "enc.blk.0.attn_q.weight", "enc.output_norm.weight"),
-    names={
-        "token_embd.weight": "token_embedding.weight",
-        "enc.output_norm.weight": "norm.weight",
-        "enc.blk.{n}.attn_norm.weight": "blocks.{n}.norm1.weight",
-        "enc.blk.{n}.attn_{q}.weight": "blocks.{n}.attn.{q}.weight",
-        "enc.blk.{n}.attn_rel_b.weight": "blocks.{n}.pos_embedding.embedding.weight",
-        "enc.blk.{n}.ffn_norm.weight": "blocks.{n}.norm2.weight",
-        "enc.blk.{n}.ffn_gate.weight": "blocks.{n}.ffn.gate.0.weight",
-        "enc.blk.{n}.ffn_up.weight": "blocks.{n}.ffn.fc1.weight",
-        "enc.blk.{n}.ffn_down.weight": "blocks.{n}.ffn.fc2.weight",
-    },
-)
-
-_VAE_OFFICIAL = Layout(
-    "official",
-    "vae",
-    anchors=("encoder.downsamples.0.residual.2.weight", "decoder.upsamples.0.residual.2.weight", "conv2.weight"),
-    prefix=r"(?:model|vae|first_stage_model)\.",
-)
-
 # Inside a residual block: Diffusers' names → the official places in its `residual` sequence.
 _RESIDUAL = {
     "norm1.gamma": "residual.0.gamma",
@@ -261,70 +157,157 @@ _RESIDUAL = {
 _RESNET = {**_RESIDUAL, "conv_shortcut.{end}": "shortcut.{end}"}  # where the width may change
 _RESAMPLER = {"{conv}.{end}": "{conv}.{end}"}
 
-_VAE_DIFFUSERS = Layout(
-    "diffusers",
-    "vae",
-    anchors=("encoder.down_blocks.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight", "quant_conv.weight"),
-    names={
-        "{coder}.conv_in.{end}": "{coder}.conv1.{end}",
-        "{coder}.norm_out.gamma": "{coder}.head.0.gamma",
-        "{coder}.conv_out.{end}": "{coder}.head.2.{end}",
-        "quant_conv.{end}": "conv1.{end}",
-        "post_quant_conv.{end}": "conv2.{end}",
-        "{coder}.mid_block.attentions.0.norm.gamma": "{coder}.middle.1.norm.gamma",
-        "{coder}.mid_block.attentions.0.to_qkv.{end}": "{coder}.middle.1.to_qkv.{end}",
-        "{coder}.mid_block.attentions.0.proj.{end}": "{coder}.middle.1.proj.{end}",
-        **_inside("{coder}.mid_block.resnets.0", "{coder}.middle.0", _RESIDUAL),
-        **_inside("{coder}.mid_block.resnets.1", "{coder}.middle.2", _RESIDUAL),
-        **_inside("encoder.down_blocks.{n}", "encoder.downsamples.{n}", {**_RESNET, **_RESAMPLER}),
-        **_inside("decoder.up_blocks.{n}.resnets.{m}", "decoder.upsamples.{flat}", _RESNET),
-        **_inside("decoder.up_blocks.{n}.upsamplers.0", "decoder.upsamples.{flat}", _RESAMPLER),
-    },
-)
-
-_IMAGE_OFFICIAL = Layout(
-    "official",
-    "image_encoder",
-    anchors=("cls_embedding", "pos_embedding", "transformer.0.attn.to_qkv.weight"),
-    prefix=r"visual\.",
-    names={
-        "textual.{any}": UNUSED,  # the text tower; Wan reads the image alone
-        "log_scale": UNUSED,  # the contrastive loss's temperature
-        "head": UNUSED,  # after the last block; Wan takes the features before it
-        "post_norm.{end}": UNUSED,
-    },
-)
-
-_IMAGE_HUGGINGFACE = Layout(
-    "huggingface",
-    "image_encoder",
-    anchors=("embeddings.class_embedding", "embeddings.patch_embedding.weight", "encoder.layers.0.mlp.fc1.weight"),
-    prefix=r"vision_model\.",
-    names={
-        "embeddings.position_ids": UNUSED,  # 0, 1, 2, … kept by old versions of transformers
-        "visual_projection.weight": UNUSED,  # after the last block; Wan takes the features before it
-        "post_layernorm.{end}": UNUSED,
-        "embeddings.patch_embedding.weight": "patch_embedding.weight",
-        "embeddings.class_embedding": "cls_embedding",
-        "embeddings.position_embedding.weight": "pos_embedding",
-        "pre_layrnorm.{end}": "pre_norm.{end}",
-        "encoder.layers.{n}.layer_norm1.{end}": "transformer.{n}.norm1.{end}",
-        "encoder.layers.{n}.layer_norm2.{end}": "transformer.{n}.norm2.{end}",
-        "encoder.layers.{n}.self_attn.{part}_proj.{end}": "transformer.{n}.attn.to_qkv.{end}",
-        "encoder.layers.{n}.self_attn.out_proj.{end}": "transformer.{n}.attn.proj.{end}",
-        "encoder.layers.{n}.mlp.fc1.{end}": "transformer.{n}.mlp.0.{end}",
-        "encoder.layers.{n}.mlp.fc2.{end}": "transformer.{n}.mlp.2.{end}",
-    },
-)
-
 LAYOUTS = (
-    _TRANSFORMER_OFFICIAL,
-    _TRANSFORMER_DIFFUSERS,
-    _TEXT_OFFICIAL,
-    _TEXT_HUGGINGFACE,
-    _TEXT_GGUF,
-    _VAE_OFFICIAL,
-    _VAE_DIFFUSERS,
-    _IMAGE_OFFICIAL,
-    _IMAGE_HUGGINGFACE,
+    Layout(
+        "official",
+        "transformer",
+        anchors=("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.modulation"),
+        prefix=r"(?:model\.)?diffusion_model\.",
+    ),
+    Layout(
+        "diffusers",
+        "transformer",
+        anchors=("patch_embedding.weight", "condition_embedder.time_proj.weight", "blocks.0.attn1.to_q.weight"),
+        names={
+            "patch_embedding.{end}": "patch_embedding.{end}",
+            "vace_patch_embedding.{end}": "vace_patch_embedding.{end}",
+            "condition_embedder.{of}_embedder.linear_1.{end}": "{of}_embedding.0.{end}",
+            "condition_embedder.{of}_embedder.linear_2.{end}": "{of}_embedding.2.{end}",
+            "condition_embedder.time_proj.{end}": "time_projection.1.{end}",
+            "condition_embedder.image_embedder.norm1.{end}": "img_emb.proj.0.{end}",
+            "condition_embedder.image_embedder.ff.net.0.proj.{end}": "img_emb.proj.1.{end}",
+            "condition_embedder.image_embedder.ff.net.2.{end}": "img_emb.proj.3.{end}",
+            "condition_embedder.image_embedder.norm2.{end}": "img_emb.proj.4.{end}",
+            "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+            "{blocks}.{n}.scale_shift_table": "{blocks}.{n}.modulation",
+            "{blocks}.{n}.norm2.{end}": "{blocks}.{n}.norm3.{end}",
+            "{blocks}.{n}.attn1.to_{q}.{end}": "{blocks}.{n}.self_attn.{q}.{end}",
+            "{blocks}.{n}.attn1.to_out.0.{end}": "{blocks}.{n}.self_attn.o.{end}",
+            "{blocks}.{n}.attn1.norm_{q}.weight": "{blocks}.{n}.self_attn.norm_{q}.weight",
+            "{blocks}.{n}.attn2.to_{q}.{end}": "{blocks}.{n}.cross_attn.{q}.{end}",
+            "{blocks}.{n}.attn2.to_out.0.{end}": "{blocks}.{n}.cross_attn.o.{end}",
+            "{blocks}.{n}.attn2.norm_{q}.weight": "{blocks}.{n}.cross_attn.norm_{q}.weight",
+            "blocks.{n}.attn2.add_{q}_proj.{end}": "blocks.{n}.cross_attn.{q}_img.{end}",
+            "blocks.{n}.attn2.norm_added_k.weight": "blocks.{n}.cross_attn.norm_k_img.weight",
+            "blocks.{n}.attn2.norm_added_q.weight": UNUSED,  # left by a conversion; image features meet no such norm
+            "{blocks}.{n}.ffn.net.0.proj.{end}": "{blocks}.{n}.ffn.0.{end}",
+            "{blocks}.{n}.ffn.net.2.{end}": "{blocks}.{n}.ffn.2.{end}",
+            "vace_blocks.0.proj_in.{end}": "vace_blocks.0.before_proj.{end}",
+            "vace_blocks.{n}.proj_out.{end}": "vace_blocks.{n}.after_proj.{end}",
+            "scale_shift_table": "head.modulation",
+            "proj_out.{end}": "head.head.{end}",
+        },
+    ),
+    Layout(
+        "official",
+        "text_encoder",
+        anchors=("token_embedding.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.gate.0.weight"),
+        names=_TOKENIZER,
+    ),
+    # Also ComfyUI's files, which include the tokenizer.
+    Layout(
+        "huggingface",
+        "text_encoder",
+        anchors=(
+            "encoder.block.0.layer.0.SelfAttention.q.weight",
+            "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
+        ),
+        names={
+            **_TOKENIZER,
+            "shared.weight": "token_embedding.weight",
+            "encoder.embed_tokens.weight": "token_embedding.weight",
+            "encoder.final_layer_norm.weight": "norm.weight",
+            "encoder.block.{n}.layer.0.layer_norm.weight": "blocks.{n}.norm1.weight",
+            "encoder.block.{n}.layer.0.SelfAttention.{q}.weight": "blocks.{n}.attn.{q}.weight",
+            "encoder.block.{n}.layer.0.SelfAttention.relative_attention_bias.weight": (
+                "blocks.{n}.pos_embedding.embedding.weight"
+            ),
+            "encoder.block.{n}.layer.1.layer_norm.weight": "blocks.{n}.norm2.weight",
+            "encoder.block.{n}.layer.1.DenseReluDense.wi_0.weight": "blocks.{n}.ffn.gate.0.weight",
+            "encoder.block.{n}.layer.1.DenseReluDense.wi_1.weight": "blocks.{n}.ffn.fc1.weight",
+            "encoder.block.{n}.layer.1.DenseReluDense.wo.weight": "blocks.{n}.ffn.fc2.weight",
+        },
+        # Some versions of transformers store zeros in the copy, so the original is used.
+        copies={"encoder.embed_tokens.weight": "shared.weight"},
+    ),
+    # llama.cpp's names for a T5 encoder.
+    Layout(
+        "gguf",
+        "text_encoder",
+        anchors=("token_embd.weight", "enc.blk.0.attn_q.weight", "enc.output_norm.weight"),
+        names={
+            "token_embd.weight": "token_embedding.weight",
+            "enc.output_norm.weight": "norm.weight",
+            "enc.blk.{n}.attn_norm.weight": "blocks.{n}.norm1.weight",
+            "enc.blk.{n}.attn_{q}.weight": "blocks.{n}.attn.{q}.weight",
+            "enc.blk.{n}.attn_rel_b.weight": "blocks.{n}.pos_embedding.embedding.weight",
+            "enc.blk.{n}.ffn_norm.weight": "blocks.{n}.norm2.weight",
+            "enc.blk.{n}.ffn_gate.weight": "blocks.{n}.ffn.gate.0.weight",
+            "enc.blk.{n}.ffn_up.weight": "blocks.{n}.ffn.fc1.weight",
+            "enc.blk.{n}.ffn_down.weight": "blocks.{n}.ffn.fc2.weight",
+        },
+    ),
+    Layout(
+        "official",
+        "vae",
+        anchors=("encoder.downsamples.0.residual.2.weight", "decoder.upsamples.0.residual.2.weight", "conv2.weight"),
+        prefix=r"(?:model|vae|first_stage_model)\.",
+    ),
+    Layout(
+        "diffusers",
+        "vae",
+        anchors=(
+            "encoder.down_blocks.0.conv1.weight",
+            "decoder.up_blocks.0.resnets.0.conv1.weight",
+            "quant_conv.weight",
+        ),
+        names={
+            "{coder}.conv_in.{end}": "{coder}.conv1.{end}",
+            "{coder}.norm_out.gamma": "{coder}.head.0.gamma",
+            "{coder}.conv_out.{end}": "{coder}.head.2.{end}",
+            "quant_conv.{end}": "conv1.{end}",
+            "post_quant_conv.{end}": "conv2.{end}",
+            "{coder}.mid_block.attentions.0.norm.gamma": "{coder}.middle.1.norm.gamma",
+            "{coder}.mid_block.attentions.0.to_qkv.{end}": "{coder}.middle.1.to_qkv.{end}",
+            "{coder}.mid_block.attentions.0.proj.{end}": "{coder}.middle.1.proj.{end}",
+            **_inside("{coder}.mid_block.resnets.0", "{coder}.middle.0", _RESIDUAL),
+            **_inside("{coder}.mid_block.resnets.1", "{coder}.middle.2", _RESIDUAL),
+            **_inside("encoder.down_blocks.{n}", "encoder.downsamples.{n}", {**_RESNET, **_RESAMPLER}),
+            **_inside("decoder.up_blocks.{n}.resnets.{m}", "decoder.upsamples.{flat}", _RESNET),
+            **_inside("decoder.up_blocks.{n}.upsamplers.0", "decoder.upsamples.{flat}", _RESAMPLER),
+        },
+    ),
+    Layout(
+        "official",
+        "image_encoder",
+        anchors=("cls_embedding", "pos_embedding", "transformer.0.attn.to_qkv.weight"),
+        prefix=r"visual\.",
+        names={
+            "textual.{any}": UNUSED,  # the text tower; Wan reads the image alone
+            "log_scale": UNUSED,  # the contrastive loss's temperature
+            "head": UNUSED,  # after the last block; Wan takes the features before it
+            "post_norm.{end}": UNUSED,
+        },
+    ),
+    Layout(
+        "huggingface",
+        "image_encoder",
+        anchors=("embeddings.class_embedding", "embeddings.patch_embedding.weight", "encoder.layers.0.mlp.fc1.weight"),
+        prefix=r"vision_model\.",
+        names={
+            "embeddings.position_ids": UNUSED,  # 0, 1, 2, … kept by old versions of transformers
+            "visual_projection.weight": UNUSED,  # after the last block; Wan takes the features before it
+            "post_layernorm.{end}": UNUSED,
+            "embeddings.patch_embedding.weight": "patch_embedding.weight",
+            "embeddings.class_embedding": "cls_embedding",
+            "embeddings.position_embedding.weight": "pos_embedding",
+            "pre_layrnorm.{end}": "pre_norm.{end}",
+            "encoder.layers.{n}.layer_norm1.{end}": "transformer.{n}.norm1.{end}",
+            "encoder.layers.{n}.layer_norm2.{end}": "transformer.{n}.norm2.{end}",
+            "encoder.layers.{n}.self_attn.{part}_proj.{end}": "transformer.{n}.attn.to_qkv.{end}",
+            "encoder.layers.{n}.self_attn.out_proj.{end}": "transformer.{n}.attn.proj.{end}",
+            "encoder.layers.{n}.mlp.fc1.{end}": "transformer.{n}.mlp.0.{end}",
+            "encoder.layers.{n}.mlp.fc2.{end}": "transformer.{n}.mlp.2.{end}",
+        },
+    ),
 )

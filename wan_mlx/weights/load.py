@@ -26,7 +26,7 @@ from .component import ComponentWeights, only_zeros, open_component
 from .configs import network_config
 from .lora import normalise_loras, open_loras
 from .parameters import Parameters
-from .quantize import QUANTIZED
+from .quantize import EXPAND, QUANTIZED
 from .set_loras import set_loras
 from .stream import Progress, load_module, load_streamed, stream_blocks
 
@@ -67,11 +67,11 @@ def open_network(source: Source, kind: str) -> tuple[ComponentWeights, Any]:
     else:
         part = find_part(Path(source).expanduser(), kind)
     weights = open_component(part.file, kind)
-    found = weights.quantization and weights.quantization.mode
-    if part.recorded != found:
+    found = weights.quantization.mode if weights.quantization else EXPAND
+    if part.recorded not in ("", found):
         raise WeightsError(
-            f"{part.file.parent}: config.json says that its {kind}'s quantisation is {part.recorded or 'none'}, "
-            f"but the file's is {found or 'none'}"
+            f"{part.file.parent}: config.json says that its {kind}'s quantisation is {part.recorded}, "
+            f"but the file's is {found}"
         )
     return weights, network_config(weights, part.config)
 
@@ -144,13 +144,11 @@ def transformer_parameters(
     dtype: mx.Dtype,
     quantize: str | None = None,
     loras: Iterable[LoraChoice] | LoraChoice | None = None,
-    merge: bool = True,
 ) -> Parameters:
     """A transformer's parameters for `Transformer`, whole or block by block; see `load_transformer`."""
     order = partial(row_order, dim=config.dim, head_dim=config.head_dim)
     opened = open_loras(normalise_loras(loras), weights.shapes, math.prod(config.patch_size))
-    opened.report_unused()
-    return Parameters(weights, dtype, quantize, opened, merge, row_order=order)
+    return Parameters(weights, dtype, quantize, opened, order)
 
 
 def load_vae(path: Source, dtype: str | mx.Dtype = "float32", progress: Progress = no_progress) -> VAE:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -55,121 +55,85 @@ PEFT_CONFIG = "adapter_config.json"
 
 @dataclass
 class Change:
-    """One file's change of one parameter: keys in the file by their role, and the scale of ``up @ down``."""
-
-    down: str = ""
-    up: str = ""
-    up_bias: str = ""
-    alpha: str = ""
-    diff: str = ""
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA file at a strength, with its keys resolved against a model.
+    """One file's change of one parameter.
 
     Attributes:
-        changes: name of a parameter → its change.
-        shapes: name → shape of every parameter of the model in this package's layout.
-        patch: values of one channel in a patch (see `open_loras`).
-        unused: keys for a text encoder.
+        shape: the parameter's, in this package's layout.
+        patch: for a patch embedding, values of one channel in a patch; else 0.
+        keys: role, of `ENDINGS` → key in the file.
+        scale: of ``up @ down``, beside the strength.
     """
 
-    strength: float
     file: WeightsFile
-    changes: Mapping[str, Change]
-    shapes: Mapping[str, tuple[int, ...]]
+    strength: float
+    shape: tuple[int, ...]
     patch: int
-    unused: Sequence[str] = ()
+    keys: dict[str, str] = field(default_factory=dict)
+    scale: float = 1.0
 
-    def factors(self, name: str) -> tuple[mx.array, mx.array, float] | None:
+    def factors(self) -> tuple[mx.array, mx.array, float] | None:
         """``down`` (rank, inputs), ``up`` (outputs, rank), both float32, and the factor of their product."""
-        change = self.changes[name]
-        if not change.down:
+        if "down" not in self.keys:
             return None
-        outputs, inputs = self.shapes[name]
-        down, up = self._read(change.down, name).reshape(-1, inputs), self._read(change.up).reshape(outputs, -1)
+        outputs, inputs = self.shape
+        down, up = self._read("down").reshape(-1, inputs), self._read("up").reshape(outputs, -1)
         if not down.any(stream=mx.cpu).item():  # up is zero before the first step of training, down never
-            raise only_zeros(self.file.path, change.down)
-        return down, up, self.strength * change.scale
+            raise only_zeros(self.file.path, self.keys["down"])
+        return down, up, self.strength * self.scale
 
-    def difference(self, name: str) -> mx.array | None:
+    def difference(self) -> mx.array | None:
         """The ``diff`` beside the factors, float32, strength included."""
-        change = self.changes[name]
         total = None
-        for key, scale in ((change.diff, 1.0), (change.up_bias, change.scale)):
-            if key:
-                array = self.strength * scale * self._read(key, name).reshape(self.shapes[name])
+        for role, scale in (("diff", 1.0), ("up_bias", self.scale)):
+            if role in self.keys:
+                array = self.strength * scale * self._read(role).reshape(self.shape)
                 total = array if total is None else total + array
         return total
 
-    def _read(self, key: str, over_inputs: str = "") -> mx.array:
-        """A tensor, float32; for the inputs of a patch embedding with channels last, as in the model."""
+    def _read(self, role: str) -> mx.array:
+        """A tensor, float32; over the inputs of a patch embedding with channels last, as in the model."""
         with mx.stream(mx.cpu):  # read immediately: GPU work must not wait on a file
-            array = self.file.read(key).astype(mx.float32)
-            if over_inputs.endswith("patch_embedding.weight"):
+            array = self.file.read(self.keys[role]).astype(mx.float32)
+            if self.patch and role in ("down", "diff"):
                 array = array.reshape(array.shape[0], -1, self.patch).swapaxes(1, 2)
             mx.eval(array)
         return array
 
 
-class Loras:
-    """Several LoRAs as one change of a model's parameters."""
+# Name of a parameter → its changes by several LoRAs, in order.
+Loras = dict[str, list[Change]]
 
-    def __init__(self, loras: Iterable[Lora] = ()):
-        self.loras = tuple(loras)
-        self.names = {name for lora in self.loras for name in lora.changes}
 
-    def of(self, name: str) -> list[Lora]:
-        """Those that change a parameter."""
-        return [lora for lora in self.loras if name in lora.changes]
+def merged(changes: Iterable[Change], array: mx.array) -> mx.array:
+    """A float32 parameter with its changes."""
+    for change in changes:
+        factors, difference = change.factors(), change.difference()
+        if factors is not None:
+            down, up, scale = factors
+            array = array + scale * (up @ down)
+        array = array if difference is None else array + difference
+    return array
 
-    def report_unused(self) -> None:
-        """Log the keys for a text encoder."""
-        for lora in self.loras:
-            if count := len(lora.unused):
-                log.warning(
-                    "%s: %d keys for a text encoder are not used, such as %s", lora.file.path, count, lora.unused[0]
-                )
 
-    def apply(self, name: str, array: mx.array) -> mx.array:
-        """The float32 parameter ``name`` with all LoRAs merged, in order."""
-        for lora in self.of(name):
-            factors, difference = lora.factors(name), lora.difference(name)
-            if factors is not None:
-                down, up, scale = factors
-                array = array + scale * (up @ down)
-            array = array if difference is None else array + difference
-        return array
+def side_arrays(changes: Iterable[Change], dtype: mx.Dtype, order: mx.array | None = None) -> dict[str, mx.array]:
+    """Unmerged LoRAs of a matrix: the factors of all of them stacked along the rank, with scales in ``lora_b``.
 
-    def shapes_beside(self, name: str) -> dict[str, tuple[int, int]]:
-        """Shapes of the arrays of `beside`."""
-        found = [(lora.file.tensors, lora.changes[name]) for lora in self.of(name)]
-        rank = sum(tensors[change.down].shape[0] for tensors, change in found if change.down)
-        outputs, inputs = self.of(name)[0].shapes[name]
-        shapes = {"lora_a": (rank, inputs), "lora_b": (outputs, rank)} if rank else {}
-        return {**shapes, "lora_dense": (outputs, inputs)} if any(change.diff for _, change in found) else shapes
-
-    def beside(self, name: str, dtype: mx.Dtype, order: mx.array | None = None) -> dict[str, mx.array]:
-        """Unmerged LoRAs of a matrix: the factors of all of them stacked along the rank, with scales in ``lora_b``.
-
-        ``lora_a`` (ranks, inputs), ``lora_b`` (outputs, ranks), and ``lora_dense`` if a file has a ``diff``, in
-        ``dtype``, for a layer with rows in ``order``.
-        """
-        downs, ups, dense = [], [], None
-        for lora in self.of(name):
-            factors, difference = lora.factors(name), lora.difference(name)
-            if factors is not None:
-                down, up, scale = factors
-                downs.append(down)
-                ups.append(scale * up)
-            if difference is not None:
-                dense = difference if dense is None else dense + difference
-        arrays = {"lora_a": mx.concatenate(downs), "lora_b": mx.concatenate(ups, axis=1)} if downs else {}
-        arrays |= {"lora_dense": dense} if dense is not None else {}
-        arrays = {key: array.astype(dtype) for key, array in arrays.items()}
-        return {key: array if order is None or key == "lora_a" else array[order] for key, array in arrays.items()}
+    ``lora_a`` (ranks, inputs), ``lora_b`` (outputs, ranks), and ``lora_dense`` if a file has a ``diff``, in ``dtype``,
+    for a layer with rows in ``order``.
+    """
+    downs, ups, dense = [], [], None
+    for change in changes:
+        factors, difference = change.factors(), change.difference()
+        if factors is not None:
+            down, up, scale = factors
+            downs.append(down)
+            ups.append(scale * up)
+        if difference is not None:
+            dense = difference if dense is None else dense + difference
+    arrays = {"lora_a": mx.concatenate(downs), "lora_b": mx.concatenate(ups, axis=1)} if downs else {}
+    arrays |= {"lora_dense": dense} if dense is not None else {}
+    arrays = {key: array.astype(dtype) for key, array in arrays.items()}
+    return {key: array if order is None or key == "lora_a" else array[order] for key, array in arrays.items()}
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -214,8 +178,11 @@ def open_loras(loras: Iterable[tuple[Path, float]], shapes: Mapping[str, tuple[i
     Raises:
         WeightsError: a file cannot be read, has keys without a match, or factors whose shapes differ from the model's.
     """
-    names = spellings(shapes)
-    return Loras(_open(fold(open_weights(_file_of(path))), strength, shapes, names, patch) for path, strength in loras)
+    names, found = spellings(shapes), Loras()
+    for path, strength in loras:
+        for name, change in _open(fold(open_weights(_file_of(path))), strength, shapes, names, patch).items():
+            found.setdefault(name, []).append(change)
+    return found
 
 
 def describe_lora(path: Path, strength: float) -> dict[str, Any]:
@@ -262,7 +229,9 @@ def resolve(key: str, names: Mapping[str, str]) -> tuple[str, str] | None:
     return None
 
 
-def _open(file: WeightsFile, strength: float, shapes: Mapping, names: Mapping[str, str], patch: int) -> Lora:
+def _open(
+    file: WeightsFile, strength: float, shapes: Mapping[str, Any], names: Mapping[str, str], patch: int
+) -> dict[str, Change]:
     changes: dict[str, Change] = {}
     unknown, unused = list[str](), list[str]()
     for key, info in file.tensors.items():
@@ -273,22 +242,30 @@ def _open(file: WeightsFile, strength: float, shapes: Mapping, names: Mapping[st
         name, role = found
         if info.dtype not in (*FLOATS, *FP8):
             raise WeightsError(f"{file.path}: {key} is {info.dtype}; expected floats")
-        change = changes.setdefault(name, Change())
-        if getattr(change, role):
-            raise WeightsError(f"{file.path}: two keys for the {role} of {name}: {getattr(change, role)} and {key}")
-        setattr(change, role, key)
+        in_patches = patch if name.endswith("patch_embedding.weight") else 0
+        keys = changes.setdefault(name, Change(file, strength, shapes[name], in_patches)).keys
+        if keys.setdefault(role, key) != key:
+            raise WeightsError(f"{file.path}: two keys for the {role} of {name}: {keys[role]} and {key}")
     if unknown:
         raise WeightsError(_unknown(file, unknown, shapes))
-    # The scale of a bias's up is that of the weight's factors.
-    config = _PeftConfig.of(file)
+    alphas, stabilised = _peft_config(file)
     for name, change in changes.items():
-        factors = changes.get(name.removesuffix("bias") + "weight", change) if change.up_bias else change
-        _check(file, name, change, shapes[name], patch, bool(factors.down))
-        if factors.down:
-            change.scale = _scale(file, factors, config)
+        # The scale of a bias's up is that of the weight's factors.
+        weight = changes.get(name.removesuffix("bias") + "weight", change) if "up_bias" in change.keys else change
+        _check(name, change, "down" in weight.keys)
+        if "down" in weight.keys:
+            change.scale = _scale(weight, alphas, stabilised)
     if not changes:
         raise WeightsError(f"{file.path}: no LoRA keys for the transformer among its {len(file.tensors)} tensors")
-    return Lora(strength, file, changes, shapes, patch, unused)
+    if unused:
+        _report_unused(file.path, len(unused), unused[0])
+    return changes
+
+
+@lru_cache
+def _report_unused(path: Path, count: int, first: str) -> None:
+    """Once for each file, which is opened to be checked and again to be loaded."""
+    log.warning("%s: %d keys for a text encoder are not used, such as %s", path, count, first)
 
 
 def _unknown(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]) -> str:
@@ -304,83 +281,70 @@ def _unknown(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]) -
     return f"{file.path}: {len(unknown)} keys match nothing in this transformer: {some(unknown)}{hint}"
 
 
-def _check(file: WeightsFile, name: str, change: Change, shape: tuple[int, ...], patch: int, factors: bool) -> None:
-    """Check the shapes of one change against the parameter's; ``factors``: whether those of a bias's weight exist."""
-    keys = {role: key for role, key in vars(change).items() if role != "scale" and key}
-    stored = {role: file.tensors[key].shape for role, key in keys.items()}
-    if bool(change.down) != bool(change.up) or (change.alpha and not change.down) or (change.up_bias and not factors):
-        raise WeightsError(f"{file.path}: {name} has only {', '.join(keys.values())}")
-    if change.down:
-        rank, fits = stored["down"][:1], False
-        if len(shape) == 2 and rank and rank[0] > 0:
-            down, up = stored["down"][1:], stored["up"]
-            kernel = len(down) == 1 or (len(down) == 4 and math.prod(down[1:]) == patch)
-            fits = kernel and math.prod(down) == shape[1] and up[:2] == (shape[0], rank[0]) and set(up[2:]) <= {1}
-        if not fits:
-            raise WeightsError(
-                f"{file.path}: {change.down} {stored['down']} and {change.up} {stored['up']} do not fit {name} {shape}"
-            )
+def _check(name: str, change: Change, has_factors: bool) -> None:
+    """Check the shapes of one change against its parameter's; ``has_factors``: or those of a bias's weight."""
+    keys, shape, path = change.keys, change.shape, change.file.path
+    stored = {role: change.file.tensors[key].shape for role, key in keys.items()}
+    down, up = stored.get("down"), stored.get("up")
+    if (down is None) != (up is None) or ("alpha" in keys and down is None) or ("up_bias" in keys and not has_factors):
+        raise WeightsError(f"{path}: {name} has only {', '.join(keys.values())}")
+    if down is not None and up is not None:
+        fits = len(shape) == 2 and 0 not in (down or (0,)) and up[:2] == (*shape[:1], *down[:1]) and {*up[2:]} <= {1}
+        if not (fits and _are_inputs(down[1:], shape[1:], change.patch)):
+            raise WeightsError(f"{path}: {keys['down']} {down} and {keys['up']} {up} do not fit {name} {shape}")
     for role in ("diff", "up_bias"):
-        if role in stored and not _same_values(stored[role], shape, patch):
-            raise WeightsError(f"{file.path}: {keys[role]} {stored[role]} does not fit {name} {shape}")
+        found = stored.get(role, shape)
+        if found != shape and not (found[:1] == shape[:1] and _are_inputs(found[1:], shape[1:], change.patch)):
+            raise WeightsError(f"{path}: {keys[role]} {found} does not fit {name} {shape}")
 
 
-def _same_values(stored: tuple[int, ...], shape: tuple[int, ...], patch: int) -> bool:
-    if len(stored) == 5 and len(shape) == 2:
-        return stored[0] == shape[0] and math.prod(stored[1:]) == shape[1] and math.prod(stored[2:]) == patch
-    return stored == shape
+def _are_inputs(found: tuple[int, ...], inputs: tuple[int, ...], patch: int) -> bool:
+    """Whether ``found`` are a matrix's inputs, or the channels and patch of a patch embedding's convolution."""
+    kernel = len(found) == 4 and math.prod(found[1:]) == patch
+    return (len(found) == 1 or kernel) and (math.prod(found),) == inputs
 
 
-def _scale(file: WeightsFile, change: Change, config: _PeftConfig) -> float:
-    """Of ``up @ down``."""
-    rank = file.tensors[change.down].shape[0]
-    if not change.alpha:
-        return config.scale(change.down, rank)
-    if math.prod(shape := file.tensors[change.alpha].shape) != 1:
-        raise WeightsError(f"{file.path}: {change.alpha} has shape {shape}, not one number")
-    alpha = float(file.read(change.alpha).astype(mx.float32))
+def _scale(change: Change, alphas: Mapping[str, float], stabilised: bool) -> float:
+    """Of ``up @ down``; the other arguments are `_peft_config`'s."""
+    file, key = change.file, change.keys.get("alpha")
+    rank = file.tensors[change.keys["down"]].shape[0]
+    if key is None:
+        module = "." + re.split(next(iter(ENDINGS)), change.keys["down"], maxsplit=1)[0]
+        alpha = next((alpha for name, alpha in alphas.items() if module.endswith(name)), None)
+        if alpha is None:
+            return 1.0
+        return alpha / (math.sqrt(rank) if stabilised else rank)
+    if math.prod(shape := file.tensors[key].shape) != 1:
+        raise WeightsError(f"{file.path}: {key} has shape {shape}, not one number")
+    alpha = float(file.read(key).astype(mx.float32))
     if not math.isfinite(alpha):
-        raise WeightsError(f"{file.path}: {change.alpha} is {alpha}, expected a finite number")
+        raise WeightsError(f"{file.path}: {key} is {alpha}, expected a finite number")
     return alpha / rank
 
 
-@dataclass(frozen=True)
-class _PeftConfig:
-    """The configuration that PEFT and Diffusers store beside the weights; alphas by the end of a module's name."""
+def _peft_config(file: WeightsFile) -> tuple[dict[str, float], bool]:
+    """Alphas by the end of a module's name, and whether they are divided by the root of the rank (rsLoRA).
 
-    alphas: Mapping[str, float]
-    use_rslora: bool
+    From the file's own metadata (Diffusers), or from the adapter_config.json beside the file (PEFT).
 
-    @classmethod
-    def of(cls, file: WeightsFile) -> _PeftConfig:
-        """From the file's own metadata (Diffusers), or from the adapter_config.json beside the file (PEFT).
-
-        Raises:
-            WeightsError: it cannot be read, or is a DoRA's.
-        """
-        beside, entries = file.path.parent / PEFT_CONFIG, {}
-        try:
-            if "lora_adapter_metadata" in file.metadata:
-                found = parse_json(file.metadata["lora_adapter_metadata"])
-                entries = {key.removeprefix("transformer."): value for key, value in found.items()}
-            elif file.path.name == FOLDER_FILES[0] and beside.is_file():
-                entries = parse_json(beside.read_text(encoding="utf-8"))
-            names = entries.get("alpha_pattern") or {}
-            alphas = {"." + key.strip("^$").replace("\\.", "."): float(value) for key, value in names.items()}
-            if entries.get("lora_alpha") is not None:
-                alphas[""] = float(entries["lora_alpha"])
-            if not all(map(math.isfinite, alphas.values())):
-                raise ValueError("an alpha is not finite")
-        except (ValueError, TypeError, AttributeError, OSError) as error:
-            raise WeightsError(f"{file.path}: its LoRA configuration cannot be read ({error})") from None
-        if entries.get("use_dora"):
-            raise WeightsError(f"{file.path}: a DoRA, which is not supported, only LoRA")
-        return cls(alphas, bool(entries.get("use_rslora")))
-
-    def scale(self, key: str, rank: int) -> float:
-        """The scale of the factors whose down is ``key``."""
-        module = "." + re.split(next(iter(ENDINGS)), key, maxsplit=1)[0]
-        alpha = next((alpha for name, alpha in self.alphas.items() if module.endswith(name)), None)
-        if alpha is None:
-            return 1.0
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+    Raises:
+        WeightsError: it cannot be read, or is a DoRA's.
+    """
+    beside, entries = file.path.parent / PEFT_CONFIG, {}
+    try:
+        if "lora_adapter_metadata" in file.metadata:
+            found = parse_json(file.metadata["lora_adapter_metadata"])
+            entries = {key.removeprefix("transformer."): value for key, value in found.items()}
+        elif file.path.name == FOLDER_FILES[0] and beside.is_file():
+            entries = parse_json(beside.read_text(encoding="utf-8"))
+        names = entries.get("alpha_pattern") or {}
+        alphas = {"." + key.strip("^$").replace("\\.", "."): float(value) for key, value in names.items()}
+        if entries.get("lora_alpha") is not None:
+            alphas[""] = float(entries["lora_alpha"])
+        if not all(map(math.isfinite, alphas.values())):
+            raise ValueError("an alpha is not finite")
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise WeightsError(f"{file.path}: its LoRA configuration cannot be read ({error})") from None
+    if entries.get("use_dora"):
+        raise WeightsError(f"{file.path}: a DoRA, which is not supported, only LoRA")
+    return alphas, bool(entries.get("use_rslora"))

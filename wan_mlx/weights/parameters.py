@@ -17,14 +17,13 @@ import mlx.nn as nn
 from .. import cuda
 from ..cuda import StagingBuffers
 from ..errors import WeightsError
-from ..files.base import ByteRange
 from ..models.layers import Linear
 from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import FLOAT32_PARAMETERS
 from .component import SAFETENSORS_NAMES, ComponentWeights, Fetch, beside, only_zeros, parameter_shapes
-from .lora import Loras
-from .prefetch import Prefetch, prefetch_in_turn, prefetch_lazy, prefetch_staged
-from .quantize import EXPAND, NEAREST, Quantization, check_mode, keep_packings, plan_quantization
+from .lora import Loras, merged
+from .prefetch import Prefetch, prefetch_in_turn, prefetch_lazy
+from .quantize import EXPAND, NEAREST, Quantization, check_mode, plan_quantization
 
 # Matrices that are zero before the first step of training, by the official code's initialisation.
 MAY_BE_ZERO = r"^head\.head\.|\.(?:before|after)_proj\.|\.middle\.1\.proj\."
@@ -61,9 +60,8 @@ class Parameters:
         quantize: mode for the blocks' matrices; "none" unpacks those stored quantised; "nearest" quantises GGUF's
             blocks to the nearest format; None keeps matrices quantised that are stored so, or can be without a
             change.
-        loras: changes to apply while loading.
-        merge: whether to merge them into the weights. Otherwise, and for quantised matrices, which merging would
-            round again, they stay unmerged as low-rank factors.
+        loras: changes to merge while loading; those of quantised matrices, which merging would round again, stay
+            ``unmerged`` (see `set_loras`).
         row_order: fixed permutations of rows, applied last.
 
     Raises:
@@ -76,7 +74,6 @@ class Parameters:
         dtype: mx.Dtype,
         quantize: str | None = None,
         loras: Loras | None = None,
-        merge: bool = True,
         row_order: RowOrder | None = None,
     ):
         self.weights, self.dtype, self.component = weights, dtype, weights.component
@@ -85,52 +82,36 @@ class Parameters:
         self.packings = self.quantization.packings
         # Those quantised as stored; the others are quantised from their values, or not at all.
         self.as_stored = {name for name, packing in self.packings.items() if weights.stores(name, packing)}
-        self._checked: set[str] = set()
-        self.use(loras or Loras(), merge)
-
-    def use(self, loras: Loras, merge: bool) -> None:
-        """From now on apply these LoRAs, in place of earlier ones."""
-        self.loras = loras
-        matrices = {name for name in loras.names if is_matrix(name, self.weights.shapes[name])}
-        self.unmerged = matrices & self.packings.keys() if merge else matrices
-        self.merged = loras.names - self.unmerged
+        loras = loras or {}
+        self.unmerged = {name: changes for name, changes in loras.items() if name in self.packings}
+        self.merged = {name: changes for name, changes in loras.items() if name not in self.packings}
         # Those with work left after the CPU's share while reading.
-        self.worked = self.merged | (self.packings.keys() - self.as_stored)
-        self._ranges: dict[tuple[str, ...], tuple[dict[str, ByteRange] | None, bool]] = {}
+        self.worked = self.merged.keys() | (self.packings.keys() - self.as_stored)
+        self.originals: dict[str, mx.array] = {}  # of those that unmerged LoRAs have changed in a resident network
+        self._checked: set[str] = set()
 
     def fit(self, module: nn.Module, prefix: str = "") -> nn.Module:
-        """Give ``module`` quantised layers for quantised weights, and parameters for unmerged LoRAs.
-
-        ``prefix``: of its names. Weights that it does not have are left out.
-        """
+        """Give ``module`` quantised layers for quantised weights; ``prefix``: of its names."""
         for own in parameter_shapes(module):
             name = prefix + own
-            if name in self.packings or name in self.unmerged:
-                parent, index = locate(module, own)
             if name in self.packings:
+                parent, index = locate(module, own)
                 layer = parent[index]
                 if not isinstance(layer, Linear):
                     raise WeightsError(f"{self.weights.path}: {name} is packed, but a {type(layer).__name__} cannot be")
                 rows, columns = layer.weight.shape
                 parent[index] = QuantizedLinear(columns, rows, "bias" in layer, self.packings[name])
-            if name in self.unmerged:
-                for key, shape in self.loras.shapes_beside(name).items():
-                    parent[index][key] = mx.zeros(shape)
         return module
 
-    def start(self, names: Iterable[str], now: bool = False) -> dict[str, Arrays]:
+    def start(self, names: Iterable[str], fetch: Fetch | None = None, copied: bool = False) -> dict[str, Arrays]:
         """Lazy arrays of the stored tensors, on the current stream, with the CPU's share of the work; for `finish`.
 
-        Only reads, casts and reorders: no work for a GPU. ``now``: reads before returning, with several threads.
+        Only reads, casts and reorders: no work for a GPU. ``fetch``: as for `ComponentWeights.read`; ``copied``: also
+        copies unchanged tensors.
         """
-        fetch = self.weights.file.read_now if now else self.weights.file.read
-        return {name: self._changed(name, self._read(name, fetch)) for name in names}
-
-    def start_staged(self, names: Iterable[str], staged: Mapping[str, mx.array], copied: bool) -> dict[str, Arrays]:
-        """`start` for tensors already read, by their keys in the file; ``copied``: also copies unchanged tensors."""
         found = {}
         for name in names:
-            arrays = self._read(name, staged.__getitem__)
+            arrays = self._read(name, fetch)
             if copied and not self._is_changed(name):
                 arrays = {key: mx.where(mx.array(True), array, array) for key, array in arrays.items()}
             found[name] = self._changed(name, arrays)
@@ -140,33 +121,24 @@ class Parameters:
         """`start`, evaluated in another thread; `finish` takes the result.
 
         Args:
-            names: of the tensors.
+            names: of the parameters.
             staging: staging buffers, if there are any (`cuda.staging_buffers`).
             kept: whether the result is kept after the next read.
         """
         names = tuple(names)
-        if staging is not None:
-            ranges, copied = self._staged(names, staging)
-            copied = copied or kept
-            if ranges is not None:
-                buffer = staging.next(ranges, stays_idle=copied)
-                start = partial(self.start_staged, names, copied=copied)
-                return prefetch_staged(buffer, ranges, start, resident=copied)
+        sizes = {name: self.weights.stored_bytes(name) for name in names}
+        changed = {name: size if self._is_changed(name) else 0 for name, size in sizes.items()}
+        ranges = None if staging is None else self.weights.byte_ranges(names)
+        if staging is not None and ranges is not None:
+            # If most are cast or quantised, a block computes with copies of the buffer's tensors only.
+            worked = sum(size for name, size in sizes.items() if name in self.worked)
+            copied = kept or staging.one_serves(sum(changed.values()) + worked, sum(sizes.values()))
+            buffer = staging.next(ranges, stays_idle=copied)
+            fill = partial(buffer.fill, buffer.address(), ranges)
+            return Prefetch(fill, lambda _: self.start(names, buffer.arrays(ranges).__getitem__, copied), copied)
         if not self.weights.file.is_lazy:
-            return prefetch_in_turn(self.start, names)
-        sizes = {name: self.weights.stored_bytes(name) if self._is_changed(name) else 0 for name in names}
-        return prefetch_lazy(self.start, sizes)
-
-    def _staged(self, names: tuple[str, ...], staging: StagingBuffers) -> tuple[dict[str, ByteRange] | None, bool]:
-        """`ComponentWeights.byte_ranges`, and whether a block computes only with copies of the buffer's tensors.
-
-        True if most are cast or quantised. Computed once, because every pass reads the blocks.
-        """
-        if names not in self._ranges:
-            sizes = {name: self.weights.stored_bytes(name) for name in names}
-            anew = sum(size for name, size in sizes.items() if name in self.worked or self._is_changed(name))
-            self._ranges[names] = self.weights.byte_ranges(names), staging.one_serves(anew, sum(sizes.values()))
-        return self._ranges[names]
+            return prefetch_in_turn(lambda name: self.start([name], self.weights.file.read_now), names)
+        return prefetch_lazy(self.start, changed)
 
     def finish(self, started: dict[str, Arrays], resident: bool = True) -> list[tuple[str, mx.array]]:
         """Merge and quantise the arrays from `start`: name → array pairs, all resident, or only those with work.
@@ -182,9 +154,7 @@ class Parameters:
             arrays = started.pop(name)
             if name in self.worked:
                 arrays = self._reordered(name, self._work(name, *arrays.values()))
-            if name in self.unmerged:
-                arrays |= self.loras.beside(name, dtype_of(self.component, name, self.dtype), self.row_order(name))
-            if resident or name in self.worked or name in self.unmerged:
+            if resident or name in self.worked:
                 mx.eval(arrays)
             finished += [(beside(name, key), array) for key, array in arrays.items()]
         return finished
@@ -227,7 +197,7 @@ class Parameters:
         kept = SAFETENSORS_NAMES[dtype_of(self.component, name, self.dtype)]
         return name not in self.as_stored and self.weights.stored_dtype(name) != kept
 
-    def _read(self, name: str, fetch: Fetch) -> Arrays:
+    def _read(self, name: str, fetch: Fetch | None) -> Arrays:
         if name in self.as_stored:
             return self.weights.packed(name, fetch)
         return {name.rpartition(".")[2]: self.weights.read(name, fetch)}
@@ -244,7 +214,7 @@ class Parameters:
     def _work(self, name: str, array: mx.array) -> Arrays:
         """The parameter merged with its LoRAs, and quantised or cast."""
         if name in self.merged:
-            array = self.loras.apply(name, array.astype(mx.float32))
+            array = merged(self.merged[name], array.astype(mx.float32))
         if name in self.packings:
             return self.packings[name].pack(array)
         return {name.rpartition(".")[2]: array.astype(dtype_of(self.component, name, self.dtype))}
@@ -257,18 +227,18 @@ class Parameters:
 def _quantization(weights: ComponentWeights, quantize: str | None) -> Quantization:
     """The matrices to quantise, and how."""
     check_mode(quantize)
+    stored = weights.quantization
     if quantize == EXPAND:
         return Quantization(EXPAND)
-    if weights.quantization is None:
-        if quantize == NEAREST:
-            return keep_packings(weights.packable | weights.nearest)
-        if quantize is None:
-            return keep_packings(weights.packable)
-        return plan_quantization(weights.component, quantize, weights.shapes)
-    stored = weights.quantization.mode
-    if quantize not in (None, NEAREST, stored):
+    if stored and quantize not in (None, NEAREST, stored.mode):
         raise ValueError(
-            f"{weights.path}: already quantised as {stored}, so quantize={quantize!r} is not possible; "
+            f"{weights.path}: already quantised as {stored.mode}, so quantize={quantize!r} is not possible; "
             "leave it out, or convert the original weights"
         )
-    return weights.quantization
+    if stored:
+        return stored
+    if quantize in (None, NEAREST):
+        packings = weights.nearest if quantize else weights.packable
+        names = sorted({packing.name for packing in packings.values()})
+        return Quantization("+".join(names) or EXPAND, packings)
+    return plan_quantization(weights.component, quantize, weights.shapes)

@@ -17,8 +17,6 @@ from typing import Any
 import mlx.core as mx
 
 from .. import cuda
-from ..cuda.read import StagingBuffer
-from ..files.base import ByteRange
 
 # Bytes of the file in flight at once, for tensors that are cast or reordered; a single one may be larger.
 IN_FLIGHT = 64 * 2**20
@@ -45,27 +43,22 @@ def _reader() -> Reader:
 
 
 class Prefetch:
-    """Tensors that a thread is loading.
+    """Tensors that a thread is loading: by ``load``, whose argument is an event that asks it to stop.
 
-    Args:
-        load: called in the thread; its argument is an event that asks it to stop.
-        finish: called with its result when the tensors are requested; returns them.
-        resident: whether the result needs no evaluation. Otherwise it must be evaluated before its buffer is filled
-            again.
+    ``finish`` makes the tensors of its result when they are requested. Unless they are ``resident``, they must be
+    evaluated before their buffer is filled again.
     """
 
     def __init__(
-        self,
-        load: Callable[[threading.Event], Any],
-        finish: Callable[[Any], Started] = lambda loaded: loaded,
-        resident: bool = True,
+        self, load: Callable[[threading.Event], Any], finish: Callable[[Any], Started] | None = None, resident=True
     ):
         self.resident, self._finish, self._stopped = resident, finish, threading.Event()
         self._future = _reader().thread.submit(load, self._stopped)
 
     def result(self) -> Started:
         """All tensors, in the order of the names; raises the thread's error."""
-        return self._finish(self._future.result())
+        loaded = self._future.result()
+        return self._finish(loaded) if self._finish else loaded
 
     def stop(self) -> None:
         """Stop; returns when no read is running."""
@@ -74,11 +67,9 @@ class Prefetch:
 
 
 def prefetch_lazy(start: Callable[[Sequence[str]], Started], in_flight: Mapping[str, int]) -> Prefetch:
-    """Evaluate lazy arrays in the thread.
+    """Evaluate lazy arrays, which ``start`` makes on the current stream, in the thread.
 
-    Args:
-        start: names → lazy arrays of each, on the current stream.
-        in_flight: name → bytes in the file, 0 for a tensor that is not cast or reordered, and so takes no memory twice.
+    ``in_flight``: name → bytes in the file, 0 for a tensor that is not cast or reordered, and so takes no memory twice.
     """
     reader = _reader()
     with reader.turn, mx.stream(reader.stream):  # some files are read immediately
@@ -94,29 +85,18 @@ def _evaluate(reader: Reader, started: Started, in_flight: Mapping[str, int], st
     return started
 
 
-def prefetch_in_turn(start: Callable[[Sequence[str], bool], Started], names: Sequence[str]) -> Prefetch:
-    """Read and change tensors of a file without lazy arrays, one after the other, in the thread.
-
-    ``start``: names, and True for reading immediately → arrays of each, on the current stream.
-    """
+def prefetch_in_turn(start: Callable[[str], Started], names: Sequence[str]) -> Prefetch:
+    """Read and change tensors of a file without lazy arrays, one after the other, in the thread."""
 
     def read(stopped: threading.Event) -> Started:
         found: Started = {}
         for name in names:
             if not stopped.is_set():
-                found |= start([name], True)
+                found |= start(name)
                 mx.eval(found[name])
         return found
 
     return Prefetch(read)
-
-
-def prefetch_staged(
-    buffer: StagingBuffer, ranges: Mapping[str, ByteRange], start: Callable[[dict], Started], resident: bool
-) -> Prefetch:
-    """Read tensors into a staging buffer in the thread; ``start``: arrays by their keys in the file → `Started`."""
-    fill = partial(buffer.fill, buffer.address(), ranges)
-    return Prefetch(fill, lambda _: start(buffer.arrays(ranges)), resident)
 
 
 def batches(names: Iterable[str], size_of: Callable[[str], int]) -> Iterator[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -62,20 +63,15 @@ class Quantization:
 
 def check_mode(mode: str | None) -> None:
     """Raise ValueError if ``mode`` is not a quantisation for users."""
-    if mode is not None and mode not in (AUTO, EXPAND, NEAREST, *MODE_NAMES):
-        try:
-            Packing.parse(mode)
-        except ValueError:
-            raise ValueError(
-                f"quantize is {mode!r}, expected one of {AUTO}, {', '.join(MODE_NAMES)}, affine modes also with a "
-                f"group as in q4-g32 (32, 64 or 128), {NEAREST} for GGUF files, or {EXPAND}"
-            ) from None
-
-
-def keep_packings(packings: Mapping[str, Packing]) -> Quantization:
-    """The weights' stored packings, or nearly so; the mode is named after them."""
-    names = sorted({packing.name for packing in packings.values()})
-    return Quantization("+".join(names) or EXPAND, packings)
+    if mode in (None, AUTO, EXPAND, NEAREST):
+        return
+    try:
+        Packing.parse(str(mode))
+    except ValueError:
+        raise ValueError(
+            f"quantize is {mode!r}, expected one of {AUTO}, {', '.join(MODE_NAMES)}, affine modes also with a group as "
+            f"in q4-g32 (32, 64 or 128), {NEAREST} for GGUF files, or {EXPAND}"
+        ) from None
 
 
 def plan_quantization(component: str, mode: str, shapes: Mapping[str, tuple[int, ...]]) -> Quantization:
@@ -102,9 +98,7 @@ def _auto(component: str, names: Iterable[str]) -> dict[str, str]:
     if component != "transformer":
         return dict.fromkeys(names, "q8")
     places = {name: tuple(name.split(".")[:2]) for name in names}  # "blocks", "3"
-    counts: dict[str, int] = {}
-    for kind, index in places.values():
-        counts[kind] = max(counts.get(kind, 0), int(index) + 1)
+    counts = Counter(kind for kind, _ in set(places.values()))
     modes = {}
     for name, (kind, index) in places.items():
         in_last_sixth = 6 * int(index) >= 5 * counts[kind]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..models.execution import Execution
 from ..models.layers import SIDE_KEYS
 from ..models.transformer import Transformer
 from ..types import LoraChoice
-from .configs import shapes_of
-from .lora import normalise_loras, open_loras
-from .parameters import dtype_of, is_matrix, locate
-from .stream import LoraState, StreamedBlocks
+from .lora import Loras, merged, normalise_loras, open_loras, side_arrays
+from .parameters import Parameters, dtype_of, is_matrix, locate
 
 
 def set_loras(loaded: Transformer | Execution, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
@@ -32,38 +31,45 @@ def set_loras(loaded: Transformer | Execution, loras: Iterable[LoraChoice] | Lor
         ValueError: an entry is not a LoRA, or the model was loaded with LoRAs merged into its weights.
         WeightsError: a file does not suit the model; nothing has changed then.
     """
-    model, blocks = (loaded.model, loaded.blocks) if isinstance(loaded, Execution) else (loaded, None)
-    state: LoraState = model.lora_state
-    if state.merged:
+    model = loaded.model if isinstance(loaded, Execution) else loaded
+    parameters: Parameters = model.source
+    if parameters.merged:
         raise ValueError("LoRAs were merged into these weights as they were loaded; load the model again without them")
-    streamed = blocks.parameters if isinstance(blocks, StreamedBlocks) else None
-    shapes = shapes_of(model.config)
-    opened = open_loras(normalise_loras(loras), shapes, math.prod(model.config.patch_size))
-    opened.report_unused()
-    originals, order = state.originals, state.row_order
-    parameters = dict(tree_flatten(model.parameters()))
+    opened = open_loras(normalise_loras(loras), parameters.weights.shapes, math.prod(model.config.patch_size))
+    parameters.originals = put_beside(model, opened, parameters, originals=parameters.originals)
+    parameters.unmerged = opened  # of the blocks that are streamed
+
+
+def put_beside(
+    module: nn.Module,
+    loras: Loras,
+    parameters: Parameters,
+    prefix: str = "",
+    originals: Mapping[str, mx.array] | None = None,
+) -> dict[str, mx.array]:
+    """Use ``loras`` unmerged in a loaded module, in place of earlier ones; returns the originals of what they change.
+
+    ``prefix``: of its names in ``loras``; ``originals``: of what the earlier ones changed.
+    """
+    originals = originals or {}
+    own = {**dict(tree_flatten(module.parameters())), **originals}
     sides, changed = {}, {}
-    resident = {name for name in shapes if name in parameters}
-    for name in opened.names & resident:
-        kept = dtype_of("transformer", name, model.dtype)
-        if is_matrix(name, shapes[name]):
-            sides[name] = opened.beside(name, kept, order(name))
-        else:
-            original = originals.get(name, parameters[name])
-            rows = order(name)
-            difference = opened.apply(name, mx.zeros(shapes[name]))
-            difference = difference if rows is None else difference[rows]
-            changed[name] = (original.astype(mx.float32) + difference).astype(original.dtype)
+    for name in own:
+        full = prefix + name
+        if full in loras:
+            order = parameters.row_order(full)
+            if is_matrix(name, own[name].shape):
+                sides[name] = side_arrays(loras[full], dtype_of(parameters.component, full, parameters.dtype), order)
+            else:
+                difference = merged(loras[full], mx.zeros(own[name].shape))
+                difference = difference if order is None else difference[order]
+                changed[name] = (own[name].astype(mx.float32) + difference).astype(own[name].dtype)
     mx.eval(sides, changed)
-    for name in resident:
-        if is_matrix(name, shapes[name]):
-            parent, index = locate(model, name)
-            layer = parent[index]
-            for key in SIDE_KEYS:
-                layer.pop(key, None)
-            for key, array in sides.get(name, {}).items():
-                layer[key] = array
-    model.update(tree_unflatten(list({**originals, **changed}.items())))
-    state.originals = {name: originals.get(name, parameters[name]) for name in changed}
-    if streamed:
-        streamed.use(opened, merge=False)
+    for layer in module.modules():
+        for key in SIDE_KEYS:
+            layer.pop(key, None)
+    for name, arrays in sides.items():
+        parent, index = locate(module, name)
+        dict.update(parent[index], arrays)  # a module's own would refuse new keys
+    module.update(tree_unflatten(list({**originals, **changed}.items())))
+    return {name: own[name] for name in changed}

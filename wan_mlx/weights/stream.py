@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,21 +15,13 @@ from ..cuda import StagingBuffers
 from ..models.execution import Execution
 from ..models.transformer import BLOCK_LISTS, Transformer
 from .component import parameter_shapes
-from .parameters import Arrays, Parameters, RowOrder
+from .parameters import Arrays, Parameters
 from .prefetch import Prefetch, batches
+from .set_loras import put_beside
 
 M = TypeVar("M", bound=nn.Module)
 # Wraps an iteration like ``tqdm``: progress(items, total=...) → items.
 Progress = Callable[..., Iterable]
-
-
-@dataclass
-class LoraState:
-    """State of a loaded network for `set_loras`: whether LoRAs are merged, the order of rows, originals."""
-
-    merged: bool
-    row_order: RowOrder
-    originals: dict[str, mx.array] = field(default_factory=dict)
 
 
 def load_module(module: M, parameters: Parameters, progress: Progress) -> M:
@@ -43,7 +34,8 @@ def load_module(module: M, parameters: Parameters, progress: Progress) -> M:
         module.load_weights(load_staged(parameters, progress(names), staging))
     else:
         module.load_weights(load_in_turn(parameters, progress(names)))
-    module.lora_state = LoraState(bool(parameters.merged), parameters.row_order)
+    parameters.originals = put_beside(module, parameters.unmerged, parameters)
+    module.source = parameters
     module.eval()
     return module
 
@@ -54,7 +46,7 @@ def load_in_turn(parameters: Parameters, names: Iterable[str]) -> list[tuple[str
     before: dict[str, Arrays] = {}
     for name in names:
         with mx.stream(mx.cpu):
-            started = parameters.start([name], now=True)
+            started = parameters.start([name], parameters.weights.file.read_now)
         mx.async_eval(list(started.values()))
         arrays += parameters.finish(before)
         before = started
@@ -105,6 +97,7 @@ def stream_blocks(
             arrays = parameters.finish(prefetch.result(), prefetch.resident)
             block.load_weights([(name.removeprefix(prefix), array) for name, array in arrays])
             del arrays
+            put_beside(block, parameters.unmerged, parameters, prefix)
             following = start_reading(places[index + 1]) if index + 1 < len(places) else None
             yield block.eval()
             block.clear()  # callers that still hold the block hold no weights
