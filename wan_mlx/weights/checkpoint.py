@@ -103,11 +103,7 @@ class Checkpoint:
         return [part for part in self.parts if part.kind == kind]
 
     def part(self, kind: str) -> Part:
-        """The first part of a kind.
-
-        Raises:
-            WeightsError: there is none.
-        """
+        """The first part of a kind; WeightsError if there is none."""
         for part in self.of_kind(kind):
             return part
         raise WeightsError(f"{self.path} holds no {kind}, only {', '.join(self.files)}")
@@ -146,12 +142,7 @@ def open_checkpoint(path: str | Path, parts: Mapping[str, str | Path | None] | N
 
 
 def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = None) -> Checkpoint:
-    """Like `open_checkpoint`, but the model may be incomplete.
-
-    Raises:
-        ValueError: no such file or folder.
-        WeightsError: nothing was recognised, or a part was found twice.
-    """
+    """Like `open_checkpoint`, but the model may be incomplete; WeightsError if nothing was recognised."""
     path = _existing(path, "model folder")
     given = {kind: place for kind, place in (parts or {}).items() if place is not None}
     if path.is_dir():
@@ -169,12 +160,9 @@ def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = No
 
 
 def find_part(place: Path, kind: str) -> Part:
-    """One part of a model.
+    """One part of a model; WeightsError if it is missing, or found twice.
 
     ``place``: its file, or a folder: of a whole model, or the part's own with its config.json.
-
-    Raises:
-        WeightsError: it is missing, or found twice.
     """
     if kind == "tokenizer":
         file = find_tokenizer(place) if place.is_dir() else place
@@ -351,11 +339,7 @@ def _find(folder: Path, wanted: dict[str, tuple[str, ...]]) -> dict[str, Path]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A config.json, that of an MLX folder checked; empty if there is none.
-
-    Raises:
-        WeightsError: it is no JSON object, or no MLX folder of this version has such entries.
-    """
+    """A config.json, empty if there is none; WeightsError if no MLX folder of this version has such entries."""
     if not path.is_file():
         return {}
     try:

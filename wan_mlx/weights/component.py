@@ -82,11 +82,7 @@ class ComponentWeights:
         return array.reshape(self.shapes[name])
 
     def packed(self, name: str, fetch: Fetch | None = None) -> dict[str, mx.array]:
-        """Weight, scales and, in affine modes, biases of a matrix that `stores` its packing; ``fetch``: as for `read`.
-
-        Raises:
-            WeightsError: blocks of a GGUF file have scales that are not finite.
-        """
+        """Weight, scales and, in affine modes, biases of a matrix that `stores` its packing, read as by `read`."""
         if name in self.packings:
             keys = self.packings[name].shapes(self.shapes[name])
             return {key: (fetch or self.file.read)(beside(name, key)) for key in keys}
@@ -218,11 +214,7 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def open_component(path: str | Path, component: str | None = None) -> ComponentWeights:
-    """Open a weight file, and check that it is a ``component``.
-
-    Raises:
-        WeightsError: the file cannot be read, is not recognised, or is another network.
-    """
+    """Open a weight file; WeightsError if it is no network's, or another's than ``component``."""
     weights = ComponentWeights(open_weights(path))
     if component not in (None, weights.component):
         raise WeightsError(f"{path}: holds a {weights.component}, expected a {component}")

@@ -74,11 +74,7 @@ PACKINGS = {
 
 
 def repack(blocks: np.ndarray, kind: str) -> dict[str, mx.array]:
-    """Blocks as stored, uint8 (rows, bytes of a row), of a ``kind`` in `EXACT` or `NEARLY_EXACT` → MLX's arrays.
-
-    Raises:
-        WeightsError: a scale is not finite, or too large for float16.
-    """
+    """Blocks as stored, uint8 (rows, bytes of a row), of a ``kind`` in `EXACT` or `NEARLY_EXACT` → MLX's arrays."""
     rows = len(blocks)
     integers, scales, biases = {**EXACT, **NEARLY_EXACT}[kind](blocks.reshape(-1, BLOCKS[kind][1]))
     with np.errstate(over="ignore"):

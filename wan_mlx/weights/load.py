@@ -42,11 +42,7 @@ def no_progress(items: Iterable, total: int | None = None, initial: int = 0) -> 
 
 
 def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
-    """A dtype from its name.
-
-    Raises:
-        ValueError: unknown name.
-    """
+    """A dtype from its name; ValueError for an unknown one."""
     if isinstance(dtype, mx.Dtype):
         return dtype
     if dtype not in DTYPES:
@@ -77,11 +73,7 @@ def open_network(source: Source, kind: str) -> tuple[ComponentWeights, Any]:
 
 
 def modes_of(checkpoint: Checkpoint, quantize: str | None) -> dict[str, str]:
-    """A part's name → its quantisation mode, for parts to be quantised; reads no weights.
-
-    Raises:
-        ValueError: a part of ``checkpoint`` cannot be quantised in this mode.
-    """
+    """A part's name → its mode, for parts to be quantised; ValueError if one cannot be. Reads no weights."""
     found = {
         part.name: Parameters(open_network(part, kind)[0], mx.float32, part.quantize or quantize).quantization
         for kind in QUANTIZED
@@ -224,9 +216,5 @@ def config_of(checkpoint: Checkpoint, kind: str = "transformer") -> Any:
 
 
 def parameters_of(source: Source, dtype: mx.Dtype, quantize: str | None = None) -> Parameters:
-    """The transformer's parameters; reads no weights.
-
-    Raises:
-        ValueError: ``quantize`` does not suit.
-    """
+    """The transformer's parameters; reads no weights."""
     return transformer_parameters(*open_network(source, "transformer"), dtype, quantize)

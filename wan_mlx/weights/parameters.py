@@ -120,10 +120,7 @@ class Parameters:
     def prefetch(self, names: Iterable[str], staging: StagingBuffers | None = None, kept: bool = False) -> Prefetch:
         """`start`, evaluated in another thread; `finish` takes the result.
 
-        Args:
-            names: of the parameters.
-            staging: staging buffers, if there are any (`cuda.staging_buffers`).
-            kept: whether the result is kept after the next read.
+        ``staging``: those of `cuda.staging_buffers`; ``kept``: whether the result is kept after the next read.
         """
         names = tuple(names)
         sizes = {name: self.weights.stored_bytes(name) for name in names}

@@ -115,14 +115,10 @@ def batches(names: Iterable[str], size_of: Callable[[str], int]) -> Iterator[lis
 
 
 def most_in_flight(changed: list[int], packed: int, stored: int, kept: int, made: int) -> int:
-    """Most extra bytes while reading a block.
+    """Most extra bytes while reading a block that has ``stored`` bytes in the file, and ``kept`` when it is loaded.
 
-    Args:
-        changed: bytes in the file of each tensor that is cast or reordered.
-        packed: bytes in the file of all tensors that are merged or quantised when the block is read.
-        stored: bytes of the block in the file.
-        kept: bytes of the loaded block.
-        made: bytes of the results from ``changed`` and ``packed``.
+    Bytes in the file: of each tensor that is cast or reordered (``changed``), and of all that are merged or quantised
+    when the block is read (``packed``); ``made``: bytes of the results of both.
     """
     staged = cuda.staged_bytes(stored, kept, sum(changed) + packed, made)
     if staged is not None:

@@ -47,11 +47,7 @@ class Quantization:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], path) -> Quantization | None:
-        """From a file's own metadata; None if nothing is quantised.
-
-        Raises:
-            WeightsError: the entry is damaged.
-        """
+        """From a file's own metadata; None if nothing is quantised."""
         if "quantization" not in metadata:
             return None
         try:
@@ -75,11 +71,7 @@ def check_mode(mode: str | None) -> None:
 
 
 def plan_quantization(component: str, mode: str, shapes: Mapping[str, tuple[int, ...]]) -> Quantization:
-    """The packing of every weight of a ``component`` with these ``shapes`` of parameters.
-
-    Raises:
-        ValueError: unknown mode, or a matrix whose inputs are not a multiple of its group.
-    """
+    """The packing of every weight of a ``component`` with these ``shapes`` of parameters; ValueError if none suits."""
     check_mode(mode)
     names = quantizable(component, shapes)
     modes = _auto(component, names) if mode == AUTO else dict.fromkeys(names, mode)

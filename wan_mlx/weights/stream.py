@@ -71,15 +71,13 @@ def stream_blocks(
     """Yield loaded blocks in the order of ``places``; while one computes, the next is read.
 
     At most two blocks are resident: a thread reads (`prefetch`); a block is resident when it is yielded, and emptied
-    when the next is requested. Before that, the caller must evaluate its results.
+    when the next is requested. Before that, the caller must evaluate its results. Where the file is damaged, the
+    affected block raises WeightsError or RuntimeError.
 
     Args:
         places: prefix of the names of each block's parameters, such as "blocks.0".
         make_block: place → a block, not loaded and not quantised.
-        parameters: of the whole network, already checked (`check_keys`).
-
-    Raises:
-        WeightsError, RuntimeError: the file is damaged; raised when the affected block is requested.
+        parameters: of the whole network.
     """
     following: tuple[nn.Module, str, Prefetch] | None = None
     staging = cuda.staging_buffers()
