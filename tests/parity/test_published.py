@@ -252,11 +252,11 @@ def test_missing_parts_are_named_in_one_line(comfyui, capsys):
     dit = comfyui / "diffusion_models/a.safetensors"
     line = refused(dit)
     assert line.startswith(f"{dit} holds transformer; missing text_encoder, vae, tokenizer: add --text-encoder FILE")
-    assert "missing transformer, text_encoder and tokenizer:" in refused(comfyui / "vae/c.safetensors")
+    assert "missing transformer, text_encoder, tokenizer:" in refused(comfyui / "vae/c.safetensors")
     assert "missing vae: add --vae FILE" in refused(dit, {"text_encoder": comfyui / "text_encoders"})
     assert main(["--model", str(dit), "--prompt", "x", "--vae", str(comfyui / "vae")]) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "missing text_encoder and tokenizer: add --text-encoder FILE" in error
+    assert error.count("\n") == 1 and "missing text_encoder, tokenizer: add --text-encoder FILE" in error
 
 
 def test_a_text_encoder_without_its_tokenizer(states, comfyui, tmp_path):

@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from .. import __version__
@@ -292,17 +293,12 @@ def explain(error: Exception, location: Location) -> WeightsError:
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     refused = status == 401 and not isinstance(error, errors.RepositoryNotFoundError)
     missing = isinstance(error, errors.RepositoryNotFoundError) or status == 404
+    is_a = partial(isinstance, error)
     reasons = (
-        (isinstance(error, errors.OfflineModeIsEnabled), offline),
-        (
-            isinstance(error, errors.GatedRepoError),
-            f"is gated: accept its licence on {hub}/{location.repo}, then {give}",
-        ),
-        (isinstance(error, errors.RevisionNotFoundError), f"has no revision {location.revision or 'main'} on {hub}"),
-        (
-            isinstance(error, errors.EntryNotFoundError),
-            f"lacks on {hub} a file that its listing names; try again later",
-        ),
+        (is_a(errors.OfflineModeIsEnabled), offline),
+        (is_a(errors.GatedRepoError), f"is gated: accept its licence on {hub}/{location.repo}, then {give}"),
+        (is_a(errors.RevisionNotFoundError), f"has no revision {location.revision or 'main'} on {hub}"),
+        (is_a(errors.EntryNotFoundError), f"lacks on {hub} a file that its listing names; try again later"),
         (refused, f"cannot be fetched: {hub} refuses your token (401); {give}"),
         (missing, f"was not found on {hub} ({status}): check the name, or, if it is private, {give}"),
         (status == 403, f"is forbidden on {hub} (403): {give}"),
