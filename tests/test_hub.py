@@ -18,7 +18,7 @@ from wan_mlx import storage as disk
 from wan_mlx.errors import Stopped, WeightsError
 from wan_mlx.hub import download, modelscope
 from wan_mlx.hub.names import Location, parse_location
-from wan_mlx.hub.resolve import Places, cached, is_cached, preset_of, resolve, resolve_loras, survey
+from wan_mlx.hub.resolve import Places, cached, is_cached, preset_of, resolve, survey
 from wan_mlx.presets import COMFYUI_PARTS, COMFYUI_TRANSFORMERS, PRESETS
 from wan_mlx.progress_bars import ProgressBars
 from wan_mlx.weights.lora import normalise_loras
@@ -175,9 +175,10 @@ def test_parts_given_apart_are_not_fetched_twice(server, tmp_path):
 def test_loras_of_a_hub(server, monkeypatch):
     server.repos["a/loras"] = {"style.safetensors": b"low rank"}
     address = normalise_loras("https://huggingface.co/a/loras/resolve/main/style.safetensors:0.7")
-    ((path, strength),) = resolve_loras(address)
+    ((path, strength),) = Places("nano", loras=address).fetch().loras
     assert path.read_bytes() == b"low rank" and strength == 0.7
-    assert resolve_loras(normalise_loras("a/missing.safetensors")) == [(Path("a/missing.safetensors"), 1.0)]
+    missing = [(Path("a/missing.safetensors"), 1.0)]
+    assert Places("nano", loras=missing).fetch().loras == missing
 
 
 def test_download_size_subtracts_cached_files(server):

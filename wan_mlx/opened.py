@@ -17,7 +17,7 @@ from . import __version__
 from .events import Listener, counted, unheard
 from .files.sentencepiece import read_tokenizer
 from .geometry import Geometry
-from .hub.resolve import preset_of, resolve_loras
+from .hub.resolve import Places, preset_of
 from .media.preview import Previewer, latent_map, tiny_autoencoder, tiny_preview
 from .media.write import to_uint8
 from .models import vae_tiling as tiling
@@ -122,15 +122,15 @@ class OpenedModel:
             WeightsError: a file does not suit the model; then nothing has changed.
         """
         given = normalise_loras(loras)
-        loras = resolve_loras(given, listener=self.listener)
-        check_loras(self.checkpoint, loras)
+        found = list(Places(self.checkpoint.path, loras=given).fetch(listener=self.listener).loras)
+        check_loras(self.checkpoint, found)
         for part in self.checkpoint.of_kind("transformer"):
             kept = self._kept.get(part.name)
             if kept is not None and kept.model.source.merged:
                 del self._kept[part.name]
             elif kept is not None:
-                set_loras(kept, [*loras, *part.loras])
-        self.loras, self._merge_loras = loras, False
+                set_loras(kept, [*found, *part.loras])
+        self.loras, self._merge_loras = found, False
         self.opened_with["loras"] = given
 
     @cached_property

@@ -144,13 +144,6 @@ class Places:
         return Places(taken[str(self.model)], {part: taken[str(place)] for part, place in self.parts.items()}, loras)
 
 
-def resolve_loras(
-    loras: Collection[tuple[Path, float]], source: str = "huggingface", listener: Listener = unheard
-) -> list[tuple[Path, float]]:
-    """LoRAs and their strengths, downloaded if they are on a hub; see `resolve`."""
-    return [(resolve(_lora_name(lora), source, listener), lora[1]) for lora in loras]
-
-
 def _lora_name(lora: tuple[Path, float]) -> str | Path:
     """A LoRA's path, or text if it is a file on a hub; Path has merged the two slashes of an address."""
     path = lora[0]
