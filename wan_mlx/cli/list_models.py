@@ -6,10 +6,8 @@ import json
 from typing import Any
 
 from ..hub.resolve import is_cached
-from ..presets import PRESETS, Preset
+from ..presets import PRESETS, TASK_NAMES, Preset
 from .flags import Parser
-
-TASKS = {"t2v": "text to video", "i2v": "image to video", "flf2v": "first and last frame", "vace": "editing (VACE)"}
 
 
 def row_of(preset: Preset) -> dict[str, Any]:
@@ -42,7 +40,7 @@ def main(argv: list[str]) -> int:
         size, here = "x".join(map(str, row["size"])), "yes" if row["here"] else "no"
         weights, packed = (f"{row[key] / 1e9:.2f} GB" for key in ("bytes_bfloat16", "bytes_q4"))
         repository = row["repositories"][0] if row["repositories"] else "bundled"
-        print(f"{row['name']:<16}{TASKS[row['task']]:<22}{size:<10}{row['frames']:>6}{weights:>11}{packed:>10}  "
+        print(f"{row['name']:<16}{TASK_NAMES[row['task']]:<22}{size:<10}{row['frames']:>6}{weights:>11}{packed:>10}  "
               f"{here:<5}{repository}")  # fmt: skip
     print("\nweights: of the transformer in bfloat16, as loaded. The text encoder (11.4 GB in bfloat16) is streamed")
     print("from disk and never in memory as a whole. What a model downloads: --model NAME --prompt x --dry-run")

@@ -16,19 +16,13 @@ from ..files.base import BLOCKS
 from ..files.fp8 import FP8
 from ..files.sentencepiece import read_tokenizer
 from ..models.configs import TransformerConfig
-from ..presets import NETWORKS, PRESETS
+from ..presets import NETWORKS, PRESETS, TASK_NAMES
 from ..storage import gigabytes
 from .check_sums import faults_of
 from .checkpoint import look_at
 from .component import ComponentWeights, open_component
 from .configs import network_config
 
-KINDS = {
-    "t2v": "text to video",
-    "i2v": "image to video",
-    "flf2v": "first and last frame to video",
-    "vace": "VACE: editing, control and references",
-}
 # Kind of network → summary of its sizes.
 WORDS = {
     "transformer": "{c.num_layers} layers of {c.dim}, {c.num_heads} heads",
@@ -99,7 +93,7 @@ def _contents(weights: ComponentWeights) -> Iterator[str]:
 
 
 def _model_of(config: TransformerConfig, recorded: str | None) -> str:
-    kind = KINDS[config.model_type]
+    kind = TASK_NAMES[config.model_type]
     if recorded:
         return f"{kind}, {recorded}"
     same = [preset.name for preset in PRESETS.values() if preset.transformer == config]
