@@ -23,13 +23,8 @@ from ..presets import COMFYUI_TRANSFORMERS, DIFFUSERS_FILES, MLX_FILES, OFFICIAL
 
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[^:]+))?")
 WEIGHT_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt")
-# Small files of each layout, besides the weights.
-CONFIGS = {
-    "MLX": ("config.json",),
-    "Diffusers": ("model_index.json", *(f"{component}/config.json" for component in DIFFUSERS_FILES)),
-    "official": ("config.json",),
-}
-OPTIONAL = ("image_encoder",)  # only models that read images have one
+# Small files of all layouts, besides the weights.
+CONFIGS = ("config.json", "model_index.json", *(f"{component}/config.json" for component in DIFFUSERS_FILES))
 
 
 @dataclass(frozen=True)
@@ -110,13 +105,13 @@ def needed_files(names: Iterable[str], repo: str, parts: Collection[str] = PARTS
         layout, files = "official", OFFICIAL_FILES
     else:
         raise WeightsError(f"{repo} is no whole Wan2.1 model; {weights_in(names, repo)}")
-    needed, missing = [name for name in CONFIGS[layout] if name in names], []
+    needed, missing = [name for name in CONFIGS if name in names], []
     for component in parts:
         candidates = files[component]
         present = [name for name in candidates if name in names]
         if present:
             needed += [present[0], *_shards(present[0], names)]
-        elif component not in OPTIONAL:
+        elif component != "image_encoder":  # only models that read images have one
             missing.append(f"{' or '.join(candidates)} ({component})")
     if missing:
         raise WeightsError(f"{repo} is no whole Wan2.1 model ({layout} layout): it lacks {'; '.join(missing)}")

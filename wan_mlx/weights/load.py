@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import WeightsError
+from ..events import counted, unheard
 from ..models.configs import TransformerConfig
 from ..models.execution import Execution, StreamedTextEncoder
 from ..models.image_encoder import ImageEncoder
@@ -32,13 +33,9 @@ from .stream import Progress, load_module, load_streamed, stream_blocks
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
+no_progress: Progress = counted(unheard, "")
 # Source of a network: a model, one of its parts, its folder, or the network's own folder or file.
 Source = str | Path | Checkpoint | Part
-
-
-def no_progress(items: Iterable, total: int | None = None, initial: int = 0) -> Iterable:
-    """A `Progress` without output."""
-    return items
 
 
 def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
