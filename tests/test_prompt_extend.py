@@ -1,8 +1,10 @@
 """Prompt extension through a real mlx-lm folder: a tiny Qwen2 with random weights, and its tokenizer, made here."""
 
 import argparse
+import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -12,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 from PIL import Image
 
 import wan_mlx
@@ -334,6 +337,56 @@ def test_a_model_that_sees_is_shown_the_picture(vision):
     vision.reason = "length"
     assert extend_prompt("it moves", vision.folder, task="i2v", image=picture).prompt == "it moves"
     assert prompt_extend.choose_model(None, True) == "mlx-community/Qwen2.5-VL-7B-Instruct-4bit"
+
+
+@pytest.mark.parametrize(
+    "file, text",
+    [("config.json", {"vision_config": {}, "model_file": "mine.py"}),
+     ("preprocessor_config.json", {"image": [{"auto_map": {"AutoProcessor": "evil/x--mine.Processor"}}]})],
+)  # fmt: skip
+def test_a_model_that_sees_runs_no_python_of_its_own(vision, file, text):
+    """mlx-vlm has no question before it."""
+    (vision.folder / file).write_text(json.dumps(text).replace("auto_map", "auto_m\\u0061p"))
+    with pytest.raises(WanError, match=r"names a program of its own \((model_file|auto_map)\), which is not run"):
+        extend_prompt("a", vision.folder, task="i2v", image=np.zeros((16, 16, 3), np.uint8))
+    assert not hasattr(vision, "path")
+
+
+def test_a_model_that_writes_runs_no_python_of_its_own(folder, tmp_path, monkeypatch):
+    import mlx_lm
+
+    own = shutil.copytree(folder, tmp_path / "own")
+    (own / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(config | {"model_file": "mine.py"}))
+    with pytest.raises(WanError, match="own cannot be loaded: "):
+        extend_prompt("a", own)
+    assert not (tmp_path / "ran").exists()
+    asked, load = {}, mlx_lm.load
+    monkeypatch.setattr(mlx_lm, "load", lambda path, **options: asked.update(options) or load(path, **options))
+    extend_prompt("a", folder)  # whatever it does unasked
+    assert asked == {"trust_remote_code": False, "tokenizer_config": {"trust_remote_code": False}}
+
+
+def test_mlx_lm_is_new_enough_to_ask_before_it_runs_python():
+    """What pyproject.toml demands, is here, and has the argument."""
+    import mlx_lm
+
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    (demanded,) = re.findall(r'^  "(mlx-lm[^"]*)",', text, re.MULTILINE)
+    wanted = Requirement(demanded).specifier
+    assert not wanted.contains("0.31.3") and wanted.contains("0.32.0")  # the last that did not ask, the first that did
+    assert wanted.contains(mlx_lm.__version__)
+    assert inspect.signature(mlx_lm.load).parameters["trust_remote_code"].default is False
+
+
+def test_no_python_is_downloaded(monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or name)
+    prompt_extend._folder_of("someone/model")
+    assert "*.json" in asked["allow_patterns"] and not any("py" in pattern for pattern in asked["allow_patterns"])
 
 
 def test_a_text_model_is_not_shown_the_picture(vision, folder):

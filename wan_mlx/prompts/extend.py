@@ -277,11 +277,35 @@ def _folder_of(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
+    data = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if not pattern.endswith(".py")]
     try:
-        return Path(snapshot_download(model, allow_patterns=DEFAULT_ALLOW_PATTERNS))
+        return Path(snapshot_download(model, allow_patterns=data))
     except Exception as error:  # no such repository, no network, no space
         said = _line(error)[:300]
         raise WanError(f"prompt extension: {model} is no folder, and cannot be downloaded: {said}") from error
+
+
+def _check_is_data(folder: Path) -> None:
+    """Refuse a model that names Python of its own, which mlx-vlm would run unasked.
+
+    Raises:
+        WanError: it does.
+    """
+
+    def keys(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            yield from value
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from keys(inner)
+
+    for path in sorted(folder.glob("*config*.json")):
+        try:
+            own = {"model_file", "auto_map"}.intersection(keys(parse_json(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError) as error:
+            raise WanError(f"prompt extension: {path} cannot be read: {_line(error)}") from error
+        if own:
+            raise WanError(f"prompt extension: {path} names a program of its own ({', '.join(sorted(own))}), which is "
+                           f"not run; use a model without one, such as {DEFAULT_VISION_MODEL}")  # fmt: skip
 
 
 def _line(error: Exception) -> str:
@@ -295,7 +319,8 @@ Generate = Callable[[list[dict[str, str]], Sampler, Sequence[Image.Image]], tupl
 def _text_model(folder: Path) -> Generate:
     import mlx_lm
 
-    model, tokenizer, *_ = mlx_lm.load(str(folder))
+    config = {"trust_remote_code": False}
+    model, tokenizer, *_ = mlx_lm.load(str(folder), tokenizer_config=config, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise WanError(f"prompt extension: {folder} has no chat template; expected a model that follows instructions, "
                        f"such as {DEFAULT_MODEL}")  # fmt: skip
@@ -315,6 +340,7 @@ def _vision_model(folder: Path) -> Generate:
     from mlx_vlm import apply_chat_template, load
     from mlx_vlm import generate as answer
 
+    _check_is_data(folder)
     model, processor = load(str(folder))
 
     def generate(messages, sampler, pictures) -> tuple[str, bool]:
