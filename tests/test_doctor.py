@@ -12,6 +12,7 @@ import pytest
 
 import wan_mlx
 from wan_mlx.cli import doctor, selftest
+from wan_mlx.cli.main import main
 from wan_mlx.cli.selftest import Check
 from wan_mlx.planning import choose, speed
 
@@ -142,6 +143,12 @@ def test_surroundings(monkeypatch):
     monkeypatch.setattr(selftest, "OLDEST_MLX", (99, 0, 0))
     assert next(selftest.surroundings()).status == "fail"
     assert selftest.ffmpeg().status == "ok"
+
+
+@pytest.mark.parametrize("words", [["doctor", "--foo"], ["doctor", "x"], ["models", "--foo"]])
+def test_a_wrong_flag_is_one_line(capsys, words):
+    assert main(words) == 2
+    assert re.fullmatch(f"error: unknown argument {words[1]}; nearest: --.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.slow

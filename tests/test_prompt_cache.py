@@ -206,6 +206,29 @@ class TestNothingStopsARun:
         assert all(mx.array_equal(a, b) for a, b in zip(got, want, strict=True))
         assert len(self.complaints(caplog)) == 1 and "not kept" in caplog.text
 
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_what_a_damaged_encoder_gives_is_not_kept(self, folder, weights, value, monkeypatch):
+        cache, embedding = PromptCache([weights], {}), mx.array([[1.0, value]])
+        cache.put("a cat", embedding)
+        assert not entries(folder)
+        with monkeypatch.context() as patch:  # as an earlier version did
+            patch.setattr(prompt_cache, "_is_finite", lambda embedding: True)
+            cache.put("a cat", embedding)
+        assert len(entries(folder)) == 1 and cache.get("a cat") is None and not entries(folder)
+
+    def test_a_folder_that_may_only_be_read(self, weights, monkeypatch):
+        cache = PromptCache([weights], {})
+        for text in ("a cat", "a dog"):
+            cache.put(text, mx.ones((2, 3)))
+        cache._path("a dog").write_bytes(b"damaged")
+
+        def refused(*args, **options):
+            raise PermissionError("not yours")
+
+        monkeypatch.setattr(prompt_cache.os, "utime", refused)
+        monkeypatch.setattr(Path, "unlink", refused)
+        assert mx.array_equal(cache.get("a cat"), mx.ones((2, 3))) and cache.get("a dog") is None
+
     def test_files_that_are_not_there(self, tmp_path, caplog):
         cache = PromptCache([tmp_path / "missing"], {})
         cache.put("a cat", mx.ones((2, 3)))

@@ -1,4 +1,4 @@
-"""Files on disk: durable writes that appear whole, fingerprints that tell files apart, and free space."""
+"""Files on disk: durable writes that appear whole, fingerprints that tell files apart, free space, where things lie."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +37,20 @@ def gigabytes(count: int) -> str:
         if count >= size * 0.995:
             return f"{count / size:.1f} {unit}"
     return f"{count} bytes"
+
+
+def home_folder() -> Path | None:
+    """The user's home folder; None if there is none, as in a container that does not know its user."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def place_of(path: Path) -> str:
+    """One text for every spelling of a file's place: links are followed, and case ignored where the system does."""
+    place = os.path.realpath(path)
+    return unicodedata.normalize("NFC", place).casefold() if sys.platform == "darwin" else place
 
 
 def parse_json(text: str | bytes) -> Any:

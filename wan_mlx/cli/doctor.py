@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import check_backend
+from ..storage import home_folder
 from .flags import Parser
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def judge(checks: list[Check], seconds: float | None) -> str:
 
 def private(text: str) -> str:
     """``text`` with the home folder as ``~``."""
-    homes = {str(Path.home()), os.path.realpath(Path.home())}
-    for home in sorted(homes - {"/", ""}, key=len, reverse=True):
-        text = text.replace(home, "~")
+    home = home_folder() or Path("/")
+    for folder in sorted({str(home), os.path.realpath(home)} - {"/"}, key=len, reverse=True):
+        text = text.replace(folder, "~")
     return text

@@ -19,6 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from huggingface_hub import constants
 
 from .. import __version__
 from ..media.write import read_settings, save_video
@@ -114,7 +115,7 @@ def surroundings() -> Iterator[Check]:
     memory = installed_memory()
     advice = "use --memory, a small size and few frames"
     yield Check.of("memory", memory >= LITTLE_MEMORY, f"{memory / 1e9:.1f} GB", advice, "warn")
-    folder = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    folder = Path(constants.HF_HUB_CACHE)
     free = free_space(folder)
     advice = "T2V-1.3B is a download of 17.5 GB, the 14B models of 69 to 83; set HF_HOME to a folder on a larger disk"
     yield Check.of("disk for models", free >= LITTLE_DISK, f"{free / 1e9:.0f} GB free for {folder}", advice, "warn")

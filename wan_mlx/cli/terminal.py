@@ -121,6 +121,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return shortened(str(error)), FAILURE
     if isinstance(error, OSError) and error.strerror:
         return shortened(f"{error.filename or 'the system'}: {error.strerror}"), FAILURE
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's
+        return "a path begins with ~, but that home folder is not known", USAGE
     # A bug, or the machine's own failure.
     return f"{type(error).__name__}: {error} (run again with --debug for the traceback)", FAILURE
 

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import mlx.core as mx
 from ..errors import WanError
 from ..files.safetensors import load_arrays
 from ..planning.machine import mlx_version
-from ..storage import digest, fingerprint, shards_of, whole_file
+from ..storage import digest, fingerprint, home_folder, shards_of, whole_file
 
 if TYPE_CHECKING:
     from ..weights.checkpoint import Checkpoint
@@ -34,12 +35,18 @@ ENDING = ".safetensors"
 
 
 def cache_folder() -> Path:
-    """Folder of things that can be made again: ``WAN_MLX_CACHE``, else the system's cache folder."""
+    """Folder of things that can be made again: ``WAN_MLX_CACHE``, else the system's cache folder.
+
+    Raises:
+        FileNotFoundError: that is in the home folder, and there is none.
+    """
     if folder := os.environ.get("WAN_MLX_CACHE"):
         return Path(folder)
     if folder := os.environ.get("XDG_CACHE_HOME"):
         return Path(folder) / "wan_mlx"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "wan_mlx"
+    if (home := home_folder()) is None:
+        raise FileNotFoundError("there is no home folder; WAN_MLX_CACHE can name another folder")
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "wan_mlx"
 
 
 def file_identity(path: Path) -> list[Any]:
@@ -57,11 +64,11 @@ class PromptCache:
     """
 
     def __init__(self, files: Sequence[Path], settings: Mapping[str, Any], folder: Path | None = None):
-        self.folder = cache_folder() / "prompts" if folder is None else folder
         self.said = False
         backend = [mlx_version(), str(mx.default_device().type), sys.platform]
         self.identity: list[Any] | None = None
         try:
+            self.folder = cache_folder() / "prompts" if folder is None else folder
             self.identity = [FORMAT, backend, dict(settings), [file_identity(Path(file)) for file in files]]
         except (OSError, ValueError, KeyError) as error:  # opening the file reports the error
             self._complain(error)
@@ -84,17 +91,19 @@ class PromptCache:
             arrays, metadata = load_arrays(path)
             embedding = arrays["embedding"]
             mx.eval(embedding)
-            if metadata.get("sha256") != digest(arrays):
-                raise ValueError("damaged")
-            os.utime(path)  # the least recently used are dropped first
+            whole = metadata.get("sha256") == digest(arrays) and _is_finite(embedding)
         except (OSError, ValueError, KeyError, RuntimeError, WanError):
-            path.unlink(missing_ok=True)
-            return None
-        return embedding
+            whole = False
+        with suppress(OSError):  # a folder that may only be read
+            if whole:
+                os.utime(path)  # the least recently used are dropped first
+            else:
+                path.unlink(missing_ok=True)
+        return embedding if whole else None
 
     def put(self, text: str, embedding: mx.array) -> None:
-        """Store the embedding of a text; beyond the limit, drop the least recently used."""
-        if self.identity is None:
+        """Store the embedding of a text, if it is finite; beyond the limit, drop the least recently used."""
+        if self.identity is None or not _is_finite(embedding):
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -127,4 +136,9 @@ class PromptCache:
     def _complain(self, error: Exception) -> None:
         if not self.said:
             self.said = True
-            log.warning("encoded prompts are not kept in %s: %s", self.folder, error)
+            log.warning("encoded prompts are not kept: %s", error)
+
+
+def _is_finite(embedding: mx.array) -> bool:
+    """Not so of a damaged encoder, which may be mended in place and keep its size and time."""
+    return bool(mx.isfinite(embedding).all())

@@ -1,0 +1,55 @@
+"""A user without a home folder, as in a container that does not know its user: nothing stops, "~" is one line."""
+
+import os
+import pwd
+import sys
+
+import pytest
+
+from wan_mlx.cli import doctor, selftest
+from wan_mlx.cli.main import main
+from wan_mlx.hub import modelscope
+from wan_mlx.hub.resolve import is_cached
+from wan_mlx.prompts.cache import cache_folder
+
+
+@pytest.fixture(autouse=True)
+def no_home(monkeypatch, tmp_path):
+    def unknown(user):
+        raise KeyError(user)
+
+    for name in ("HOME", "WAN_MLX_CACHE", "XDG_CACHE_HOME", "MODELSCOPE_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError):
+        os.fspath(selftest.Path.home())
+
+
+def test_a_video_is_made_and_no_prompt_kept(flags, caplog):
+    flags = [flag for flag in flags if flag != "--no-prompt-cache"]
+    assert main([*flags, "--frames", "1", "--steps", "1", "--output", "a.png"]) == 0
+    assert caplog.text.count("encoded prompts are not kept: there is no home folder; WAN_MLX_CACHE") == 1
+    assert os.listdir() == ["a.png"]
+
+
+def test_a_named_cache_is_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("WAN_MLX_CACHE", str(tmp_path / "cache"))
+    assert cache_folder() == tmp_path / "cache"
+
+
+def test_the_hub_answers():
+    assert not is_cached("someone/model") and modelscope.cache().name == "modelscope"
+
+
+def test_the_doctor_looks_at_all(monkeypatch, capsys):
+    monkeypatch.setattr(selftest, "all_checks", selftest.surroundings)
+    monkeypatch.setattr(selftest, "rates", lambda: ({}, None))
+    assert doctor.main([]) == 0
+    said = capsys.readouterr().out
+    assert "disk for models" in said and sys.executable in said
+
+
+def test_a_path_in_the_home_folder_is_one_line(flags, capsys):
+    assert main([*flags[2:], "--model", "~/model", "--output", "a.png"]) == 2
+    assert capsys.readouterr().err == "error: a path begins with ~, but that home folder is not known\n"
