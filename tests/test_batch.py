@@ -8,8 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from paused_process import PausedProcess
+from PIL import Image
 
+from wan_mlx.cli import batch
 from wan_mlx.cli.main import main
+from wan_mlx.cli.terminal import Terminal
+from wan_mlx.errors import WanError
 from wan_mlx.media.write import read_settings
 from wan_mlx.runs.folder import RunFolder
 
@@ -58,17 +62,93 @@ def report(name: str = "batch.report.jsonl") -> list[dict]:
         ({"prompt": "a", "num_images": 2, "seed": 1, "frames": 5}, ["num_images is 2", "5 frames are a video"]),
         ({"steps": 3}, ["--prompt is missing"]),
         ('{"prompt": "a", "prompt": "b"}', ["'prompt' is given twice"]),
+        ("[" * 100_000, ["nested too deeply"]),
+        ('{"prompt": ' + "[" * 5000 + "]" * 5000 + "}", ["nested too deeply"]),
+        ({"prompt": "a", "output": "sub/../first.npz"}, ["first.npz", "line 1"]),
+        ({"prompt": "a", "output": "link/first.npz"}, ["first.npz", "line 1"]),
+        ({"prompt": "a", "num_images": 10**9, "seed": 1}, ["num_images is 1000000000"]),
+        ({"prompt": "a", "lora": "none.safetensors"}, ["none.safetensors"]),
+        ({"prompt": "a", "output": "a\0.npz"}, ["null byte"]),
     ],
 )
 def test_a_wrong_line_is_named_before_anything_runs(command, capsys, line, says):
     with open("taken.npz", "wb") as file:
         file.write(b"mine")
+    os.mkdir("sub")
+    os.symlink(".", "link")
     write({"prompt": "fine", "output": "first.npz"}, "", line)
-    assert main(command) == 2
+    assert main(command) == (1 if "lora" in line else 2)
     error = capsys.readouterr().err
     assert error.startswith("error: batch.jsonl line 3: ") and len(error.splitlines()) == 1, error
     assert all(word in error for word in says), error
-    assert sorted(os.listdir()) == ["batch.jsonl", "taken.npz"]
+    assert sorted(os.listdir()) == ["batch.jsonl", "link", "sub", "taken.npz"]
+
+
+NO_REPORTS = {"thesis.txt": "mine", "list.jsonl": "[1]\n", "deep.jsonl": "[" * 100_000, "other.jsonl": '{"line": 1}\n'}
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    "name", ["batch.jsonl", "sub/../batch.jsonl", "folder", "dangling", "none/r.jsonl", *NO_REPORTS]
+)
+def test_a_report_replaces_nothing_but_a_report(command, capsys, name, dry):
+    write({"prompt": "fine", "output": "first.npz"})
+    for folder in ("folder", "sub"):
+        os.mkdir(folder)
+    os.symlink("nowhere", "dangling")
+    for taken, text in NO_REPORTS.items():
+        Path(taken).write_text(text)
+    before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+    assert main([*command, "--report", name, *dry]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: report {name}") and len(error.splitlines()) == 1, error
+    assert {path: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
+    assert not os.path.exists("nowhere")
+
+
+def test_the_default_report_replaces_nothing_either(command, capsys):
+    write({"prompt": "fine", "output": "first.npz"})
+    Path("batch.report.jsonl").write_text("mine")
+    assert main(command) == 2 and "batch.report.jsonl exists and is no report" in capsys.readouterr().err
+    assert Path("batch.report.jsonl").read_text() == "mine" and not os.path.exists("first.npz")
+
+
+@pytest.mark.parametrize("name", ["sub/../first.npz", "seen.webp", "seen.png"])
+def test_a_report_is_not_where_a_line_writes(command, capsys, name):
+    os.mkdir("sub")
+    write({"prompt": "fine", "output": "first.npz", "preview": "seen.webp"})
+    assert main([*command, "--report", name]) == 2
+    assert "which line 1 makes" in capsys.readouterr().err and sorted(os.listdir()) == ["batch.jsonl", "sub"]
+
+
+def test_a_report_cut_short_is_a_report(command):
+    write({"prompt": "fine", "output": "first.npz"})
+    Path("batch.report.jsonl").write_text('{"line": 1, "status": "done", "output": "a", "seed": 1}\n{"line": 2, "sta')
+    assert main(command) == 0 and [entry["status"] for entry in report()] == ["done"]
+
+
+def test_what_a_line_starts_from_or_shows_is_not_what_another_makes(command, capsys):
+    Image.new("RGB", (32, 32)).save("a.png")
+    write({"prompt": "a", "output": "b.webp"}, {"prompt": "b", "video": "./a.png"}, {"prompt": "c", "output": "a.png"})
+    before = Path("a.png").read_bytes()
+    assert main([*command, "--overwrite"]) == 2
+    assert capsys.readouterr().err == "error: batch.jsonl line 2: a.png is also the output of line 3\n"
+    assert Path("a.png").read_bytes() == before
+    write({"prompt": "a", "output": "b.webp"}, {"prompt": "b", "preview": "b.webp", "output": "c.npz"})
+    assert main(command) == 2 and "line 2: b.webp is also the output of line 1" in capsys.readouterr().err
+
+
+def test_a_line_may_hold_what_other_systems_take_for_its_end(command, capsys):
+    write({"prompt": "a\u2028b\u0085c", "output": "first.npz"})
+    assert main([*command, "--dry-run"]) == 0 and "first.npz: a\u2028b\u0085c" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_a_report_that_cannot_be_written_is_one_line(command):
+    write({"prompt": "fine", "output": "first.npz"})
+    (line,) = batch.read_lines(Path("batch.jsonl"), command, False, Terminal())
+    with open("/dev/full", "wb", 0) as full, pytest.raises(WanError, match="report cannot be written: .*No space"):
+        batch.Report(full, 1).add(line, "done")
 
 
 def test_wrong_command(command, capsys):

@@ -99,6 +99,13 @@ class TestInterrupts:
             assert stopped.value.code == 130
         assert signal.getsignal(signal.SIGINT) is before
 
+    def test_nothing_is_begun_after_a_job_that_was_done_before_it_could_stop(self):
+        with Interrupts() as interrupts:
+            with interrupts.stopping(Stoppable(stops_soon=True)):
+                os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(Stopped), interrupts.stopping(Stoppable(stops_soon=True)):
+                pytest.fail("the next one began")
+
     def test_no_patience(self):
         with Interrupts(), pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGINT)

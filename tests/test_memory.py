@@ -40,7 +40,9 @@ def test_parse_memory(given, size):
 
 
 @pytest.mark.parametrize("given, message", [("8", "expected auto or a size such as 8GB"), ("much", "expected auto"),
-                                            ("8 MB", "expected at least 100MB"), (7, "at least 100MB")])  # fmt: skip
+                                            ("8 MB", "expected at least 100MB"), (7, "at least 100MB"),
+                                            ("9" * 400 + "GB", "at most 1000TB"),
+                                            (10**16, "at most 1000TB")])  # fmt: skip
 def test_wrong_memory(given, message):
     with pytest.raises(ValueError, match=message):
         parse_memory(given)

@@ -7,21 +7,27 @@ import json
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from .. import options
-from ..errors import Stopped, UsageError
+from ..errors import Stopped, UsageError, WanError
 from ..media.write import check_output
 from ..pipeline import WanPipeline
 from ..prompts.extend import Extension
 from ..runs.folder import RunFolder
 from ..runs.job import Job
 from ..runs.record import seed_of_made
+from ..storage import parse_json, place_of
+from ..types import SOURCE_FIELDS
 from .flags import build_parser, json_flags
 from .interrupt import Interrupts
 from .jobs import check_flags, extend, extension_of, jobs_from, model_options, open_model, request_from
 from .terminal import FAILURE, SUSPECT, Terminal, explain
+
+OF_REPORT = {"line", "status", "output", "seed"}  # in each line of a report
+LONGEST_LINE = 1 << 20
 
 
 @dataclass
@@ -41,6 +47,17 @@ class Line:
     def begins(self) -> bool:
         """Whether it is made from the start."""
         return self.job.overwrite or not RunFolder(self.job.output).is_unfinished
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The pictures and videos that it starts from."""
+        request = self.job.request
+        sources = [*(getattr(request, name) for name in SOURCE_FIELDS), *request.src_ref_images]
+        return [Path(source) for source in sources if isinstance(source, str | Path)]
+
+    @property
+    def previews(self) -> list[Path]:
+        return [] if self.job.previews is None else [self.job.previews.path, self.job.previews.sheet]
 
     def is_made(self) -> bool:
         """Whether the output is there and says of itself that it is what the line asks for."""
@@ -67,6 +84,8 @@ def run_batch(args: argparse.Namespace, argv: list[str], say: Terminal, interrup
         if getattr(args, flag) is not None:
             raise UsageError(f"--{flag} does not go with --prompts: it belongs into the lines of {args.prompts}")
     lines = read_lines(Path(args.prompts), argv, args.overwrite, say)
+    path = Path(args.report or Path(args.prompts).with_suffix(".report.jsonl"))
+    check_report(path, lines)
     pipes = list(dict.fromkeys(line.job.pipe for line in lines))
     say.note(f"batch     {len(lines)} requests, {len(pipes)} models")
     if args.dry_run:
@@ -74,11 +93,13 @@ def run_batch(args: argparse.Namespace, argv: list[str], say: Terminal, interrup
             say.note(f"line {line.number}: {line.job.output}: {line.job.request.prompt}")
         return 0
     say.details = False
-    path = Path(args.report or Path(args.prompts).with_suffix(".report.jsonl"))
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("wb", buffering=0) as file:
         report = Report(file, len(lines))
-        for pipe in pipes:
-            _make_lines([line for line in lines if line.job.pipe is pipe], report, say, interrupts, args.debug)
+        try:
+            for pipe in pipes:
+                _make_lines([line for line in lines if line.job.pipe is pipe], report, say, interrupts, args.debug)
+        except Stopped as stopped:
+            raise Stopped(stopped.signum, "; go on with the same command") from stopped
     say.note(f"batch     {', '.join(f'{count} {status}' for status, count in report.counts.items())}; see {path}")
     return FAILURE if report.counts["failed"] else SUSPECT if report.counts["suspect"] else 0
 
@@ -86,16 +107,47 @@ def run_batch(args: argparse.Namespace, argv: list[str], say: Terminal, interrup
 class Report:
     """A line of JSON for each of ``total`` requests, written as soon as it is over."""
 
-    def __init__(self, file: TextIO, total: int):
+    def __init__(self, file: RawIOBase, total: int):
         self.file, self.total = file, total
         self.counts: Counter[str] = Counter()
 
     def add(self, line: Line, status: str, **rest: Any) -> None:
         output, seed = str(line.job.output), line.job.request.seed
         entry = {"line": line.number, "status": status, "output": output, "seed": seed, **rest}
-        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(f"{json.dumps(entry, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            raise WanError(f"the report cannot be written: {error}") from error
         self.counts[status] += 1
+
+
+def check_report(path: Path, lines: list[Line]) -> None:
+    """Refuse a name that is not free for the report: only a report may be replaced.
+
+    Raises:
+        UsageError: a file of another kind is there, or a line makes one there; or there is no such folder.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"report {path}: there is no folder {path.parent}")
+    if (path.exists() or path.is_symlink()) and not _is_report(path):
+        raise UsageError(f"report {path} exists and is no report of a batch; choose another name with --report")
+    for line in lines:
+        for file in (line.job.output, *line.previews):
+            if place_of(file) == place_of(path):
+                raise UsageError(f"report {path} would be written over {file}, which line {line.number} makes")
+
+
+def _is_report(path: Path) -> bool:
+    """Whether every line of a file is one of `Report.add`; the last may be cut short."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in iter(lambda: file.readline(LONGEST_LINE), ""):
+                whole = line.endswith("\n")
+                if not (OF_REPORT <= parse_json(line).keys() if whole else line.startswith('{"line": ')):
+                    return False
+    except (OSError, ValueError, AttributeError):  # AttributeError: a line of JSON that is no object
+        return False
+    return True
 
 
 def _make_lines(lines: list[Line], report: Report, say: Terminal, interrupts: Interrupts, debug: bool) -> None:
@@ -125,9 +177,9 @@ def _make_lines(lines: list[Line], report: Report, say: Terminal, interrupts: In
             try:
                 with interrupts.stopping(job):
                     made = job.make(say, options.free_on_resume() | ({"seed"} if line.draws else set()))
-            except Stopped as stopped:
+            except Stopped:
                 report.add(line, "interrupted", seconds=round(time.perf_counter() - started, 1))
-                raise Stopped(stopped.signum, "; go on with the same command") from stopped
+                raise
             except Exception as error:
                 if debug:
                     raise
@@ -147,12 +199,12 @@ def read_lines(path: Path, argv: list[str], overwrite: bool, say: Terminal) -> l
         UsageError: the file cannot be read, or a line of it is wrong.
     """
     try:
-        texts = path.read_text(encoding="utf-8-sig").splitlines()
+        texts = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prompts {path} cannot be read: {error}") from error
     parser, lines = build_parser(), list[Line]()
     pipes: dict[Any, Any] = {}
-    outputs: dict[Path, int] = {}
+    made, replaced = dict[str, int](), dict[str, int]()  # place of an output → the line that makes it; makes it now
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             continue
@@ -160,14 +212,22 @@ def read_lines(path: Path, argv: list[str], overwrite: bool, say: Terminal) -> l
             args = parser.parse_args([*argv, *json_flags(text)])
             for line in _lines(number, args, path, pipes, say):
                 output = line.job.output
-                if output in outputs:
-                    raise UsageError(f"output {output} is that of line {outputs[output]}, too")
-                if not line.is_made():  # then it is skipped
+                check_output(output, overwrite=True)
+                if (place := place_of(output)) in made:
+                    raise UsageError(f"output {output} is that of line {made[place]}, too")
+                if overwrite or not line.is_made():  # else it is skipped
                     check_output(output, overwrite or RunFolder(output).is_unfinished)
-                outputs[output] = number
+                    replaced[place] = number
+                made[place] = number
                 lines.append(line)
-        except (UsageError, ValueError) as error:
+        except (UsageError, ValueError, OSError) as error:
             raise UsageError(f"{path} line {number}: {error}") from error
+        except WanError as error:
+            raise WanError(f"{path} line {number}: {error}") from error
+    for line in lines:
+        for file, taken in [(file, replaced) for file in line.inputs] + [(file, made) for file in line.previews]:
+            if other := taken.get(place_of(file)):
+                raise UsageError(f"{path} line {line.number}: {file} is also the output of line {other}")
     if not lines:
         raise UsageError(f"--prompts {path} holds no request; expected one JSON object a line, such as "
                          '{"prompt": "a cat boxing", "seed": 1}')  # fmt: skip

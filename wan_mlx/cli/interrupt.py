@@ -45,7 +45,9 @@ class Interrupts:
 
     @contextmanager
     def stopping(self, job: Job) -> Iterator[None]:
-        """Within this block Ctrl-C stops ``job``."""
+        """Within this block Ctrl-C stops ``job``; nothing is begun where the one before ended before it stopped."""
+        if self.asked:
+            raise Stopped()
         self._job = job
         try:
             yield

@@ -26,6 +26,7 @@ from ..errors import WanError
 from ..events import Previewed
 from ..models.configs import VAEConfig
 from ..models.taehv import TAEHV
+from ..storage import place_of
 from ..types import Request, Step
 from ..weights.checkpoint import Checkpoint
 from ..weights.load import config_of
@@ -142,7 +143,7 @@ class PreviewFiles:
             if file.exists() and not overwrite and not _is_preview(file):
                 raise ValueError(f"preview {file} exists and is no preview; choose another name, or --overwrite")
         for output in outputs:
-            if output.absolute() in (self.path.absolute(), self.sheet.absolute()):
+            if place_of(output) in (place_of(self.path), place_of(self.sheet)):
                 raise ValueError(f"preview {path} would be written over {output}; choose another name")
 
     def is_due(self, step: Step) -> bool:
