@@ -123,6 +123,8 @@ def test_a_report_is_not_where_a_line_writes(command, capsys, name):
 
 def test_a_report_cut_short_is_a_report(command):
     write({"prompt": "fine", "output": "first.npz"})
+    assert main([*command, "--report", os.devnull]) == 0  # nothing is lost there
+    os.unlink("first.npz")
     Path("batch.report.jsonl").write_text('{"line": 1, "status": "done", "output": "a", "seed": 1}\n{"line": 2, "sta')
     assert main(command) == 0 and [entry["status"] for entry in report()] == ["done"]
 

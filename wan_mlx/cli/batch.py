@@ -138,7 +138,9 @@ def check_report(path: Path, lines: list[Line]) -> None:
 
 
 def _is_report(path: Path) -> bool:
-    """Whether every line of a file is one of `Report.add`; the last may be cut short."""
+    """Whether every line of a file is one of `Report.add`; the last may be cut. A terminal or pipe keeps nothing."""
+    if path.is_char_device() or path.is_fifo():
+        return True
     try:
         with path.open(encoding="utf-8") as file:
             for line in iter(lambda: file.readline(LONGEST_LINE), ""):
