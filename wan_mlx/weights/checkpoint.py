@@ -22,7 +22,6 @@ from ..presets import COMFYUI_PARTS, DIFFUSERS_FILES, MLX_FILES, NETWORKS, OFFIC
 from ..storage import parse_json
 from .component import ComponentWeights, open_component
 from .configs import network_config
-from .quantize import EXPAND
 
 # Diffusers' and transformers' names for entries of config.json that shapes cannot show.
 DIFFUSERS_NAMES = {
@@ -59,7 +58,6 @@ class Part:
         kind: "transformer", "text_encoder", "vae", "image_encoder" or "tokenizer".
         file: its path; for shards, of the index.
         config: entries of config.json that its weights' shapes cannot show.
-        recorded: the file's quantisation according to an MLX folder's config.json, or "none"; else "".
         quantize: the quantisation to load it in, if different from the whole model's.
         loras: path and strength of each LoRA for this part, in addition to the whole model's.
         timesteps: (a, b): a transformer that is the expert for the timesteps a <= t < b.
@@ -69,7 +67,6 @@ class Part:
     kind: str
     file: Path
     config: Mapping[str, Any] = field(default_factory=dict)
-    recorded: str = ""
     quantize: str | None = None
     loras: tuple[tuple[Path, float], ...] = ()
     timesteps: tuple[float, float] = (0.0, math.inf)
@@ -212,10 +209,8 @@ def _part(kind: str, file: Path) -> Part:
         return Part(kind, kind, file)
     config = read_config(file.parent / "config.json")
     if config.get("format") == MLX_FORMAT:
-        packed = config.get("quantization")
-        mode = packed.get(kind) if isinstance(packed, dict) else packed
-        return Part(kind, kind, file, config.get(kind) or {}, str(mode or EXPAND))
-    if kind != "transformer" or config.keys().isdisjoint(("num_heads", "model_type")):
+        config = config.get(kind) or {}
+    elif kind != "transformer" or config.keys().isdisjoint(("num_heads", "model_type")):
         config = {ours: config[theirs] for theirs, ours in DIFFUSERS_NAMES[kind].items() if theirs in config}
     return Part(kind, kind, file, config)
 

@@ -11,7 +11,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import WeightsError
 from ..events import counted, unheard
 from ..models.configs import TransformerConfig
 from ..models.execution import Execution, StreamedTextEncoder
@@ -27,7 +26,7 @@ from .component import ComponentWeights, only_zeros, open_component
 from .configs import network_config
 from .lora import normalise_loras, open_loras
 from .parameters import Parameters
-from .quantize import EXPAND, QUANTIZED
+from .quantize import QUANTIZED
 from .set_loras import set_loras
 from .stream import Progress, load_module, load_streamed, stream_blocks
 
@@ -60,12 +59,6 @@ def open_network(source: Source, kind: str) -> tuple[ComponentWeights, Any]:
     else:
         part = find_part(Path(source).expanduser(), kind)
     weights = open_component(part.file, kind)
-    found = weights.quantization.mode if weights.quantization else EXPAND
-    if part.recorded not in ("", found):
-        raise WeightsError(
-            f"{part.file.parent}: config.json says that its {kind}'s quantisation is {part.recorded}, "
-            f"but the file's is {found}"
-        )
     return weights, network_config(weights, part.config)
 
 
