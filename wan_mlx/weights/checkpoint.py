@@ -150,9 +150,12 @@ def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = No
     for kind, place in given.items():
         part = find_part(_existing(place, kind.replace("_", " ")), kind)
         named = {name: other for name, other in named.items() if other.kind != kind or name == kind} | {kind: part}
-    # A text encoder's own tokenizer, unless one was given or is part of a whole model.
+    # A text encoder's own tokenizer, inside its file or beside it, unless one was given or is part of a whole model.
     if "text_encoder" in named and "tokenizer" not in given and ("text_encoder" in given or "tokenizer" not in named):
-        named |= _tokenizer_of(named["text_encoder"].file)
+        file = named["text_encoder"].file
+        own = file if has_tokenizer(open_weights(file)) else None
+        if own := own or find_tokenizer(file.parent) or find_tokenizer(file.parent.parent):
+            named["tokenizer"] = _part("tokenizer", own)
     return replace(found, parts=tuple(named.values()))
 
 
@@ -288,13 +291,6 @@ def _begins_like_weights(file: Path) -> bool:
             return format_of(opened.read(16)) not in (None, ShardedFile)
     except OSError:
         return False
-
-
-def _tokenizer_of(text_encoder: Path) -> dict[str, Part]:
-    """The tokenizer inside a text encoder's file, or next to it."""
-    found = text_encoder if has_tokenizer(open_weights(text_encoder)) else None
-    found = found or find_tokenizer(text_encoder.parent) or find_tokenizer(text_encoder.parent.parent)
-    return {"tokenizer": _part("tokenizer", found)} if found else {}
 
 
 def _incomplete(found: Checkpoint, missing: list[str]) -> str:
