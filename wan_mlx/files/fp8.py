@@ -121,7 +121,7 @@ def _formats(file: WeightsFile) -> Iterator[tuple[str, Any]]:
 def _json(file: WeightsFile, what: str, text: str | bytes) -> dict:
     try:
         value = parse_json(text)
-    except (ValueError):
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise WeightsError(f"{file.path}: {what} is not a JSON object; download it again")

@@ -19,7 +19,7 @@ from ..errors import WeightsError, closest, some
 from .base import MAX_HEADER_BYTES, ByteRange, WeightsFile, check_names
 from .gguf import GGUFFile
 from .pth import TorchFile
-from .safetensors import SafetensorsFile, parse_json
+from .safetensors import SafetensorsFile, read_object
 
 
 def open_weights(path: str | Path) -> WeightsFile:
@@ -82,7 +82,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     size = os.stat(path).st_size
     if size > MAX_HEADER_BYTES:
         raise WeightsError(f"{path}: {size:,} bytes of JSON; an index has at most {MAX_HEADER_BYTES:,}")
-    owners = parse_json(path, path.read_bytes(), "JSON").get("weight_map")
+    owners = read_object(path, path.read_bytes(), "JSON").get("weight_map")
     if not isinstance(owners, dict) or not owners:
         raise WeightsError(f"{path}: JSON without a weight_map; expected the index of a sharded checkpoint")
     check_names(path, owners)

@@ -5,7 +5,6 @@ MLX loads the tensors; each time it opens the file, its header is compared with 
 
 from __future__ import annotations
 
-import json
 import os
 import reprlib
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, TypeGuard, cast
 import mlx.core as mx
 
 from ..errors import WeightsError
+from ..storage import parse_json
 from .base import ITEMSIZE, MAX_DIM, MAX_ENTRIES, MAX_NDIM, TensorInfo, WeightsFile
 from .parallel_read import PIECE
 
@@ -93,7 +93,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], dic
             raise WeightsError(
                 f"{path}: cut short: its header needs {8 + length:,} bytes, {size:,} present; download it again"
             )
-        header = parse_json(path, file.read(length), "header")
+        header = read_object(path, file.read(length), "header")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise WeightsError(f"{path}: damaged header (__metadata__ is not a dict of text)")
@@ -134,27 +134,15 @@ def _is_counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-def parse_json(path: Path, data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object, stricter than ``json``: no duplicate names, NaN or half surrogates, so that MLX reads the same."""
+def read_object(path: Path, data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object, ``what`` of a file."""
     if data.count(b",") + data.count(b":") > _MOST_VALUES:  # each costs far more memory and time than its bytes
         raise WeightsError(
             f"{path}: its {what} holds more than any model's: at most {_MOST_VALUES:,} values are allowed"
         )
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a name occurs twice")
-        for name in found:
-            name.encode()
-        return found
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is not a number")
-
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(data.decode("utf-8"))
+    except ValueError as error:
         raise WeightsError(f"{path}: damaged {what} ({str(error)[:120]}); download it again") from None
     if not isinstance(value, dict):
         raise WeightsError(f"{path}: damaged {what} (a {type(value).__name__}, expected an object); download it again")
