@@ -113,11 +113,16 @@ class Checkpoint:
     def missing(self) -> list[str]:
         """The kinds of parts that are missing."""
         lacking = [kind for kind in PARTS if not self.of_kind(kind)]
-        if "image_encoder" in lacking:  # only models that read images have one
-            files = [part.file for part in self.of_kind("transformer")]
-            if not any("img_emb.proj.1.weight" in open_component(file).shapes for file in files):
-                lacking.remove("image_encoder")
-        return lacking
+        return [kind for kind in lacking if kind != "image_encoder" or any(map(self._reads_images, self.parts))]
+
+    def _reads_images(self, part: Part) -> bool:
+        if part.kind != "transformer":
+            return False
+        if self.layout == "diffusers":  # config.json has the width of the image features, or None
+            return part.config.get("image_dim") is not None
+        if "model_type" in part.config:
+            return part.config["model_type"] in ("i2v", "flf2v")
+        return "img_emb.proj.1.weight" in open_component(part.file).shapes
 
 
 def open_checkpoint(path: str | Path, parts: Mapping[str, str | Path | None] | None = None) -> Checkpoint:
