@@ -41,7 +41,7 @@ from ..models.vae_execution import (
 from ..models.vae_tiling import split, stage_spans
 from ..weights.component import parameter_shapes
 from .flops import frames_at, stages
-from .sizes import Networks, WeightBytes
+from .sizes import Networks
 
 # Latents (L, 64) in float32 alive in the sampling loop: the solver's history, both passes, and the step's own.
 LATENTS_ALIVE = 10
@@ -73,11 +73,6 @@ def encode_images(nets: Networks) -> int:
     c = nets.image_encoder
     block = (4 + 2 * c.mlp_ratio) * c.dim**2
     return 4 * ((c.num_layers - 1) * block + 3 * c.patch_size**2 * c.dim) + overhead()
-
-
-def load_transformer(weights: WeightBytes, stream: bool) -> int:
-    """All weights, or those outside the blocks."""
-    return weights.outside if stream else weights.all
 
 
 def denoise(
