@@ -52,7 +52,7 @@ def one_line(error: str) -> str:
         (["--task", "t2v-1.4B"], ["t2v-1.4B", "t2v-1.3B"]),
         (["--task", "i2v-14B"], ["holds a t2v model", "needs a i2v model"]),
         (["--prompt", "  "], ["prompt is empty"]),
-        (["--steps", "0"], ["steps is 0", "at least 1"]),
+        (["--steps", "0"], ["steps is 0", "1 to 1000"]),
         (["--shift", "0"], ["shift is 0"]),
         (["--guidance", "nan"], ["guidance is nan"]),
         (["--dtype", "int8"], ["int8", "bfloat16"]),
