@@ -113,6 +113,7 @@ def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, in
             return there()
         if record is None:
             raise ValueError(f"the run of {output} was cut before it began; start it again without --resume")
+        folder.state()  # which is refused if damaged, before any work
         # Other numbers are the way out of NaN, and only there.
         check_same(given, record, options.free_on_resume() | ({"dtype"} if record.get("not_finite") else set()))
         model = model_of(record)

@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 ENDING = ".wan"
 KEPT_STEPS = 2
 LARGE_STATE = 300_000_000  # bytes; with a step cache it is gigabytes
+MOST_STEPS = 10_000
 PRIVATE = 0o600
 
 
@@ -184,7 +185,9 @@ class RunFolder:
                     f"the run of {self.output} was begun by an earlier version of wan_mlx, whose records are "
                     f"different; go on with that version, or remove {self.path} to start anew"
                 )
-            if record.get("digest") != _digest(record):
+            steps, before = record.get("steps"), record.get("before")
+            is_right = isinstance(before, list) and isinstance(steps, int) and 0 <= steps <= MOST_STEPS
+            if not is_right or record.get("digest") != _digest(record):
                 raise ValueError("it is not as it was written")
         except FileNotFoundError:
             return None
@@ -414,7 +417,8 @@ class FrameStore:
     def _drop_damage(self) -> None:
         """Keep the chunks up to the first whose line or pixels are not whole, or of another run."""
         frame_bytes, good_bytes, good_text = int(np.prod(self.shape)), 0, ""
-        if self.raw.is_file():
+        # A file that has another name, too, is somebody's, and not added to.
+        if all(path.is_file() and path.stat().st_nlink == 1 for path in (self.raw, self.index)):
             with self.raw.open("rb") as file:
                 for line in _read_text(self.index).splitlines(keepends=True):
                     said = re.fullmatch(rf"(\d{{1,9}}) ([0-9a-f]{{8}}) {self.run}\n", line, re.ASCII)
@@ -452,6 +456,8 @@ def _acquire(path: Path) -> int | None:
             raise
         except OSError as error:  # some network file systems
             log.warning("%s cannot be locked (%s): take care that no other run makes the same file", path, error)
+        if os.fstat(lock).st_nlink > 1:  # it has another name, too, so is somebody's
+            path.unlink()
         if not path.exists() or not os.path.samestat(os.fstat(lock), os.stat(path)):
             os.close(lock)
             return None

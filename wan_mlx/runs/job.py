@@ -52,7 +52,7 @@ class Job:
         """Make the file: from the start, or where ``free`` is given from where an unfinished run of it is.
 
         Args:
-            listener: called with each event; what it tells of is kept by then.
+            listener: called with each event; what it tells of is kept by then, or being written.
             free: options that may differ from those that the unfinished run was asked.
 
         Raises:
@@ -80,6 +80,7 @@ class Job:
             else:
                 record = folder.record()
                 assert record is not None, "a run has begun there"
+                folder.state()  # which is refused if damaged, before any work
                 check_same({**self.pipe.opened_with, **self.asked}, record, free or ())
                 for difference in check_identity(record, self.pipe, folder):
                     listener(Note(difference))

@@ -134,10 +134,9 @@ def check_identity(record: Mapping[str, Any], pipe: OpenedModel, folder: RunFold
     """Yield what cannot be promised to give the same bytes, in words for the user.
 
     Raises:
-        WanError: weights or sources that are still needed are not those that the run was begun with, or what was
-            encoded is damaged.
+        WanError: weights or sources that are still needed are not those that the run was begun with.
     """
-    encoded = folder.state() is not None
+    encoded = folder.is_unfinished
     kinds = ENCODERS * encoded + ("transformer",) * folder.is_sampled
     done = {part.name for part in pipe.checkpoint.parts if part.kind in kinds}
     if "transformer" in kinds:
