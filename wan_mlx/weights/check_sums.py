@@ -89,7 +89,7 @@ def _sha256_fault(file: Path, digest: str, advance: Advance) -> str | None:
     if found == digest:
         return None
     return (
-        f"{file} is not as it was converted: its SHA-256 is {found[:12]}…, config.json has {digest[:12]}…; "
+        f"{file} is not as it was converted: its SHA-256 begins with {found[:12]}, config.json has {digest[:12]!r}; "
         "convert or download it again"
     )
 
@@ -98,6 +98,8 @@ def _crc_fault(file: Path, advance: Advance) -> str | None:
     try:
         with zipfile.ZipFile(file) as archive:
             for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:  # unpacking it compares them, and may never end here
+                    continue
                 with archive.open(entry) as data:
                     while piece := data.read(1 << 20):
                         advance(len(piece))
