@@ -32,3 +32,10 @@ def test_nothing_below_the_command_line_prints():
     said = {path.relative_to(PACKAGE).as_posix(): found for path in files if (found := spoken(path))}
     assert set(said) <= set(SPEAKERS), said
     assert any(spoken(path) for path in (PACKAGE / "cli").glob("*.py"))  # it would be seen
+
+
+def test_names_and_texts_are_printed_in_one_place():
+    """`terminal.write`, which escapes what would steer a terminal; the others print what is written in them."""
+    files = (PACKAGE / "cli").glob("*.py")
+    printing = {path.name for path in files if any(call.endswith(" print") for call in spoken(path))}
+    assert printing <= {"terminal.py", "completion.py", "list_models.py", "doctor.py"}
