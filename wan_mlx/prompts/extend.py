@@ -213,7 +213,10 @@ class Extension:
                 extended = _told(extender(request.prompt, KINDS[request.task], request.seed, shown), tell)
                 if extended.complaint is None:
                     request = replace(
-                        request, prompt=extended.prompt, original_prompt=extended.original, extended_by=extended.model
+                        request,
+                        prompt=extended.prompt,
+                        original_prompt=extended.original,
+                        extended_by=_name_of(extended.model),
                     )
                 done.append(request)
         return done
@@ -221,7 +224,7 @@ class Extension:
     def undone(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """A video's settings with the prompt from before this extension, if it was extended."""
         by = settings.get("extended_by")
-        if by is None or (self.model is not None and by != choose_model(self.model, False)):
+        if by is None or (self.model is not None and by != _name_of(choose_model(self.model, False))):
             return dict(settings)
         return {**settings, "prompt": settings["original_prompt"], "original_prompt": None, "extended_by": None}
 
@@ -268,6 +271,11 @@ def choose_model(model: str | Path | None, pictures: bool) -> str:
     if pictures:
         log.warning("the language model will not see the picture; for one that does: pip install 'wan-mlx[vlm]'")
     return DEFAULT_MODEL
+
+
+def _name_of(model: str) -> str:
+    """A hub's id, or the bare name of a folder on this machine: it is embedded in files that others get."""
+    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
 
 
 def _folder_of(model: str) -> Path:
