@@ -55,7 +55,8 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_range(text: str) -> tuple[float, float]:
-    first, last = _read(r"(\d*\.?\d+)-(\d*\.?\d+)", text, "range", "FROM-TO in fractions of the steps, such as 0.1-0.9")
+    expected = "FROM-TO in fractions of the steps, such as 0.1-0.9"
+    first, last = _read(r"(\d+(?:\.\d+)?|\.\d+)-(\d+(?:\.\d+)?|\.\d+)", text, "range", expected)
     return float(first), float(last)
 
 
