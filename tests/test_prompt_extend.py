@@ -224,7 +224,7 @@ def test_command_line(folder, flags, tmp_path, capsys):
     assert main([*flags, *extend, "--output", str(output)]) == 0
     words = extend_prompt("a red circle", folder, seed=3).prompt
     said = capsys.readouterr().err
-    assert f"prompt    {words}\n          written out by {folder} from: a red circle\n" in said
+    assert f"prompt    {words}\n          written out by {folder.name} from: a red circle\n" in said
     settings = read_settings(output)
     assert (settings["prompt"], settings["original_prompt"]) == (words, "a red circle")
     again = tmp_path / "again.png"  # the same words, without the language model
