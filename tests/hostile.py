@@ -223,9 +223,8 @@ class Bench:
         if outcome.code not in (0, 1, 2, 3):
             yield "low", f"exit code {outcome.code}"
         errors = [line for line in outcome.err.splitlines() if line.startswith("error:")]
-        asked = (
-            "--json" in case.arguments or "which model?" in text or not outcome.err and case.arguments[0] == "inspect"
-        )
+        # A plan that does not fit, or a file that is damaged, is a report on standard output.
+        asked = "--json" in case.arguments or "which model?" in text or (outcome.out.strip() and not outcome.err)
         if outcome.code in (1, 2) and not asked:
             lines = [line for line in outcome.err.splitlines() if line.strip()]
             if len(errors) != 1 or lines[-1] != errors[0]:

@@ -168,6 +168,20 @@ def test_damaged_files(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_an_animation_cut_anywhere_is_refused_if_it_cannot_be_read(tmp_path):
+    frames = [Image.fromarray(frame) for frame in np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8)]
+    frames[0].save(tmp_path / "whole.gif", save_all=True, append_images=frames[1:])
+    whole, refused = (tmp_path / "whole.gif").read_bytes(), 0
+    for length in range(1, len(whole), 50):
+        (tmp_path / "cut.gif").write_bytes(whole[:length])
+        try:
+            open_video(tmp_path / "cut.gif")
+        except ValueError as error:  # Pillow itself raises IndexError and struct.error for some
+            assert "cut.gif cannot be read as a" in str(error)
+            refused += 1
+    assert refused > 50
+
+
 def test_damage_in_the_middle_is_logged(tmp_path, caplog):
     noise = np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), np.uint8)
     write_video(tmp_path / "a.avi", noise, "-c:v", "mpeg4", "-q:v", "2")

@@ -181,11 +181,15 @@ def _open_animation(path: Path) -> Clip:
     seconds = []
     with open_picture(path) as image:
         height, width, _ = _rgb(image, str(path)).shape
-        for picture in ImageSequence.Iterator(image) if image.format in ANIMATIONS else [image]:
-            _load(picture, str(path))
-            seconds.append(picture.info.get("duration", 0) / 1000 or STILL_SECONDS)
-            if len(seconds) > MOST_FRAMES:
-                raise ValueError(f"{path} has more than {MOST_FRAMES} frames; cut it")
+        pictures = ImageSequence.Iterator(image) if image.format in ANIMATIONS else [image]
+        try:
+            for picture in islice(pictures, MOST_FRAMES + 1):
+                picture.load()
+                seconds.append(picture.info.get("duration", 0) / 1000 or STILL_SECONDS)
+        except Exception as error:  # as above
+            raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    if len(seconds) > MOST_FRAMES:
+        raise ValueError(f"{path} has more than {MOST_FRAMES} frames; cut it")
 
     def read(indices: Sequence[int]) -> Iterator[np.ndarray]:
         with open_picture(path) as image:
@@ -194,13 +198,6 @@ def _open_animation(path: Path) -> Clip:
                 yield _rgb(image, str(path))
 
     return Clip(str(path), height, width, _times(seconds), read)
-
-
-def _load(image: Image.Image, name: str) -> None:
-    try:
-        image.load()
-    except Exception as error:  # as above
-        raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 def _rgb(image: Image.Image, name: str) -> np.ndarray:
