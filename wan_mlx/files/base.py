@@ -34,7 +34,7 @@ ITEMSIZE = {name: np.dtype(dtype).itemsize for name, dtype in _NUMPY.items()}
 # Dtypes that `_to_mlx` converts, so they cannot be read into MLX's memory directly.
 _CHANGED = {"F64", "BOOL"}
 # Dtypes whose bytes `WeightsFile.read` returns unchanged, and MLX's names of them.
-_AS_STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U8": mx.uint8, "U32": mx.uint32}
+AS_STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U8": mx.uint8, "U32": mx.uint32}
 # GGUF's block formats: values and bytes of a block.
 BLOCKS = {
     **{"Q8_0": (32, 34), "Q5_1": (32, 24), "Q5_0": (32, 22), "Q4_1": (32, 20), "Q4_0": (32, 18), "IQ4_NL": (32, 18)},
@@ -161,8 +161,8 @@ class WeightsFile:
     def byte_range(self, key: str) -> ByteRange | None:
         """The place of the tensor's bytes, if `read` returns them unchanged."""
         info = self._info(key)
-        plain = info.dtype in _AS_STORED and self._is_plain(key)
-        return ByteRange(self, self._start(key), info.nbytes, _AS_STORED[info.dtype], info.shape) if plain else None
+        plain = info.dtype in AS_STORED and self._is_plain(key)
+        return ByteRange(self, self._start(key), info.nbytes, AS_STORED[info.dtype], info.shape) if plain else None
 
     def nbytes(self, key: str) -> int:
         """As stored."""

@@ -12,7 +12,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import WeightsError, some
-from ..files.base import BLOCKS, ByteRange, WeightsFile
+from ..files.base import AS_STORED, BLOCKS, ByteRange, WeightsFile
 from ..files.fp8 import FP8, fold
 from ..files.open import open_weights
 from ..models.configs import TransformerConfig
@@ -21,10 +21,8 @@ from .gguf_blocks import EXACT, NEARLY_EXACT, PACKINGS, repack
 from .layouts import canonical_keys, recognise
 from .quantize import Quantization, quantizable
 
-SAFETENSORS_NAMES = {
-    mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint8: "U8", mx.uint32: "U32"
-}  # fmt: skip
-READABLE = {"F64", "F32", "F16", "BF16", *FP8, *BLOCKS}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in AS_STORED.items()}
+FLOATS = ("F64", "F32", "F16", "BF16", *FP8)
 MLX_LAYOUT = "mlx"
 # Key in a file → its tensor.
 Fetch = Callable[[str], mx.array]
@@ -58,7 +56,7 @@ class ComponentWeights:
         self._check_packed()
         in_blocks = [name for name in quantizable(self.component, self.sources) if self._has_blocks(name)]
         self.nearest = self.packings or {name: Packing.parse(PACKINGS[self.stored_dtype(name)]) for name in in_blocks}
-        odd = [name for name in self.sources if self.stored_dtype(name) not in READABLE]
+        odd = [name for name in self.sources if self.stored_dtype(name) not in (*FLOATS, *BLOCKS)]
         if odd and not self.channels_last:
             raise WeightsError(
                 f"{self.path}: {some(odd)} of dtype {self.stored_dtype(odd[0])}; expected floats, fp8 or GGUF blocks"

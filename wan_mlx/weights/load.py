@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -77,8 +76,7 @@ def check_loras(checkpoint: Checkpoint, loras: Iterable[LoraChoice]) -> None:
     ``loras``, which apply to all of them, or its own."""
     for part in checkpoint.of_kind("transformer"):
         if chosen := [*normalise_loras(loras), *part.loras]:
-            weights, config = open_network(part, "transformer")
-            open_loras(chosen, weights.shapes, math.prod(config.patch_size))
+            open_loras(chosen, open_network(part, "transformer")[1])
 
 
 def load_transformer(
@@ -129,8 +127,7 @@ def transformer_parameters(
 ) -> Parameters:
     """A transformer's parameters for `Transformer`, whole or block by block; see `load_transformer`."""
     order = partial(row_order, dim=config.dim, head_dim=config.head_dim)
-    opened = open_loras(normalise_loras(loras), weights.shapes, math.prod(config.patch_size))
-    return Parameters(weights, dtype, quantize, opened, order)
+    return Parameters(weights, dtype, quantize, open_loras(normalise_loras(loras), config), order)
 
 
 def load_vae(path: Source, dtype: str | mx.Dtype = "float32", progress: Progress = no_progress) -> VAE:

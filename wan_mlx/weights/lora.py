@@ -20,11 +20,13 @@ import mlx.core as mx
 
 from ..errors import WeightsError, some
 from ..files.base import WeightsFile
-from ..files.fp8 import FP8, fold
+from ..files.fp8 import fold
 from ..files.open import open_weights
+from ..models.configs import TransformerConfig
 from ..storage import parse_json, sha256
 from ..types import LoraChoice
-from .component import only_zeros
+from .component import FLOATS, only_zeros
+from .configs import shapes_of
 from .layouts import LAYOUTS, pattern
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,6 @@ ENDINGS = {
     r"\.diff_m": ("diff", "modulation"),
 }
 UNSUPPORTED = {"dora_scale": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "lora_mid": "LoCon with a middle convolution"}
-FLOATS = ("F64", "F32", "F16", "BF16")
 # Names of the LoRA file in a folder: PEFT's, Diffusers'.
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 PEFT_CONFIG = "adapter_config.json"
@@ -167,17 +168,15 @@ def normalise_loras(loras: Iterable[LoraChoice] | LoraChoice | None) -> list[tup
     return found
 
 
-def open_loras(loras: Iterable[tuple[Path, float]], shapes: Mapping[str, tuple[int, ...]], patch: int) -> Loras:
+def open_loras(loras: Iterable[tuple[Path, float]], config: TransformerConfig) -> Loras:
     """Open LoRA files and resolve them against a transformer's parameters; reads only headers and alphas.
 
-    Args:
-        loras: paths of files, or of folders with one, each with a strength.
-        shapes: name → shape of every parameter.
-        patch: values of one channel in a patch: number of a patch embedding's inputs per channel.
+    ``loras``: paths of files, or of folders with one, each with a strength.
 
     Raises:
         WeightsError: a file cannot be read, has keys without a match, or factors whose shapes differ from the model's.
     """
+    shapes, patch = shapes_of(config), math.prod(config.patch_size)
     names, found = spellings(shapes), Loras()
     for path, strength in loras:
         for name, change in _open(fold(open_weights(_file_of(path))), strength, shapes, names, patch).items():
@@ -240,7 +239,7 @@ def _open(
             (unused if TEXT_ENCODER.fullmatch(key) else unknown).append(key)
             continue
         name, role = found
-        if info.dtype not in (*FLOATS, *FP8):
+        if info.dtype not in FLOATS:
             raise WeightsError(f"{file.path}: {key} is {info.dtype}; expected floats")
         in_patches = patch if name.endswith("patch_embedding.weight") else 0
         keys = changes.setdefault(name, Change(file, strength, shapes[name], in_patches)).keys

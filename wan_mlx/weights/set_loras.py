@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
@@ -35,7 +34,7 @@ def set_loras(loaded: Transformer | Execution, loras: Iterable[LoraChoice] | Lor
     parameters: Parameters = model.source
     if parameters.merged:
         raise ValueError("LoRAs were merged into these weights as they were loaded; load the model again without them")
-    opened = open_loras(normalise_loras(loras), parameters.weights.shapes, math.prod(model.config.patch_size))
+    opened = open_loras(normalise_loras(loras), model.config)
     parameters.originals = put_beside(model, opened, parameters, originals=parameters.originals)
     parameters.unmerged = opened  # of the blocks that are streamed
 
