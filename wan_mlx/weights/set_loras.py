@@ -59,11 +59,12 @@ def put_beside(
             order = parameters.row_order(full)
             if is_matrix(name, own[name].shape):
                 sides[name] = side_arrays(loras[full], dtype_of(parameters.component, full, parameters.dtype), order)
+                mx.eval(sides[name])  # one by one: what is read is float32
             else:
                 difference = merged(loras[full], mx.zeros(own[name].shape))
                 difference = difference if order is None else difference[order]
                 changed[name] = (own[name].astype(mx.float32) + difference).astype(own[name].dtype)
-    mx.eval(sides, changed)
+    mx.eval(changed)
     for layer in module.modules():
         for key in SIDE_KEYS:
             layer.pop(key, None)
