@@ -61,8 +61,8 @@ def model_folders(model: Model, chance: random.Random) -> Cases:
                 damaged(work, name, how, at)
 
             yield Case(f"{name}: {how} at {at:.3f}", run, prepare, writes=("out.npz*", "m/.wan*"), refused=True)
-            said, bad = f"inspecting {name}: {how} at {at:.3f}", "low" if how == "gone" else True
-            yield Case(said, ["inspect", "m"], prepare, writes=("m/.wan*",), refused=bad)
+            said, gone = f"inspecting {name}: {how} at {at:.3f}", how == "gone"  # which its report says
+            yield Case(said, ["inspect", "m"], prepare, writes=("m/.wan*",), refused=not gone)
     config = json.loads((model.path / "config.json").read_text())
     for key, value in edits(config, chance, 60):
 
