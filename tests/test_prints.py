@@ -38,4 +38,4 @@ def test_names_and_texts_are_printed_in_one_place():
     """`terminal.write`, which escapes what would steer a terminal; the others print what is written in them."""
     files = (PACKAGE / "cli").glob("*.py")
     printing = {path.name for path in files if any(call.endswith(" print") for call in spoken(path))}
-    assert printing <= {"terminal.py", "completion.py", "list_models.py", "doctor.py"}
+    assert printing <= {"terminal.py", "completion.py", "doctor.py"}

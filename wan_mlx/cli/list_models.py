@@ -8,6 +8,7 @@ from typing import Any
 from ..hub.resolve import is_cached
 from ..presets import PRESETS, TASK_NAMES, Preset
 from .flags import Parser
+from .terminal import write
 
 
 def row_of(preset: Preset) -> dict[str, Any]:
@@ -33,15 +34,17 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     rows = [row_of(preset) for preset in PRESETS.values()]
     if args.json:
-        print(json.dumps(rows, indent=1))
+        for line in json.dumps(rows, indent=1).splitlines():
+            write(line)
         return 0
-    print(f"{'--model':<16}{'task':<22}{'size':<10}{'frames':>6}{'weights':>11}{'in q4':>10}  {'here':<5}repository")
+    write(f"{'--model':<16}{'task':<22}{'size':<10}{'frames':>6}{'weights':>11}{'in q4':>10}  {'here':<5}repository")
     for row in rows:
         size, here = "x".join(map(str, row["size"])), "yes" if row["here"] else "no"
         weights, packed = (f"{row[key] / 1e9:.2f} GB" for key in ("bytes_bfloat16", "bytes_q4"))
         repository = row["repositories"][0] if row["repositories"] else "bundled"
-        print(f"{row['name']:<16}{TASK_NAMES[row['task']]:<22}{size:<10}{row['frames']:>6}{weights:>11}{packed:>10}  "
+        write(f"{row['name']:<16}{TASK_NAMES[row['task']]:<22}{size:<10}{row['frames']:>6}{weights:>11}{packed:>10}  "
               f"{here:<5}{repository}")  # fmt: skip
-    print("\nweights: of the transformer in bfloat16, as loaded. The text encoder (11.4 GB in bfloat16) is streamed")
-    print("from disk and never in memory as a whole. What a model downloads: --model NAME --prompt x --dry-run")
+    write("")
+    write("weights: of the transformer in bfloat16, as loaded. The text encoder (11.4 GB in bfloat16) is streamed")
+    write("from disk and never in memory as a whole. What a model downloads: --model NAME --prompt x --dry-run")
     return 0
