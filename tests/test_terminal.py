@@ -11,7 +11,7 @@ from PIL import Image
 
 from wan_mlx.cli.flags import build_parser
 from wan_mlx.cli.main import main
-from wan_mlx.cli.terminal import Terminal
+from wan_mlx.cli.terminal import Terminal, explain
 from wan_mlx.media.write import read_settings
 from wan_mlx.presets import PRESETS
 
@@ -193,3 +193,15 @@ def test_help_shows_every_model_s_defaults(capsys):
         main(["--help"])
     said = capsys.readouterr().out
     assert all(name in said for name in PRESETS) and "examples:" in said
+
+
+def test_a_full_temporary_folder_is_one_line():
+    """MLX's own error has the compiler's command and all that it said."""
+    said = (
+        '[Compile::eval_cpu] Failed to compile function BI6: Failed to execute command with return code 1: "g++ -O3 '
+        '"/tmp/mlx/tmp_8f.cpp" -o "/tmp/mlx/tmp_8f.so" 2>&1", the output is: /tmp/mlx/tmp_8f.cpp:1: fatal error: error '
+        "closing /tmp/ccoF.s: No space left on device\ncompilation terminated."
+    )
+    message, code = explain(RuntimeError(said))
+    assert code == 1 and "\n" not in message and "(run again" not in message
+    assert "closing /tmp/ccoF.s: No space left on device); it needs" in message and "TMPDIR names another" in message

@@ -100,7 +100,7 @@ def test_one_still_in_every_format(pipe, tmp_path, ending):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--num-images", "0"], "num_images is 0, expected at least 1"),
+        (["--num-images", "0"], "num_images is 0, expected 1 to 10000"),
         (["--num-images", "2", "--frames", "5"], "num_images is 2, but 5 frames are a video; nearest: 1 frame"),
         (["--num-images", "2", "--seed", str(2**64 - 1)], f"nearest: {2**64 - 2}"),
         (["--seed", str(2**64), "--frames", "1"], f"nearest: {2**64 - 1}"),

@@ -123,6 +123,10 @@ def explain(error: Exception) -> tuple[str, int]:
         return shortened(f"{error.filename or 'the system'}: {error.strerror}"), FAILURE
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's
         return "a path begins with ~, but that home folder is not known", USAGE
+    if "Failed to compile function" in str(error):  # MLX's on a CPU, of many lines
+        said = str(error).partition("the output is: ")[2].split("\n")[0]
+        return f"MLX cannot compile its functions ({said}); it needs a C++ compiler, and room in the temporary folder "\
+               "(TMPDIR names another)", FAILURE  # fmt: skip
     # A bug, or the machine's own failure.
     return f"{type(error).__name__}: {error} (run again with --debug for the traceback)", FAILURE
 

@@ -26,7 +26,7 @@ from typing import Any
 import imageio_ffmpeg
 import mlx.core as mx
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import WanError
 from ..geometry import WAN_2_1, Geometry
@@ -156,24 +156,30 @@ def _existing(source: str | Path | None, kind: str) -> Path:
     return path
 
 
-@contextmanager
-def open_picture(path: Path, formats: tuple[str, ...] = PICTURES) -> Iterator[Image.Image]:
-    """A picture's file, opened, its pixels not yet decoded; Pillow's warnings are not shown.
+def open_picture(path: Path, formats: tuple[str, ...] = PICTURES) -> Image.Image:
+    """A picture's file, opened, its pixels not yet decoded.
 
     Raises:
         ValueError: it is in no such format, damaged, or too large.
     """
+    with _pillow(str(path)):
+        image = Image.open(path, formats=formats)
+    if image.width * image.height > MOST_PIXELS:
+        image.close()
+        raise ValueError(f"{path} has {image.width}x{image.height} pixels, expected at most {MOST_PIXELS} "
+                         "(8192x8192); make it smaller")  # fmt: skip
+    return image
+
+
+@contextmanager
+def _pillow(name: str) -> Iterator[None]:
+    """Pillow at work on one file: its many kinds of errors are one, and its warnings are not shown."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image = Image.open(path, formats=formats)
-        except Exception as error:  # Pillow's readers raise many kinds for damaged files
-            raise ValueError(f"{path} cannot be read as an image: {error}") from error
-        with image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{path} has {image.width}x{image.height} pixels, expected at most {MOST_PIXELS} "
-                                 "(8192x8192); make it smaller")  # fmt: skip
-            yield image
+            yield
+        except Exception as error:
+            raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 def _open_animation(path: Path) -> Clip:
@@ -181,20 +187,21 @@ def _open_animation(path: Path) -> Clip:
     seconds = []
     with open_picture(path) as image:
         height, width, _ = _rgb(image, str(path)).shape
-        pictures = ImageSequence.Iterator(image) if image.format in ANIMATIONS else [image]
-        try:
-            for picture in islice(pictures, MOST_FRAMES + 1):
-                picture.load()
-                seconds.append(picture.info.get("duration", 0) / 1000 or STILL_SECONDS)
-        except Exception as error:  # as above
-            raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    if len(seconds) > MOST_FRAMES:
-        raise ValueError(f"{path} has more than {MOST_FRAMES} frames; cut it")
+        with _pillow(str(path)):
+            count = getattr(image, "n_frames", 1) if image.format in ANIMATIONS else 1
+        if count > MOST_FRAMES:
+            raise ValueError(f"{path} has {count} frames, expected at most {MOST_FRAMES}; cut it")
+        for number in range(count):
+            with _pillow(str(path)):
+                image.seek(number)
+                image.load()
+            seconds.append(image.info.get("duration", 0) / 1000 or STILL_SECONDS)
 
     def read(indices: Sequence[int]) -> Iterator[np.ndarray]:
         with open_picture(path) as image:
             for index in indices:
-                image.seek(index)
+                with _pillow(str(path)):
+                    image.seek(index)
                 yield _rgb(image, str(path))
 
     return Clip(str(path), height, width, _times(seconds), read)
@@ -204,7 +211,7 @@ def _rgb(image: Image.Image, name: str) -> np.ndarray:
     """uint8 (H, W, 3), upright."""
     if image.mode == "F":
         raise ValueError(f"{name} holds floating-point pixels, expected 8 or 16 bits; convert it to 8-bit RGB")
-    try:
+    with _pillow(name):
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             # Pillow treats these as 32-bit and clips them at 255 in convert(); files contain 16 bits.
@@ -213,8 +220,6 @@ def _rgb(image: Image.Image, name: str) -> np.ndarray:
         elif "transparency" in image.info:
             image = image.convert("RGBA")  # same as directly to RGB, without a warning
         return np.asarray(image.convert("RGB"))
-    except Exception as error:  # as above: this decodes the pixels
-        raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 def _rgb_frames(array: np.ndarray, still: bool) -> np.ndarray:
@@ -251,7 +256,7 @@ def _open_with_ffmpeg(path: Path) -> Clip:
     if process.returncode or not frames:
         raise ValueError(f"{path} cannot be read as a video: {_first_line(said) or 'no frames in it'}")
     if len(frames) > MOST_FRAMES:
-        raise ValueError(f"{path} has more than {MOST_FRAMES} frames; cut it")
+        raise ValueError(f"{path} has more than {MOST_FRAMES} frames, expected no more; cut it")
     if said:
         log.warning("%s is damaged, %d frames can be read: %s", path, len(frames), _first_line(said))
     tick = re.search(r"^#tb 0: (\d+/\d+)", listing, re.MULTILINE)

@@ -10,7 +10,6 @@ import re
 import secrets
 import subprocess
 import tempfile
-import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
@@ -368,7 +367,7 @@ def _read_mp4(path: Path) -> str:
 
 
 def _read_picture(path: Path) -> str:
-    with open_picture(path, formats=(path.suffix[1:].upper(),)) as image:
+    with open_picture(path, (path.suffix[1:].upper(),)) as image:
         if isinstance(image, PngImagePlugin.PngImageFile):
             return image.text["settings"]
         if image.format == "GIF":
@@ -377,12 +376,15 @@ def _read_picture(path: Path) -> str:
 
 
 def _read_npz(path: Path) -> str:
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:  # NumPy would leave a damaged file open
-        member = archive.getinfo("settings.npy")
-        if member.file_size > NPZ_SETTINGS_LIMIT:
-            raise ValueError(f"its settings are {member.file_size} bytes, expected at most {NPZ_SETTINGS_LIMIT}")
-        with archive.open(member) as stored:
-            return str(np.lib.format.read_array(stored, allow_pickle=False))
+    # The array's header is looked at before NumPy makes the array; and NumPy would leave a damaged file open.
+    with path.open("rb") as file, np.lib.npyio.NpzFile(file) as arrays:
+        assert arrays.zip is not None, "it is open"
+        with arrays.zip.open("settings.npy") as stored:
+            np.lib.format.read_magic(stored)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stored)
+            if shape or dtype.kind != "U" or dtype.itemsize > NPZ_SETTINGS_LIMIT:
+                raise ValueError(f"its settings are {dtype} {shape}, expected text of at most {NPZ_SETTINGS_LIMIT}")
+            return str(np.frombuffer(stored.read(dtype.itemsize), dtype)[0])
 
 
 SAVERS = {".gif": _save_animation, ".webp": _save_animation, ".png": _save_png, ".npz": _save_npz}
