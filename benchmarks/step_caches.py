@@ -24,7 +24,7 @@ from speed import machine
 
 from wan_mlx import WanPipeline, run
 from wan_mlx.caching import COND
-from wan_mlx.caching.residual import MAGCACHE, TEACACHE, MagCacheConstants, ResidualCache, TeaCacheConstants
+from wan_mlx.caching.residual import MAGCACHE, TEACACHE, ResidualCache
 
 CANDIDATES = (
     "teacache:0.05", "teacache:0.08", "teacache:0.1", "teacache:0.2", "magcache", "magcache:0.12:4", "magcache:0.24:6",
@@ -86,10 +86,10 @@ def calibrate(pipe: WanPipeline, prompt: str, options: dict) -> None:
     ratios = tuple(round(value, 5) for pair in zip(cond, uncond, strict=True) for value in pair)
     changes = np.array(recorder.changes)
     fits = [tuple(np.polyfit(changes[:, column], changes[:, 2], 4).tolist()) for column in range(2)]
-    MAGCACHE[pipe.preset.name] = MagCacheConstants(0.12, 2, 0.2, ratios)
-    TEACACHE[pipe.preset.name] = TeaCacheConstants(0.1, "plain", *fits)
-    rows = {"teacache": TEACACHE[pipe.preset.name], "magcache": MAGCACHE[pipe.preset.name]}
-    print(json.dumps({cache: {pipe.preset.name: vars(row)} for cache, row in rows.items()}))
+    name = pipe.preset.name
+    TEACACHE[name] = {"threshold": 0.1, "mode": "plain", "plain": fits[0], "ret": fits[1]}
+    MAGCACHE[name] = {"threshold": 0.12, "most_skips": 2, "retention": 0.2, "ratios": ratios}
+    print(json.dumps({"teacache": {name: TEACACHE[name]}, "magcache": {name: MAGCACHE[name]}}))
 
 
 def available(pipe: WanPipeline, options: dict) -> list[str]:

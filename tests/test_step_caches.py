@@ -31,7 +31,7 @@ from wan_mlx.schedulers import make_scheduler
 
 STEPS = 14
 walk, latents = partial(sampling.walk, steps=STEPS), partial(sampling.latents, steps=STEPS)
-MAG = dict(threshold=0.4, most_skips=2, retention=0.2, ratios=MAGCACHE["t2v-1.3B"].ratios)
+MAG = dict(threshold=0.4, most_skips=2, retention=0.2, ratios=MAGCACHE["t2v-1.3B"]["ratios"])
 TEA = dict(threshold=0.8, mode="plain", coefficients=(0.0, 0.0, 0.0, 1.0, 0.02))
 CACHES = {
     "teacache": lambda **change: TeaCache(STEPS, **{**TEA, **change}),
@@ -392,7 +392,7 @@ class TestChoice:
         assert self.resolve("easycache", preset="flf2v-14B-720P")
 
     def test_vace_14b_takes_the_ratios_of_its_text_to_video_model(self):
-        assert MAGCACHE["vace-14B"].ratios == MAGCACHE["t2v-14B"].ratios != MAGCACHE["t2v-1.3B"].ratios
+        assert MAGCACHE["vace-14B"]["ratios"] == MAGCACHE["t2v-14B"]["ratios"] != MAGCACHE["t2v-1.3B"]["ratios"]
 
 
 @pytest.mark.parametrize("name", CACHES)

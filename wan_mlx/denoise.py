@@ -13,7 +13,7 @@ from .caching import StepCache
 from .errors import SamplingError
 from .guidance import Guidance, Model, guided_velocity, plain_passes
 from .schedulers import Scheduler
-from .types import Conditioning, RunState, Step
+from .types import Conditioning, Step
 
 # Timestep → the model that serves it, and its guidance. Of several experts one is loaded at a time.
 Serving = Callable[[float], tuple[Model, Guidance]]
@@ -77,18 +77,8 @@ def denoise(
                 f"the latents are not finite (NaN or infinite) after step {index + 1} of {total} at timestep "
                 f"{timestep:g}; try --dtype float32, or check that the weights are whole"
             )
-        yield Step(
-            index=index,
-            total=total,
-            timestep=timestep,
-            sigma=float(scheduler.sigmas[index]),
-            latents=latents,
-            denoised=scheduler.denoised,
-            forwards=cache.computed - computed,
-            passes=plain_passes(conditioning, guidance),
-            seconds=time.perf_counter() - started,
-            state=state,
-        )
+        forwards, passes = cache.computed - computed, plain_passes(conditioning, guidance)
+        yield step_of(scheduler, index, state, forwards, passes, time.perf_counter() - started)
         if cache.large:
             state.clear()
 
@@ -110,11 +100,13 @@ def with_condition(model: Model, conditioning: Conditioning) -> Model:
     return partial(model, condition=conditioning.condition, image_features=conditioning.image_features)
 
 
-def step_reached(scheduler: Scheduler, reached: RunState) -> Step:
-    """The last step of ``reached``, as `denoise` yielded it, with no time spent."""
-    index, state = reached.steps - 1, reached.state
+def step_of(
+    scheduler: Scheduler, index: int, state: dict[str, mx.array], forwards: int = 0, passes: int = 0, seconds: float = 0
+) -> Step:
+    """Step ``index``, which ended in ``state``; what it took is 0 where it was made earlier."""
     timestep, sigma = float(scheduler.timesteps[index]), float(scheduler.sigmas[index])
-    return Step(index, len(scheduler.timesteps), timestep, sigma, state["latents"], state["denoised"], state=state)
+    latents, total = state["latents"], len(scheduler.timesteps)
+    return Step(index, total, timestep, sigma, latents, state["denoised"], forwards, passes, seconds, state)
 
 
 def without_references(step: Step, count: int) -> Step:

@@ -165,8 +165,8 @@ def at_once(velocity: Callable[[int], T], *branches: int) -> tuple[T, T]:
 def _second_thread() -> SimpleQueue:
     """Jobs (future, function, argument) for a thread that lives as long as the process.
 
-    MLX gives every thread its own worker, which it can end only with the process. So one daemon thread serves all
-    runs, and is never ended.
+    MLX gives every thread its own worker, which it can end only with the process: a thread that ends, as those of
+    `ThreadPoolExecutor` do, aborts it now and then. So one daemon thread serves all runs, and is never ended.
     """
     jobs: SimpleQueue = SimpleQueue()
 

@@ -26,9 +26,14 @@ def normal(shape: Sequence[int], seed: int, earlier: int = 0) -> np.ndarray:
     # RandomState, not Generator: its stream is mt19937 with PyTorch's seeding, and will not change.
     draws = np.random.RandomState(seed & 0xFFFFFFFF)
     n = math.prod(shape)
+    whole = n - n % BLOCK
     for _ in range(earlier):
-        draws.randint(0, 2**32, n + (BLOCK if n % BLOCK else 0), dtype=np.uint32)
-    return _by_blocks(draws, n).reshape(shape)
+        draws.randint(0, 2**32, n + BLOCK * (whole < n), dtype=np.uint32)
+    values, uniform = np.empty(n, np.float32), _uniform24(draws, n)
+    values[:whole] = _box_muller(uniform[:whole])
+    if whole < n:  # an incomplete last block: the last sixteen are drawn anew
+        values[-BLOCK:] = _box_muller(_uniform24(draws, BLOCK))
+    return values.reshape(shape)
 
 
 def latent_noise(latent_shape: tuple[int, int, int], channels: int, seed: int, earlier: int = 0) -> mx.array:
@@ -41,18 +46,8 @@ def latent_noise(latent_shape: tuple[int, int, int], channels: int, seed: int, e
     return mx.array(np.ascontiguousarray(np.moveaxis(noise, 0, -1)))[None]
 
 
-def _by_blocks(draws: np.random.RandomState, n: int) -> np.ndarray:
-    """24-bit uniforms, in float32; an incomplete last block redoes the last sixteen."""
-    values = np.empty(n, np.float32)
-    whole = n - n % BLOCK
-    uniform = _uniform24(draws, n)
-    values[:whole] = _box_muller(uniform[:whole])
-    if whole < n:
-        values[-BLOCK:] = _box_muller(_uniform24(draws, BLOCK))
-    return values
-
-
 def _uniform24(draws: np.random.RandomState, n: int) -> np.ndarray:
+    """float32 (n,) in [0, 1), of 24 bits."""
     bits = draws.randint(0, 2**32, n, dtype=np.uint32) & np.uint32(2**24 - 1)
     return bits.astype(np.float32) * np.float32(2**-24)
 

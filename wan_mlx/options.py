@@ -97,13 +97,13 @@ class RequestOptions(TypedDict, total=False):
     )]
     width: Annotated[int | None, Option(
         "--size WxH", "pixels, multiples of 16 (default: the model's)", WHAT,
-        more="`832*480` is taken too. It is the area where a source sets the proportions", parse=parse_size,
-        sets=("width", "height"), text=_size,
+        more="Up to 16384; `832*480` is taken too. It is the area where a source sets the proportions",
+        parse=parse_size, sets=("width", "height"), text=_size,
     )]
     height: Annotated[int | None, Option("", "pixels, a multiple of 16 (default: the model's)")]
     num_frames: Annotated[int | None, Option(
         "--frames --frame_num N", "4n+1 (default 81: five seconds)", WHAT,
-        more="1 is a picture; a shorter source makes it fewer",
+        more="Up to 100001; 1 is a picture; a shorter source makes it fewer",
     )]
     image: Annotated["Source | None", Option(
         "--image --first_frame FILE", "first frame (i2v, flf2v)", SOURCES, place="file",
@@ -242,7 +242,8 @@ COMMAND_OPTIONS = [
         place="file", alone=True,
     ),
     Option(
-        "--num-images N", "N stills with the seeds from --seed on", WHAT, more="The output's name gets `_seedN`",
+        "--num-images N", "N stills with the seeds from --seed on", WHAT,
+        more="Up to 10000. The output's name gets `_seedN`",
         limits=Limits(1, MOST_IMAGES), type=int,
     ),
     Option(

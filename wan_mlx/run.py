@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from .caching import make_cache
-from .denoise import denoise, step_reached, with_condition, without_references
+from .denoise import denoise, step_of, with_condition, without_references
 from .errors import BusyError, Stopped
 from .events import Conditioned, Decoded, Event, Listener, Progress, StageEnded, StageStarted, Stepped, counted
 from .guidance import Guidance, Model
@@ -182,7 +182,7 @@ class Run:
         scheduler = scheduler_for(request)
         total, trim = len(scheduler.timesteps), conditioning.trim_latents
         if reached.steps:
-            latents = self._step(step_reached(scheduler, reached), trim)
+            latents = self._step(step_of(scheduler, reached.steps - 1, reached.state), trim)
             yield
         if reached.steps == total:
             return latents

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from ..errors import closest
@@ -14,7 +13,7 @@ from ..options import CACHES
 from ..presets import PRESETS
 from .easycache import EasyCache
 from .protocol import StepCache
-from .residual import MAGCACHE, TEACACHE, MagCache, MagCacheConstants, TeaCache, TeaCacheConstants
+from .residual import MAGCACHE, TEACACHE, MagCache, TeaCache
 
 FORMS = "none, teacache[:THRESHOLD[:plain|ret]], magcache[:THRESHOLD[:MOST_SKIPS[:RETENTION]]] or "\
         "easycache[:THRESHOLD[:FIRST_STEPS]]"  # fmt: skip
@@ -98,9 +97,11 @@ def make_cache(resolved: str, steps: int, model: str, left_out: int = 0) -> Step
     name, *words = resolved.split(":")
     values: list[Any] = [setting.kind(word) for setting, word in zip(SETTINGS[name], words, strict=True)]
     if name == "teacache":
-        return partial(TeaCache, coefficients=getattr(TEACACHE[model], values[1]))(steps, *values)
+        threshold, mode = values
+        return TeaCache(steps, threshold, mode, TEACACHE[model][mode])
     if name == "magcache":
-        return partial(MagCache, ratios=MAGCACHE[model].ratios, left_out=left_out)(steps, *values)
+        threshold, most_skips, retention = values
+        return MagCache(steps, threshold, most_skips, retention, MAGCACHE[model]["ratios"], left_out)
     return EasyCache(steps, *values) if name == "easycache" else StepCache(steps)
 
 
@@ -117,7 +118,7 @@ def _defaults(name: str, steps: int, model: str, config: TransformerConfig) -> l
     """The value of each setting that is not given."""
     if name == "easycache":
         return [EASYCACHE_THRESHOLD, min(EASYCACHE_FIRST, math.ceil(steps / 4))]
-    table: Mapping[str, TeaCacheConstants | MagCacheConstants] = TEACACHE if name == "teacache" else MAGCACHE
+    table = TEACACHE if name == "teacache" else MAGCACHE
     if model not in table:
         raise ValueError(f"{name} has no published constants for {model}, only for {', '.join(table)}; "
                          "easycache needs none")  # fmt: skip
@@ -125,4 +126,4 @@ def _defaults(name: str, steps: int, model: str, config: TransformerConfig) -> l
     if (config.dim, config.num_layers) != (published.dim, published.num_layers):
         raise ValueError(f"{name} has constants for {model} ({sizes.format(published)}), not for this model "
                          f"({sizes.format(config)}); easycache needs none")  # fmt: skip
-    return list(vars(table[model]).values())[: len(SETTINGS[name])]
+    return list(table[model].values())[: len(SETTINGS[name])]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,36 +21,10 @@ from .protocol import Branch, Forward, StepCache
 RET_HEAD = 5
 
 
-@dataclass(frozen=True)
-class TeaCacheConstants:
-    """Polynomials from the change of the signal to the change of the blocks' output, highest power first.
-
-    ``plain`` takes the time embedding and computes the first and the last step; ``ret`` takes the time projection and
-    computes the first five. ``mode`` is the better of the two in the authors' measurements, ``threshold`` the published
-    value that about halves the time.
-    """
-
-    threshold: float
-    mode: str
-    plain: Sequence[float]
-    ret: Sequence[float]
-
-
-@dataclass(frozen=True)
-class MagCacheConstants:
-    """``ratios``: change of the residual's mean magnitude from step to step, from the second step, cond and uncond in
-    turn; and the published settings: the error allowed, the most steps in a row that may be skipped, and the share
-    of the run at its start that is always computed."""
-
-    threshold: float
-    most_skips: int
-    retention: float
-    ratios: Sequence[float]
-
-
+# Model → the settings that are its authors' choice, in the order in which the class takes them, then the constants.
 _ROWS = json.loads((Path(__file__).parent.parent / "assets" / "step_caches.json").read_text(encoding="utf-8"))
-TEACACHE = {model: TeaCacheConstants(**row) for model, row in _ROWS["teacache"].items()}
-MAGCACHE = {model: MagCacheConstants(**row) for model, row in _ROWS["magcache"].items()}
+TEACACHE: dict[str, dict[str, Any]] = _ROWS["teacache"]
+MAGCACHE: dict[str, dict[str, Any]] = _ROWS["magcache"]
 
 
 class ResidualCache(StepCache):
@@ -93,9 +67,11 @@ class TeaCache(ResidualCache):
 
     Args:
         steps: number of sampling steps.
-        threshold: 0 never skips.
-        mode: "plain" or "ret", see `TeaCacheConstants`.
-        coefficients: of the polynomial, highest power first.
+        threshold: 0 never skips; the published one about halves the time.
+        mode: "plain" takes the time embedding, and computes the first and the last step; "ret" takes the time
+            projection, and computes the first five. The published one is the better in the authors' measurements.
+        coefficients: of the mode's polynomial, from the change of the signal to that of the blocks' output, highest
+            power first.
     """
 
     def __init__(self, steps: int, threshold: float, mode: str, coefficients: Sequence[float]):
@@ -123,7 +99,8 @@ class MagCache(ResidualCache):
         threshold: 0 never skips.
         most_skips: steps in a row that may be skipped.
         retention: share of the run, at its start, that is always computed, in [0, 1].
-        ratios: see `MagCacheConstants`; for another number of steps the nearest ones are taken.
+        ratios: change of the residual's mean magnitude from step to step, from the second step, cond and uncond in
+            turn; for another number of steps the nearest ones are taken.
         left_out: steps skipped before the first; the ratios cover them too.
     """
 
