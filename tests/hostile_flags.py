@@ -137,8 +137,8 @@ def outputs(model: Model) -> Cases:
     taken = ("cat.png", "clip.mp4", "dangling.mp4")
     for place in PLACES:
         for more in ([], ["--overwrite"]):
-            new = place in NEW or (more and place in taken)
-            writes = (place, f"{place}.wan") if new else ()
+            new = place in NEW or (more and place.rstrip("/") in taken)
+            writes = (place.rstrip("/"), f"{place.rstrip('/')}.wan") if new else ()
             name = f"an output called {place[:40]!r} {' '.join(more)}"
             yield Case(
                 name, [*model.still, *more, f"--output={place}"], writes=writes, refused=not (new or place == "")

@@ -1,7 +1,7 @@
 """Thousands of hostile cases, drawn from a seed: nothing lost, nothing wrong as a success, one clear line.
 
-``python tests/test_hostile.py [AREA ...] [--share N]`` runs them as a script and prints what it found, and a table;
-with ``--share N`` only every Nth case.
+``python tests/test_hostile.py [AREA ...] [--share N] [--seed N]`` runs them as a script and prints what it found, and
+a table; with ``--share N`` only every Nth case, with another seed others.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ AREAS = {
 }  # fmt: skip
 
 
-def cases_of(area: str, model: Model, folder: Path) -> Cases:
-    return AREAS[area](model, random.Random(f"{SEED} {area}"), folder)
+def cases_of(area: str, model: Model, folder: Path, seed: int = SEED) -> Cases:
+    return AREAS[area](model, random.Random(f"{seed} {area}"), folder)
 
 
 @pytest.mark.slow
@@ -45,13 +45,14 @@ def as_script(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("areas", nargs="*", default=AREAS, metavar="AREA", help=", ".join(AREAS))
     parser.add_argument("--share", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=SEED)
     asked, table = parser.parse_args(arguments), Table()
     with tempfile.TemporaryDirectory() as name, Bench(Path(name) / "bench") as bench:
         model = Model(Path(name))
         for area in asked.areas:
             folder = Path(name) / area
             folder.mkdir()
-            cases = islice(cases_of(area, model, folder), None, None, asked.share)
+            cases = islice(cases_of(area, model, folder, asked.seed), None, None, asked.share)
             table.run(area, bench, cases, lambda said: print(said, flush=True))
             print(table, flush=True)
     return 1 if any(map(table.worst, asked.areas)) else 0

@@ -273,3 +273,9 @@ class TestTerminal:
             started = time.monotonic()
             assert process.wait(15) in (-signal.SIGINT, 130) and time.monotonic() - started < 15
             assert b"Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize("flag", ["--num-images", "--strength", "--lora", "--output"])
+def test_two_dashes_are_no_value(capsys, flag):
+    """argparse drops them, and leaves an empty list."""
+    assert f"{flag}: expected a value" in refused(capsys, *NANO, f"{flag}=--")

@@ -46,6 +46,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             near = closest(unknown[0].split("=")[0], self._option_string_actions)
             self.error(f"unknown argument {' '.join(unknown)}; nearest: {near}")
+        for action in self._actions:
+            if getattr(parsed, action.dest, None) in ([], [[]]):  # argparse drops a value that is two dashes
+                self.error(f"argument {action.option_strings[0]}: expected a value, not '--'")
         return parsed
 
 
