@@ -93,10 +93,6 @@ class RunFolder:
         self._saving = Behind(_writer())
 
     def __enter__(self) -> RunFolder:
-        try:
-            str(self.path).encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(f"output {ascii(str(self.output))} is not UTF-8, as MLX needs; choose another") from None
         while self._lock is None:
             try:
                 self.path.mkdir(mode=0o700, exist_ok=True)
@@ -381,7 +377,7 @@ class FrameStore:
 
     def __init__(self, folder: Path, run: str, height: int, width: int):
         self.raw, self.index = folder / "frames.raw", folder / "frames.index"
-        self.run, self.shape = run, (height, width, 3)
+        self.run, self.shape, self._frame_bytes = run, (height, width, 3), height * width * 3
         self._chunks: list[int] = []
         self._drop_damage()
 
@@ -403,37 +399,30 @@ class FrameStore:
         if first >= len(self._chunks):
             return
         with self.raw.open("rb") as file:
-            file.seek(sum(self._chunks[:first]) * int(np.prod(self.shape)))
+            file.seek(sum(self._chunks[:first]) * self._frame_bytes)
             for count in self._chunks[first:]:
-                shape = (count, *self.shape)
-                yield np.frombuffer(file.read(int(np.prod(shape))), np.uint8).reshape(shape)
-
-    def clear(self) -> None:
-        """Forget all frames."""
-        self.index.unlink(missing_ok=True)
-        self.raw.unlink(missing_ok=True)
-        self._chunks = []
+                yield np.frombuffer(file.read(count * self._frame_bytes), np.uint8).reshape(count, *self.shape)
 
     def _drop_damage(self) -> None:
         """Keep the chunks up to the first whose line or pixels are not whole, or of another run."""
-        frame_bytes, good_bytes, good_text = int(np.prod(self.shape)), 0, ""
+        good_bytes, good_text = 0, ""
         # A file that has another name, too, is somebody's, and not added to.
         if all(path.is_file() and path.stat().st_nlink == 1 for path in (self.raw, self.index)):
             with self.raw.open("rb") as file:
                 for line in _read_text(self.index).splitlines(keepends=True):
                     said = re.fullmatch(rf"(\d{{1,9}}) ([0-9a-f]{{8}}) {self.run}\n", line, re.ASCII)
-                    size = int(said[1]) * frame_bytes if said else 0
+                    size = int(said[1]) * self._frame_bytes if said else 0
                     if not said or good_bytes + size > self.raw.stat().st_size:
                         break
                     if f"{zlib.crc32(file.read(size)):08x}" != said[2]:
                         break
                     self._chunks.append(int(said[1]))
                     good_bytes, good_text = good_bytes + size, good_text + line
-        if not self._chunks:
-            self.clear()
-        else:
-            os.truncate(self.raw, good_bytes)
-            os.truncate(self.index, len(good_text))
+        for path, size in ((self.raw, good_bytes), (self.index, len(good_text))):
+            if self._chunks:
+                os.truncate(path, size)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _acquire(path: Path) -> int | None:
