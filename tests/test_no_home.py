@@ -5,6 +5,7 @@ import pwd
 import sys
 
 import pytest
+from huggingface_hub import constants
 
 from wan_mlx.cli import doctor, selftest
 from wan_mlx.cli.main import main
@@ -21,6 +22,7 @@ def no_home(monkeypatch, tmp_path):
     for name in ("HOME", "WAN_MLX_CACHE", "XDG_CACHE_HOME", "MODELSCOPE_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", os.path.expanduser("~/.cache/huggingface/hub"))  # as when it starts
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RuntimeError):
         os.fspath(selftest.Path.home())
@@ -40,6 +42,19 @@ def test_a_named_cache_is_used(monkeypatch, tmp_path):
 
 def test_the_hub_answers():
     assert not is_cached("someone/model") and modelscope.cache().name == "modelscope"
+
+
+@pytest.mark.parametrize("command", [["models"], ["--plan", "--model", "t2v-14B", "--size", "16384x16384"]])
+def test_what_needs_no_download_is_said(command, capsys):
+    assert main(command) == ("--plan" in command)  # which does not fit
+    assert "t2v-14B" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source, variable", [("huggingface", "HF_HOME"), ("modelscope", "MODELSCOPE_CACHE")])
+def test_a_download_names_the_way_out(source, variable, flags, capsys):
+    assert main([*flags[2:], "--model", "someone/model", "--source", source, "--dry-run"]) == 1
+    said = f"error: someone/model cannot be fetched without a home folder; set {variable} to a folder\n"
+    assert capsys.readouterr().err == said and os.listdir() == []
 
 
 def test_the_doctor_looks_at_all(monkeypatch, capsys):

@@ -244,6 +244,13 @@ class TestTerminal:
         done = self.run("--nope", preexec_fn=lambda: os.close(2))
         assert done.returncode == 2 and not done.stdout and not done.stderr
 
+    def test_a_video_is_made_where_all_streams_are_closed(self, flags, tmp_path):
+        output = tmp_path / "a.png"
+        flags = [flag for flag in flags if flag != "--quiet"]
+        done = self.run(*flags, "--frames", "1", "--steps", "1", "--output", str(output),
+                        preexec_fn=lambda: os.closerange(0, 3))  # fmt: skip
+        assert done.returncode == 0 and not done.stdout and not done.stderr and output.is_file()
+
     def test_stdout_that_is_full(self):
         with open("/dev/full", "w") as full:
             done = self.run("--json", "--nope", stdout=full)

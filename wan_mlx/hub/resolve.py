@@ -23,7 +23,8 @@ from .names import Location, needed_files, parse_location, preset_at, weights_in
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("huggingface", "modelscope")
+# Hubs, and the variable that names the folder of each one's cache.
+SOURCES = {"huggingface": "HF_HOME", "modelscope": "MODELSCOPE_CACHE"}
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ def survey(model: str | Path, source: str = "huggingface", parts: Collection[str
     location = _remote(model)
     if location is None:
         return _here(model) or Path(model).expanduser()  # opening it reports that it does not exist
+    cache = _cache(source)
+    if not _has_home(cache):
+        raise WeightsError(f"{location} cannot be fetched without a home folder; set {SOURCES[source]} to a folder")
     if source == "modelscope":
-        listing, commit, cache = modelscope.list_files(location.repo, location.revision), None, modelscope.cache()
+        listing, commit = modelscope.list_files(location.repo, location.revision), None
     else:
-        from huggingface_hub import constants
-
-        cache = Path(constants.HF_HUB_CACHE)
         try:
             listing, commit = _list_files(location)
         except Exception as error:  # of many kinds: huggingface_hub's own, and its HTTP client's
@@ -158,10 +159,9 @@ def _check_room(downloads: Collection[Download]) -> None:
     for download in downloads:
         if missing > download.free:
             names = " and ".join(str(other.location) for other in downloads)
-            variable = "HF_HOME" if download.source == "huggingface" else "MODELSCOPE_CACHE"
             raise WeightsError(
                 f"{names} needs {gigabytes(missing)} more in {download.cache}, which has {gigabytes(download.free)} "
-                f"free; make room, or set {variable} to a folder on a larger disk"
+                f"free; make room, or set {SOURCES[download.source]} to a folder on a larger disk"
             )
 
 
@@ -171,7 +171,7 @@ def cached(model: str | Path, parts: Collection[str] = PARTS) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     location = parse_location(model)
-    if location is None:
+    if location is None or not _has_home(_cache("huggingface")):
         return None
     repo, file, revision = location.repo, location.file, location.revision
     try:
@@ -181,6 +181,18 @@ def cached(model: str | Path, parts: Collection[str] = PARTS) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     return folder if _is_whole(folder, parts) else None
+
+
+def _cache(source: str) -> Path:
+    """The folder of a hub's cache."""
+    from huggingface_hub import constants
+
+    return modelscope.cache() if source == "modelscope" else Path(constants.HF_HUB_CACHE)
+
+
+def _has_home(cache: Path) -> bool:
+    """Whether a cache's folder is known; it is none named "~", as it would be for a user without a home folder."""
+    return cache.parts[0] != "~"
 
 
 def is_cached(model: str | Path) -> bool:
