@@ -113,7 +113,7 @@ def test_the_default_report_replaces_nothing_either(command, capsys):
     assert Path("batch.report.jsonl").read_text() == "mine" and not os.path.exists("first.npz")
 
 
-@pytest.mark.parametrize("name", ["sub/../first.npz", "seen.webp", "seen.png"])
+@pytest.mark.parametrize("name", ["sub/../first.npz", "first.npz.wan", "seen.webp", "seen.png"])
 def test_a_report_is_not_where_a_line_writes(command, capsys, name):
     os.mkdir("sub")
     write({"prompt": "fine", "output": "first.npz", "preview": "seen.webp"})
@@ -217,6 +217,7 @@ def test_one_failure_does_not_stop_the_others(command, capsys, monkeypatch):
         assert main(command) == 1
     first, second = report()
     assert first["status"] == "failed" and "the first one fails" in first["error"] and second["status"] == "done"
+    assert capsys.readouterr().err.startswith("error: line 1: RuntimeError: the first one fails")  # though --quiet
     assert sorted(os.listdir()) == ["b.npz", "batch.jsonl", "batch.report.jsonl"]
     # Again: what is complete is left alone, even its time of change, and the other is made.
     before = os.stat("b.npz").st_mtime_ns

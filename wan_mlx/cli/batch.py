@@ -132,7 +132,7 @@ def check_report(path: Path, lines: list[Line]) -> None:
     if (path.exists() or path.is_symlink()) and not _is_report(path):
         raise UsageError(f"report {path} exists and is no report of a batch; choose another name with --report")
     for line in lines:
-        for file in (line.job.output, *line.previews):
+        for file in (line.job.output, RunFolder(line.job.output).path, *line.previews):
             if place_of(file) == place_of(path):
                 raise UsageError(f"report {path} would be written over {file}, which line {line.number} makes")
 
@@ -185,9 +185,9 @@ def _make_lines(lines: list[Line], report: Report, say: Terminal, interrupts: In
             except Exception as error:
                 if debug:
                     raise
-                said, _ = explain(error)
+                said, code = explain(error)
                 report.add(line, "failed", error=said, seconds=round(time.perf_counter() - started, 1))
-                say.note(f"error: line {line.number}: {said}")
+                say.fail(f"line {line.number}: {said}", code)
             else:
                 said = {"complaint": made.complaint} if made.complaint else {}
                 rest = {"seconds": round(made.seconds, 1), "peak_gib": made.peak_gib}
