@@ -115,8 +115,9 @@ def test_verdict_and_exit_code(quick, capsys, monkeypatch):
     assert doctor.main([]) == 0
     said = capsys.readouterr().out
     assert re.search(r"^ok   one: fine$", said, re.MULTILINE) and "WARN two: so so\n     be patient" in said
-    assert "All is well (two: see above)" in said and "in about 31 min" in said  # 100 * (85.2 / 10 + 197.8 / 20) s
+    assert "All is well (two: see above)" in said and "in about 30.7 min" in said  # 100 * (85.2 / 10 + 197.8 / 20) s
     assert wan_mlx.__version__ in said and mx.__version__ in said
+    assert all(f"{package} " in said for package in ("mlx", "mlx-lm", "numpy", "huggingface-hub", "pillow"))
     assert "denoise bfloat16: 15.4 TFLOP/s" in said and "denoise float32: 15.4" in said and "decode: 5 TFLOP/s" in said
     monkeypatch.setattr(choose, "available_memory", lambda: 10**9)
     assert doctor.main([]) == 0 and "T2V-1.3B does not fit into the free memory" in capsys.readouterr().out

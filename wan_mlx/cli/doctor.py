@@ -68,8 +68,10 @@ def judge(checks: list[Check], seconds: float | None) -> str:
     said = "All is well" + f" ({doubtful}: see above)" * bool(doubtful)
     if seconds is None:
         return f"{said}, but T2V-1.3B does not fit into the free memory at 832x480, 81 frames: --plan says what does."
-    long = f"{seconds / 3600:.1f} h" if seconds > 90 * 60 else f"{seconds / 60:.0f} min"
-    return f"{said}. At these rates T2V-1.3B denoises 832x480, 81 frames, 50 steps in about {long}."
+    units = (("days", 86400), ("h", 3600), ("min", 60))
+    unit, size = next(((unit, size) for unit, size in units if seconds >= 1.5 * size), ("s", 1))
+    return (f"{said}. At these rates T2V-1.3B denoises 832x480, 81 frames, 50 steps in about "
+            f"{seconds / size:,.1f} {unit}.")  # fmt: skip
 
 
 def private(text: str) -> str:

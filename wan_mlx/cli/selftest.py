@@ -84,7 +84,7 @@ def machine() -> dict[str, str]:
         memory += f", of which the GPU may use {int(working_set) / 1e9:.1f}"
     if total := info.get("total_memory"):
         memory += f", and {int(total) / 1e9:.1f} of the GPU"
-    installed = {found.metadata["Name"].lower(): found.version for found in metadata.distributions()}
+    installed = {found.name.lower().replace("_", "-"): found.version for found in metadata.distributions()}
     about = {
         "wan_mlx": f"{__version__} in {Path(__file__).parent.parent}",
         "device": f"{info.get('device_name', 'unknown')}, {backend}, {os.cpu_count()} cores",
