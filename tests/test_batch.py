@@ -238,6 +238,18 @@ def test_a_drawn_seed_is_no_difference(command):
     assert [(entry["status"], entry["seed"]) for entry in report()] == [("skipped", seed)]
 
 
+def test_another_source_of_the_same_name_is_another_video(command, capsys):
+    for folder, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        os.mkdir(folder)
+        Image.new("RGB", (32, 32), colour).save(f"{folder}/x.png")
+    line = {"prompt": "a", "output": "a.npz", "seed": 1, "strength": 1}
+    write({**line, "video": "red/x.png"})
+    assert main(command) == 0 and main(command) == 0
+    assert [entry["status"] for entry in report()] == ["skipped"]
+    write({**line, "video": "blue/x.png"})
+    assert main(command) == 2 and "a.npz exists" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_the_same_command_goes_on(command, how):
     command = [*command, "--steps", "2"]

@@ -36,6 +36,7 @@ from .planning.sizes import sizes_of
 from .presets import find_preset, preset_for
 from .progress_bars import ProgressBars
 from .prompts.cache import PromptCache, cache_folder
+from .storage import sha256
 from .tasks import TASKS
 from .types import LoraChoice, Request
 from .weights.check_sums import check_once
@@ -164,6 +165,7 @@ class OpenedModel:
             "quantized": self.quantized,
             "loras": [describe_lora(path, strength) for path, strength in self.loras],
             "draft": self.draft and self.taehv and self.taehv.name,
+            "source_sha256": [sha256(path) for path in request.source_files],  # a name alone does not tell files apart
         }
         return {
             "model": self.preset.name,

@@ -18,13 +18,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from .geometry import WAN_2_1, Geometry
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import mlx.core as mx
     import numpy as np
     from PIL.Image import Image
@@ -96,6 +95,12 @@ class Request:
             **{field: describe_source(getattr(self, field), name) for field in SOURCE_FIELDS},
             "src_ref_images": [describe_source(source, name) for source in self.src_ref_images],
         }
+
+    @property
+    def source_files(self) -> list[Path]:
+        """The files among the sources."""
+        sources = [*(getattr(self, name) for name in SOURCE_FIELDS), *self.src_ref_images]
+        return [Path(source) for source in sources if isinstance(source, str | Path) and Path(source).is_file()]
 
     def series(self, count: int) -> list[Request]:
         """``count`` stills of this request, with the seeds from its own on, each as it would be asked for alone.
