@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
         return 0
     check_flags(args)
     if args.plan:
-        return show_plan(args)
+        return show_plan(args, say)
     for option in options.flags():
         if option.no_effect and getattr(args, option.key) is not None:
             say.note(f"{option.flags[0]} has no effect here: {option.no_effect}")
@@ -132,13 +133,17 @@ def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, in
         return 0 if args.dry_run else make(job, say, interrupts, folder)
 
 
-def show_plan(args: argparse.Namespace) -> int:
+def show_plan(args: argparse.Namespace, say: Terminal) -> int:
     """``--plan``: print it; 1 if it does not fit."""
     still = args.num_frames is None and args.preset == "t2i-14B"
     same = ("steps", "memory", "dtype", "quantize", "guidance_scale", "vae_tiling")
     width, height = args.size or (None, None)
     frames = 1 if still else args.num_frames
-    found = plan(args.model, width, height, frames, measure=True, **{name: getattr(args, name) for name in same})
+    planned = partial(plan, args.model, width, height, frames, **{name: getattr(args, name) for name in same})
+    found = planned()
+    if found.fits:
+        say.note(f"it fits in {found.peak / 2**30:.2f} GiB; to tell the time, its parts are timed for some seconds ...")
+        found = planned(measure=True)
     for line in str(found).splitlines():
         write(line)
     return 0 if found.fits else FAILURE
