@@ -6,13 +6,13 @@
     video = pipe("a red circle moves right on a blue background", seed=42)
     video.save("circle.mp4")                                   # .gif .webp .png .npz; a notebook shows `video` itself
     video.grid()                                               # a contact sheet
-    print(wan_mlx.plan("t2v-14B", memory="16GB"))              # what fits, before anything is downloaded
+    print(wan_mlx.plan("t2v-14B", memory="16GB"))              # whether it fits, before a download
 
-What is asked for is a `Request`, which `WanPipeline.request` fills with the model's defaults. `WanPipeline.run` makes a
+A `Request` is the user's wish; `WanPipeline.request` fills in the model's defaults. `WanPipeline.run` makes a
 `Run` of it, whose events (`wan_mlx.events`) tell all that happens; `WanPipeline.stages` yields only what comes of it:
 the `Conditioning`, a `Step` for every sampling step, then decoded frames.
 `PRESETS` has the released models with their defaults, and the functions `load_...` give single networks. Wrong
-arguments raise ValueError; what else can go wrong raises a `WanError`. `wan_mlx.types` explains the shapes.
+arguments raise ValueError; other failures raise a `WanError`. `wan_mlx.types` explains the shapes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
+if TYPE_CHECKING:  # the names of __getattr__, for editors and type checkers
     from .errors import MemoryPlanError as MemoryPlanError
     from .errors import SamplingError as SamplingError
     from .errors import WanError as WanError
@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
 
 __version__ = "0.1.0"
 
-# On CUDA, MLX gathers what it submits in graphs. Where each operation is large, making them costs more than they save:
+# On CUDA, MLX gathers submitted work in graphs. Where each operation is large, making them costs more than they save:
 # the VAE takes a quarter longer with them. MLX asks once, when it first computes.
 os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
 
@@ -85,7 +85,7 @@ def __getattr__(name: str) -> Any:
 
 
 def check_backend() -> None:
-    """Raise ImportError, in one line that says what to install, if MLX or its backend is missing."""
+    """Raise ImportError, in one line that names the package to install, if MLX or its backend is missing."""
     try:
         importlib.import_module("mlx.core")
     except ImportError as error:

@@ -16,7 +16,7 @@ class WeightsError(WanError):
 
 
 class MemoryPlanError(WanError):
-    """Nothing fits into the memory there is; says what would."""
+    """Nothing fits into the memory there is; names changes that would help."""
 
 
 class SamplingError(WanError):

@@ -70,7 +70,7 @@ class OpenedModel:
         opened_with: the options that it was opened with, as `from_pretrained` takes them.
         taehv: the file of TAEHV's weights, if it is used; ``draft`` tells whether for the video itself.
         listener: hears the `Progress` of all work: progress bars, if wanted; during a run, the run.
-        plan_at_work: what the run that is under way may hold.
+        plan_at_work: the memory plan of the run that is under way.
     """
 
     def __init__(self, checkpoint: Checkpoint, **options: Any):
@@ -95,7 +95,7 @@ class OpenedModel:
         self._merge_loras = True
         self.taehv, self.draft = given["taehv"] and Path(given["taehv"]), given["draft"]
         self._tiny = tiny_autoencoder(checkpoint, self.taehv, self.draft)
-        self._kept: dict[str, Any] = {}  # what stays loaded within `keep_loaded`
+        self._kept: dict[str, Any] = {}  # networks that stay loaded within `keep_loaded`
         self.keeps_loaded = False
         self.plan_at_work: Plan | None = None
         self.running = threading.Lock()  # held by the run that is under way
@@ -140,7 +140,7 @@ class OpenedModel:
         return geometry_of(self.config, config_of(self.checkpoint, "vae"))
 
     def plan(self, request: Request, measure: bool = False) -> Plan:
-        """How a request keeps within the memory there is: what is resident, streamed or tiled, and its peaks.
+        """How a request keeps within the memory there is: which parts are resident, streamed or tiled, and the peaks.
 
         Args:
             measure: times too, for which parts of the networks are timed for some seconds.
@@ -190,7 +190,7 @@ class OpenedModel:
             mx.clear_cache()
 
     def _kept_or(self, name: str, load: Callable[[], Any]) -> Any:
-        """What stays loaded under this name, or what ``load`` gives, which stays within `keep_loaded`."""
+        """The object kept under this name, or the result of ``load``, which is kept within `keep_loaded`."""
         if name in self._kept:
             return self._kept[name]
         loaded = load()

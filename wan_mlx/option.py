@@ -38,11 +38,11 @@ class Option:
     """One option.
 
     Attributes:
-        spelled: the flags, ours before the official ones, and what stands for the value in ``--help``, if there is one
+        spelled: the flags, ours before the official ones, and the value's placeholder in ``--help``, if there is one
             and no ``choices``: "--steps --sample_steps N"; empty for a keyword without a flag of its own.
-        help: what it does, for ``--help`` and everywhere else; "{choices}" stands for them.
+        help: its effect, for ``--help`` and everywhere else; "{choices}" stands for them.
         group: of the flags.
-        more: what docs/flags.md says beside ``help``.
+        more: said in docs/flags.md beside ``help``.
         default: None where it is the model's, or drawn.
         choices: the only values there are.
         examples: some values, for completion; others may do as well.
@@ -54,11 +54,11 @@ class Option:
         place: "file", whose meaning depends on the folder one is in, or "name": a file or else a name on a hub.
         needs: keys of flags, one of which must be given with this one.
         empty: whether an empty text is a value; of others it is taken for a shell variable that is not set.
-        free: it has no part in what a video shows, so that it may change when a run goes on.
+        free: it has no part in the picture, so that it may change when a run goes on.
         alone: it is of the whole command, free, and no key of a prompt or configuration file.
         hidden: left out of ``--help``.
         no_effect: why it has none here; it is accepted for the official command lines.
-        name: the Python keyword, and what a video's settings call it.
+        name: the Python keyword, and its name in a video's settings.
         type: of the keyword.
         of: `REQUEST`, `MODEL` or `COMMAND`: where the keyword is one.
     """
@@ -93,23 +93,23 @@ class Option:
 
     @property
     def metavar(self) -> str | None:
-        """What stands for the value in ``--help``; None for a switch."""
+        """The value's placeholder in ``--help``; None for a switch."""
         value = self.spelled.split()[len(self.flags) :]
         return value[0] if value else "{" + ",".join(self.choices) + "}" if self.choices else None
 
     @property
     def key(self) -> str:
-        """What parsed flags call it: the keyword's name, or the flag's where that sets several keywords."""
+        """Its name among parsed flags: the keyword's, or the flag's where that sets several keywords."""
         return self.label if self.sets else self.name
 
     @property
     def label(self) -> str:
-        """What errors call it: the flag without its dashes."""
+        """Its name in errors: the flag without its dashes."""
         return _bare(self.flags[0]) if self.flags else self.name
 
     @property
     def keys(self) -> list[str]:
-        """What prompt and configuration files may call it."""
+        """Its names in prompt and configuration files."""
         spelled = [word for flag in self.flags for word in (flag.lstrip("-"), _bare(flag))]
         return list(dict.fromkeys([*spelled, *(() if self.sets else (self.name,))]))
 
@@ -163,7 +163,7 @@ class Option:
     def check(self, value: Any, nearest: str | None = None) -> None:
         """Raise ValueError, with the nearest valid value, if ``value`` is not one of the choices or within the limits.
 
-        ``nearest``: to what is below the limits, where they do not tell.
+        ``nearest``: to a value below the limits, where they do not tell.
         """
         if self.choices and value is not None and value not in self.choices:
             expected = f"one of {', '.join(self.choices)}; nearest: {closest(value, self.choices)}"

@@ -314,7 +314,7 @@ COMMAND_OPTIONS = [
 
 
 def _whole(option: Option, of: str, name: str = "", kind: Any = None) -> Option:
-    """The option with what its place in the table says: the keyword's name, its type, and that a switch is off."""
+    """The option, completed from its place in the table: the keyword's name, its type, and that a switch is off."""
     kind = kind or (bool if option.is_switch else option.type)
     off = False if kind is bool and option.default is None and not option.no_effect else option.default
     return replace(option, name=name or option.name or option.label, type=kind, of=of, default=off)

@@ -43,11 +43,11 @@ class WanPipeline(OpenedModel):
             model: "nano" or "nano-i2v" (come with the package); a folder (official, Diffusers' or ComfyUI's layout,
                 written by ``weights_convert.py``, or single files); the transformer's own file (safetensors, GGUF or
                 .pth), the other parts given apart; a preset's name; a hub id such as "Wan-AI/Wan2.1-T2V-1.3B", or one
-                file of such a repository, "owner/name:path/to/file". What is not here is downloaded.
+                file of such a repository, "owner/name:path/to/file". Missing files are downloaded.
 
         Raises:
             ValueError: an option is wrong, or the model's task is not supported.
-            WeightsError: the folder is incomplete, a file is not what it should be, or the download failed.
+            WeightsError: the folder is incomplete, a file is of another kind, or the download failed.
         """
         if len(in_order) > len(IN_ORDER):
             raise TypeError(f"{len(in_order)} options without their names, expected at most {', '.join(IN_ORDER)}")
@@ -77,14 +77,14 @@ class WanPipeline(OpenedModel):
         """Make a video.
 
         Args:
-            prompt: what it should show.
+            prompt: a description of the video.
             callback: called with each `Step` as it ends; `Step.preview` shows it. If it returns False, sampling stops
                 there and the video is the estimate of that step, `Step.denoised`; its settings then say
                 ``stopped_after``.
             extend_prompt: have the prompt written out in detail first, in its own language: True for the default
                 language model, or one that mlx-lm runs (`wan_mlx.prompts.extend`).
             options: as for `request`: negative_prompt, width, height, num_frames, steps, guidance_scale, shift,
-                solver, seed, and the task's sources. What is left out or None takes the preset's default.
+                solver, seed, and the task's sources. One that is left out or None takes the preset's default.
 
         Raises:
             ValueError: an option is wrong.
@@ -133,7 +133,7 @@ class WanPipeline(OpenedModel):
         """One request on its way to a video: iterate over the `Run` for its events.
 
         Args:
-            resume: what an earlier run of the same request had reached: this one goes on from there, bit for bit, and
+            resume: the state of an earlier run of the same request: this one goes on from there, bit for bit, and
                 tells the step reached once more, with ``seconds`` 0.
 
         Raises:
@@ -142,9 +142,9 @@ class WanPipeline(OpenedModel):
         return Run(self, request, resume)
 
     def stages(self, request: Request, resume: RunState | None = None) -> Iterator[Output]:
-        """Run the stages in order and yield what each gives: Conditioning, Steps, decoded frames uint8 (n, H, W, 3).
+        """Run the stages in order and yield their results: Conditioning, Steps, decoded frames uint8 (n, H, W, 3).
 
-        The caller may stop at any point; what was loaded is then dropped.
+        The caller may stop at any point; loaded networks are then dropped.
 
         Args:
             resume: as for `run`.

@@ -56,7 +56,7 @@ def build_request(
 
 
 def completed(request: Request) -> Request:
-    """The request with a seed, with the number of CFG-Zero*'s steps, and tuples for what may have been lists."""
+    """The request with a seed, with the number of CFG-Zero*'s steps, and tuples in place of lists."""
     seed, zero_steps = request.seed, request.cfg_zero
     if isinstance(zero_steps, bool):
         zero_steps = zero_steps_of(request.task) if zero_steps else None

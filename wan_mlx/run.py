@@ -30,7 +30,7 @@ from .weights.checkpoint import Part
 
 log = logging.getLogger(__name__)
 
-# What `Run.outputs` yields: the conditioning, then each step, then decoded frames uint8 (n, H, W, 3).
+# The outputs of `Run.outputs`: the conditioning, then each step, then decoded frames uint8 (n, H, W, 3).
 Output = Conditioning | Step | np.ndarray
 
 
@@ -41,8 +41,8 @@ class Run:
     video at a time. Listeners (`listen`) hear each event before it is yielded.
 
     Attributes:
-        pipe, request: of which model, and what is asked for.
-        plan: what is resident, streamed or tiled.
+        pipe, request: the model, and the request.
+        plan: which parts are resident, streamed or tiled.
         stage: the one that is at work, as it will be called in ``reports``; None between stages.
         reports: seconds and peak memory of each stage that has ended.
         forwards: the transformer's forwards computed so far, and how many a run without step cache and with guidance
@@ -71,7 +71,7 @@ class Run:
     def listen(self, listener: Listener) -> Run:
         """Have ``listener`` called with each event the moment it happens, in the thread of the run; returns the run.
 
-        What a listener raises ends the run.
+        An exception of a listener ends the run.
         """
         self._listeners.append(listener)
         return self
@@ -116,7 +116,7 @@ class Run:
                 yield self._happened.popleft()
 
     def outputs(self) -> Generator[Output, None, None]:
-        """Run, and yield what the stages give: the Conditioning, each Step, then decoded frames uint8 (n, H, W, 3)."""
+        """Run, and yield the stages' results: the Conditioning, each Step, then decoded frames uint8 (n, H, W, 3)."""
         with closing(iter(self)) as events:
             for event in events:
                 if isinstance(event, Conditioned):

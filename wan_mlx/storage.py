@@ -171,7 +171,7 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
             _move(drawn, out)
     except OSError as error:
         raise _not_written(out, error) from error
-    finally:  # after Ctrl-C too; once moved, this is what was replaced
+    finally:  # after Ctrl-C too; once moved, this is the old folder
         _remove(drawn)
 
 
@@ -231,7 +231,7 @@ def _lock(file: IO) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder of ours, the marker last: a kill in between leaves what the next call removes."""
+    """Remove a folder of ours, the marker last: after a kill in between the next call removes the rest."""
     with suppress(OSError):
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():

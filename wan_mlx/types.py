@@ -39,7 +39,7 @@ SOURCE_FIELDS = ("image", "last_image", "src_video", "src_mask", "video")
 
 
 def describe_source(source: Source | None, name: Callable[[str], str] = str) -> str | None:
-    """A source in JSON: what ``name`` makes of its path or, of one in memory, its kind, size and SHA-256."""
+    """A source in JSON: ``name`` of its path or, of one in memory, its kind, size and SHA-256."""
     if not hasattr(source, "tobytes"):
         return None if source is None else name(str(source))
     held: Any = source  # of a class that is not imported here
@@ -50,7 +50,7 @@ def describe_source(source: Source | None, name: Callable[[str], str] = str) -> 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for, complete: no ``None`` is left where a preset has a default.
+    """The user's request, complete: no ``None`` is left where a preset has a default.
 
     Most fields are options of a call, which `options.RequestOptions` explains. Sizes are as the model's ``geometry``
     allows, ``seed`` is >= 0; ``cfg_zero`` is the number of CFG-Zero*'s first steps without motion, None for ordinary
@@ -134,7 +134,7 @@ class Request:
 
 @dataclass
 class Conditioning:
-    """What a task hands to the sampling loop.
+    """The result of a task, for the sampling loop.
 
     Attributes:
         noise: float32 (1, t, h, w, C), the start of sampling.
@@ -144,7 +144,7 @@ class Conditioning:
         condition: float32 (1, t, h, w, 4 + C), i2v and flf2v: a mask channel for each of a latent frame's frames, 1
             where they are given, then latents.
         image_features: (N, 257, image_dim), CLIP features of the N given images.
-        vace_context: float32 (1, t, h, w, 2C + 64), VACE: latents of what stays, of what changes, and the mask.
+        vace_context: float32 (1, t, h, w, 2C + 64), VACE: latents of the kept part, of the changed part, and the mask.
         context_scale: strength of VACE's hints.
         trim_latents: latent frames to cut from the start before decoding: VACE's reference images, counted in t.
     """
@@ -165,7 +165,7 @@ class Conditioning:
 
 
 class Encoders(Protocol):
-    """What a task may ask of the pipeline; each call loads one stage's weights and drops them."""
+    """The encoders of a pipeline, as a task uses them; each call loads one stage's weights and drops them."""
 
     latent_channels: int
 

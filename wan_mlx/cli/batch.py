@@ -60,7 +60,7 @@ class Line:
         return [] if self.job.previews is None else [self.job.previews.path, self.job.previews.sheet]
 
     def is_made(self) -> bool:
-        """Whether the output is there and says of itself that it is what the line asks for."""
+        """Whether the output is there, with the settings that the line asks for."""
         job = self.job
         seed = seed_of_made(job.pipe, job.request, job.output, self.draws, self.extension)
         if seed is not None:
@@ -69,14 +69,14 @@ class Line:
 
 
 def run_batch(args: argparse.Namespace, argv: list[str], say: Terminal, interrupts: Interrupts) -> int:
-    """Make what the file asks for, and a report of it; returns the exit code.
+    """Make the videos of the file, and a report; returns the exit code.
 
     The other flags are the defaults of every line. All lines are checked before the first is begun. Videos of one
-    model are made one after the other, in the order of the lines. What is complete is skipped, what was cut goes on,
-    and what fails does not stop the rest.
+    model are made one after the other, in the order of the lines. Complete videos are skipped, interrupted ones go on,
+    and a failure does not stop the rest.
 
     Raises:
-        UsageError: a line is wrong; says which, and what is nearest.
+        UsageError: a line is wrong; says which, and names the nearest.
     """
     if args.resume:
         raise UsageError("--resume does not go with --prompts: the same command again goes on with the batch")
@@ -239,7 +239,7 @@ def read_lines(path: Path, argv: list[str], overwrite: bool, say: Terminal) -> l
 def _lines(
     number: int, args: argparse.Namespace, path: Path, pipes: dict[str, WanPipeline], say: Terminal
 ) -> list[Line]:
-    """What a line asks for: one video, or several stills."""
+    """The request of a line: one video, or several stills."""
     check_flags(args)
     extension = extension_of(args)
     if args.num_images is not None and (args.seed is None or args.seed < 0):

@@ -25,14 +25,14 @@ IN_MEMORY = re.compile(r", sha256 [0-9a-f]{64}$")  # as `types.describe_source` 
 
 
 def config_arguments(path: Path, given: Mapping[str, Any]) -> list[str]:
-    """Arguments that make what ``path`` says, to be put before those of the command line.
+    """The settings of ``path`` as arguments, to be put before those of the command line.
 
     Args:
         path: a video, picture or .npz of ours, or a JSON object of settings or flags.
         given: the flags that the command line gives.
 
     Raises:
-        UsageError: it cannot be read, or holds what no flag sets; names the nearest.
+        UsageError: it cannot be read, or holds a key that no flag sets; names the nearest.
         ValueError: a video without settings.
     """
     is_video = path.suffix.lower() != ".json"
@@ -60,7 +60,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def obeyed(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the settings that are embedded in a video or picture those that make what it shows.
+    """Of the settings that are embedded in a video or picture those that make the picture.
 
     The file may come from anybody: what names a place to read from, to download from or to write to is taken only from
     ``given``, the command line. Released models are known here, and sources by their bare names lie in this folder.
@@ -74,7 +74,7 @@ def obeyed(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
         option = known.get(key)
         if option is None or value in (None, []):
             continue
-        if not (option.place or option.free or option.of == options.COMMAND):  # it makes what is shown
+        if not (option.place or option.free or option.of == options.COMMAND):  # it makes the picture
             continue
         if option.key in given:
             del found[key]
@@ -85,7 +85,7 @@ def obeyed(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
 
 
 def _is_known(option: Option, value: Any) -> bool:
-    """Whether what is named is harmless: a released model, or sources in the folder that one is in."""
+    """Whether the named place is harmless: a released model, or sources in the folder that one is in."""
     if option is options.MODEL_NAME:
         return value in [*PRESETS]
     names = value if isinstance(value, list) else [value]
@@ -93,12 +93,12 @@ def _is_known(option: Option, value: Any) -> bool:
 
 
 def _are_loras(value: Any) -> bool:
-    """Whether it is what `describe_lora` says of one or more."""
+    """Whether it is the text of `describe_lora` for one or more."""
     return isinstance(value, list) and all(isinstance(lora, dict) and {"file", "strength"} <= {*lora} for lora in value)
 
 
 def as_options(settings: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A video's settings as options. What is no setting of ours passes as it is: it may be a flag."""
+    """A video's settings as options. A setting that is not ours passes as it is: it may be a flag."""
     bound = OF_RECIPE if settings.get("recipe") else ()
     found = {name: value for name, value in settings.items() if name not in (*NOTES, *bound)}
     if found.get("task") in [preset.task for preset in PRESETS.values()]:  # of the model; the flag names a preset

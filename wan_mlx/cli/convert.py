@@ -22,7 +22,7 @@ from .terminal import write
 
 DESCRIPTION = """Convert a published checkpoint into one MLX folder: give SOURCE and OUT.
 
-With --inspect, say what SOURCE is instead.
+With --inspect, describe SOURCE instead.
 """
 
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("source", help="what --model takes: a folder or file, a preset such as t2v-1.3B, a hub id")
     parser.add_argument("out", nargs="?", help="folder to write; must not exist")
     parser.add_argument(
-        "--inspect", action="store_true", help="say what SOURCE is, from its headers, and write nothing"
+        "--inspect", action="store_true", help="describe SOURCE, from its headers, and write nothing"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is an MLX folder and no more")
     parser.add_argument("--dtype", default="bfloat16", help="of transformer and text encoder (default bfloat16)")
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", help="preset whose sampling defaults to record, such as t2v-1.3B")
     for part in PARTS:
         parser.add_argument(
-            f"--{part.replace('_', '-')}", metavar="PATH", help="what to take instead of what SOURCE has"
+            f"--{part.replace('_', '-')}", metavar="PATH", help="taken instead of SOURCE's own"
         )
     parser.add_argument("--source", dest="hub", default="huggingface", help="hub: huggingface (default) or modelscope")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 
 def convert_source(args: argparse.Namespace, parts: dict[str, str], listener: Listener) -> Path:
-    """Fetch and convert what the flags name; returns the folder that is written."""
+    """Fetch and convert the named files; returns the folder that is written."""
     check_target(args.out, args.overwrite, args.model)  # before a download of 69 GB
     places = Places(args.source, parts)
     for download in places.downloads(args.hub):
@@ -93,7 +93,7 @@ def convert_source(args: argparse.Namespace, parts: dict[str, str], listener: Li
 
 
 def inspect(source: str, parts: dict[str, str], hub: str, listener: Listener) -> int:
-    """Print what a model is, or what of it would have to be downloaded first; 1 if it cannot be loaded."""
+    """Describe a model, or list the files that would have to be downloaded first; 1 if it cannot be loaded."""
     places = Places(source, parts)
     missing = [download for download in places.downloads(hub) if download.missing]
     if missing:

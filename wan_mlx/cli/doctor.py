@@ -1,6 +1,6 @@
-"""``python -m wan_mlx.doctor``: whether this machine computes what Wan needs, how fast, and what to do if not.
+"""``python -m wan_mlx.doctor``: whether this machine computes correctly, how fast, and how to mend it if not.
 
-The first thing to run, and what to paste into a bug report: paths in the home folder are shown as ``~``.
+The first thing to run, and the output to paste into a bug report: paths in the home folder are shown as ``~``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .flags import Parser
 if TYPE_CHECKING:
     from .selftest import Check
 
-DESCRIPTION = "Whether this machine computes what Wan needs, how fast, and what to do if not."
+DESCRIPTION = "Whether this machine computes correctly, how fast, and how to mend it if not."
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Look at the machine, print what was found; 0 if nothing failed, 1 otherwise."""
+    """Look at the machine, print the findings; 0 if nothing failed, 1 otherwise."""
     parser = Parser(prog="python -m wan_mlx.doctor", description=DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--store-reference", action="store_true", help=argparse.SUPPRESS)

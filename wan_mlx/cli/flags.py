@@ -71,7 +71,7 @@ def build_parser() -> Parser:
 
 
 def arguments_of(option: Option) -> dict[str, Any]:
-    """What `argparse` is told of a flag. The defaults of a request are filled in later: a recipe has its own."""
+    """`add_argument`'s arguments for a flag. Defaults of a request are filled in later: a recipe has its own."""
     default = None if option.of == options.REQUEST else option.default
     shown = argparse.SUPPRESS if option.hidden or option.no_effect else option.described
     common = {"dest": option.key, "default": default, "help": shown}
@@ -100,7 +100,7 @@ def reader(option: Option) -> Callable[[str], Any]:
 
 
 def defaults_table() -> str:
-    """What is taken for each model where a flag is left out."""
+    """Each model's defaults, for flags that are left out."""
     lines = [f"{'defaults of':<18}{'size':<11}{'frames':>6}{'steps':>7}{'shift':>7}{'guidance':>10}"]
     for preset in PRESETS.values():
         sampling, size = preset.sampling_for(*preset.size), "x".join(map(str, preset.size))
@@ -158,7 +158,7 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _argument(option: Option, key: str, value: Any) -> list[str]:
-    """A flag with its value; none for null, an empty list, and for what a switch is without it."""
+    """A flag with its value; none for null, an empty list, and a switch's default."""
     flag, stands_alone = option.flags[0], option.is_switch or option.value_is_optional
     if option.is_switch and key == option.name and option.default and isinstance(value, bool):
         value = not value  # prompt_cache: false is --no-prompt-cache

@@ -38,7 +38,7 @@ from .terminal import FAILURE, Terminal, write
 
 
 def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
-    """Do what the flags ask for; returns the exit code."""
+    """Carry out the flags; returns the exit code."""
     if args.version:
         write(f"wan_mlx {__version__}, mlx {mlx_version()}, python {sys.version.split()[0]}")
         return 0

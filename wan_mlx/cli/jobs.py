@@ -25,7 +25,7 @@ from .terminal import SUSPECT, Terminal
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse what is not there, what says too little, and what would have no effect."""
+    """Refuse missing flags, incomplete ones, and those without effect."""
     if args.model is None:
         raise UsageError(f"--model is missing: {options.MODEL_NAME.help}; `wan-mlx models` lists those released")
     if args.prompt is None and not args.plan:
@@ -110,7 +110,7 @@ def default_output(model: str, request: Request) -> str:
 
 
 def extend(extension: Extension, jobs: Sequence[Job], say: Terminal) -> None:
-    """Have the prompts of the jobs written out, and say what they came to."""
+    """Have the prompts of the jobs written out, and print them."""
     say.note(f"extend    the prompt by {extension.model or 'the default language model'}")
     requests = extension([job.request for job in jobs], partial(say.note, important=True))
     for job, request in zip(jobs, requests, strict=True):

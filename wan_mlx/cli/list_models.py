@@ -1,4 +1,4 @@
-"""``wan-mlx models``: the released models, what they do, how large they are, and which are on this machine."""
+"""``wan-mlx models``: the released models, their tasks and sizes, and which are on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .terminal import write
 
 
 def row_of(preset: Preset) -> dict[str, Any]:
-    """What there is to say of a preset; bytes of the transformer in bfloat16 and in four bits (groups of 64)."""
+    """The facts about a preset; bytes of the transformer in bfloat16 and in four bits (groups of 64)."""
     count = preset.parameters
     return {
         "name": preset.name,

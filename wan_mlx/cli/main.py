@@ -1,4 +1,4 @@
-"""``python -m wan_mlx.generate``: from the command line to what does it, and from what went wrong to an exit code."""
+"""``python -m wan_mlx.generate``: from the command line to the command, and from a failure to its exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .flags import build_parser, given_flags
 from .interrupt import Interrupts
 from .terminal import INTERRUPTED, Terminal, explain, say_logs
 
-# What ``wan-mlx`` does besides: first argument → module whose ``main`` takes the rest.
+# The other subcommands: first argument → module whose ``main`` takes the rest.
 COMMANDS = {"models": ".list_models", "doctor": ".doctor", "completion": ".completion",
             "convert": ".convert", "inspect": ".convert"}  # fmt: skip
 
@@ -62,6 +62,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def with_config(argv: list[str]) -> list[str]:
-    """The command line with what ``--config FILE`` says put before it, so that the flags that are there win."""
+    """The command line with the settings of ``--config FILE`` before it, so that its own flags win."""
     given = given_flags(argv)
     return [*config_arguments(Path(given["config"]), given), *argv] if "config" in given else argv

@@ -53,7 +53,7 @@ UPDATE = (
 
 @dataclass
 class Check:
-    """One thing looked at: ``status`` is ok, warn or fail; ``advice`` says what to do unless it is ok."""
+    """One thing looked at: ``status`` is ok, warn or fail; ``advice`` says how to mend it."""
 
     name: str
     status: str
@@ -220,7 +220,7 @@ def convolution(channels: int, height: int, width: int) -> tuple[float, float, s
 
 
 def quantised(bits: int, allowed: float) -> tuple[float, float, str]:
-    """Packed and unpacked again, against what was packed."""
+    """Packed and unpacked again, against the original."""
     w = _random(mx.float32, (256, 1536))
     back = mx.dequantize(*mx.quantize(w, group_size=64, bits=bits), group_size=64, bits=bits)
     return _relative(np.array(back), np.array(w)), allowed, _fault(back, axes=(1,))

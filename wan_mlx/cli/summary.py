@@ -1,4 +1,4 @@
-"""What a run is going to do, in lines for the terminal, before it starts."""
+"""The summary of a run, in lines for the terminal, before it starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .terminal import Terminal
 
 
 def tell_downloads(model: Mapping[str, Any], say: Terminal) -> bool:
-    """Say what must be fetched before the model can be opened, and how large it is; whether that is anything.
+    """Print which files must be fetched before the model can be opened, and their size; returns whether there are any.
 
     ``model``: keywords for `WanPipeline.from_pretrained`.
     """
@@ -73,7 +73,7 @@ def origins(pipe: OpenedModel) -> list[str]:
 
 
 def extras(request: Request, model: str) -> list[str]:
-    """Lines on what departs from plain guidance and from computing every forward."""
+    """Lines about guidance other than the plain one, and about left-out forwards."""
     lines = []
     if request.recipe:
         lines.append(f"          by the recipe {request.recipe}")

@@ -1,4 +1,4 @@
-"""What the command line says: lines for people on stderr, or for programs one JSON event a line on stdout (``--json``).
+"""The command line's output: lines for people on stderr, or for programs one JSON event a line on stdout (``--json``).
 
 Each line of JSON is an event of `wan_mlx.events` under its kind. Colours are used on a terminal alone, and not where
 ``NO_COLOR`` is set.
@@ -19,7 +19,7 @@ from ..events import Event, Failed, Finished, Note, Previewed, Progress
 
 USAGE, FAILURE, SUSPECT, INTERRUPTED = 2, 1, 3, 130  # exit codes
 RED, DIM, PLAIN = "\033[31m", "\033[2m", "\033[0m"
-LABEL_WIDTH = 10  # of the lines that say what will run
+LABEL_WIDTH = 10  # of the lines about the run to come
 PROGRESS_EVERY = 0.5  # seconds
 LESS_MEMORY = "try --memory with less than this machine has, --quantize q8 or q4, a smaller --size or fewer --frames"
 
@@ -44,7 +44,7 @@ class Terminal:
     """Listens to events, and says them.
 
     Args:
-        quiet: say nothing but results, failures and what is important.
+        quiet: print only results, failures and important notes.
         as_json: for programs.
         details: say of a result how long its stages took.
     """
@@ -78,7 +78,7 @@ class Terminal:
         self(Note(text, important))
 
     def fail(self, message: str, code: int) -> int:
-        """Say what went wrong, in one line; returns the exit code."""
+        """Print the failure in one line; returns the exit code."""
         self(Failed(message, code))
         return code
 
@@ -137,14 +137,14 @@ def shortened(text: str, most: int = 1000) -> str:
 
 
 def say_logs(verbose: bool) -> None:
-    """Have what the package logs said: warnings, or with ``--verbose`` everything, of other packages too."""
+    """Print the package's log: warnings, or with ``--verbose`` everything, of other packages too."""
     if verbose:
         logging.basicConfig(handlers=[_Logged()], level=logging.INFO, force=True)
     logging.getLogger("wan_mlx").handlers = [] if verbose else [_Logged()]
 
 
 class _Logged(logging.Handler):
-    """Says what is logged: a warning as it is, anything else behind the module's name."""
+    """Prints log records: a warning as it is, anything else behind the module's name."""
 
     def emit(self, record: logging.LogRecord) -> None:
         origin = "" if record.levelno >= logging.WARNING else f"{record.name}: "

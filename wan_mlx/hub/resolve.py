@@ -71,7 +71,7 @@ def resolve(model: str | Path, source: str = "huggingface", listener: Listener =
 
     Raises:
         ValueError: unknown ``source``, or an address that is not the hub's.
-        WeightsError: the download failed, or the disk is too full; says what to do.
+        WeightsError: the download failed, or the disk is too full; says how to go on.
     """
     return Path(Places(model).fetch(source, listener).model)
 

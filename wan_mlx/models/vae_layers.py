@@ -75,12 +75,12 @@ class CausalConv(TemporalConv):
         super().__init__(in_dim, out_dim, 3, 3, 3)
 
     def __call__(self, x: mx.array, cache: CausalCache, *added: mx.array) -> mx.array:
-        """Frames (n, H, W, C) → (n, H, W, out_dim), plus what is ``added`` of that shape."""
+        """Frames (n, H, W, C) → (n, H, W, out_dim), plus the ``added`` arrays of that shape."""
         return convolve(cache.look_back(self, x), self.taps(), self.bias, *added)
 
 
 def convolve(frames: Sequence[mx.array], taps: Sequence[mx.array], *added: mx.array) -> mx.array:
-    """Three frames (n, H, W, C), each with its tap (O, 3, 3, C) → their sum and what is ``added``, (n, H, W, O)."""
+    """Three frames (n, H, W, C), each with its tap (O, 3, 3, C) → their sum plus the ``added`` arrays, (n, H, W, O)."""
     # One 2D convolution per tap, summed: Metal computes such a 3D convolution this way anyway, and this avoids joining
     # three frames in one array; it is a quarter faster than cuDNN's 3D convolution.
     return add(*(mx.conv2d(frame, weight, padding=1) for frame, weight in zip(frames, taps, strict=True)), *added)

@@ -11,13 +11,13 @@ Beside ``cat.mp4`` there is ``cat.mp4.wan`` until the video is complete:
 
 All but the frames appear whole: written under another name, flushed to the disk, renamed; in another thread, while the
 run goes on. The frames grow, each flushed before its line in the index. The state of the VAE is not kept: it is
-gigabytes for what takes a minute of an hour's run, so a decode that was cut starts again from the latents, and frames
+gigabytes for a minute of an hour's run, so a decode that was cut starts again from the latents, and frames
 that are here already are not written again.
 
 Nothing is taken on trust. run.json holds its own digest; conditioning and steps hold the run's id, their own name, the
-digest of run.json and one over their arrays. So what is damaged, edited, renamed or of another run is refused; of a
-step, the one before is taken, and it is made again. Links are refused, and a folder that no run has made; only files
-that a run of this id writes are deleted. Nobody else may read them.
+digest of run.json and one over their arrays. So a file that is damaged, edited, renamed or of another run is refused;
+of a step, the one before is taken, and it is made again. Links are refused, and a folder that no run has made; only
+files that a run of this id writes are deleted. Nobody else may read them.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Behind:
         self._last: Future | None = None
 
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Make another call once the last is done; raises what went wrong in that."""
+        """Make another call once the last is done; raises its exception."""
         self.settle()
         self._last = self._thread.submit(function, *arguments)
 
     def settle(self) -> None:
-        """Wait until the last call is done; raises what went wrong in it, once."""
+        """Wait until the last call is done; raises its exception, once."""
         if self._last is not None:
             wait([self._last])
             done, self._last = self._last, None
@@ -80,7 +80,7 @@ class RunFolder:
 
     Raises:
         BusyError: on entering: another process holds it.
-        ValueError: on entering: no folder can be made there, or what is there is none of ours.
+        ValueError: on entering: no folder can be made there, or the folder there is not ours.
         WanError: on entering: its record is damaged.
     """
 
@@ -136,7 +136,7 @@ class RunFolder:
     # Identity
 
     def begin(self, record: Mapping[str, Any]) -> None:
-        """Start anew: drop what an earlier run left, and note what this one is.
+        """Start anew: drop the files of an earlier run, and write this one's record.
 
         Args:
             record: anything JSON can hold; its ``steps`` says how many there will be.
@@ -145,7 +145,7 @@ class RunFolder:
         self._note({**record, "run": secrets.token_hex(16), "before": []})
 
     def amend(self, **changes: Any) -> None:
-        """Note what has become of the run; what was kept before stays valid."""
+        """Add to the record; files kept before stay valid."""
         record = self._begun()
         self._note({**record, **changes, "before": [*record["before"], record["digest"]]})
 
@@ -194,7 +194,7 @@ class RunFolder:
     # How far it has come
 
     def save_conditioning(self, conditioning: Conditioning, how: Mapping[str, Any] | None = None) -> None:
-        """Keep what was encoded, and `RunState.how`; as `save_step`."""
+        """Keep the conditioning, and `RunState.how`; as `save_step`."""
         arrays = conditioning.arrays()
         values = {name: value for name, value in vars(conditioning).items() if name not in arrays and value is not None}
         self._save("conditioning", arrays, {"values": values, "how": how or {}})
@@ -210,7 +210,7 @@ class RunFolder:
     def _save(self, name: str, arrays: Mapping[str, mx.array], about: Mapping[str, Any]) -> None:
         self._saving.settle()
         large = sum(array.nbytes for array in arrays.values()) > LARGE_STATE
-        # On CUDA what the CPU looks into moves away from the GPU, which goes on with it: so it looks into copies.
+        # On CUDA an array that the CPU reads moves away from the GPU, which still uses it: so the CPU reads copies.
         copied = cuda.in_use() and not large
         arrays = {key: mx.contiguous(array + 0 if copied else array) for key, array in arrays.items()}
         mx.eval(arrays)  # another thread cannot
@@ -229,7 +229,7 @@ class RunFolder:
             self._file(_step_name(count)).unlink()
 
     def _load(self, name: str) -> tuple[dict[str, mx.array], dict[str, Any]]:
-        """What `_save` was given.
+        """The arguments of `_save`.
 
         Raises:
             WanError: the file is not as it was written, or not of this run.
@@ -258,7 +258,7 @@ class RunFolder:
         """The state to resume from, as `WanPipeline.stages` takes it; None before anything is kept.
 
         Raises:
-            WanError: what was encoded is damaged, or of another run.
+            WanError: the conditioning is damaged, or of another run.
         """
         if not self.is_unfinished:
             return None
@@ -292,13 +292,13 @@ class RunFolder:
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether there is something to go on with: at least what was encoded."""
+        """Whether there is something to go on with: at least the conditioning."""
         self._saving.settle()
         return self.has_begun and self._file("conditioning").exists()
 
     @property
     def is_sampled(self) -> bool:
-        """Whether all steps are kept, and what was encoded."""
+        """Whether all steps and the conditioning are kept."""
         return self.is_unfinished and self.steps_done == self._begun()["steps"]
 
     @property
@@ -324,7 +324,7 @@ class RunFolder:
     # The end
 
     def mark_finished(self, video: Path) -> None:
-        """Flush the finished video, and note what it is: it is about to be moved to its place."""
+        """Flush the finished video, and note its identity: it is about to be moved to its place."""
         storage.flush(video)
         self.amend(finished=storage.sha256(video))
 

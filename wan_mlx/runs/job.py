@@ -59,7 +59,7 @@ class Job:
             ValueError: the output exists, or a run of it is unfinished, and neither is to be replaced; or the
                 unfinished run was asked other options.
             BusyError: another process is making it.
-            Stopped: it was asked for; what is done is kept.
+            Stopped: it was asked for; finished work is kept.
             SamplingError: the latents stopped being finite; the state before that is kept.
             WanError: too little disk, or the file could not be written; or weights or sources that an unfinished run
                 still needs have changed.
@@ -129,7 +129,7 @@ class Job:
         return self._run is not None and self._run.stops_soon
 
     def _make(self, folder: RunFolder, settings: dict[str, Any], listener: Listener) -> str | None:
-        """Sample, decode and encode; returns what is wrong with the video, if anything."""
+        """Sample, decode and encode; returns a complaint about the video, if there is one."""
         request, size = self.request, (self.request.width, self.request.height)
         check_disk(folder.path, disk_needed(request, self.pipe.latent_channels) - folder.size)
         writer = VideoWriter(self.output, request.fps, size, settings, self.overwrite, folder.path)
@@ -171,7 +171,7 @@ class Job:
         run.listen(keep).listen(listener).listen(show)
         with closing(iter(run)) as events:
             for event in events:
-                del event  # and what it holds is free
+                del event  # which frees its arrays
 
     def _check(self) -> None:
         if self._stopping:
@@ -203,7 +203,7 @@ class _Encoding:
             self._thread.shutdown()
 
     def add(self, frames: np.ndarray) -> None:
-        """Keep frames and encode them in another thread, once those before are; raises what went wrong with them."""
+        """Keep frames and encode them in another thread, after those before; raises their exception."""
         self._begin()
         self._adding.call(self._add, frames)
 
@@ -234,7 +234,7 @@ class _Encoding:
                 check()
 
     def finish(self, check: Callable[[], None]) -> str | None:
-        """No more frames come: encode the rest, as `_follow`. Returns what is wrong with the video, if anything."""
+        """No more frames come: encode the rest, as `_follow`. Returns a complaint about the video, if there is one."""
         self._adding.settle()
         self._begin()
         self._follow(check)

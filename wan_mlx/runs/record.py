@@ -1,4 +1,4 @@
-"""What is noted of a run, so that only the same run goes on: request, model, and what weights and sources are."""
+"""The record of a run, so that only the same run goes on: request, model, and the digests of weights and sources."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from ..types import SOURCE_FIELDS, Request
 from ..weights.lora import normalise_loras
 from .folder import RunFolder
 
-# What the same request may say differently of itself once it is made.
+# Settings that may differ once the same request is made.
 NOT_COMPARED = ("versions", "forwards")
-# What each kept file makes superfluous: these weights may be gone or different when the run goes on.
+# Superfluous once the conditioning is kept: these weights may be gone or different when the run goes on.
 ENCODERS = ("text_encoder", "image_encoder", "tokenizer")
 
 
@@ -36,7 +36,7 @@ def make_record(
     overwrite: bool = False,
     previews: PreviewFiles | None = None,
 ) -> dict[str, Any]:
-    """What `RunFolder.begin` is to note: a JSON object.
+    """The record for `RunFolder.begin`, a JSON object.
 
     Args:
         asked: options of the request as they were given; those left to the model are None or not there.
@@ -63,7 +63,7 @@ def make_record(
 def seed_of_made(
     pipe: OpenedModel, request: Request, output: Path, any_seed: bool = False, extension: Extension | None = None
 ) -> int | None:
-    """The seed of the video that ``output`` is, if it says of itself that it is what ``request`` asks for, or None.
+    """The seed of the video that ``output`` is, if its settings are those of ``request``, or None.
 
     ``extension``: the request's prompt is yet to be written out.
     """
@@ -125,13 +125,13 @@ def check_same(given: Mapping[str, Any], record: Mapping[str, Any], free: Collec
 
 
 def with_dtype(record: Mapping[str, Any], dtype: str, steps_done: int) -> dict[str, Any]:
-    """What changes in the record of a run that goes on in another dtype, which its settings then tell."""
+    """The changes to the record of a run that goes on in another dtype, which its settings then tell."""
     settings = {**record["settings"], "dtype": f"{record['settings']['dtype']}, {dtype} from step {steps_done + 1}"}
     return {"model": {**record["model"], "dtype": dtype}, "settings": settings}
 
 
 def check_identity(record: Mapping[str, Any], pipe: OpenedModel, folder: RunFolder) -> Iterator[str]:
-    """Yield what cannot be promised to give the same bytes, in words for the user.
+    """Yield the reasons why the bytes may differ, in words for the user.
 
     Raises:
         WanError: weights or sources that are still needed are not those that the run was begun with.
@@ -197,7 +197,7 @@ def _said(value: Any) -> str:
 
 
 def _machine() -> dict[str, str]:
-    """What last bits depend on."""
+    """The versions and devices on which last bits depend."""
     info = mx.device_info()
     device = str(info.get("device_name") or info.get("architecture") or mx.default_device())
     return {"wan_mlx": __version__, "mlx": mlx_version(), "device": device}

@@ -16,7 +16,7 @@ class Task:
 
     Attributes:
         condition: Request and encoders → Conditioning.
-        takes: the sources, and what scales them, that it accepts; others are refused.
+        takes: the sources, and their scales, that it accepts; others are refused.
         fit: Request → the same with size and length taken from its sources.
 
     ``condition`` and ``fit`` raise ValueError if a source is missing, cannot be read or does not suit the request.

@@ -29,7 +29,7 @@ REMEMBERED = "checked-files.json"
 MOST_REMEMBERED = 1000
 PATIENCE, INTERVAL = 2.0, 0.2  # seconds until progress is told, and between
 
-# Hears how many more bytes were read; what it raises stops the reading.
+# Hears how many more bytes were read; an exception of it stops the reading.
 Advance = Callable[[int], None]
 
 
@@ -38,7 +38,7 @@ def check_once(files: Collection[Path], folder: Path | None, listener: Listener 
 
     Args:
         files: of a model; an index stands for its shards.
-        folder: of what is remembered; None, or one that cannot be used: compare all.
+        folder: of the remembered sums; None, or one that cannot be used: compare all.
         listener: hears the `Progress`, if it takes longer than `PATIENCE`.
 
     Raises:

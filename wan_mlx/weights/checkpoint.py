@@ -212,7 +212,7 @@ def _mlx_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
 
 
 def _part(kind: str, file: Path) -> Part:
-    """A part, with what the config.json beside its file says."""
+    """A part, with the entries of the config.json beside its file."""
     if kind == "tokenizer":
         return Part(kind, kind, file)
     config = read_config(file.parent / "config.json")

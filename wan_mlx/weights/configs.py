@@ -209,7 +209,7 @@ def _vae_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> dict[str, 
     return dict(dim=dim, num_res_blocks=blocks, z_dim=channels, **stages)
 
 
-# Kind of network → its configuration, and the sizes that weights show beside what config.json said of it.
+# Kind of network → its configuration, and the sizes that weights show beside its config.json.
 SIZES_IN: dict[str, tuple[type, Callable[[ComponentWeights, Mapping[str, Any]], dict[str, Any]]]] = {
     "transformer": (TransformerConfig, _transformer_sizes),
     "text_encoder": (TextEncoderConfig, _text_encoder_sizes),

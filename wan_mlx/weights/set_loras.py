@@ -46,9 +46,9 @@ def put_beside(
     prefix: str = "",
     originals: Mapping[str, mx.array] | None = None,
 ) -> dict[str, mx.array]:
-    """Use ``loras`` unmerged in a loaded module, in place of earlier ones; returns the originals of what they change.
+    """Use ``loras`` unmerged in a loaded module, in place of earlier ones; returns the changed weights' originals.
 
-    ``prefix``: of its names in ``loras``; ``originals``: of what the earlier ones changed.
+    ``prefix``: of its names in ``loras``; ``originals``: of weights that the earlier ones changed.
     """
     originals = originals or {}
     own = {**dict(tree_flatten(module.parameters())), **originals}
