@@ -9,9 +9,11 @@ from huggingface_hub import constants
 
 from wan_mlx.cli import doctor, selftest
 from wan_mlx.cli.main import main
+from wan_mlx.errors import WanError
 from wan_mlx.hub import modelscope
 from wan_mlx.hub.resolve import is_cached
 from wan_mlx.prompts.cache import cache_folder
+from wan_mlx.prompts.extend import extend_prompt
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +57,12 @@ def test_a_download_names_the_way_out(source, variable, flags, capsys):
     assert main([*flags[2:], "--model", "someone/model", "--source", source, "--dry-run"]) == 1
     said = f"error: someone/model cannot be fetched without a home folder; set {variable} to a folder\n"
     assert capsys.readouterr().err == said and os.listdir() == []
+
+
+def test_a_language_model_is_not_downloaded_to_a_folder_called_tilde():
+    with pytest.raises(WanError, match="someone/model cannot be fetched without a home folder; set HF_HOME"):
+        extend_prompt("a", "someone/model")
+    assert os.listdir() == []
 
 
 def test_the_doctor_looks_at_all(monkeypatch, capsys):

@@ -92,9 +92,7 @@ def survey(model: str | Path, source: str = "huggingface", parts: Collection[str
     location = _remote(model)
     if location is None:
         return _here(model) or Path(model).expanduser()  # opening it reports that it does not exist
-    cache = _cache(source)
-    if not _has_home(cache):
-        raise WeightsError(f"{location} cannot be fetched without a home folder; set {SOURCES[source]} to a folder")
+    cache = cache_for(location, source)
     if source == "modelscope":
         listing, commit = modelscope.list_files(location.repo, location.revision), None
     else:
@@ -181,6 +179,17 @@ def cached(model: str | Path, parts: Collection[str] = PARTS) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     return folder if _is_whole(folder, parts) else None
+
+
+def cache_for(model: object, source: str = "huggingface") -> Path:
+    """The folder that a model is downloaded to.
+
+    Raises:
+        WeightsError: it would be in the home folder, and there is none.
+    """
+    if not _has_home(cache := _cache(source)):
+        raise WeightsError(f"{model} cannot be fetched without a home folder; set {SOURCES[source]} to a folder")
+    return cache
 
 
 def _cache(source: str) -> Path:

@@ -21,6 +21,7 @@ import mlx.core as mx
 from PIL import Image
 
 from ..errors import WanError
+from ..hub.resolve import cache_for
 from ..media.read import read_image
 from ..storage import parse_json
 from ..types import Request, Source
@@ -285,6 +286,7 @@ def _folder_of(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
+    cache_for(model)
     data = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if not pattern.endswith(".py")]
     try:
         return Path(snapshot_download(model, allow_patterns=data))
