@@ -92,6 +92,16 @@ class TestValues:
 
 
 class TestOtherCommands:
+    @pytest.mark.parametrize("words", [["", "out"], ["nano", ""], ["nano", "out", "--vae", " "], ["nano", "--model="]])
+    def test_an_empty_value_of_convert(self, capsys, words):
+        assert "it is empty; give it a value, or leave it out" in refused(capsys, "convert", *words)
+
+    @pytest.mark.parametrize("flags", ["--overwrite", "--dtype float32", "--vae-dtype bfloat16", "--quantize q8",
+                                       "--model nano"])  # fmt: skip
+    def test_a_flag_of_writing_with_inspect(self, capsys, flags):
+        said = refused(capsys, "inspect", "nano", *flags.split())
+        assert said == f"error: {flags.split()[0]} has no effect with --inspect; leave it out\n"
+
     @pytest.mark.parametrize(
         "argv",
         [["models", "x"], ["models", "--foo"], ["doctor", "--foo"], ["inspect"], ["convert", "a"], ["convert", "--x"]],

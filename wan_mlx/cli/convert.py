@@ -26,15 +26,19 @@ With --inspect, describe SOURCE instead.
 """
 
 
+OF_WRITING = ("overwrite", "dtype", "vae_dtype", "quantize", "model")  # options without a meaning for --inspect
+
+
 def main(argv: list[str]) -> int:
     """Run the command line and return its exit code."""
     parser = Parser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.register("type", None, _filled)  # of every argument without a type
     parser.add_argument("source", help="what --model takes: a folder or file, a preset such as t2v-1.3B, a hub id")
     parser.add_argument("out", nargs="?", help="folder to write; must not exist")
     parser.add_argument(
-        "--inspect", action="store_true", help="describe SOURCE, from its headers, and write nothing"
+        "--inspect", action="store_true", help="describe SOURCE, compare its check sums, and write nothing"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is an MLX folder and no more")
     parser.add_argument("--dtype", default="bfloat16", help="of transformer and text encoder (default bfloat16)")
@@ -58,6 +62,9 @@ def main(argv: list[str]) -> int:
     listener: Listener = unheard if args.quiet else ProgressBars()
     if args.inspect == (args.out is not None):
         raise UsageError("give SOURCE and OUT, the folder to write; or --inspect and SOURCE alone")
+    for name in OF_WRITING:
+        if args.inspect and getattr(args, name) != parser.get_default(name):
+            raise UsageError(f"--{name.replace('_', '-')} has no effect with --inspect; leave it out")
     if args.inspect:
         return inspect(args.source, parts, args.hub, listener)
     try:
@@ -67,6 +74,12 @@ def main(argv: list[str]) -> int:
     except RuntimeError as error:  # MLX's, of a file that cannot be read
         raise WanError(str(error)) from error
     return 0
+
+
+def _filled(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give it a value, or leave it out")
+    return text
 
 
 def convert_source(args: argparse.Namespace, parts: dict[str, str], listener: Listener) -> Path:
