@@ -11,6 +11,7 @@ import contextlib
 import fnmatch
 import hashlib
 import io
+import logging
 import os
 import resource
 import shutil
@@ -161,6 +162,8 @@ class Bench:
             raise TooLong
 
         before = signal.signal(signal.SIGALRM, too_long)
+        root = logging.getLogger()
+        handlers, level = root.handlers[:], root.level  # --verbose sets others
         os.chdir(work)
         try:
             with (
@@ -179,6 +182,8 @@ class Bench:
         finally:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, before)
+            root.handlers[:] = handlers
+            root.setLevel(level)
             os.chdir(here)
         return Outcome(code, out.getvalue(), err.getvalue(), time.monotonic() - started, _most_memory() - grown)
 
