@@ -82,6 +82,21 @@ class TestValues:
     def test_what_would_have_no_effect(self, capsys, given, said):
         assert said in refused(capsys, *NANO, *given)
 
+    def test_a_batch_has_no_plan(self, capsys):
+        assert "--plan does not go with --prompts" in refused(capsys, "--prompts", "none.jsonl", "--plan")
+
+    def test_versions_are_shown_and_no_more(self, capsys):
+        assert main(["--version", "--prompts", "none.jsonl"]) == 0 and "wan_mlx" in capsys.readouterr().out
+
+    def test_programs_get_the_plan_as_events(self, capsys):
+        assert main(["--plan", "--json", "--model", "nano", "--size", "16384x16384", "--frames", "81"]) == 1
+        assert {json.loads(line)["event"] for line in capsys.readouterr().out.splitlines()} == {"note"}
+
+    def test_an_official_flag_without_effect_gets_a_line_in_a_batch_too(self, capsys, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"prompt": "a cat"}\n')
+        assert main(["--model", "nano", "--prompts", "a.jsonl", "--dry-run", "--offload_model", "True"]) == 0
+        assert capsys.readouterr().err.count("--offload_model has no effect here") == 1
+
     def test_python_says_the_same_of_wrong_types(self):
         pipe = WanPipeline.from_pretrained("nano", progress=False)
         wrong = {"steps": "4", "width": 64.5, "guidance_range": 5, "skip_layers": ["a"], "seed": True}

@@ -318,3 +318,9 @@ def test_what_is_written_does_not_go_through_a_link(tmp_path, monkeypatch):
         with storage.whole_file(tmp_path / "run.json") as path:
             path.write_text("other")
     assert victim.read_text() == "mine" and not (tmp_path / "run.json").exists()
+
+
+@pytest.mark.parametrize("given", [["--report", "a.jsonl"], ["--preview-every", "2"]])
+def test_flags_that_a_run_that_goes_on_has_no_use_for(folder, capsys, given):
+    assert main(["--resume", "a.npz", *given]) == 2
+    assert f"{given[0]} has no effect without" in capsys.readouterr().err and (folder / "run.json").exists()

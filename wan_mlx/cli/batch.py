@@ -80,6 +80,8 @@ def run_batch(args: argparse.Namespace, argv: list[str], say: Terminal, interrup
     """
     if args.resume:
         raise UsageError("--resume does not go with --prompts: the same command again goes on with the batch")
+    if args.plan:
+        raise UsageError("--plan does not go with --prompts: give it with the flags of one line")
     for flag in ("prompt", "output"):
         if getattr(args, flag) is not None:
             raise UsageError(f"--{flag} does not go with --prompts: it belongs into the lines of {args.prompts}")

@@ -23,6 +23,7 @@ from ..runs.record import check_identity, check_same, model_of, request_of, seed
 from .interrupt import Interrupts
 from .jobs import (
     check_flags,
+    check_needs,
     default_output,
     extend,
     extension_of,
@@ -39,18 +40,9 @@ from .terminal import FAILURE, Terminal, write
 
 def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     """Carry out the flags; returns the exit code."""
-    if args.version:
-        write(f"wan_mlx {__version__}, mlx {mlx_version()}, python {sys.version.split()[0]}")
-        return 0
     check_flags(args)
     if args.plan:
         return show_plan(args, say)
-    for option in options.flags():
-        if option.no_effect and getattr(args, option.key) is not None:
-            say.note(f"{option.flags[0]} has no effect here: {option.no_effect}")
-    if args.prompt_extend_method == "dashscope":
-        say.note("--prompt_extend_method dashscope has no effect here: prompts never leave this machine, a model here "
-                 "writes them out")  # fmt: skip
     if args.output:
         # Before a download or an hour of work; of a series the names are not known yet.
         check_output(args.output, args.overwrite or args.num_images is not None)
@@ -117,6 +109,7 @@ def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, in
         folder.state()  # which is refused if damaged, before any work
         # Other numbers are the way out of NaN, and only there.
         check_same(given, record, options.free_on_resume() | ({"dtype"} if record.get("not_finite") else set()))
+        check_needs(args, [name for name, value in {**record["model"], **record}.items() if value])
         model = model_of(record)
         model |= {name: value for name, value in given.items() if name in model}
         pipe, request = open_model(model, say), request_of(record)
@@ -133,6 +126,12 @@ def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, in
         return 0 if args.dry_run else make(job, say, interrupts, folder)
 
 
+def show_version() -> int:
+    """``--version``."""
+    write(f"wan_mlx {__version__}, mlx {mlx_version()}, python {sys.version.split()[0]}")
+    return 0
+
+
 def show_plan(args: argparse.Namespace, say: Terminal) -> int:
     """``--plan``: print it; 1 if it does not fit."""
     still = args.num_frames is None and args.preset == "t2i-14B"
@@ -145,5 +144,5 @@ def show_plan(args: argparse.Namespace, say: Terminal) -> int:
         say.note(f"it fits in {found.peak / 2**30:.2f} GiB; to tell the time, its parts are timed for some seconds ...")
         found = planned(measure=True)
     for line in str(found).splitlines():
-        write(line)
+        (say.note if say.as_json else write)(line)
     return 0 if found.fits else FAILURE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -30,10 +30,15 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UsageError(f"--model is missing: {options.MODEL_NAME.help}; `wan-mlx models` lists those released")
     if args.prompt is None and not args.plan:
         raise UsageError("--prompt is missing: say what the video should show")
+    check_needs(args)
+
+
+def check_needs(args: argparse.Namespace, there: Collection[str] = ()) -> None:
+    """Refuse flags that have no effect without another; ``there``: keys of those that the run had from its start."""
     names = options.flag_names()
     for option in options.flags():
         given = getattr(args, option.key) != option.default
-        if given and option.needs and not any(getattr(args, need) for need in option.needs):
+        if given and option.needs and not any(need in there or getattr(args, need) for need in option.needs):
             needed = " or ".join(names[need] for need in option.needs if need != "use_prompt_extend")
             raise UsageError(f"{option.flags[0]} has no effect without {needed}; give that, or leave it out")
 

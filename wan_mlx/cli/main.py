@@ -45,9 +45,13 @@ def main(argv: list[str] | None = None) -> int:
         check_backend()
 
         from .batch import run_batch  # with MLX, which --help does without
-        from .generate import resume, run
+        from .generate import resume, run, show_version
+        from .summary import tell_no_effect
 
         with Interrupts() as interrupts:
+            if args.version:
+                return show_version()
+            tell_no_effect(args, say)
             if args.prompts:
                 return run_batch(args, argv, say, interrupts)
             return resume(args, given_flags(argv), say, interrupts) if args.resume else run(args, say, interrupts)

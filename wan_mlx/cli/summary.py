@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import options
 from ..caching import planned_forwards
 from ..hub.resolve import Places
 from ..media.preview import PreviewFiles
@@ -14,6 +16,16 @@ from ..presets import PARTS, of_same_shapes
 from ..types import Request
 from ..weights.lora import normalise_loras
 from .terminal import Terminal
+
+
+def tell_no_effect(args: argparse.Namespace, say: Terminal) -> None:
+    """Say why official flags that were given do nothing here."""
+    for option in options.flags():
+        if option.no_effect and getattr(args, option.key) is not None:
+            say.note(f"{option.flags[0]} has no effect here: {option.no_effect}")
+    if args.prompt_extend_method == "dashscope":
+        say.note("--prompt_extend_method dashscope has no effect here: prompts never leave this machine, a model here "
+                 "writes them out")  # fmt: skip
 
 
 def tell_downloads(model: Mapping[str, Any], say: Terminal) -> bool:
