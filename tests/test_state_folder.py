@@ -206,17 +206,19 @@ def refused(flags, capsys, *more) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("target", ["models", "nowhere"])
+@pytest.mark.parametrize("target", ["models", "nowhere", "empty"])
 def test_a_link_in_place_of_the_folder(tmp_path, monkeypatch, capsys, flags, target):
     monkeypatch.chdir(tmp_path)
     Path("models").mkdir()
+    Path("empty").mkdir()
     names = ["conditioning.safetensors", "model.safetensors", "frames.raw", "step-0001.safetensors"]
     for name in names:
         (Path("models") / name).write_text("mine")
     os.symlink(target, "a.npz.wan")
     assert "a.npz.wan" in refused(flags, capsys)
     assert main(["--resume", "a.npz"]) == 2
-    assert sorted(os.listdir("models")) == sorted(names) and not Path("nowhere").exists() and not Path("a.npz").exists()
+    assert sorted(os.listdir("models")) == sorted(names) and not os.listdir("empty")
+    assert not Path("nowhere").exists() and not Path("a.npz").exists()
 
 
 @pytest.mark.parametrize("names", [["a.safetensors"], ["lock", "frames.raw"], ["run.json", "b.safetensors"], ["lock"],
