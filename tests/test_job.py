@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from wan_mlx.errors import Stopped
 from wan_mlx.events import Finished, Previewed, StageEnded, Started, Stepped
@@ -107,3 +108,13 @@ def test_previews_are_events(job, tmp_path):
     job.make(heard.append)
     assert [event.step for event in heard if isinstance(event, Previewed)] == [1, 2]
     assert isinstance(heard[-1], Finished) and (tmp_path / "live.webp").exists()
+
+
+def test_a_source_is_not_replaced(pipe, tmp_path):
+    source = tmp_path / "a.png"
+    Image.new("RGB", (32, 32)).save(source)
+    before = source.read_bytes()
+    request = pipe.request("a", video=source, num_frames=1, steps=1, strength=1.0)
+    with pytest.raises(ValueError, match="a.png is what the video is made from"):
+        Job(pipe, request, tmp_path / ".." / tmp_path.name / "a.png", overwrite=True).make()
+    assert source.read_bytes() == before and [*tmp_path.iterdir()] == [source]

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
         made = [job for job in jobs if seed_of_made(pipe, job.request, job.output, extension=extension) is not None]
         jobs = [job for job in jobs if job not in made]
     for job in jobs:
-        check_output(job.output, args.overwrite)
+        job.check_output()
     describe(pipe, request, say, *(job.output for job in [*made, *jobs]))
     tell_watching(pipe, jobs[0].previews if jobs else None, say)
     experts = [part.file for part in pipe.checkpoint.of_kind("transformer")]

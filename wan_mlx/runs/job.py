@@ -20,6 +20,7 @@ from ..media.preview import PreviewFiles
 from ..media.write import VideoWriter, check_output, latents_to_numpy
 from ..pipeline import WanPipeline
 from ..run import Run
+from ..storage import place_of
 from ..types import Request
 from .folder import Behind, FrameStore, RunFolder
 from .record import check_identity, check_same, make_record, request_of
@@ -64,6 +65,8 @@ class Job:
             WanError: too little disk, or the file could not be written; or weights or sources that an unfinished run
                 still needs have changed.
         """
+        if free is None:  # before there is a folder
+            self.check_output()
         with RunFolder(self.output) as folder:
             if free is None and folder.is_unfinished and not self.overwrite:
                 raise ValueError(
@@ -87,8 +90,14 @@ class Job:
                 self.request = request_of(record)
             return self.go_on(folder, listener)
 
-    def _begin(self, folder: RunFolder) -> None:
+    def check_output(self) -> None:
+        """Raise ValueError if the output may not be written: as `media.write.check_output`, or it is a source."""
         check_output(self.output, self.overwrite)
+        if place_of(self.output) in map(place_of, self.request.source_files):
+            raise ValueError(f"output {self.output} is what the video is made from; choose another name")
+
+    def _begin(self, folder: RunFolder) -> None:
+        self.check_output()
         try:
             folder.begin(make_record(self.pipe, self.request, self.asked, self.overwrite, self.previews))
         except BaseException:
