@@ -17,6 +17,7 @@ from PIL import Image
 
 import wan_mlx
 from wan_mlx.cli.main import main
+from wan_mlx.cli.terminal import explain
 from wan_mlx.errors import printable
 from wan_mlx.media.write import save_video
 from wan_mlx.pipeline import WanPipeline
@@ -275,6 +276,18 @@ class TestTerminal:
         done = self.run(*flags, "--frames", "1", "--steps", "1", "--output", str(output),
                         preexec_fn=lambda: os.closerange(0, 3))  # fmt: skip
         assert done.returncode == 0 and not done.stdout and not done.stderr and output.is_file()
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            "[Compile::eval_cpu] Failed to compile function Ab: Failed to execute command with return code 1: \"g++\", "
+            "the output is: error: No space left on device\nmore",
+            "filesystem error: temp_directory_path: No such file or directory",
+        ],
+    )
+    def test_a_temporary_folder_that_is_full_or_gone(self, error):
+        said, code = explain(RuntimeError(error))
+        assert code == 1 and "TMPDIR" in said and "--debug" not in said and "\n" not in said
 
     def test_stdout_that_is_full(self):
         with open("/dev/full", "w") as full:

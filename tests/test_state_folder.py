@@ -326,3 +326,9 @@ def test_what_is_written_does_not_go_through_a_link(tmp_path, monkeypatch):
 def test_flags_that_a_run_that_goes_on_has_no_use_for(folder, capsys, given):
     assert main(["--resume", "a.npz", *given]) == 2
     assert f"{given[0]} has no effect without" in capsys.readouterr().err and (folder / "run.json").exists()
+
+
+def test_frames_of_another_run_are_not_taken(tmp_path):
+    """Whole ones, and of the same size."""
+    FrameStore(tmp_path, "mine", 2, 2).add(np.zeros((1, 2, 2, 3), np.uint8))
+    assert FrameStore(tmp_path, "mine", 2, 2).count == 1 and FrameStore(tmp_path, "other", 2, 2).count == 0

@@ -127,6 +127,8 @@ def explain(error: Exception) -> tuple[str, int]:
         said = str(error).partition("the output is: ")[2].split("\n")[0]
         return f"MLX cannot compile its functions ({said}); it needs a C++ compiler, and room in the temporary folder "\
                "(TMPDIR names another)", FAILURE  # fmt: skip
+    if "temp_directory_path" in str(error):  # C++'s, in MLX
+        return "the temporary folder does not exist, in which MLX compiles its functions; have TMPDIR name one", FAILURE
     # A bug, or the machine's own failure.
     return f"{type(error).__name__}: {error} (run again with --debug for the traceback)", FAILURE
 
