@@ -26,6 +26,7 @@ import mlx.core as mx
 import numpy as np
 
 import wan_mlx
+from wan_mlx import cuda
 from wan_mlx.geometry import WAN_2_1
 from wan_mlx.models import vae_tiling as tiling
 from wan_mlx.models.configs import TextEncoderConfig, VAEConfig
@@ -330,7 +331,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.against:
         peaks.on_cpu = lambda: False
-        peaks.cuda.in_use = lambda: True
+        cuda.in_use = lambda: True
         peaks.has_fused_kernel = lambda dtype, head_dim: dtype != mx.float32
         rows = against(json.loads(args.against.read_text())["rows"], Bench(Path(), dict(PRESETS)))
         for row in rows:

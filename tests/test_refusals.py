@@ -302,7 +302,8 @@ class TestTerminal:
     def test_ctrl_c_while_it_starts(self, door):
         """Before the command line is imported: the process waits in the import, as a slow disk has it."""
         code = (
-            "import builtins, runpy, sys, time\n"
+            "import builtins, runpy, signal, sys, time\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where pytest runs in the background
             "before = builtins.__import__\n"
             "def slow(name, *rest, **kwargs):\n"
             "    if 'cli' in name:\n"

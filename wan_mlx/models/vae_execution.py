@@ -32,9 +32,9 @@ DEFERRED, DEFERRED_AHEAD = 100_000_000, 400_000_000
 # For `wan_mlx.planning.peak_memory`: frames of a stage alive at once beside its caches, for each frame of a piece; and
 # once more for pieces of several frames, which are joined to the two before them while new cache frames are made
 # beside the old ones. Measured on an H200, without deferred frees.
-DECODE_FRAMES, ENCODE_FRAMES, JOINED_FRAMES = 8.4, 8.0, 9.0
+DECODE_FRAMES, ENCODE_FRAMES, JOINED_FRAMES = 6.0, 8.0, 9.0
 # More where convolutions are matmuls over unfolded neighbourhoods, for three taps: on the CPU.
-UNFOLDED_FRAMES = 27.0
+UNFOLDED_DECODE, UNFOLDED_ENCODE = 29.4, 27.0
 
 
 class PacedCache(CausalCache):

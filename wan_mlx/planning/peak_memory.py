@@ -35,7 +35,8 @@ from ..models.vae_execution import (
     DEFERRED,
     ENCODE_FRAMES,
     JOINED_FRAMES,
-    UNFOLDED_FRAMES,
+    UNFOLDED_DECODE,
+    UNFOLDED_ENCODE,
     VALUES_AT_ONCE,
 )
 from ..models.vae_tiling import split, stage_spans
@@ -180,7 +181,8 @@ def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> i
     )
     caches, peak, held = 0, 0, 0
     blocks = config.num_res_blocks + decoding
-    each = (DECODE_FRAMES if decoding else ENCODE_FRAMES) + UNFOLDED_FRAMES * on_cpu()
+    each, unfolded = (DECODE_FRAMES, UNFOLDED_DECODE) if decoding else (ENCODE_FRAMES, UNFOLDED_ENCODE)
+    each += unfolded * on_cpu()
     late = DEFERRED if decoding and not on_cpu() else 0
     temporal = config.temporal_downsample[::-1] if decoding else config.temporal_downsample
     frames = 1 if t == 1 or decoding else 2 ** sum(temporal)
