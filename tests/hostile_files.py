@@ -10,7 +10,7 @@ import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,22 @@ from hostile_states import edit, edits
 from PIL import Image
 
 from wan_mlx.media.write import save_video
+
+# Bytes to put into a file of weights.
+STRANGE = (b"\xff" * 8, b'{"a":' * 3000, b"[" * 5000, bytes(64))
+
+
+def spoil(data: bytearray, how: str, draw: random.Random, more: Callable[[], bytes]) -> None:
+    """Change the bytes of a file at a place that is drawn; with any other ``how`` they stay."""
+    at = draw.randrange(len(data))
+    if how == "flip":
+        data[at] = draw.randrange(256)
+    elif how == "cut":
+        del data[max(1, at) :]
+    elif how == "head":
+        data[at % min(64, len(data))] = draw.randrange(256)
+    elif how == "splice":
+        data[at:at] = more()
 
 
 def weights(model: Model, chance: random.Random, folder: Path) -> Cases:
@@ -114,13 +130,7 @@ def weight_files(model: Model, chance: random.Random) -> Cases:
                 path, draw = good(work / f"w{ending}"), random.Random(seed)
                 data = bytearray(path.read_bytes())
                 for _ in range(draw.randint(1, 4)):
-                    at = draw.randrange(len(data))
-                    if how == "flip":
-                        data[at] = draw.randrange(256)
-                    elif how == "cut":
-                        del data[max(1, at) :]
-                    elif how == "splice":
-                        data[at:at] = draw.choice([b"\xff" * 8, b'{"a":' * 3000, b"[" * 5000, bytes(64)])
+                    spoil(data, how, draw, lambda: draw.choice(STRANGE))
                 path.write_bytes(data)
 
             arguments = chance.choice([
@@ -190,15 +200,7 @@ def media(model: Model, chance: random.Random, folder: Path) -> Cases:
         ending, how = chance.choice(endings), chance.choice(["flip", "cut", "head", "splice", "as it is", "renamed"])
         data = bytearray(clip if ending == ".mp4" else picture(ending))
         for _ in range(chance.randint(1, 5)):
-            at = chance.randrange(len(data))
-            if how == "flip":
-                data[at] = chance.randrange(256)
-            elif how == "cut":
-                del data[max(1, at) :]
-            elif how == "head":
-                data[at % min(64, len(data))] = chance.randrange(256)
-            elif how == "splice":
-                data[at:at] = chance.randbytes(chance.randint(1, 200))
+            spoil(data, how, chance, lambda: chance.randbytes(chance.randint(1, 200)))
         name = f"p{chance.choice(endings) if how == 'renamed' else ending}"
         arguments = chance.choice([i2v, t2v, [*model.dry, "--config"]])
         yield Case(f"a {ending}: {how} {number}", [*arguments, name],

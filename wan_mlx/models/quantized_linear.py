@@ -108,12 +108,6 @@ class QuantizedLinear(nn.Module):
         y = mx.addmm(self.bias.astype(x.dtype), x, weight.T) if "bias" in self else x @ weight.T
         return with_side(self, x, y)
 
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(outputs, inputs)."""
-        rows, columns = self.weight.shape
-        return rows, columns * 32 // self.packing.bits
-
     def unpacked(self, dtype: mx.Dtype) -> mx.array:
         """The weights (outputs, inputs); part of one call's graph, freed with it."""
         return self.packing.unpack(self, dtype)
