@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import wan_mlx
 import weights_convert
-from wan_mlx import pipeline
 from wan_mlx import presets as configs
 from wan_mlx.cli import doctor, selftest
 from wan_mlx.cli import main as generate
@@ -259,7 +259,7 @@ def main(arguments: list[str]) -> int:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command, homes, monkeypatch, capsys):
     made = []
-    monkeypatch.setattr(pipeline.WanPipeline, "run", counted(pipeline.WanPipeline.run, made))
+    monkeypatch.setattr(wan_mlx.Run, "__iter__", counted(wan_mlx.Run.__iter__, made))
     monkeypatch.setattr(timing, "measure_rates", lambda *_: timing.Rates(1e12, 1e12, 1e12, 1e12))
     for is_dry in (True, False) if command in MADE else (True,):
         monkeypatch.chdir(homes[not is_dry])
@@ -273,10 +273,10 @@ def test_command_runs(command, homes, monkeypatch, capsys):
     assert bool(made) == (command in MADE and (makes or "--config" in words))
 
 
-def counted(run, made):
-    def count(self, request, resume=None):
-        made.append(request)
-        return run(self, request, resume)
+def counted(begin, made):
+    def count(run):
+        made.append(run.request)
+        return begin(run)
 
     return count
 

@@ -106,7 +106,7 @@ def test_frames_that_are_not_finite_point_at_the_vae(tmp_path, monkeypatch, caps
 
 def test_low_disk_is_seen_before_the_run(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1 << 20))
-    monkeypatch.setattr(wan_mlx.WanPipeline, "run", lambda *args: pytest.fail("it ran"))
+    monkeypatch.setattr(wan_mlx.Run, "__iter__", lambda run: pytest.fail("it ran"))
     assert main([*flags, "--output", str(tmp_path / "a.npz")]) == 1
     assert "0.00 GB free, the run needs about" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -36,8 +36,9 @@ LAYERS = [
     "request_builder",
     "planning",
     "prompts",
-    "pipeline opened run",
+    "opened",
     "runs",
+    "pipeline",
     "cli server training",
     "generate doctor __init__",
 ]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # the names of __getattr__, for editors and type checkers
     from .presets import PRESETS as PRESETS
     from .prompts.extend import PromptExtender as PromptExtender
     from .prompts.extend import extend_prompt as extend_prompt
-    from .run import Run as Run
+    from .runs.run import Run as Run
     from .types import Conditioning as Conditioning
     from .types import Request as Request
     from .types import Step as Step
@@ -52,7 +52,7 @@ os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
 # Name → module it lives in. Imported on first use, so that `import wan_mlx` is instant.
 _PUBLIC = {
     "WanPipeline": "pipeline",
-    "Run": "run",
+    "Run": "runs.run",
     "PRESETS": "presets",
     "Request": "types",
     "Conditioning": "types",

@@ -1,6 +1,6 @@
 """The one stream of events: everything that happens in a run is one small dataclass, which can say itself as JSON.
 
-A `wan_mlx.run.Run` tells its events to listeners, functions of one event, the moment they happen, and yields them to
+A `runs.run.Run` tells its events to listeners, functions of one event, the moment they happen, and yields them to
 whoever iterates over it. Terminal, ``--json`` and notebooks only listen. Arrays are in the events, not in their JSON.
 """
 

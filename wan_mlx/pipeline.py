@@ -17,7 +17,7 @@ from .presets import PARTS, find_preset
 from .progress_bars import ProgressBars
 from .prompts.extend import extend_requests
 from .request_builder import build_request
-from .run import Output, Run
+from .runs.run import Output, Run
 from .types import Request, RunState, Step
 from .video import Video
 from .weights.checkpoint import open_checkpoint

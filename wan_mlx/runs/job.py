@@ -18,12 +18,12 @@ from ..events import Conditioned, Decoded, Event, Finished, Listener, Note, Star
 from ..media.checks import WHAT_TO_TRY, FrameStatistics, check_disk, disk_needed, latents_complaint
 from ..media.preview import PreviewFiles
 from ..media.write import VideoWriter, check_output, latents_to_numpy
-from ..pipeline import WanPipeline
-from ..run import Run
+from ..opened import OpenedModel
 from ..storage import place_of
 from ..types import Request
 from .folder import Behind, FrameStore, RunFolder
 from .record import check_identity, check_same, make_record, request_of
+from .run import Run
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Job:
         not_finite: whether it failed because the latents stopped being finite.
     """
 
-    pipe: WanPipeline = field(repr=False)
+    pipe: OpenedModel = field(repr=False)
     request: Request
     output: Path
     asked: Mapping[str, Any] = field(default_factory=dict)
@@ -156,7 +156,7 @@ class Job:
     def _sample(self, folder: RunFolder, store: FrameStore, encoding: _Encoding, listener: Listener) -> None:
         state = folder.state()
         steps_before = None if state is None else state.steps
-        run = self._run = self.pipe.run(self.request, state)
+        run = self._run = Run(self.pipe, self.request, state)
         del state  # with every step the arrays it holds become old
         if self._stopping:
             run.stop()

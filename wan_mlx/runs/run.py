@@ -14,19 +14,19 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .caching import make_cache
-from .denoise import denoise, step_of, with_condition, without_references
-from .errors import BusyError, Stopped
-from .events import Conditioned, Decoded, Event, Listener, Progress, StageEnded, StageStarted, Stepped, counted
-from .guidance import Guidance, Model
-from .media.write import latents_to_numpy
-from .opened import OpenedModel
-from .planning.plan import Plan, limited_cache
-from .recipes import scheduler_for
-from .tasks import TASKS
-from .types import Conditioning, Request, RunState, StageReport, Step
-from .video import Video
-from .weights.checkpoint import Part
+from ..caching import make_cache
+from ..denoise import denoise, step_of, with_condition, without_references
+from ..errors import BusyError, Stopped
+from ..events import Conditioned, Decoded, Event, Listener, Progress, StageEnded, StageStarted, Stepped, counted
+from ..guidance import Guidance, Model
+from ..media.write import latents_to_numpy
+from ..opened import OpenedModel
+from ..planning.plan import Plan, limited_cache
+from ..recipes import scheduler_for
+from ..tasks import TASKS
+from ..types import Conditioning, Request, RunState, StageReport, Step
+from ..video import Video
+from ..weights.checkpoint import Part
 
 log = logging.getLogger(__name__)
 
