@@ -81,7 +81,7 @@ def test_only_the_text_that_is_new_is_encoded(monkeypatch):
     asked, tokenizer = [], opened.Tokenizer
 
     def recording(path):
-        return lambda text: asked.append(text) or tokenizer(path)(text)
+        return lambda text, most: asked.append(text) or tokenizer(path)(text, most)
 
     monkeypatch.setattr(opened, "Tokenizer", recording)
     got = pipe().encode_text(TEXTS)

@@ -1,6 +1,7 @@
 """Tokenizer and text encoder without torch: cleaning, special ids, errors, and the encoder's invariants."""
 
 import io
+import random
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,7 @@ from wan_mlx.errors import WeightsError
 from wan_mlx.models.configs import TextEncoderConfig
 from wan_mlx.models.execution import StreamedTextEncoder
 from wan_mlx.models.text_encoder import EncoderBlock, TextEncoder, pad_context, relative_buckets
-from wan_mlx.models.tokenizer import EXTRA_IDS, Tokenizer, clean
+from wan_mlx.models.tokenizer import EXTRA_IDS, Tokenizer, clean, most_tokens
 from wan_mlx.weights.component import parameter_shapes
 
 SENTENCES = [
@@ -30,7 +31,7 @@ def sentencepiece_model(**options) -> bytes:
         normalization_rule_name="identity", character_coverage=1.0, vocab_size=440, hard_vocab_limit=False,
     )  # fmt: skip
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 5), model_writer=model, minloglevel=2, **{**umt5, **options}
+        model_writer=model, minloglevel=2, **{"sentence_iterator": iter(SENTENCES * 5), **umt5, **options}
     )
     return model.getvalue()
 
@@ -101,6 +102,17 @@ def test_truncation_keeps_the_end_of_sequence(tokenizer):
     assert tokenizer(text, max_length=1) == [1]
     with pytest.raises(ValueError, match="max_length is 0, expected at least 1"):
         tokenizer(text, max_length=0)
+
+
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+def test_no_text_has_more_tokens_than_its_bound(rule):
+    """Texts of characters that normalise to many, of no piece, of special tokens, escapes and spaces."""
+    letters = [*SENTENCES, *"株式会社\u0635\u0644\u0649\u0627\u0644\u0644\u0647"]
+    read = Tokenizer(sentencepiece_model(sentence_iterator=iter(letters * 5), normalization_rule_name=rule))
+    parts = ["a", "q", "猫", " ", "  ", "\ufdfa", "㍿", "ﬃ", "ｶﾞ", "e\u0301", "¨", "🫠", "▁", "</s>", "&lt;", "[web]"]
+    draw = random.Random(0)
+    for text in (*parts, *("".join(draw.choices(parts, k=draw.randrange(12))) for _ in range(300))):
+        assert read.length(text) == len(read(text, 10_000)) <= most_tokens(text), text
 
 
 def test_file_folder_and_bytes_are_the_same(tmp_path, model, tokenizer):

@@ -21,10 +21,10 @@ from .hub.resolve import Places, preset_of
 from .media.preview import Previewer, latent_map, tiny_autoencoder, tiny_preview
 from .media.write import to_uint8
 from .models import vae_tiling as tiling
-from .models.configs import TEXT_LEN, geometry_of
+from .models.configs import geometry_of
 from .models.execution import Execution, encode_images
 from .models.text_encoder import pad_context
-from .models.tokenizer import Tokenizer
+from .models.tokenizer import Tokenizer, most_tokens
 from .models.vae_execution import VAEExecution
 from .models.vae_tiling import parse_tiling
 from .option import MODEL
@@ -165,6 +165,7 @@ class OpenedModel:
             "quantized": self.quantized,
             "loras": [describe_lora(path, strength) for path, strength in self.loras],
             "draft": self.draft and self.taehv and self.taehv.name,
+            "tokens": self.cut_texts(request),
             "source_sha256": [sha256(path) for path in request.source_files],  # a name alone does not tell files apart
         }
         return {
@@ -175,6 +176,25 @@ class OpenedModel:
             **{name: value for name, value in chosen.items() if value},
             "versions": {"wan_mlx": __version__, "mlx": mlx_version()},
         }
+
+    def cut_texts(self, request: Request) -> dict[str, tuple[int, int]]:
+        """Of the texts that are too long for the model: how many tokens it reads, and how many there are."""
+        most, texts = self.config.text_len, {"prompt": request.prompt}
+        if request.guidance_scale != 1:
+            texts["negative_prompt"] = request.negative_prompt
+        tokens = {name: self.tokenizer.length(text) for name, text in texts.items() if most_tokens(text) > most}
+        return {name: (most, count) for name, count in tokens.items() if count > most}
+
+    def notes(self, request: Request) -> list[str]:
+        """Lines about parts of the request that the video will not show."""
+        return [
+            f"the {name.replace('_', ' ')} has {count} tokens, of which the model reads {most}: its end is left out"
+            for name, (most, count) in self.cut_texts(request).items()
+        ]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(read_tokenizer(self.checkpoint.part("tokenizer").file))
 
     @contextmanager
     def keep_loaded(self) -> Iterator[None]:
@@ -249,15 +269,14 @@ class OpenedModel:
             if cache and text not in known and (kept := cache.get(text)) is not None:
                 known[text] = kept
         if new := [text for text in dict.fromkeys(texts) if text not in known]:
-            tokenizer = Tokenizer(read_tokenizer(self.checkpoint.part("tokenizer").file))
             progress = counted(self.listener, "encoding text")
             encoder = load_text_encoder(self.checkpoint, self.dtype, progress, quantize)
-            known.update(zip(new, encoder([tokenizer(text) for text in new]), strict=True))
+            known.update(zip(new, encoder([self.tokenizer(text, self.config.text_len) for text in new]), strict=True))
             mx.eval([known[text] for text in new])
             if cache:
                 for text in new:
                     cache.put(text, known[text])
-        contexts = [pad_context(known[text], TEXT_LEN) for text in texts]
+        contexts = [pad_context(known[text], self.config.text_len) for text in texts]
         mx.eval(contexts)
         return contexts
 

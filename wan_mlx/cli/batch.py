@@ -24,6 +24,7 @@ from ..types import SOURCE_FIELDS
 from .flags import build_parser, json_flags
 from .interrupt import Interrupts
 from .jobs import check_flags, extend, extension_of, jobs_from, model_options, open_model, request_from
+from .summary import tell_notes
 from .terminal import FAILURE, SUSPECT, Terminal, explain
 
 OF_REPORT = {"line", "status", "output", "seed"}  # in each line of a report
@@ -93,6 +94,7 @@ def run_batch(args: argparse.Namespace, argv: list[str], say: Terminal, interrup
     if args.dry_run:
         for line in lines:
             say.note(f"line {line.number}: {line.job.output}: {line.job.request.prompt}")
+            tell_notes(line.job.pipe, line.job.request, say)
         return 0
     say.details = False
     with path.open("wb", buffering=0) as file:

@@ -34,7 +34,7 @@ from .jobs import (
     request_from,
     watch,
 )
-from .summary import describe, tell_downloads, tell_watching
+from .summary import describe, tell_downloads, tell_notes, tell_watching
 from .terminal import FAILURE, Terminal, write
 
 
@@ -71,6 +71,7 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     if (args.num_frames or request.num_frames) != request.num_frames:
         say.note(f"          its length is the source's; {args.num_frames} frames were asked for")
     if args.dry_run:
+        tell_notes(pipe, request, say)
         if extension:
             say.note(f"extend    the prompt by {extension.model or 'the default language model'}")
         return 0

@@ -62,6 +62,12 @@ def describe(pipe: OpenedModel, request: Request, say: Terminal, *outputs: Path)
         say.note(f"output    {output}")
 
 
+def tell_notes(pipe: OpenedModel, request: Request, say: Terminal) -> None:
+    """Say beforehand the notes of a run."""
+    for line in pipe.notes(request):
+        say.note(line, important=True)
+
+
 def tell_watching(pipe: OpenedModel, previews: PreviewFiles | None, say: Terminal) -> None:
     if previews:
         often = f"every {previews.every} steps" if previews.every > 1 else "every step"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import re
+import unicodedata
 from itertools import groupby
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def clean(text: str) -> str:
     Equal to the official ``whitespace_clean(basic_clean(text))``.
     """
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+def most_tokens(text: str) -> int:
+    """A bound on the ids of a text, which needs no vocabulary: one for each character as sentencepiece normalises them,
+    one for the start of each word, whose space is among those characters, and the end-of-sequence id."""
+    text = clean(text)
+    return max(len(text), len(unicodedata.normalize("NFKC", text))) + 2
 
 
 class Tokenizer:
@@ -67,11 +75,18 @@ class Tokenizer:
         """
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}, expected at least 1")
+        return [*self._ids(text)[: max_length - 1], self.eos_id]
+
+    def length(self, text: str) -> int:
+        """How many ids the whole text has, the end-of-sequence id among them."""
+        return len(self._ids(text)) + 1
+
+    def _ids(self, text: str) -> list[int]:
         ids = []
         for index, part in enumerate(self.special_pattern.split(clean(text))):
             # split() puts matches of the pattern's group at odd places
             ids += [self.special_ids[part]] if index % 2 else self._encode(part)
-        return [*ids[: max_length - 1], self.eos_id]
+        return ids
 
     def _encode(self, text: str) -> list[int]:
         """Ids of text without special tokens. A space beside a special token stays: a word start without a word."""

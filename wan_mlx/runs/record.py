@@ -24,7 +24,7 @@ from ..weights.lora import normalise_loras
 from .folder import RunFolder
 
 # Settings that may differ once the same request is made.
-NOT_COMPARED = ("versions", "forwards")
+NOT_COMPARED = ("versions", "forwards", "tokens")
 # Superfluous once the conditioning is kept: these weights may be gone or different when the run goes on.
 ENCODERS = ("text_encoder", "image_encoder", "tokenizer")
 

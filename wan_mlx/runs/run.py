@@ -17,7 +17,7 @@ import numpy as np
 from ..caching import make_cache
 from ..denoise import denoise, step_of, with_condition, without_references
 from ..errors import BusyError, Stopped
-from ..events import Conditioned, Decoded, Event, Listener, Progress, StageEnded, StageStarted, Stepped, counted
+from ..events import Conditioned, Decoded, Event, Listener, Note, Progress, StageEnded, StageStarted, Stepped, counted
 from ..guidance import Guidance, Model
 from ..media.write import latents_to_numpy
 from ..opened import OpenedModel
@@ -125,6 +125,8 @@ class Run:
                     yield event.step
                 elif isinstance(event, Decoded):
                     yield event.frames
+                elif isinstance(event, Note):
+                    log.warning("%s", event.text)
 
     def video(self, callback: Callable[[Step], Any] | None = None) -> Video:
         """Run to the end, and gather the frames.
@@ -168,6 +170,8 @@ class Run:
     def _condition(self) -> Generator[None, None, RunState]:
         reached, self._resume = self._resume, None
         if reached is None:
+            for line in self.pipe.notes(self.request):
+                self._tell(Note(line, important=True))
             with self._stage("conditioning"):
                 yield
                 reached = RunState(TASKS[self.request.task].condition(self.request, self.pipe))
