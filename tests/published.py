@@ -22,6 +22,13 @@ CLIP = dict(
 )  # fmt: skip
 TOKENIZER = sentencepiece_model()
 State = dict[str, torch.Tensor]
+# ComfyUI's prefixes of the networks in one file; CLIP's names begin with vision_model already.
+SAVED = {
+    "transformer": "model.diffusion_model.",
+    "text_encoder": "text_encoders.umt5xxl.transformer.",
+    "vae": "vae.",
+    "image_encoder": "",
+}
 
 
 def states(seed: int = 0) -> dict[str, State]:
@@ -130,6 +137,22 @@ def comfyui_file(path: Path, state: State, prefix: str = "", tokenizer: bool = F
     if tokenizer:
         state["spiece_model"] = torch.frombuffer(bytearray(TOKENIZER), dtype=torch.uint8)
     save_file(state, path)
+    return path
+
+
+def checkpoint_save(path: Path, states: dict[str, State], tokenizer=True) -> Path:
+    """A whole model as ComfyUI's node CheckpointSave writes it; the text encoder's ``state`` in Hugging Face's names.
+
+    It adds a parameter of CLIP and, if ``tokenizer``, the sentencepiece model.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {SAVED[kind] + name: value for kind, state in states.items() for name, value in state.items()}
+    whole = {key: value.contiguous() for key, value in whole.items()}
+    if "text_encoder" in states:
+        whole["text_encoders.umt5xxl.logit_scale"] = torch.tensor(4.6055)
+        if tokenizer:
+            whole["text_encoders.spiece_model"] = torch.frombuffer(bytearray(TOKENIZER), dtype=torch.uint8)
+    save_file(whole, path)
     return path
 
 

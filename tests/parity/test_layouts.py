@@ -194,6 +194,12 @@ def comfyui_text_encoder() -> Shapes:
     return hf_text_encoder() | {"spiece_model": (4548313,)}
 
 
+def saved_text_encoder() -> Shapes:
+    """As in a checkpoint of a whole model."""
+    saved = prefixed("umt5xxl.", prefixed("transformer.", hf_text_encoder()) | {"logit_scale": ()})
+    return prefixed("text_encoders.", saved | {"spiece_model": (4548313,)})
+
+
 def untied_text_encoder() -> Shapes:
     return {name: shape for name, shape in hf_text_encoder().items() if name != "shared.weight"}
 
@@ -227,6 +233,7 @@ CASES = {
     "hf umT5": Case("huggingface text_encoder", hf_text_encoder, official_text_encoder, 1),
     "hf umT5 without shared": Case("huggingface text_encoder", untied_text_encoder, official_text_encoder),
     "comfyui umT5": Case("huggingface text_encoder", comfyui_text_encoder, official_text_encoder, 2),
+    "umT5 saved by comfyui": Case("huggingface text_encoder", saved_text_encoder, official_text_encoder, 3),
     "gguf umT5": Case("gguf text_encoder", gguf_text_encoder, official_text_encoder),
     "official vae": Case("official vae", official_vae, official_vae),
     "official vae in a wrapper": Case("official vae", lambda: prefixed("model.", official_vae()), official_vae),
@@ -372,6 +379,15 @@ FOREIGN = {
         "11 keys of no known network: lm_head.weight, .* and 6 more; expected one of: official transformer",
     ),
     "lora": (lambda: ["diffusion_model.blocks.0.self_attn.q.lora_down.weight"], "no known network: diffusion_model"),
+    "gguf by convert.py alone": (
+        lambda: [key for key in official_transformer(T2V) if key != "patch_embedding.weight"],
+        "824 keys of no known network: .*nearest is official transformer, but patch_embedding.weight is missing, as in "
+        ".*fix_5d_tensors.py was not run: run that",
+    ),
+    "a layer of diffusers": (
+        lambda: [key for key in diffusers_shapes(T2V) if key.startswith("blocks.0.")],
+        "nearest is diffusers transformer, but patch_embedding.weight, condition_embedder.time_proj.weight is missing",
+    ),
     "wan2.2 vae": (wan22_vae, "of no known network: encoder.conv1.weight"),
     "whole umT5": (lambda: [*hf_text_encoder(), "lm_head.weight"], "huggingface text_encoder with 1 of .*: lm_head"),
 }

@@ -238,7 +238,29 @@ def test_gguf_of_four_axes(states, tmp_path):
     assert_holds(tmp_path / "x.gguf", state)
 
 
+@pytest.mark.parametrize("shape", [(128, 64), (128 * 64,), (128 * 16, 4), (128, 16, 2, 2)])
+def test_gguf_of_a_flattened_patch_embedding(states, tmp_path, shape):
+    """All its numbers are there, and the order is PyTorch's, as always in GGUF."""
+    state = states["transformer"]
+    flat = state | {"patch_embedding.weight": state["patch_embedding.weight"].reshape(shape)}
+    published.gguf_file(tmp_path / "x.gguf", flat, "F32")
+    assert_holds(tmp_path / "x.gguf", state)
+    with pytest.raises(WeightsError, match=r"patch_embedding.weight has shape \(128, .*\), expected 5 axes"):
+        wan_mlx.load_transformer(published.comfyui_file(tmp_path / "x.safetensors", flat | {
+            "patch_embedding.weight": state["patch_embedding.weight"].reshape(128, -1)}))
+
+
 # --- what is refused
+
+
+def test_gguf_without_its_patch_embedding(states, tmp_path):
+    """As ComfyUI-GGUF's convert.py leaves it out."""
+    state = {name: tensor for name, tensor in states["transformer"].items() if name != "patch_embedding.weight"}
+    published.gguf_file(tmp_path / "x.gguf", state, "Q8_0")
+    cut = (tmp_path / "x.gguf").read_bytes()
+    (tmp_path / "y.gguf").write_bytes(cut[: len(cut) // 2] + bytes(len(cut) - len(cut) // 2))  # only headers are read
+    for name in ("x", "y"):
+        assert "patch_embedding.weight is missing, as in a GGUF by" in refused(tmp_path / f"{name}.gguf")
 
 
 def refused(*arguments, error=WeightsError) -> str:

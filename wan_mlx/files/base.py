@@ -248,6 +248,37 @@ class WeightsFile:
             raise WeightsError(f"{self.path}: changed since it was opened; open it again")
 
 
+class JoinedFile(WeightsFile):
+    """Tensors of one or several other files: of the shards of an index, or of one network in a file of several.
+
+    Args:
+        owners: name → the file that has the tensor.
+    """
+
+    def __init__(self, path: Path, owners: Mapping[str, WeightsFile]):
+        files = list(dict.fromkeys(owners.values()))
+        agreed = {k: v for k, v in files[0].metadata.items() if all(file.metadata.get(k) == v for file in files)}
+        super().__init__(path, {key: file.tensors[key] for key, file in owners.items()}, agreed)
+        self.is_lazy = any(file.is_lazy for file in files)
+        self._owners = owners
+
+    def _owner(self, key: str) -> WeightsFile:
+        self._info(key)
+        return self._owners[key]
+
+    def read(self, key: str) -> mx.array:
+        return self._owner(key).read(key)
+
+    def read_now(self, key: str) -> mx.array:
+        return self._owner(key).read_now(key)
+
+    def rows(self, key: str, indices: np.ndarray) -> mx.array:
+        return self._owner(key).rows(key, indices)
+
+    def byte_range(self, key: str) -> ByteRange | None:
+        return self._owner(key).byte_range(key)
+
+
 def check_names(path: Path, names: Collection[str]) -> None:
     """Raise WeightsError if these are no names of a model's tensors."""
     if len(names) > MAX_ENTRIES:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import WeightsError, some
 from ..storage import parse_json
-from .base import ByteRange, WeightsFile
+from .base import ByteRange, JoinedFile, WeightsFile
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 # ComfyUI's names of the supported formats; others (nvfp4, mxfp8, int8_tensorwise …) are refused by name.
@@ -109,7 +109,10 @@ def _formats(file: WeightsFile) -> Iterator[tuple[str, Any]]:
         layers = _json(file, "_quantization_metadata", file.metadata["_quantization_metadata"]).get("layers", {})
         if not isinstance(layers, dict):
             raise WeightsError(f"{file.path}: _quantization_metadata without a dict of layers")
-        yield from ((repr(layer[:200])[1:-1], declared) for layer, declared in layers.items())
+        for layer, declared in layers.items():
+            # Of a whole model's file only this network's layers count.
+            if not isinstance(file, JoinedFile) or f"{layer}.weight" in file.tensors:
+                yield repr(layer[:200])[1:-1], declared
     for key, info in file.tensors.items():
         if match := _FORMAT.fullmatch(key):
             if info.dtype != "U8" or info.nbytes > _MAX_FORMAT_BYTES:

@@ -12,11 +12,8 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-
 from ..errors import WeightsError, closest, some
-from .base import MAX_HEADER_BYTES, ByteRange, WeightsFile, check_names
+from .base import MAX_HEADER_BYTES, JoinedFile, WeightsFile, check_names
 from .gguf import GGUFFile
 from .pth import TorchFile
 from .safetensors import SafetensorsFile, read_object
@@ -40,7 +37,7 @@ def open_weights(path: str | Path) -> WeightsFile:
     return kind(path)
 
 
-class ShardedFile(WeightsFile):
+class ShardedFile(JoinedFile):
     """Several files under one index JSON (``{"weight_map": {tensor: file name}}``)."""
 
     def __init__(self, path: Path):
@@ -54,27 +51,7 @@ class ShardedFile(WeightsFile):
             raise WeightsError(f"{path}: the shard {some(indexes)} is an index itself")
         shards = {name: open_weights(path.parent / name) for name in names}
         _check_shards(path, owners, shards)
-        metadata = [shard.metadata for shard in shards.values()]
-        agreed = {k: v for k, v in metadata[0].items() if all(m.get(k) == v for m in metadata)}
-        super().__init__(path, {key: shards[name].tensors[key] for key, name in owners.items()}, agreed)
-        self.is_lazy = any(shard.is_lazy for shard in shards.values())
-        self._shards = {key: shards[name] for key, name in owners.items()}
-
-    def _shard(self, key: str) -> WeightsFile:
-        self._info(key)
-        return self._shards[key]
-
-    def read(self, key: str) -> mx.array:
-        return self._shard(key).read(key)
-
-    def read_now(self, key: str) -> mx.array:
-        return self._shard(key).read_now(key)
-
-    def rows(self, key: str, indices: np.ndarray) -> mx.array:
-        return self._shard(key).rows(key, indices)
-
-    def byte_range(self, key: str) -> ByteRange | None:
-        return self._shard(key).byte_range(key)
+        super().__init__(path, {key: shards[name] for key, name in owners.items()})
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:

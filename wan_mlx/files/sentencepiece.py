@@ -21,11 +21,11 @@ from ..storage import parse_json
 from .base import WeightsFile
 from .open import ShardedFile, format_of, open_weights
 
-EMBEDDED = "spiece_model"  # ComfyUI's tensor
+EMBEDDED = "spiece_model"  # ComfyUI's tensor, in a checkpoint of a whole model with a prefix
 GGUF_TOKENS = "tokenizer.ggml.tokens"
 # Places in a folder, relative to it; the first wins.
 FILE_NAMES = ("spiece.model", "tokenizer.model", "tokenizer.json")
-_MAX_BYTES = 100_000_000  # umT5's tokenizer.json has 17 million
+MAX_TOKENIZER_BYTES = 100_000_000  # umT5's tokenizer.json has 17 million
 # sentencepiece's kinds of pieces; GGUF uses the same numbers.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -35,7 +35,12 @@ _PADDING = re.compile(r"\[PAD\d+\]")
 
 def has_tokenizer(file: WeightsFile) -> bool:
     """Whether a text encoder's file contains its tokenizer."""
-    return EMBEDDED in file.tensors or GGUF_TOKENS in file.fields
+    return _embedded(file) is not None or GGUF_TOKENS in file.fields
+
+
+def _embedded(file: WeightsFile) -> str | None:
+    """ComfyUI's tensor of the tokenizer."""
+    return next((key for key in file.tensors if key.rpartition(".")[2] == EMBEDDED), None)
 
 
 def find_tokenizer(folder: Path) -> Path | None:
@@ -62,7 +67,7 @@ def read_tokenizer(path: str | Path) -> bytes:
             if format_of(head) not in (None, ShardedFile):
                 return _from_weights(open_weights(path))
             size = os.fstat(file.fileno()).st_size
-            if size > _MAX_BYTES:
+            if size > MAX_TOKENIZER_BYTES:
                 raise WeightsError(f"{path}: {size:,} bytes are no tokenizer; expected umT5's spiece.model")
             data = head + file.read()
     except OSError as error:
@@ -71,15 +76,15 @@ def read_tokenizer(path: str | Path) -> bytes:
 
 
 def _from_weights(file: WeightsFile) -> bytes:
-    if not has_tokenizer(file):
-        raise WeightsError(f"{file.path}: holds no tokenizer; give umT5's spiece.model with --tokenizer")
     if GGUF_TOKENS in file.fields:
         return _from_gguf(file)
-    info = file.tensors[EMBEDDED]
-    if info.dtype not in ("U8", "I8") or info.nbytes > _MAX_BYTES:
-        raise WeightsError(f"{file.path}: {EMBEDDED} is {info.dtype} {info.shape}, expected bytes in U8")
+    if (key := _embedded(file)) is None:
+        raise WeightsError(f"{file.path}: holds no tokenizer; give umT5's spiece.model with --tokenizer")
+    info = file.tensors[key]
+    if info.dtype not in ("U8", "I8") or info.nbytes > MAX_TOKENIZER_BYTES:
+        raise WeightsError(f"{file.path}: {key} is {info.dtype} {info.shape}, expected bytes in U8")
     with mx.stream(mx.cpu):
-        return np.array(file.read(EMBEDDED)).tobytes()
+        return np.array(file.read(key)).tobytes()
 
 
 def _from_gguf(file: WeightsFile) -> bytes:

@@ -11,16 +11,17 @@ import math
 import os
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import WeightsError, some
 from ..files.open import ShardedFile, format_of, open_weights
-from ..files.sentencepiece import find_tokenizer, has_tokenizer
+from ..files.sentencepiece import EMBEDDED, MAX_TOKENIZER_BYTES, find_tokenizer, has_tokenizer
 from ..presets import COMFYUI_PARTS, DIFFUSERS_FILES, MLX_FILES, NETWORKS, OFFICIAL_FILES, PARTS
 from ..storage import parse_json
-from .component import ComponentWeights, open_component
+from .component import ComponentWeights, kinds_in, open_component
 from .configs import network_config
 
 # Diffusers' and transformers' names for entries of config.json that shapes cannot show.
@@ -122,7 +123,7 @@ class Checkpoint:
             return part.config.get("image_dim") is not None
         if "model_type" in part.config:
             return part.config["model_type"] in ("i2v", "flf2v")
-        return "img_emb.proj.1.weight" in open_component(part.file).shapes
+        return "img_emb.proj.1.weight" in open_component(part.file, part.kind).shapes
 
 
 def open_checkpoint(path: str | Path, parts: Mapping[str, str | Path | None] | None = None) -> Checkpoint:
@@ -150,7 +151,7 @@ def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = No
     if path.is_dir():
         found = _look_at_folder(path, given)
     else:
-        found = Checkpoint(path, (_part(open_component(path).component, path),))
+        found = Checkpoint(path, tuple(_part(kind, path) for kind in kinds_in(path)))
     named = {part.name: part for part in found.parts}
     for kind, place in given.items():
         part = find_part(_existing(place, kind.replace("_", " ")), kind)
@@ -159,9 +160,18 @@ def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = No
     if "text_encoder" in named and "tokenizer" not in given and ("text_encoder" in given or "tokenizer" not in named):
         file = named["text_encoder"].file
         own = file if has_tokenizer(open_weights(file)) else None
-        if own := own or find_tokenizer(file.parent) or find_tokenizer(file.parent.parent):
+        if own := own or find_tokenizer(file.parent) or find_tokenizer(file.parent.parent) or _saved_tokenizer(file):
             named["tokenizer"] = _part("tokenizer", own)
     return replace(found, parts=tuple(named.values()))
+
+
+def _saved_tokenizer(encoder: Path) -> Path | None:
+    """The tokenizer's own weight file, which ComfyUI's node CLIPSave puts beside a text encoder."""
+    for file in filter(_begins_like_weights, sorted(encoder.parent.iterdir())):
+        with suppress(WeightsError):
+            if file.stat().st_size < MAX_TOKENIZER_BYTES and [*open_weights(file).tensors] == [EMBEDDED]:
+                return file
+    return None
 
 
 def find_part(place: Path, kind: str) -> Part:
@@ -232,8 +242,8 @@ def _search(known: Checkpoint, given: Collection[str]) -> Checkpoint:
         if file in known.files.values():
             continue
         try:
-            weights = open_component(file)
-            networks.setdefault(weights.component, []).append(weights)
+            for kind in kinds_in(file):
+                networks.setdefault(kind, []).append(open_component(file, kind))
         except WeightsError as error:
             refused.append(str(error))
     parts = {part.name: part for part in known.parts}

@@ -12,13 +12,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import WeightsError, some
-from ..files.base import AS_STORED, BLOCKS, ByteRange, WeightsFile
+from ..files.base import AS_STORED, BLOCKS, ByteRange, JoinedFile, WeightsFile
 from ..files.fp8 import FP8, fold
 from ..files.open import open_weights
 from ..models.configs import TransformerConfig
 from ..models.quantized_linear import Packing
 from .gguf_blocks import EXACT, NEARLY_EXACT, PACKINGS, repack
-from .layouts import canonical_keys, recognise
+from .layouts import canonical_keys, networks_in, recognise
 from .quantize import Quantization, quantizable
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in AS_STORED.items()}
@@ -75,8 +75,9 @@ class ComponentWeights:
             return self.packings[name].unpack(self.packed(name, fetch), mx.float32)
         parts = [(fetch or self.file.read)(source) for source in self.sources[name]]
         array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
-        if not self.channels_last and array.ndim >= 4:
-            array = mx.moveaxis(array.reshape(self._torch_shape(name)), 1, -1)
+        shape = self._torch_shape(name)
+        if not self.channels_last and len(shape) >= 4:
+            array = mx.moveaxis(array.reshape(shape), 1, -1)
         return array.reshape(self.shapes[name])
 
     def packed(self, name: str, fetch: Fetch | None = None) -> dict[str, mx.array]:
@@ -171,11 +172,13 @@ class ComponentWeights:
         shapes = [self.file.tensors[source].shape for source in self.sources[name]]
         shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
         if self.component == "transformer" and name.endswith("patch_embedding.weight"):
-            # stable-diffusion.cpp's GGUF has at most four axes, and merges the first two.
+            # GGUF has at most four axes: stable-diffusion.cpp merges the first two, others flatten more of them.
+            patch, count = TransformerConfig.patch_size, math.prod(shape)
             bias = self.sources.get(beside(name, "bias"))
             out = math.prod(self.file.tensors[bias[0]].shape) if bias else 0
-            if shape[1:] == TransformerConfig.patch_size and out and shape[0] % out == 0:
-                return (out, shape[0] // out, *shape[1:])
+            merged = shape[1:] == patch or (self.file.fields and len(shape) < 5)
+            if merged and out and count % (out * math.prod(patch)) == 0:
+                return (out, count // (out * math.prod(patch)), *patch)
         return shape
 
 
@@ -211,9 +214,27 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(array.shape) for name, array in dict(tree_flatten(module.parameters())).items()}
 
 
-def open_component(path: str | Path, component: str | None = None) -> ComponentWeights:
-    """Open a weight file; WeightsError if it is no network's, or another's than ``component``."""
-    weights = ComponentWeights(open_weights(path))
-    if component not in (None, weights.component):
+def open_component(path: str | Path, component: str) -> ComponentWeights:
+    """Open a network's weight file, or that network in a whole model's; WeightsError if it holds none such."""
+    file = open_weights(path)
+    networks = separate(file)
+    if networks and component not in networks:
+        raise WeightsError(f"{path}: holds {', '.join(networks)}, expected a {component}")
+    weights = ComponentWeights(networks.get(component, file))
+    if component != weights.component:
         raise WeightsError(f"{path}: holds a {weights.component}, expected a {component}")
     return weights
+
+
+def kinds_in(path: str | Path) -> list[str]:
+    """The networks that a weight file holds; WeightsError if none is known."""
+    file = open_weights(path)
+    return [*separate(file)] or [ComponentWeights(file).component]
+
+
+def separate(file: WeightsFile) -> dict[str, WeightsFile]:
+    """Each network in the file of a whole model, as a file of its own; empty for a file of a single network."""
+    found: dict[str, WeightsFile] = {}
+    for kind, keys in networks_in(file.tensors).items():
+        found[kind] = JoinedFile(file.path, dict.fromkeys(keys, file))
+    return found

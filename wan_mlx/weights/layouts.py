@@ -34,6 +34,19 @@ PLACEHOLDERS = {
 }
 STACKED = "qkv"  # values of ``part``: tensors that are one in the official layout, in this order along axis 0
 UNUSED = ""  # in place of an official name
+# A checkpoint of a whole model, as ComfyUI's nodes CheckpointSave and ImageOnlyCheckpointSave write it: network → the
+# beginning of its keys.
+IN_CHECKPOINT = {
+    "transformer": r"model\.diffusion_model\.",
+    "text_encoder": r"text_encoders\.",
+    "vae": r"vae\.",
+    "image_encoder": r"(?:vision_model|visual_projection)\.",
+}
+# An anchor → why files lack it, and what to do.
+WITHOUT = {
+    "patch_embedding.weight": ", as in a GGUF by ComfyUI-GGUF's convert.py on which its fix_5d_tensors.py was not run: "
+    "run that with the .safetensors which convert.py wrote beside it, or take a published GGUF",
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,11 @@ class Layout:
         match = re.match(self.prefix, key)
         return key[match.end() :] if match else key
 
+    def lacks(self, keys: Iterable[str]) -> list[str]:
+        """The anchors that are not among ``keys``."""
+        present = {self.strip(key) for key in keys}
+        return [anchor for anchor in self.anchors if anchor not in present]
+
     def rename(self, key: str, keys: Collection[str]) -> tuple[str, tuple[str, ...]] | None:
         """The canonical name of ``key``, or `UNUSED`, and the keys of that tensor; None if it is in no table."""
         if self.copies.get(key) in keys:
@@ -90,11 +108,31 @@ def pattern(template: str) -> re.Pattern[str]:
 def recognise(keys: Iterable[str]) -> Layout:
     """Recognise network and layout from the keys alone; WeightsError if none fits."""
     keys = list(keys)
-    for layout in LAYOUTS:
-        if {layout.strip(key) for key in keys}.issuperset(layout.anchors):
-            return layout
+    lacking = ((layout, layout.lacks(keys)) for layout in LAYOUTS)
+    nearest, lost = min(lacking, key=lambda found: len(found[1]) / len(found[0].anchors))
+    if not lost:
+        return nearest
     known = ", ".join(str(layout) for layout in LAYOUTS)
-    raise WeightsError(f"{len(keys)} keys of no known network: {some(keys)}; expected one of: {known}")
+    why = f"expected one of: {known}"
+    if len(lost) < len(nearest.anchors):
+        why = f"nearest is {nearest}, but {some(lost)} is missing{WITHOUT.get(lost[0], '')}"
+    raise WeightsError(f"{len(keys)} keys of no known network: {some(keys)}; {why}")
+
+
+def networks_in(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Each network in a checkpoint of a whole model → its keys; empty for a file of a single network.
+
+    What belongs to no network is left to the first, which has no such tensor.
+    """
+    found: dict[str, list[str]] = {kind: [] for kind in (*IN_CHECKPOINT, "")}
+    for key in keys:
+        found[next((kind for kind, begin in IN_CHECKPOINT.items() if re.match(begin, key)), "")].append(key)
+    others = found.pop("")
+    networks = {kind: its_keys for kind, its_keys in found.items() if its_keys}
+    if len(networks) < 2:
+        return {}
+    next(iter(networks.values())).extend(others)
+    return networks
 
 
 def canonical_keys(layout: Layout, keys: Iterable[str]) -> dict[str, str | tuple[str, ...]]:
@@ -212,8 +250,10 @@ LAYOUTS = (
             "encoder.block.0.layer.0.SelfAttention.q.weight",
             "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
         ),
+        prefix=r"(?:text_encoders\.)?(?:umt5xxl\.)?(?:transformer\.)?",
         names={
             **_TOKENIZER,
+            "logit_scale": UNUSED,  # CLIP's, which ComfyUI saves with every text encoder
             "shared.weight": "token_embedding.weight",
             "encoder.embed_tokens.weight": "token_embedding.weight",
             "encoder.final_layer_norm.weight": "norm.weight",
