@@ -4,7 +4,8 @@
 
 The transformer has random weights: matrices N(0, 1/inputs), 6 layers of 256 channels, so that GGUF's rows of 256 fit.
 In each form the same matrices (those of the blocks) are stored so, everything else stays float32, and the computation
-is float32: what differs is the form alone. Trained weights have outliers and fare worse in the coarse forms; for what
+is float32: what differs is the form alone. ComfyUI's forms and quanto's are written by their own code (comfy-kitchen,
+optimum-quanto, which need PyTorch). Trained weights have outliers and fare worse in the coarse forms; for what
 that does to pictures see ``quantised_nano.py``. GGUF's K types are rounded plainly here (``gguf_quantisers.py``).
 """
 
@@ -38,6 +39,14 @@ MLX_MODES = (
     *(f"q{bits}-g{group}" for bits in (8, 6, 5, 4, 3) for group in (32, 64, 128)), "mxfp8", "nvfp4", "mxfp4",
 )  # fmt: skip
 FP8 = ("e4m3", "e5m2", "e4m3 scaled", "e4m3 scaled by row")
+# By comfy-kitchen: its layout and settings; and by optimum-quanto.
+KITCHEN: dict[str, tuple[str, dict]] = {
+    "int8": ("TensorWiseINT8Layout", {}),
+    "int8 by row": ("TensorWiseINT8Layout", {"per_channel": True}),
+    "mxfp8": ("TensorCoreMXFP8Layout", {}),
+    "nvfp4": ("TensorCoreNVFP4Layout", {}),
+}
+TOOLS = (*KITCHEN, "quanto int8")
 E4M3_MAX, E5M2_MAX = 448.0, 57344.0
 
 State = dict[str, np.ndarray]
@@ -104,6 +113,28 @@ def write_fp8(path: Path, state: State, form: str) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(pieces))
 
 
+def write_by_tool(path: Path, state: State, form: str) -> None:
+    import comfy_kitchen.tensor
+    import torch
+    from optimum import quanto
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, values in state.items():
+        tensor = torch.from_numpy(values)
+        if not is_matrix(name):
+            tensors[name] = tensor
+        elif form in KITCHEN:
+            layout = getattr(comfy_kitchen.tensor, KITCHEN[form][0])
+            parts = layout.state_dict_tensors(*layout.quantize(tensor, **KITCHEN[form][1]))
+            tensors |= {name + end: part.contiguous() for end, part in parts.items()}
+        else:
+            scale = quanto.AbsmaxOptimizer()(tensor, quanto.qint8, axis=0)
+            packed = quanto.quantize_weight(tensor, quanto.qint8, axis=0, scale=scale)
+            tensors |= {f"{name}._data": packed._data, f"{name}._scale": packed._scale}
+    save_file(tensors, path)
+
+
 def to_e5m2(values: np.ndarray) -> np.ndarray:
     """Rounded to the nearest, ties to even, by way of float16, whose first byte it is."""
     bits = np.clip(values, -E5M2_MAX, E5M2_MAX).astype(np.float16).view(np.uint16).astype(np.uint32)
@@ -150,13 +181,16 @@ def measure(seed: int) -> list[dict]:
         plain = Path(folder) / "float32.safetensors"
         write_float32(plain, state)
         want = forward(plain, None)
-        for family, forms in (("GGUF", GGUF_TYPES), ("fp8", FP8), ("MLX", MLX_MODES)):
+        families = {"GGUF": (GGUF_TYPES, write_gguf), "fp8": (FP8, write_fp8), "tools": (TOOLS, write_by_tool)}
+        for family, (forms, write) in {**families, "MLX": (MLX_MODES, None)}.items():
             for form in forms:
                 path, mode = plain, form
-                if family != "MLX":
+                if write is None:
+                    bits, read = packed_matrices(form, state)
+                else:
                     path, mode = Path(folder) / "stored", "none"
-                    (write_gguf if family == "GGUF" else write_fp8)(path, state, form)
-                bits, read = packed_matrices(form, state) if family == "MLX" else stored_matrices(path)
+                    write(path, state, form)
+                    bits, read = stored_matrices(path)
                 of_weights = np.mean([errors(read(name), state[name])[1] for name in matrices])
                 largest, rms = errors(forward(path, mode), want)
                 rows.append(

@@ -9,9 +9,9 @@ import pytest
 from crafted import bytes_of, entry, mapping, refusal, storage, tensor, values, write_pth, write_safetensors
 
 from wan_mlx.files import parallel_read as direct
-from wan_mlx.files.fp8 import fold
 from wan_mlx.files.open import open_weights
 from wan_mlx.files.parallel_read import read_tensor
+from wan_mlx.files.scaled import fold
 
 COUNT = 3000
 

@@ -12,7 +12,7 @@ from oracles import diffusers_transformer, official, randomize, relative_error
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from wan_mlx.errors import WeightsError
-from wan_mlx.files.fp8 import without_scales
+from wan_mlx.files.scaled_names import without_scales
 from wan_mlx.models.configs import TextEncoderConfig, TransformerConfig
 from wan_mlx.presets import PRESETS
 from wan_mlx.weights.component import check_keys

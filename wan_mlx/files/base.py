@@ -28,9 +28,10 @@ _NUMPY = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16},
     **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8},
     **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
-    **{"BOOL": np.uint8, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8},
+    **{"BOOL": np.uint8, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8, "F8_E8M0": np.uint8},
 }
 ITEMSIZE = {name: np.dtype(dtype).itemsize for name, dtype in _NUMPY.items()}
+FP8 = ("F8_E4M3", "F8_E5M2")
 # Dtypes that `_to_mlx` converts, so they cannot be read into MLX's memory directly.
 _CHANGED = {"F64", "BOOL"}
 # Dtypes whose bytes `WeightsFile.read` returns unchanged, and MLX's names of them.
@@ -41,18 +42,20 @@ BLOCKS = {
     **{"Q6_K": (256, 210), "Q5_K": (256, 176), "Q4_K": (256, 144), "IQ4_XS": (256, 136), "Q3_K": (256, 110)},
     **{"Q2_K": (256, 84)},
 }
+# Formats whose numbers are one tensor and the scales of their groups another (`scaled`): values and bytes of a group.
+MICROSCALED = {"mxfp8": (32, 33), "nvfp4": (16, 9)}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor in a header; ``dtype`` is safetensors' name for it (F32, F8_E4M3 …) or ggml's (Q4_K …)."""
+    """A tensor in a header; ``dtype`` is safetensors' name for it (F32, F8_E4M3 …), ggml's (Q4_K …), mxfp8 or nvfp4."""
 
     shape: tuple[int, ...]
     dtype: str
 
     @property
     def nbytes(self) -> int:
-        values, size = BLOCKS.get(self.dtype) or (1, ITEMSIZE[self.dtype])
+        values, size = BLOCKS.get(self.dtype) or MICROSCALED.get(self.dtype) or (1, ITEMSIZE[self.dtype])
         return math.prod(self.shape) // values * size
 
 
@@ -78,7 +81,7 @@ class WeightsFile:
         metadata: safetensors' ``__metadata__``, else empty; of shards, the entries on which all agree.
         tensors: name → shape and dtype of every tensor, from headers only.
         fields: a GGUF's metadata, else empty: numbers and text as they are, lists as arguments of `values`.
-        scales: for scaled fp8, key → the scale that `read` multiplies by; else empty.
+        scales: of fp8, int8 and nvfp4 with scales, key → the scale, for all or each row, that `read` multiplies by.
         is_lazy: whether arrays from `read` are read when they are evaluated.
     """
 
@@ -96,8 +99,8 @@ class WeightsFile:
     def read(self, key: str) -> mx.array:
         """The tensor in torch's shape and its own dtype: lazy from safetensors, read immediately from a .pth.
 
-        F64 is returned as float32 (Metal has no float64), F8_E4M3 and F8_E5M2 as raw uint8. A safetensors file with an
-        F64 or F8_E5M2 tensor is read immediately too, since MLX refuses it.
+        F64 is returned as float32 (Metal has no float64), the F8 dtypes as raw uint8. A safetensors file with an F64 or
+        F8_E5M2 tensor is read immediately too, since MLX refuses it.
 
         Raises:
             WeightsError: no such tensor, or the file is damaged or has changed since it was opened.
@@ -128,7 +131,7 @@ class WeightsFile:
         return _to_mlx(values.view(_NUMPY[info.dtype])[inverse], info.dtype)
 
     def has_rows_of_blocks(self, key: str) -> bool:
-        """Whether `raw` can return the tensor: 2-D, in GGUF's blocks, and each row made of whole blocks."""
+        """Whether `raw` or `packed` can return the tensor: 2-D, in blocks, and each row made of whole blocks."""
         return False
 
     def raw(self, key: str) -> np.ndarray:
@@ -138,6 +141,14 @@ class WeightsFile:
             WeightsError: no such tensor, or its rows are not whole blocks.
         """
         raise WeightsError(f"{self.path}: {key} ({self._info(key).dtype}) is not made of rows of blocks")
+
+    def packed(self, key: str, now: bool = False) -> dict[str, mx.array]:
+        """MLX's arrays of a tensor stored in MLX's form, read as by `read`, or, with ``now``, by `read_now`.
+
+        Raises:
+            WeightsError: no such tensor, or of another form.
+        """
+        raise WeightsError(f"{self.path}: {key} ({self._info(key).dtype}) is not stored in MLX's form")
 
     def values(self, name: str) -> list[Any]:
         """A list from `fields`.
@@ -202,7 +213,7 @@ class WeightsFile:
     def _read_direct(self, key: str, info: TensorInfo) -> mx.array:
         """A whole contiguous, plain tensor."""
         self.check_unchanged()
-        dtype = "U8" if info.dtype in ("F8_E4M3", "F8_E5M2") else info.dtype
+        dtype = "U8" if info.dtype.startswith("F8") else info.dtype
         try:
             array = read_tensor(
                 lambda: open(self.path, "rb", buffering=0), self._start(key), dtype, info.shape, info.nbytes

@@ -43,6 +43,7 @@ _DTYPES = {
     **{"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"},
     **{f"torch.{sign}int{bits}": f"{sign.upper() or 'I'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
     **{"torch.bool": "BOOL", "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2"},
+    "torch.float8_e8m0fnu": "F8_E8M0",
 }
 # An untyped storage's tensors have dtypes of their own.
 _STORAGES: dict[str, str | None] = {
@@ -208,6 +209,9 @@ class _Index(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> _Global:
         found = _Global(f"{module}.{name}")
+        if found == "torch._tensor._rebuild_from_type_v2":
+            raise WeightsError("refused: it holds tensors of classes of their own, such as torchao's, whose reading is "
+                               "a program; save it as safetensors (safe_serialization=True)")  # fmt: skip
         if not (found in _CALLS or found in _STORAGES or found in _DTYPES):
             raise WeightsError(f"refused: its pickle asks for {str(found)[:200]!r}, which a state dict does not need")
         return found

@@ -188,6 +188,8 @@ def find_part(place: Path, kind: str) -> Part:
         return _part(kind, open_component(place, kind).path)
     found = _look_at_folder(place, [other for other in NETWORKS if other != kind])
     if not found.of_kind(kind):
+        for file in _weight_files(place):
+            kinds_in(file)  # says why, if it is refused
         raise WeightsError(f"{place} holds no {kind}, only {', '.join(found.files) or _listing(place)}")
     return found.part(kind)
 
@@ -358,7 +360,19 @@ def read_config(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path} holds a {type(config).__name__}, expected a JSON object")
     if config.get("format") == MLX_FORMAT:
         _check_mlx(path, config)
+    _check_quantization(path, config.get("quantization_config"))
     return config
+
+
+def _check_quantization(path: Path, entry: Any) -> None:
+    """Diffusers' and transformers' entry must name a method whose files can be read; `files.scaled` reads them."""
+    method, dtype = (entry.get(key) for key in ("quant_method", "weights_dtype")) if isinstance(entry, dict) else (0, 0)
+    if method not in (0, "quanto", "torchao", "gguf") or (method == "quanto" and dtype not in ("int8", "float8")):
+        what = str(method) if method != "quanto" else f"quanto {dtype}"
+        raise WeightsError(
+            f"{path} says that its weights are quantised by {what[:80]!r}, which is not supported; expected quanto or "
+            "torchao, int8 or float8 (or give the bf16, fp16 or GGUF weights)"
+        )
 
 
 def _check_mlx(path: Path, config: dict[str, Any]) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import WeightsError, some
-from ..files.base import AS_STORED, BLOCKS, ByteRange, JoinedFile, WeightsFile
-from ..files.fp8 import FP8, fold
+from ..files.base import AS_STORED, BLOCKS, FP8, MICROSCALED, ByteRange, JoinedFile, WeightsFile
 from ..files.open import open_weights
+from ..files.scaled import fold
 from ..models.configs import TransformerConfig
 from ..models.quantized_linear import Packing
 from .gguf_blocks import EXACT, NEARLY_EXACT, PACKINGS, repack
@@ -23,6 +23,7 @@ from .quantize import Quantization, quantizable
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in AS_STORED.items()}
 FLOATS = ("F64", "F32", "F16", "BF16", *FP8)
+MXFP8 = "mxfp8"  # stored as MLX has it
 MLX_LAYOUT = "mlx"
 # Key in a file → its tensor.
 Fetch = Callable[[str], mx.array]
@@ -54,12 +55,14 @@ class ComponentWeights:
         }
         self.shapes = {name: self._shape(name) for name in self.sources}
         self._check_packed()
+        packing_of = {**PACKINGS, MXFP8: MXFP8}
         in_blocks = [name for name in quantizable(self.component, self.sources) if self._has_blocks(name)]
-        self.nearest = self.packings or {name: Packing.parse(PACKINGS[self.stored_dtype(name)]) for name in in_blocks}
-        odd = [name for name in self.sources if self.stored_dtype(name) not in (*FLOATS, *BLOCKS)]
+        self.nearest = self.packings or {name: Packing.parse(packing_of[self.stored_dtype(name)]) for name in in_blocks}
+        odd = [name for name in self.sources if not self._is_number(name)]
         if odd and not self.channels_last:
             raise WeightsError(
-                f"{self.path}: {some(odd)} of dtype {self.stored_dtype(odd[0])}; expected floats, fp8 or GGUF blocks"
+                f"{self.path}: {some(odd)} of dtype {self.stored_dtype(odd[0])}, without scales; expected floats, fp8, "
+                "GGUF blocks, or int8, mxfp8 or nvfp4 with scales"
             )
 
     @property
@@ -85,6 +88,8 @@ class ComponentWeights:
         if name in self.packings:
             keys = self.packings[name].shapes(self.shapes[name])
             return {key: (fetch or self.file.read)(beside(name, key)) for key in keys}
+        if self.stored_dtype(name) == MXFP8:
+            return self.file.packed(self.sources[name][0], now=fetch is not None)
         try:
             return repack(self.file.raw(self.sources[name][0]), self.stored_dtype(name))
         except WeightsError as error:
@@ -92,13 +97,13 @@ class ComponentWeights:
 
     def stores(self, name: str, packing: Packing) -> bool:
         """Whether `packed` returns a matrix in this packing, with its integers as stored, even if not its scales."""
-        as_stored = name in self.packings or self.stored_dtype(name) in (*EXACT, *NEARLY_EXACT)
+        as_stored = name in self.packings or self.stored_dtype(name) in (*EXACT, *NEARLY_EXACT, MXFP8)
         return as_stored and self.nearest.get(name) == packing
 
     @property
     def packable(self) -> dict[str, Packing]:
         """The packing of each matrix that `packed` returns unchanged."""
-        exact = self.packings or [name for name in self.nearest if self.stored_dtype(name) in EXACT]
+        exact = self.packings or [name for name in self.nearest if self.stored_dtype(name) in (*EXACT, MXFP8)]
         return {name: self.nearest[name] for name in exact}
 
     def byte_ranges(self, names: Iterable[str]) -> dict[str, ByteRange] | None:
@@ -123,6 +128,11 @@ class ComponentWeights:
     def stored_bytes(self, name: str) -> int:
         """Bytes of the tensor in the file; for a quantised one, without scales."""
         return sum(self.file.nbytes(source) for source in self.sources[name])
+
+    def _is_number(self, name: str) -> bool:
+        """Whether each of a tensor's parts reads as floats."""
+        known = (*FLOATS, *BLOCKS, *MICROSCALED)
+        return all(self.file.tensors[key].dtype in known or key in self.file.scales for key in self.sources[name])
 
     def _has_blocks(self, name: str) -> bool:
         sources = self.sources[name]

@@ -12,8 +12,7 @@ from sentencepiece import SentencePieceProcessor
 
 from ..errors import WeightsError
 from ..events import Listener, unheard
-from ..files.base import BLOCKS
-from ..files.fp8 import FP8
+from ..files.base import BLOCKS, FP8, MICROSCALED
 from ..files.sentencepiece import read_tokenizer
 from ..models.configs import TransformerConfig
 from ..presets import NETWORKS, PRESETS, TASK_NAMES
@@ -106,10 +105,11 @@ def _quantization_of(weights: ComponentWeights) -> str:
     if weights.quantization is not None:
         return f"{weights.quantization.mode}, {len(weights.quantization.packings)} matrices"
     dtypes = Counter(weights.stored_dtype(name) for name in weights.shapes)
-    kinds = [f"{kind} {count}" for kind, count in dtypes.most_common() if kind in BLOCKS or kind in FP8]
+    few_bits = (*FP8, "I8", *MICROSCALED, *BLOCKS)
+    kinds = [f"{kind} {count}" for kind, count in dtypes.most_common() if kind in few_bits]
     if not kinds:
         return ""
-    if set(FP8).isdisjoint(dtypes):
+    if dtypes.keys().isdisjoint((*FP8, "I8")):
         return f"{', '.join(kinds)} tensors"
     scales = weights.file.scales.values()
     rows = "one scale per row" if any(scale.size > 1 for scale in scales) else "one scale per tensor"

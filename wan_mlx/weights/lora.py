@@ -20,8 +20,8 @@ import mlx.core as mx
 
 from ..errors import WeightsError, some
 from ..files.base import WeightsFile
-from ..files.fp8 import fold
 from ..files.open import open_weights
+from ..files.scaled import fold
 from ..models.configs import TransformerConfig
 from ..storage import parse_json, sha256
 from ..types import LoraChoice
