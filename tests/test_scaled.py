@@ -31,6 +31,8 @@ def opened(path):
 W = ("F8_E4M3", CODES)
 SCALAR = ("F32", np.float32(0.25))
 FORMAT, E5M2, INT8 = (json_tensor({"format": name}) for name in ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise"))
+INT8_WEIGHT = {"a.weight": ("I8", CODES), "a.weight_scale": SCALAR}
+ROTATED = {"format": "int8_tensorwise", "convrot": True}
 METADATA = {
     "_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {"a": {"format": "float8_e4m3fn"}}})
 }
@@ -125,6 +127,8 @@ def bad(**tensors):
             None,
             "with 'convrot'",
         ),
+        (INT8_WEIGHT | bad(a__comfy_quant=json_tensor(ROTATED | {"convrot_groupsize": 8})), None, "with 'convrot'"),
+        (INT8_WEIGHT | bad(a__comfy_quant=json_tensor(ROTATED)), None, "cannot be rotated in groups of 256"),
         (bad(a__weight=W), {"_quantization_metadata": "{"}, "not a JSON object"),
         (bad(a__weight=W), {"_quantization_metadata": '{"layers": 3}'}, "dict of layers"),
         (bad(a__weight=W), {"_quantization_metadata": '{"layers": {"a": {"format": "mxfp8"}}}'}, "no scale: a.weight"),
@@ -155,6 +159,22 @@ def test_block_scales_as_old_files_store_them(tmp_path):
         tensors["a.comfy_quant"] = json_tensor({"format": form, "group_size": {"mxfp8": 32, "nvfp4": 16}[form]})
         file = opened(write(tmp_path / "x.safetensors", tensors))
         assert np.array_equal(np.array(file.read("a.weight").astype(mx.float32)), want)
+
+
+@pytest.mark.parametrize("settings", [{"convrot": True, "convrot_groupsize": 16}, {"params": {"convrot": True}}])
+def test_rotated_int8_is_rotated_back(tmp_path, settings):
+    group, four = settings.get("convrot_groupsize", 256), (np.ones((4, 4)) - 2 * np.eye(4)[::-1]) / 2
+    matrix = four
+    while len(matrix) < group:
+        matrix = np.kron(matrix, four)
+    values = np.random.default_rng(2).standard_normal((6, 512)).astype(np.float32)
+    tensors, rounded = stored("a", (values.reshape(6, -1, group) @ matrix.T).reshape(6, 512), "int8 rows")
+    tensors["a.comfy_quant"] = json_tensor({"format": "int8_tensorwise", **settings})
+    file = opened(write(tmp_path / "x.safetensors", tensors))
+    got = np.array(file.read("a.weight"))
+    assert np.abs(got - (rounded.reshape(6, -1, group) @ matrix).reshape(6, 512)).max() < 2e-6
+    assert 0 < np.abs(got - values).max() < 0.1
+    assert np.array_equal(np.array(file.rows("a.weight", np.array([5, 2]))), got[[5, 2]])
 
 
 def test_biases_and_norms_of_a_scaled_file_are_plain(tmp_path):

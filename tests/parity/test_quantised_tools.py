@@ -59,17 +59,21 @@ def assert_reads_as(path, true) -> ComponentWeights:
         ("nvfp4", "TensorCoreNVFP4Layout", {}),
         ("int8_tensorwise", "TensorWiseINT8Layout", {}),
         ("int8_tensorwise", "TensorWiseINT8Layout", {"per_channel": True}),
+        ("int8_tensorwise", "TensorWiseINT8Layout", {"per_channel": True, "convrot": True, "convrot_groupsize": 16}),
     ],
-    ids=["e4m3", "e5m2", "mxfp8", "nvfp4", "int8", "int8 rows"],
+    ids=["e4m3", "e5m2", "mxfp8", "nvfp4", "int8", "int8 rows", "int8 rotated"],
 )
 def test_comfy_kitchen(state, tmp_path, form, layout, settings, declared):
     layout = getattr(pytest.importorskip("comfy_kitchen.tensor"), layout)
+    if "convrot" in settings and declared == "nowhere":
+        pytest.skip("a rotation is only known if it is declared")
     stored, true, layers = dict(state), dict(state), {}
     for name in quantizable("transformer", state):
         numbers, parameters = layout.quantize(state[name], **settings)
         true[name] = layout.dequantize(numbers, parameters)
         stored |= {name + end: t for end, t in layout.state_dict_tensors(numbers, parameters).items()}
-        layers[name.removesuffix(".weight")] = {"format": form}
+        rotation = {key: value for key, value in settings.items() if "convrot" in key}
+        layers[name.removesuffix(".weight")] = {"format": form, **rotation}
     if declared == "tensor":
         for layer, entry in layers.items():
             stored[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)

@@ -2,8 +2,9 @@
 
 Plain fp8 is only fp8. fp8 and int8 with scales are ``weight = scale × (number - zero point)``, with one scale for all
 or one for each row. In mxfp8 and nvfp4, as comfy-kitchen writes them, 32 or 16 numbers of a row share a scale; the
-scales are stored in the order of NVIDIA's tensor cores (cuBLAS, "1D Block Scaling Factors Layout"). `scaled_names` says
-which tensors belong together.
+scales are stored in the order of NVIDIA's tensor cores (cuBLAS, "1D Block Scaling Factors Layout"). Some int8 weights
+were rotated before they were rounded ("convrot"), and are rotated back. `scaled_names` says which tensors belong
+together.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ class ScaledFile(WeightsFile):
             scale, zero = (array[rows] if array is not None and len(array) > 1 else array for array in (scale, zero))
         if zero is not None:
             values = values.astype(mx.float32) - mx.array(zero)
-        return values if scale is None else values.astype(mx.float32) * mx.array(scale)
+        if scale is not None:
+            values = values.astype(mx.float32) * mx.array(scale)
+        return _rotated_back(values, part.rotated) if part is not None and part.rotated else values
 
 
 def fold(file: WeightsFile) -> WeightsFile:
@@ -111,6 +114,18 @@ def _decoded(values: mx.array, dtype: str) -> mx.array:
     if dtype == "F8_E5M2":  # float16 without its last byte
         return (values.astype(mx.uint16) << 8).view(mx.float16)
     return values
+
+
+def _rotated_back(values: mx.array, group: int) -> mx.array:
+    """Undo the rotation of each ``group`` inputs, by a regular Hadamard matrix (comfy-kitchen's "convrot").
+
+    The matrix is the Kronecker product of matrices of 4, each its own inverse: half of (all ones - 2 × the exchange).
+    """
+    power = (group.bit_length() - 1) // 2
+    turned = values.reshape(len(values), -1, *[4] * power)
+    for axis in range(2, 2 + power):
+        turned = turned.sum(axis, keepdims=True) / 2 - mx.take(turned, mx.array([3, 2, 1, 0]), axis)
+    return turned.reshape(values.shape)
 
 
 def _scale(file: WeightsFile, part: Scaled) -> np.ndarray:

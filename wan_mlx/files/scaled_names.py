@@ -17,7 +17,7 @@ and a format of another kind are errors, so that they cannot cause a wrong pictu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,7 @@ _REFUSED = {
     **{".weight._shift": "optimum-quanto's int4 or int2", ".weight_global_scale": "lightx2v's nvfp4"},
     **dict.fromkeys((".qweight", ".wscales"), "GPTQ's, AWQ's or Nunchaku's 4 bits"),
 }
+ROTATIONS = [4**power for power in range(1, 7)]  # numbers of inputs that are rotated together
 _HARMLESS = {"format", "full_precision_matrix_mult", "orig_dtype", "orig_shape"}  # do not change the weight's value
 _MAX_FORMAT_BYTES = 4096
 
@@ -66,6 +67,7 @@ class Scaled:
         scale: key of their scales.
         second: key of nvfp4's scale for all.
         zero: key of what is subtracted from integers.
+        rotated: how many inputs were rotated together before rounding (ComfyUI's "convrot"); 0: none.
     """
 
     form: str
@@ -73,6 +75,7 @@ class Scaled:
     scale: str
     second: str | None = None
     zero: str | None = None
+    rotated: int = 0
 
 
 def without_scales(keys: Iterable[str]) -> list[str]:
@@ -94,7 +97,8 @@ def find_scaled(file: WeightsFile) -> dict[str, Scaled]:
             other = found.setdefault(weight, {}).setdefault(role, key)
             if other != key:
                 raise WeightsError(f"{file.path}: {weight} has two tensors for its {role}, {other} and {key}")
-    declared = {weight: form for weight, form in _formats(file) if weight in keys}  # a file may be part of another
+    # Those in this file, which may be a part of another.
+    declared = {weight: (form, rotated) for weight, form, rotated in _formats(file) if weight in keys}
     scaled = {}
     for weight, parts in found.items():
         if "data" in parts and weight in keys:
@@ -104,8 +108,8 @@ def find_scaled(file: WeightsFile) -> dict[str, Scaled]:
             raise WeightsError(f"{file.path}: {first} is the scale of {weight}, which the file lacks")
         parts.setdefault("data", weight)
         if "scale" in parts:
-            form = _form(file, weight, parts, declared.get(weight))
-            scaled[weight] = Scaled(form, **parts)
+            declared_form, rotated = declared.get(weight, (None, 0))
+            scaled[weight] = Scaled(_form(file, weight, parts, declared_form), **parts, rotated=rotated)
             _check_shapes(file, weight, scaled[weight])
     _check_none_lost(file, scaled, declared, [parts["data"] for parts in found.values()])
     return scaled
@@ -137,24 +141,26 @@ def _refuse_others(file: WeightsFile) -> None:
                 )
 
 
-def _formats(file: WeightsFile) -> Iterator[tuple[str, str]]:
-    """Each weight whose format ComfyUI's metadata declare, and our name of the format."""
+def _formats(file: WeightsFile) -> Iterator[tuple[str, str, int]]:
+    """Each weight whose format ComfyUI's metadata declare, our name of it, and how many inputs are rotated together."""
     for layer, declared in _declarations(file):
-        name = declared.get("format") if isinstance(declared, dict) else None
+        entry = declared if isinstance(declared, dict) else {}
+        inner = entry.get("params")  # some writers put the settings there
+        entry = (inner if isinstance(inner, dict) else {}) | {k: v for k, v in entry.items() if k != "params"}
+        name = entry.get("format")
         if name not in FORMATS:
             raise WeightsError(
                 f"{file.path}: {layer} is stored as {str(name)[:40]!r}, which is not supported; "
                 f"expected {' or '.join(FORMATS)} (or give the bf16, fp16 or GGUF file)"
             )
-        group = MICROSCALED.get(FORMATS[name], (None,))[0]
-        extra = sorted(
-            key
-            for key, value in declared.items()
-            if key not in _HARMLESS and value and not (key == "group_size" and value == group)
-        )
+        form, rotated = FORMATS[name], entry.get("convrot_groupsize", 256) if entry.get("convrot") else 0
+        known = {"group_size": MICROSCALED[form][0]} if form in MICROSCALED else {}
+        if form == "I8" and rotated in ROTATIONS:
+            known = {"convrot": True, "convrot_groupsize": rotated}
+        extra = sorted(k for k, value in entry.items() if k not in _HARMLESS and value and value != known.get(k))
         if extra:
             raise WeightsError(f"{file.path}: {layer} is {name} with {extra[0][:40]!r}, which is not supported")
-        yield f"{layer}.weight", FORMATS[name]
+        yield f"{layer}.weight", form, rotated
 
 
 def _declarations(file: WeightsFile) -> Iterator[tuple[str, Any]]:
@@ -224,6 +230,8 @@ def _check_shapes(file: WeightsFile, weight: str, part: Scaled) -> None:
         raise WeightsError(
             f"{file.path}: {part.scale} has shape {scale.shape}; expected 1 value, or 1 for each row of {data.shape}"
         )
+    if part.rotated and (len(data.shape) != 2 or data.shape[1] % part.rotated):
+        raise WeightsError(f"{file.path}: {weight} of shape {data.shape} cannot be rotated in groups of {part.rotated}")
     for key, count, dtypes in ((part.second, 1, FLOATS), (part.zero, values, ("I8", "I32", *FLOATS))):
         info = file.tensors[key] if key else None
         if info is not None and (math.prod(info.shape) != count or info.dtype not in dtypes):
@@ -243,7 +251,7 @@ def blocked_shape(rows: int, groups: int) -> tuple[int, int]:
 
 
 def _check_none_lost(
-    file: WeightsFile, scaled: dict[str, Scaled], declared: dict[str, str], numbers: list[str]
+    file: WeightsFile, scaled: dict[str, Scaled], declared: Collection[str], numbers: list[str]
 ) -> None:
     """In a file with scales every fp8 matrix has one; ComfyUI's ModelSave stores biases and norms as plain fp8."""
     keys = file.tensors
