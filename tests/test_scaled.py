@@ -11,11 +11,13 @@ from scaled_files import FORMS, e4m3, e5m2, json_tensor, stored, write
 
 from wan_mlx.files.open import open_weights
 from wan_mlx.files.scaled import fold
+from wan_mlx.hub.resolve import resolve
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.quantized_linear import QuantizedLinear
 from wan_mlx.models.transformer import Transformer
-from wan_mlx.weights.checkpoint import find_part
+from wan_mlx.weights.checkpoint import find_part, open_checkpoint
 from wan_mlx.weights.component import ComponentWeights, parameter_shapes
+from wan_mlx.weights.convert import convert
 from wan_mlx.weights.inspect import inspect_source
 from wan_mlx.weights.load import load_transformer
 from wan_mlx.weights.quantize import quantizable
@@ -227,6 +229,24 @@ def test_a_transformer_of_every_form(tmp_path, form):
              "mxfp8": "mxfp8 20 tensors", "nvfp4": "nvfp4 20 tensors"}  # fmt: skip
     rows = f"{'I8' if 'int8' in form else 'F8_E4M3'} 20 tensors, one scale per row"
     assert ("", f"quantised: {kinds.get(form, rows)}") in inspect_source(path).rows
+
+
+@pytest.mark.parametrize("form", ["mxfp8", "nvfp4", "int8 rows", "torchao int8"])
+def test_converted_with_a_lora_and_packed_anew(tmp_path, form):
+    path, _ = transformer(tmp_path, form)
+    folder = convert(open_checkpoint(resolve("nano"), {"transformer": path}), tmp_path / "mlx", dtype="float32")
+    packed = json.loads((folder / "config.json").read_text()).get("quantization", {})
+    assert packed.get("transformer") == ("mxfp8" if form == "mxfp8" else None)
+    want = velocity(load_transformer(path, "float32"))
+    assert mx.array_equal(velocity(load_transformer(folder, "float32")), want)
+    rng = np.random.default_rng(1)
+    pair = {"A": rng.standard_normal((2, 128)), "B": rng.standard_normal((96, 2)) * 0.1}
+    lora = {f"blocks.1.ffn.0.lora_{end}.weight": mx.array(array.astype(np.float32)) for end, array in pair.items()}
+    mx.save_safetensors(str(tmp_path / "l.safetensors"), lora)
+    loras = tmp_path / "l.safetensors"
+    with_lora = [velocity(load_transformer(place, "float32", loras=loras)) for place in (path, folder)]
+    assert relative_distance(*with_lora) < 2e-6 < 1e-3 < relative_distance(with_lora[0], want)
+    assert 1e-4 < relative_distance(velocity(load_transformer(path, "float32", quantize="q8-g32")), want) < 0.05
 
 
 MX, NV = (stored("a", np.ones((32, 64), np.float32), form)[0] for form in ("mxfp8", "nvfp4"))
