@@ -97,8 +97,7 @@ def find_scaled(file: WeightsFile) -> dict[str, Scaled]:
             other = found.setdefault(weight, {}).setdefault(role, key)
             if other != key:
                 raise WeightsError(f"{file.path}: {weight} has two tensors for its {role}, {other} and {key}")
-    # Those in this file, which may be a part of another.
-    declared = {weight: (form, rotated) for weight, form, rotated in _formats(file) if weight in keys}
+    declared = {weight: (form, rotated) for weight, form, rotated in _formats(file)}
     scaled = {}
     for weight, parts in found.items():
         if "data" in parts and weight in keys:
