@@ -168,9 +168,10 @@ def _declarations(file: WeightsFile) -> Iterator[tuple[str, Any]]:
         layers = _json(file, "_quantization_metadata", file.metadata["_quantization_metadata"]).get("layers", {})
         if not isinstance(layers, dict):
             raise WeightsError(f"{file.path}: _quantization_metadata without a dict of layers")
-        # Those in this file, which may be a part of another.
-        present = ((layer, declared) for layer, declared in layers.items() if f"{layer}.weight" in file.tensors)
-        yield from ((repr(layer[:200])[1:-1], declared) for layer, declared in present)
+        for layer, declared in layers.items():  # of a whole model; plain floats need no format
+            info = file.tensors.get(f"{layer}.weight")
+            if info is not None and info.dtype not in FLOATS:
+                yield repr(layer[:200])[1:-1], declared
     for key, info in file.tensors.items():
         role, weight = _role(key)
         if role == "format":
