@@ -163,6 +163,17 @@ def test_block_scales_as_old_files_store_them(tmp_path):
         assert np.array_equal(np.array(file.read("a.weight").astype(mx.float32)), want)
 
 
+def test_a_scale_of_1_of_plain_floats_means_nothing(tmp_path):
+    """Some files of scaled fp8 have such scales for the layers left in float16; any other number is refused."""
+    tensors = {"a.weight": W, "a.scale_weight": SCALAR}
+    tensors |= {"b.weight": ("F16", CODES), "b.scale_weight": ("F32", np.ones(()))}
+    file = opened(write(tmp_path / "x.safetensors", tensors))
+    assert list(file.tensors) == ["a.weight", "b.weight"] and file.read("b.weight").dtype == mx.float16
+    assert np.array_equal(np.array(file.read("b.weight")), CODES)
+    tensors["b.scale_weight"] = SCALAR
+    assert "scale of b.weight, which is F16" in refusal(write(tmp_path / "x.safetensors", tensors), opened)
+
+
 @pytest.mark.parametrize("settings", [{"convrot": True, "convrot_groupsize": 16}, {"params": {"convrot": True}}])
 def test_rotated_int8_is_rotated_back(tmp_path, settings):
     group, four = settings.get("convrot_groupsize", 256), (np.ones((4, 4)) - 2 * np.eye(4)[::-1]) / 2

@@ -106,11 +106,12 @@ def find_scaled(file: WeightsFile) -> dict[str, Scaled]:
             first = next(iter(parts.values()))
             raise WeightsError(f"{file.path}: {first} is the scale of {weight}, which the file lacks")
         parts.setdefault("data", weight)
-        if "scale" in parts:
+        if "scale" in parts and not _is_dummy(file, parts):
             declared_form, rotated = declared.get(weight, (None, 0))
             scaled[weight] = Scaled(_form(file, weight, parts, declared_form), **parts, rotated=rotated)
             _check_shapes(file, weight, scaled[weight])
-    _check_none_lost(file, scaled, declared, [parts["data"] for parts in found.values()])
+    numbers = [parts["data"] for parts in found.values() if keys[parts["data"]].dtype not in FLOATS]
+    _check_none_lost(file, scaled, declared, numbers)
     return scaled
 
 
@@ -189,6 +190,15 @@ def _json(file: WeightsFile, what: str, text: str | bytes) -> dict:
     if not isinstance(value, dict):
         raise WeightsError(f"{file.path}: {what} is not a JSON object; download it again")
     return value
+
+
+def _is_dummy(file: WeightsFile, parts: dict[str, str]) -> bool:
+    """Whether a scale is 1 and belongs to plain floats, as some files of scaled fp8 have for layers left in float16."""
+    data, scale = (file.tensors[parts[role]] for role in ("data", "scale"))
+    if data.dtype not in FLOATS or scale.dtype not in FLOATS or math.prod(scale.shape) != 1:
+        return False
+    with mx.stream(mx.cpu):
+        return file.read(parts["scale"]).item() == 1
 
 
 def _form(file: WeightsFile, weight: str, parts: dict[str, str], declared: str | None) -> str:
