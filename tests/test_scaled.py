@@ -148,6 +148,7 @@ def test_every_form_reads_as_its_true_values(tmp_path, form):
     file = opened(write(tmp_path / "x.safetensors", tensors | {"a.bias": ("F32", ROWS)}))
     assert list(file.tensors) == ["a.weight", "a.bias"] and file.tensors["a.weight"].shape == (160, 96)
     assert 0 < np.abs(want - values).max() < 0.6  # what is stored is near the weight
+    assert file.byte_range("a.weight") is None and file.byte_range("a.bias").nbytes == 24
     for read in (file.read, file.read_now):
         assert np.array_equal(np.array(read("a.weight").astype(mx.float32)), want)
     rows = np.array([159, 0, 159, 31, 130])
