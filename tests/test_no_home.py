@@ -12,8 +12,8 @@ from wan_mlx.cli.main import main
 from wan_mlx.errors import WanError
 from wan_mlx.hub import modelscope
 from wan_mlx.hub.resolve import is_cached
-from wan_mlx.prompts.cache import cache_folder
 from wan_mlx.prompts.extend import extend_prompt
+from wan_mlx.storage import cache_folder
 
 
 @pytest.fixture(autouse=True)

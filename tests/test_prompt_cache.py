@@ -14,7 +14,8 @@ import wan_mlx
 from wan_mlx import opened
 from wan_mlx.cli.main import main
 from wan_mlx.prompts import cache as prompt_cache
-from wan_mlx.prompts.cache import ENDING, PromptCache, cache_folder, file_identity
+from wan_mlx.prompts.cache import ENDING, PromptCache, file_identity
+from wan_mlx.storage import cache_folder
 
 TEXTS = ["a red circle", "a green square moves up on a black background"]
 

@@ -35,8 +35,8 @@ from .planning.plan import Plan
 from .planning.sizes import sizes_of
 from .presets import find_preset, preset_for
 from .progress_bars import ProgressBars
-from .prompts.cache import PromptCache, cache_folder
-from .storage import sha256
+from .prompts.cache import PromptCache
+from .storage import cache_folder, sha256
 from .tasks import TASKS
 from .types import LoraChoice, Request
 from .weights.check_sums import check_once

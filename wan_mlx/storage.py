@@ -47,6 +47,21 @@ def home_folder() -> Path | None:
         return None
 
 
+def cache_folder() -> Path:
+    """Folder of things that can be made again: ``WAN_MLX_CACHE``, else the system's cache folder.
+
+    Raises:
+        FileNotFoundError: that is in the home folder, and there is none.
+    """
+    if folder := os.environ.get("WAN_MLX_CACHE"):
+        return Path(folder)
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "wan_mlx"
+    if (home := home_folder()) is None:
+        raise FileNotFoundError("there is no home folder; WAN_MLX_CACHE can name another folder")
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "wan_mlx"
+
+
 def place_of(path: Path) -> str:
     """One text for every spelling of a file's place: links are followed, and case ignored where the system does."""
     place = os.path.realpath(path)

@@ -10,6 +10,7 @@ changes them. ``benchmarks/memory_table.py`` measures them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +22,11 @@ import numpy as np
 from ..cuda.forward import DeferredFrees, fill_last_tile
 from . import kernels
 from .attention import Pairs, SelfAttention, split_heads
+from .chips import dispatch_flop
 from .configs import TextEncoderConfig
 from .image_encoder import ImageEncoder
-from .layers import gated_add
-from .rope import RopeTable
+from .layers import Linear, gated_add
+from .rope import RopeTable, rows_of
 from .text_encoder import EncoderBlock, checked_ids
 from .transformer import Block, BlocksHook, ForwardPass, Modulation, Transformer
 from .vace import VaceBlock, VaceTransformer
@@ -41,9 +43,6 @@ FEW_TOKENS = 1024
 # longer.
 DEFERRED, DEFERRED_WHOLE = 200_000_000, 600_000_000
 
-# macOS ends GPU work after about five seconds; 2 TFLOP take below one second on every M-series GPU. Elsewhere there is
-# no limit, and one dispatch is 10 % faster than several whose results are joined.
-DISPATCH_FLOP = 2e12 if mx.metal.is_available() else 1e18
 # Without a fused kernel the scores are a real array; this many are computed at a time (256 MB in float32).
 UNFUSED_SCORES = 1 << 26
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
@@ -143,10 +142,10 @@ class Execution:
         for block in (self.blocks or resident)(self.model.block_order(skip_layers)):
             if isinstance(block, VaceBlock):
                 if "before_proj" in block:
-                    control = block.before_proj(control) + start.pop()
+                    control = in_dispatches(block.before_proj, control, pace) + start.pop()
                     pace(control)
                 control = self.run_block(block, control, this_pass, pace)
-                tokens.append(gated_add(tokens.pop(), block.after_proj(control), scale))
+                tokens.append(gated_add(tokens.pop(), in_dispatches(block.after_proj, control, pace), scale))
                 pace(tokens[0])
             else:
                 tokens.append(self.run_block(block, tokens.pop(), this_pass, pace))
@@ -169,7 +168,8 @@ class Execution:
         pieces = [x, attended]
         del x, attended
         rest = partial(_after_attention, block, m, pairs, pace)
-        return in_token_chunks(rest, pieces, pace, pace.tokens_at_once)
+        at_once = min(pace.tokens_at_once, tokens_per_dispatch(block.self_attn.o, pieces[0]))
+        return in_token_chunks(rest, pieces, pace, at_once)
 
     def leave(self, x: mx.array, this_pass: ForwardPass, pace: Pacer) -> mx.array:
         """Same as `Transformer.leave`: tokens (B, L, D) → velocity, float32 (B, t, h, w, out_dim)."""
@@ -194,16 +194,20 @@ def queries_keys_values(
     layer: SelfAttention, x: mx.array, rope: RopeTable, pace: Pacer
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Same as `SelfAttention.queries_keys_values`, one after the other, with the last tile filled on CUDA."""
+
+    def rotate(weight: mx.array) -> Callable[[mx.array, slice], mx.array]:
+        return lambda y, tokens: kernels.norm_and_rotate(y, weight, layer.heads, rows_of(rope, tokens), layer.eps)
+
     # While values are computed, queries and keys are waited for: their sources are freed before attention.
-    q = kernels.norm_and_rotate(layer.q(x), layer.norm_q.weight, layer.heads, rope, layer.eps)
+    q = in_dispatches(layer.q, x, pace, rotate(layer.norm_q.weight))
     fill = has_fused_kernel(q.dtype, q.shape[-1])
     pace(q)
     pace.settle()
-    k = kernels.norm_and_rotate(layer.k(x), layer.norm_k.weight, layer.heads, rope, layer.eps)
+    k = in_dispatches(layer.k, x, pace, rotate(layer.norm_k.weight))
     k = fill_last_tile(k) if fill else k
     pace.small(k)
     pace.settle()
-    v = split_heads(layer.v(x), layer.heads)
+    v = in_dispatches(layer.v, x, pace, lambda y, tokens: split_heads(y, layer.heads))
     v = fill_last_tile(v) if fill else v
     pace(v)
     pace.settle()
@@ -245,7 +249,8 @@ def _after_attention(block: Block, m: Modulation, pairs: Pairs, pace: Pacer, pie
         pace(y)
         return y
 
-    parts = token_parts(feed_forward, pieces, min(FEED_FORWARD_TOKENS, pace.tokens_at_once))
+    at_once = min(FEED_FORWARD_TOKENS, pace.tokens_at_once, tokens_per_dispatch(block.ffn[0], pieces[0]))
+    parts = token_parts(feed_forward, pieces, at_once)
     x = kernels.gated_add(x, parts, m.gate_ffn)
     pace.submit(x)
     return x
@@ -262,12 +267,14 @@ def attention(q: mx.array, k: mx.array, v: mx.array, pace: Pacer) -> mx.array:
     """Same as `attention.attention`, in dispatches of bounded size; ``pace`` is called after each, if several."""
     batch, rows, heads, head_dim = q.shape
     work_per_row = batch * k.shape[1]
-    if has_fused_kernel(q.dtype, head_dim):
-        limit, work_per_row = DISPATCH_FLOP, 4.0 * work_per_row * head_dim
+    if fused := has_fused_kernel(q.dtype, head_dim):
+        limit, work_per_row = dispatch_flop(), 4.0 * work_per_row * head_dim
     else:
         limit = UNFUSED_SCORES
     heads_at_once = max(1, min(heads, int(limit / (work_per_row * rows))))
     rows_at_once = max(1, min(rows, int(limit / (work_per_row * heads_at_once))))
+    if fused:  # as many dispatches, all alike
+        rows_at_once = math.ceil(rows / math.ceil(rows / rows_at_once))
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     groups = []
     for head in range(0, heads, heads_at_once):
@@ -282,6 +289,30 @@ def attention(q: mx.array, k: mx.array, v: mx.array, pace: Pacer) -> mx.array:
                 pace(parts[-1])
         groups.append(mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
     return (mx.concatenate(groups, axis=2) if len(groups) > 1 else groups[0]).flatten(2)
+
+
+def tokens_per_dispatch(linear: Linear, x: mx.array) -> int:
+    """Tokens of x (B, L, D) that one dispatch may multiply by the weights of ``linear``, all dispatches alike."""
+    work = 2.0 * x.size * len(linear.weight)
+    return math.ceil(x.shape[1] / max(1, math.ceil(work / dispatch_flop())))
+
+
+def in_dispatches(
+    linear: Linear, x: mx.array, pace: Pacer, finish: Callable[[mx.array, slice], mx.array] = lambda y, tokens: y
+) -> mx.array:
+    """``finish(linear(x), all tokens)`` of x (B, L, D), in dispatches of bounded size; ``pace`` is called if several.
+
+    ``finish`` treats tokens independently; it gets the product of some, and which they are.
+    """
+    length, at_once = x.shape[1], tokens_per_dispatch(linear, x)
+    if length <= at_once:
+        return finish(linear(x), slice(None))
+    parts = []
+    for start in range(0, length, at_once):
+        tokens = slice(start, start + at_once)
+        parts.append(finish(linear(x[:, tokens]), tokens))
+        pace(parts[-1])
+    return kernels.joined(parts)
 
 
 def in_token_chunks(

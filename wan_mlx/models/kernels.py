@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import layers, rope
+from .chips import measured
 
 log = logging.getLogger(__name__)
 
@@ -212,10 +213,15 @@ def off() -> bool:
     return os.environ.get(SWITCH) == "0"
 
 
+def label(fused: Fused, dtype: mx.Dtype, channels: int) -> str:
+    """A kernel for these rows, as `chips.measured` names it."""
+    return f"{fused.__name__} {channels} {str(dtype).removeprefix('mlx.core.')}"
+
+
 @lru_cache(maxsize=64)
 def agrees(fused: Fused, dtype: mx.Dtype, channels: int, parts: int = 3, head_dim: int = 128) -> bool:
-    """Whether a kernel's results match MLX's on this GPU, for a few rows; computed once."""
-    if off():
+    """Whether a kernel's results match MLX's on this GPU, for a few rows, and no measurement shows it slower; once."""
+    if off() or label(fused, dtype, channels) in measured()["slower"]:
         return False
     said = f"MLX's own operations are used, which is slower: {fused.__name__} for {channels} channels of {dtype}"
     rows = 8 * parts - 1

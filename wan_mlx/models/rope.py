@@ -35,6 +35,12 @@ def rope_table(grid: tuple[int, int, int], head_dim: int) -> RopeTable:
     return mx.array(np.cos(angle).astype(np.float32)), mx.array(sin.astype(np.float32))
 
 
+def rows_of(table: RopeTable, tokens: slice) -> RopeTable:
+    """The table of some tokens."""
+    cosines, sines = table
+    return cosines[tokens], sines[tokens]
+
+
 # The parameters whose rows produce rotated queries and keys.
 ROTATED = re.compile(r"(?:vace_)?blocks\.\d+\.self_attn\.(?:q|k|norm_q|norm_k)\.\w+")
 

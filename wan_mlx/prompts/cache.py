@@ -21,7 +21,7 @@ import mlx.core as mx
 from ..errors import WanError
 from ..files.safetensors import load_arrays
 from ..planning.machine import mlx_version
-from ..storage import digest, fingerprint, home_folder, shards_of, whole_file
+from ..storage import cache_folder, digest, fingerprint, shards_of, whole_file
 
 if TYPE_CHECKING:
     from ..weights.checkpoint import Checkpoint
@@ -32,21 +32,6 @@ FORMAT = 3  # of the files; files with another number are ignored
 MOST_ENTRIES = 200
 MOST_BYTES = 256 * 2**20
 ENDING = ".safetensors"
-
-
-def cache_folder() -> Path:
-    """Folder of things that can be made again: ``WAN_MLX_CACHE``, else the system's cache folder.
-
-    Raises:
-        FileNotFoundError: that is in the home folder, and there is none.
-    """
-    if folder := os.environ.get("WAN_MLX_CACHE"):
-        return Path(folder)
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder) / "wan_mlx"
-    if (home := home_folder()) is None:
-        raise FileNotFoundError("there is no home folder; WAN_MLX_CACHE can name another folder")
-    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "wan_mlx"
 
 
 def file_identity(path: Path) -> list[Any]:
