@@ -1,13 +1,17 @@
 """The kernels' own text, for Metal and for CUDA, compiled as C++ with a thread for each lane: they give what MLX gives.
 
-What stands in for a GPU is the adding among lanes, the languages' names, and float32 as the only dtype.
+Metal's is wrapped as MLX wraps it, with its three dtypes as real types. What stands in for a GPU is the adding among
+lanes, and the languages' names. Where a clang is installed (PyPI's ziglang has one), Metal's is also read by its front
+end for OpenCL, whose pointers have address spaces as Metal's have.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,53 +23,81 @@ from wan_mlx.models import kernels, rope
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
+# As MLX names them, and integers of their size.
+TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t"}
+BITS = {mx.float32: mx.uint32, mx.float16: mx.uint16, mx.bfloat16: mx.uint16}
 LANES = r"""
 #include <barrier>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 using std::exp;
+using uint = unsigned;
+using float16_t = _Float16;
+struct bfloat16_t {
+  uint16_t bits;
+  bfloat16_t() = default;
+  explicit bfloat16_t(float value) {
+    uint32_t wide; std::memcpy(&wide, &value, 4);
+    bits = value != value ? 0x7fc0 : (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
+  }
+  explicit operator float() const {
+    uint32_t wide = uint32_t(bits) << 16; float value; std::memcpy(&value, &wide, 4);
+    return value;
+  }
+};
 static float slots[32];
-static std::barrier<> meet(32);
-thread_local int this_lane;
+static std::unique_ptr<std::barrier<>> meet;
+thread_local int this_lane, meetings;
 static float other_lane(float value, int step) {
-  slots[this_lane] = value; meet.arrive_and_wait();
-  float other = slots[this_lane ^ step]; meet.arrive_and_wait();
+  slots[this_lane] = value; meet->arrive_and_wait();
+  float other = slots[this_lane ^ step]; meet->arrive_and_wait();
+  meetings++;
   return other;
 }
 static float rsqrt(float x) { return 1 / std::sqrt(x); }
-struct Place { unsigned x; };
+struct uint3 { uint x, y, z; };
 """
 LANGUAGE = {
     "cuda": """
+#define device
+#define constant
 #define __device__
 #define __shfl_xor_sync(mask, value, step) other_lane(value, step)
 #define __expf(x) exp(x)
 #define __fdividef(x, y) ((x) / (y))
-thread_local Place blockIdx, blockDim, threadIdx;
-static void set_place(int thread) { blockIdx.x = thread / 64; blockDim.x = 64; threadIdx.x = thread % 64; }
+thread_local uint3 blockIdx, blockDim, threadIdx;
+static uint3 place(uint thread) { blockIdx.x = thread / 64; blockDim.x = 64; threadIdx.x = thread % 64; return {}; }
 """,
     "metal": """
 #define device
-using uint = unsigned;
-thread_local Place thread_position_in_grid;
-static void set_place(int thread) { thread_position_in_grid.x = thread; }
+#define constant
+static uint3 place(uint thread) { return {thread, 0, 0}; }
 namespace metal {
 static float simd_sum(float v) { for (int step = 1; step < 32; step *= 2) v += other_lane(v, step); return v; }
 namespace fast { static float exp(float x) { return std::exp(x); } }
 }
 """,
 }
-# Threads stand for the lanes: each goes through all rows.
+# Threads stand for the lanes: each goes through all rows. 1 if some lane was not there when the others met.
 RUN = """
-extern "C" void run(int rows, {parameters}) {{
+extern "C" int run(int rows, {parameters}) {{
+  meet = std::make_unique<std::barrier<>>(32);
   std::vector<std::thread> lanes;
+  static int met[32];
   for (int lane = 0; lane < 32; lane++) lanes.emplace_back([=] {{
     this_lane = lane;
-    for (int row = 0; row < rows; row++) {{ set_place(32 * row + lane); kernel({arguments}); }}
+    for (int row = 0; row < rows; row++) {name}({arguments}place(32 * row + lane));
+    met[lane] = meetings;
+    meet->arrive_and_drop();
   }});
   for (auto& lane : lanes) lane.join();
+  for (int lane = 1; lane < 32; lane++) if (met[lane] != met[0]) return 1;
+  return 0;
 }}
 """
 
@@ -76,17 +108,37 @@ class Emulated:
     compiled: dict[str, ctypes.CDLL] = {}
 
     def __init__(self, language, folder, name, input_names, output_names, source, header):
-        self.language, self.folder = language, folder
+        self.language, self.folder, self.name = language, folder, name
         self.inputs, self.outputs, self.source, self.header = input_names, output_names, source, header
 
-    def library(self, constants: dict[str, int]) -> ctypes.CDLL:
-        parameters = [f"const float* {n}, const int* {n}_shape" for n in self.inputs]
-        parameters = ", ".join(parameters + [f"float* {n}" for n in self.outputs])
-        arguments = ", ".join([f"{n}, {n}_shape" for n in self.inputs] + list(self.outputs))
-        fixed = "".join(f"constexpr int {n} = {v};\n" for n, v in constants.items())
-        text = f"{LANGUAGE[self.language]}{self.header}"
-        text += f"static void kernel({parameters}) {{ using T = float;\n{fixed}{self.source}\n}}"
-        text += RUN.format(parameters=parameters, arguments=arguments)
+    def wrapped(self, inputs: list[mx.array], template, output_dtypes) -> tuple[str, str]:
+        """The kernel as MLX 0.32 wraps it for Metal (``metal_kernel.cpp``), and its name with the template's values."""
+        values = [TYPES.get(value, value) for _, value in template]
+        name = "_".join(["custom_kernel", self.name, *map(str, values)])
+        lines = []
+        for given, array in zip(self.inputs, inputs, strict=True):
+            space = "constant" if array.size < 8 else "device"
+            lines.append(f"const {space} {TYPES[array.dtype]}* {given} [[buffer({len(lines)})]]")
+            if f"{given}_shape" in self.source:
+                lines.append(f"const constant int* {given}_shape [[buffer({len(lines)})]]")
+        for given, dtype in zip(self.outputs, output_dtypes, strict=True):
+            lines.append(f"device {TYPES[dtype]}* {given} [[buffer({len(lines)})]]")
+        assert len(lines) <= 31  # buffers that Metal has
+        lines.append("uint3 thread_position_in_grid [[thread_position_in_grid]]")
+        kinds = ", ".join(f"{'int' if isinstance(value, int) else 'typename'} {given}" for given, value in template)
+        text = f"template <{kinds}>\n[[kernel]] void {name}(\n  " + ",\n  ".join(lines) + f") {{\n{self.source}\n}}\n"
+        return text, f"{name}<{', '.join(map(str, values))}>"
+
+    def library(self, inputs: list[mx.array], template, output_dtypes) -> ctypes.CDLL:
+        text, name = self.wrapped(inputs, template, output_dtypes)
+        parameters, arguments = [], []
+        for given, array in zip(self.inputs, inputs, strict=True):
+            parameters.append(f"const {TYPES[array.dtype]}* {given}, const int* {given}_shape")
+            arguments += [given, f"{given}_shape"] if f"{given}_shape" in self.source else [given]
+        parameters += [f"{TYPES[dtype]}* {given}" for given, dtype in zip(self.outputs, output_dtypes, strict=True)]
+        arguments += self.outputs
+        text = f"{LANGUAGE[self.language]}{self.header}{text}"
+        text += RUN.format(name=name, parameters=", ".join(parameters), arguments=", ".join(arguments) + ", ")
         if text not in self.compiled:
             source, library = (self.folder / f"{len(self.compiled)}.{kind}" for kind in ("cpp", "so"))
             source.write_text(text)
@@ -95,17 +147,18 @@ class Emulated:
         return self.compiled[text]
 
     def __call__(self, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
-        constants = {name: value for name, value in template if name != "T"}
-        arrays = [np.array(a.astype(mx.float32)) for a in inputs]
+        arrays = [np.array(mx.contiguous(a).view(BITS[a.dtype])) for a in inputs]
         shapes = [np.array(a.shape, dtype=np.int32) for a in arrays]
         rows = int(np.prod(output_shapes[0][:-1]))
-        # One row more than there are, as the last group of threads has: it must not be touched.
-        results = [np.full((rows + 1, output_shapes[0][-1]), np.nan, dtype=np.float32) for _ in self.outputs]
+        # One row more than there are, as the last group of threads has: it must not be touched. All bits set is NaN.
+        size = output_dtypes[0].size
+        results = [np.full((rows + 1, output_shapes[0][-1]), -1, f"i{size}").view(f"u{size}") for _ in self.outputs]
         pairs = [a for array, shape in zip(arrays, shapes, strict=True) for a in (array, shape)]
         assert 32 * rows <= grid[0] < 32 * rows + threadgroup[0] and grid[0] % threadgroup[0] == 0
-        self.library(constants).run(rows + 1, *[a.ctypes.data_as(ctypes.c_void_p) for a in (*pairs, *results)])
-        assert all(np.isnan(result[rows]).all() for result in results)
-        return [mx.array(r[:rows].reshape(output_shapes[0])).astype(output_dtypes[0]) for r in results]
+        run = self.library(inputs, template, output_dtypes).run
+        assert run(rows + 1, *[a.ctypes.data_as(ctypes.c_void_p) for a in (*pairs, *results)]) == 0
+        assert all((~result[rows] == 0).all() for result in results)
+        return [mx.array(r[:rows].reshape(output_shapes[0])).view(output_dtypes[0]) for r in results]
 
 
 def compile_cpp(*arguments: str | Path) -> None:
@@ -145,6 +198,80 @@ def normal(seed: int, *shape: int) -> mx.array:
 def test_agree_with_operations(on_gpu, caplog, kernel, channels):
     assert kernels.agrees(kernel, mx.float32, channels)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("on_gpu", ["metal"], indirect=True)
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=TYPES.get)
+@pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.__name__)
+def test_agree_in_sixteen_bits(on_gpu, caplog, kernel, dtype):
+    """With rounding as on Metal; a wider one is in the parts of `gated_add`."""
+    assert kernels.agrees(kernel, dtype, 384 if dtype == mx.float16 else 512)
+    assert not caplog.records
+
+
+# Address spaces are types here too; the names of Metal's own library, declared.
+OPENCL = """
+#pragma OPENCL EXTENSION cl_khr_fp16 : enable
+#define device __global
+#define constant __constant
+#define thread __private
+typedef unsigned int uint;
+typedef unsigned long size_t;
+typedef half float16_t;
+typedef uint uint3 __attribute__((ext_vector_type(3)));
+struct bfloat16_t {
+  unsigned short bits;
+  bfloat16_t() = default; explicit bfloat16_t(float); explicit operator float() const;
+};
+namespace metal { float simd_sum(float); float rsqrt(float); namespace fast { float exp(float); } }
+using namespace metal;
+"""
+
+
+def clang() -> list[str]:
+    """The command of a clang, or nothing."""
+    if shutil.which("clang"):
+        return ["clang"]
+    return [sys.executable, "-m", "ziglang", "clang"] if importlib.util.find_spec("ziglang") else []
+
+
+def as_metal_reads_them(monkeypatch, widths: tuple[int, ...]) -> str:
+    """All kernels' texts, of all dtypes, instantiated."""
+    texts, headers = {}, set()
+
+    class Noted(Emulated):
+        def __call__(self, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
+            text, name = self.wrapped(inputs, template, output_dtypes)
+            texts[name] = f"{text}template decltype({name}) {name};\n"
+            headers.add(self.header)
+            raise RuntimeError("not run")
+
+    monkeypatch.setattr(mx.fast, "metal_kernel", lambda **kwargs: Noted("metal", None, **kwargs))
+    for width in widths:
+        for dtype in TYPES:
+            for kernel in kernels.KERNELS:
+                assert not kernels.agrees(kernel, dtype, width)
+            assert not kernels.agrees(kernels.gated_add, dtype, width, parts=10)
+    assert len(texts) > 10 * len(widths)
+    return OPENCL + headers.pop() + "".join(texts.values())
+
+
+def front_end(text: str, folder: Path) -> str:
+    """What clang says of it."""
+    (folder / "kernels.cl").write_text(text)
+    flags = "-cc1 -triple spir64 -x clcpp -cl-std=clc++2021 -fsyntax-only"
+    warnings = "-Wall -Wno-unknown-attributes -Wno-unused-variable"
+    command = [*clang(), *flags.split(), *warnings.split(), folder / "kernels.cl"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stderr + "failed" * bool(done.returncode)
+
+
+@pytest.mark.skipif(not clang(), reason="needs clang, or ziglang")
+@pytest.mark.parametrize("on_gpu", ["metal"], indirect=True)
+def test_address_spaces_are_right(on_gpu, monkeypatch, tmp_path):
+    text = as_metal_reads_them(monkeypatch, (640, 1536, 5120))
+    assert front_end(text, tmp_path) == ""
+    assert "address space" in front_end(text.replace("DEVICE Four<T>*", "thread Four<T>*"), tmp_path)
 
 
 def test_parts_that_are_not_put_together(on_gpu, caplog):
