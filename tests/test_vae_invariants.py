@@ -1,6 +1,7 @@
 """Invariants of the causal VAE that need no PyTorch."""
 
 import ctypes
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -79,6 +80,14 @@ def test_frames_one_by_one_equal_several_at_a_time(vae, monkeypatch):
         monkeypatch.setattr("wan_mlx.models.vae_execution.VALUES_AT_ONCE", most)
         np.testing.assert_allclose(decoded(run, latents), several[0], atol=1e-5)
         np.testing.assert_allclose(encoded(vae, frames), several[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 4])
+def test_a_narrow_vae_encodes(dim):
+    """Narrower than the pictures' three channels."""
+    narrow = random_vae(replace(VAE_CONFIG, dim=dim))
+    frames = random(1, 5, 16, 16, 3)
+    np.testing.assert_allclose(encoded(narrow, frames), np.array(narrow.encode(frames)), atol=1e-5)
 
 
 @pytest.fixture

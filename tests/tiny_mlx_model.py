@@ -33,15 +33,15 @@ def write(folder: Path) -> Path:
     return folder
 
 
-def random_vae() -> VAE:
-    """A VAE of `VAE_CONFIG`, float32."""
+def random_vae(config: VAEConfig = VAE_CONFIG) -> VAE:
+    """A VAE of these sizes, float32."""
     rng = np.random.default_rng(0)
 
     def fill(path, value):
         noise = rng.normal(size=value.shape)
         return mx.array(noise * value[0].size ** -0.5 if value.ndim > 1 else 0.1 * noise + path.endswith("gamma"))
 
-    vae = VAE(VAE_CONFIG)
+    vae = VAE(config)
     return vae.update(tree_map_with_path(lambda p, v: fill(p, v).astype(mx.float32), vae.parameters()))
 
 

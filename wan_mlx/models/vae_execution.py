@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -123,8 +124,7 @@ class VAEExecution:
 
     def first_batches(self, x: mx.array) -> Iterator[mx.array]:
         """Frames (n, H, W, 3), as many at a time as suit the encoder's first layers."""
-        # The first layer turns 3 channels into `dim`.
-        return in_batches(x, scale=len(self.vae.encoder.conv1.bias) // 3)
+        return in_batches(x, channels=len(self.vae.encoder.conv1.bias))  # those of the first layer's results
 
 
 def run_layer(layer: Callable, x: mx.array, cache: PacedCache) -> mx.array | Iterator[mx.array]:
@@ -136,7 +136,7 @@ def run_layer(layer: Callable, x: mx.array, cache: PacedCache) -> mx.array | Ite
     if isinstance(layer, Upsample):
         # Four times the pixels, half the width. No variable holds a result: it is as large as the frames made from it.
         phases = cache.derived(layer, layer.phase_weights)
-        batches = in_batches(layer.in_time(x, cache), scale=2)
+        batches = in_batches(layer.in_time(x, cache), channels=2 * x.shape[-1])
         return (cache.pace(layer.in_space(frames, phases)) for frames in batches)
     if isinstance(layer, Downsample):
         return layer.in_time(cache.pace(layer.in_space(x)), cache)
@@ -171,8 +171,8 @@ def attend_within_frames(block: AttentionBlock, x: mx.array) -> mx.array:
     return x + block.proj(mx.concatenate(parts, axis=2).reshape(x.shape))
 
 
-def in_batches(x: mx.array, scale: int = 1) -> Iterator[mx.array]:
-    """Frames (n, H, W, C) in pieces of at most ``VALUES_AT_ONCE`` values after growing by ``scale``."""
-    count = max(1, VALUES_AT_ONCE // (scale * x[0].size))
+def in_batches(x: mx.array, channels: int) -> Iterator[mx.array]:
+    """Frames (n, H, W, C) in pieces of at most ``VALUES_AT_ONCE`` values once each has ``channels``."""
+    count = max(1, VALUES_AT_ONCE // (channels * math.prod(x.shape[1:3])))
     for start in range(0, len(x), count):
         yield x[start : start + count]
