@@ -1,6 +1,8 @@
 """Weight files crafted byte by byte, good and bad, and how their refusal is read."""
 
 import json
+import math
+import os
 import pickle
 import struct
 import zipfile
@@ -90,4 +92,16 @@ def write_pth(path, body=None, entries=None, compression=zipfile.ZIP_STORED):
     with zipfile.ZipFile(path, "w", compression) as archive:
         for file, data in files.items():
             archive.writestr(f"archive/{file}", data)
+    return path
+
+
+def header_only(path, shapes, dtype="BF16"):
+    """A safetensors file of tensors of these shapes that takes no space: there is a hole in place of its data."""
+    sizes = {"BF16": 2, "F32": 4, "F16": 2, "F8_E4M3": 1}
+    header, end = {}, 0
+    for key, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * sizes[dtype]
+        header[key] = entry(dtype, list(shape), begin, end)
+    write_safetensors(path, header)
+    os.truncate(path, path.stat().st_size + end)
     return path

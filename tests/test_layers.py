@@ -25,7 +25,7 @@ LAYERS = [
     "files",
     "cuda",
     "models",
-    "presets options",
+    "presets options other_models",
     "hub",
     "weights",
     "media video",

@@ -15,6 +15,10 @@ class WeightsError(WanError):
     """A weight file that cannot be used: missing, truncated, hostile, or of the wrong keys or shapes."""
 
 
+class UnsupportedModel(WeightsError):
+    """A file or folder of a model that is known by name, and not supported."""
+
+
 class MemoryPlanError(WanError):
     """Nothing fits into the memory there is; names changes that would help."""
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import __version__
+from .errors import WeightsError
 from .events import Listener, counted, unheard
 from .files.sentencepiece import read_tokenizer
 from .geometry import Geometry
@@ -136,8 +137,14 @@ class OpenedModel:
 
     @cached_property
     def geometry(self) -> Geometry:
-        """The sizes of the model's latents and tokens, from its weights."""
-        return geometry_of(self.config, config_of(self.checkpoint, "vae"))
+        """The sizes of the model's latents and tokens, from its weights; WeightsError if its parts do not fit."""
+        vae = config_of(self.checkpoint, "vae")
+        if vae.z_dim != self.config.out_dim:
+            raise WeightsError(
+                f"{self.checkpoint.part('vae').file}: a VAE of {vae.z_dim} latent channels, where the transformer has "
+                f"{self.config.out_dim}"
+            )
+        return geometry_of(self.config, vae)
 
     def plan(self, request: Request, measure: bool = False) -> Plan:
         """How a request keeps within the memory there is: which parts are resident, streamed or tiled, and the peaks.

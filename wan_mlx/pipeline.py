@@ -20,7 +20,7 @@ from .request_builder import build_request
 from .runs.run import Output, Run
 from .types import Request, RunState, Step
 from .video import Video
-from .weights.checkpoint import open_checkpoint
+from .weights.checkpoint import check_here, open_checkpoint
 from .weights.lora import normalise_loras
 from .weights.quantize import check_mode
 
@@ -60,7 +60,9 @@ class WanPipeline(OpenedModel):
         given["loras"] = normalise_loras(given["loras"])
         source, listener = given["source"], ProgressBars() if given["progress"] else unheard
         parts = {part: given[part] for part in PARTS if given[part] is not None}
-        here = Places(model, parts, given["loras"]).fetch(source, listener)
+        places = Places(model, parts, given["loras"])
+        check_here(*places.here())
+        here = places.fetch(source, listener)
         taehv = given["taehv"] and resolve(given["taehv"], source, listener)
         opened = cls(open_checkpoint(here.model, here.parts), **{**given, "loras": here.loras, "taehv": taehv})
         opened.opened_with |= {"loras": given["loras"], "taehv": given["taehv"]}

@@ -14,7 +14,7 @@ from ..hub.names import parse_location
 from ..hub.resolve import Places, preset_of
 from ..presets import PARTS
 from ..progress_bars import ProgressBars
-from ..weights.checkpoint import open_checkpoint
+from ..weights.checkpoint import check_here, open_checkpoint
 from ..weights.convert import check_target, convert
 from ..weights.inspect import inspect_source
 from .flags import Parser
@@ -86,6 +86,7 @@ def convert_source(args: argparse.Namespace, parts: dict[str, str], listener: Li
     """Fetch and convert the named files; returns the folder that is written."""
     check_target(args.out, args.overwrite, args.model)  # before a download of 69 GB
     places = Places(args.source, parts)
+    check_here(*places.here())
     for download in places.downloads(args.hub):
         if download.missing:
             write(f"download  {download}", to="stderr")

@@ -14,6 +14,7 @@ from .. import __version__, options
 from ..errors import UsageError
 from ..events import Finished
 from ..media.write import check_output
+from ..other_models import of_name
 from ..planning.choose import plan
 from ..planning.machine import mlx_version
 from ..recipes import recipe_notes
@@ -65,6 +66,9 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     distilled = [pipe.checkpoint.path, *experts, *(path for path, _ in pipe.loras)]
     for line in recipe_notes(distilled, request.recipe):
         say.note(f"          {line}")
+    for file in experts:
+        if other := of_name(file.name):
+            say.note(f"          by its name {file.name} is {other.name}; it runs as {pipe.preset.name} does")
     asked = args.size or pipe.preset.size
     if asked != (request.width, request.height):
         say.note(f"          its proportions are the source's; {asked[0]}x{asked[1]} was taken as the area")

@@ -14,6 +14,7 @@ from ..media.preview import PreviewFiles
 from ..opened import OpenedModel
 from ..presets import PARTS, of_same_shapes
 from ..types import Request
+from ..weights.checkpoint import check_here
 from ..weights.lora import normalise_loras
 from .terminal import Terminal
 
@@ -34,8 +35,9 @@ def tell_downloads(model: Mapping[str, Any], say: Terminal) -> bool:
     ``model``: keywords for `WanPipeline.from_pretrained`.
     """
     parts = {part: model[part] for part in PARTS if model.get(part) is not None}
-    downloads = Places(model["model"], parts, normalise_loras(model["loras"])).downloads(model["source"])
-    missing = [download for download in downloads if download.missing]
+    places = Places(model["model"], parts, normalise_loras(model["loras"]))
+    check_here(*places.here())
+    missing = [download for download in places.downloads(model["source"]) if download.missing]
     for download in missing:
         say.note(f"download  {download}")
     return bool(missing)

@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ..errors import WeightsError, some
+from ..other_models import of_name
 from ..presets import COMFYUI_TRANSFORMERS, DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES, PARTS, PRESETS, Preset
 
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[^:]+))?")
@@ -104,7 +105,7 @@ def needed_files(names: Iterable[str], repo: str, parts: Collection[str] = PARTS
     elif names & set(OFFICIAL_FILES["transformer"]):
         layout, files = "official", OFFICIAL_FILES
     else:
-        raise WeightsError(f"{repo} is no whole Wan2.1 model; {weights_in(names, repo)}")
+        raise WeightsError(f"{repo} is no whole Wan2.1 model{_known_as(repo)}; {weights_in(names, repo)}")
     needed, missing = [name for name in CONFIGS if name in names], []
     for component in parts:
         candidates = files[component]
@@ -114,8 +115,14 @@ def needed_files(names: Iterable[str], repo: str, parts: Collection[str] = PARTS
         elif component != "image_encoder":  # only models that read images have one
             missing.append(f"{' or '.join(candidates)} ({component})")
     if missing:
-        raise WeightsError(f"{repo} is no whole Wan2.1 model ({layout} layout): it lacks {'; '.join(missing)}")
+        lacking = f"({layout} layout){_known_as(repo)}: it lacks {'; '.join(missing)}"
+        raise WeightsError(f"{repo} is no whole Wan2.1 model {lacking}")
     return needed
+
+
+def _known_as(repo: str) -> str:
+    other = of_name(repo)
+    return f", but by its name {other.name}, which is not supported" if other else ""
 
 
 def _shards(index: str, names: set[str]) -> list[str]:

@@ -8,18 +8,20 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from .. import __version__
 from ..errors import Stopped, WeightsError
 from ..events import Listener, Progress, unheard
+from ..other_models import of_entries
 from ..presets import BUNDLED, PARTS, Preset
-from ..storage import free_space, gigabytes, shards_of
+from ..storage import free_space, gigabytes, parse_json, shards_of
 from . import modelscope
 from .download import RemoteFile, bytes_here, fetch_files, is_transient, one_line
-from .names import Location, needed_files, parse_location, preset_at, weights_in
+from .names import CONFIGS, Location, needed_files, parse_location, preset_at, weights_in
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +127,10 @@ class Places:
         named: list[tuple[str | Path, Collection[str]]] = [(self.model, rest), *of_parts]
         return named + [(lora, []) for lora in map(_lora_name, self.loras) if isinstance(lora, str)]
 
+    def here(self) -> tuple[Path | None, dict[str, Path | None]]:
+        """The places of the model and of the separate parts; None for each that is not on this machine."""
+        return _here(self.model), {part: _here(place) for part, place in self.parts.items()}
+
     def downloads(self, source: str = "huggingface") -> list[Download]:
         """The downloads that `fetch` would make, one for each repository; see `survey`."""
         found = [survey(place, source, parts) for place, parts in self._named()]
@@ -133,7 +139,10 @@ class Places:
     def fetch(self, source: str = "huggingface", listener: Listener = unheard) -> Places:
         """The same places on this machine, after one check of free space for all of them; see `resolve`."""
         surveyed = [(place, survey(place, source, parts)) for place, parts in self._named()]
-        _check_room([found for _, found in surveyed if isinstance(found, Download)])
+        downloads = [found for _, found in surveyed if isinstance(found, Download)]
+        _check_room(downloads)
+        for download in downloads:
+            _check_model(download)
         taken = {}
         for place, found in surveyed:
             if isinstance(found, Path) and _remote(place) is not None:
@@ -149,6 +158,19 @@ def _lora_name(lora: tuple[Path, float]) -> str | Path:
     text = str(path).replace("https:/", "https://", 1) if str(path).startswith("https:/") else str(path)
     location = None if path.exists() else parse_location(text)
     return text if location is not None and location.file else path
+
+
+def _check_model(download: Download) -> None:
+    """Raise WeightsError if a repository's configuration, which is fetched first, is of a model that is not supported.
+    """
+    configs = tuple(file for file in download.files if file.path in CONFIGS[:2])
+    if download.location.file or download.commit is None or not configs or not download.missing:
+        return
+    folder = _fetch(replace(download, files=configs), unheard)
+    for file in configs:
+        with suppress(ValueError, AttributeError):  # no JSON object: reported when the model is opened
+            if other := of_entries(parse_json((folder / file.path).read_bytes())):
+                raise other.refusal(download.location)
 
 
 def _check_room(downloads: Collection[Download]) -> None:

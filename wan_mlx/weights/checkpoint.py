@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import WeightsError, some
+from ..errors import UnsupportedModel, WeightsError, some
 from ..files.open import ShardedFile, format_of, open_weights
 from ..files.sentencepiece import EMBEDDED, MAX_TOKENIZER_BYTES, find_tokenizer, has_tokenizer
+from ..other_models import ADVICE, of_entries, of_name
 from ..presets import COMFYUI_PARTS, DIFFUSERS_FILES, MLX_FILES, NETWORKS, OFFICIAL_FILES, PARTS
 from ..storage import parse_json
 from .component import ComponentWeights, kinds_in, open_component
@@ -42,6 +43,8 @@ DIFFUSERS_NAMES = {
         "layer_norm_eps": "eps",
     },
 }
+# Diffusers' pipelines for Wan's networks begin with these; SkyReels V2 has the same.
+PIPELINES = ("Wan", "SkyReelsV2")
 # Layout of a folder → the names of its files.
 FOLDERS = {"mlx": MLX_FILES, "diffusers": DIFFUSERS_FILES, "official": OFFICIAL_FILES}
 MLX_FORMAT, MLX_VERSION = "wan_mlx", 1
@@ -88,13 +91,14 @@ class Checkpoint:
     """A local model: its parts.
 
     ``parts`` has all kinds in `PARTS`, but "image_encoder" only if the model reads images.
-    ``model`` is the preset's name, if the folder records it.
+    ``model`` is the preset's name, if the folder records it. ``others``: what was said of files of other models.
     """
 
     path: Path
     parts: tuple[Part, ...] = ()
     model: str | None = None
     layout: str = "single files"
+    others: tuple[str, ...] = ()
 
     def of_kind(self, kind: str) -> list[Part]:
         """The parts of one kind, in order."""
@@ -142,6 +146,22 @@ def open_checkpoint(path: str | Path, parts: Mapping[str, str | Path | None] | N
     if missing := found.missing():
         raise WeightsError(_incomplete(found, missing))
     return found
+
+
+def check_here(model: Path | None, parts: Mapping[str, Path | None]) -> None:
+    """Raise WeightsError if files on this machine cannot be used; to be asked before the others are downloaded.
+
+    Args:
+        model: its folder or file; None if it is not here.
+        parts: name in `PARTS` → the place given for it; None if that is not here.
+    """
+    found = [find_part(place, kind) for kind, place in parts.items() if place is not None]
+    if model is not None:
+        whole = _look_at_folder(model, parts) if model.is_dir() else look_at(model)
+        found += [part for part in whole.parts if part.kind not in parts]
+    for part in found:
+        if part.kind in NETWORKS:
+            network_config(open_component(part.file, part.kind), part.config)
 
 
 def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = None) -> Checkpoint:
@@ -197,6 +217,7 @@ def find_part(place: Path, kind: str) -> Part:
 def _look_at_folder(folder: Path, given: Collection[str]) -> Checkpoint:
     """The model in a folder, where parts of the kinds ``given`` may be missing."""
     config = read_config(folder / "config.json")
+    check_pipeline(folder)
     if config.get("format") == MLX_FORMAT:
         layout, files = "mlx", _mlx_files(folder, config)
     else:
@@ -209,6 +230,14 @@ def _look_at_folder(folder: Path, given: Collection[str]) -> Checkpoint:
     parts = tuple(_part(kind, file) for kind, file in files.items())
     found = Checkpoint(folder, parts, config.get("model") if layout == "mlx" else None, layout)
     return found if all(kind in given for kind in found.missing()) else _search(found, given)
+
+
+def check_pipeline(folder: Path) -> None:
+    """Raise WeightsError if the model_index.json of a folder is another pipeline's than Wan2.1's."""
+    index = folder / "model_index.json"
+    pipeline = str(read_config(index).get("_class_name", "Wan"))
+    if not pipeline.startswith(PIPELINES):
+        raise UnsupportedModel(f"{index}: this is a {pipeline[:80]!r}, which is not supported; {ADVICE['transformer']}")
 
 
 def _mlx_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
@@ -239,7 +268,7 @@ def _search(known: Checkpoint, given: Collection[str]) -> Checkpoint:
     """``known`` with more parts: those in the weight files below its folder, by their keys."""
     folder = known.path
     networks: dict[str, list[ComponentWeights]] = {}
-    refused = []
+    refused, others = list[str](), list[str]()
     for file in _weight_files(folder):
         if file in known.files.values():
             continue
@@ -247,7 +276,7 @@ def _search(known: Checkpoint, given: Collection[str]) -> Checkpoint:
             for kind in kinds_in(file):
                 networks.setdefault(kind, []).append(open_component(file, kind))
         except WeightsError as error:
-            refused.append(str(error))
+            (others if isinstance(error, UnsupportedModel) else refused).append(str(error))
     parts = {part.name: part for part in known.parts}
     for kind, files in networks.items():
         if kind in given or known.of_kind(kind):
@@ -256,14 +285,17 @@ def _search(known: Checkpoint, given: Collection[str]) -> Checkpoint:
             files = list(filter(_is_whole, files)) or files
         if len(files) > 1:
             names = ", ".join(str(weights.path.relative_to(folder)) for weights in files)
+            if (other := of_name(names)) and all(of_name(weights.path.relative_to(folder)) for weights in files):
+                raise other.refusal(folder)
             raise WeightsError(f"{folder} holds {len(files)} files of a {kind}: {names}; choose one with {_flag(kind)}")
         parts[kind] = _part(kind, files[0].path)
     if not parts and not given:
+        refused = others + refused
         why = f"of its files, {refused[0]}" if refused else f"it holds {_listing(folder)}"
         raise WeightsError(f"{folder} is not a complete Wan2.1 folder: no file of a Wan2.1 network in it; {why}")
     if "tokenizer" not in parts and (tokenizer := find_tokenizer(folder)):
         parts["tokenizer"] = _part("tokenizer", tokenizer)
-    return replace(known, parts=tuple(parts.values()))
+    return replace(known, parts=tuple(parts.values()), others=tuple(others))
 
 
 def _is_whole(weights: ComponentWeights) -> bool:
@@ -313,11 +345,13 @@ def _begins_like_weights(file: Path) -> bool:
 def _incomplete(found: Checkpoint, missing: list[str]) -> str:
     if found.layout in FOLDERS:
         lacking = "; ".join(f"{' or '.join(FOLDERS[found.layout][part])} ({part})" for part in missing)
-        return f"{found.path} is not a complete Wan2.1 folder: missing {lacking}; it holds {_listing(found.path)}"
+        holds = found.others[0] if found.others else f"it holds {_listing(found.path)}"
+        return f"{found.path} is not a complete Wan2.1 folder: missing {lacking}; {holds}"
     flags = " ".join(f"{_flag(part)} FILE" for part in missing)
     published = ", ".join(COMFYUI_PARTS[part] for part in missing if part in COMFYUI_PARTS)
     hint = f" (published: {published})" if published else ""
-    return f"{found.path} holds {some([*found.files])}; missing {some(missing)}: add {flags}{hint}"
+    others = "".join(f"; {other}" for other in found.others[:1])
+    return f"{found.path} holds {some([*found.files])}; missing {some(missing)}: add {flags}{hint}{others}"
 
 
 def _flag(part: str) -> str:
@@ -358,6 +392,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path} is not readable JSON: {str(error)[:200]}") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} holds a {type(config).__name__}, expected a JSON object")
+    if other := of_entries(config):
+        raise other.refusal(path)
     if config.get("format") == MLX_FORMAT:
         _check_mlx(path, config)
     _check_quantization(path, config.get("quantization_config"))

@@ -17,6 +17,7 @@ from ..files.open import open_weights
 from ..files.scaled import fold
 from ..models.configs import TransformerConfig
 from ..models.quantized_linear import Packing
+from ..other_models import of_keys
 from .gguf_blocks import EXACT, NEARLY_EXACT, PACKINGS, repack
 from .layouts import canonical_keys, networks_in, recognise
 from .quantize import Quantization, quantizable
@@ -40,6 +41,8 @@ class ComponentWeights:
     """
 
     def __init__(self, file: WeightsFile):
+        if other := of_keys(file.tensors):
+            raise other.refusal(file.path)
         self.file = file = fold(file)
         self.quantization = Quantization.from_metadata(file.metadata, file.path)
         self.packings = self.quantization.packings if self.quantization else {}

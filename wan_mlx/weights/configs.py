@@ -18,6 +18,8 @@ from ..errors import WeightsError
 from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from ..models.image_encoder import last_block_shapes
 from ..models.networks import new_network
+from ..other_models import of_sizes
+from ..presets import TASK_NAMES
 from .component import ComponentWeights, check_keys, parameter_shapes
 
 LARGEST_SIZE = 2**20  # of a dimension, exclusive; umT5's vocabulary has 256,384
@@ -134,12 +136,26 @@ def _transformer_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> di
         out_dim=_shape_of(weights, "head.head.weight")[0] // patch,
         num_heads=_heads(weights, said, dim, 128),
     )
+    _check_channels(weights.path, found)
     if kind in ("i2v", "flf2v"):
         found["image_dim"] = _shape_of(weights, "img_emb.proj.1.weight")[1]
     if kind == "vace":
         found["vace_in_dim"] = _shape_of(weights, "vace_patch_embedding.weight")[1] // patch
         found["vace_layers"] = _vace_layers(weights, said, found["num_layers"])
     return found
+
+
+def _check_channels(path: Path, sizes: Mapping[str, Any]) -> None:
+    """Raise WeightsError if no Wan2.1 model reads so many channels: the latents', or with an image twice and a mask."""
+    if other := of_sizes("transformer", sizes):
+        raise other.refusal(path)
+    kind, channels, latents = sizes["model_type"], sizes["in_dim"], sizes["out_dim"]
+    expected = 2 * latents + 4 if kind in ("i2v", "flf2v") else latents
+    if channels != expected:
+        raise WeightsError(
+            f"{path}: this is a transformer of another model than Wan2.1: as {TASK_NAMES[kind]} of {latents} latent "
+            f"channels it would read {expected}, and it reads {channels}"
+        )
 
 
 def _vace_layers(weights: ComponentWeights, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
@@ -173,6 +189,8 @@ def _text_encoder_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> d
 def _image_encoder_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes of CLIP's vision tower. The number of heads is config.json's, else for heads of 80, as in ViT-H/14."""
     dim, pixels = _shape_of(weights, "patch_embedding.weight")
+    if other := of_sizes("image_encoder", dict(dim=dim)):
+        raise other.refusal(weights.path)
     patch = math.isqrt(pixels // 3)
     return dict(
         image_size=patch * math.isqrt(_shape_of(weights, "pos_embedding", 3)[1] - 1),
@@ -200,11 +218,10 @@ def _vae_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> dict[str, 
             blocks += 1
     dim_mult.append(_shape_of(weights, "encoder.middle.0.residual.2.weight", 5)[0] // dim)
     channels = _shape_of(weights, "conv2.weight", 5)[0]
+    if other := of_sizes("vae", dict(z_dim=channels)):
+        raise other.refusal(weights.path)
     if channels != len(VAEConfig.mean) and "mean" not in said:
-        raise WeightsError(
-            f"{weights.path}: a VAE with {channels} latent channels, expected Wan2.1's 16 "
-            "(Wan2.2-TI2V-5B has its own VAE, which is not supported)"
-        )
+        raise WeightsError(f"{weights.path}: a VAE with {channels} latent channels, expected Wan2.1's 16")
     stages = dict(dim_mult=tuple(dim_mult), temporal_downsample=tuple(temporal))
     return dict(dim=dim, num_res_blocks=blocks, z_dim=channels, **stages)
 

@@ -15,6 +15,7 @@ from ..events import Listener, unheard
 from ..files.base import BLOCKS, FP8, MICROSCALED
 from ..files.sentencepiece import read_tokenizer
 from ..models.configs import TransformerConfig
+from ..other_models import of_name
 from ..presets import NETWORKS, PRESETS, TASK_NAMES
 from ..storage import gigabytes
 from .check_sums import faults_of
@@ -69,6 +70,10 @@ def inspect_source(
         networks.append((part.label, f"{_relative(weights.path, found.path)}: {sizes}"))
         networks += [("", text) for text in (*_contents(weights), *faults)]
     rows += networks
+    for name in dict.fromkeys(path.name for path in (found.path, *found.files.values())):
+        if sound and (other := of_name(name)):
+            rows.append(("note", f"by its name {name} is {other.name}, which has the shapes of a model of Wan2.1"))
+    rows += [("not used", other) for other in found.others]
     damaged = faults_of(dict.fromkeys(found.files.values()), listener)
     rows += [("damaged", fault) for fault in damaged]
     for part in found.of_kind("tokenizer"):

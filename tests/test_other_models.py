@@ -1,0 +1,227 @@
+"""Models that are not supported are named from headers: in one line, before anything large is read or fetched."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from crafted import header_only
+from hub_server import serving
+
+from wan_mlx import other_models
+from wan_mlx.cli.main import main
+from wan_mlx.errors import UnsupportedModel, WeightsError
+from wan_mlx.files.safetensors import SafetensorsFile
+from wan_mlx.models.configs import TransformerConfig
+from wan_mlx.models.networks import new_transformer
+from wan_mlx.other_models import OTHER_MODELS, of_entries, of_keys, of_name, of_sizes
+from wan_mlx.presets import PRESETS
+from wan_mlx.weights.component import parameter_shapes
+
+T2V_14B = PRESETS["t2v-14B"].transformer
+I2V_14B = PRESETS["i2v-14B-480P"].transformer
+T2V_1_3B = PRESETS["t2v-1.3B"].transformer
+OF_5B = replace(T2V_1_3B, dim=3072, ffn_dim=14336, num_heads=24, num_layers=30)
+SUPPORTED = "which is not supported; supported are Wan2.1's T2V, I2V, FLF2V and VACE models"
+
+
+def official(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of an official file of these sizes."""
+    shapes = dict(parameter_shapes(new_transformer(config)))
+    name = "patch_embedding.weight"
+    shapes[name] = (config.dim, config.in_dim, *config.patch_size)
+    return {key: (shape[0], config.vace_in_dim, *config.patch_size) if key == f"vace_{name}" else shape
+            for key, shape in shapes.items()}  # fmt: skip
+
+
+def of(config: TransformerConfig, *keys: str, without: str = "-", **sizes: int):
+    """A file like an official one of these sizes, with more keys and without some."""
+    shapes = {key: shape for key, shape in official(replace(config, **sizes)).items() if not key.startswith(without)}
+    return {**shapes, **dict.fromkeys(keys, (1,))}
+
+
+FILES = {
+    "Wan2.2 TI2V-5B": of(OF_5B, in_dim=48, out_dim=48),
+    "Lucy Edit, made from Wan2.2 TI2V-5B": of(OF_5B, in_dim=96, out_dim=48),
+    "a model made from Wan2.2 TI2V-5B": of(OF_5B, in_dim=100, out_dim=48),
+    "Wan2.2 I2V-A14B, or one of its kind such as Fun-A14B-InP": of(T2V_14B, in_dim=36),
+    "Wan2.2 Fun-A14B-Control": of(T2V_14B, in_dim=52),
+    "Wan2.2 S2V-14B": of(T2V_14B, "casual_audio_encoder.encoder.final_linear.weight", "cond_encoder.weight"),
+    "Wan2.2 Animate-14B": of(I2V_14B, "face_adapter.fuser_blocks.0.k_norm.weight", "pose_patch_embedding.weight"),
+    "a Fun-Control model": of(I2V_14B, "ref_conv.weight", "ref_conv.bias", in_dim=48),
+    "a control model of Fun (Fun-Control)": of(I2V_14B, in_dim=48),
+    "a camera model of Fun (Control-Camera)": of(I2V_14B, "control_adapter.conv.weight", in_dim=32),
+    "HuMo": of(I2V_14B, "audio_proj.audio_proj_glob_1.layer.weight"),
+    "SCAIL": of(I2V_14B, "patch_embedding_pose.weight", in_dim=20),
+    "SkyReels V2 with diffusion forcing": of(T2V_1_3B, "fps_embedding.weight", "fps_projection.0.weight"),
+    "ReCamMaster, or another model with a camera encoder": of(
+        T2V_1_3B, "blocks.0.cam_encoder.weight", "blocks.0.projector.weight"
+    ),
+    "MiniMax-Remover": of(T2V_1_3B, without="text_embedding."),
+    "the sound module of MultiTalk or InfiniteTalk": dict.fromkeys(
+        ("audio_proj.proj1.weight", "blocks.0.audio_cross_attn.kv_linear.weight", "blocks.0.norm_x.weight"), (1,)
+    ),
+    "FLUX, or one of its kind such as Chroma": dict.fromkeys(
+        ("model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale", "model.diffusion_model.img_in.weight"),
+        (1,),
+    ),
+    "Stable Diffusion or SDXL": dict.fromkeys(
+        ("model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.1.model.ln_final.weight"), (1,)
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_read(monkeypatch):
+    """No tensor of these files is read."""
+
+    def read(self, key):
+        raise AssertionError(f"{key} was read")
+
+    for method in ("read", "read_now", "rows", "byte_range"):
+        monkeypatch.setattr(SafetensorsFile, method, read)
+
+
+def said(capsys, *argv: str) -> str:
+    """The one line in which a command line is refused."""
+    assert main([*map(str, argv)]) == 1
+    out, error = capsys.readouterr()
+    assert not out and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_named(capsys, tmp_path, name):
+    """By ``--model`` beside parts that would have to be downloaded, by ``--transformer``, by ``inspect``."""
+    file = header_only(tmp_path / "a.safetensors", FILES[name])
+    known = next(other for other in OTHER_MODELS if other.name == name)
+    expected = f"error: {file}: this is {name}, which is not supported; {other_models.ADVICE[known.kind]}\n"
+    run = ["--prompt", "a cat", "--quiet"]
+    assert said(capsys, "--model", file, "--vae", "owner/name:vae.safetensors", *run) == expected
+    assert said(capsys, "--model", "owner/name", "--transformer", file, *run) == expected
+    assert said(capsys, "convert", file, tmp_path / "out") == expected
+    code, rows = main(["inspect", str(file)]), capsys.readouterr()
+    assert code == 1 and expected.removeprefix("error: ").strip() in rows.out + rows.err
+
+
+def test_every_mark_is_one_row_and_none_is_a_supported_model():
+    for other in OTHER_MODELS:
+        for scheme in other.keys:
+            keys = [key for key in scheme.split() if not key.startswith("!")]
+            assert of_keys(keys) is other or of_keys(keys).name == other.name, scheme
+        if other.sizes:
+            assert of_sizes(other.kind, other.sizes) is other
+    for preset in PRESETS.values():
+        assert of_keys(official(preset.transformer)) is None
+        assert of_sizes("transformer", vars(preset.transformer)) is None
+        assert not any(of_name(name) for name in (preset.name, preset.repo, preset.diffusers, preset.comfyui))
+
+
+@pytest.mark.parametrize("kind, in_dim", [("t2v", 32), ("i2v", 52), ("vace", 36), ("flf2v", 16)])
+def test_channels_of_no_known_model(capsys, tmp_path, kind, in_dim):
+    """As of VACE or a text to video model that read more than latents, which once failed at the first step."""
+    config = replace(T2V_1_3B, model_type=kind, in_dim=in_dim, vace_layers=(0, 15) if kind == "vace" else ())
+    line = said(capsys, "--model", header_only(tmp_path / "a.safetensors", official(config)), "--prompt", "a")
+    expected = {"i2v": 36, "flf2v": 36}.get(kind, 16)
+    assert f"of 16 latent channels it would read {expected}, and it reads {in_dim}" in line
+
+
+def test_a_vae_of_other_latents_than_the_transformer(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from wan_mlx import opened
+
+    part = SimpleNamespace(file=tmp_path / "vae.safetensors")
+    model = SimpleNamespace(checkpoint=SimpleNamespace(part=lambda kind: part), config=T2V_1_3B)
+    monkeypatch.setattr(opened, "config_of", lambda checkpoint, kind: SimpleNamespace(z_dim=48))
+    with pytest.raises(WeightsError, match="vae.safetensors: a VAE of 48 latent channels, where the .* has 16"):
+        opened.OpenedModel.geometry.func(model)
+
+
+class TestFolders:
+    @pytest.mark.parametrize(
+        "file, entries, name",
+        [
+            ("model_index.json", {"_class_name": "FluxPipeline"}, "FLUX, or one of its kind such as Chroma"),
+            ("model_index.json", {"_class_name": "WanAnimatePipeline"}, "Wan2.2 Animate-14B"),
+            ("model_index.json", {"_class_name": "WanPipeline", "boundary_ratio": 0.875}, "Wan2.2 A14B"),
+            ("model_index.json", {"_class_name": "WanPipeline", "expand_timesteps": True}, "Wan2.2 TI2V-5B"),
+            ("config.json", {"_class_name": "WanModel", "model_type": "ti2v"}, "Wan2.2 TI2V-5B"),
+            ("config.json", {"_class_name": "WanModel_S2V", "model_type": "s2v"}, "Wan2.2 S2V-14B"),
+            ("model_index.json", {"_class_name": "NewPipeline"}, "a 'NewPipeline'"),
+        ],
+    )
+    def test_by_its_configuration(self, capsys, tmp_path, file, entries, name):
+        (tmp_path / file).write_text(json.dumps(entries))
+        line = said(capsys, "--model", tmp_path, "--prompt", "a cat")
+        assert line.startswith(f"error: {tmp_path / file}: this is {name}") and SUPPORTED in line
+
+    @pytest.mark.parametrize("entries", [{"_class_name": "WanDMDPipeline", "boundary_ratio": None}, {}, {"a": [1]}])
+    def test_of_a_model_of_wan2_1(self, entries):
+        assert of_entries(entries) is None
+
+    def test_one_file_among_others(self, capsys, tmp_path):
+        """A folder lacks a VAE and has Wan2.2's: that is said."""
+        header_only(tmp_path / "dit.safetensors", official(T2V_1_3B))
+        header_only(tmp_path / "vae.safetensors", {"encoder.downsamples.0.downsamples.0.residual.2.weight": (1,)})
+        line = said(capsys, "--model", tmp_path, "--prompt", "a cat")
+        assert "missing text_encoder, vae, tokenizer" in line and "vae.safetensors: this is Wan2.2's VAE" in line
+        assert main(["inspect", str(tmp_path)]) == 0
+        assert "not used       " in capsys.readouterr().out
+
+
+    @pytest.mark.parametrize("in_dim", [16, 36])
+    def test_two_experts(self, capsys, tmp_path, in_dim):
+        """Wan2.2 A14B's official folder; T2V's transformers have the keys and shapes of Wan2.1's."""
+        for expert in ("high_noise_model", "low_noise_model"):
+            (tmp_path / expert).mkdir()
+            header_only(tmp_path / expert / "diffusion_pytorch_model.safetensors", of(T2V_14B, in_dim=in_dim))
+        line = said(capsys, "--model", tmp_path, "--prompt", "a cat")
+        assert line.startswith(f"error: {tmp_path}: this is Wan2.2 A14B, a model of two transformers, which is not")
+
+
+class TestNames:
+    def test_only_a_name_tells(self, capsys, tmp_path):
+        """Wan2.2 T2V-A14B has the keys and shapes of T2V-14B: a note, no refusal."""
+        file = header_only(tmp_path / "wan2.2_t2v_high_noise_14B_fp16.safetensors", official(T2V_14B))
+        assert main(["inspect", str(file)]) == 0
+        out = capsys.readouterr().out
+        assert "text to video, t2v-14B" in out and f"by its name {file.name} is Wan2.2 A14B" in out
+
+    @pytest.mark.parametrize(
+        "name, model",
+        [
+            ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "Wan2.2 TI2V-5B"), ("wan2.2_ti2v_5B_fp16", "Wan2.2 TI2V-5B"),
+            ("Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf", "Wan2.2 A14B"), ("Wan2_2-I2V-A14B-HIGH_fp8", "Wan2.2 I2V-A14B"),
+            ("wan2.2_s2v_14B_bf16", "Wan2.2 S2V"), ("Wan2.2-Animate-14B", "Wan2.2 Animate-14B"),
+            ("wan2.2_fun_control_high_noise_14B", "a Fun-Control"), ("Phantom-Wan-14B_fp16", "Phantom"),
+            ("alibaba-pai/Wan2.1-Fun-14B-InP", "Fun-InP"), ("wan2.2_vae.safetensors", "Wan2.2's VAE"),
+        ],
+    )  # fmt: skip
+    def test_of_published_files(self, name, model):
+        assert of_name(name).name.startswith(model)
+
+    @pytest.mark.parametrize("name", ["wan2.1_t2v_14B_lightx2v_4step", "Wan21_CausVid_14B", "nano", "umt5_xxl_fp16"])
+    def test_of_others(self, name):
+        assert of_name(name) is None
+
+
+class TestHub:
+    def test_the_configuration_comes_first(self, tmp_path, monkeypatch):
+        from wan_mlx.hub.resolve import Places
+
+        big = {"text_encoder/model.safetensors": b"t" * 50, "vae/diffusion_pytorch_model.safetensors": b"v" * 50}
+        index = json.dumps({"_class_name": "WanPipeline", "expand_timesteps": True}).encode()
+        transformer = {"transformer/diffusion_pytorch_model.safetensors": b"d" * 50, "tokenizer/spiece.model": b"s"}
+        repo = {"model_index.json": index, **transformer, **big}
+        with serving({"Wan-AI/Five": repo}, monkeypatch, tmp_path) as hub:
+            with pytest.raises(UnsupportedModel, match="Wan-AI/Five: this is Wan2.2 TI2V-5B, which is not supported"):
+                Places("Wan-AI/Five").fetch()
+            assert {*hub.got()} == {"model_index.json"}
+
+    def test_a_repository_without_wan2_1_s_files_is_named(self, tmp_path, monkeypatch):
+        from wan_mlx.hub.resolve import survey
+
+        repo = {"config.json": b"{}", "diffusion_pytorch_model.safetensors": b"d", "Wan2.2_VAE.pth": b"v"}
+        with serving({"Wan-AI/Wan2.2-TI2V-5B": repo}, monkeypatch, tmp_path):
+            with pytest.raises(WeightsError, match="but by its name Wan2.2 TI2V-5B, which is not supported"):
+                survey("Wan-AI/Wan2.2-TI2V-5B")
