@@ -13,7 +13,7 @@ from wan_mlx.pipeline import WanPipeline
 from wan_mlx.planning import choose
 from wan_mlx.planning.sizes import sizes_of
 from wan_mlx.presets import BUNDLED
-from wan_mlx.types import RunState
+from wan_mlx.types import Request, RunState
 from wan_mlx.weights.checkpoint import Checkpoint, open_checkpoint
 
 BOUNDARY, STEPS = 800.0, 5
@@ -113,7 +113,8 @@ def test_quantisation_is_of_a_part():
 def test_plans_count_one_expert_at_a_time_or_all_that_stay():
     nets, one = sizes_of(two_experts(), "float32"), sizes_of(open_checkpoint(BUNDLED["nano"]), "float32")
     for kept in (False, True):
-        wanted = choose.Wanted("nano", 64, 64, 5, steps=10, memory="4GB", kept=kept)
+        request = Request("", "", 64, 64, 5, 10, 1.0, 3.0, "unipc", seed=0)
+        wanted = choose.Wanted("nano", request, memory="4GB", kept=kept)
         two, single = (choose.choose(n, wanted) for n in (nets, one))
         assert two.peak - single.peak == kept * one.weights.all
         rows, row = ({r.stage: r for r in plan.rows}["denoise"] for plan in (two, single))

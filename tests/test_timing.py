@@ -20,6 +20,7 @@ from wan_mlx.planning import speed as timing
 from wan_mlx.planning.sizes import sizes_of
 from wan_mlx.planning.speed import Rates
 from wan_mlx.presets import BUNDLED, PRESETS
+from wan_mlx.types import Request
 from wan_mlx.weights.load import parameters_of
 
 # Seconds: of a block, for any number of tokens and for 32, and of what is outside the blocks.
@@ -52,7 +53,8 @@ def takes(monkeypatch, clock, owner, name, seconds):
 
 
 def planned(nets, width, height, num_frames) -> memory.Plan:
-    return memory.choose(nets, memory.Wanted("tiny", width, height, num_frames, steps=2, passes=2, memory="4GB"))
+    request = Request("", "", width, height, num_frames, 2, 5.0, 5.0, "unipc", seed=0, geometry=nets.geometry)
+    return memory.choose(nets, memory.Wanted("tiny", request, memory="4GB"))
 
 
 def times(plan: memory.Plan, rates: Rates) -> dict[str, float]:

@@ -152,17 +152,7 @@ class OpenedModel:
         Args:
             measure: times too, for which parts of the networks are timed for some seconds.
         """
-        wanted = Wanted(
-            self.preset.name, request.width, request.height, request.num_frames, request.steps_made,
-            passes=1 if request.guidance_scale == 1 else 2,
-            references=len(request.src_ref_images),
-            step_cache=request.cache not in (None, "none"),
-            videos=None if request.video is None else 1,
-            quantize=self.quantize,
-            memory=self.memory,
-            vae_tiling=self.vae_tiling,
-            kept=self.keeps_loaded,
-        )  # fmt: skip
+        wanted = Wanted(self.preset.name, request, self.quantize, self.memory, self.vae_tiling, self.keeps_loaded)
         return plan_video(wanted, self.sizes, measure, partial(parameters_of, self.checkpoint))
 
     def settings(self, request: Request) -> dict[str, Any]:

@@ -127,6 +127,11 @@ class Request:
         return round(self.strength * self.steps)
 
     @property
+    def passes(self) -> int:
+        """Forwards of a step with guidance all along: two, or one if it is off."""
+        return 1 if self.guidance_scale == 1 else 2
+
+    @property
     def begin(self) -> int:
         """How many steps of the grid are left out."""
         return self.steps - self.steps_made

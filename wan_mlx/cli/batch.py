@@ -168,7 +168,7 @@ def _make_lines(lines: list[Line], report: Report, say: Terminal, interrupts: In
     for extension in dict.fromkeys(line.extension for line in new if line.extension):
         extend(extension, [line.job for line in new if line.extension == extension], say)
     pipe, requests = lines[0].job.pipe, [line.job.request for line in new]
-    texts = [text for r in requests for text in (r.prompt, r.negative_prompt)[: 1 + (r.guidance_scale != 1)]]
+    texts = [text for r in requests for text in (r.prompt, r.negative_prompt)[: r.passes]]
     with pipe.keep_loaded():
         try:
             if texts:

@@ -98,10 +98,9 @@ def extras(request: Request, model: str) -> list[str]:
     if request.recipe:
         lines.append(f"          by the recipe {request.recipe}")
     if request.cache != "none":
-        passes = 1 if request.guidance_scale == 1 else 2
-        planned = planned_forwards(request.cache, request.steps_made, model, passes, request.begin)
+        planned = planned_forwards(request.cache, request.steps_made, model, request.passes, request.begin)
         plain = request.guidance_range == (0.0, 1.0) and request.cfg_zero is None
-        known = f", {planned} of {passes * request.steps_made} forwards" if planned and plain else ""
+        known = f", {planned} of {request.passes * request.steps_made} forwards" if planned and plain else ""
         lines.append(f"cache     {request.cache}{known}")
     if request.guidance_range != (0.0, 1.0):
         lines.append("          guidance only from {:g} to {:g} of the steps".format(*request.guidance_range))

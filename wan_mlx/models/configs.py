@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..geometry import Geometry
 
@@ -87,16 +87,11 @@ class VAEConfig:
     )  # fmt: skip
 
     @property
-    def spatial_factor(self) -> int:
-        """Pixels per latent along height and width; 8 for Wan2.1."""
-        return 2 ** len(self.temporal_downsample)
-
-    @property
-    def temporal_factor(self) -> int:
-        """Frames per latent frame after the first, which stands for one frame; 4 for Wan2.1."""
-        return 2 ** sum(self.temporal_downsample)
+    def geometry(self) -> Geometry:
+        """The sizes of its latents, each a patch of its own."""
+        return Geometry(2 ** sum(self.temporal_downsample), 2 ** len(self.temporal_downsample), patch=(1, 1, 1))
 
 
 def geometry_of(transformer: TransformerConfig, vae: VAEConfig) -> Geometry:
     """The sizes of latents and tokens of a model with these two networks."""
-    return Geometry(vae.temporal_factor, vae.spatial_factor, transformer.patch_size)
+    return replace(vae.geometry, patch=transformer.patch_size)

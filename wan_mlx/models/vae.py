@@ -15,7 +15,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..geometry import Geometry
 from .configs import VAEConfig
 from .vae_layers import CausalCache, CausalConv, Conv, PointConv, TimeConv, check_frames, check_latents
 
@@ -270,7 +269,7 @@ class VAE(nn.Module):
             if len(values := getattr(config, name)) != expected:
                 raise ValueError(f"{name} has {len(values)} values, expected {expected}")
         self.config = config
-        self.geometry = Geometry(config.temporal_factor, config.spatial_factor, patch=(1, 1, 1))
+        self.geometry = config.geometry
         self.encoder = Encoder(config)
         self.conv1 = PointConv(2 * config.z_dim, 2 * config.z_dim)
         self.conv2 = PointConv(config.z_dim, config.z_dim)

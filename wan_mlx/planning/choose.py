@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import mlx.core as mx
 
@@ -20,6 +20,7 @@ from ..models.execution import TOKENS_AT_ONCE
 from ..models.vae_tiling import SMALLEST_TILE, parse_tiling
 from ..options import named
 from ..presets import PRESETS, Preset, find_preset, preset_for
+from ..types import Request
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.load import config_of, parameters_of
 from ..weights.parameters import Parameters
@@ -45,33 +46,23 @@ class Wanted:
 
     Attributes:
         name: of the model, for the title.
-        width, height, num_frames, steps: of the video.
-        passes: forwards of a step; 2 with guidance.
-        references: number of reference images; each is one more latent frame.
-        step_cache: whether a step cache keeps residuals.
-        videos: how many videos are encoded; None: the number that this kind of model needs.
+        request: the video; its text does not matter.
         quantize, memory, vae_tiling: as for `WanPipeline.from_pretrained`.
         kept: whether transformer and VAE stay loaded from one video to the next.
     """
 
     name: str
-    width: int
-    height: int
-    num_frames: int
-    steps: int = 1
-    passes: int = 1
-    references: int = 0
-    step_cache: bool = False
-    videos: int | None = None
+    request: Request
     quantize: str | None = None
     memory: str | int | None = None
     vae_tiling: str | tuple[int, int] | None = None
     kept: bool = False
 
-    def latent_shape(self, geometry: Geometry) -> tuple[int, int, int]:
-        """(t, h, w) of the latents to denoise."""
-        t, h, w = geometry.latent_shape(self.width, self.height, self.num_frames)
-        return t + self.references, h, w
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(t, h, w) of the latents to denoise; each reference image is one more latent frame."""
+        t, h, w = self.request.latent_shape
+        return t + len(self.request.src_ref_images), h, w
 
 
 def plan(
@@ -115,8 +106,9 @@ def plan(
     steps = defaults.steps if steps is None else steps
     named("steps").check(steps)
     guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    wanted = Wanted(preset.name, width, height, frames, steps, passes=1 if guidance == 1 else 2, quantize=quantize,
-                    memory=memory, vae_tiling=vae_tiling)  # fmt: skip
+    sampling = (steps, guidance, defaults.shift, "unipc")
+    request = Request("", "", width, height, frames, *sampling, seed=0, geometry=geometry)
+    wanted = Wanted(preset.name, request, quantize, memory, vae_tiling)
     return plan_video(wanted, sizes, measure, None if checkpoint is None else partial(parameters_of, checkpoint))
 
 
@@ -140,8 +132,8 @@ def plan_video(
         return replace(found, advice=tuple(_advice(found, wanted, sizes)))
     if measure:
         reading = parameters and parameters(nets.dtype, wanted.quantize)
-        shape = wanted.latent_shape(nets.geometry)
-        found = speed.with_seconds(found, speed.measure_rates(found, nets, shape, wanted.passes, reading))
+        rates = speed.measure_rates(found, nets, wanted.latent_shape, wanted.request.passes, reading)
+        found = speed.with_seconds(found, rates)
     return found
 
 
@@ -149,12 +141,12 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     """The fastest plan within the budget, or, if there is none, the one that needs least."""
     asked = parse_memory(wanted.memory)
     budget = available_memory() if asked is None else asked
-    shape, c, experts = wanted.latent_shape(nets.geometry), nets.transformer, [e.weights for e in nets.experts]
-    vae_weights = peaks.vae_weights(nets.vae)
+    request, shape = wanted.request, wanted.latent_shape
+    c, experts, vae_weights = nets.transformer, [e.weights for e in nets.experts], peaks.vae_weights(nets.vae)
 
     def denoise(step: tuple[bool, int]) -> int:
         others = sum(_loaded(weights, step[0]) for weights in experts) - _loaded(nets.weights, step[0])
-        return peaks.denoise(nets, shape, *step, wanted.step_cache) + wanted.kept * (others + vae_weights)
+        return peaks.denoise(nets, shape, *step, request.cache != "none") + wanted.kept * (others + vae_weights)
 
     stream, tokens_at_once = step = _first_within(FILL * budget, LADDER, denoise)
     held = wanted.kept * sum(_loaded(weights, stream) for weights in experts)
@@ -179,10 +171,10 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
         images = work.image_tokens(c) // work.IMAGE_TOKENS
         rows.append(Row("encode images", "resident", peaks.encode_images(nets) + held,
                         images * work.image_flop(nets.image_encoder), peaks.encode_images(nets) // 2))  # fmt: skip
-    videos = {"t2v": 0, "vace": 2}.get(c.model_type, 1) if wanted.videos is None else wanted.videos
+    videos = 1 if request.video is not None else {"t2v": 0, "vace": 2}.get(c.model_type, 1)
     encode_tile, row = vae("encode video", videos, decoding=False)
     rows += [row] if videos else []
-    forwards = wanted.steps * wanted.passes
+    forwards = request.steps_made * request.passes
     parts = {name: forwards * flop for name, flop in work.forward_parts(c, nets.geometry.seq_len(shape)).items()}
     times = -(-forwards // len(experts)) if stream else 1
     reads = sum(weights.stored_outside + times * weights.stored_blocks for weights in experts)
@@ -191,7 +183,7 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     rows.append(Row("denoise", how, denoise(step), sum(parts.values()), reads, parts["self attention"]))
     decode_tile, row = vae("decode", 1, decoding=True)
     rows.append(row)
-    title = f"{wanted.name} {wanted.width}x{wanted.height}, {wanted.num_frames} frames"
+    title = f"{wanted.name} {request.width}x{request.height}, {request.num_frames} frames"
     return Plan(title, budget, asked is not None, stream, tokens_at_once, decode_tile, encode_tile, tuple(rows))
 
 
@@ -226,31 +218,31 @@ def tile_choices(latent_shape: tuple[int, int, int], geometry: Geometry = WAN_2_
 
 def _advice(plan: Plan, wanted: Wanted, sizes: Callable[[str | None], Networks]) -> Iterator[str]:
     """Options that would make a plan fit, each alone."""
-    geometry = sizes(wanted.quantize).geometry
+    request, geometry = wanted.request, wanted.request.geometry
 
-    def planned(**change: Any) -> Plan:
-        changed = replace(wanted, **change)
-        return choose(sizes(changed.quantize), changed)
-
-    def fits(change: dict[str, Any]) -> bool:
+    def fits(changed: Wanted) -> bool:
         try:
-            return planned(**change).fits
+            return choose(sizes(changed.quantize), changed).fits
         except ValueError:  # this mode is not valid for this model, or it is quantised already
             return False
 
-    smaller = [[geometry.nearest_side(round(side * share)) for side in (wanted.width, wanted.height)]
+    def with_request(**change: int) -> Wanted:
+        return replace(wanted, request=replace(request, **change))  # type: ignore[arg-type]
+
+    smaller = [[geometry.nearest_side(round(side * share)) for side in (request.width, request.height)]
                for share in (0.75, 0.65, 0.5, 0.35)]  # fmt: skip
-    fewer = [n for n in map(geometry.nearest_frames, (61, 49, 33, 17, 5, 1)) if n < wanted.num_frames]
-    changes: list[list[tuple[str, dict[str, Any]]]] = [
-        [(f"--quantize {mode}", {"quantize": mode}) for mode in ("q8", "q4") if wanted.quantize is None],
-        [(f"--size {width}x{height}", {"width": width, "height": height}) for width, height in smaller],
-        [(f"--frames {frames}", {"num_frames": frames}) for frames in fewer],
+    fewer = [n for n in map(geometry.nearest_frames, (61, 49, 33, 17, 5, 1)) if n < request.num_frames]
+    changes = [
+        [(f"--quantize {mode}", replace(wanted, quantize=mode)) for mode in ("q8", "q4") if wanted.quantize is None],
+        [(f"--size {width}x{height}", with_request(width=width, height=height)) for width, height in smaller],
+        [(f"--frames {frames}", with_request(num_frames=frames)) for frames in fewer],
     ]
     for choices in changes:
-        if option := next((option for option, change in choices if fits(change)), None):
+        if option := next((option for option, changed in choices if fits(changed)), None):
             yield option
     if plan.chosen:
-        yield f"--memory {planned(memory=10**8).peak / FILL / 1e9 + 0.05:.1f}GB"
+        least = choose(sizes(wanted.quantize), replace(wanted, memory=10**8)).peak
+        yield f"--memory {least / FILL / 1e9 + 0.05:.1f}GB"
 
 
 def find_model(model: str | Path) -> tuple[Preset, Checkpoint | None]:

@@ -153,7 +153,7 @@ def _sides(
     config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool, output: bool = False
 ) -> list[list[list[int]]]:
     """Heights, and widths: for each stage those of each tile's input, or of the valid part of its output, in pixels."""
-    sides = [max(1, side // config.spatial_factor) for side in tile[::-1]] if tile else latent_shape[1:]
+    sides = [max(1, side // config.geometry.spatial) for side in tile[::-1]] if tile else latent_shape[1:]
     return [_along(config, *axis, decoding)[output] for axis in zip(latent_shape[1:], sides, strict=True)]
 
 
@@ -207,5 +207,5 @@ def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> i
     if tile:
         middle, whole_video = 0, t * h * w * widest * ITEMSIZE
         if not decoding:
-            whole_video += ((t - 1) * config.temporal_factor + 1) * h * w * config.spatial_factor**2 * 3 * 4
+            whole_video += config.geometry.num_frames(t) * h * w * config.geometry.spatial**2 * 3 * 4
     return round(vae_weights(config) + (caches + middle) * ITEMSIZE + peak + whole_video + overhead())

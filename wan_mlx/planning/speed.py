@@ -363,5 +363,5 @@ def _corner(
     """Latents of one tile (width, height) in pixels."""
     if tile is None:
         return latent_shape
-    t, h, w = latent_shape
-    return t, min(h, tile[1] // config.spatial_factor), min(w, tile[0] // config.spatial_factor)
+    (t, h, w), each = latent_shape, config.geometry.spatial
+    return t, min(h, tile[1] // each), min(w, tile[0] // each)

@@ -34,7 +34,7 @@ def fit(request: Request) -> Request:
 def condition(request: Request, encoders: Encoders, extra_latents: int = 0) -> Conditioning:
     """Encode prompt and negative prompt in one pass over the text encoder's weights, and draw the noise, with
     ``extra_latents`` latent frames more than the video's."""
-    texts = [request.prompt, request.negative_prompt][: 1 if request.guidance_scale == 1.0 else 2]
+    texts = [request.prompt, request.negative_prompt][: request.passes]
     context, *negative = encoders.encode_text(texts)
     t, h, w = request.latent_shape
     return Conditioning(
