@@ -3,9 +3,9 @@
 import numpy as np
 from arrays import random_array
 
-from wan_mlx.denoise import always, denoise
+from wan_mlx.denoise import denoise
 from wan_mlx.guidance import Guidance
-from wan_mlx.schedulers import make_scheduler
+from wan_mlx.schedulers import SOLVERS
 from wan_mlx.types import Conditioning, Step
 
 # Sizes of a transformer, but for its number of layers; and of its latents (B, T, H, W, C).
@@ -20,9 +20,14 @@ def conditioning() -> Conditioning:
     return Conditioning(random_array(1, *GRID), *texts)
 
 
+def always(model, guidance: Guidance):
+    """What `denoise` asks before each step, where one model serves all timesteps."""
+    return lambda timestep: (model, guidance)
+
+
 def walk(model, cache=None, guidance: Guidance | None = None, *, steps: int, solver: str = "unipc") -> list[Step]:
     """Every step from `conditioning`'s noise on."""
-    scheduler = make_scheduler(solver, steps, SHIFT)
+    scheduler = SOLVERS[solver](steps, SHIFT)
     return list(denoise(always(model, guidance or Guidance(SCALE)), conditioning(), scheduler, cache))
 
 

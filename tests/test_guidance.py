@@ -14,7 +14,7 @@ from wan_mlx.guidance import Guidance, check_guidance, zero_steps_of
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
-from wan_mlx.schedulers import make_scheduler
+from wan_mlx.schedulers import SOLVERS
 from wan_mlx.types import Request
 
 STEPS, LAYERS = 10, 4
@@ -107,7 +107,7 @@ def test_skipping_a_layer_is_a_model_without_it(model, skipped):
         weights = [(new + name.removeprefix(old) if name.startswith(old) else name, array) for name, array in weights]
     shorter.load_weights(weights, strict=True)
     guidance = Guidance(SCALE, skip_layers=skipped, skip_range=(0.2, 0.8))
-    x, scheduler = conditioning().noise, make_scheduler("euler", STEPS, SHIFT)
+    x, scheduler = conditioning().noise, SOLVERS["euler"](STEPS, SHIFT)
     for index, timestep in enumerate(scheduler.timesteps.tolist()):
         without = shorter if 2 <= index < 8 else model
         cond = model(x, float(timestep), conditioning().context)

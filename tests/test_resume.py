@@ -3,11 +3,12 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from sampling import always
 
 import wan_mlx
-from wan_mlx.denoise import always, denoise
+from wan_mlx.denoise import denoise
 from wan_mlx.guidance import Guidance
-from wan_mlx.schedulers import SOLVERS, make_scheduler
+from wan_mlx.schedulers import SOLVERS
 from wan_mlx.types import Conditioning, RunState, Step
 
 PROMPT = "a red circle moves right on a blue background"
@@ -37,7 +38,7 @@ def test_resumed_denoising_is_uninterrupted_denoising(solver):
     mx.eval(conditioning.arrays())
 
     def steps(**where):
-        return list(denoise(always(field, Guidance(4.0)), conditioning, make_scheduler(solver, 6, 5.0), **where))
+        return list(denoise(always(field, Guidance(4.0)), conditioning, SOLVERS[solver](6, 5.0), **where))
 
     want = steps()
     for first in range(1, 6):

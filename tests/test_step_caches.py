@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sampling
 from arrays import random_array, randomized
-from sampling import GRID, SCALE, SHIFT, SIZES, conditioning
+from sampling import GRID, SCALE, SHIFT, SIZES, always, conditioning
 
 from wan_mlx.caching import (
     COND,
@@ -17,17 +17,16 @@ from wan_mlx.caching import (
     StepCache,
     TeaCache,
     make_cache,
-    planned_forwards,
     resolve_cache,
 )
 from wan_mlx.caching.residual import MAGCACHE, TEACACHE
-from wan_mlx.denoise import always, denoise
+from wan_mlx.denoise import denoise
 from wan_mlx.guidance import Guidance
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.presets import PRESETS
-from wan_mlx.schedulers import make_scheduler
+from wan_mlx.schedulers import SOLVERS
 
 STEPS = 14
 walk, latents = partial(sampling.walk, steps=STEPS), partial(sampling.latents, steps=STEPS)
@@ -96,7 +95,7 @@ def test_one_pass_without_guidance(model, name):
 @pytest.mark.parametrize("name", CACHES)
 def test_passes_are_apart_in_any_order(model, name):
     """What a cache gives does not depend on which pass comes first: their states share nothing."""
-    timesteps = make_scheduler("unipc", STEPS, SHIFT).timesteps.tolist()
+    timesteps = SOLVERS["unipc"](STEPS, SHIFT).timesteps.tolist()
 
     def run(order):
         cache, found = CACHES[name](), []
@@ -124,10 +123,10 @@ def test_resumed_equals_uninterrupted(model, name, stop, tmp_path):
     whole = CACHES[name]()
     want = walk(model, whole)
     before = CACHES[name]()
-    steps = denoise(always(model, Guidance(SCALE)), conditioning(), make_scheduler("unipc", STEPS, SHIFT), before)
+    steps = denoise(always(model, Guidance(SCALE)), conditioning(), SOLVERS["unipc"](STEPS, SHIFT), before)
     state = [next(steps) for _ in range(stop)][-1].state
     mx.save_safetensors(str(tmp_path / "state.safetensors"), state)
-    after, scheduler = CACHES[name](), make_scheduler("unipc", STEPS, SHIFT)
+    after, scheduler = CACHES[name](), SOLVERS["unipc"](STEPS, SHIFT)
     state = mx.load(str(tmp_path / "state.safetensors"))
     mx.eval(state)
     got = list(denoise(always(model, Guidance(SCALE)), conditioning(), scheduler, after, first=stop, state=state))
@@ -174,14 +173,14 @@ def test_magcache_computes_as_many_forwards_as_published(model, preset, steps, t
     resolved = resolve_cache(text, steps, preset, PRESETS[preset].transformer)
     cache = make_cache(resolved, steps, preset)
     walk(model, cache, steps=steps)
-    assert cache.computed == computed == planned_forwards(resolved, steps, preset, 2)
+    assert cache.computed == computed == make_cache(resolved, steps, preset).planned(2)
 
 
-def test_planned_forwards_of_one_pass_and_of_caches_that_decide_on_the_way(model):
+def test_planned_forwards_of_one_pass_and_of_a_cache_that_decides_on_the_way(model):
     cache = CACHES["magcache"]()
     walk(model, cache, Guidance(1.0))
     assert cache.planned(1) == cache.computed
-    assert planned_forwards("none", 12, "nano", 2) == 24 and planned_forwards("easycache:0.1:3", 12, "nano", 2) is None
+    assert make_cache("easycache:0.1:3", 12, "nano").planned(2) is None
 
 
 @pytest.mark.parametrize("steps", [10, 30, 50, 77])
@@ -214,14 +213,14 @@ class TestAgainstAPlainStatement:
 
     def run(self, model, cache):
         computed = []
-        scheduler = make_scheduler("unipc", STEPS, SHIFT)
+        scheduler = SOLVERS["unipc"](STEPS, SHIFT)
         for step in denoise(always(model, Guidance()), conditioning(), scheduler, cache):
             computed.append(step.forwards == 1)
         return computed, np.array(step.latents)
 
     def replay(self, model, decide):
         """The loop with a residual cache; decide(index, this_pass) → whether to compute."""
-        scheduler, x = make_scheduler("unipc", STEPS, SHIFT), conditioning().noise
+        scheduler, x = SOLVERS["unipc"](STEPS, SHIFT), conditioning().noise
         computed, residual = [], None
         for index, timestep in enumerate(scheduler.timesteps.tolist()):
             tokens, this_pass = model.enter(x, float(timestep), conditioning().context, None)
@@ -281,7 +280,7 @@ class TestAgainstAPlainStatement:
     @pytest.mark.parametrize("scale", [1.0, SCALE])
     def test_easycache(self, model, scale):
         """The pass without the prompt too, which follows the decision but keeps an offset of its own."""
-        scheduler, x = make_scheduler("unipc", STEPS, SHIFT), conditioning().noise
+        scheduler, x = SOLVERS["unipc"](STEPS, SHIFT), conditioning().noise
         texts = [conditioning().context, conditioning().negative_context][: 1 if scale == 1.0 else 2]
         want, error, rate = [], 0.0, None
         previous = at = output = offsets = None
@@ -400,7 +399,7 @@ def test_no_more_is_kept_than_a_residual_for_each_pass(model, name):
     """Of tokens; EasyCache's are of latents, of which it keeps three more."""
     most = 4 * int(np.prod(GRID)) * (2 + 3) if name == "easycache" else 4 * 2 * 4 * SIZES["dim"]
     cache = CACHES[name]()
-    for _ in denoise(always(model, Guidance(SCALE)), conditioning(), make_scheduler("unipc", STEPS, SHIFT), cache):
+    for _ in denoise(always(model, Guidance(SCALE)), conditioning(), SOLVERS["unipc"](STEPS, SHIFT), cache):
         kept = [array for branch in cache.branches for key, array in branch.arrays.items() if key != "signal"]
         assert sum(array.nbytes for array in kept) <= most
     assert sum(array.nbytes for array in kept) == most

@@ -19,11 +19,6 @@ from .types import Conditioning, Step
 Serving = Callable[[float], tuple[Model, Guidance]]
 
 
-def always(model: Model, guidance: Guidance) -> Serving:
-    """One model serves every timestep."""
-    return lambda timestep: (model, guidance)
-
-
 def denoise(
     serving: Serving,
     conditioning: Conditioning,

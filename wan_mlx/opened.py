@@ -163,7 +163,8 @@ class OpenedModel:
             "loras": [describe_lora(path, strength) for path, strength in self.loras],
             "draft": self.draft and self.taehv and self.taehv.name,
             "tokens": self.cut_texts(request),
-            "source_sha256": [sha256(path) for path in request.source_files],  # a name alone does not tell files apart
+            # A name alone does not tell files apart.
+            "source_sha256": [sha256(path) for path in request.source_files if path.is_file()],
         }
         return {
             "model": self.preset.name,

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import WanError, closest
+from .errors import WanError
 from .files.open import open_weights
-from .schedulers import Grid, Scheduler, make_scheduler
+from .schedulers import SOLVERS, Grid, Scheduler
 from .types import Request
 
 # LoRA files describe themselves in metadata, under one of many keys; longer values are training data.
@@ -93,25 +93,10 @@ RECIPES: dict[str, Recipe] = {
 }  # fmt: skip
 
 
-def find_recipe(name: str) -> Recipe:
-    """A recipe by name.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    if name not in RECIPES:
-        raise ValueError(
-            f"unknown recipe {name!r}, expected one of {', '.join(RECIPES)}; nearest: {closest(name, RECIPES)}"
-        )
-    return RECIPES[name]
-
-
 def scheduler_for(request: Request) -> Scheduler:
     """The solver of a request, on its sigma grid."""
-    grid = find_recipe(request.recipe).grid if request.recipe else None
-    return make_scheduler(
-        request.solver, request.steps, request.shift, grid and grid(request.steps), request.seed, request.begin
-    )
+    steps, grid = request.steps, RECIPES[request.recipe].grid if request.recipe else None
+    return SOLVERS[request.solver](steps, request.shift, grid and grid(steps), request.seed, request.begin)
 
 
 def suggest_recipe(path: str | Path, metadata: Mapping[str, Any] | None = None) -> Recipe | None:

@@ -13,7 +13,7 @@ from .guidance import check_guidance, zero_steps_of
 from .models.configs import TransformerConfig
 from .option import REQUEST
 from .presets import Preset
-from .recipes import find_recipe
+from .recipes import RECIPES
 from .tasks import fit_sources
 from .types import Request
 
@@ -42,8 +42,9 @@ def build_request(
         option.check_type(values[option.name])
     given = {name: value for name, value in given.items() if value is not None}
     if recipe := given.get("recipe"):
+        options.named("recipe").check(recipe)
         bound = {name: given.get(name) for name in ("steps", "guidance_scale", "shift", "solver")}
-        given |= find_recipe(recipe).fill(**bound)
+        given |= RECIPES[recipe].fill(**bound)
     values |= {name: getattr(preset, name) for name in ("negative_prompt", "num_frames", "fps", "task")}
     values["width"], values["height"] = preset.size
     values |= {"strength": DEFAULT_STRENGTH if "video" in given else 1.0} | given

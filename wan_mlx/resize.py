@@ -16,15 +16,8 @@ def resize_bicubic(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
     Returns:
         numpy float32 (..., height, width, 3); overshoots the range of ``frames`` at sharp edges, as every cubic does.
-
-    Raises:
-        ValueError: ``frames`` is no stack of RGB images, or a size is below 1.
     """
     frames = np.asarray(frames, dtype=np.float32)
-    if frames.ndim < 3 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(f"frames have shape {frames.shape}, expected (..., H, W, 3) with H and W at least 1")
-    if height < 1 or width < 1:
-        raise ValueError(f"the size to resize to is {width}x{height} pixels, expected at least 1x1")
     return _resize_axis(_resize_axis(frames, -2, width), -3, height)
 
 

@@ -98,9 +98,9 @@ class Request:
 
     @property
     def source_files(self) -> list[Path]:
-        """The files among the sources."""
+        """The sources that are files, not pictures and videos in memory."""
         sources = [*(getattr(self, name) for name in SOURCE_FIELDS), *self.src_ref_images]
-        return [Path(source) for source in sources if isinstance(source, str | Path) and Path(source).is_file()]
+        return [Path(source) for source in sources if isinstance(source, str | Path)]
 
     def series(self, count: int) -> list[Request]:
         """``count`` stills of this request, with the seeds from its own on, each as it would be asked for alone.

@@ -7,23 +7,24 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from oracles import relative_error, torch
+from sampling import always
 from test_schedulers import fake_model
 
 import wan_mlx
 from wan_mlx.caching import StepCache
 from wan_mlx.cli.main import main
-from wan_mlx.denoise import always, denoise
+from wan_mlx.denoise import denoise
 from wan_mlx.guidance import Guidance
 from wan_mlx.noise import latent_noise
-from wan_mlx.recipes import RECIPES, find_recipe, recipe_notes, scheduler_for, suggest_recipe
-from wan_mlx.schedulers import Grid, make_scheduler
+from wan_mlx.recipes import RECIPES, recipe_notes, scheduler_for, suggest_recipe
+from wan_mlx.schedulers import SOLVERS, Grid
 from wan_mlx.types import Conditioning, Request
 
 SHAPE, SEED, BOUND = (16, 3, 4, 5), 42, 1e-5
 
 
 def request(recipe: str, steps: int | None = None) -> Request:
-    filled = find_recipe(recipe).fill(steps=steps, guidance_scale=None, shift=None, solver=None)
+    filled = RECIPES[recipe].fill(steps=steps, guidance_scale=None, shift=None, solver=None)
     return Request("a", "", 40, 32, 9, seed=SEED, recipe=recipe, **filled)
 
 
@@ -108,7 +109,7 @@ def test_rcm(steps):
 def test_causvid_is_unipc_on_its_own_grid():
     scheduler = scheduler_for(request("causvid", 12))
     assert type(scheduler).__name__ == "UniPC" and len(scheduler.timesteps) == 12
-    assert np.array_equal(scheduler.sigmas, make_scheduler("unipc", 12, 8.0).sigmas)
+    assert np.array_equal(scheduler.sigmas, SOLVERS["unipc"](12, 8.0).sigmas)
 
 
 @pytest.mark.parametrize("recipe", ["fastwan-3step", "rcm"])
@@ -162,10 +163,6 @@ class TestWrongUse:
     def test_other_steps(self):
         with pytest.raises(ValueError, match="steps is 3, .* made for 4 or 5 or .* or 12"):
             request("causvid", 3)
-
-    def test_unknown_name_gives_the_nearest(self):
-        with pytest.raises(ValueError, match="unknown recipe 'lightx2v'.*nearest: lightx2v-4step"):
-            find_recipe("lightx2v")
 
 
 SUGGESTED = {

@@ -27,7 +27,7 @@ from wan_mlx.guidance import guided_velocity
 from wan_mlx.media.read import at_rate, open_video
 from wan_mlx.media.write import read_settings
 from wan_mlx.models.configs import VAEConfig
-from wan_mlx.schedulers import make_scheduler
+from wan_mlx.schedulers import SOLVERS
 from wan_mlx.tasks import TASKS
 
 SIZE = dict(width=48, height=32)
@@ -117,7 +117,7 @@ def test_noise_and_source_mix_at_the_first_sigma(pipe):
     asked = pipe.request("a cat", **SIZE, num_frames=5, steps=10, video=source(), strength=0.2, seed=9)
     seen = []
     conditioning = TASKS["t2v"].condition(asked, pipe)
-    scheduler = make_scheduler("unipc", 10, 5.0, begin=8)
+    scheduler = SOLVERS["unipc"](10, 5.0, begin=8)
     start = scheduler.start(conditioning.noise, conditioning.source_latents)
     sigma = scheduler.sigmas[0]
     want = sigma * np.array(conditioning.noise) + (1 - sigma) * encode(pipe, source())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .choice import make_cache, planned_forwards, resolve_cache
+from .choice import make_cache, resolve_cache
 from .easycache import EasyCache
 from .protocol import COND, UNCOND, StepCache
 from .residual import MagCache, TeaCache
 
 __all__ = [
     "COND", "UNCOND", "EasyCache", "MagCache", "StepCache", "TeaCache",
-    "make_cache", "planned_forwards", "resolve_cache",
+    "make_cache", "resolve_cache",
 ]  # fmt: skip

@@ -105,15 +105,6 @@ def make_cache(resolved: str, steps: int, model: str, left_out: int = 0) -> Step
     return EasyCache(steps, *values) if name == "easycache" else StepCache(steps)
 
 
-def planned_forwards(resolved: str, steps: int, model: str, passes: int, left_out: int = 0) -> int | None:
-    """Number of the ``steps * passes`` forwards that will be computed, with guidance at all steps (2 passes) or none
-    (1); None if the cache decides during the run. Arguments as for `make_cache`."""
-    cache = make_cache(resolved, steps, model, left_out)
-    if isinstance(cache, MagCache):
-        return cache.planned(passes)
-    return steps * passes if type(cache) is StepCache else None
-
-
 def _defaults(name: str, steps: int, model: str, config: TransformerConfig) -> list:
     """The value of each setting that is not given."""
     if name == "easycache":

@@ -56,6 +56,11 @@ class StepCache:
             self._reset()
         self.index, self.latents = index, latents
 
+    def planned(self, passes: int) -> int | None:
+        """Number of forwards that will be computed in a run with guidance at all steps (2 passes) or none (1); None if
+        the cache decides on the way."""
+        return None
+
     def velocity(self, branch: int, forward: Forward) -> mx.array:
         """The velocity of one pass, float32 (1, t, h, w, C), by ``forward`` or without it."""
         self.branches[branch].computed += 1

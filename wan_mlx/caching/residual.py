@@ -120,7 +120,6 @@ class MagCache(ResidualCache):
         self.ratios = [stretched(values, left_out + steps)[left_out:] for values in of_pass]
 
     def planned(self, passes: int) -> int:
-        """Number of forwards that will be computed in a run with guidance at all steps (2 passes) or none (1)."""
         computed = 0
         for branch in range(passes):
             own = Branch()

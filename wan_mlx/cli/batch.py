@@ -20,7 +20,6 @@ from ..runs.folder import RunFolder
 from ..runs.job import Job
 from ..runs.record import seed_of_made
 from ..storage import parse_json, place_of
-from ..types import SOURCE_FIELDS
 from .flags import build_parser, json_flags
 from .interrupt import Interrupts
 from .jobs import check_flags, extend, extension_of, jobs_from, model_options, open_model, request_from
@@ -48,13 +47,6 @@ class Line:
     def begins(self) -> bool:
         """Whether it is made from the start."""
         return self.job.overwrite or not RunFolder(self.job.output).is_unfinished
-
-    @property
-    def inputs(self) -> list[Path]:
-        """The pictures and videos that it starts from."""
-        request = self.job.request
-        sources = [*(getattr(request, name) for name in SOURCE_FIELDS), *request.src_ref_images]
-        return [Path(source) for source in sources if isinstance(source, str | Path)]
 
     @property
     def previews(self) -> list[Path]:
@@ -231,7 +223,8 @@ def read_lines(path: Path, argv: list[str], overwrite: bool, say: Terminal) -> l
         except WanError as error:
             raise WanError(f"{path} line {number}: {error}") from error
     for line in lines:
-        for file, taken in [(file, replaced) for file in line.inputs] + [(file, made) for file in line.previews]:
+        sources = [(file, replaced) for file in line.job.request.source_files]
+        for file, taken in sources + [(file, made) for file in line.previews]:
             if other := taken.get(place_of(file)):
                 raise UsageError(f"{path} line {line.number}: {file} is also the output of line {other}")
     if not lines:

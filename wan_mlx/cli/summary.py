@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import options
-from ..caching import planned_forwards
+from ..caching import make_cache
 from ..hub.resolve import Places
 from ..media.preview import PreviewFiles
 from ..opened import OpenedModel
@@ -98,7 +98,7 @@ def extras(request: Request, model: str) -> list[str]:
     if request.recipe:
         lines.append(f"          by the recipe {request.recipe}")
     if request.cache != "none":
-        planned = planned_forwards(request.cache, request.steps_made, model, request.passes, request.begin)
+        planned = make_cache(request.cache, request.steps_made, model, request.begin).planned(request.passes)
         plain = request.guidance_range == (0.0, 1.0) and request.cfg_zero is None
         known = f", {planned} of {request.passes * request.steps_made} forwards" if planned and plain else ""
         lines.append(f"cache     {request.cache}{known}")

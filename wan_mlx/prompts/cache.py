@@ -21,7 +21,7 @@ import mlx.core as mx
 from ..errors import WanError
 from ..files.safetensors import load_arrays
 from ..planning.machine import mlx_version
-from ..storage import cache_folder, digest, fingerprint, shards_of, whole_file
+from ..storage import cache_folder, digest, fingerprint, whole_file
 
 if TYPE_CHECKING:
     from ..weights.checkpoint import Checkpoint
@@ -34,9 +34,6 @@ MOST_BYTES = 256 * 2**20
 ENDING = ".safetensors"
 
 
-def file_identity(path: Path) -> list[Any]:
-    """Identifies a weight file, wherever it lies. For an index: the identity of each shard."""
-    return [[fingerprint(file), file.stat().st_mtime_ns] for file in shards_of(path)]
 
 
 class PromptCache:
@@ -54,7 +51,7 @@ class PromptCache:
         self.identity: list[Any] | None = None
         try:
             self.folder = cache_folder() / "prompts" if folder is None else folder
-            self.identity = [FORMAT, backend, dict(settings), [file_identity(Path(file)) for file in files]]
+            self.identity = [FORMAT, backend, dict(settings), [fingerprint(file) for file in files]]
         except (OSError, ValueError, KeyError) as error:  # opening the file reports the error
             self._complain(error)
 

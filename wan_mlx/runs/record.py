@@ -19,7 +19,7 @@ from ..opened import OpenedModel
 from ..planning.machine import mlx_version
 from ..presets import BUNDLED
 from ..prompts.extend import Extension
-from ..types import SOURCE_FIELDS, Request
+from ..types import Request
 from ..weights.lora import normalise_loras
 from .folder import RunFolder
 
@@ -44,7 +44,7 @@ def make_record(
         previews: kept up to date by the run.
     """
     fields = normal(request.settings()) | {"geometry": list(astuple(request.geometry))}
-    sources = [fields[name] for name in SOURCE_FIELDS] + fields["src_ref_images"]
+    sources = [path for path in request.source_files if path.is_file()]
     record = {
         "request": fields,
         "steps": request.steps_made,
@@ -54,7 +54,7 @@ def make_record(
         "preview": previews and {"path": _absolute(str(previews.path)), "every": previews.every},
         "settings": pipe.settings(request),
         "weights": {name: storage.fingerprint(path) for name, path in _weights(pipe).items()},
-        "sources": {name: storage.fingerprint(Path(name)) for name in sources if name and Path(name).is_file()},
+        "sources": {_absolute(str(path)): storage.fingerprint(path) for path in sources},
         "machine": _machine(),
     }
     return json.loads(json.dumps(record))
