@@ -28,7 +28,7 @@ LAYERS = [
     "presets options other_models",
     "hub",
     "weights",
-    "media video",
+    "media",
     "schedulers",
     "caching",
     "guidance recipes denoise",

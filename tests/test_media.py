@@ -17,8 +17,8 @@ from PIL import Image, ImageSequence
 
 from wan_mlx.errors import SamplingError, WanError
 from wan_mlx.media import write as media
-from wan_mlx.media.write import ENDINGS, VideoWriter, check_output, read_settings, save_video, to_uint8, video_html
-from wan_mlx.video import Video
+from wan_mlx.media.video import Video
+from wan_mlx.media.write import ENDINGS, VideoWriter, check_output, read_settings, save_video, to_uint8
 
 SETTINGS = {
     "prompt": "一只猫；\"quoted\" 'single'\nsecond line\r\n\ttab ; a=b # no comment \\ \\n back\\\\slash\x00 🐈 \udce9",
@@ -402,7 +402,7 @@ class TestReadSettings:
 class TestHtml:
     def test_plays_the_frames(self, tmp_path):
         frames = moving_picture(9, 48, 80)
-        page = video_html(frames, 16, SETTINGS)
+        page = Video(frames, None, 16, SETTINGS)._repr_html_()
         assert re.search(r"<video [^>]*\bcontrols loop autoplay muted\b", page)
         data = re.search(r'src="data:video/mp4;base64,([^"]+)"', page)[1]
         (tmp_path / "a.mp4").write_bytes(base64.b64decode(data, validate=True))
@@ -415,5 +415,5 @@ class TestHtml:
         assert "<script>" not in caption and "&lt;script&gt;alert(1)" in caption and "&amp; 猫" in caption
 
     def test_any_settings(self):
-        page = video_html(moving_picture(1, 16, 16), 16, SETTINGS | {"long": "猫" * 60_000})
+        page = Video(moving_picture(1, 16, 16), None, 16, SETTINGS | {"long": "猫" * 60_000})._repr_html_()
         assert page.encode("utf-8")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the names of __getattr__, for editors and type checkers
     from .errors import SamplingError as SamplingError
     from .errors import WanError as WanError
     from .errors import WeightsError as WeightsError
+    from .media.video import Video as Video
     from .pipeline import WanPipeline as WanPipeline
     from .planning.choose import plan as plan
     from .planning.plan import Plan as Plan
@@ -36,7 +37,6 @@ if TYPE_CHECKING:  # the names of __getattr__, for editors and type checkers
     from .types import Conditioning as Conditioning
     from .types import Request as Request
     from .types import Step as Step
-    from .video import Video as Video
     from .weights.load import load_image_encoder as load_image_encoder
     from .weights.load import load_text_encoder as load_text_encoder
     from .weights.load import load_transformer as load_transformer
@@ -57,7 +57,7 @@ _PUBLIC = {
     "Request": "types",
     "Conditioning": "types",
     "Step": "types",
-    "Video": "video",
+    "Video": "media.video",
     "plan": "planning.choose",
     "Plan": "planning.plan",
     "MemoryPlanError": "errors",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .events import unheard
 from .hub.resolve import Places, resolve
+from .media.video import Video
 from .models.vae_tiling import parse_tiling
 from .opened import OpenedModel
 from .option import MODEL, REQUEST
@@ -19,7 +20,6 @@ from .prompts.extend import extend_requests
 from .request_builder import build_request
 from .runs.run import Output, Run
 from .types import Request, RunState, Step
-from .video import Video
 from .weights.checkpoint import check_here, open_checkpoint
 from .weights.lora import normalise_loras
 from .weights.quantize import check_mode

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import os
 import re
@@ -128,14 +126,14 @@ class VideoWriter:
         self.settings = settings
         if not 0 < fps <= MAX_FPS:
             raise ValueError(f"fps is {fps}, expected a number above 0 and up to {MAX_FPS}, such as 16")
-        text = _settings_text(settings)
+        text = settings_text(settings)
         if self._ending == ".mp4":
             _check_mp4(size, text)
 
     def __enter__(self) -> VideoWriter:
         # On the file system of the target, so that the final move is atomic.
         self._temporary = self.folder / f".wan_mlx-{secrets.token_hex(8)}{self._ending}"
-        self._text = _settings_text(self.settings)
+        self._text = settings_text(self.settings)
         self._frames: list[np.ndarray] = []
         self._count = 0
         is_mp4 = self._ending == ".mp4"
@@ -203,21 +201,6 @@ def save_video(
     return Path(path)
 
 
-def video_html(frames: np.ndarray, fps: float, settings: dict[str, Any]) -> str:
-    """HTML that plays frames, uint8 (T, H, W, 3), inline, or shows a single one, with the settings below."""
-    ending, kind, opening, closing = ".mp4", "video/mp4", "video controls loop autoplay muted playsinline", "</video>"
-    if len(frames) == 1:
-        ending, kind, opening, closing = ".png", "image/png", "img", ""
-    with tempfile.TemporaryDirectory() as folder:
-        data = save_video(Path(folder) / f"video{ending}", frames, fps, {}).read_bytes()
-    source = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
-    return (
-        f'<figure style="margin:0"><{opening} style="max-width:100%" src="{source}">{closing}'
-        f'<figcaption><pre style="white-space:pre-wrap">{html.escape(_settings_text(settings, indent=1))}</pre>'
-        "</figcaption></figure>"
-    )
-
-
 def contact_sheet(frames: np.ndarray, columns: int, count: int, width: int) -> Image.Image:
     """``count`` of the frames, uint8 (T, H, W, 3), in ``columns``, at most ``width`` pixels wide; see `Video.grid`."""
     for name, value, least in (("columns", columns, 1), ("count", count, 1), ("width", width, columns)):
@@ -258,7 +241,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def _settings_text(settings: dict[str, Any], indent: int | None = None) -> str:
+def settings_text(settings: dict[str, Any], indent: int | None = None) -> str:
     """JSON in readable Unicode; half surrogates, which files cannot hold, become JSON escapes."""
     try:
         text = json.dumps(settings, ensure_ascii=False, indent=indent)

@@ -19,13 +19,13 @@ from ..denoise import denoise, step_of, with_condition, without_references
 from ..errors import BusyError, Stopped
 from ..events import Conditioned, Decoded, Event, Listener, Note, Progress, StageEnded, StageStarted, Stepped, counted
 from ..guidance import Guidance, Model
+from ..media.video import Video
 from ..media.write import latents_to_numpy
 from ..opened import OpenedModel
 from ..planning.plan import Plan, limited_cache
 from ..recipes import scheduler_for
 from ..tasks import TASKS
 from ..types import Conditioning, Request, RunState, StageReport, Step
-from ..video import Video
 from ..weights.checkpoint import Part
 
 log = logging.getLogger(__name__)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .media.write import contact_sheet, save_video, video_html
-from .types import StageReport
+from PIL.Image import Image
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from ..types import StageReport
+from .write import contact_sheet, save_video, settings_text
 
 
 @dataclass
@@ -56,4 +58,15 @@ class Video:
         return contact_sheet(self.frames, columns, count, width)
 
     def _repr_html_(self) -> str:
-        return video_html(self.frames, self.fps, self.settings)
+        """For notebooks: plays the frames, or shows a single one, with the settings below."""
+        ending, kind, tag, closing = ".mp4", "video/mp4", "video controls loop autoplay muted playsinline", "</video>"
+        if len(self.frames) == 1:
+            ending, kind, tag, closing = ".png", "image/png", "img", ""
+        with tempfile.TemporaryDirectory() as folder:
+            data = save_video(Path(folder) / f"video{ending}", self.frames, self.fps, {}).read_bytes()
+        source = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+        return (
+            f'<figure style="margin:0"><{tag} style="max-width:100%" src="{source}">{closing}'
+            f'<figcaption><pre style="white-space:pre-wrap">{html.escape(settings_text(self.settings, indent=1))}</pre>'
+            "</figcaption></figure>"
+        )
