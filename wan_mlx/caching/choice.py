@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from ..errors import closest
 from ..models.configs import TransformerConfig
+from ..option import Limits, Option
 from ..options import CACHES
 from ..presets import PRESETS
 from .easycache import EasyCache
@@ -22,37 +21,12 @@ FEWEST_STEPS = 10
 EASYCACHE_THRESHOLD = 0.05
 EASYCACHE_FIRST = 10  # of 40 or 50 steps; a quarter of fewer
 
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting of a cache: its name and its values in words, its type, and which values it takes."""
-
-    name: str
-    expected: str
-    kind: type
-    takes: Callable[[Any], bool]
-
-    def parse(self, word: str, text: str) -> Any:
-        """The value of ``word`` in the user's ``text``.
-
-        Raises:
-            ValueError: it is of another kind, or out of range.
-        """
-        try:
-            value = self.kind(word)
-        except ValueError:
-            value = math.nan
-        if not self.takes(value):
-            raise ValueError(f"cache {text!r}: the {self.name} is {word!r}, expected {self.expected}")
-        return value
-
-
-THRESHOLD = Setting("threshold", "a number from 0 (off) up, such as 0.1", float, lambda value: 0 <= value < math.inf)
-RETENTION = Setting("retention", "a share from 0 to 1, such as 0.2", float, lambda value: 0 <= value <= 1)
-COUNT = Setting("count of steps", "a whole number from 1 up", int, lambda value: value >= 1)
-MODE = Setting("mode", "plain or ret", str, lambda value: value in ("plain", "ret"))
+THRESHOLD = Option("NUMBER", "0 is off", name="threshold", type=float, limits=Limits(0))
+RETENTION = Option("SHARE", "of the steps", name="retention", type=float, limits=Limits(0, 1))
+COUNT = Option("NUMBER", "of steps", name="count of steps", type=int, limits=Limits(1))
+MODE = Option("", "signal that decides", name="mode", choices=("plain", "ret"))
 # The settings of each cache, as the form of its text, its constants and its class have them in order.
-SETTINGS: dict[str, tuple[Setting, ...]] = {
+SETTINGS: dict[str, tuple[Option, ...]] = {
     "none": (),
     "teacache": (THRESHOLD, MODE),
     "magcache": (THRESHOLD, COUNT, RETENTION),
@@ -85,7 +59,13 @@ def resolve_cache(text: str | None, steps: int, model: str, config: TransformerC
             "too much to be left out; leave the cache out"
         )
     values = _defaults(name, steps, model, config)
-    values[: len(given)] = [kind.parse(word, text or "") for kind, word in zip(SETTINGS[name], given, strict=False)]
+    for place, word in enumerate(given):
+        setting = SETTINGS[name][place]
+        try:
+            values[place] = setting.read(word)
+            setting.check(values[place])
+        except ValueError as error:
+            raise ValueError(f"cache {text!r}, {setting.name}: {error}") from error
     return ":".join(map(str, [name, *values]))
 
 
@@ -95,7 +75,7 @@ def make_cache(resolved: str, steps: int, model: str, left_out: int = 0) -> Step
     ``left_out``: number of steps skipped at the start of the grid, because the run starts from a video.
     """
     name, *words = resolved.split(":")
-    values: list[Any] = [setting.kind(word) for setting, word in zip(SETTINGS[name], words, strict=True)]
+    values: list[Any] = [setting.read(word) for setting, word in zip(SETTINGS[name], words, strict=True)]
     if name == "teacache":
         threshold, mode = values
         return TeaCache(steps, threshold, mode, TEACACHE[model][mode])
