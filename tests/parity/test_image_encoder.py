@@ -13,9 +13,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 import wan_mlx
 from wan_mlx.errors import WeightsError
 from wan_mlx.files.base import TensorInfo
+from wan_mlx.hub.names import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES
 from wan_mlx.models.configs import ImageEncoderConfig
 from wan_mlx.models.image_encoder import ImageEncoder, last_block_shapes
-from wan_mlx.presets import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES
 from wan_mlx.resize import resize_bicubic
 from wan_mlx.weights.checkpoint import open_checkpoint
 from wan_mlx.weights.component import ComponentWeights, check_keys, open_component, parameter_shapes

@@ -13,10 +13,11 @@ from oracles import diffusers_transformer, in_halves, randomize, relative_error
 
 from wan_mlx.errors import WeightsError
 from wan_mlx.files.base import TensorInfo, WeightsFile
+from wan_mlx.hub.names import DIFFUSERS_FILES
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
-from wan_mlx.presets import DIFFUSERS_FILES, PRESETS
+from wan_mlx.presets import PRESETS
 from wan_mlx.weights.checkpoint import open_checkpoint
 from wan_mlx.weights.component import ComponentWeights, check_keys, parameter_shapes
 from wan_mlx.weights.configs import network_config

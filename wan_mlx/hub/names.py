@@ -20,7 +20,30 @@ from urllib.parse import unquote, urlsplit
 
 from ..errors import WeightsError, some
 from ..other_models import of_name
-from ..presets import COMFYUI_TRANSFORMERS, DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES, PARTS, PRESETS, Preset
+from ..presets import COMFYUI_TRANSFORMERS, NETWORKS, PARTS, PRESETS, Preset
+
+# The official folder: component → the names it is published under, first one wins.
+OFFICIAL_FILES = {
+    "transformer": ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
+    "text_encoder": ("models_t5_umt5-xxl-enc-bf16.pth",),
+    "vae": ("Wan2.1_VAE.pth",),
+    "image_encoder": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
+    "tokenizer": ("google/umt5-xxl/spiece.model",),
+}
+DIFFUSERS_FILES = {
+    "transformer": (
+        "transformer/diffusion_pytorch_model.safetensors.index.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    ),
+    "text_encoder": ("text_encoder/model.safetensors.index.json", "text_encoder/model.safetensors"),
+    "vae": ("vae/diffusion_pytorch_model.safetensors",),
+    "image_encoder": ("image_encoder/model.safetensors",),
+    "tokenizer": ("tokenizer/spiece.model", "tokenizer/tokenizer.json"),  # transformers 5 saves the second alone
+}
+MLX_FILES = {
+    **{component: (f"{component}.safetensors.index.json", f"{component}.safetensors") for component in NETWORKS},
+    "tokenizer": ("tokenizer.model",),
+}
 
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[^:]+))?")
 WEIGHT_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt")

@@ -19,8 +19,9 @@ from typing import Any
 from ..errors import UnsupportedModel, WeightsError, some
 from ..files.open import ShardedFile, format_of, open_weights
 from ..files.sentencepiece import EMBEDDED, MAX_TOKENIZER_BYTES, find_tokenizer, has_tokenizer
+from ..hub.names import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES
 from ..other_models import ADVICE, of_entries, of_name
-from ..presets import COMFYUI_PARTS, DIFFUSERS_FILES, MLX_FILES, NETWORKS, OFFICIAL_FILES, PARTS
+from ..presets import COMFYUI_PARTS, NETWORKS, PARTS
 from ..storage import parse_json
 from .component import ComponentWeights, kinds_in, open_component
 from .configs import network_config

@@ -25,7 +25,8 @@ import numpy as np
 from .. import __version__
 from ..errors import WeightsError, some
 from ..files.sentencepiece import read_tokenizer
-from ..presets import MLX_FILES, NETWORKS, PRESETS
+from ..hub.names import MLX_FILES
+from ..presets import NETWORKS, PRESETS
 from ..storage import MARKER, fingerprint, free_space, gigabytes, new_folder, parse_json
 from .checkpoint import MLX_FORMAT, MLX_VERSION, Checkpoint, open_checkpoint
 from .component import MLX_LAYOUT, SAFETENSORS_NAMES, beside
