@@ -42,7 +42,7 @@ class Recorder:
 
 @pytest.mark.parametrize(
     "same_as_default",
-    [dict(range=(0.0, 1.0)), dict(skip_layers=()), dict(zero_steps=0), dict(skip_layers=(1,), skip_range=(0.91, 0.98))],
+    [dict(range=(0.0, 1.0)), dict(skip_layers=()), dict(skip_layers=(1,), skip_range=(0.91, 0.98))],
 )
 def test_neutral_options_give_the_same_bytes(model, same_as_default):
     plain, neutral = Guidance(SCALE), Guidance(SCALE, **same_as_default)
@@ -51,7 +51,7 @@ def test_neutral_options_give_the_same_bytes(model, same_as_default):
 
 @pytest.mark.parametrize(
     "change",
-    [dict(range=(0.0, 0.5)), dict(range=(0.5, 1.0)), dict(zero_star=True), dict(zero_steps=1), dict(skip_layers=(1,))],
+    [dict(range=(0.0, 0.5)), dict(range=(0.5, 1.0)), dict(cfg_zero=0), dict(cfg_zero=1), dict(skip_layers=(1,))],
 )
 def test_each_option_changes_the_latents(model, change):
     plain, changed = Guidance(SCALE), Guidance(SCALE, **change)
@@ -82,14 +82,14 @@ def test_cfg_zero_against_numpy():
     cond, uncond = random_array(1, 1, 2, 3, 4, 16), 3 * random_array(2, 1, 2, 3, 4, 16) + 1
     c, u = np.array(cond, dtype=np.float64), np.array(uncond, dtype=np.float64)
     scale = (c * u).sum() / ((u * u).sum() + 1e-8)
-    got = Guidance(5.0, zero_star=True).combine(cond, uncond)
+    got = Guidance(5.0, cfg_zero=0).combine(cond, uncond)
     assert relative_error(got, scale * u + 5.0 * (c - scale * u)) < 1e-5
     assert abs(scale - 1) > 0.2
 
 
 def test_no_forward_is_made_where_the_velocity_is_zero():
     recorder = Recorder()
-    steps = walk(recorder, guidance=Guidance(SCALE, zero_star=True, zero_steps=2))
+    steps = walk(recorder, guidance=Guidance(SCALE, cfg_zero=2))
     assert [step.forwards for step in steps] == [0, 0] + [2] * (STEPS - 2)
     assert len(recorder.asked) == 2 * (STEPS - 2)
     assert np.array_equal(np.array(steps[1].latents), np.array(conditioning().noise))

@@ -71,7 +71,7 @@ def test_stopped_by_another_thread_and_taken_up(job, pipe):
     heard = []
     Job(pipe, job.request, job.output, {"steps": 3}).make(heard.append, free=())
     assert [event.step.index for event in heard if isinstance(event, Stepped)] == [1, 2]
-    assert [event.report.name for event in heard if isinstance(event, StageEnded)][0] == "load transformer"
+    assert [event.name for event in heard if isinstance(event, StageEnded)][0] == "load transformer"
     assert np.array_equal(frames_of(job.output), pipe("a red circle", **SMALL).frames)
 
 

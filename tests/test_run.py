@@ -36,7 +36,7 @@ def test_events_of_a_run(pipe, request_):
         StageStarted, Stepped, Stepped, Stepped, StageEnded,
         StageStarted, Decoded, Decoded, StageEnded,
     ]  # fmt: skip
-    assert [event.report for event in events if isinstance(event, StageEnded)] == run.reports
+    assert [event for event in events if isinstance(event, StageEnded)] == run.reports
     assert run.stage is None and run.forwards == (6, 6)
     done = {(event.name, event.total): event.done for event in heard if isinstance(event, Progress)}
     assert done[("denoising", 3)] == 3 and done[("decoding", 2)] == 2 and {"loading transformer"} < {n for n, _ in done}

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .types import Conditioning, Step
-    from .types import StageReport as Report
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,12 @@ class StageStarted(Event):
 
 @dataclass(frozen=True)
 class StageEnded(Event):
-    """A stage is over, or was left."""
+    """A stage is over, or was left: how long it took, and the most memory MLX held during it (bytes)."""
 
-    kind, said = "stage", "report.name report.seconds report.peak_bytes"
-    report: Report
+    kind, said = "stage", "name seconds peak_bytes"
+    name: str
+    seconds: float
+    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Finished(Event):
     output: Path
     seconds: float = 0.0
     complaint: str | None = None
-    reports: Sequence[Report] = ()
+    reports: Sequence[StageEnded] = ()
     forwards: tuple[int, int] | None = None
 
     @property

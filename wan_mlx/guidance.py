@@ -29,17 +29,15 @@ class Guidance:
     Attributes:
         scale: 1 turns guidance off.
         range: where guidance is on; other steps make only the pass with the prompt (arXiv 2404.07724).
-        zero_star: CFG-Zero* (arXiv 2503.18886): before subtraction, the velocity without the prompt is scaled to its
-            projection on the one with it.
-        zero_steps: number of first steps with zero velocity, which make no pass.
+        cfg_zero: CFG-Zero* (arXiv 2503.18886), unless it is None: before subtraction, the velocity without the prompt
+            is scaled to its projection on the one with it; so many first steps have zero velocity, and make no pass.
         skip_layers: skip-layer guidance: blocks left out of the pass without the prompt.
         skip_range: where it is on.
     """
 
     scale: float = 1.0
     range: tuple[float, float] = (0.0, 1.0)
-    zero_star: bool = False
-    zero_steps: int = 0
+    cfg_zero: int | None = None
     skip_layers: tuple[int, ...] = ()
     skip_range: tuple[float, float] = (0.1, 1.0)
 
@@ -48,15 +46,14 @@ class Guidance:
         return cls(
             scale=request.guidance_scale,
             range=request.guidance_range,
-            zero_star=request.cfg_zero is not None,
-            zero_steps=request.cfg_zero or 0,
+            cfg_zero=request.cfg_zero,
             skip_layers=request.skip_layers,
             skip_range=request.skip_range,
         )
 
     def passes(self, index: int, total: int) -> tuple[int, ...]:
         """The passes of step ``index`` of ``total``: none, `COND`, or both."""
-        if index < self.zero_steps:
+        if index < (self.cfg_zero or 0):
             return ()
         return (COND, UNCOND) if self.scale != 1.0 and _within(self.range, index, total) else (COND,)
 
@@ -66,7 +63,7 @@ class Guidance:
 
     def combine(self, cond: mx.array, uncond: mx.array) -> mx.array:
         """``uncond + scale * (cond - uncond)``, float32 (1, t, h, w, C)."""
-        if self.zero_star:
+        if self.cfg_zero is not None:
             uncond = projection(cond, uncond) * uncond
         return uncond + self.scale * (cond - uncond)
 

@@ -231,12 +231,3 @@ class RunState:
     state: dict[str, mx.array] = field(default_factory=dict)
     how: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class StageReport:
-    """How long a stage took and the most memory MLX held during it (bytes)."""
-
-    name: str
-    seconds: float
-    peak_bytes: int

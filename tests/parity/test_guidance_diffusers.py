@@ -20,7 +20,7 @@ def test_cfg_zero_and_range_against_diffusers(steps, span, zero_steps):
     guider = ClassifierFreeZeroStarGuidance(
         guidance_scale=SCALE, zero_init_steps=zero_steps, start=span[0], stop=span[1]
     )
-    guidance = Guidance(SCALE, range=span, zero_star=True, zero_steps=zero_steps)
+    guidance = Guidance(SCALE, range=span, cfg_zero=zero_steps)
     for index in range(steps):
         cond, uncond = (np.array(random_array(seed + index, 2, 3, 4, 5, 16)) for seed in (10, 500))
         guider.set_state(step=index, num_inference_steps=steps, timestep=torch.tensor(0))

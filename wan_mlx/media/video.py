@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from ..types import StageReport
+from ..events import StageEnded
 from .write import contact_sheet, save_video, settings_text
 
 
@@ -31,7 +31,7 @@ class Video:
     latents: Any
     fps: int = 16
     settings: dict[str, Any] = field(default_factory=dict)
-    stages: list[StageReport] = field(default_factory=list)
+    stages: list[StageEnded] = field(default_factory=list)
 
     def save(self, path: str | Path, overwrite: bool = True) -> Path:
         """Write to ``path``; the ending picks the format: .mp4 .gif .webp .png .npz.

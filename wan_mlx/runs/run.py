@@ -25,7 +25,7 @@ from ..opened import OpenedModel
 from ..planning.plan import Plan, limited_cache
 from ..recipes import scheduler_for
 from ..tasks import TASKS
-from ..types import Conditioning, Request, RunState, StageReport, Step
+from ..types import Conditioning, Request, RunState, Step
 from ..weights.checkpoint import Part
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Run:
         plan.check()
         self.plan: Plan = plan if resume is None else plan.as_begun(resume.how)
         self.stage: str | None = None
-        self.reports: list[StageReport] = []
+        self.reports: list[StageEnded] = []
         self.forwards: tuple[int, int] | None = None
         self.stopped_after: int | None = None
         self._resume = resume
@@ -255,11 +255,11 @@ class Run:
             yield
         finally:
             self.stage = None
-            report = StageReport(name, time.perf_counter() - started, mx.get_peak_memory())
+            report = StageEnded(name, time.perf_counter() - started, mx.get_peak_memory())
             self.reports.append(report)
             mx.clear_cache()
             log.info("%s: %.1f s, peak %.2f GiB", name, report.seconds, report.peak_bytes / 2**30)
-            self._tell(StageEnded(report))
+            self._tell(report)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
