@@ -96,8 +96,7 @@ class OpenedModel:
         self._merge_loras = True
         self.taehv, self.draft = given["taehv"] and Path(given["taehv"]), given["draft"]
         self._tiny = tiny_autoencoder(checkpoint, self.taehv, self.draft)
-        self._kept: dict[str, Any] = {}  # networks that stay loaded within `keep_loaded`
-        self.keeps_loaded = False
+        self._kept: dict[str, Any] | None = None  # within `keep_loaded`: the networks and texts that stay
         self.plan_at_work: Plan | None = None
         self.running = threading.Lock()  # held by the run that is under way
         if self.preset.task != self.config.model_type:
@@ -126,10 +125,11 @@ class OpenedModel:
         given = normalise_loras(loras)
         found = list(Places(self.checkpoint.path, loras=given).fetch(listener=self.listener).loras)
         check_loras(self.checkpoint, found)
+        there = self._kept or {}
         for part in self.checkpoint.of_kind("transformer"):
-            kept = self._kept.get(part.name)
+            kept = there.get(part.name)
             if kept is not None and kept.model.source.merged:
-                del self._kept[part.name]
+                del there[part.name]
             elif kept is not None:
                 set_loras(kept, [*found, *part.loras])
         self.loras, self._merge_loras = found, False
@@ -152,7 +152,8 @@ class OpenedModel:
         Args:
             measure: times too, for which parts of the networks are timed for some seconds.
         """
-        wanted = Wanted(self.preset.name, request, self.quantize, self.memory, self.vae_tiling, self.keeps_loaded)
+        kept = self._kept is not None
+        wanted = Wanted(self.preset.name, request, self.quantize, self.memory, self.vae_tiling, kept)
         return plan_video(wanted, self.sizes, measure, partial(parameters_of, self.checkpoint))
 
     def settings(self, request: Request) -> dict[str, Any]:
@@ -197,24 +198,23 @@ class OpenedModel:
     @contextmanager
     def keep_loaded(self) -> Iterator[None]:
         """Within this block transformer and VAE stay loaded from one video to the next, and texts stay encoded."""
-        if self.keeps_loaded:
+        if self._kept is not None:
             yield
             return
-        self.keeps_loaded = True
+        self._kept = {}
         try:
             yield
         finally:
-            self.keeps_loaded, self._kept = False, {}
+            self._kept = None
             mx.clear_cache()
 
     def _kept_or(self, name: str, load: Callable[[], Any]) -> Any:
         """The object kept under this name, or the result of ``load``, which is kept within `keep_loaded`."""
-        if name in self._kept:
-            return self._kept[name]
-        loaded = load()
-        if self.keeps_loaded:
-            self._kept[name] = loaded
-        return loaded
+        if self._kept is None:
+            return load()
+        if name not in self._kept:
+            self._kept[name] = load()
+        return self._kept[name]
 
     def check_files(self) -> None:
         """Raise WeightsError if a file is damaged, as far as check sums and the VAE's header tell."""

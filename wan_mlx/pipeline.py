@@ -85,8 +85,7 @@ class WanPipeline(OpenedModel):
                 ``stopped_after``.
             extend_prompt: have the prompt written out in detail first, in its own language: True for the default
                 language model, or one that mlx-lm runs (`wan_mlx.prompts.extend`).
-            options: as for `request`: negative_prompt, width, height, num_frames, steps, guidance_scale, shift,
-                solver, seed, and the task's sources. One that is left out or None takes the preset's default.
+            options: as for `request`.
 
         Raises:
             ValueError: an option is wrong.

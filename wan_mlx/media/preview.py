@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 Previewer = Callable[[mx.array], np.ndarray]
 MAPS = Path(__file__).parent.parent / "assets" / "latent_rgb.json"
 SAME_SPACE = 1e-3  # largest difference between two VAEs' means or standard deviations
-ENLARGED = 2
 SHEET_FRAMES = 25
 
 
@@ -109,9 +108,9 @@ def sheet_of(frames: np.ndarray) -> np.ndarray:
     return np.asarray(contact_sheet(frames, columns, SHEET_FRAMES, columns * width))
 
 
-def enlarge(frames: np.ndarray, factor: int = ENLARGED) -> np.ndarray:
-    """uint8 (T, H, W, 3) → (T, factor * H, factor * W, 3), smoothed."""
-    size = factor * frames.shape[2], factor * frames.shape[1]
+def enlarge(frames: np.ndarray) -> np.ndarray:
+    """uint8 (T, H, W, 3) → (T, 2H, 2W, 3), smoothed."""
+    size = 2 * frames.shape[2], 2 * frames.shape[1]
     return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames])
 
 

@@ -145,9 +145,8 @@ def encode(run: VAEExecution, chunks: Iterable[mx.array], tile: tuple[int, int] 
     """Encode, in tiles unless ``tile`` is None; tiles need the whole video in memory.
 
     Args:
-        run: the VAE; computes in the dtype of its weights.
+        run, tile: as for `decode`.
         chunks: float32 (1, 1, H, W, 3), then (1, 4, H, W, 3), in [-1, 1].
-        tile: largest (width, height) in pixels, without margins.
 
     Returns:
         The result of `VAE.encode_chunks`.

@@ -42,15 +42,14 @@ class PromptCache:
     Args:
         files: of the encoder and the tokenizer.
         settings: everything else that the embeddings depend on; must be JSON.
-        folder: of the entries; by default ``prompts`` in `cache_folder`.
     """
 
-    def __init__(self, files: Sequence[Path], settings: Mapping[str, Any], folder: Path | None = None):
+    def __init__(self, files: Sequence[Path], settings: Mapping[str, Any]):
         self.said = False
         backend = [mlx_version(), str(mx.default_device().type), sys.platform]
         self.identity: list[Any] | None = None
         try:
-            self.folder = cache_folder() / "prompts" if folder is None else folder
+            self.folder = cache_folder() / "prompts"
             self.identity = [FORMAT, backend, dict(settings), [fingerprint(file) for file in files]]
         except (OSError, ValueError, KeyError) as error:  # opening the file reports the error
             self._complain(error)
