@@ -83,7 +83,7 @@ class ImageEncoder(nn.Module):
 
     def embed(self, images: np.ndarray | mx.array) -> mx.array:
         """Images (N, H, W, 3) → class token and embedded patches, with their positions (N, 257, dim)."""
-        if images.ndim != 4:
+        if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images have shape {tuple(images.shape)}, expected (N, H, W, 3)")
         n, size, patch = images.shape[0], self.config.image_size, self.config.patch_size
         pixels = preprocess(images, size).reshape(n, size // patch, patch, size // patch, patch, 3).swapaxes(2, 3)
