@@ -89,9 +89,9 @@ class TestAMadeUpOption:
 
     def test_resume(self, made_up):
         record = {"asked": {}, "model": {}, "request": vars(a_request(sparkle=7))}
-        check_same({"sparkle": 7}, record, options.free_on_resume())
+        check_same({"sparkle": 7}, record, flags.free_on_resume())
         with pytest.raises(ValueError, match="--sparks is 7, 6 was given"):
-            check_same({"sparkle": 6}, record, options.free_on_resume())
+            check_same({"sparkle": 6}, record, flags.free_on_resume())
 
     def test_completion(self, made_up):
         assert all("sparks" in completion.script(shell) for shell in completion.SHELLS)

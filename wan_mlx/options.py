@@ -357,22 +357,6 @@ def flag_names() -> dict[str, str]:
     return {option.key: option.flags[0] for option in flags()}
 
 
-def free_on_resume() -> set[str]:
-    """Parsed flags that may differ from the first command's when a run goes on."""
-    return {option.key for option in flags() if option.free or option.alone or option.no_effect}
-
-
-def keywords(parsed: Mapping[str, Any], face: str) -> dict[str, Any]:
-    """The keywords of ``face`` that parsed flags come to; those left to their default are None or not there."""
-    found: dict[str, Any] = {}
-    for option in flags():
-        if option.of == face and option.sets:
-            found.update(zip(option.sets, parsed[option.key] or (), strict=False))
-        elif option.of == face:
-            found[option.name] = parsed[option.key]
-    return found
-
-
 def filled(face: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """All keywords of ``face``: as they are given or, left out or None, with their defaults.
 
@@ -384,13 +368,6 @@ def filled(face: str, given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise TypeError(f"a {face} has no option {name!r}; nearest: {closest(name, known)!r}")
     return known | {name: value for name, value in given.items() if value is not None}
-
-
-def value_in(request: Mapping[str, Any], key: str) -> Any:
-    """The value of a parsed flag that a request's fields come from; None if they do not tell."""
-    option = next(option for option in flags() if option.key == key)
-    values = [request.get(name) for name in option.sets or (option.name,)]
-    return values[0] if not (option.sets and values[0]) else values
 
 
 def told(face: str, in_order: Sequence[str] = ()) -> Callable[[Function], Function]:

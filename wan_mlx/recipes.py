@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from .errors import WanError
-from .files.open import open_weights
 from .schedulers import SOLVERS, Grid, Scheduler
 from .types import Request
-
-# LoRA files describe themselves in metadata, under one of many keys; longer values are training data.
-LONGEST_HINT = 400
 
 
 @dataclass(frozen=True)
@@ -97,39 +90,3 @@ def scheduler_for(request: Request) -> Scheduler:
     """The solver of a request, on its sigma grid."""
     steps, grid = request.steps, RECIPES[request.recipe].grid if request.recipe else None
     return SOLVERS[request.solver](steps, request.shift, grid and grid(steps), request.seed, request.begin)
-
-
-def suggest_recipe(path: str | Path, metadata: Mapping[str, Any] | None = None) -> Recipe | None:
-    """Guess a checkpoint's or LoRA's recipe from its name, its folder's, or its safetensors metadata.
-
-    Only for a hint to the user: never applied.
-    """
-    path = Path(path)
-    said = [value for value in (metadata or {}).values() if isinstance(value, str) and len(value) <= LONGEST_HINT]
-    text = re.sub(r"[-_.\s]+", "_", " ".join([path.parent.name, path.name, *said]).lower())
-    return next((recipe for recipe in RECIPES.values() if re.search(recipe.hints, text)), None)
-
-
-def recipe_notes(paths: Iterable[str | Path], chosen: str | None) -> list[str]:
-    """A hint for each recipe that these checkpoints and LoRAs seem to need and that was not chosen."""
-    notes, said = [], {chosen}
-    for path in paths:
-        recipe = suggest_recipe(path, _metadata(Path(path)))
-        if recipe and recipe.name not in said:
-            said.add(recipe.name)
-            strength = f", LoRA strength {recipe.strength:g}" if recipe.strength != 1 else ""
-            notes.append(
-                f"{Path(path).name} looks distilled: --recipe {recipe.name} samples it as published ({recipe.steps} "
-                f"steps, {recipe.solver}, shift {recipe.shift:g}, guidance off{strength})"
-            )
-    return notes
-
-
-def _metadata(path: Path) -> Mapping[str, str]:
-    """Metadata of a safetensors file; empty for other or unreadable files."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return {}
-    try:
-        return open_weights(path).metadata
-    except WanError:  # reported when the file is loaded
-        return {}

@@ -13,10 +13,11 @@ from test_schedulers import fake_model
 import wan_mlx
 from wan_mlx.caching import StepCache
 from wan_mlx.cli.main import main
+from wan_mlx.cli.summary import recipe_notes, suggest_recipe
 from wan_mlx.denoise import denoise
 from wan_mlx.guidance import Guidance
 from wan_mlx.noise import latent_noise
-from wan_mlx.recipes import RECIPES, recipe_notes, scheduler_for, suggest_recipe
+from wan_mlx.recipes import RECIPES, scheduler_for
 from wan_mlx.schedulers import SOLVERS, Grid
 from wan_mlx.types import Conditioning, Request
 

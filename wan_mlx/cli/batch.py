@@ -20,9 +20,9 @@ from ..runs.folder import RunFolder
 from ..runs.job import Job
 from ..runs.record import seed_of_made
 from ..storage import parse_json, place_of
-from .flags import build_parser, json_flags
+from .flags import build_parser, free_on_resume, json_flags, keywords
 from .interrupt import Interrupts
-from .jobs import check_flags, extend, extension_of, jobs_from, model_options, open_model, request_from
+from .jobs import check_flags, extend, extension_of, jobs_from, open_model, request_from
 from .summary import tell_notes
 from .terminal import FAILURE, SUSPECT, Terminal, explain
 
@@ -174,7 +174,7 @@ def _make_lines(lines: list[Line], report: Report, say: Terminal, interrupts: In
             started = time.perf_counter()
             try:
                 with interrupts.stopping(job):
-                    made = job.make(say, options.free_on_resume() | ({"seed"} if line.draws else set()))
+                    made = job.make(say, free_on_resume() | ({"seed"} if line.draws else set()))
             except Stopped:
                 report.add(line, "interrupted", seconds=round(time.perf_counter() - started, 1))
                 raise
@@ -241,7 +241,7 @@ def _lines(
     extension = extension_of(args)
     if args.num_images is not None and (args.seed is None or args.seed < 0):
         raise UsageError("num_images without a seed, which names the files; give one")
-    model = model_options(args)
+    model = keywords(args, options.MODEL)
     key = json.dumps(model, default=str, sort_keys=True)
     if key not in pipes:
         pipes[key] = open_model(model, say)

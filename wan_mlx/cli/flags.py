@@ -117,6 +117,23 @@ def given_flags(argv: list[str]) -> dict[str, Any]:
     return vars(parser.parse_args(argv))
 
 
+def free_on_resume() -> set[str]:
+    """Parsed flags that may differ from the first command's when a run goes on."""
+    return {option.key for option in options.flags() if option.free or option.alone or option.no_effect}
+
+
+def keywords(args: argparse.Namespace, face: str) -> dict[str, Any]:
+    """The keywords of ``face`` that parsed flags come to; those left to their default are None or not there."""
+    found: dict[str, Any] = {}
+    for option in options.flags():
+        given = getattr(args, option.key)
+        if option.of == face and option.sets:
+            found.update(zip(option.sets, given or (), strict=False))
+        elif option.of == face:
+            found[option.name] = given
+    return found
+
+
 def json_flags(text: str) -> list[str]:
     """A JSON object of options and their values, as arguments; a line of a prompt file is one.
 

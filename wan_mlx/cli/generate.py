@@ -17,10 +17,10 @@ from ..media.write import check_output
 from ..other_models import of_name
 from ..planning.choose import plan
 from ..planning.machine import mlx_version
-from ..recipes import recipe_notes
 from ..runs.folder import ENDING, RunFolder
 from ..runs.job import Job
 from ..runs.record import check_identity, check_same, model_of, request_of, seed_of_made, with_dtype
+from .flags import free_on_resume, keywords
 from .interrupt import Interrupts
 from .jobs import (
     check_flags,
@@ -30,12 +30,11 @@ from .jobs import (
     extension_of,
     jobs_from,
     make,
-    model_options,
     open_model,
     request_from,
     watch,
 )
-from .summary import describe, tell_downloads, tell_notes, tell_watching
+from .summary import describe, recipe_notes, tell_downloads, tell_notes, tell_watching
 from .terminal import FAILURE, Terminal, write
 
 
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     if args.output:
         # Before a download or an hour of work; of a series the names are not known yet.
         check_output(args.output, args.overwrite or args.num_images is not None)
-    model = model_options(args)
+    model = keywords(args, options.MODEL)
     if args.dry_run and tell_downloads(model, say):
         return 0
     extension = extension_of(args)
@@ -113,7 +112,7 @@ def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, in
             raise ValueError(f"the run of {output} was cut before it began; start it again without --resume")
         folder.state()  # which is refused if damaged, before any work
         # Other numbers are the way out of NaN, and only there.
-        check_same(given, record, options.free_on_resume() | ({"dtype"} if record.get("not_finite") else set()))
+        check_same(given, record, free_on_resume() | ({"dtype"} if record.get("not_finite") else set()))
         check_needs(args, [name for name, value in {**record["model"], **record}.items() if value])
         model = model_of(record)
         model |= {name: value for name, value in given.items() if name in model}

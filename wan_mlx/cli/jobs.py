@@ -19,6 +19,7 @@ from ..prompts.extend import Extension
 from ..runs.folder import RunFolder
 from ..runs.job import Job
 from ..types import Request
+from .flags import keywords
 from .interrupt import Interrupts
 from .summary import tell_downloads
 from .terminal import SUSPECT, Terminal
@@ -57,11 +58,6 @@ def extension_of(args: argparse.Namespace) -> Extension | None:
     return None
 
 
-def model_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The keywords for `WanPipeline.from_pretrained`."""
-    return options.keywords(vars(args), options.MODEL)
-
-
 def open_model(model: Mapping[str, Any], say: Terminal) -> WanPipeline:
     """The model; downloaded if need be, which is said before, and opened, not loaded."""
     tell_downloads(model, say)
@@ -69,7 +65,7 @@ def open_model(model: Mapping[str, Any], say: Terminal) -> WanPipeline:
 
 
 def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:
-    asked = options.keywords(vars(args), options.REQUEST)
+    asked = keywords(args, options.REQUEST)
     still = args.preset == "t2i-14B" or (args.num_images or 1) > 1
     if args.preset == "t2i-14B" and args.num_frames not in (None, 1):
         raise UsageError(f"--task t2i-14B makes stills, but --frames is {args.num_frames}; nearest: 1")

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import options
 from ..caching import make_cache
+from ..errors import WanError
+from ..files.open import open_weights
 from ..hub.resolve import Places
 from ..media.preview import PreviewFiles
 from ..opened import OpenedModel
 from ..presets import PARTS, of_same_shapes
+from ..recipes import RECIPES, Recipe
 from ..types import Request
 from ..weights.checkpoint import check_here
 from ..weights.lora import normalise_loras
 from .terminal import Terminal
+
+# LoRA files describe themselves in metadata, under one of many keys; longer values are training data.
+LONGEST_HINT = 400
 
 
 def tell_no_effect(args: argparse.Namespace, say: Terminal) -> None:
@@ -110,3 +117,39 @@ def extras(request: Request, model: str) -> list[str]:
         layers = ", ".join(map(str, request.skip_layers))
         lines.append("          layers {} skipped from {:g} to {:g} of the steps".format(layers, *request.skip_range))
     return lines
+
+
+def suggest_recipe(path: str | Path, metadata: Mapping[str, Any] | None = None) -> Recipe | None:
+    """Guess a checkpoint's or LoRA's recipe from its name, its folder's, or its safetensors metadata.
+
+    Only for a hint to the user: never applied.
+    """
+    path = Path(path)
+    said = [value for value in (metadata or {}).values() if isinstance(value, str) and len(value) <= LONGEST_HINT]
+    text = re.sub(r"[-_.\s]+", "_", " ".join([path.parent.name, path.name, *said]).lower())
+    return next((recipe for recipe in RECIPES.values() if re.search(recipe.hints, text)), None)
+
+
+def recipe_notes(paths: Iterable[str | Path], chosen: str | None) -> list[str]:
+    """A hint for each recipe that these checkpoints and LoRAs seem to need and that was not chosen."""
+    notes, said = [], {chosen}
+    for path in paths:
+        recipe = suggest_recipe(path, _metadata(Path(path)))
+        if recipe and recipe.name not in said:
+            said.add(recipe.name)
+            strength = f", LoRA strength {recipe.strength:g}" if recipe.strength != 1 else ""
+            notes.append(
+                f"{Path(path).name} looks distilled: --recipe {recipe.name} samples it as published ({recipe.steps} "
+                f"steps, {recipe.solver}, shift {recipe.shift:g}, guidance off{strength})"
+            )
+    return notes
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    """Metadata of a safetensors file; empty for other or unreadable files."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        return open_weights(path).metadata
+    except WanError:  # reported when the file is loaded
+        return {}

@@ -114,7 +114,7 @@ def check_same(given: Mapping[str, Any], record: Mapping[str, Any], free: Collec
     for name, value in normal(given).items():
         before = stored.get(name)
         if before is None and value is not None:  # it was left to the model
-            before = options.value_in(record["request"], name)
+            before = _value_in(record["request"], name)
         if name not in free and value != before:
             differences.append(f"{flags.get(name, name)} is {_said(before)}, {_said(value)} was given")
     if differences:
@@ -122,6 +122,13 @@ def check_same(given: Mapping[str, Any], record: Mapping[str, Any], free: Collec
             f"the run has other settings: {'; '.join(differences)}; leave them out to go on with it, or start anew "
             "with --overwrite instead of --resume"
         )
+
+
+def _value_in(request: Mapping[str, Any], key: str) -> Any:
+    """The value of a parsed flag that a request's fields come from; None if they do not tell."""
+    option = next(option for option in options.flags() if option.key == key)
+    values = [request.get(name) for name in option.sets or (option.name,)]
+    return values[0] if not (option.sets and values[0]) else values
 
 
 def with_dtype(record: Mapping[str, Any], dtype: str, steps_done: int) -> dict[str, Any]:
