@@ -12,6 +12,7 @@ from wan_mlx.models import vae_tiling as tiling
 from wan_mlx.models.vae import ResidualBlock, flow
 from wan_mlx.models.vae_execution import VAEExecution
 from wan_mlx.models.vae_layers import CausalCache, CausalConv
+from wan_mlx.planning.choose import parse_tiling
 
 SAME = dict(rtol=0, atol=1e-5)  # of float32 values around 1
 
@@ -148,7 +149,7 @@ def test_the_pipeline_decodes_in_tiles(monkeypatch):
      ("384*256", (384, 256)), ((64, 72), (64, 72))],
 )  # fmt: skip
 def test_parse_tiling(given, parsed):
-    assert tiling.parse_tiling(given) == parsed
+    assert parse_tiling(given) == parsed
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,9 @@ from .models.execution import Execution, encode_images
 from .models.text_encoder import pad_context
 from .models.tokenizer import Tokenizer, most_tokens
 from .models.vae_execution import VAEExecution
-from .models.vae_tiling import parse_tiling
 from .option import MODEL
 from .options import filled
-from .planning.choose import Wanted, plan_video
+from .planning.choose import Wanted, parse_tiling, plan_video
 from .planning.machine import mlx_version, parse_memory
 from .planning.plan import Plan
 from .planning.sizes import sizes_of

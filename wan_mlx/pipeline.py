@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 from .events import unheard
 from .hub.resolve import Places, resolve
 from .media.video import Video
-from .models.vae_tiling import parse_tiling
 from .opened import OpenedModel
 from .option import MODEL, REQUEST
 from .options import ModelOptions, RequestOptions, filled, told
+from .planning.choose import parse_tiling
 from .planning.machine import parse_memory
 from .presets import PARTS, find_preset
 from .progress_bars import ProgressBars

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise, product
@@ -21,7 +20,6 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import is_out_of_memory
-from ..geometry import WAN_2_1, Geometry
 from .vae import VAE, Downsample, ResidualBlock, Upsample
 from .vae_execution import PacedCache, VAEExecution
 from .vae_layers import CausalConv
@@ -32,32 +30,6 @@ log = logging.getLogger(__name__)
 Span = tuple[int, int]
 SMALLEST_TILE = 64  # pixels: smaller tiles are mostly margin
 RETRIES = (512, 384, 256, 128, SMALLEST_TILE)  # sides to try in order, when memory is not enough
-
-
-def parse_tiling(text: str | tuple[int, int] | None, geometry: Geometry = WAN_2_1) -> str | tuple[int, int]:
-    """``--vae-tiling``: "auto", "off", or the largest tile in pixels as "WxH" or (width, height).
-
-    Raises:
-        ValueError: another form, or a side that is too small or no multiple of the pixels per latent.
-    """
-    if text is None or text in ("auto", "off"):
-        return text or "auto"
-    if isinstance(text, str):
-        match = re.fullmatch(r"(\d+)(?:[x*×](\d+))?", text.strip().lower())
-        sides = (int(match[1]), int(match[2] or match[1])) if match else ()
-    else:
-        sides = text
-    if len(sides) != 2:
-        raise ValueError(f"vae_tiling is {text!r}, expected auto, off, or a tile's size in pixels such as 384x256")
-    for side in sides:
-        if side < SMALLEST_TILE or side % geometry.spatial:
-            nearest = max(SMALLEST_TILE, round(side / geometry.spatial) * geometry.spatial)
-            raise ValueError(
-                f"vae_tiling is {text!r}, expected multiples of {geometry.spatial} from {SMALLEST_TILE} pixels; "
-                f"nearest to {side}: {nearest}"
-            )
-    width, height = sides
-    return width, height
 
 
 def smaller_tile(tile: tuple[int, int] | None, size: tuple[int, int]) -> tuple[int, int] | None:

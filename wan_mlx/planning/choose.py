@@ -6,6 +6,7 @@ The budget is for MLX; Python, its packages and the finished frames take about a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -17,7 +18,7 @@ import mlx.core as mx
 from ..geometry import WAN_2_1, Geometry
 from ..hub.resolve import is_cached, preset_of, resolve
 from ..models.execution import TOKENS_AT_ONCE
-from ..models.vae_tiling import SMALLEST_TILE, parse_tiling
+from ..models.vae_tiling import SMALLEST_TILE
 from ..options import named
 from ..presets import PRESETS, Preset, find_preset, preset_for
 from ..types import Request
@@ -185,6 +186,32 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     rows.append(row)
     title = f"{wanted.name} {request.width}x{request.height}, {request.num_frames} frames"
     return Plan(title, budget, asked is not None, stream, tokens_at_once, decode_tile, encode_tile, tuple(rows))
+
+
+def parse_tiling(text: str | tuple[int, int] | None, geometry: Geometry = WAN_2_1) -> str | tuple[int, int]:
+    """``--vae-tiling``: "auto", "off", or the largest tile in pixels as "WxH" or (width, height).
+
+    Raises:
+        ValueError: another form, or a side that is too small or no multiple of the pixels per latent.
+    """
+    if text is None or text in ("auto", "off"):
+        return text or "auto"
+    if isinstance(text, str):
+        match = re.fullmatch(r"(\d+)(?:[x*×](\d+))?", text.strip().lower())
+        sides = (int(match[1]), int(match[2] or match[1])) if match else ()
+    else:
+        sides = text
+    if len(sides) != 2:
+        raise ValueError(f"vae_tiling is {text!r}, expected auto, off, or a tile's size in pixels such as 384x256")
+    for side in sides:
+        if side < SMALLEST_TILE or side % geometry.spatial:
+            nearest = max(SMALLEST_TILE, round(side / geometry.spatial) * geometry.spatial)
+            raise ValueError(
+                f"vae_tiling is {text!r}, expected multiples of {geometry.spatial} from {SMALLEST_TILE} pixels; "
+                f"nearest to {side}: {nearest}"
+            )
+    width, height = sides
+    return width, height
 
 
 def _loaded(weights: WeightBytes, stream: bool) -> int:
