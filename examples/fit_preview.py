@@ -22,7 +22,7 @@ import numpy as np
 
 import wan_mlx
 from wan_mlx.hub.resolve import resolve
-from wan_mlx.media.preview import MAPS, LatentMap, read_maps
+from wan_mlx.media.preview import MAPS, map_preview, read_maps
 from wan_mlx.media.read import cover, open_video, to_float
 from wan_mlx.models.vae import VAE
 
@@ -103,8 +103,7 @@ def main() -> None:
         parser.error(f"{len(found)} clips were given, expected at least 4")
     fitted, others = [p for i, p in enumerate(found) if i % 4], found[::4]
     entry = fit_both(fitted)
-    latent_map = LatentMap.of(entry)
-    shown = [(latent_map(mx.array(latents)[None]), colours) for latents, colours in others]
+    shown = [(map_preview(entry, mx.array(latents)[None]), colours) for latents, colours in others]
     each = [correlation(*pair) for pair in shown]
     print(f"{len(fitted)} clips fitted; on {len(others)} others: correlation "
           f"{correlation(*(np.concatenate([pair[i].ravel() for pair in shown]) for i in (0, 1))):.4f}, "

@@ -13,8 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,31 +41,18 @@ SAME_SPACE = 1e-3  # largest difference between two VAEs' means or standard devi
 SHEET_FRAMES = 25
 
 
-@dataclass(frozen=True)
-class LatentMap:
-    """Colours in [-1, 1] = latents @ ``factors`` (C, 3) + ``bias`` (3,); a `Previewer`.
-
-    ``first``: factors and bias of the first latent frame, which encodes one video frame instead of four, differently.
-    """
-
-    factors: np.ndarray
-    bias: np.ndarray
-    first: tuple[np.ndarray, np.ndarray]
-
-    @classmethod
-    def of(cls, space: Mapping[str, Any]) -> LatentMap:
-        """From an entry of `read_maps`."""
-        return cls(*_arrays(space), _arrays(space.get("first", space)))
-
-    def __call__(self, latents: mx.array) -> np.ndarray:
-        z = np.array(latents[0].astype(mx.float32))
-        colours, (factors, bias) = z @ self.factors + self.bias, self.first
-        colours[0] = z[0] @ factors + bias
-        return to_uint8(colours)
+def map_preview(space: Mapping[str, Any], latents: mx.array) -> np.ndarray:
+    """By an entry of `read_maps`; given the entry, a `Previewer`. The first latent frame, which encodes one video frame
+    instead of four, may have a map of its own."""
+    z = np.array(latents[0].astype(mx.float32))
+    colours = _mapped(z, space)
+    colours[0] = _mapped(z[0], space.get("first", space))
+    return to_uint8(colours)
 
 
-def _arrays(entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array(entry["factors"], np.float32), np.array(entry["bias"], np.float32)
+def _mapped(latents: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
+    """Colours in [-1, 1]: latents @ ``factors`` (C, 3) + ``bias`` (3,)."""
+    return latents @ np.array(entry["factors"], np.float32) + np.array(entry["bias"], np.float32)
 
 
 def tiny_preview(taehv: TAEHV, latents: mx.array) -> np.ndarray:
@@ -74,7 +60,7 @@ def tiny_preview(taehv: TAEHV, latents: mx.array) -> np.ndarray:
     return np.concatenate([to_uint8(frames[0]) for frames in taehv.decode(latents, small=True)])
 
 
-def latent_map(config: VAEConfig) -> LatentMap:
+def latent_map(config: VAEConfig) -> Previewer:
     """The map for a VAE's latents.
 
     Raises:
@@ -82,7 +68,7 @@ def latent_map(config: VAEConfig) -> LatentMap:
     """
     for space in read_maps().values():
         if is_same_space(config, VAEConfig(mean=space["mean"], std=space["std"])):
-            return LatentMap.of(space)
+            return partial(map_preview, space)
     raise ValueError(
         "previews: no colours are known for this VAE's latents, expected those of "
         f"{' or '.join(read_maps())}; fit them with examples/fit_preview.py, or give --taehv"
@@ -134,8 +120,6 @@ class PreviewFiles:
         if self.path.suffix.lower() != ".webp":
             raise ValueError(f"preview {path} ends in {self.path.suffix!r}, expected .webp; nearest: "
                              f"{self.path.with_suffix('.webp')}")  # fmt: skip
-        if every < 1:
-            raise ValueError(f"preview-every is {every}, expected at least 1")
         self.every, self.sheet, self._failed = every, self.path.with_suffix(".png"), False
         for file in (self.path, self.sheet):
             check_output(file, overwrite=True)
