@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,29 +187,19 @@ class Job:
             raise Stopped()
 
 
-class _Encoding:
+class _Encoding(ExitStack):
     """Keeps frames and takes them to the file, as they come: some are encoded while the next are being decoded.
 
     The file appears when the ``with`` block ends without an exception.
     """
 
     def __init__(self, writer: VideoWriter, folder: RunFolder, store: FrameStore):
+        super().__init__()
         self.writer, self.folder, self.store = writer, folder, store
         self.statistics = FrameStatistics()
         self._begun = False
         self._encoded = 0  # chunks of the store
-        self._thread = ThreadPoolExecutor(1, "wan_mlx-frames")
-        self._adding = Behind(self._thread)
-
-    def __enter__(self) -> _Encoding:
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        try:
-            if self._begun:  # first, or frames that ffmpeg does not take would be waited for
-                self.writer.__exit__(kind, error, traceback)
-        finally:
-            self._thread.shutdown()
+        self._adding = Behind(self.enter_context(ThreadPoolExecutor(1, "wan_mlx-frames")))
 
     def add(self, frames: np.ndarray) -> None:
         """Keep frames and encode them in another thread, after those before; raises their exception."""
@@ -230,7 +220,7 @@ class _Encoding:
         self.writer.settings = self.writer.settings | state.notes
         self.writer.latents = latents_to_numpy(state.state["latents"][:, state.conditioning.trim_latents :])
         self.writer.when_whole = self.folder.mark_finished
-        self.writer.__enter__()
+        self.enter_context(self.writer)  # left before the thread, which may wait for ffmpeg to take frames
         self._begun = True
 
     def _follow(self, check: Callable[[], None] | None = None) -> None:
