@@ -174,4 +174,4 @@ def test_default_zero_steps():
 def test_of_request_takes_every_option():
     request = Request("a", "", 32, 32, 5, STEPS, SCALE, 5.0, "euler", 1, guidance_range=(0.1, 0.9), cfg_zero=3,
                       skip_layers=(2,), skip_range=(0.2, 0.7))  # fmt: skip
-    assert Guidance.of(request) == Guidance(SCALE, (0.1, 0.9), True, 3, (2,), (0.2, 0.7))
+    assert Guidance.of(request) == Guidance(SCALE, (0.1, 0.9), 3, (2,), (0.2, 0.7))
