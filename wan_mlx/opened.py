@@ -30,7 +30,7 @@ from .models.vae_execution import VAEExecution
 from .option import MODEL
 from .options import filled
 from .planning.choose import Wanted, parse_tiling, plan_video
-from .planning.machine import mlx_version, parse_memory
+from .planning.machine import mlx_version
 from .planning.plan import Plan
 from .planning.sizes import sizes_of
 from .presets import find_preset, preset_for
@@ -80,7 +80,6 @@ class OpenedModel:
         self.checkpoint = checkpoint
         self.dtype, self.quantize, self.memory = given["dtype"], given["quantize"], given["memory"]
         self.sizes = lru_cache(partial(sizes_of, checkpoint, parse_dtype(self.dtype)))
-        parse_memory(self.memory)
         self.vae_tiling = parse_tiling(given["vae_tiling"])
         self.quantized = modes_of(checkpoint, self.quantize)
         self.prompt_cache: bool = given["prompt_cache"]
@@ -177,9 +176,8 @@ class OpenedModel:
 
     def cut_texts(self, request: Request) -> dict[str, tuple[int, int]]:
         """Of the texts that are too long for the model: how many tokens it reads, and how many there are."""
-        most, texts = self.config.text_len, {"prompt": request.prompt}
-        if request.guidance_scale != 1:
-            texts["negative_prompt"] = request.negative_prompt
+        most = self.config.text_len
+        texts = {name: getattr(request, name) for name in ("prompt", "negative_prompt")[: request.passes]}
         tokens = {name: self.tokenizer.length(text) for name, text in texts.items() if most_tokens(text) > most}
         return {name: (most, count) for name, count in tokens.items() if count > most}
 

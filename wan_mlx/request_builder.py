@@ -49,28 +49,18 @@ def build_request(
     values["width"], values["height"] = preset.size
     values |= {"strength": DEFAULT_STRENGTH if "video" in given else 1.0} | given
     sampling = vars(preset.sampling_for(values["width"], values["height"]))
-    request = completed(Request(**{**values, **sampling, **given}, geometry=geometry))
+    values |= sampling | given
+    if values["seed"] is None or values["seed"] < 0:
+        values["seed"] = secrets.randbelow(MAX_RANDOM_SEED)
+    if isinstance(values["cfg_zero"], bool):
+        values["cfg_zero"] = zero_steps_of(values["task"]) if values["cfg_zero"] else None
+    for name in ("src_ref_images", "guidance_range", "skip_layers", "skip_range"):
+        values[name] = tuple(values[name])
+    request = Request(**values, geometry=geometry)
     check_request(request)
     check_guidance(request, config.num_layers)
     request = replace(request, cache=resolve_cache(request.cache, request.steps_made, preset.name, config))
     return fit_sources(request)
-
-
-def completed(request: Request) -> Request:
-    """The request with a seed, with the number of CFG-Zero*'s steps, and tuples in place of lists."""
-    seed, zero_steps = request.seed, request.cfg_zero
-    if isinstance(zero_steps, bool):
-        zero_steps = zero_steps_of(request.task) if zero_steps else None
-    tuples: Any = {
-        name: tuple(getattr(request, name))
-        for name in ("src_ref_images", "guidance_range", "skip_layers", "skip_range")
-    }
-    return replace(
-        request,
-        seed=secrets.randbelow(MAX_RANDOM_SEED) if seed is None or seed < 0 else seed,
-        cfg_zero=zero_steps,
-        **tuples,
-    )
 
 
 def check_request(request: Request) -> None:
