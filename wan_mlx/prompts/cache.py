@@ -34,8 +34,6 @@ MOST_BYTES = 256 * 2**20
 ENDING = ".safetensors"
 
 
-
-
 class PromptCache:
     """Embeddings (L, text_dim) of texts, as one model's encoder computes them on this machine's backend.
 
