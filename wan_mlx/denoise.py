@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
+import numpy as np
 
 from .caching import StepCache
 from .errors import SamplingError
@@ -42,7 +43,9 @@ def denoise(
         SamplingError: the latents are not finite; names the step.
         ValueError: ``state`` is not the state that step ``first`` of this solver needs.
     """
-    latents = scheduler.start(conditioning.noise, conditioning.source_latents)
+    # Of a grid that is made whole, the noise is the start, whatever is locked.
+    latents = scheduler.start(conditioning.noise, conditioning.source_latents if scheduler.begin else None)
+    latents = locked(conditioning, latents, scheduler.sigmas[0])
     mx.eval(latents)  # two threads may be about to read it
     total = len(scheduler.timesteps)
     cache = cache or StepCache(total)
@@ -59,10 +62,10 @@ def denoise(
         model, guidance = serving(timestep)
         velocity = guided_velocity(model, latents, timestep, conditioning, guidance, index, total, cache)
         del model  # the next step may load another expert; this one must be freed first
-        latents = scheduler.step(index, velocity, latents)
+        latents = locked(conditioning, scheduler.step(index, velocity, latents), scheduler.sigmas[index + 1])
         state = {
             "latents": latents,
-            "denoised": scheduler.denoised,
+            "denoised": locked(conditioning, scheduler.denoised, scheduler.sigmas[-1]),
             **named("solver", scheduler.state()),
             **named("cache", cache.state()),
         }
@@ -76,6 +79,14 @@ def denoise(
         yield step_of(scheduler, index, state, forwards, passes, time.perf_counter() - started)
         if cache.large:
             state.clear()
+
+
+def locked(conditioning: Conditioning, latents: mx.array, sigma: np.float32) -> mx.array:
+    """The latents where the video is made anew; elsewhere its source's, under the starting noise of level ``sigma``."""
+    if conditioning.remade is None or conditioning.source_latents is None:
+        return latents
+    stays = float(sigma) * conditioning.noise + float(1 - sigma) * conditioning.source_latents
+    return mx.where(conditioning.remade, latents, stays)
 
 
 def named(owner: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:

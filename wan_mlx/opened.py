@@ -38,6 +38,7 @@ from .progress_bars import ProgressBars
 from .prompts.cache import PromptCache
 from .storage import cache_folder, sha256
 from .tasks import TASKS
+from .tasks import notes as canvas_notes
 from .types import LoraChoice, Request
 from .weights.check_sums import check_once
 from .weights.checkpoint import Checkpoint, Part
@@ -182,11 +183,12 @@ class OpenedModel:
         return {name: (most, count) for name, count in tokens.items() if count > most}
 
     def notes(self, request: Request) -> list[str]:
-        """Lines about parts of the request that the video will not show."""
-        return [
+        """Lines about texts and sources that are not taken whole, or as they are."""
+        texts = [
             f"the {name.replace('_', ' ')} has {count} tokens, of which the model reads {most}: its end is left out"
             for name, (most, count) in self.cut_texts(request).items()
         ]
+        return [*texts, *canvas_notes(request)]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

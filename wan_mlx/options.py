@@ -39,6 +39,7 @@ GROUPS = (WHAT, EXTEND, SOURCES, WEIGHTS, SAMPLE, GUIDE, RUN, SAY, WATCH, OFFICI
 SOLVERS = ("unipc", "dpm++", "euler", "dmd")
 RECIPES = ("lightx2v-4step", "fastwan-3step", "causvid", "rcm")
 ONE_GPU = "there is one GPU"
+FITS = ("official", "crop", "pad")
 CACHES = ("none", "teacache", "magcache", "easycache")
 
 
@@ -123,12 +124,18 @@ class RequestOptions(TypedDict, total=False):
         "--src_video FILE", "video to edit or follow (vace)", SOURCES, place="file",
     )]
     src_mask: Annotated["Source | None", Option(
-        "--src_mask FILE", "what to generate anew in it, white (vace)", SOURCES,
-        more="A picture for the whole video, or a video", place="file",
+        "--mask --src_mask FILE", "what to make anew in --src_video (vace) or --video (t2v), white", SOURCES,
+        more="A picture for the whole video, or a video of as many frames. What is black in --video stays: its latents "
+        "are locked", place="file",
     )]
     src_ref_images: Annotated["Sequence[Source]", Option(
         "--src_ref_images FILES", "pictures of what should appear, a,b,c (vace)", SOURCES, default=(),
         parse=lambda text: tuple(text.split(",")), place="file",
+    )]
+    fit: Annotated[str | None, Option(
+        "--fit NAME", "how a picture or video of other proportions comes to the size: {choices}", SOURCES,
+        more="`official` takes the proportions of a picture (i2v, flf2v) or of --src_video, and --size as the area; "
+        "`crop` cuts to exactly --size, `pad` adds black bars", default="official", choices=FITS,
     )]
     context_scale: Annotated[float, Option(
         "--context-scale S", "strength of the source (vace; default 1)", SOURCES, default=1.0, limits=Limits(),

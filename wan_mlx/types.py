@@ -55,7 +55,8 @@ class Request:
     Most fields are options of a call, which `options.RequestOptions` explains. Sizes are as the model's ``geometry``
     allows, ``seed`` is >= 0; ``cfg_zero`` is the number of CFG-Zero*'s first steps without motion, None for ordinary
     guidance. Sources are None where the task has no use for them. ``original_prompt`` is the user's own where
-    ``prompt`` was written out by the language model ``extended_by``.
+    ``prompt`` was written out by the language model ``extended_by``. ``source_sizes`` are the (width, height) of the
+    sources that are brought to the video's size, by their fields' names.
     """
 
     prompt: str
@@ -84,14 +85,16 @@ class Request:
     recipe: str | None = None
     video: Source | None = None
     strength: float = 1.0
+    fit: str = "official"
     original_prompt: str | None = None
     extended_by: str | None = None
     geometry: Geometry = WAN_2_1
+    source_sizes: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False)
 
     def settings(self, name: Callable[[str], str] = str) -> dict[str, Any]:
-        """Every field but the model's ``geometry``, as JSON takes it: sources as `describe_source` has them."""
+        """All but ``geometry`` and ``source_sizes``, as JSON takes it: sources as `describe_source` has them."""
         return {
-            **{field: value for field, value in vars(self).items() if field != "geometry"},
+            **{field: value for field, value in vars(self).items() if field not in ("geometry", "source_sizes")},
             **{field: describe_source(getattr(self, field), name) for field in SOURCE_FIELDS},
             "src_ref_images": [describe_source(source, name) for source in self.src_ref_images],
         }
@@ -146,6 +149,7 @@ class Conditioning:
         context: (1, 512, text_dim), text embeddings zero-padded to 512 rows.
         negative_context: likewise; None when guidance is off.
         source_latents: as ``noise``: the video to start from under this noise, if there is one.
+        remade: bool (1, t or 1, h, w, 1): where that video is made anew; elsewhere it stays. None: everywhere.
         condition: float32 (1, t, h, w, 4 + C), i2v and flf2v: a mask channel for each of a latent frame's frames, 1
             where they are given, then latents.
         image_features: (N, 257, image_dim), CLIP features of the N given images.
@@ -158,6 +162,7 @@ class Conditioning:
     context: mx.array
     negative_context: mx.array | None = None
     source_latents: mx.array | None = None
+    remade: mx.array | None = None
     condition: mx.array | None = None
     image_features: mx.array | None = None
     vace_context: mx.array | None = None

@@ -67,6 +67,8 @@ def describe(pipe: OpenedModel, request: Request, say: Terminal, *outputs: Path)
     if request.video is not None:
         strength, made = f"{request.strength:g}", request.steps_made
         say.note(f"start     {request.video}, strength {strength}: the last {made} of the steps")
+    if request.video is not None and request.src_mask is not None:
+        say.note(f"mask      {request.src_mask}: what is black in it stays")
     for output in outputs:
         say.note(f"output    {output}")
 

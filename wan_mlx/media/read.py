@@ -21,7 +21,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import imageio_ffmpeg
 import mlx.core as mx
@@ -124,14 +124,33 @@ def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
     Follows ``VaceVideoProcessor.resize_crop``: antialiased bicubic in 8 bits, which Pillow and PyTorch round
     differently by one level in less than one pixel of a hundred.
     """
-    old_height, old_width = image.shape[:2]
-    if (old_height, old_width) == (height, width):
+    rows, columns, top, left = placed(image.shape[:2], (height, width))
+    return _resized(image, rows, columns)[-top : height - top, -left : width - left]
+
+
+def contain(image: np.ndarray, height: int, width: int, beyond: Literal["constant", "edge"] = "constant") -> np.ndarray:
+    """Resize so that the size covers the image, and put it in the middle: uint8 (H, W, 3) → (height, width, 3).
+
+    The bars beyond it are black, or with "edge" go on as its edge is.
+    """
+    rows, columns, top, left = placed(image.shape[:2], (height, width), whole=True)
+    bars = (top, height - top - rows), (left, width - left - columns), (0, 0)
+    return np.pad(_resized(image, rows, columns), bars, beyond)
+
+
+def placed(old: tuple[int, ...], size: tuple[int, int], whole: bool = False) -> tuple[int, int, int, int]:
+    """Where an image of ``old`` (height, width) lies on a canvas of ``size``, which it covers, or in which it lies as a
+    ``whole``: its new height and width, and the place of its corner, negative where it is beyond the canvas."""
+    ratios = size[0] / old[0], size[1] / old[1]
+    scale = min(ratios) if whole else max(ratios)
+    rows, columns = (max(1, round(scale * side)) for side in old)
+    return rows, columns, int((size[0] - rows) / 2), int((size[1] - columns) / 2)
+
+
+def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    if image.shape[:2] == (height, width):
         return image
-    scale = max(width / old_width, height / old_height)
-    new_height, new_width = round(scale * old_height), round(scale * old_width)
-    top, left = (new_height - height) // 2, (new_width - width) // 2
-    resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
-    return np.asarray(resized)[top : top + height, left : left + width]
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def to_float(image: np.ndarray) -> np.ndarray:

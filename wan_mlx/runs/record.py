@@ -16,6 +16,7 @@ from ..geometry import Geometry
 from ..media.preview import PreviewFiles
 from ..media.write import read_settings
 from ..opened import OpenedModel
+from ..option import REQUEST
 from ..planning.machine import mlx_version
 from ..presets import BUNDLED
 from ..prompts.extend import Extension
@@ -75,6 +76,7 @@ def seed_of_made(
         return None
     if extension:
         made = extension.undone(made)
+    made = {option.name: option.default for option in options.of(REQUEST)} | made  # which an older video lacks
     asked = json.loads(json.dumps(pipe.settings(request)))
     free = {*NOT_COMPARED, *(("seed",) if any_seed else ())}
     same = all(made.get(name) == value for name, value in asked.items() if name not in free)

@@ -91,6 +91,7 @@ class Scheduler:
             ``begin``, taken at first order like every start.
 
     Attributes:
+        begin: as given.
         sigmas, timesteps: of the grid from ``begin`` on: before each step, and the last sigma.
         denoised: float32, the latest step's estimate of the clean sample; unset before the first.
     """
@@ -104,7 +105,7 @@ class Scheduler:
         if not 0 <= begin < len(grid.timesteps):
             raise ValueError(f"sampling begins at step {begin} of {steps}, expected 0 to {steps - 1}")
         self.sigmas, self.timesteps = grid.sigmas[begin:], grid.timesteps[begin:]
-        self.seed = seed
+        self.seed, self.begin = seed, begin
         self.denoised: mx.array
         self.history: dict[str, mx.array] = {}
 

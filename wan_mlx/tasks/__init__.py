@@ -8,6 +8,9 @@ from typing import Any
 
 from ..types import SOURCE_FIELDS, Conditioning, Encoders, Request
 from . import i2v, t2v, vace
+from .canvas import notes
+
+__all__ = ["TASKS", "Task", "fit_sources", "notes"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Task:
 
 
 TASKS: dict[str, Task] = {
-    "t2v": Task(t2v.condition, ("video",), t2v.fit),
+    "t2v": Task(t2v.condition, ("video", "src_mask"), t2v.fit),
     "i2v": Task(i2v.condition, ("image",), i2v.fit),
     "flf2v": Task(i2v.condition, ("image", "last_image"), i2v.fit_first_and_last),
     "vace": Task(vace.condition, ("src_video", "src_mask", "src_ref_images", "context_scale"), vace.fit),
@@ -49,4 +52,7 @@ def fit_sources(request: Request) -> Request:
         if given and name not in task.takes:
             takes, users = ", ".join(task.takes), ", ".join(other for other, row in TASKS.items() if name in row.takes)
             raise ValueError(f"{name} was given to a {request.task} model, which takes {takes}; it is for {users}")
-    return task.fit(request)
+    fitted = task.fit(request)
+    if request.fit != "official" and not fitted.source_sizes:
+        raise ValueError(f"fit is {request.fit}, but there is no picture or video to fit; give one, or leave it out")
+    return fitted

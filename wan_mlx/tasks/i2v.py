@@ -18,6 +18,7 @@ from ..media.read import cover, in_chunks, read_image, to_float
 from ..resize import resize_bicubic
 from ..types import Conditioning, Encoders, Request
 from . import t2v
+from .canvas import drawn
 
 
 def output_size(image_size: tuple[int, int], area: int, geometry: Geometry = WAN_2_1) -> tuple[int, int]:
@@ -38,10 +39,13 @@ def output_size(image_size: tuple[int, int], area: int, geometry: Geometry = WAN
 
 
 def fit(request: Request) -> Request:
-    """The request with the proportions of its image and about the requested area."""
+    """The request with the proportions of its image and about the requested area, unless ``fit`` keeps its size."""
     if request.image is None:
         raise ValueError("image to video needs an image, none was given")
     height, width = read_image(request.image).shape[:2]
+    request = replace(request, source_sizes={"image": (width, height)})
+    if request.fit != "official":
+        return request
     width, height = output_size((width, height), request.width * request.height, request.geometry)
     return replace(request, width=width, height=height)
 
@@ -53,18 +57,21 @@ def fit_first_and_last(request: Request) -> Request:
             raise ValueError(f"first and last frame to video needs both images, the {name} one was not given")
     if request.num_frames < (least := request.geometry.num_frames(latent_frames=2)):
         raise ValueError(f"frames is {request.num_frames}, expected room for a first and a last one; nearest: {least}")
-    read_image(request.last_image)
-    return fit(request)
+    height, width = read_image(request.last_image).shape[:2]
+    fitted = fit(request)
+    return replace(fitted, source_sizes={**fitted.source_sizes, "last_image": (width, height)})
 
 
 def condition(request: Request, encoders: Encoders) -> Conditioning:
     """Texts, noise, CLIP features of the given images, and the latents of a video that has them as its first and, if
     there are two, last frame, resized, and grey between."""
-    known = {0: read_image(request.image)}
+    official, first = request.fit == "official", read_image(request.image)
+    known = {0: first if official else drawn(first, request)}
     if request.last_image is not None:
+        last = read_image(request.last_image)
         # The official code intends to resize the last image to the first's size and crop it, but only crops or pads,
         # with width and height swapped. Here it is resized and cropped; images of one size come out the same.
-        known[request.num_frames - 1] = cover(read_image(request.last_image), *known[0].shape[:2])
+        known[request.num_frames - 1] = cover(last, *first.shape[:2]) if official else drawn(last, request)
     base = t2v.condition(request, encoders)
     images = {number: to_float(image) for number, image in known.items()}
     features = encoders.encode_images(mx.array(np.stack(list(images.values()))))

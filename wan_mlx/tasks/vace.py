@@ -15,9 +15,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..geometry import WAN_2_1, Geometry
-from ..media.read import Clip, cover, in_chunks, open_video, read_image, to_float
+from ..media.read import Clip, in_chunks, open_video, read_image, to_float
 from ..types import Conditioning, Encoders, Request
 from . import t2v
+from .canvas import check_mask, drawn
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ def output_shape(
 
 
 def fit(request: Request) -> Request:
-    """The request with the proportions and length of its source video, if it has one."""
+    """The request with the proportions and length of its source video, if it has one, or with ``fit`` its length alone.
+    """
     if request.src_video is None and request.src_mask is None and not request.src_ref_images:
         raise ValueError("VACE needs a source video, a mask or reference images, none was given")
     for source in request.src_ref_images:
@@ -62,6 +64,10 @@ def fit(request: Request) -> Request:
     clip, _ = _open_sources(request)
     if clip is None:
         return request
+    request = replace(request, source_sizes={"src_video": (clip.width, clip.height)})
+    if request.fit != "official":
+        longest = request.geometry.num_frames(request.geometry.latent_frames(clip.num_frames))
+        return replace(request, num_frames=min(request.num_frames, longest))
     shape = (clip.num_frames, clip.height, clip.width)
     area = request.width * request.height
     width, height, num_frames = output_shape(shape, area, request.num_frames, request.geometry)
@@ -117,19 +123,17 @@ def read_source(request: Request) -> tuple[np.ndarray, np.ndarray]:
     mask = np.full((1, *size), 255, np.uint8)
     if given_mask is not None:
         chosen = numbers if given_mask.num_frames > 1 else [0]
-        mask = np.stack([cover(frame, *size)[..., 0] for frame in given_mask.read(chosen)])
+        mask = np.stack([drawn(frame, request, "edge")[..., 0] for frame in given_mask.read(chosen)])
     mask = np.broadcast_to(mask, (request.num_frames, *size))
-    return np.stack([cover(frame, *size) for frame in video.read(numbers)]), mask
+    return np.stack([drawn(frame, request) for frame in video.read(numbers)]), mask
 
 
 def _open_sources(request: Request) -> tuple[Clip | None, Clip | None]:
     """The source video and its mask, those that are given."""
     sources = (request.src_video, request.src_mask)
     video, mask = (None if source is None else open_video(source) for source in sources)
-    if video and mask and mask.num_frames not in (1, video.num_frames):
-        raise ValueError(
-            f"mask {mask.name} has {mask.num_frames} frames, expected {video.num_frames} as its video, or one"
-        )
+    if video and mask:
+        check_mask(mask, video)
     return video, mask
 
 
