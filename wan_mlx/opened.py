@@ -33,7 +33,7 @@ from .planning.choose import Wanted, parse_tiling, plan_video
 from .planning.machine import mlx_version
 from .planning.plan import Plan
 from .planning.sizes import sizes_of
-from .presets import find_preset, preset_for
+from .presets import MODULE, find_preset, preset_for
 from .progress_bars import ProgressBars
 from .prompts.cache import PromptCache
 from .storage import cache_folder, sha256
@@ -157,10 +157,12 @@ class OpenedModel:
 
     def settings(self, request: Request) -> dict[str, Any]:
         """Everything needed to make the video again, as embedded in its file."""
+        module = self.checkpoint.files.get(MODULE)
         chosen = {
             "quantize": self.quantize,
             "quantized": self.quantized,
             "loras": [describe_lora(path, strength) for path, strength in self.loras],
+            MODULE: module and module.name,
             "draft": self.draft and self.taehv and self.taehv.name,
             "tokens": self.cut_texts(request),
             # A name alone does not tell files apart.

@@ -196,6 +196,10 @@ class ModelOptions(TypedDict, total=False):
     vae: Annotated[str | Path | None, Option("--vae PATH", LIKEWISE, WEIGHTS, place="name")]
     image_encoder: Annotated[str | Path | None, Option("--image-encoder PATH", LIKEWISE, WEIGHTS, place="name")]
     tokenizer: Annotated[str | Path | None, Option("--tokenizer PATH", LIKEWISE, WEIGHTS, place="name")]
+    vace_module: Annotated[str | Path | None, Option(
+        "--vace-module PATH", "file of VACE's part of a transformer, as Kijai publishes it, to add to a text-to-video "
+        "one", WEIGHTS, place="name",
+    )]
     source: Annotated[str, Option(
         "--source HUB", "hub to download from: {choices}", WEIGHTS, default="huggingface",
         choices=("huggingface", "modelscope"), free=True,

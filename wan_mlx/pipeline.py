@@ -14,7 +14,7 @@ from .option import MODEL, REQUEST
 from .options import ModelOptions, RequestOptions, filled, told
 from .planning.choose import parse_tiling
 from .planning.machine import parse_memory
-from .presets import PARTS, find_preset
+from .presets import GIVEN_APART, find_preset
 from .progress_bars import ProgressBars
 from .prompts.extend import extend_requests
 from .request_builder import build_request
@@ -59,7 +59,7 @@ class WanPipeline(OpenedModel):
             find_preset(given["preset"])
         given["loras"] = normalise_loras(given["loras"])
         source, listener = given["source"], ProgressBars() if given["progress"] else unheard
-        parts = {part: given[part] for part in PARTS if given[part] is not None}
+        parts = {part: given[part] for part in GIVEN_APART if given[part] is not None}
         places = Places(model, parts, given["loras"])
         check_here(*places.here())
         here = places.fetch(source, listener)

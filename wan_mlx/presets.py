@@ -101,6 +101,8 @@ COMFYUI_PARTS = {
 # A model's parts, as flags and files name them.
 NETWORKS = ("transformer", "text_encoder", "vae", "image_encoder")
 PARTS = (*NETWORKS, "tokenizer")
+MODULE = "vace_module"  # VACE's part of a transformer, in a file of its own
+GIVEN_APART = (*PARTS, MODULE)
 
 _RELEASED = (
     Preset("nano", "t2v", "", _NANO, 5_806_656, **_OF_NANO),

@@ -12,7 +12,7 @@ from ..errors import Stopped, UsageError, WanError
 from ..events import Listener, counted, unheard
 from ..hub.names import parse_location
 from ..hub.resolve import Places, preset_of
-from ..presets import PARTS
+from ..presets import GIVEN_APART
 from ..progress_bars import ProgressBars
 from ..weights.checkpoint import check_here, open_checkpoint
 from ..weights.convert import check_target, convert
@@ -51,14 +51,14 @@ def main(argv: list[str]) -> int:
         "nearest (default: as stored, and Q8_0 Q5_0 Q5_1 Q4_0 Q4_1 stay packed as they are)",
     )
     parser.add_argument("--model", help="preset whose sampling defaults to record, such as t2v-1.3B")
-    for part in PARTS:
+    for part in GIVEN_APART:
         parser.add_argument(
             f"--{part.replace('_', '-')}", metavar="PATH", help="taken instead of SOURCE's own"
         )
     parser.add_argument("--source", dest="hub", default="huggingface", help="hub: huggingface (default) or modelscope")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
-    parts = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
+    parts = {part: getattr(args, part) for part in GIVEN_APART if getattr(args, part) is not None}
     listener: Listener = unheard if args.quiet else ProgressBars()
     if args.inspect == (args.out is not None):
         raise UsageError("give SOURCE and OUT, the folder to write; or --inspect and SOURCE alone")

@@ -15,7 +15,7 @@ from ..files.open import open_weights
 from ..hub.resolve import Places
 from ..media.preview import PreviewFiles
 from ..opened import OpenedModel
-from ..presets import PARTS, of_same_shapes
+from ..presets import GIVEN_APART, of_same_shapes
 from ..recipes import RECIPES, Recipe
 from ..types import Request
 from ..weights.checkpoint import check_here
@@ -41,7 +41,7 @@ def tell_downloads(model: Mapping[str, Any], say: Terminal) -> bool:
 
     ``model``: keywords for `WanPipeline.from_pretrained`.
     """
-    parts = {part: model[part] for part in PARTS if model.get(part) is not None}
+    parts = {part: model[part] for part in GIVEN_APART if model.get(part) is not None}
     places = Places(model["model"], parts, normalise_loras(model["loras"]))
     check_here(*places.here())
     missing = [download for download in places.downloads(model["source"]) if download.missing]

@@ -260,7 +260,7 @@ class WeightsFile:
 
 
 class JoinedFile(WeightsFile):
-    """Tensors of one or several other files: of the shards of an index, or of one network in a file of several.
+    """Tensors of one or several other files: the shards of an index, one network of several, a network with a module.
 
     Args:
         owners: name → the file that has the tensor.
@@ -271,6 +271,7 @@ class JoinedFile(WeightsFile):
         agreed = {k: v for k, v in files[0].metadata.items() if all(file.metadata.get(k) == v for file in files)}
         super().__init__(path, {key: file.tensors[key] for key, file in owners.items()}, agreed)
         self.is_lazy = any(file.is_lazy for file in files)
+        self.scales = {key: scale for file in files for key, scale in file.scales.items()}
         self._owners = owners
 
     def _owner(self, key: str) -> WeightsFile:
@@ -285,6 +286,12 @@ class JoinedFile(WeightsFile):
 
     def rows(self, key: str, indices: np.ndarray) -> mx.array:
         return self._owner(key).rows(key, indices)
+
+    def has_rows_of_blocks(self, key: str) -> bool:
+        return self._owner(key).has_rows_of_blocks(key)
+
+    def raw(self, key: str) -> np.ndarray:
+        return self._owner(key).raw(key)
 
     def byte_range(self, key: str) -> ByteRange | None:
         return self._owner(key).byte_range(key)

@@ -131,6 +131,8 @@ def needed_files(names: Iterable[str], repo: str, parts: Collection[str] = PARTS
         raise WeightsError(f"{repo} is no whole Wan2.1 model{_known_as(repo)}; {weights_in(names, repo)}")
     needed, missing = [name for name in CONFIGS if name in names], []
     for component in parts:
+        if component not in files:
+            raise WeightsError(f"{repo} has no {component} for a whole model; {weights_in(names, repo)}")
         candidates = files[component]
         present = [name for name in candidates if name in names]
         if present:

@@ -21,7 +21,7 @@ from ..files.open import ShardedFile, format_of, open_weights
 from ..files.sentencepiece import EMBEDDED, MAX_TOKENIZER_BYTES, find_tokenizer, has_tokenizer
 from ..hub.names import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES
 from ..other_models import ADVICE, of_entries, of_name
-from ..presets import COMFYUI_PARTS, NETWORKS, PARTS
+from ..presets import COMFYUI_PARTS, MODULE, NETWORKS, PARTS
 from ..storage import parse_json
 from .component import ComponentWeights, kinds_in, open_component
 from .configs import network_config
@@ -65,6 +65,7 @@ class Part:
         config: entries of config.json that its weights' shapes cannot show.
         quantize: the quantisation to load it in, if different from the whole model's.
         loras: path and strength of each LoRA for this part, in addition to the whole model's.
+        module: a file of tensors that this transformer has besides, VACE's.
         timesteps: (a, b): a transformer that is the expert for the timesteps a <= t < b.
     """
 
@@ -74,7 +75,12 @@ class Part:
     config: Mapping[str, Any] = field(default_factory=dict)
     quantize: str | None = None
     loras: tuple[tuple[Path, float], ...] = ()
+    module: Path | None = None
     timesteps: tuple[float, float] = (0.0, math.inf)
+
+    def open(self) -> ComponentWeights:
+        """Its weights; WeightsError if the file holds no such network."""
+        return open_component(self.file, self.kind, self.module)
 
     @property
     def label(self) -> str:
@@ -114,7 +120,8 @@ class Checkpoint:
     @property
     def files(self) -> dict[str, Path]:
         """A part's name → its file."""
-        return {part.name: part.file for part in self.parts}
+        files = [(part.name, part.file) for part in self.parts]
+        return dict(files + [(MODULE, part.module) for part in self.parts if part.module])
 
     def missing(self) -> list[str]:
         """The kinds of parts that are missing."""
@@ -128,7 +135,7 @@ class Checkpoint:
             return part.config.get("image_dim") is not None
         if "model_type" in part.config:
             return part.config["model_type"] in ("i2v", "flf2v")
-        return "img_emb.proj.1.weight" in open_component(part.file, part.kind).shapes
+        return "img_emb.proj.1.weight" in part.open().shapes
 
 
 def open_checkpoint(path: str | Path, parts: Mapping[str, str | Path | None] | None = None) -> Checkpoint:
@@ -137,7 +144,7 @@ def open_checkpoint(path: str | Path, parts: Mapping[str, str | Path | None] | N
     Args:
         path: a folder (official, Diffusers', ComfyUI's, from ``weights_convert.py``, or any single files), or a single
             file, whose other parts are given separately.
-        parts: name in `PARTS` → a file, or a folder that has it, used in place of the part in ``path``.
+        parts: name in `GIVEN_APART` → a file, or a folder that has it, used in place of the part in ``path``.
 
     Raises:
         ValueError: no such file or folder.
@@ -162,7 +169,7 @@ def check_here(model: Path | None, parts: Mapping[str, Path | None]) -> None:
         found += [part for part in whole.parts if part.kind not in parts]
     for part in found:
         if part.kind in NETWORKS:
-            network_config(open_component(part.file, part.kind), part.config)
+            network_config(part.open(), part.config)
 
 
 def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = None) -> Checkpoint:
@@ -174,6 +181,7 @@ def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = No
     else:
         found = Checkpoint(path, tuple(_part(kind, path) for kind in kinds_in(path)))
     named = {part.name: part for part in found.parts}
+    module = given.pop(MODULE, None)
     for kind, place in given.items():
         part = find_part(_existing(place, kind.replace("_", " ")), kind)
         named = {name: other for name, other in named.items() if other.kind != kind or name == kind} | {kind: part}
@@ -183,7 +191,22 @@ def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = No
         own = file if has_tokenizer(open_weights(file)) else None
         if own := own or find_tokenizer(file.parent) or find_tokenizer(file.parent.parent) or _saved_tokenizer(file):
             named["tokenizer"] = _part("tokenizer", own)
+    if module is not None:
+        file = find_part(_existing(module, "VACE module"), MODULE).file
+        named |= {n: _with_module(part, file) for n, part in named.items() if part.kind == "transformer"}
     return replace(found, parts=tuple(named.values()))
+
+
+def _with_module(part: Part, module: Path) -> Part:
+    """A text-to-video transformer with VACE's module, without entries of config.json that this changes."""
+    base, vace = part.open(), open_component(module, MODULE)
+    sizes = network_config(base, part.config)
+    if sizes.model_type != "t2v":
+        raise WeightsError(f"{module} is VACE's, for a text-to-video transformer; {part.file} is {sizes.model_type}")
+    if (width := vace.shapes["vace_patch_embedding.weight"][0]) != sizes.dim:
+        raise WeightsError(f"{module} is for a transformer of width {width}; {part.file} has {sizes.dim}")
+    config = {name: value for name, value in part.config.items() if not name.startswith(("model_type", "vace"))}
+    return replace(part, module=module, config=config)
 
 
 def _saved_tokenizer(encoder: Path) -> Path | None:
@@ -255,7 +278,7 @@ def _mlx_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
 
 def _part(kind: str, file: Path) -> Part:
     """A part, with the entries of the config.json beside its file."""
-    if kind == "tokenizer":
+    if kind not in NETWORKS:
         return Part(kind, kind, file)
     config = read_config(file.parent / "config.json")
     if config.get("format") == MLX_FORMAT:

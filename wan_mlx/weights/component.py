@@ -18,6 +18,7 @@ from ..files.scaled import fold
 from ..models.configs import TransformerConfig
 from ..models.quantized_linear import Packing
 from ..other_models import of_keys
+from ..presets import MODULE
 from .gguf_blocks import EXACT, NEARLY_EXACT, PACKINGS, repack
 from .layouts import canonical_keys, networks_in, recognise
 from .quantize import Quantization, quantizable
@@ -26,6 +27,8 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in AS_STORED.items()}
 FLOATS = ("F64", "F32", "F16", "BF16", *FP8)
 MXFP8 = "mxfp8"  # stored as MLX has it
 MLX_LAYOUT = "mlx"
+# Parts of a network → how to use them.
+ALONE = {MODULE: ": VACE's part of a transformer; give a text-to-video model, and this with --vace-module"}
 # Key in a file → its tensor.
 Fetch = Callable[[str], mx.array]
 
@@ -56,10 +59,12 @@ class ComponentWeights:
             name: (source,) if isinstance(source, str) else source
             for name, source in canonical_keys(self.layout, keys).items()
         }
+        self._torch_shapes = {name: self._torch_shape(name) for name in self.sources}
         self.shapes = {name: self._shape(name) for name in self.sources}
         self._check_packed()
         packing_of = {**PACKINGS, MXFP8: MXFP8}
-        in_blocks = [name for name in quantizable(self.component, self.sources) if self._has_blocks(name)]
+        network = "transformer" if self.component == MODULE else self.component
+        in_blocks = [name for name in quantizable(network, self.sources) if self._has_blocks(name)]
         self.nearest = self.packings or {name: Packing.parse(packing_of[self.stored_dtype(name)]) for name in in_blocks}
         odd = [name for name in self.sources if not self._is_number(name)]
         if odd and not self.channels_last:
@@ -67,6 +72,18 @@ class ComponentWeights:
                 f"{self.path}: {some(odd)} of dtype {self.stored_dtype(odd[0])}, without scales; expected floats, fp8, "
                 "GGUF blocks, or int8, mxfp8 or nvfp4 with scales"
             )
+
+    def add(self, module: ComponentWeights) -> None:
+        """Take in the tensors of a module in a file of its own, such as VACE's for this transformer."""
+        if twice := sorted(self.shapes.keys() & module.shapes.keys()):
+            raise WeightsError(f"{self.path}: holds {some(twice, 2)} already, which {module.path} would add")
+        owners = {key: weights.file for weights in (self, module) for key in weights.file.tensors}
+        self.file = JoinedFile(self.path, owners)
+        self.channels_last = False  # a transformer in our layout has no convolutions, so nothing is left to turn
+        self.sources |= module.sources
+        self._torch_shapes |= module._torch_shapes
+        self.shapes |= module.shapes
+        self.nearest = {**self.nearest, **module.nearest}
 
     @property
     def path(self) -> Path:
@@ -81,7 +98,7 @@ class ComponentWeights:
             return self.packings[name].unpack(self.packed(name, fetch), mx.float32)
         parts = [(fetch or self.file.read)(source) for source in self.sources[name]]
         array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
-        shape = self._torch_shape(name)
+        shape = self._torch_shapes[name]
         if not self.channels_last and len(shape) >= 4:
             array = mx.moveaxis(array.reshape(shape), 1, -1)
         return array.reshape(self.shapes[name])
@@ -161,7 +178,7 @@ class ComponentWeights:
                     )
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        shape = self._torch_shape(name)
+        shape = self._torch_shapes[name]
         if name in self.packings:  # `_check_packed` reports wrong ones
             rows, columns = (*shape, 0, 0)[:2]
             return rows, columns * 32 // self.packings[name].bits
@@ -176,7 +193,7 @@ class ComponentWeights:
         if name.endswith("patch_embedding.weight"):
             axes = 4 if self.component == "image_encoder" else 5
             if len(shape) != axes:
-                raise WeightsError(f"{self.path}: {name} has shape {self._torch_shape(name)}, expected {axes} axes")
+                raise WeightsError(f"{self.path}: {name} has shape {shape}, expected {axes} axes")
             return (shape[0], math.prod(shape[1:]))  # a convolution with stride equal to its kernel is a matmul
         return shape
 
@@ -184,7 +201,7 @@ class ComponentWeights:
         """The shape in PyTorch, after stacking several tensors if necessary."""
         shapes = [self.file.tensors[source].shape for source in self.sources[name]]
         shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
-        if self.component == "transformer" and name.endswith("patch_embedding.weight"):
+        if self.component in ("transformer", MODULE) and name.endswith("patch_embedding.weight"):
             # GGUF has at most four axes: stable-diffusion.cpp merges the first two, others flatten more of them.
             patch, count = TransformerConfig.patch_size, math.prod(shape)
             bias = self.sources.get(beside(name, "bias"))
@@ -227,22 +244,31 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(array.shape) for name, array in dict(tree_flatten(module.parameters())).items()}
 
 
-def open_component(path: str | Path, component: str) -> ComponentWeights:
-    """Open a network's weight file, or that network in a whole model's; WeightsError if it holds none such."""
+def open_component(path: str | Path, component: str, module: Path | None = None) -> ComponentWeights:
+    """Open a network's weight file, or that network in a whole model's; WeightsError if it holds none such.
+
+    ``module``: a file of tensors that belong to it, too.
+    """
     file = open_weights(path)
     networks = separate(file)
     if networks and component not in networks:
         raise WeightsError(f"{path}: holds {', '.join(networks)}, expected a {component}")
     weights = ComponentWeights(networks.get(component, file))
     if component != weights.component:
-        raise WeightsError(f"{path}: holds a {weights.component}, expected a {component}")
+        hint = ALONE.get(weights.component, "")
+        raise WeightsError(f"{path}: holds a {weights.component}, expected a {component}{hint}")
+    if module is not None:
+        weights.add(open_component(module, MODULE))
     return weights
 
 
 def kinds_in(path: str | Path) -> list[str]:
     """The networks that a weight file holds; WeightsError if none is known."""
     file = open_weights(path)
-    return [*separate(file)] or [ComponentWeights(file).component]
+    kinds = [*separate(file)] or [ComponentWeights(file).component]
+    if MODULE in kinds:
+        raise WeightsError(f"{path}: holds a {MODULE}, expected a network{ALONE[MODULE]}")
+    return kinds
 
 
 def separate(file: WeightsFile) -> dict[str, WeightsFile]:

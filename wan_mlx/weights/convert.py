@@ -68,7 +68,7 @@ def convert(
         quantize: mode for the blocks of transformer and text encoder, as for `load_transformer`.
         overwrite: replace ``out`` if it is an MLX folder that holds nothing else; anything else is never removed.
         shard_bytes: a larger network is split, never within a block.
-        parts: name in `PARTS` → a file or folder used in place of the part in ``source``.
+        parts: name in `GIVEN_APART` → a file or folder used in place of the part in ``source``.
         name: of the source in config.json and README.md; None: the folder's or file's name.
 
     Raises:

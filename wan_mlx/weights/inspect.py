@@ -20,7 +20,7 @@ from ..presets import NETWORKS, PRESETS, TASK_NAMES
 from ..storage import gigabytes
 from .check_sums import faults_of
 from .checkpoint import look_at
-from .component import ComponentWeights, open_component
+from .component import ComponentWeights
 from .configs import network_config
 
 # Kind of network → summary of its sizes.
@@ -58,7 +58,7 @@ def inspect_source(
     found = look_at(source, parts)
     rows, networks, sound = [("source", f"{found.path} ({found.layout})")], [], True
     for part in (part for kind in NETWORKS for part in found.of_kind(kind)):
-        weights = open_component(part.file, part.kind)
+        weights = part.open()
         sizes, faults = "of unknown size", []
         try:
             config = network_config(weights, part.config)

@@ -18,6 +18,7 @@ from functools import cache
 from itertools import count
 
 from ..errors import WeightsError, some
+from ..presets import MODULE
 
 # Placeholders in the tables' names: pattern of the text that stands there.
 PLACEHOLDERS = {
@@ -43,10 +44,11 @@ IN_CHECKPOINT = {
     "image_encoder": r"(?:vision_model|visual_projection)\.",
 }
 # An anchor → why files lack it, and what to do.
-WITHOUT = {
-    "patch_embedding.weight": ", as in a GGUF by ComfyUI-GGUF's convert.py on which its fix_5d_tensors.py was not run: "
-    "run that with the .safetensors which convert.py wrote beside it, or take a published GGUF",
-}
+_NOT_FIXED = (
+    ", as in a GGUF by ComfyUI-GGUF's convert.py on which its fix_5d_tensors.py was not run: run that with the "
+    ".safetensors which convert.py wrote beside it, or take a published GGUF"
+)
+WITHOUT = {"patch_embedding.weight": _NOT_FIXED, "vace_patch_embedding.weight": _NOT_FIXED}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Layout:
 
     Attributes:
         name: "official", "diffusers", "huggingface" or "gguf".
-        component: "transformer", "text_encoder", "vae" or "image_encoder".
+        component: "transformer", "text_encoder", "vae", "image_encoder" or, of VACE's part of a transformer, `MODULE`.
         anchors: keys that every such file has, for any size of network, and no other layout has together.
         names: this layout's name → the official one, or `UNUSED`; no two match the same key.
         prefix: pattern of an optional prefix of each key.
@@ -108,7 +110,7 @@ def pattern(template: str) -> re.Pattern[str]:
 def recognise(keys: Iterable[str]) -> Layout:
     """Recognise network and layout from the keys alone; WeightsError if none fits."""
     keys = list(keys)
-    lacking = ((layout, layout.lacks(keys)) for layout in LAYOUTS)
+    lacking = ((layout, layout.lacks(keys)) for layout in (*LAYOUTS, *MODULES))
     nearest, lost = min(lacking, key=lambda found: len(found[1]) / len(found[0].anchors))
     if not lost:
         return nearest
@@ -346,5 +348,14 @@ LAYOUTS = (
             "encoder.layers.{n}.mlp.fc1.{end}": "transformer.{n}.mlp.0.{end}",
             "encoder.layers.{n}.mlp.fc2.{end}": "transformer.{n}.mlp.2.{end}",
         },
+    ),
+)
+# Of a part of a network: the whole network's files have these keys, too.
+MODULES = (
+    Layout(
+        "official",
+        MODULE,
+        anchors=("vace_patch_embedding.weight", "vace_blocks.0.self_attn.q.weight", "vace_blocks.0.before_proj.weight"),
+        prefix=r"(?:model\.)?diffusion_model\.",
     ),
 )
