@@ -293,6 +293,9 @@ class JoinedFile(WeightsFile):
     def raw(self, key: str) -> np.ndarray:
         return self._owner(key).raw(key)
 
+    def packed(self, key: str, now: bool = False) -> dict[str, mx.array]:
+        return self._owner(key).packed(key, now)
+
     def byte_range(self, key: str) -> ByteRange | None:
         return self._owner(key).byte_range(key)
 

@@ -25,6 +25,7 @@ from ..presets import COMFYUI_PARTS, MODULE, NETWORKS, PARTS
 from ..storage import parse_json
 from .component import ComponentWeights, kinds_in, open_component
 from .configs import network_config
+from .mlx_video import MLX_VIDEO, MLX_VIDEO_FILES, is_mlx_video, metadata_of
 
 # Diffusers' and transformers' names for entries of config.json that shapes cannot show.
 DIFFUSERS_NAMES = {
@@ -65,6 +66,7 @@ class Part:
         config: entries of config.json that its weights' shapes cannot show.
         quantize: the quantisation to load it in, if different from the whole model's.
         loras: path and strength of each LoRA for this part, in addition to the whole model's.
+        metadata: of the file, told by the config.json beside it.
         module: a file of tensors that this transformer has besides, VACE's.
         timesteps: (a, b): a transformer that is the expert for the timesteps a <= t < b.
     """
@@ -75,12 +77,13 @@ class Part:
     config: Mapping[str, Any] = field(default_factory=dict)
     quantize: str | None = None
     loras: tuple[tuple[Path, float], ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
     module: Path | None = None
     timesteps: tuple[float, float] = (0.0, math.inf)
 
     def open(self) -> ComponentWeights:
         """Its weights; WeightsError if the file holds no such network."""
-        return open_component(self.file, self.kind, self.module)
+        return open_component(self.file, self.kind, self.module, self.metadata)
 
     @property
     def label(self) -> str:
@@ -244,6 +247,8 @@ def _look_at_folder(folder: Path, given: Collection[str]) -> Checkpoint:
     check_pipeline(folder)
     if config.get("format") == MLX_FORMAT:
         layout, files = "mlx", _mlx_files(folder, config)
+    elif is_mlx_video(config):
+        layout, files = MLX_VIDEO, _find(folder, MLX_VIDEO_FILES)
     else:
         is_diffusers = (folder / "model_index.json").is_file() or (folder / "transformer" / "config.json").is_file()
         layout = "diffusers" if is_diffusers else "official"
@@ -280,12 +285,15 @@ def _part(kind: str, file: Path) -> Part:
     """A part, with the entries of the config.json beside its file."""
     if kind not in NETWORKS:
         return Part(kind, kind, file)
-    config = read_config(file.parent / "config.json")
+    config, metadata = read_config(file.parent / "config.json"), dict[str, str]()
     if config.get("format") == MLX_FORMAT:
         config = config.get(kind) or {}
+    elif is_mlx_video(config):
+        metadata = metadata_of(kind, config)
+        config = config if kind == "transformer" else {}
     elif kind != "transformer" or config.keys().isdisjoint(("num_heads", "model_type")):
         config = {ours: config[theirs] for theirs, ours in DIFFUSERS_NAMES[kind].items() if theirs in config}
-    return Part(kind, kind, file, config)
+    return Part(kind, kind, file, config, metadata=metadata)
 
 
 def _search(known: Checkpoint, given: Collection[str]) -> Checkpoint:

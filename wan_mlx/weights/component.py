@@ -49,8 +49,8 @@ class ComponentWeights:
         self.file = file = fold(file)
         self.quantization = Quantization.from_metadata(file.metadata, file.path)
         self.packings = self.quantization.packings if self.quantization else {}
-        belonging = {beside(name, key) for name in self.packings for key in ("scales", "biases")}
-        keys = [key for key in file.tensors if key not in belonging]
+        ends = (".scales", ".biases") if self.packings else ()
+        keys = [key for key in file.tensors if not key.endswith(ends)]
         self.layout = recognise(keys)
         self.component = self.layout.component
         # From weights_convert.py; never guessed, since (96, 3, 3, 3, 3) is the same shape in both layouts.
@@ -59,6 +59,8 @@ class ComponentWeights:
             name: (source,) if isinstance(source, str) else source
             for name, source in canonical_keys(self.layout, keys).items()
         }
+        if lost := file.tensors.keys() - keys - {self._beside(name, key[1:]) for name in self.packings for key in ends}:
+            raise WeightsError(f"{self.path}: holds unexpected {some(sorted(lost))}")
         self._torch_shapes = {name: self._torch_shape(name) for name in self.sources}
         self.shapes = {name: self._shape(name) for name in self.sources}
         self._check_packed()
@@ -66,8 +68,8 @@ class ComponentWeights:
         network = "transformer" if self.component == MODULE else self.component
         in_blocks = [name for name in quantizable(network, self.sources) if self._has_blocks(name)]
         self.nearest = self.packings or {name: Packing.parse(packing_of[self.stored_dtype(name)]) for name in in_blocks}
-        odd = [name for name in self.sources if not self._is_number(name)]
-        if odd and not self.channels_last:
+        odd = [name for name in self.sources if name not in self.packings and not self._is_number(name)]
+        if odd:
             raise WeightsError(
                 f"{self.path}: {some(odd)} of dtype {self.stored_dtype(odd[0])}, without scales; expected floats, fp8, "
                 "GGUF blocks, or int8, mxfp8 or nvfp4 with scales"
@@ -107,7 +109,7 @@ class ComponentWeights:
         """Weight, scales and, in affine modes, biases of a matrix that `stores` its packing, read as by `read`."""
         if name in self.packings:
             keys = self.packings[name].shapes(self.shapes[name])
-            return {key: (fetch or self.file.read)(beside(name, key)) for key in keys}
+            return {key: (fetch or self.file.read)(self._beside(name, key)) for key in keys}
         if self.stored_dtype(name) == MXFP8:
             return self.file.packed(self.sources[name][0], now=fetch is not None)
         try:
@@ -131,7 +133,8 @@ class ComponentWeights:
         keys: list[str] = []
         for name in names:
             packing = self.packings.get(name)
-            keys += [beside(name, key) for key in packing.shapes(self.shapes[name])] if packing else self.sources[name]
+            parts = packing.shapes(self.shapes[name]) if packing else ()
+            keys += [self._beside(name, key) for key in parts] if packing else self.sources[name]
         found = {key: self.file.byte_range(key) for key in keys}
         ranges = {key: place for key, place in found.items() if place is not None}
         return ranges if len(ranges) == len(found) else None
@@ -168,24 +171,33 @@ class ComponentWeights:
             except ValueError as error:
                 raise WeightsError(f"{self.path}: {name} cannot be packed so: {error}") from None
             for key, (shape, dtype) in wanted.items():
-                info = self.file.tensors.get(beside(name, key))
+                info = self.file.tensors.get(self._beside(name, key))
                 expected = shape, SAFETENSORS_NAMES[dtype]
-                if info is None or (info.shape, info.dtype) != expected:
+                fits = info is not None and info.shape == shape
+                if info is None or not (fits and (info.dtype == expected[1] or self._may_be(key, info.dtype))):
                     found = "is missing" if info is None else f"is {info.dtype} {info.shape}"
                     raise WeightsError(
                         f"{self.path}: {beside(name, key)} {found}; {packing.name} of {self.shapes[name]} needs "
                         f"{expected[1]} {expected[0]}"
                     )
 
+    def _may_be(self, key: str, dtype: str) -> bool:
+        """mlx-video's scales have the dtype that the matrix had."""
+        return self.layout.name == "mlx-video" and key != "weight" and dtype in ("BF16", "F32")
+
+    def _beside(self, name: str, key: str) -> str:
+        """The file's key of an array of a packed matrix."""
+        return beside(self.sources[name][0], key) if name in self.sources else beside(name, key)
+
     def _shape(self, name: str) -> tuple[int, ...]:
         shape = self._torch_shapes[name]
         if name in self.packings:  # `_check_packed` reports wrong ones
             rows, columns = (*shape, 0, 0)[:2]
             return rows, columns * 32 // self.packings[name].bits
-        if self.channels_last:
-            return shape
         if name.endswith(".gamma"):  # (C, 1, 1) or (C, 1, 1, 1), to broadcast over channels-first video
             return (math.prod(shape),)
+        if self.channels_last:
+            return shape
         if len(shape) >= 4:
             shape = (shape[0], *shape[2:], shape[1])
         if name in ("cls_embedding", "pos_embedding"):  # Hugging Face drops the axes of size 1 before them
@@ -206,7 +218,8 @@ class ComponentWeights:
             patch, count = TransformerConfig.patch_size, math.prod(shape)
             bias = self.sources.get(beside(name, "bias"))
             out = math.prod(self.file.tensors[bias[0]].shape) if bias else 0
-            merged = shape[1:] == patch or (self.file.fields and len(shape) < 5)
+            flat = (self.file.fields or self.layout.name == "mlx-video") and len(shape) < 5
+            merged = shape[1:] == patch or flat
             if merged and out and count % (out * math.prod(patch)) == 0:
                 return (out, count // (out * math.prod(patch)), *patch)
         return shape
@@ -244,12 +257,15 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(array.shape) for name, array in dict(tree_flatten(module.parameters())).items()}
 
 
-def open_component(path: str | Path, component: str, module: Path | None = None) -> ComponentWeights:
+def open_component(
+    path: str | Path, component: str, module: Path | None = None, metadata: Mapping[str, str] | None = None
+) -> ComponentWeights:
     """Open a network's weight file, or that network in a whole model's; WeightsError if it holds none such.
 
-    ``module``: a file of tensors that belong to it, too.
+    ``module``: a file of tensors that belong to it, too; ``metadata``: more than the file has of its own.
     """
     file = open_weights(path)
+    file.metadata |= metadata or {}
     networks = separate(file)
     if networks and component not in networks:
         raise WeightsError(f"{path}: holds {', '.join(networks)}, expected a {component}")

@@ -217,7 +217,12 @@ def _vae_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> dict[str, 
         elif not dim_mult:
             blocks += 1
     dim_mult.append(_shape_of(weights, "encoder.middle.0.residual.2.weight", 5)[0] // dim)
-    channels = _shape_of(weights, "conv2.weight", 5)[0]
+    channels, *_, width, last = _shape_of(weights, "conv2.weight", 5)
+    if (width, last) == (channels, 1) != (1, 1):  # a convolution of one pixel, whose axes were turned
+        raise WeightsError(
+            f"{weights.path}: its convolutions are channels last under the official names, as tools for MLX write "
+            "them, and nothing in the file says so; give the published VAE, or mlx-video's folder with its config.json"
+        )
     if other := of_sizes("vae", dict(z_dim=channels)):
         raise other.refusal(weights.path)
     if channels != len(VAEConfig.mean) and "mean" not in said:

@@ -56,7 +56,7 @@ class Layout:
     """One naming scheme for one network's tensors.
 
     Attributes:
-        name: "official", "diffusers", "huggingface" or "gguf".
+        name: "official", "diffusers", "huggingface", "gguf" or "mlx-video".
         component: "transformer", "text_encoder", "vae", "image_encoder" or, of VACE's part of a transformer, `MODULE`.
         anchors: keys that every such file has, for any size of network, and no other layout has together.
         names: this layout's name → the official one, or `UNUSED`; no two match the same key.
@@ -238,11 +238,46 @@ LAYOUTS = (
             "proj_out.{end}": "head.head.{end}",
         },
     ),
+    # mlx-video's; the patch embedding is a matrix in PyTorch's order.
+    Layout(
+        "mlx-video",
+        "transformer",
+        anchors=("patch_embedding_proj.weight", "blocks.0.ffn.fc1.weight", "head.modulation"),
+        names={
+            "patch_embedding_proj.{end}": "patch_embedding.{end}",
+            "{of}_embedding_0.{end}": "{of}_embedding.0.{end}",
+            "{of}_embedding_1.{end}": "{of}_embedding.2.{end}",
+            "time_projection.{end}": "time_projection.1.{end}",
+            "blocks.{n}.ffn.fc1.{end}": "blocks.{n}.ffn.0.{end}",
+            "blocks.{n}.ffn.fc2.{end}": "blocks.{n}.ffn.2.{end}",
+            "blocks.{n}.self_attn.{any}": "blocks.{n}.self_attn.{any}",
+            "blocks.{n}.cross_attn.{any}": "blocks.{n}.cross_attn.{any}",
+            "blocks.{n}.norm3.{end}": "blocks.{n}.norm3.{end}",
+            "blocks.{n}.modulation": "blocks.{n}.modulation",
+            "head.{any}": "head.{any}",
+            "img_emb.{any}": "img_emb.{any}",
+            "freqs": UNUSED,  # the table of rotations, in packed files
+        },
+    ),
     Layout(
         "official",
         "text_encoder",
         anchors=("token_embedding.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.gate.0.weight"),
         names=_TOKENIZER,
+    ),
+    Layout(
+        "mlx-video",
+        "text_encoder",
+        anchors=("token_embedding.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.gate_proj.weight"),
+        names={
+            "token_embedding.weight": "token_embedding.weight",
+            "norm.weight": "norm.weight",
+            "blocks.{n}.norm{m}.weight": "blocks.{n}.norm{m}.weight",
+            "blocks.{n}.attn.{q}.weight": "blocks.{n}.attn.{q}.weight",
+            "blocks.{n}.ffn.gate_proj.weight": "blocks.{n}.ffn.gate.0.weight",
+            "blocks.{n}.ffn.fc{m}.weight": "blocks.{n}.ffn.fc{m}.weight",
+            "blocks.{n}.pos_embedding.embedding.weight": "blocks.{n}.pos_embedding.embedding.weight",
+        },
     ),
     # Also ComfyUI's files, which include the tokenizer.
     Layout(

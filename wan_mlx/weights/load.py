@@ -57,7 +57,7 @@ def open_network(source: Source, kind: str) -> tuple[ComponentWeights, Any]:
         part = source
     else:
         part = find_part(Path(source).expanduser(), kind)
-    weights = open_component(part.file, kind, part.module)
+    weights = open_component(part.file, kind, part.module, part.metadata)
     return weights, network_config(weights, part.config)
 
 
