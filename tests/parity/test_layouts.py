@@ -200,6 +200,17 @@ def saved_text_encoder() -> Shapes:
     return prefixed("text_encoders.", saved | {"spiece_model": (4548313,)})
 
 
+def mlx_video(shapes: Shapes) -> Shapes:
+    """In mlx-video's names; the patch embedding is a matrix there, and packed files have a table of rotations."""
+    places = {"time_embedding.2": "time_embedding_1", "text_embedding.2": "text_embedding_1", ".ffn.0.": ".ffn.fc1.",
+              "time_embedding.0": "time_embedding_0", "text_embedding.0": "text_embedding_0", ".ffn.2.": ".ffn.fc2.",
+              "time_projection.1": "time_projection", "patch_embedding": "patch_embedding_proj",
+              ".ffn.gate.0.": ".ffn.gate_proj."}  # fmt: skip
+    for theirs, ours in places.items():
+        shapes = {name.replace(theirs, ours): shape for name, shape in shapes.items()}
+    return shapes
+
+
 def untied_text_encoder() -> Shapes:
     return {name: shape for name, shape in hf_text_encoder().items() if name != "shared.weight"}
 
@@ -220,6 +231,15 @@ CASES = {
         lambda: official_transformer(I2V),
     ),
     "comfyui fp8": Case("official transformer", comfyui_fp8, lambda: official_transformer(T2V)),
+    "mlx-video i2v": Case(
+        "mlx-video transformer",
+        lambda: mlx_video(official_transformer(I2V)) | {"freqs": (1024, 64, 2)},
+        lambda: official_transformer(I2V),
+        1,
+    ),
+    "mlx-video umT5": Case(
+        "mlx-video text_encoder", lambda: mlx_video(official_text_encoder()), official_text_encoder
+    ),
     "diffusers i2v published": Case(
         "diffusers transformer", diffusers_i2v_published, lambda: official_transformer(I2V), 40
     ),
