@@ -14,6 +14,7 @@ from test_published import VIDEO, same
 import wan_mlx
 from wan_mlx.cli.main import main
 from wan_mlx.errors import WeightsError
+from wan_mlx.runs.folder import RunFolder
 from wan_mlx.weights.checkpoint import open_checkpoint
 from wan_mlx.weights.component import open_component
 from wan_mlx.weights.load import load_transformer
@@ -136,8 +137,8 @@ def test_forms_of_the_base(states, folder, tmp_path, kind, want):
         assert np.array_equal(forward(got), want)
 
 
-def test_a_video_names_the_module_and_goes_on(folder, tmp_path):
-    """The pipeline, the plan, the record of a run, a converted folder."""
+def test_a_video_names_the_module_and_goes_on(folder, tmp_path, monkeypatch):
+    """The pipeline, the plan, the settings, and a run that was cut."""
     clip = Image.new("RGB", (32, 32), "red")
     given = dict(VIDEO, src_ref_images=[clip])
     options = dict(dtype="float32", progress=False, **others(folder))
@@ -156,8 +157,17 @@ def test_a_video_names_the_module_and_goes_on(folder, tmp_path):
         "--prompt", "a cat", "--src_ref_images", str(tmp_path / "red.png"), "--size", "32x32", "--frames", "5",
         "--steps", "2", "--seed", "1", "--shift", "5", "--guidance", "5", "--dtype", "float32", "--quiet",
     ]  # fmt: skip
-    assert main([*command, "--output", str(tmp_path / "a.npz")]) == 0
-    assert np.array_equal(np.load(tmp_path / "a.npz")["latents"], want.latents)
+    save = RunFolder.save_step
+
+    def failing(self, step, notes):
+        return 1 / 0 if step.index else save(self, step, notes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_step", failing)
+        assert main([*command, "--output", str(tmp_path / "a.npz")]) == 1
+    monkeypatch.chdir(tmp_path)
+    assert main(["--resume", "a.npz"]) == 0
+    assert np.array_equal(np.load("a.npz")["latents"], want.latents)
 
 
 def test_it_is_refused_where_it_does_not_fit(states, folder, tmp_path, capsys):

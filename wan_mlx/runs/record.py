@@ -18,7 +18,7 @@ from ..media.write import read_settings
 from ..opened import OpenedModel
 from ..option import REQUEST
 from ..planning.machine import mlx_version
-from ..presets import BUNDLED
+from ..presets import BUNDLED, MODULE
 from ..prompts.extend import Extension
 from ..types import Request
 from ..weights.lora import normalise_loras
@@ -149,7 +149,7 @@ def check_identity(record: Mapping[str, Any], pipe: OpenedModel, folder: RunFold
     kinds = ENCODERS * encoded + ("transformer",) * folder.is_sampled
     done = {part.name for part in pipe.checkpoint.parts if part.kind in kinds}
     if "transformer" in kinds:
-        done |= {name for name in _weights(pipe) if name.startswith("lora")}
+        done |= {name for name in _weights(pipe) if name.startswith(("lora", MODULE))}
     needed = [(path, record["weights"].get(name)) for name, path in _weights(pipe).items() if name not in done]
     if not encoded:
         needed += [(Path(name), known) for name, known in record["sources"].items()]
