@@ -108,6 +108,7 @@ def test_packed(states, spiece, tmp_path, packing, dtype):
     weights, _ = open_network(folder, "transformer")
     stored = mx.load(str(folder / "model.safetensors"))
     assert len(weights.packings) == 20
+    assert open_network(folder / "model.safetensors", "transformer")[0].packings == weights.packings
     for name in weights.packings:
         key = weights.sources[name][0].removesuffix("weight")
         arrays = [stored[key + end].astype(mx.float32) for end in ("scales", "biases")]

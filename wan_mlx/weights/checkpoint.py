@@ -232,7 +232,9 @@ def find_part(place: Path, kind: str) -> Part:
             raise WeightsError(f"{place} holds no tokenizer, expected umT5's spiece.model")
         return _part(kind, file)
     if not place.is_dir():
-        return _part(kind, open_component(place, kind).path)
+        part = _part(kind, place)
+        part.open()  # says what is wrong with it
+        return part
     found = _look_at_folder(place, [other for other in NETWORKS if other != kind])
     if not found.of_kind(kind):
         for file in _weight_files(place):

@@ -172,18 +172,14 @@ class ComponentWeights:
                 raise WeightsError(f"{self.path}: {name} cannot be packed so: {error}") from None
             for key, (shape, dtype) in wanted.items():
                 info = self.file.tensors.get(self._beside(name, key))
-                expected = shape, SAFETENSORS_NAMES[dtype]
-                fits = info is not None and info.shape == shape
-                if info is None or not (fits and (info.dtype == expected[1] or self._may_be(key, info.dtype))):
+                # mlx-video's scales have the dtype that the matrix had.
+                also = ("BF16", "F32") if self.layout.name == "mlx-video" and key != "weight" else ()
+                if info is None or info.shape != shape or info.dtype not in (SAFETENSORS_NAMES[dtype], *also):
                     found = "is missing" if info is None else f"is {info.dtype} {info.shape}"
                     raise WeightsError(
                         f"{self.path}: {beside(name, key)} {found}; {packing.name} of {self.shapes[name]} needs "
-                        f"{expected[1]} {expected[0]}"
+                        f"{SAFETENSORS_NAMES[dtype]} {shape}"
                     )
-
-    def _may_be(self, key: str, dtype: str) -> bool:
-        """mlx-video's scales have the dtype that the matrix had."""
-        return self.layout.name == "mlx-video" and key != "weight" and dtype in ("BF16", "F32")
 
     def _beside(self, name: str, key: str) -> str:
         """The file's key of an array of a packed matrix."""
