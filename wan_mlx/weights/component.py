@@ -69,7 +69,7 @@ class ComponentWeights:
         in_blocks = [name for name in quantizable(network, self.sources) if self._has_blocks(name)]
         self.nearest = self.packings or {name: Packing.parse(packing_of[self.stored_dtype(name)]) for name in in_blocks}
         odd = [name for name in self.sources if name not in self.packings and not self._is_number(name)]
-        if odd:
+        if odd and not self.channels_last:
             raise WeightsError(
                 f"{self.path}: {some(odd)} of dtype {self.stored_dtype(odd[0])}, without scales; expected floats, fp8, "
                 "GGUF blocks, or int8, mxfp8 or nvfp4 with scales"
