@@ -133,8 +133,10 @@ class ComponentWeights:
         keys: list[str] = []
         for name in names:
             packing = self.packings.get(name)
-            parts = packing.shapes(self.shapes[name]) if packing else ()
-            keys += [self._beside(name, key) for key in parts] if packing else self.sources[name]
+            if packing is None:
+                keys += self.sources[name]
+            else:
+                keys += [self._beside(name, key) for key in packing.shapes(self.shapes[name])]
         found = {key: self.file.byte_range(key) for key in keys}
         ranges = {key: place for key, place in found.items() if place is not None}
         return ranges if len(ranges) == len(found) else None

@@ -16,7 +16,7 @@ from .component import MLX_LAYOUT
 from .quantize import Quantization
 
 MLX_VIDEO = "mlx-video"
-MLX_VIDEO_FILES = {
+MLX_VIDEO_FILES: dict[str, tuple[str, ...]] = {
     "transformer": ("model.safetensors",),
     "text_encoder": ("t5_encoder.safetensors",),
     "vae": ("vae.safetensors",),
