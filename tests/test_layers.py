@@ -21,7 +21,7 @@ PACKAGE = Path(wan_mlx.__file__).parent
 
 # Bottom to top. A name is a module or a folder; those of one line may import each other, but not in a circle.
 LAYERS = [
-    "types errors events option progress_bars geometry resize noise storage",
+    "types errors events option progress_bars geometry resize noise mac storage",
     "files",
     "cuda",
     "models",
@@ -64,6 +64,7 @@ LATE_PACKAGES = {
     ("hub.download", "huggingface_hub"): "start-up: half a second",
     ("hub.names", "huggingface_hub"): "start-up: half a second",
     ("hub.resolve", "huggingface_hub"): "start-up: half a second",
+    ("mac", "fcntl"): "not on Windows",
     ("runs.folder", "fcntl"): "not on Windows",
     ("storage", "fcntl"): "not on Windows",
 }

@@ -18,7 +18,9 @@ arguments raise ValueError; other failures raise a `WanError`. `wan_mlx.types` e
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the names of __getattr__, for editors and type checkers
@@ -48,6 +50,14 @@ __version__ = "0.1.0"
 # On CUDA, MLX gathers submitted work in graphs. Where each operation is large, making them costs more than they save:
 # the VAE takes a quarter longer with them. MLX asks once, when it first computes.
 os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
+# On a Mac float32 is to mean float32: by default an M5 multiplies it in TF32. MLX asks when it first multiplies.
+if sys.platform == "darwin" and "MLX_ENABLE_TF32" not in os.environ:
+    os.environ["MLX_ENABLE_TF32"] = "0"
+    if "mlx.core" in sys.modules:
+        logging.getLogger(__name__).warning(
+            "mlx was imported before wan_mlx: if it has multiplied by now, an M5 goes on rounding float32 to TF32; "
+            "import wan_mlx first, or set MLX_ENABLE_TF32=0 in the environment"
+        )
 
 # Name → module it lives in. Imported on first use, so that `import wan_mlx` is instant.
 _PUBLIC = {

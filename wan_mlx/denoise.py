@@ -27,6 +27,7 @@ def denoise(
     cache: StepCache | None = None,
     first: int = 0,
     state: Mapping[str, mx.array] | None = None,
+    wider: str = "float32",
 ) -> Iterator[Step]:
     """Sample from noise to clean latents; yields an evaluated `Step` after each step.
 
@@ -38,6 +39,7 @@ def denoise(
         cache: decides which forwards are skipped; the loop changes its state. None: no forward is skipped.
         first, state: resume at step ``first`` with the `Step.state` of the step before it, bit for bit as if
             uninterrupted.
+        wider: the dtype to advise where the latents are not finite; bfloat16 where the model computes in float16.
 
     Raises:
         SamplingError: the latents are not finite; names the step.
@@ -73,7 +75,8 @@ def denoise(
         if not mx.isfinite(latents).all().item():
             raise SamplingError(
                 f"the latents are not finite (NaN or infinite) after step {index + 1} of {total} at timestep "
-                f"{timestep:g}; try --dtype float32, or check that the weights are whole"
+                f"{timestep:g}; {'float16 ends at 65504: ' * (wider == 'bfloat16')}try --dtype {wider}, or check that "
+                "the weights are whole"
             )
         forwards, passes = cache.computed - computed, plain_passes(conditioning, guidance)
         yield step_of(scheduler, index, state, forwards, passes, time.perf_counter() - started)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 import signal
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class WanError(Exception):
@@ -27,6 +29,10 @@ class SamplingError(WanError):
     """Sampling went wrong: the latents stopped being finite."""
 
 
+class GPUError(WanError):
+    """The GPU's work failed, or macOS ended it; says what to do."""
+
+
 class UsageError(WanError):
     """Raised by the parser instead of exiting, so that every usage error is one line."""
 
@@ -36,20 +42,51 @@ class BusyError(WanError):
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was stopped from outside, by signal ``signum``.
+    """The run was stopped from outside, by signal ``signum`` or as if by it.
 
-    ``go_on`` says how to go on with it, where there is something to go on with.
+    ``go_on`` says how to go on with it, where there is something to go on with; ``why`` it was stopped.
     """
 
-    def __init__(self, signum: int = signal.SIGINT, go_on: str = ""):
+    def __init__(self, signum: int = signal.SIGINT, go_on: str = "", why: str = "interrupted"):
         super().__init__(signum)
         self.signum = signum
-        self.go_on = go_on
+        self.go_on, self.why = go_on, why
 
     @property
     def code(self) -> int:
         """The exit code that shells expect: 130 for Ctrl-C."""
         return 128 + self.signum
+
+
+LESS_MEMORY = "try --memory with less than this machine has, --quantize q8 or q4, a smaller --size or fewer --frames"
+# Metal's reason for the failure of a command buffer → the cause, and a way out.
+METAL_FAILURES = {
+    "Impacting Interactivity": "macOS ended the GPU's work because it kept the display waiting; set "
+    "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment, and let the display sleep or log in by ssh",
+    "Insufficient Memory": f"out of memory; close other programs, or {LESS_MEMORY}, or a smaller --vae-tiling",
+    "": "the GPU's work failed; python -m wan_mlx.doctor looks for the cause",
+}
+
+
+def gpu_failure(error: BaseException) -> GPUError | None:
+    """MLX's error of a failed command buffer of Metal's, in words for the user; None of any other error."""
+    said = re.search(r"command buffer.*?failed:? *([^(\n]*)", str(error), re.IGNORECASE)
+    if not isinstance(error, RuntimeError) or said is None:
+        return None
+    reason = said[1].strip(" .")
+    to_do = next(words for known, words in METAL_FAILURES.items() if known in reason)
+    return GPUError(f"{reason or 'Metal'}: {to_do}; a run with finished steps goes on with --resume FILE")
+
+
+@contextmanager
+def gpu_failures_told() -> Iterator[None]:
+    """Within this block failures of Metal's are raised as `GPUError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if failure := gpu_failure(error):
+            raise failure from error
+        raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:

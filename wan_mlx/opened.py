@@ -19,6 +19,7 @@ from .events import Listener, counted, unheard
 from .files.sentencepiece import read_tokenizer
 from .geometry import Geometry
 from .hub.resolve import Places, preset_of
+from .mac import awake
 from .media.preview import Previewer, latent_map, tiny_autoencoder, tiny_preview
 from .media.write import to_uint8
 from .models import vae_tiling as tiling
@@ -28,7 +29,7 @@ from .models.text_encoder import pad_context
 from .models.tokenizer import Tokenizer, most_tokens
 from .models.vae_execution import VAEExecution
 from .option import MODEL
-from .options import filled
+from .options import filled, named
 from .planning.choose import Wanted, parse_tiling, plan_video
 from .planning.machine import mlx_version
 from .planning.plan import Plan
@@ -53,6 +54,7 @@ from .weights.load import (
     modes_of,
     parameters_of,
     parse_dtype,
+    text_dtype,
 )
 from .weights.lora import describe_lora, normalise_loras
 from .weights.set_loras import set_loras
@@ -84,6 +86,9 @@ class OpenedModel:
         self.vae_tiling = parse_tiling(given["vae_tiling"])
         self.quantized = modes_of(checkpoint, self.quantize)
         self.prompt_cache: bool = given["prompt_cache"]
+        self.caffeinate: bool = given["caffeinate"]
+        named("stop_below").check(given["stop_below"])
+        self.stop_below: int | None = given["stop_below"]
         self.config = config_of(checkpoint)
         self.latent_channels = self.config.out_dim
         name = given["preset"] or checkpoint.model
@@ -133,6 +138,11 @@ class OpenedModel:
                 set_loras(kept, [*found, *part.loras])
         self.loras, self._merge_loras = found, False
         self.opened_with["loras"] = given
+
+    @property
+    def wider_dtype(self) -> str:
+        """The dtype to try where the latents stop being finite: bfloat16 has float32's range."""
+        return "bfloat16" if self.dtype == "float16" else "float32"
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -204,7 +214,8 @@ class OpenedModel:
             return
         self._kept = {}
         try:
-            yield
+            with awake(self.caffeinate):
+                yield
         finally:
             self._kept = None
             mx.clear_cache()
@@ -263,15 +274,18 @@ class OpenedModel:
         """
         known = self._kept_or("texts", dict)
         quantize = self.checkpoint.part("text_encoder").quantize or self.quantize
-        cache = PromptCache.of(self.checkpoint, self.dtype, quantize) if self.prompt_cache else None
+        dtype = text_dtype(self.dtype)
+        cache = PromptCache.of(self.checkpoint, dtype, quantize) if self.prompt_cache else None
         for text in texts:
             if cache and text not in known and (kept := cache.get(text)) is not None:
                 known[text] = kept
         if new := [text for text in dict.fromkeys(texts) if text not in known]:
             progress = counted(self.listener, "encoding text")
-            encoder = load_text_encoder(self.checkpoint, self.dtype, progress, quantize)
-            known.update(zip(new, encoder([self.tokenizer(text, self.config.text_len) for text in new]), strict=True))
-            mx.eval([known[text] for text in new])
+            encoder = load_text_encoder(self.checkpoint, dtype, progress, quantize)
+            encoded = encoder([self.tokenizer(text, self.config.text_len) for text in new])
+            mx.eval(encoded)
+            mx.synchronize()  # only now a failed command buffer is sure to show
+            known.update(zip(new, encoded, strict=True))
             if cache:
                 for text in new:
                     cache.put(text, known[text])

@@ -78,6 +78,11 @@ def _skip(layers: Sequence[int] | None, span: Sequence[float] | None) -> str:
     return ",".join(map(str, layers)) + (":{}-{}".format(*span) if span else "") if layers else ""
 
 
+def parse_percent(text: str) -> int:
+    (number,) = _read(r"(\d+) ?%?", text, "share", "percent, such as 20%")
+    return int(number)
+
+
 PROMPT = Option(
     "--prompt TEXT", "what the video should show", WHAT, more="In English or Chinese", empty=True, name="prompt",
     of=REQUEST,
@@ -209,8 +214,9 @@ class ModelOptions(TypedDict, total=False):
         more="`t2i-14B` makes stills", examples=(*PRESETS, "t2i-14B"),
     )]
     dtype: Annotated[str, Option(
-        "--dtype NAME", "of transformer and text encoder: {choices}", WEIGHTS, default="bfloat16",
-        examples=("bfloat16", "float32"),
+        "--dtype NAME", "of the transformer and, but for float16, the text encoder: {choices}", WEIGHTS,
+        more="With float16, for M1 and M2, the text encoder computes in bfloat16", default="bfloat16",
+        examples=("bfloat16", "float16", "float32"),
     )]
     quantize: Annotated[str | None, Option(
         "--quantize MODE", "keep transformer and text encoder in few bits: q8 q6 auto q5 q4 q3 (q4-g32 for another "
@@ -233,6 +239,14 @@ class ModelOptions(TypedDict, total=False):
         "--vae-tiling WxH",
         "decode and encode in tiles of at most so many pixels (384x384): the same video, less memory, more time; off: "
         "never (default: auto, where memory asks for it)", RUN, examples=("auto", "off"), text=_size, free=True,
+    )]
+    caffeinate: Annotated[bool, Option(
+        "--no-caffeinate", "let an idle Mac fall asleep while a run goes on", RUN,
+        more="A closed lid always makes it sleep", default=True, free=True,
+    )]
+    stop_below: Annotated[int | None, Option(
+        "--stop-below PERCENT", "stop after a step, as Ctrl-C does, if the Mac runs on a battery with less left", RUN,
+        more="Such as 20%. `--resume` goes on", parse=parse_percent, limits=Limits(1, 99), free=True,
     )]
     prompt_cache: Annotated[bool, Option(
         "--no-prompt-cache", "encode prompts anew, and keep none on disk", RUN, default=True, free=True,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .events import unheard
 from .hub.resolve import Places, resolve
+from .mac import awake
 from .media.video import Video
 from .opened import OpenedModel
 from .option import MODEL, REQUEST
@@ -62,8 +63,9 @@ class WanPipeline(OpenedModel):
         parts = {part: given[part] for part in GIVEN_APART if given[part] is not None}
         places = Places(model, parts, given["loras"])
         check_here(*places.here())
-        here = places.fetch(source, listener)
-        taehv = given["taehv"] and resolve(given["taehv"], source, listener)
+        with awake(given["caffeinate"]):
+            here = places.fetch(source, listener)
+            taehv = given["taehv"] and resolve(given["taehv"], source, listener)
         opened = cls(open_checkpoint(here.model, here.parts), **{**given, "loras": here.loras, "taehv": taehv})
         opened.opened_with |= {"loras": given["loras"], "taehv": given["taehv"]}
         return opened

@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, help="one of the two alone")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--jobs", type=int, default=1, help="processes that make videos at the same time")
-    parser.add_argument("--dtype", default="bfloat16", help="of the transformer: bfloat16 or float32")
+    parser.add_argument("--dtype", default="bfloat16", help="of the transformer: bfloat16, float16 or float32")
     parser.add_argument("--videos", type=int, help="at 128x128 with 17 frames, and half as many at each other size")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the preset's)")
     parser.add_argument("--quick", action="store_true", help="a few videos in four steps: only whether it runs")

@@ -56,7 +56,6 @@ def one_line(error: str) -> str:
         (["--shift", "0"], ["shift is 0"]),
         (["--guidance", "nan"], ["guidance is nan"]),
         (["--dtype", "int8"], ["int8", "bfloat16"]),
-        (["--dtype", "float16"], ["umT5 overflows float16"]),
         (["--output", "video.avi"], [".avi", ".mp4"]),
         (["--quantize", "q9"], ["'q9'", "q8, q6", "mxfp8", "q4-g32"]),
         (["--quantize", "q8"], ["multiple of 64", "has 48"]),

@@ -145,7 +145,8 @@ def test_every_kind_diffusers(kind, batch):
     assert relative_error(np.array(got).transpose(0, 4, 1, 2, 3), want) < BOUND
 
 
-def test_bfloat16_no_further_from_float32_than_diffusers(tmp_path):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_no_further_from_float32_than_diffusers(tmp_path, dtype):
     config = tiny_config(dim=96, ffn_dim=160, num_layers=4)
     reference = diffusers_model(config, seed=7)
     state = official_state(reference)
@@ -167,10 +168,11 @@ def test_bfloat16_no_further_from_float32_than_diffusers(tmp_path):
 
     exact = theirs(reference, torch.float32)
     reference.save_pretrained(tmp_path)  # reloaded as users do it, so that Diffusers keeps its own float32 parts
-    half = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
-    want = np.sqrt(np.mean((theirs(half, torch.bfloat16) - exact) ** 2))
-    got = np.sqrt(np.mean((ours(mx.bfloat16) - exact) ** 2))
-    print(f"bf16 rms error: ours {got:.3e}, diffusers {want:.3e}")
+    narrow = getattr(torch, dtype)
+    half = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=narrow).eval()
+    want = np.sqrt(np.mean((theirs(half, narrow) - exact) ** 2))
+    got = np.sqrt(np.mean((ours(getattr(mx, dtype)) - exact) ** 2))
+    print(f"{dtype} rms error: ours {got:.3e}, diffusers {want:.3e}")
     assert got <= want
 
 

@@ -137,16 +137,17 @@ def test_scale_0_is_the_transformer_alone(reference):
     assert relative_error(got, run_ours(model, [500.0], latents, context, control)) > 0.1
 
 
-def test_bfloat16_no_further_from_float32_than_diffusers(tmp_path):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_no_further_from_float32_than_diffusers(tmp_path, dtype):
     config = TransformerConfig(**{**vars(TINY), "dim": 96, "ffn_dim": 160})
     reference = diffusers_model(config, seed=3)
     given = inputs(config, (3, 8, 8), 1)
     exact = run_theirs(reference, [500.0], *given)
     reference.save_pretrained(tmp_path)  # reloaded as users do it, so that Diffusers keeps its own float32 parts
-    half = WanVACETransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+    half = WanVACETransformer3DModel.from_pretrained(tmp_path, torch_dtype=getattr(torch, dtype)).eval()
     want = np.sqrt(np.mean((run_theirs(half, [500.0], *given) - exact) ** 2))
-    got = np.sqrt(np.mean((run_ours(ours(config, reference, mx.bfloat16), [500.0], *given) - exact) ** 2))
-    print(f"bf16 rms error: ours {got:.3e}, diffusers {want:.3e}")
+    got = np.sqrt(np.mean((run_ours(ours(config, reference, getattr(mx, dtype)), [500.0], *given) - exact) ** 2))
+    print(f"{dtype} rms error: ours {got:.3e}, diffusers {want:.3e}")
     assert got <= want
 
 

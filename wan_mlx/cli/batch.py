@@ -23,7 +23,7 @@ from ..storage import parse_json, place_of
 from .flags import build_parser, free_on_resume, json_flags, keywords
 from .interrupt import Interrupts
 from .jobs import check_flags, extend, extension_of, jobs_from, open_model, request_from
-from .summary import tell_notes
+from .summary import tell_awake, tell_notes
 from .terminal import FAILURE, SUSPECT, Terminal, explain
 
 OF_REPORT = {"line", "status", "output", "seed"}  # in each line of a report
@@ -83,6 +83,7 @@ def run_batch(args: argparse.Namespace, argv: list[str], say: Terminal, interrup
     check_report(path, lines)
     pipes = list(dict.fromkeys(line.job.pipe for line in lines))
     say.note(f"batch     {len(lines)} requests, {len(pipes)} models")
+    tell_awake(args.caffeinate, say)
     if args.dry_run:
         for line in lines:
             say.note(f"line {line.number}: {line.job.output}: {line.job.request.prompt}")
@@ -95,7 +96,7 @@ def run_batch(args: argparse.Namespace, argv: list[str], say: Terminal, interrup
             for pipe in pipes:
                 _make_lines([line for line in lines if line.job.pipe is pipe], report, say, interrupts, args.debug)
         except Stopped as stopped:
-            raise Stopped(stopped.signum, "; go on with the same command") from stopped
+            raise Stopped(stopped.signum, "; go on with the same command", stopped.why) from stopped
     say.note(f"batch     {', '.join(f'{count} {status}' for status, count in report.counts.items())}; see {path}")
     return FAILURE if report.counts["failed"] else SUSPECT if report.counts["suspect"] else 0
 

@@ -134,9 +134,9 @@ def make(job: Job, say: Terminal, interrupts: Interrupts, folder: RunFolder | No
         if job.kept is None:
             raise
         command = f"python -m wan_mlx.generate --resume {shlex.quote(str(job.output))}"
-        how = f"{job.kept} steps are kept; go on with: {command}{' --dtype float32' * job.not_finite}"
+        how = f"{job.kept} steps are kept; go on with: {command}{f' --dtype {job.pipe.wider_dtype}' * job.not_finite}"
         if isinstance(error, Stopped):
-            raise Stopped(error.signum, f"; {how}") from error
+            raise Stopped(error.signum, f"; {how}", error.why) from error
         say.note(how, important=True)
         raise
     return say.fail(f"{made.output} was written, but {made.complaint}", SUSPECT) if made.complaint else 0

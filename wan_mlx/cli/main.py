@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
                 return run_batch(args, argv, say, interrupts)
             return resume(args, given_flags(argv), say, interrupts) if args.resume else run(args, say, interrupts)
     except Stopped as stopped:
-        return say.fail(f"interrupted{stopped.go_on}", stopped.code)
+        return say.fail(f"{stopped.why}{stopped.go_on}", stopped.code)
     except KeyboardInterrupt:
         return say.fail("interrupted", INTERRUPTED)
     except Exception as error:

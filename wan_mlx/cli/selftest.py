@@ -1,7 +1,8 @@
 """doctor's checks: the machine, MLX's operations at Wan's own shapes against numpy, nano's video; and rates.
 
-Known to have gone wrong on some GPU or other: convolutions that return zeros where scratch memory ran out (mlx #3979,
-#4242), attention over more than 32,768 keys (mlx #2894, #3360, #3361), NaN out of narrow floats.
+Known to have gone wrong on some GPU or other: convolutions that return zeros where scratch memory ran out (mlx #3979),
+or whose float32 is TF32 on an M5 (mlx #4242), attention over more than 32,768 keys (mlx #2894, #3360, #3361), NaN out
+of narrow floats.
 """
 
 from __future__ import annotations

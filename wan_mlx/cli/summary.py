@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ..caching import make_cache
 from ..errors import WanError
 from ..files.open import open_weights
 from ..hub.resolve import Places
+from ..mac import can_stay_awake
 from ..media.preview import PreviewFiles
 from ..opened import OpenedModel
 from ..presets import GIVEN_APART, of_same_shapes
@@ -31,6 +33,8 @@ def tell_no_effect(args: argparse.Namespace, say: Terminal) -> None:
     for option in options.flags():
         if option.no_effect and getattr(args, option.key) is not None:
             say.note(f"{option.flags[0]} has no effect here: {option.no_effect}")
+    if args.stop_below is not None and sys.platform != "darwin":
+        say.note("--stop-below has no effect here: only macOS is asked for its battery")
     if args.prompt_extend_method == "dashscope":
         say.note("--prompt_extend_method dashscope has no effect here: prompts never leave this machine, a model here "
                  "writes them out")  # fmt: skip
@@ -71,6 +75,13 @@ def describe(pipe: OpenedModel, request: Request, say: Terminal, *outputs: Path)
         say.note(f"mask      {request.src_mask}: what is black in it stays")
     for output in outputs:
         say.note(f"output    {output}")
+    tell_awake(pipe.caffeinate, say)
+
+
+def tell_awake(caffeinate: bool, say: Terminal) -> None:
+    """Say that a Mac is kept from falling asleep, if it is."""
+    if caffeinate and can_stay_awake():
+        say.note("awake     this Mac stays awake while the run goes on and its lid is open (--no-caffeinate: not)")
 
 
 def tell_notes(pipe: OpenedModel, request: Request, say: Terminal) -> None:

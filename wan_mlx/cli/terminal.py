@@ -14,14 +14,13 @@ import sys
 import time
 from typing import TextIO
 
-from ..errors import UsageError, WanError, is_out_of_memory, printable
+from ..errors import LESS_MEMORY, UsageError, WanError, gpu_failure, is_out_of_memory, printable
 from ..events import Event, Failed, Finished, Note, Previewed, Progress
 
 USAGE, FAILURE, SUSPECT, INTERRUPTED = 2, 1, 3, 130  # exit codes
 RED, DIM, PLAIN = "\033[31m", "\033[2m", "\033[0m"
 LABEL_WIDTH = 10  # of the lines about the run to come
 PROGRESS_EVERY = 0.5  # seconds
-LESS_MEMORY = "try --memory with less than this machine has, --quantize q8 or q4, a smaller --size or fewer --frames"
 
 
 def write(text: object, label: str = "", colour: str = "", to: str = "stdout") -> None:
@@ -113,6 +112,7 @@ class Terminal:
 
 def explain(error: Exception) -> tuple[str, int]:
     """One line for the user, and the exit code."""
+    error = gpu_failure(error) or error
     if is_out_of_memory(error):
         return f"out of memory ({error}); {LESS_MEMORY}", FAILURE
     if isinstance(error, UsageError | ValueError):

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, cast
 import mlx.core as mx
 import numpy as np
 
+from .. import mac
 from ..errors import WeightsError, closest
 from .parallel_read import read_tensor
 
@@ -88,6 +89,7 @@ class WeightsFile:
     fields: Mapping[str, Any] = {}
     scales: Mapping[str, np.ndarray] = {}
     is_lazy = False
+    _past_cache = False
 
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str] | None = None):
         check_names(path, tensors)
@@ -215,9 +217,7 @@ class WeightsFile:
         self.check_unchanged()
         dtype = "U8" if info.dtype.startswith("F8") else info.dtype
         try:
-            array = read_tensor(
-                lambda: open(self.path, "rb", buffering=0), self._start(key), dtype, info.shape, info.nbytes
-            )
+            array = read_tensor(self._open_unbuffered, self._start(key), dtype, info.shape, info.nbytes)
         except EOFError as error:
             raise WeightsError(f"{self.path}: ends {error.args[0]:,} bytes early; download it again") from None
         except OSError as error:
@@ -227,7 +227,17 @@ class WeightsFile:
 
     def _open(self, key: str) -> BinaryIO:
         """The file that `_start` is a position in, seekable."""
-        return open(self.path, "rb", buffering=0)
+        return self._open_unbuffered()
+
+    def _open_unbuffered(self) -> BinaryIO:
+        file = open(self.path, "rb", buffering=0)
+        if self._past_cache:
+            mac.keep_out_of_cache(file)
+        return file
+
+    def read_past_cache(self) -> None:
+        """From now on read without filling the system's cache, on macOS; so immediately, since MLX's reads fill it."""
+        self._past_cache, self.is_lazy = True, False
 
     @contextmanager
     def _opened(self, key: str) -> Iterator[BinaryIO]:
@@ -277,6 +287,11 @@ class JoinedFile(WeightsFile):
     def _owner(self, key: str) -> WeightsFile:
         self._info(key)
         return self._owners[key]
+
+    def read_past_cache(self) -> None:
+        self.is_lazy = False
+        for file in set(self._owners.values()):
+            file.read_past_cache()
 
     def read(self, key: str) -> mx.array:
         return self._owner(key).read(key)

@@ -39,6 +39,10 @@ class ScaledFile(WeightsFile):
             tensors[name] = info if part is None else TensorInfo(shape_of(part, info), part.form)
         super().__init__(file.path, tensors, file.metadata)
 
+    def read_past_cache(self) -> None:
+        self.is_lazy = False
+        self.file.read_past_cache()
+
     def read(self, key: str) -> mx.array:
         return self._true(key, self.file.read)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from .. import mac
+
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # Shares of the memory that "auto" takes; a Mac's recommended working set leaves room for the system already.
 SHARE_OF_METAL, SHARE_OF_CUDA, SHARE_OF_SYSTEM = 0.95, 0.93, 0.85
@@ -40,24 +42,26 @@ def parse_memory(memory: str | int | None) -> int | None:
 
 def available_memory() -> int:
     """Bytes that MLX may hold on the default device, present use included; leaves room for the system."""
-    info = mx.device_info()
+    info, held = mx.device_info(), mx.get_cache_memory() + mx.get_active_memory()
     if mx.default_device().type == mx.DeviceType.gpu:
         if "max_recommended_working_set_size" in info:
-            return int(SHARE_OF_METAL * int(info["max_recommended_working_set_size"]))
+            most = int(SHARE_OF_METAL * int(info["max_recommended_working_set_size"]))
+            free = mac.free_memory()
+            return most if free is None else min(most, int(SHARE_OF_SYSTEM * (free + held)))
         if "free_memory" in info or "total_memory" in info:
             free = int(info["free_memory"] if "free_memory" in info else info["total_memory"])
-            return int(SHARE_OF_CUDA * (free + mx.get_cache_memory() + mx.get_active_memory()))
+            return int(SHARE_OF_CUDA * (free + held))
         if "memory_size" in info:
             return int(0.7 * int(info["memory_size"]))
-    return int(SHARE_OF_SYSTEM * (system_memory() + mx.get_cache_memory() + mx.get_active_memory()))
+    return int(SHARE_OF_SYSTEM * (system_memory() + held))
 
 
 def system_memory(root: Path = Path("/")) -> int:
-    """Bytes of free main memory on Linux, or the smaller limit of a cgroup (v1 or v2).
+    """Bytes of free main memory on macOS and Linux, there or the smaller limit of a cgroup (v1 or v2).
 
     Elsewhere half of the installed memory.
     """
-    found: list[int | None] = []
+    found = [mac.free_memory()]
     meminfo = _read(root / "proc/meminfo")
     if match := re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE):
         found.append(int(match[1]) * 1024)

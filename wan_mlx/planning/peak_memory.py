@@ -57,6 +57,10 @@ def on_cpu() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu
 
 
+def on_metal() -> bool:
+    return not on_cpu() and mx.metal.is_available()
+
+
 def overhead() -> int:
     return 0 if on_cpu() else GPU_OVERHEAD
 
@@ -168,6 +172,19 @@ def _along(config: VAEConfig, length: int, largest: int, decoding: bool) -> tupl
     return inputs, outputs
 
 
+def winograd_scratch(frames: int, height: int, width: int, into: int, out: int) -> int:
+    """Bytes that Metal takes for a causal convolution beside its input and output, as MLX's conv.cpp does it.
+
+    For each of the three 3x3 convolutions that are submitted at once: the input, padded; it and the output in 8x8
+    values for every 6x6 pixels; and so the weights. None where Metal takes another kernel.
+    """
+    if into % 32 or out % 32 or into + out < 256 or frames * height * width < 4096:
+        return 0
+    rows, columns = math.ceil(height / 6), math.ceil(width / 6)
+    padded = frames * (6 * rows + 2) * (6 * columns + 2) * into
+    return 3 * ITEMSIZE * (padded + 64 * (frames * rows * columns * (into + out) + into * out))
+
+
 def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> int:
     """The VAE's weights, causal caches and temporaries, of decoding or encoding.
 
@@ -175,10 +192,11 @@ def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> i
     """
     t, h, w = latent_shape
     # Pixels of the largest tile at each stage: input and output.
-    given, right = (
-        [max(heights) * max(widths) for heights, widths in zip(*axes, strict=True)]
+    sizes, right_sizes = (
+        [(max(heights), max(widths)) for heights, widths in zip(*axes, strict=True)]
         for axes in (_sides(config, latent_shape, tile, decoding, output) for output in (False, True))
     )
+    given, right = [math.prod(size) for size in sizes], [math.prod(size) for size in right_sizes]
     caches, peak, held = 0, 0, 0
     blocks = config.num_res_blocks + decoding
     each, unfolded = (DECODE_FRAMES, UNFOLDED_DECODE) if decoding else (ENCODE_FRAMES, UNFOLDED_ENCODE)
@@ -190,7 +208,8 @@ def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> i
         caches += 2 * given[stage] * (into + (2 * blocks - 1) * width)
         frame = given[stage] * width * ITEMSIZE
         count = max(1, min(frames, VALUES_AT_ONCE // (given[stage] * width)))
-        peak = max(peak, (each * count + (JOINED_FRAMES if count > 1 else 0)) * frame + late + held)
+        scratch = max(winograd_scratch(count, *sizes[stage], c, width) for c in (into, width)) if on_metal() else 0
+        peak = max(peak, (each * count + (JOINED_FRAMES if count > 1 else 0)) * frame + scratch + late + held)
         if stage == len(given) - 1:
             caches += 2 * given[stage] * width * decoding
             break

@@ -146,10 +146,18 @@ class Plan:
 
 
 @contextmanager
-def limited_cache(plan: Plan) -> Iterator[None]:
-    """Within this block MLX's cache of freed memory is limited to the plan's room for it."""
-    before = mx.set_cache_limit(plan.cache_limit)
+def limited_memory(plan: Plan) -> Iterator[None]:
+    """Within this block MLX's cache of freed memory is limited to the plan's room for it, and on Metal its memory.
+
+    Above its memory limit MLX waits for running work instead of allocating more. On CUDA, where memory is freed late,
+    that would be waited for too.
+    """
+    on_metal = mx.metal.is_available()
+    cache = mx.set_cache_limit(plan.cache_limit)
+    memory = mx.set_memory_limit(plan.budget) if on_metal else 0
     try:
         yield
     finally:
-        mx.set_cache_limit(before)
+        mx.set_cache_limit(cache)
+        if on_metal:
+            mx.set_memory_limit(memory)

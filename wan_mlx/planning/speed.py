@@ -34,7 +34,7 @@ from ..weights.parameters import Parameters, dtype_of, locate
 from ..weights.stream import load_staged
 from . import flops as work
 from . import peak_memory as peaks
-from .plan import Plan, limited_cache
+from .plan import Plan, limited_memory
 from .sizes import Networks
 
 # Seconds of each measurement: enough for a stable result, and no GPU work so long that macOS would end it.
@@ -116,7 +116,7 @@ def measure_rates(
     at_a_time = passes if peaks.on_cpu() and not plan.stream else 1
     tokens, vae, flop, first = nets.geometry.seq_len(latent_shape), nets.vae, {}, {}
     tiles = {"decode": plan.decode_tile, "encode video": plan.encode_tile}
-    with limited_cache(plan):  # as in the run: allocating anew each time is slower
+    with limited_memory(plan):  # as in the run: allocating anew each time is slower
         attending = attention_rate(nets, tokens, at_a_time)
         forward = transformer_rate(nets, tokens, at_a_time, plan.tokens_at_once, attending.flop)
         first["denoise"] = forward.first + attending.first

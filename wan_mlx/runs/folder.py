@@ -214,6 +214,7 @@ class RunFolder:
         copied = cuda.in_use() and not large
         arrays = {key: mx.contiguous(array + 0 if copied else array) for key, array in arrays.items()}
         mx.eval(arrays)  # another thread cannot
+        mx.synchronize()  # only now a failed command buffer is sure to show
         record = self._begun()
         metadata = {"run": record["run"], "record": record["digest"], "name": name, "about": json.dumps(about)}
         self._saving.call(self._write, name, arrays, metadata)

@@ -14,15 +14,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .. import mac
 from ..caching import make_cache
 from ..denoise import denoise, step_of, with_condition, without_references
-from ..errors import BusyError, Stopped
+from ..errors import BusyError, Stopped, gpu_failures_told
 from ..events import Conditioned, Decoded, Event, Listener, Note, Progress, StageEnded, StageStarted, Stepped, counted
 from ..guidance import Guidance, Model
 from ..media.video import Video
 from ..media.write import latents_to_numpy
 from ..opened import OpenedModel
-from ..planning.plan import Plan, limited_cache
+from ..planning.plan import Plan, limited_memory
 from ..recipes import scheduler_for
 from ..tasks import TASKS
 from ..types import Conditioning, Request, RunState, Step
@@ -66,7 +67,8 @@ class Run:
         self._expert: tuple[Part, Model] | None = None  # the transformer that is there, and its part
         self._listeners: list[Listener] = []
         self._happened: deque[Event] = deque()
-        self._begun = self._stopping = self._finishing = False
+        self._begun = self._finishing = False
+        self._stopping = ""  # why
 
     def listen(self, listener: Listener) -> Run:
         """Have ``listener`` called with each event the moment it happens, in the thread of the run; returns the run.
@@ -76,12 +78,12 @@ class Run:
         self._listeners.append(listener)
         return self
 
-    def stop(self) -> None:
-        """End the run after the step or the decoded frames at work: the iteration then raises `Stopped`.
+    def stop(self, why: str = "interrupted") -> None:
+        """End the run after the step or the decoded frames at work: the iteration then raises `Stopped`, with ``why``.
 
         Any thread may call this.
         """
-        self._stopping = True
+        self._stopping = why
 
     def finish(self) -> None:
         """Sample no more after the step at work: the video is that step's estimate. Any thread may call this."""
@@ -101,17 +103,18 @@ class Run:
             BusyError: another run of this model is under way.
             ValueError: the run has begun before.
             SamplingError: the latents stopped being finite.
-            Stopped: `stop` was called.
+            GPUError: the GPU's work failed.
+            Stopped: `stop` was called, or the battery is below the model's ``stop_below``.
         """
         if self._begun:
             raise ValueError("this run has begun already; pipe.run(request) makes another")
-        with self._alone(), limited_cache(self.plan):
+        with self._alone(), limited_memory(self.plan), mac.awake(self.pipe.caffeinate), gpu_failures_told():
             self._begun = True
             for _ in self._stages():
                 while self._happened:
                     yield self._happened.popleft()
                 if self._stopping:
-                    raise Stopped()
+                    raise Stopped(why=self._stopping)
             while self._happened:
                 yield self._happened.popleft()
 
@@ -196,11 +199,12 @@ class Run:
             serving(float(scheduler.timesteps[first]))
             yield
             cache = make_cache(request.cache, request.steps_made, self.pipe.preset.name, request.begin)
-            steps = denoise(serving, conditioning, scheduler, cache, first=first, state=reached.state)
+            steps = denoise(serving, conditioning, scheduler, cache, first, reached.state, self.pipe.wider_dtype)
             with closing(counted(self._tell, "denoising")(steps, total=total, initial=first)) as steps:
                 for step in steps:
                     self.forwards = (cache.computed, step.passes * step.total)
                     latents = self._step(step, trim)
+                    self._heed_battery()
                     yield
                     if self._finishing and step.index + 1 < total:
                         self.stopped_after = step.index + 1
@@ -227,11 +231,17 @@ class Run:
         self._tell(Stepped(shown))
         return shown.latents
 
+    def _heed_battery(self) -> None:
+        least = self.pipe.stop_below
+        if least is not None and (left := mac.battery()) is not None and left < least:
+            self.stop(f"the battery is at {left} %, below {least} %")
+
     def _decode(self, latents: mx.array) -> Iterator[None]:
         done = 0
         with self._stage("decode"):
             yield
             for frames in self.pipe.decode(latents):
+                mx.synchronize()  # only now a failed command buffer is sure to show
                 done += len(frames)
                 self._tell(Decoded(frames, done, self.request.num_frames))
                 del frames

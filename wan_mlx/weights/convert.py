@@ -30,7 +30,7 @@ from ..presets import NETWORKS, PRESETS
 from ..storage import MARKER, fingerprint, free_space, gigabytes, new_folder, parse_json
 from .checkpoint import MLX_FORMAT, MLX_VERSION, Checkpoint, open_checkpoint
 from .component import MLX_LAYOUT, SAFETENSORS_NAMES, beside
-from .load import Progress, no_progress, open_network, parse_dtype
+from .load import Progress, no_progress, open_network, parse_dtype, text_dtype
 from .parameters import Parameters, dtype_of
 from .quantize import QUANTIZED
 
@@ -61,7 +61,8 @@ def convert(
     Args:
         source: a local folder or file, as for `open_checkpoint`, or an opened model.
         out: a folder that does not exist yet.
-        dtype: of transformer and text encoder; the transformer's time path, norms and head stay float32.
+        dtype: of the transformer, whose time path, norms and head stay float32, and of the text encoder, which is in
+            bfloat16 beside float16.
         vae_dtype: of the VAE. The image encoder keeps its dtype.
         model: preset whose sampling defaults the folder should use; recorded in its config.json.
         progress: wraps the iteration over tensors.
@@ -92,7 +93,8 @@ def convert(
     for part in (part for kind in NETWORKS for part in checkpoint.of_kind(kind)):
         weights, sizes = open_network(part, part.kind)
         config[part.name] = asdict(sizes)
-        kept = parse_dtype({"vae": vae_dtype, "image_encoder": "float32"}.get(part.kind, dtype))
+        own = {"vae": vae_dtype, "image_encoder": "float32", "text_encoder": text_dtype(dtype)}
+        kept = parse_dtype(own.get(part.kind, dtype))
         parameters = Parameters(weights, kept, quantize if part.kind in QUANTIZED else None)
         if parameters.quantization.packings:
             config.setdefault("quantization", {})[part.name] = parameters.quantization.mode
@@ -109,6 +111,7 @@ def convert(
         config["files"] = {MLX_FILES["tokenizer"][0]: hashlib.sha256(tokenizer).hexdigest()}
         for network in networks:
             config["files"] |= network.write(folder, steps)
+        mx.synchronize()  # only now a failed command buffer is sure to show
         next(steps, None)
         (folder / MLX_FILES["tokenizer"][0]).write_bytes(tokenizer)
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import cuda
+from .. import cuda, mac
 from ..cuda import StagingBuffers
 from ..models.execution import Execution
 from ..models.transformer import BLOCK_LISTS, Transformer
-from .component import parameter_shapes
+from .component import ComponentWeights, parameter_shapes
 from .parameters import Arrays, Parameters
 from .prefetch import Prefetch, batches
 from .set_loras import put_beside
@@ -104,6 +104,16 @@ def stream_blocks(
             following[-1].stop()
 
 
+def spare_cache(weights: ComponentWeights) -> None:
+    """Have a file that is larger than free memory read past macOS's cache, which every pass would sweep out.
+
+    What other programs keep there would be lost, too, and nothing be found in it at the next pass.
+    """
+    free = mac.free_memory()
+    if free is not None and sum(map(weights.stored_bytes, weights.sources)) > free:
+        weights.file.read_past_cache()
+
+
 class StreamedBlocks:
     """A transformer's blocks, read from the file in each pass (`Execution.blocks`).
 
@@ -125,6 +135,7 @@ def load_streamed(model: Transformer, parameters: Parameters, progress: Progress
     for name in BLOCK_LISTS:
         if name in model:
             model[name] = []
+    spare_cache(parameters.weights)
     load_module(model, parameters, progress)
     # Not a method of the model, which would keep the model alive after its last use.
     return Execution(model, StreamedBlocks(partial(type(model).new_block, model.config), parameters))

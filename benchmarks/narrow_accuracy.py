@@ -1,6 +1,7 @@
-"""How far a bfloat16 forward is from float32 at true sizes: ours beside Diffusers', the same weights and inputs.
+"""How far narrow forwards are from float32 at true sizes: ours beside Diffusers', the same weights and inputs.
 
-    python benchmarks/bf16_accuracy.py [--preset t2v-1.3B] [--size 832x480] [--frames 81] [--json FILE]
+    python benchmarks/narrow_accuracy.py [--dtypes bfloat16,float16] [--preset t2v-1.3B] [--size 832x480] [--frames 81]
+                                         [--json FILE]
 
 Needs torch and diffusers, and CUDA for anything but tiny sizes. The float32 forward is Diffusers', without TF32. Prints
 the root mean square of the difference over that of the float32 result, and the largest one.
@@ -52,14 +53,15 @@ def theirs(folder: Path, dtype: torch.dtype, inputs: list[np.ndarray]) -> np.nda
     return result.float().movedim(1, -1).cpu().numpy()
 
 
-def ours(folder: Path, inputs: list[np.ndarray]) -> np.ndarray:
-    model = Execution(load_transformer(folder / "diffusion_pytorch_model.safetensors"))
+def ours(folder: Path, dtype: str, inputs: list[np.ndarray]) -> np.ndarray:
+    model = Execution(load_transformer(folder / "diffusion_pytorch_model.safetensors", dtype))
     latents, context = (mx.array(a) for a in inputs)
     return np.array(model(latents, 500.0, context))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", default="bfloat16,float16")
     parser.add_argument("--preset", default="t2v-1.3B", choices=list(PRESETS))
     parser.add_argument("--size", default="832x480")
     parser.add_argument("--frames", type=int, default=81)
@@ -69,15 +71,18 @@ def main() -> None:
     rng, preset = np.random.default_rng(0), PRESETS[args.preset]
     c, latent_shape = preset.transformer, preset.geometry.latent_shape(width, height, args.frames)
     shapes = ((1, *latent_shape, c.out_dim), (1, c.text_len, c.text_dim))
-    # Exact in bfloat16 too, so that only the arithmetic differs.
+    # Exact in bfloat16 too, and but for the smallest in float16, so that only the arithmetic differs.
     inputs = [torch.from_numpy(rng.standard_normal(s, np.float32)).bfloat16().float().numpy() for s in shapes]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_random(folder, args.preset)
         exact = theirs(folder, torch.float32, inputs)
-        results = {"diffusers bfloat16": theirs(folder, torch.bfloat16, inputs)}
-        torch.cuda.empty_cache()
-        results["wan_mlx bfloat16"] = ours(folder, inputs)
+        results = {}
+        for dtype in args.dtypes.split(","):
+            results[f"diffusers {dtype}"] = theirs(folder, getattr(torch, dtype), inputs)
+            torch.cuda.empty_cache()
+            results[f"wan_mlx {dtype}"] = ours(folder, dtype, inputs)
+            mx.clear_cache()
     scale = np.sqrt(np.mean(exact.astype(np.float64) ** 2))
     rows = {}
     for name, result in results.items():
