@@ -20,7 +20,7 @@ from PIL import Image
 import wan_mlx
 import weights_convert
 from wan_mlx import presets as configs
-from wan_mlx.cli import doctor, selftest
+from wan_mlx.cli import doctor, measure, selftest
 from wan_mlx.cli import main as generate
 from wan_mlx.cli.flags import build_parser
 from wan_mlx.models.configs import TransformerConfig
@@ -188,7 +188,7 @@ def homes(tmp_path_factory, pico):
 def quick(monkeypatch):
     """The doctor measures nothing and no language model is there: `test_doctor` and `test_prompt_extend` show both."""
     monkeypatch.setattr(Extension, "__call__", lambda extension, requests, tell: requests)
-    monkeypatch.setattr(selftest, "rates", lambda: ({"denoise bfloat16": 1.0}, 60.0))
+    monkeypatch.setattr(measure, "all_rates", lambda look: ({}, []))
     monkeypatch.setattr(selftest, "operations", lambda: iter(()))
     monkeypatch.setattr(selftest, "nano", lambda dtype: selftest.Check(f"nano, {dtype}", "ok", ""))
 
@@ -282,7 +282,7 @@ def counted(begin, made):
 
 
 def test_the_pages_are_read():
-    assert len(PAGES) == 10 and len(COMMANDS) > 40
+    assert len(PAGES) == 11 and len(COMMANDS) > 40
     assert {block.language for block in blocks()} <= {"sh", "python", "json", ""}
     zh, en = ([b.text for b in blocks() if b.page == page] for page in ("README.zh-CN.md", "README.md"))
     assert len(zh) == len(en) and [len(text.splitlines()) for text in zh] == [len(text.splitlines()) for text in en]

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from wan_mlx.cli import selftest
+from wan_mlx.cli import measure
 from wan_mlx.models import kernels, rope
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -346,12 +346,26 @@ def test_rotation_is_the_same_with_them(on_gpu, monkeypatch, head_dim):
 
 
 def test_doctor_reports_kernels(on_gpu, monkeypatch):
-    assert [check.status for check in selftest.fused_kernels()] == ["ok", "ok"]
-    kernels.agrees.cache_clear()
-    right = kernels.modulated_norm.kernel
+    monkeypatch.setattr(measure, "WIDTHS", {256: 512})
+    monkeypatch.setattr(measure, "kernel_seconds", lambda fused, *_: 1.3 if fused is kernels.gelu_tanh else 1.1)
+    right, slower = kernels.modulated_norm.kernel, []
     monkeypatch.setattr(kernels.modulated_norm, "kernel", lambda *arguments: right(*arguments) + 1)
-    bad = list(selftest.fused_kernels())
-    assert {check.status for check in bad} == {"warn"} and bad[0].said.startswith("modulated_norm: not right here")
+    bad = list(measure.fused_kernels(slower))
+    assert {check.status for check in bad} == {"warn"}
+    assert bad[1].said == "modulated_norm 256 float32: not right here; gelu_tanh 512 float32 takes 1.3 times as long"
+    assert slower == ["gelu_tanh 512 bfloat16", "gelu_tanh 512 float32"]
+    monkeypatch.setattr(kernels.modulated_norm, "kernel", right)
+    monkeypatch.setattr(measure, "kernel_seconds", lambda *_: 1.1)
+    kernels.agrees.cache_clear()
+    assert [check.status for check in measure.fused_kernels([])] == ["ok", "ok"]
     monkeypatch.setenv(kernels.SWITCH, "0")
-    (check,) = selftest.fused_kernels()
+    (check,) = measure.fused_kernels([])
     assert check.said == "turned off"
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.__name__)
+def test_a_kernel_is_timed_beside_the_operations(monkeypatch, kernel):
+    times = []
+    monkeypatch.setattr(measure, "ROWS", 16)
+    monkeypatch.setattr(kernel, "kernel", lambda *arguments: times.append(1) or kernel.plain(*arguments))
+    assert measure.kernel_seconds(kernel, mx.float32, 128) > 0 and len(times) == 6 * measure.REPEATS

@@ -7,7 +7,7 @@ import sys
 import pytest
 from huggingface_hub import constants
 
-from wan_mlx.cli import doctor, selftest
+from wan_mlx.cli import doctor, measure, selftest
 from wan_mlx.cli.main import main
 from wan_mlx.errors import WanError
 from wan_mlx.hub import modelscope
@@ -67,7 +67,7 @@ def test_a_language_model_is_not_downloaded_to_a_folder_called_tilde():
 
 def test_the_doctor_looks_at_all(monkeypatch, capsys):
     monkeypatch.setattr(selftest, "all_checks", selftest.surroundings)
-    monkeypatch.setattr(selftest, "rates", lambda: ({}, None))
+    monkeypatch.setattr(measure, "all_rates", lambda look: ({}, []))
     assert doctor.main([]) == 0
     said = capsys.readouterr().out
     assert "disk for models" in said and sys.executable in said

@@ -100,7 +100,8 @@ def check_backend() -> None:
         importlib.import_module("mlx.core")
     except ImportError as error:
         raise ImportError(
-            f"MLX cannot be imported ({error}). On a Mac: pip install wan-mlx; "
+            f"MLX cannot be imported ({error}). On a Mac with macOS 14 or later, and a Python for arm64 and not under "
+            f"Rosetta (this one is for {os.uname().machine}): pip install wan-mlx; "
             "on Linux: pip install 'wan-mlx[cpu]' or 'wan-mlx[cuda13]'"
         ) from error
 

@@ -1,6 +1,7 @@
-"""``python -m wan_mlx.doctor``: whether this machine computes correctly, how fast, and how to mend it if not.
+"""``python -m wan_mlx.doctor``: whether this machine computes correctly, how fast, what it makes, how to mend it.
 
-The first thing to run, and the output to paste into a bug report: paths in the home folder are shown as ``~``.
+The first thing to run, and the output to paste into a bug report: paths in the home folder are shown as ``~``. With
+``--share`` it ends with a block without names and paths, for a report or for docs/times.md.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,18 +21,22 @@ from .flags import Parser
 if TYPE_CHECKING:
     from .selftest import Check
 
-DESCRIPTION = "Whether this machine computes correctly, how fast, and how to mend it if not."
+DESCRIPTION = "Whether this machine computes correctly, how fast, what it can make, and how to mend it if not."
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
+# Around the block to share; docs/make_times.py looks for them.
+BEGIN, END = "--- wan_mlx doctor ---", "--- end ---"
+RUN = "run: MODEL, WIDTHxHEIGHT, FRAMES, STEPS, OPTIONS, SECONDS, PEAK GiB"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Look at the machine, print the findings; 0 if nothing failed, 1 otherwise."""
     parser = Parser(prog="python -m wan_mlx.doctor", description=DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--share", action="store_true", help="end with a block to paste, without names and paths")
     parser.add_argument("--store-reference", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     check_backend()
-    from . import selftest
+    from . import macos, measure, selftest
 
     if args.store_reference:
         print(selftest.store_reference())
@@ -40,38 +46,57 @@ def main(argv: list[str] | None = None) -> int:
         if not args.json:
             print(private(line), flush=True)
 
+    checks: list[Check] = []
+
+    def look(found: Iterable[Check]) -> bool:
+        """Note and show; whether nothing failed so far."""
+        for check in found:
+            checks.append(check)
+            advice = f"\n     {check.advice}" if check.advice else ""
+            show(f"{MARKS[check.status]} {check.name}: {check.said}{advice}")
+        return not any(check.status == "fail" for check in checks)
+
     started = time.perf_counter()
-    about, checks = selftest.machine(), []
+    about = selftest.machine()
     for name, value in about.items():
         show(f"{name:<10}{value}")
-    for check in selftest.all_checks():
-        checks.append(check)
-        show(f"{MARKS[check.status]} {check.name}: {check.said}" + (f"\n     {check.advice}" if check.advice else ""))
-    failed = any(check.status == "fail" for check in checks)
-    rates, seconds = ({}, None) if failed else selftest.rates()
-    for name, rate in rates.items():
+    good = look(macos.checks()) and look(selftest.all_checks())
+    tflops, said = measure.all_rates(look) if good else ({}, [])
+    for name, rate in tflops.items():
         show(f"     {name}: {rate:.3g} TFLOP/s")
-    verdict = judge(checks, seconds)
+    makes = measure.makes(tflops)
+    for line in (*said, *makes):
+        show(f"     {line}")
+    verdict = judge(checks)
     show(f"{verdict}\n({time.perf_counter() - started:.0f} s)")
     if args.json:
-        found = {"machine": about, "checks": [vars(check) for check in checks], "tflops": rates, "verdict": verdict}
+        found = {"machine": about, "checks": [vars(check) for check in checks], "tflops": tflops, "advice": said,
+                 "makes": makes, "verdict": verdict}  # fmt: skip
         print(private(json.dumps(found, indent=1, ensure_ascii=False)))
-    return 1 if failed else 0
+    elif args.share:
+        shared = block(selftest.shared(), checks, tflops, [*said, *makes])
+        show("\nAdd a line for each run that you timed, and paste from the first to the last dashes:\n" + shared)
+    return 1 if any(check.status == "fail" for check in checks) else 0
 
 
-def judge(checks: list[Check], seconds: float | None) -> str:
-    """The verdict in a sentence or two; ``seconds`` of denoising, None if it does not fit."""
+def judge(checks: list[Check]) -> str:
+    """The verdict in a sentence."""
     if bad := [check for check in checks if check.status == "fail"]:
         names = ", ".join(check.name for check in bad)
         return f"{len(bad)} of {len(checks)} checks failed: {names}. First: {bad[0].advice}"
     doubtful = ", ".join(check.name for check in checks if check.status == "warn")
-    said = "All is well" + f" ({doubtful}: see above)" * bool(doubtful)
-    if seconds is None:
-        return f"{said}, but T2V-1.3B does not fit into the free memory at 832x480, 81 frames: --plan says what does."
-    units = (("days", 86400), ("h", 3600), ("min", 60))
-    unit, size = next(((unit, size) for unit, size in units if seconds >= 1.5 * size), ("s", 1))
-    return (f"{said}. At these rates T2V-1.3B denoises 832x480, 81 frames, 50 steps in about "
-            f"{seconds / size:,.1f} {unit}.")  # fmt: skip
+    return "All is well" + f" ({doubtful}: see above)" * bool(doubtful) + "."
+
+
+def block(about: dict[str, str], checks: list[Check], tflops: dict[str, float], said: list[str]) -> str:
+    """The lines to share: no check's own words are in them, since those may name folders."""
+    lines = [f"{name}: {value}" for name, value in about.items()]
+    for status in MARKS:
+        names = [check.name for check in checks if check.status == status]
+        lines.append(f"{status}: {len(names)}" + f" ({', '.join(names)})" * (status != "ok" and bool(names)))
+    lines.append("TFLOP/s: " + ", ".join(f"{name} {rate:.3g}" for name, rate in tflops.items()))
+    lines += [f"{check.name}: {check.said}" for check in checks if check.name.startswith("longest dispatch")]
+    return "\n".join([BEGIN, *lines, *said, RUN, END])
 
 
 def private(text: str) -> str:

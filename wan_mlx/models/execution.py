@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ..cuda.forward import DeferredFrees, fill_last_tile
@@ -25,7 +26,7 @@ from .attention import Pairs, SelfAttention, split_heads
 from .chips import dispatch_flop
 from .configs import TextEncoderConfig
 from .image_encoder import ImageEncoder
-from .layers import Linear, gated_add
+from .layers import gated_add
 from .rope import RopeTable, rows_of
 from .text_encoder import EncoderBlock, checked_ids
 from .transformer import Block, BlocksHook, ForwardPass, Modulation, Transformer
@@ -291,14 +292,14 @@ def attention(q: mx.array, k: mx.array, v: mx.array, pace: Pacer) -> mx.array:
     return (mx.concatenate(groups, axis=2) if len(groups) > 1 else groups[0]).flatten(2)
 
 
-def tokens_per_dispatch(linear: Linear, x: mx.array) -> int:
+def tokens_per_dispatch(linear: nn.Module, x: mx.array) -> int:
     """Tokens of x (B, L, D) that one dispatch may multiply by the weights of ``linear``, all dispatches alike."""
     work = 2.0 * x.size * len(linear.weight)
     return math.ceil(x.shape[1] / max(1, math.ceil(work / dispatch_flop())))
 
 
 def in_dispatches(
-    linear: Linear, x: mx.array, pace: Pacer, finish: Callable[[mx.array, slice], mx.array] = lambda y, tokens: y
+    linear: nn.Module, x: mx.array, pace: Pacer, finish: Callable[[mx.array, slice], mx.array] = lambda y, tokens: y
 ) -> mx.array:
     """``finish(linear(x), all tokens)`` of x (B, L, D), in dispatches of bounded size; ``pace`` is called if several.
 

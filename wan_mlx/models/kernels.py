@@ -224,17 +224,9 @@ def agrees(fused: Fused, dtype: mx.Dtype, channels: int, parts: int = 3, head_di
     if off() or label(fused, dtype, channels) in measured()["slower"]:
         return False
     said = f"MLX's own operations are used, which is slower: {fused.__name__} for {channels} channels of {dtype}"
-    rows = 8 * parts - 1
-    x, y = (2.5 * mx.random.normal((2, 1, rows, channels), key=mx.random.key(0))).astype(dtype)
-    gate, scale, shift = mx.random.uniform(-1, 1, (3, channels), key=mx.random.key(1))
-    values = {
-        "x": x, "y": y, "parts": [y[:, start : start + 8] for start in range(0, rows, 8)],
-        "gate": gate, "scale": scale, "shift": shift, "weight": scale, "eps": 1e-6,
-        "heads": channels // head_dim, "table": rope.rope_table((rows, 1, 1), head_dim),
-    }  # fmt: skip
-    arguments = [values[name] for name in fused.parameters]
+    arguments = trial(fused, dtype, channels, 8 * parts - 1, parts, head_dim)
     try:
-        results = zip(_listed(fused.kernel(*arguments)), _listed(fused.plain(*arguments)), strict=True)
+        results = zip(listed(fused.kernel(*arguments)), listed(fused.plain(*arguments)), strict=True)
         errors = [float(mx.abs(got.astype(mx.float32) - wanted.astype(mx.float32)).max()) for got, wanted in results]
     except (RuntimeError, ValueError) as error:
         log.warning("%s does not run here (%s)", said, error)
@@ -245,7 +237,22 @@ def agrees(fused: Fused, dtype: mx.Dtype, channels: int, parts: int = 3, head_di
     return good
 
 
-def _listed(results: mx.array | Sequence[mx.array]) -> Sequence[mx.array]:
+def trial(
+    fused: Fused, dtype: mx.Dtype, channels: int, rows: int, parts: int = 3, head_dim: int = 128
+) -> list[Any]:
+    """Arguments of a kernel, and of its plain function, with random values."""
+    x, y = (2.5 * mx.random.normal((2, 1, rows, channels), key=mx.random.key(0))).astype(dtype)
+    gate, scale, shift = mx.random.uniform(-1, 1, (3, channels), key=mx.random.key(1))
+    each = -(-rows // parts)
+    values = {
+        "x": x, "y": y, "parts": [y[:, start : start + each] for start in range(0, rows, each)],
+        "gate": gate, "scale": scale, "shift": shift, "weight": scale, "eps": 1e-6,
+        "heads": channels // head_dim, "table": rope.rope_table((rows, 1, 1), head_dim),
+    }  # fmt: skip
+    return [values[name] for name in fused.parameters]
+
+
+def listed(results: mx.array | Sequence[mx.array]) -> Sequence[mx.array]:
     return [results] if isinstance(results, mx.array) else results
 
 
