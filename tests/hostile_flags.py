@@ -197,7 +197,7 @@ def conversions(model: Model) -> Cases:
 
 
 def subcommands(chance: random.Random) -> Cases:
-    for command in ("models", "doctor", "completion", "convert", "inspect"):
+    for command in ("models", "doctor", "completion", "convert", "inspect", "info"):
         for value in ("--foo", "x\ny", "\x1b[2J", "", "--help=1", "x" * 5000):
             yield Case(f"{command} {value[:20]!r}", [command, value], refused="low")
         yield Case(f"{command} with too many", [command, *"abcdef"], refused="low")

@@ -219,7 +219,7 @@ def run(words: tuple[str, ...], home: Path, monkeypatch, dry: bool) -> int | Non
     if program == "weights_convert.py":
         return None if dry else weights_convert.main(with_folders(rest, home))
     assert program in ("wan-mlx", "wan_mlx.generate"), program
-    if rest[0] in ("convert", "inspect"):
+    if rest[0] in ("convert", "inspect", "info"):
         return None if dry else main(with_folders(rest, home))
     if rest[0] in generate.COMMANDS or rest[0] in ("--help", "--version") or "--plan" in rest:
         return None if dry else main(rest)

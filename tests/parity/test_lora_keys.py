@@ -1,12 +1,20 @@
 """Every matrix of every kind of model is found by the names that Diffusers' own modules give its LoRA."""
 
+import json
+import math
+import re
+
 import official_checkpoints as checkpoints
 import pytest
+import test_layouts
 from diffusers.loaders import lora_conversion_utils
 from oracles import diffusers_transformer
 
+from wan_mlx.errors import WeightsError
+from wan_mlx.presets import PRESETS
 from wan_mlx.weights.layouts import canonical_keys, recognise
-from wan_mlx.weights.lora import resolve, spellings
+from wan_mlx.weights.lora import open_loras, resolve, spellings
+from wan_mlx.weights.lora_changes import kind_of
 
 
 def matrices(kind):
@@ -73,3 +81,61 @@ def test_every_parameter_can_be_a_difference(kind):
         stem, _, end = name.rpartition(".")
         key = f"{stem}.{endings[end]}" if end in endings else f"{name}.diff"
         assert resolve(f"diffusion_model.{key}", names) == (name, "diff"), key
+
+
+def sparse(path, shapes, metadata):
+    """A safetensors file of a full size that takes no room: the header, and a hole in place of the values."""
+    header, end = {"__metadata__": metadata}, 0
+    for key, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
+    return path
+
+
+# Kind → the ending of each tensor's name and its shape, for a matrix of (outputs, inputs).
+TENSORS = {
+    "LoHa": lambda o, i: {"hada_w1_a": (o, 4), "hada_w1_b": (4, i), "hada_w2_a": (o, 4), "hada_w2_b": (4, i)},
+    "LoKr": lambda o, i: {"lokr_w1": (16, 16), "lokr_w2_a": (o // 16, 8), "lokr_w2_b": (8, i // 16)},
+    "LoKr of two": lambda o, i: {"lokr_w1": (16, 16), "lokr_w2": (o // 16, i // 16)},
+    "DoRA": lambda o, i: {"lora_down.weight": (8, i), "lora_up.weight": (o, 8), "dora_scale": (o, 1)},
+    "DoRA of PEFT": lambda o, i: {"lora_A.weight": (8, i), "lora_B.weight": (o, 8), "lora_magnitude_vector": (o,)},
+}
+NAMES = {
+    "musubi": lambda ours, theirs: "lora_unet_" + ours.replace(".", "_"),
+    "LyCORIS": lambda ours, theirs: "lycoris_" + theirs.replace(".", "_"),
+    "ComfyUI": lambda ours, theirs: f"diffusion_model.{ours}",
+    "PEFT": lambda ours, theirs: f"base_model.model.{theirs}",
+    "Diffusers": lambda ours, theirs: f"transformer.{theirs}",
+}
+
+
+@pytest.mark.parametrize("model", ["t2v-14B", "i2v-14B-480P"])
+@pytest.mark.parametrize("tool", NAMES)
+def test_full_size_files_open_strictly(model, tool, tmp_path):
+    """Every matrix of the blocks has its change, each block's of another kind; one key more is an error."""
+    config = PRESETS[model].transformer
+    theirs = test_layouts.diffusers_shapes(config)
+    ours = canonical_keys(recognise(theirs), theirs)
+    matrix = re.compile(r"blocks\.(\d+)\.(?:\w+_attn\.[qkvo]\w*|ffn\.\d)\.weight")
+    kinds = {name: [*TENSORS][int(match[1]) % 5] for name in ours if (match := matrix.fullmatch(name))}
+    tensors = {}
+    for name, kind in kinds.items():
+        stem = NAMES[tool](name.removesuffix(".weight"), ours[name].removesuffix(".weight"))
+        tensors |= {f"{stem}.{ending}": shape for ending, shape in TENSORS[kind](*theirs[ours[name]]).items()}
+    said = json.dumps({"transformer.lora_alpha": 16, "transformer.r": 32, "transformer.use_dora": True})
+    metadata = {"lora_adapter_metadata": said} if tool == "Diffusers" else {}
+    found = open_loras([(sparse(tmp_path / "l.safetensors", tensors, metadata), 1.0)], config)
+    assert found.keys() == kinds.keys() and len(kinds) == 40 * (12 if config.has_image_branch else 10)
+    assert sum(len(change.keys) for (change,) in found.values()) == len(tensors)
+    for name, (change,) in found.items():
+        kind = kinds[name]
+        assert kind_of(change.keys) == ("LoRA" if "DoRA" in kind else kind[:4])
+        assert ("DoRA" in kind) == bool({"magnitude", "dora_scale"} & change.keys.keys())
+        assert change.scale == (16 / {"LoHa": 4, "LoKr of two": 32}.get(kind, 8) if tool == "Diffusers" else 1.0)
+    stray = next(iter(tensors)).replace("0", "77", 1)
+    with pytest.raises(WeightsError, match="1 keys match nothing"):
+        open_loras([(sparse(tmp_path / "l.safetensors", {**tensors, stray: (4, 4)}, metadata), 1.0)], config)

@@ -17,7 +17,7 @@ from .terminal import INTERRUPTED, Terminal, explain, say_logs
 
 # The other subcommands: first argument → module whose ``main`` takes the rest.
 COMMANDS = {"models": ".list_models", "doctor": ".doctor", "completion": ".completion",
-            "convert": ".convert", "inspect": ".convert"}  # fmt: skip
+            "convert": ".convert", "inspect": ".convert", "info": ".info"}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

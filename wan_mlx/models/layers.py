@@ -9,7 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 # Parameters of unmerged LoRAs that a linear layer may have: see `with_side`.
-SIDE_KEYS = ("lora_a", "lora_b", "lora_dense")
+SIDE_KEYS = (
+    "lora_a", "lora_b", "lora_dense", "lora_left", "lora_right", "lora_order", "lora_rows", "lora_columns",
+)  # fmt: skip
 
 
 class Linear(nn.Linear):
@@ -22,14 +24,32 @@ class Linear(nn.Linear):
             self.bias = mx.zeros((out_dim,))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return with_side(self, x, super().__call__(x))
+        return with_side(self, x, super().__call__)
 
 
-def with_side(layer: nn.Module, x: mx.array, y: mx.array) -> mx.array:
-    """``y``, a linear layer's result for ``x``, plus its unmerged LoRAs' results."""
+def with_side(layer: nn.Module, x: mx.array, linear: Callable[[mx.array], mx.array]) -> mx.array:
+    """A linear layer's result for ``x`` with its unmerged LoRAs; ``linear`` is the layer without them.
+
+    With the weights and biases ``W`` and ``b`` that is ``(rows * W * columns + lora_b @ lora_a + lora_dense + the sum
+    of kron(left, right)) @ x + b``; DoRA has rows or columns, LoKr left and right.
+    """
+    y = linear(x * layer.lora_columns) if "lora_columns" in layer else linear(x)
+    if "lora_rows" in layer:
+        y = scale_rows(y, layer.lora_rows, layer.bias if "bias" in layer else mx.array(0.0))
     if "lora_a" in layer:
         y = y + (x @ layer.lora_a.T) @ layer.lora_b.T
-    return y + x @ layer.lora_dense.T if "lora_dense" in layer else y
+    if "lora_dense" in layer:
+        y = y + x @ layer.lora_dense.T
+    for left, right in zip(layer.get("lora_left", ()), layer.get("lora_right", ()), strict=True):
+        z = kron_product(x, left, right)
+        y = y + (z[..., layer.lora_order] if "lora_order" in layer else z)
+    return y
+
+
+def kron_product(x: mx.array, left: mx.array, right: mx.array) -> mx.array:
+    """``x @ kron(left, right).T`` in two small products; x is (…, inputs)."""
+    inner = x.reshape(*x.shape[:-1], left.shape[1], right.shape[1]) @ right.T
+    return (inner.swapaxes(-1, -2) @ left.T).swapaxes(-1, -2).reshape(*x.shape[:-1], -1)
 
 
 class Embedding(nn.Embedding):
@@ -55,6 +75,13 @@ def scale_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
 def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
     """``x + y * gate`` computed in float32, in x's dtype."""
     return (x.astype(mx.float32) + y.astype(mx.float32) * gate).astype(x.dtype)
+
+
+@mx.compile
+def scale_rows(y: mx.array, rows: mx.array, bias: mx.array) -> mx.array:
+    """``rows * (y - bias) + bias`` computed in float32, in y's dtype."""
+    bias = bias.astype(mx.float32)
+    return ((y.astype(mx.float32) - bias) * rows + bias).astype(y.dtype)
 
 
 @mx.compile

@@ -104,9 +104,12 @@ class QuantizedLinear(nn.Module):
             self.bias = mx.zeros((out_dim,))
 
     def __call__(self, x: mx.array) -> mx.array:
+        return with_side(self, x, self.product)
+
+    def product(self, x: mx.array) -> mx.array:
+        """The result without LoRAs beside the weights."""
         weight = self.unpacked(x.dtype)
-        y = mx.addmm(self.bias.astype(x.dtype), x, weight.T) if "bias" in self else x @ weight.T
-        return with_side(self, x, y)
+        return mx.addmm(self.bias.astype(x.dtype), x, weight.T) if "bias" in self else x @ weight.T
 
     def unpacked(self, dtype: mx.Dtype) -> mx.array:
         """The weights (outputs, inputs); part of one call's graph, freed with it."""

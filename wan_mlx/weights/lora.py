@@ -1,8 +1,8 @@
 """LoRA files: small changes to a transformer's weights, in any published naming scheme.
 
-A file changes a weight by ``strength * (alpha / rank) * up @ down``, or by ``strength * diff``; without an alpha the
-scale is 1, and where PEFT's configuration says so it is ``alpha / sqrt(rank)``. Keys are resolved against the model's
-own parameters. A key without a match is an error; keys of a text encoder are reported as unused.
+A file changes a weight by ``strength * (alpha / rank) * up @ down``, or in another of the kinds of `lora_changes`;
+without an alpha the scale is 1, and where PEFT's configuration says so it is ``alpha / sqrt(rank)``. Keys are resolved
+against the model's own parameters. A key without a match is an error; keys of a text encoder are reported as unused.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,14 @@ from ..files.base import WeightsFile
 from ..files.open import open_weights
 from ..files.scaled import fold
 from ..models.configs import TransformerConfig
-from ..storage import parse_json, sha256
+from ..other_models import of_lora
+from ..storage import sha256
 from ..types import LoraChoice
-from .component import FLOATS, only_zeros
+from .component import FLOATS
 from .configs import shapes_of
 from .layouts import LAYOUTS, pattern
+from .lora_changes import LOHA, MAGNITUDES, W1, W2, Change, kind_of
+from .lora_config import PEFT_FILE, AdapterConfig, adapter_config, check_keys_of_kinds
 
 log = logging.getLogger(__name__)
 
@@ -37,104 +39,28 @@ PREFIX = re.compile(
 )
 # kohya and musubi join a module's names with underscores.
 JOINED = re.compile(r"(?:lora_unet|lora_transformer|lycoris)__?(\w+)")
-TEXT_ENCODER = re.compile(r"(?:base_model\.model\.)?(?:pipe\.)?(?:text_encoder|lora_te|te|conditioner)\d?[._].+")
+TEXT_ENCODER = re.compile(r"(?:base_model\.model\.)?(?:pipe\.)?(?:text_encoders?|lora_te|te|conditioner)\d?[._].+")
 # Endings of keys → role for the parameter, and the ending of the parameter's name; the first that the model has.
 ENDINGS = {
     r"\.(?:lora_down|lora_A|lora\.down)(?:\.\w+)?\.weight": ("down", "weight"),
     r"\.(?:lora_up|lora_B|lora\.up)(?:\.\w+)?\.weight": ("up", "weight"),
     r"\.lora_B(?:\.\w+)?\.bias": ("up_bias", "bias"),
     r"\.alpha": ("alpha", "weight"),
+    r"\.(hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)(?:\.default)?": (r"\2", "weight"),
+    r"\.dora_scale": ("dora_scale", "weight"),
+    r"\.lora_magnitude_vector(?:\.\w+)*": ("magnitude", "weight"),
     r"\.(?:diff|w_norm)": ("diff", "weight", ""),
     r"\.(?:diff_b|b_norm)": ("diff", "bias"),
     r"\.diff_m": ("diff", "modulation"),
+    r"(?:\.base_layer)?\.weight": ("whole", "weight"),
+    r"(?:\.base_layer)?\.bias": ("whole", "bias"),
 }
-UNSUPPORTED = {"dora_scale": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "lora_mid": "LoCon with a middle convolution"}
+INTEGERS = ("I64", "I32", "I16", "I8", "U8")  # which an alpha may be
 # Names of the LoRA file in a folder: PEFT's, Diffusers'.
-FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-PEFT_CONFIG = "adapter_config.json"
-
-
-@dataclass
-class Change:
-    """One file's change of one parameter.
-
-    Attributes:
-        shape: the parameter's, in this package's layout.
-        patch: for a patch embedding, values of one channel in a patch; else 0.
-        keys: role, of `ENDINGS` → key in the file.
-        scale: of ``up @ down``, beside the strength.
-    """
-
-    file: WeightsFile
-    strength: float
-    shape: tuple[int, ...]
-    patch: int
-    keys: dict[str, str] = field(default_factory=dict)
-    scale: float = 1.0
-
-    def factors(self) -> tuple[mx.array, mx.array, float] | None:
-        """``down`` (rank, inputs), ``up`` (outputs, rank), both float32, and the factor of their product."""
-        if "down" not in self.keys:
-            return None
-        outputs, inputs = self.shape
-        down, up = self._read("down").reshape(-1, inputs), self._read("up").reshape(outputs, -1)
-        if not down.any(stream=mx.cpu).item():  # up is zero before the first step of training, down never
-            raise only_zeros(self.file.path, self.keys["down"])
-        return down, up, self.strength * self.scale
-
-    def difference(self) -> mx.array | None:
-        """The ``diff`` beside the factors, float32, strength included."""
-        total = None
-        for role, scale in (("diff", 1.0), ("up_bias", self.scale)):
-            if role in self.keys:
-                array = self.strength * scale * self._read(role).reshape(self.shape)
-                total = array if total is None else total + array
-        return total
-
-    def _read(self, role: str) -> mx.array:
-        """A tensor, float32; over the inputs of a patch embedding with channels last, as in the model."""
-        with mx.stream(mx.cpu):  # read immediately: GPU work must not wait on a file
-            array = self.file.read(self.keys[role]).astype(mx.float32)
-            if self.patch and role in ("down", "diff"):
-                array = array.reshape(array.shape[0], -1, self.patch).swapaxes(1, 2)
-            mx.eval(array)
-        return array
-
+FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")
 
 # Name of a parameter → its changes by several LoRAs, in order.
 Loras = dict[str, list[Change]]
-
-
-def merged(changes: Iterable[Change], array: mx.array) -> mx.array:
-    """A float32 parameter with its changes."""
-    for change in changes:
-        factors, difference = change.factors(), change.difference()
-        if factors is not None:
-            down, up, scale = factors
-            array = array + scale * (up @ down)
-        array = array if difference is None else array + difference
-    return array
-
-
-def side_arrays(changes: Iterable[Change], dtype: mx.Dtype, order: mx.array | None = None) -> dict[str, mx.array]:
-    """Unmerged LoRAs of a matrix: the factors of all of them stacked along the rank, with scales in ``lora_b``.
-
-    ``lora_a`` (ranks, inputs), ``lora_b`` (outputs, ranks), and ``lora_dense`` if a file has a ``diff``, in ``dtype``,
-    for a layer with rows in ``order``.
-    """
-    downs, ups, dense = [], [], None
-    for change in changes:
-        factors, difference = change.factors(), change.difference()
-        if factors is not None:
-            down, up, scale = factors
-            downs.append(down)
-            ups.append(scale * up)
-        if difference is not None:
-            dense = difference if dense is None else dense + difference
-    arrays = {"lora_a": mx.concatenate(downs), "lora_b": mx.concatenate(ups, axis=1)} if downs else {}
-    arrays |= {"lora_dense": dense} if dense is not None else {}
-    arrays = {key: array.astype(dtype) for key, array in arrays.items()}
-    return {key: array if order is None or key == "lora_a" else array[order] for key, array in arrays.items()}
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -179,14 +105,14 @@ def open_loras(loras: Iterable[tuple[Path, float]], config: TransformerConfig) -
     shapes, patch = shapes_of(config), math.prod(config.patch_size)
     names, found = spellings(shapes), Loras()
     for path, strength in loras:
-        for name, change in _open(fold(open_weights(_file_of(path))), strength, shapes, names, patch).items():
+        for name, change in _open(fold(open_weights(file_of(path))), strength, shapes, names, patch).items():
             found.setdefault(name, []).append(change)
     return found
 
 
 def describe_lora(path: Path, strength: float) -> dict[str, Any]:
     """A LoRA's entry in a video's settings; its SHA-256 identifies the file."""
-    file = _file_of(path)
+    file = file_of(path)
     return {"file": file.name, "strength": strength, "sha256": _hash(file, file.stat().st_mtime_ns)}
 
 
@@ -195,7 +121,8 @@ def _hash(path: Path, modified: int) -> str:
     return sha256(path)
 
 
-def _file_of(path: Path) -> Path:
+def file_of(path: Path) -> Path:
+    """The LoRA file at ``path``, which may be its folder; WeightsError if that has none, or several."""
     if not path.is_dir():
         return path
     named = [path / name for name in FOLDER_FILES if (path / name).is_file()]
@@ -224,22 +151,24 @@ def resolve(key: str, names: Mapping[str, str]) -> tuple[str, str] | None:
             joined = JOINED.fullmatch(match[1])
             module, dot = (joined[1], "_") if joined else (PREFIX.sub("", match[1], count=1), ".")
             found = (names.get(f"{module}{dot}{kind}".rstrip(dot)) for kind in kinds)
-            return next(((name, role) for name in found if name is not None), None)
+            return next(((name, match.expand(role)) for name in found if name is not None), None)
     return None
 
 
 def _open(
     file: WeightsFile, strength: float, shapes: Mapping[str, Any], names: Mapping[str, str], patch: int
 ) -> dict[str, Change]:
+    config = adapter_config(file)
+    check_keys_of_kinds(file.path, file.tensors)
     changes: dict[str, Change] = {}
     unknown, unused = list[str](), list[str]()
     for key, info in file.tensors.items():
         found = resolve(key, names)
-        if found is None:
+        if found is None or (found[1] == "whole" and not config.has_whole):
             (unused if TEXT_ENCODER.fullmatch(key) else unknown).append(key)
             continue
         name, role = found
-        if info.dtype not in FLOATS:
+        if info.dtype not in (FLOATS if role != "alpha" else (*FLOATS, *INTEGERS)):
             raise WeightsError(f"{file.path}: {key} is {info.dtype}; expected floats")
         in_patches = patch if name.endswith("patch_embedding.weight") else 0
         keys = changes.setdefault(name, Change(file, strength, shapes[name], in_patches)).keys
@@ -247,13 +176,14 @@ def _open(
             raise WeightsError(f"{file.path}: two keys for the {role} of {name}: {keys[role]} and {key}")
     if unknown:
         raise WeightsError(_unknown(file, unknown, shapes))
-    alphas, stabilised = _peft_config(file)
     for name, change in changes.items():
         # The scale of a bias's up is that of the weight's factors.
         weight = changes.get(name.removesuffix("bias") + "weight", change) if "up_bias" in change.keys else change
         _check(name, change, "down" in weight.keys)
-        if "down" in weight.keys:
-            change.scale = _scale(weight, alphas, stabilised)
+        if kind_of(weight.keys):
+            change.scale = _scale(weight, config)
+    if config.is_dora and not any("magnitude" in change.keys for change in changes.values()):
+        raise WeightsError(f"{file.path}: a DoRA by its configuration, but without magnitudes; save it again")
     if not changes:
         raise WeightsError(f"{file.path}: no LoRA keys for the transformer among its {len(file.tensors)} tensors")
     if unused:
@@ -268,9 +198,10 @@ def _report_unused(path: Path, count: int, first: str) -> None:
 
 
 def _unknown(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]) -> str:
-    kinds = sorted({kind for mark, kind in UNSUPPORTED.items() if any(mark in key for key in unknown)})
-    if kinds:
-        hint = f"; {' and '.join(kinds)} are not supported, only LoRA and differences"
+    if any(key.endswith("self_attn.q.weight") or key.endswith("attn1.to_q.weight") for key in unknown):
+        hint = "; whole weights: give a transformer as --model or --transformer"
+    elif other := of_lora(unknown):
+        hint = f"; it was made for {other.name}, which is not supported"
     elif any("_img" in key or "img_emb" in key for key in unknown) and not any("_img" in name for name in shapes):
         hint = "; it was made for an image-to-video model, and this is none"
     elif any("vace" in key for key in unknown):
@@ -284,17 +215,43 @@ def _check(name: str, change: Change, has_factors: bool) -> None:
     """Check the shapes of one change against its parameter's; ``has_factors``: or those of a bias's weight."""
     keys, shape, path = change.keys, change.shape, change.file.path
     stored = {role: change.file.tensors[key].shape for role, key in keys.items()}
-    down, up = stored.get("down"), stored.get("up")
-    if (down is None) != (up is None) or ("alpha" in keys and down is None) or ("up_bias" in keys and not has_factors):
+    kind = kind_of(keys)
+    if kind is None or (not kind and {"alpha", *MAGNITUDES} & keys.keys()) or ("up_bias" in keys and not has_factors):
         raise WeightsError(f"{path}: {name} has only {', '.join(keys.values())}")
-    if down is not None and up is not None:
-        fits = len(shape) == 2 and 0 not in (down or (0,)) and up[:2] == (*shape[:1], *down[:1]) and {*up[2:]} <= {1}
-        if not (fits and _are_inputs(down[1:], shape[1:], change.patch)):
-            raise WeightsError(f"{path}: {keys['down']} {down} and {keys['up']} {up} do not fit {name} {shape}")
-    for role in ("diff", "up_bias"):
-        found = stored.get(role, shape)
+    if kind:
+        fits = len(shape) == 2 and all(
+            found[:1] == shape[:1] and 0 not in found and _are_inputs(found[1:], shape[1:], change.patch)
+            for found in _matrices(kind, stored)
+        )
+        if not fits:
+            given = " and ".join(f"{keys[role]} {stored[role]}" for role in keys if kind_of([role]) != "")
+            raise WeightsError(f"{path}: {given} do not fit {name} {shape}")
+    for role in {"diff", "up_bias", "whole"} & keys.keys():
+        found = stored[role]
         if found != shape and not (found[:1] == shape[:1] and _are_inputs(found[1:], shape[1:], change.patch)):
             raise WeightsError(f"{path}: {keys[role]} {found} does not fit {name} {shape}")
+    for role in {*MAGNITUDES} & keys.keys():
+        of_columns = role == "dora_scale" and stored[role][:1] == (1,) and not change.patch
+        if math.prod(stored[role]) != shape[1 if of_columns else 0]:
+            raise WeightsError(f"{path}: {keys[role]} {stored[role]} are not the norms of {name} {shape}")
+
+
+def _matrices(kind: str, stored: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """The shapes of matrices that must be a parameter's, from the stored shapes by role; () if factors do not fit."""
+
+    def product(up: str, down: str) -> tuple[int, ...]:
+        left, right = stored[up], stored[down]
+        fits = len(left) > 1 and left[1] == right[0] > 0 and {*left[2:]} <= {1} if right else False
+        return (left[0], *right[1:]) if fits else ()
+
+    if kind == "LoKr":
+        left = stored["lokr_w1"] if "lokr_w1" in stored else product(*W1)
+        right = stored["lokr_w2"] if "lokr_w2" in stored else product(*W2)
+        whole = len(left) == 2 and len(right) > 1
+        yield (left[0] * right[0], left[1] * right[1], *right[2:]) if whole else ()
+    else:
+        for up, down in [("up", "down")] if kind == "LoRA" else [LOHA[:2], LOHA[2:]]:
+            yield product(up, down)
 
 
 def _are_inputs(found: tuple[int, ...], inputs: tuple[int, ...], patch: int) -> bool:
@@ -303,47 +260,21 @@ def _are_inputs(found: tuple[int, ...], inputs: tuple[int, ...], patch: int) -> 
     return (len(found) == 1 or kernel) and (math.prod(found),) == inputs
 
 
-def _scale(change: Change, alphas: Mapping[str, float], stabilised: bool) -> float:
-    """Of ``up @ down``; the other arguments are `_peft_config`'s."""
-    file, key = change.file, change.keys.get("alpha")
-    rank = file.tensors[change.keys["down"]].shape[0]
+def _scale(change: Change, config: AdapterConfig) -> float:
+    """Of a kind's matrix."""
+    file, key, rank = change.file, change.keys.get("alpha"), change.rank
     if key is None:
-        module = "." + re.split(next(iter(ENDINGS)), change.keys["down"], maxsplit=1)[0]
-        alpha = next((alpha for name, alpha in alphas.items() if module.endswith(name)), None)
-        if alpha is None:
-            return 1.0
-        return alpha / (math.sqrt(rank) if stabilised else rank)
+        found = config.scale(_module(next(iter(change.keys.values()))), rank)
+        return 1.0 if found is None else found
     if math.prod(shape := file.tensors[key].shape) != 1:
         raise WeightsError(f"{file.path}: {key} has shape {shape}, not one number")
     alpha = float(file.read(key).astype(mx.float32))
     if not math.isfinite(alpha):
         raise WeightsError(f"{file.path}: {key} is {alpha}, expected a finite number")
-    return alpha / rank
+    return 1.0 if rank is None else alpha / rank  # LoKr of two whole matrices: LyCORIS writes an alpha without meaning
 
 
-def _peft_config(file: WeightsFile) -> tuple[dict[str, float], bool]:
-    """Alphas by the end of a module's name, and whether they are divided by the root of the rank (rsLoRA).
-
-    From the file's own metadata (Diffusers), or from the adapter_config.json beside the file (PEFT).
-
-    Raises:
-        WeightsError: it cannot be read, or is a DoRA's.
-    """
-    beside, entries = file.path.parent / PEFT_CONFIG, {}
-    try:
-        if "lora_adapter_metadata" in file.metadata:
-            found = parse_json(file.metadata["lora_adapter_metadata"])
-            entries = {key.removeprefix("transformer."): value for key, value in found.items()}
-        elif file.path.name == FOLDER_FILES[0] and beside.is_file():
-            entries = parse_json(beside.read_text(encoding="utf-8"))
-        names = entries.get("alpha_pattern") or {}
-        alphas = {"." + key.strip("^$").replace("\\.", "."): float(value) for key, value in names.items()}
-        if entries.get("lora_alpha") is not None:
-            alphas[""] = float(entries["lora_alpha"])
-        if not all(map(math.isfinite, alphas.values())):
-            raise ValueError("an alpha is not finite")
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise WeightsError(f"{file.path}: its LoRA configuration cannot be read ({error})") from None
-    if entries.get("use_dora"):
-        raise WeightsError(f"{file.path}: a DoRA, which is not supported, only LoRA")
-    return alphas, bool(entries.get("use_rslora"))
+def _module(key: str) -> str:
+    """The module that a key of PEFT's or Diffusers' names, as the configuration's patterns match it."""
+    match = next(match for ending in ENDINGS if (match := re.fullmatch(rf"(.+?){ending}", key)))
+    return PREFIX.sub("", match[1], count=1)

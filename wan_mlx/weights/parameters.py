@@ -21,7 +21,8 @@ from ..models.layers import Linear
 from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import FLOAT32_PARAMETERS
 from .component import SAFETENSORS_NAMES, ComponentWeights, Fetch, beside, only_zeros, parameter_shapes
-from .lora import Loras, merged
+from .lora import Loras
+from .lora_changes import merged
 from .prefetch import Prefetch, prefetch_in_turn, prefetch_lazy
 from .quantize import EXPAND, NEAREST, Quantization, check_mode, plan_quantization
 

@@ -1,0 +1,55 @@
+"""``wan-mlx info FILE``: a LoRA, a video of ours, or a model, described from the file itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..errors import UsageError
+from ..events import Listener, unheard
+from ..hub.resolve import Places
+from ..media.write import ENDINGS, read_settings
+from ..progress_bars import ProgressBars
+from ..weights.checkpoint import open_checkpoint
+from ..weights.load import open_network
+from ..weights.lora import file_of
+from ..weights.lora_info import inspect_lora, is_lora
+from . import convert
+from .flags import Parser
+from .summary import recipe_notes
+from .terminal import write
+
+
+def main(argv: list[str]) -> int:
+    """Print what is known; 1 if the file cannot be used."""
+    description = "Describe a LoRA, a video made here, or a model."
+    parser = Parser(prog="wan-mlx info", description=description, allow_abbrev=False)
+    parser.add_argument("file", help="a LoRA or its folder; a video, picture or .npz of ours; or what --model takes")
+    parser.add_argument("--model", help="tell how much a LoRA changes of this model's weights")
+    parser.add_argument("--source", default="huggingface", help="hub: huggingface (default) or modelscope")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    args = parser.parse_args(argv)
+    listener: Listener = unheard if args.quiet else ProgressBars()
+    path = Path(args.file).expanduser()
+    is_adapter = path.exists() and is_lora(path)
+    if args.model and not is_adapter:
+        raise UsageError(f"--model goes with a LoRA, and {path} is none")
+    if path.suffix.lower() in ENDINGS and path.is_file():
+        return show_settings(path)
+    if not is_adapter:
+        return convert.inspect(args.file, {}, args.source, listener)
+    base = None
+    if args.model:
+        base = open_network(open_checkpoint(Places(args.model).fetch(args.source, listener).model), "transformer")
+    found = inspect_lora(path, base, listener)
+    for line in (*found.lines(), *recipe_notes([file_of(path)], None)):
+        write(line)
+    return 0 if found.is_sound else 1
+
+
+def show_settings(path: Path) -> int:
+    """The settings that a file of ours was made with."""
+    for name, value in read_settings(path).items():
+        plain = isinstance(value, str) and value.isprintable()
+        write(f"{name:<19}{value if plain else json.dumps(value, ensure_ascii=False)}")
+    return 0
