@@ -130,6 +130,8 @@ def bad(**tensors):
             "with 'convrot'",
         ),
         (INT8_WEIGHT | bad(a__comfy_quant=json_tensor(ROTATED | {"convrot_groupsize": 8})), None, "with 'convrot'"),
+        (INT8_WEIGHT | bad(a__comfy_quant=json_tensor(ROTATED | {"convrot_groupsize": 16.0})), None, "with 'convrot'"),
+        (bad(a__weight=W, a__comfy_quant=json_tensor({"format": [1]})), None, "stored as '[1]'"),
         (INT8_WEIGHT | bad(a__comfy_quant=json_tensor(ROTATED)), None, "cannot be rotated in groups of 256"),
         (bad(a__weight=W), {"_quantization_metadata": "{"}, "not a JSON object"),
         (bad(a__weight=W), {"_quantization_metadata": '{"layers": 3}'}, "dict of layers"),

@@ -147,15 +147,15 @@ def _formats(file: WeightsFile) -> Iterator[tuple[str, str, int]]:
         entry = declared if isinstance(declared, dict) else {}
         inner = entry.get("params")  # some writers put the settings there
         entry = (inner if isinstance(inner, dict) else {}) | {k: v for k, v in entry.items() if k != "params"}
-        name = entry.get("format")
+        name = str(entry.get("format"))
         if name not in FORMATS:
             raise WeightsError(
-                f"{file.path}: {layer} is stored as {str(name)[:40]!r}, which is not supported; "
+                f"{file.path}: {layer} is stored as {name[:40]!r}, which is not supported; "
                 f"expected {' or '.join(FORMATS)} (or give the bf16, fp16 or GGUF file)"
             )
         form, rotated = FORMATS[name], entry.get("convrot_groupsize", 256) if entry.get("convrot") else 0
         known = {"group_size": MICROSCALED[form][0]} if form in MICROSCALED else {}
-        if form == "I8" and rotated in ROTATIONS:
+        if form == "I8" and type(rotated) is int and rotated in ROTATIONS:
             known = {"convrot": True, "convrot_groupsize": rotated}
         extra = sorted(k for k, value in entry.items() if k not in _HARMLESS and value and value != known.get(k))
         if extra:
@@ -172,7 +172,7 @@ def _declarations(file: WeightsFile) -> Iterator[tuple[str, Any]]:
         for layer, declared in layers.items():  # of a whole model; plain floats need no format
             info = file.tensors.get(f"{layer}.weight")
             if info is not None and info.dtype not in FLOATS:
-                yield repr(layer[:200])[1:-1], declared
+                yield layer, declared
     for key, info in file.tensors.items():
         role, weight = _role(key)
         if role == "format":
