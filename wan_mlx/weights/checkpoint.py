@@ -409,7 +409,7 @@ def _listing(folder: Path) -> str:
     return ", ".join(_names(folder)[:8]) or "nothing"
 
 
-def _find(folder: Path, wanted: dict[str, tuple[str, ...]]) -> dict[str, Path]:
+def _find(folder: Path, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, Path]:
     present = {part: [folder / name for name in names if (folder / name).is_file()] for part, names in wanted.items()}
     return {part: files[0] for part, files in present.items() if files}
 
