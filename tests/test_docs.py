@@ -19,12 +19,14 @@ from PIL import Image
 
 import wan_mlx
 import weights_convert
+from docs import make_formats
 from wan_mlx import presets as configs
 from wan_mlx.cli import doctor, measure, selftest
 from wan_mlx.cli import main as generate
 from wan_mlx.cli.flags import build_parser
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.networks import new_transformer
+from wan_mlx.other_models import ADVICE
 from wan_mlx.planning import choose as memory
 from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning import speed as timing
@@ -314,6 +316,14 @@ def test_every_flag_is_documented():
     flags = {flag for action in build_parser()._actions for flag in action.option_strings if flag != "-h"}
     told = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", own))
     assert flags - told == set() and told - flags == set()
+
+
+def test_the_tables_of_formats_are_current():
+    """``python docs/make_formats.py`` writes them anew."""
+    text = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    assert make_formats.page(text) == text
+    assert {name.split()[0] for name in re.findall(r"<!-- table: (.*?) -->", text)} == make_formats.TABLES.keys()
+    assert {f"others {kind}" for kind in ADVICE} <= {*re.findall(r"<!-- table: (.*?) -->", text)}
 
 
 def memory_table(page: str) -> list[tuple[str, ...]]:

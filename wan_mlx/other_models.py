@@ -23,6 +23,18 @@ ADVICE = {
     "vae": "take Wan2.1's, such as wan_2.1_vae.safetensors",
     "image_encoder": "Wan2.1's is CLIP ViT-H/14, such as clip_vision_h.safetensors",
 }
+# Where marks were read.
+SOURCES = {
+    "official": "Wan2.2 42bf4cf",
+    "comfy": "ComfyUI 0b61ce5, `comfy/model_detection.py`",
+    "kijai": "ComfyUI-WanVideoWrapper 3317577",
+    "wan2gp": "Wan2GP 8681e9f, `models`",
+    "diffsynth": "DiffSynth-Studio fed7b18",
+    "diffusers": "Diffusers 0.42.1, the classes' own keys",
+    "transformers": "transformers, the classes' own keys",
+    "llama.cpp": "llama.cpp's names in gguf 0.19.0",
+    "taehv": "madebyollin/taehv",
+}
 # Prefixes of keys, by tool.
 _PREFIX = re.compile(r"(?:(?:model\.)?diffusion_model|model|transformer|net|vae|first_stage_model)\.")
 
@@ -34,8 +46,7 @@ class OtherModel:
     Attributes:
         name: for people.
         kind: of its file, a key of `ADVICE`.
-        source: where the marks were read: comfy (ComfyUI's model_detection.py), kijai (ComfyUI-WanVideoWrapper's
-            nodes), wan2gp, diffsynth, diffusers (its classes' own keys), official.
+        source: where the marks were read, keys of `SOURCES`.
         keys: for each naming scheme the keys that mark it, separated by spaces; one with "!" is absent.
         sizes: of a network with Wan2.1's keys: field of its configuration → value.
         entries: entry of config.json or model_index.json → pattern of its value; each alone is a mark.
@@ -238,7 +249,7 @@ OTHER_MODELS = (
     ),
     OtherModel("UniAnimate", "addition", "kijai", keys=("dwpose_embedding.0.weight",), lora="dwpose_embedding"),
     OtherModel(
-        "TAEHV, which --taehv takes for previews and drafts", "vae", "madebyollin/taehv",
+        "TAEHV, which --taehv takes for previews and drafts", "vae", "taehv",
         keys=("encoder.0.weight decoder.1.weight decoder.3.conv.0.weight",),
     ),
     # Other families.

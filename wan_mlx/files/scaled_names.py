@@ -37,7 +37,7 @@ FORMATS = {
 SUPPORTED = "fp8, int8, mxfp8 or nvfp4 of ComfyUI, fp8 or int8 of lightx2v, optimum-quanto or torchao"
 TORCHAO = ("Float8Tensor", "Int8Tensor")
 # End of a tensor's name → what it is for its layer's weight.
-_ROLES = {
+ROLES = {
     **{".weight._data": "data", "._weight_qdata": "data"},
     **{".scale_weight": "scale", ".weight_scale": "scale", ".weight._scale": "scale", "._weight_scale": "scale"},
     **{".weight_scale_2": "second", "._weight_zero_point": "zero", ".comfy_quant": "format"},
@@ -46,7 +46,7 @@ _ROLES = {
 }
 _MARKER = "scaled_fp8"
 # End of a tensor's name → the format, which is refused.
-_REFUSED = {
+REFUSED = {
     **dict.fromkeys((".absmax", ".SCB"), "bitsandbytes' nf4, fp4 or int8"),
     **{".weight._shift": "optimum-quanto's int4 or int2", ".weight_global_scale": "lightx2v's nvfp4"},
     **dict.fromkeys((".qweight", ".wscales"), "GPTQ's, AWQ's or Nunchaku's 4 bits"),
@@ -119,12 +119,12 @@ def _role(key: str) -> tuple[str, str]:
     """The role of a tensor, empty for a weight of its own, and the name of its weight."""
     if key == _MARKER or key.endswith(f".{_MARKER}"):
         return "marker", key
-    role, end = next(((role, end) for end, role in _ROLES.items() if key.endswith(end)), ("", ""))
+    role, end = next(((role, end) for end, role in ROLES.items() if key.endswith(end)), ("", ""))
     return role, f"{key.removesuffix(end)}.weight" if role else key
 
 
 def _refuse_others(file: WeightsFile) -> None:
-    for end, what in _REFUSED.items():
+    for end, what in REFUSED.items():
         if keys := [key for key in file.tensors if key.endswith(end)]:
             raise WeightsError(
                 f"{file.path}: {what} ({some(keys, 1)}), which is not supported; expected {SUPPORTED} "
