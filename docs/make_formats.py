@@ -12,9 +12,17 @@ from wan_mlx.presets import PARTS
 from wan_mlx.weights.checkpoint import FOLDERS
 from wan_mlx.weights.gguf_blocks import EXACT, NEARLY_EXACT, PACKINGS
 from wan_mlx.weights.layouts import LAYOUTS, UNUSED
+from wan_mlx.weights.lora import ENDINGS
+from wan_mlx.weights.lora_config import CHANGES_BASE, VARIANTS
+from wan_mlx.weights.lora_config import REFUSED as REFUSED_ADAPTERS
 
 PAGE = Path(__file__).with_name("formats.md")
 Rows = Iterable[tuple[str, ...]]
+ROLES_OF_ADAPTERS = {
+    "down": "LoRA's first factor", "up": "LoRA's second factor", "up_bias": "LoRA of a bias", "alpha": "alpha",
+    r"\2": "a factor of LoHa or LoKr", "dora_scale": "LyCORIS' DoRA", "magnitude": "PEFT's and Diffusers' DoRA",
+    "diff": "a difference", "whole": "a whole tensor in place",
+}  # fmt: skip
 
 
 def folders() -> Rows:
@@ -53,6 +61,18 @@ def gguf() -> Rows:
     yield ", ".join(others), f"{unpacked} in the form that comes nearest"
     yield ", ".join(PLAIN), "as they are"
     yield ", ".join(name for name in TYPES.values() if name not in (*BLOCKS, *PLAIN)), "refused by name"
+
+
+def adapters() -> Rows:
+    """The keys of LoRAs."""
+    yield "ends of keys", "change"
+    for ending, (role, *_) in ENDINGS.items():
+        yield code(ending), ROLES_OF_ADAPTERS[role]
+    for pattern, kind in REFUSED_ADAPTERS.items():
+        yield code(pattern), f"refused: {kind}"
+    for entry, kind in VARIANTS.items():
+        yield f"{code(entry)} in PEFT's configuration", f"refused: {kind}"
+    yield f"`init_lora_weights` {codes(CHANGES_BASE)}", f"refused: {', '.join(CHANGES_BASE.values())}"
 
 
 def others(kind: str) -> Rows:
@@ -95,7 +115,7 @@ def codes(names: Iterable[str]) -> str:
     return ", ".join(map(code, names))
 
 
-TABLES = {make.__name__: make for make in (folders, networks, scaled, gguf, others, sources)}
+TABLES = {make.__name__: make for make in (folders, networks, scaled, gguf, adapters, others, sources)}
 
 
 def table(name: str) -> str:

@@ -205,6 +205,42 @@ class TestNames:
         assert of_name(name) is None
 
 
+def lora(path, width: int, module: str, count: int = 2):
+    """A LoRA of rank 4 for some blocks; ``module`` has their number to be put in."""
+    return header_only(path, {
+        f"{module.format(block)}.{end}": shape for block in range(count)
+        for end, shape in (("lora_A.weight", (4, width)), ("lora_B.weight", (width, 4)))
+    })  # fmt: skip
+
+
+class TestLoras:
+    @pytest.mark.parametrize(
+        "module, width, made_for",
+        [
+            ("diffusion_model.blocks.{}.self_attn.q", 3072, "Wan2.2 TI2V-5B: it is 3072 wide, this transformer 256"),
+            ("transformer.blocks.{}.attn1.to_q", 3072, "Wan2.2 TI2V-5B: it is 3072 wide, this transformer 256"),
+            ("diffusion_model.blocks.{}.self_attn.k", 1536, "t2v-1.3B or vace-1.3B: it is 1536 wide"),
+            ("blocks.{}.self_attn.v", 5120, "t2v-14B or i2v-14B-480P or "),
+            ("lora_unet_down_blocks_{}_attentions_0_transformer_blocks_0_attn2_to_k", 640, "Stable Diffusion or SDXL,"),
+            ("transformer.single_transformer_blocks.{}.attn.to_q", 3072, "FLUX, or one of its kind such as Chroma,"),
+            ("transformer.transformer_blocks.{}.img_mlp.net.2", 3072, "Qwen-Image, which is not supported"),
+            ("diffusion_model.layers.{}.attention.to_q", 3840, "Z-Image or Lumina, which is not supported"),
+            ("transformer.transformer_blocks.{}.attn2.to_q", 2048, "LTX-Video, which is not supported"),
+            ("diffusion_model.audio_injector.injector.{}.q", 5120, "Wan2.2 S2V-14B, which is not supported"),
+        ],
+    )
+    def test_for_another_model(self, capsys, tmp_path, module, width, made_for):
+        file = lora(tmp_path / "a.safetensors", width, module)
+        line = said(capsys, "--model", "nano", "--lora", file, "--prompt", "a", "--quiet")
+        assert line.startswith(f"error: {file}: this LoRA was made for {made_for}")
+
+    @pytest.mark.parametrize("module", ["transformer.blocks.{}.attn2.to_q", "lora_unet_blocks_{}_cross_attn_k"])
+    def test_for_this_one(self, tmp_path, module):
+        """Diffusers' names of Wan's layers are part of LTX-Video's."""
+        file = lora(tmp_path / "a.safetensors", 256, module)
+        assert main(["--model", "nano", "--lora", str(file), "--prompt", "a", "--dry-run"]) == 0
+
+
 class TestHub:
     def test_the_configuration_comes_first(self, tmp_path, monkeypatch):
         from wan_mlx.hub.resolve import Places

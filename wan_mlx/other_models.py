@@ -89,9 +89,14 @@ def of_entries(config: Mapping[str, Any]) -> OtherModel | None:
     return _first(lambda other: any(re.fullmatch(of, str(config.get(name))) for name, of in other.entries.items()))
 
 
-def of_lora(modules: Collection[str]) -> OtherModel | None:
-    """The model that a LoRA with these modules was made for."""
-    text = "\n".join(modules).replace(".", "_")
+def of_width(width: int) -> OtherModel | None:
+    """The model whose transformer is this wide."""
+    return _first(lambda other: other.kind == "transformer" and other.sizes.get("dim") == width)
+
+
+def of_lora(keys: Collection[str]) -> OtherModel | None:
+    """The model that a LoRA with these keys, without prefixes, was made for."""
+    text = "\n".join(keys).replace(".", "_")
     return _first(lambda other: other.lora and re.search(other.lora, text))
 
 
@@ -151,7 +156,7 @@ OTHER_MODELS = (
     ),
     OtherModel(
         "Wan2.2 TI2V-5B", "transformer", "official, comfy",
-        sizes=dict(in_dim=48, out_dim=48),
+        sizes=dict(dim=3072, in_dim=48, out_dim=48),
         entries={"expand_timesteps": "True", "model_type": "ti2v"},
         names=r"ti2v[-_]5b|wan2[._]2[-_.\w]*5b",
     ),

@@ -17,12 +17,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import WeightsError, some
+from ..errors import UnsupportedModel, WeightsError, some
 from ..files.base import WeightsFile
 from ..files.open import open_weights
 from ..files.scaled import fold
 from ..models.configs import TransformerConfig
-from ..other_models import of_lora
+from ..other_models import of_lora, of_width
+from ..presets import PRESETS
 from ..storage import sha256
 from ..types import LoraChoice
 from .component import FLOATS
@@ -55,6 +56,10 @@ ENDINGS = {
     r"(?:\.base_layer)?\.weight": ("whole", "weight"),
     r"(?:\.base_layer)?\.bias": ("whole", "bias"),
 }
+# Keys whose tensors have as many inputs as the model is wide.
+AS_WIDE = re.compile(
+    r".*blocks[._]\d+[._](?:self_attn|attn1)[._](?:to_)?[qkv]\.(?:lora_down|lora_A|lora\.down)(?:\.\w+)?\.weight"
+)
 INTEGERS = ("I64", "I32", "I16", "I8", "U8")  # which an alpha may be
 # Names of the LoRA file in a folder: PEFT's, Diffusers'.
 FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")
@@ -174,6 +179,8 @@ def _open(
         keys = changes.setdefault(name, Change(file, strength, shapes[name], in_patches)).keys
         if keys.setdefault(role, key) != key:
             raise WeightsError(f"{file.path}: two keys for the {role} of {name}: {keys[role]} and {key}")
+    if made_for := _other_base(file, unknown, shapes):
+        raise UnsupportedModel(f"{file.path}: this LoRA was made for {made_for}")
     if unknown:
         raise WeightsError(_unknown(file, unknown, shapes))
     for name, change in changes.items():
@@ -197,11 +204,23 @@ def _report_unused(path: Path, count: int, first: str) -> None:
     log.warning("%s: %d keys for a text encoder are not used, such as %s", path, count, first)
 
 
+def _other_base(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]) -> str:
+    """The model that a LoRA was made for, if that is another one by its ``unknown`` keys, or by its width; else ""."""
+    joined = (JOINED.match(key) for key in unknown)
+    modules = [match[1] if match else PREFIX.sub("", key, count=1) for key, match in zip(unknown, joined, strict=True)]
+    if other := of_lora(modules):
+        return f"{other.name}, which is not supported"
+    width = next((info.shape[-1] for key, info in file.tensors.items() if AS_WIDE.fullmatch(key) and info.shape), 0)
+    own = shapes["head.modulation"][-1]
+    other = of_width(width)
+    released = " or ".join(p.name for p in PRESETS.values() if p.repo and p.transformer.dim == width)
+    name = other.name if other else released
+    return f"{name}: it is {width} wide, this transformer {own}" if name and width != own else ""
+
+
 def _unknown(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]) -> str:
     if any(key.endswith("self_attn.q.weight") or key.endswith("attn1.to_q.weight") for key in unknown):
         hint = "; whole weights: give a transformer as --model or --transformer"
-    elif other := of_lora(unknown):
-        hint = f"; it was made for {other.name}, which is not supported"
     elif any("_img" in key or "img_emb" in key for key in unknown) and not any("_img" in name for name in shapes):
         hint = "; it was made for an image-to-video model, and this is none"
     elif any("vace" in key for key in unknown):
