@@ -234,11 +234,14 @@ class TestLoras:
         line = said(capsys, "--model", "nano", "--lora", file, "--prompt", "a", "--quiet")
         assert line.startswith(f"error: {file}: this LoRA was made for {made_for}")
 
-    @pytest.mark.parametrize("module", ["transformer.blocks.{}.attn2.to_q", "lora_unet_blocks_{}_cross_attn_k"])
-    def test_for_this_one(self, tmp_path, module):
-        """Diffusers' names of Wan's layers are part of LTX-Video's."""
-        file = lora(tmp_path / "a.safetensors", 256, module)
-        assert main(["--model", "nano", "--lora", str(file), "--prompt", "a", "--dry-run"]) == 0
+    @pytest.mark.parametrize("module", ["transformer.blocks.{}.attn2.to_q", "lora_transformer_blocks_{}_attn2_to_k"])
+    def test_for_more_layers_than_this_one_s(self, capsys, tmp_path, module):
+        """Diffusers' names of Wan's layers, with a prefix, are part of LTX-Video's names."""
+        run = ["--model", "nano", "--prompt", "a", "--dry-run", "--quiet", "--lora"]
+        assert main([*run, str(lora(tmp_path / "a.safetensors", 256, module))]) == 0
+        capsys.readouterr()
+        line = said(capsys, *run, lora(tmp_path / "b.safetensors", 256, module, 8))
+        assert "4 keys match nothing in this transformer" in line and "LTX" not in line
 
 
 class TestHub:
