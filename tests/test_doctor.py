@@ -218,14 +218,14 @@ def mac(monkeypatch):
 
     def found(translated="0", version="15.1", wheel="macosx_14_0_arm64", gpu="applegpu_g14s", tf32="0", low=0, sleep=1,
               percent=None, machine="arm64"):  # fmt: skip
-        power = f"Now drawing from 'Battery Power'\n -InternalBattery-0 {percent}%; discharging" * bool(percent)
-        said = {"sysctl": f"{translated}\n", "pmset": SETTINGS.format(low=low, sleep=sleep) + power}
+        said = {"sysctl": f"{translated}\n", "pmset": SETTINGS.format(low=low, sleep=sleep)}
         monkeypatch.setattr(platform, "system", lambda: "Darwin")
         monkeypatch.setattr(platform, "machine", lambda: machine)
         monkeypatch.setattr(platform, "mac_ver", lambda: (version, ("", "", ""), machine))
         monkeypatch.setattr(macos, "answer", lambda *command: said[command[0]])
         monkeypatch.setattr(macos, "wheel_tag", lambda: wheel)
-        monkeypatch.setattr(macos.shutil, "which", lambda name: f"/usr/bin/{name}")
+        monkeypatch.setattr(macos, "can_stay_awake", lambda: True)
+        monkeypatch.setattr(macos, "battery", lambda: percent)
         monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": gpu})
         monkeypatch.setenv("MLX_ENABLE_TF32", tf32)
         return {check.name: check for check in macos.checks()}

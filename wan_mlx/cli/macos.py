@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 from collections.abc import Iterator
 
 import mlx.core as mx
 
+from ..mac import battery, can_stay_awake
 from .selftest import Check, answer, wheel_tag
 
 OLDEST_MACOS = (14, 0)  # MLX's wheels need it
@@ -60,12 +60,11 @@ def sleep() -> Check:
     """What may stop or slow a run of hours."""
     settings = dict(re.findall(r"^\s*(\w+)\s+(\d+)", answer("pmset", "-g"), re.MULTILINE))
     minutes, found = int(settings.get("sleep", 0)), []
-    if minutes and shutil.which("caffeinate") is None:
+    if minutes and not can_stay_awake():
         found.append(f"the Mac sleeps after {minutes} idle minutes, and caffeinate is missing")
     if settings.get("lowpowermode") == "1":
         found.append("Low Power Mode slows the GPU down")
-    power = answer("pmset", "-g", "batt")
-    if "'Battery Power'" in power:
-        found += [f"it runs on its battery, {left} full" for left in re.findall(r"\d+%", power)]
+    if (left := battery()) is not None:
+        found.append(f"it runs on its battery, {left}% full")
     said = "; ".join(found) or (f"after {minutes} idle minutes, but not during a run" if minutes else "never when idle")
-    return Check.of("sleep", not found, said, "connect it to power, leave the lid open", "warn")
+    return Check.of("sleep", not found, said, "connect it to power, leave the lid open; --stop-below 20%", "warn")

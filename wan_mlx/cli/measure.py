@@ -39,6 +39,7 @@ ROWS, REPEATS = 4096, 8
 SLOWER = 1.15  # times MLX's operations: then they are used
 LONG, TOO_LONG = 0.5, 3.0  # seconds of a dispatch
 MORE_THAN_PLANNED = 1.15
+DAY = 86400.0  # seconds
 
 
 def all_rates(look: Callable[[Iterable[Check]], bool]) -> tuple[dict[str, float], list[str]]:
@@ -80,8 +81,9 @@ def makes(tflops: dict[str, float]) -> list[str]:
             planned = speed.with_seconds(planned, speed.Rates(forward, attending, decode, encode=decode))
         steps = preset.sampling_for(*preset.size).steps
         how = "streamed" if planned.stream else "resident"
-        time = "" if planned.seconds is None else f"{duration(planned.seconds)}, "
-        fitting = f"{time}{planned.peak / GIB:.1f} GiB, {how}"
+        fitting = f"{planned.peak / GIB:.1f} GiB, {how}"
+        if seconds := planned.seconds:
+            fitting = f"{duration(seconds) if seconds < 10 * DAY else f'{seconds / DAY:,.0f} days'}, {fitting}"
         wanting = f"does not fit; what would: {'; '.join(planned.advice) or 'nothing'}"
         said.append(f"makes {planned.title}, {steps} steps: {fitting if planned.fits else wanting}")
     return said

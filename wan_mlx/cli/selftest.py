@@ -188,7 +188,7 @@ def _guarded(name: str, check: Callable[..., tuple[float, float, str]], *args) -
         error, allowed, fault = check(*args)
     except Exception as failure:
         return Check.of(name, False, f"{type(failure).__name__}: {failure}", UPDATE)
-    said = fault or f"relative error {error:.1e} of {allowed:.0e} allowed"
+    said = fault or f"relative error {error:.1e} of {allowed:g} allowed"
     return Check.of(name, not fault and error <= allowed, said, UPDATE)
 
 
