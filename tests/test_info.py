@@ -107,6 +107,14 @@ def test_dora_and_whole_weights_need_the_model(tmp_path):
     assert found["kind"] == "LoRA of 3 tensors, DoRA, LoRA of 1 tensors, difference of 1 tensors"
 
 
+def test_a_lora_in_a_model_s_place_is_told_apart(tmp_path, capsys):
+    for kind in (lora, loha, lokr):
+        path, _ = nano_lora(tmp_path, kind)
+        for arguments in (["inspect", str(path)], ["--model", "nano", "--transformer", str(path), "--prompt", "x"]):
+            assert main(arguments) == 1
+            assert f"{path}: a LoRA or another adapter, and no network: give it as --lora" in capsys.readouterr().err
+
+
 def test_other_files(tmp_path, capsys):
     frames = np.zeros((1, 16, 16, 3), np.uint8)
     save_video(tmp_path / "v.png", frames, fps=16, settings={"prompt": "猫\nx", "seed": 7, "steps": None})

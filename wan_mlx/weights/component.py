@@ -21,6 +21,7 @@ from ..other_models import of_keys
 from ..presets import MODULE
 from .gguf_blocks import EXACT, NEARLY_EXACT, PACKINGS, repack
 from .layouts import canonical_keys, networks_in, recognise
+from .lora_config import are_of_adapter
 from .quantize import Quantization, quantizable
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in AS_STORED.items()}
@@ -51,7 +52,11 @@ class ComponentWeights:
         self.packings = self.quantization.packings if self.quantization else {}
         ends = (".scales", ".biases") if self.packings else ()
         keys = [key for key in file.tensors if not key.endswith(ends)]
-        self.layout = recognise(keys)
+        try:
+            self.layout = recognise(keys)
+        except WeightsError as error:
+            adapter = "a LoRA or another adapter, and no network: give it as --lora; wan-mlx info describes it"
+            raise WeightsError(f"{self.path}: {adapter if are_of_adapter(keys) else error}") from None
         self.component = self.layout.component
         # From weights_convert.py; never guessed, since (96, 3, 3, 3, 3) is the same shape in both layouts.
         self.channels_last = file.metadata.get("layout") == MLX_LAYOUT

@@ -33,6 +33,12 @@ REFUSED = {
     r"\.set_weight": "a file with whole weights in place of the model's (set_weight)",
     r"\.reshape_weight": "a LoRA of weights with another shape (reshape_weight)",
 }
+# Keys that only adapters have.
+OF_ADAPTERS = re.compile(
+    r"[._]lora[._](?:up|down|A|B|mid|E|magnitude)|\.lora_\w+\.weight$|\.(?:hada|lokr)_|\.(?:diff|diff_b|diff_m)$"
+    r"|\.dora_scale$|" + "|".join(REFUSED),
+    re.IGNORECASE,
+)
 # Initialisations, by the beginning of PEFT's name, that take something out of the base weights.
 CHANGES_BASE = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 # PEFT's settings that give the same keys another meaning.
@@ -121,6 +127,11 @@ def _values(entries: Mapping[str, Any], patterns: str, *names: str) -> dict[str,
         if not math.isfinite(value):
             raise ValueError(f"{patterns if key else names[0]} has {value}, which is not finite")
     return found
+
+
+def are_of_adapter(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys is a LoRA, or another adapter, and no network."""
+    return any(OF_ADAPTERS.search(key) for key in keys)
 
 
 def check_keys_of_kinds(path: Path, keys: Iterable[str]) -> None:

@@ -21,14 +21,8 @@ from .component import ComponentWeights
 from .inspect import Inspection
 from .lora import Loras, file_of, open_loras
 from .lora_changes import MAGNITUDES, Change, Changed, kind_of, merged
-from .lora_config import REFUSED
+from .lora_config import are_of_adapter
 
-# Keys that only adapters have.
-OF_ADAPTERS = re.compile(
-    r"[._]lora[._](?:up|down|A|B|mid|E|magnitude)|\.lora_\w+\.weight$|\.(?:hada|lokr)_|\.(?:diff|diff_b|diff_m)$"
-    r"|\.dora_scale$|" + "|".join(REFUSED),
-    re.IGNORECASE,
-)
 # Metadata that training tools write: row → keys, of which the first is taken.
 FACTS = {
     "title": ("modelspec.title", "ss_output_name", "name"),
@@ -52,7 +46,7 @@ BLOCK = re.compile(r"((?:vace_)?blocks)\.(\d+)\.(.+)\.\w+")
 def is_lora(path: Path) -> bool:
     """Whether a file, or the file in a folder, is an adapter, by its keys."""
     try:
-        return any(OF_ADAPTERS.search(key) for key in open_weights(file_of(path)).tensors)
+        return are_of_adapter(open_weights(file_of(path)).tensors)
     except WanError:
         return False
 
