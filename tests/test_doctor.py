@@ -126,12 +126,21 @@ def quick(monkeypatch):
     def with_checks(*checks):
         monkeypatch.setattr(selftest, "all_checks", lambda: iter(checks))
 
+    monkeypatch.setattr(selftest, "ffmpeg", lambda: Check("ffmpeg", "ok", "writes"))
     monkeypatch.setattr(choose, "available_memory", lambda: 64 * 10**9)
     monkeypatch.setattr(speed, "measure_rates", lambda *_, **__: speed.Rates(10e12, 20e12, 5e12))
     monkeypatch.setattr(measure, "rates", lambda: RATES)
     monkeypatch.setattr(measure, "checks", lambda slower: iter(()))
 
     return with_checks
+
+
+def test_rates_do_not_wait_for_ffmpeg(quick, capsys, monkeypatch):
+    quick(Check("one", "ok", "fine"))
+    monkeypatch.setattr(selftest, "ffmpeg", lambda: Check("ffmpeg", "fail", "is missing", "install it"))
+    assert doctor.main([]) == 1
+    assert re.search("denoise: 10 TFLOP/s.*1 of 2 checks failed: ffmpeg. First: install it",
+                     capsys.readouterr().out, re.DOTALL)  # fmt: skip
 
 
 def test_verdict_and_exit_code(quick, capsys, monkeypatch):
@@ -152,7 +161,7 @@ def test_verdict_and_exit_code(quick, capsys, monkeypatch):
     quick(Check("one", "fail", "broken", "mend it"), Check("two", "ok", "fine"))
     assert doctor.main(["--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["verdict"] == "1 of 2 checks failed: one. First: mend it" and found["tflops"] == {}
+    assert found["verdict"] == "1 of 3 checks failed: one. First: mend it" and found["tflops"] == {}
     assert found["checks"][0] == {"name": "one", "status": "fail", "said": "broken", "advice": "mend it"}
 
 

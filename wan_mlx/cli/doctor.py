@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         show(f"{name:<10}{value}")
     good = look(macos.checks()) and look(selftest.all_checks())
     tflops, said = measure.all_rates(look) if good else ({}, [])
+    look([selftest.ffmpeg()])
     for name, rate in tflops.items():
         show(f"     {name}: {rate:.3g} TFLOP/s")
     makes = measure.makes(tflops)
