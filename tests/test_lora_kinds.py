@@ -140,11 +140,13 @@ def test_beside_packed_weights_it_is_the_change_of_the_unpacked_ones(base, tmp_p
     loras, _ = sequence(tmp_path, base["t2v"][1], name)
     model = load_transformer(base["t2v"][0], "float32", quantize=quantize, loras=loras)
     found = open_loras(loras, model.config)
-    for block, module in ((model.blocks[0], "ffn.0"), (model.blocks[1], "self_attn.o")):
-        layer = reduce(lambda part, key: part[int(key) if key.isdigit() else key], module.split("."), block)
-        unpacked, place = layer.unpacked(mx.float32), f"blocks.{'01'[block is model.blocks[1]]}.{module}.weight"
-        x = mx.array(random(np.random.default_rng(1), 2, 5, unpacked.shape[1], scale=1))
-        want = x @ merged(found[place], unpacked).T + layer.bias
+    for place in ("blocks.0.ffn.0", "blocks.1.self_attn.o", "blocks.0.self_attn.q"):  # q has rows in another order
+        layer = reduce(lambda part, key: part[int(key) if key.isdigit() else key], place.split("."), model)
+        order = model.source.row_order(f"{place}.weight")
+        order = mx.arange(layer.bias.size) if order is None else order
+        unpacked, x = layer.unpacked(mx.float32), mx.array(random(np.random.default_rng(1), 2, 5, 128, scale=1))
+        changed = merged(found[f"{place}.weight"], unpacked[mx.argsort(order)])
+        want = x @ changed[order].T + layer.bias
         assert relative_error(layer(x), want) < 1e-5
         assert relative_error(x @ unpacked.T + layer.bias, want) > 0.05
     resident, streamed = (

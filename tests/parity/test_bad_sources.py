@@ -54,8 +54,8 @@ def files(tmp_path_factory):
         ("flf2v", "--last_frame fine.png", "needs both images, the first one was not given"),
         ("vace", "", "VACE needs a source video, a mask or reference images, none was given"),
         # for another model
-        ("t2v", "--image fine.png", "image was given to a t2v model, which takes video, src_mask; it is for i2v, flf2v"),
-        ("t2v", "--src_video nine.mkv", "src_video was given to a t2v model, which takes video, src_mask; it is for vace"),
+        ("t2v", "--image fine.png", "image was given to a t2v model, which takes video, src_mask; it is for i2v"),
+        ("t2v", "--src_video nine.mkv", "src_video was given to a t2v model, which takes video, src_mask; it"),
         ("i2v", "--image fine.png --last_frame fine.png", "last_image was given to a i2v model"),
         ("i2v", "--image fine.png --video nine.mkv", "video was given to a i2v model, which takes image; it"),
         ("vace", "--image fine.png", "image was given to a vace model"),

@@ -182,12 +182,12 @@ LYCORIS_CASES = {
     "scalar": dict(algo="lora", use_scalar=True),
     "full": dict(algo="full"),
     "dora": dict(algo="lora", weight_decompose=True),
-    "dora of columns": dict(algo="lora", weight_decompose=True, wd_on_out=False),
+    "dora of columns": dict(algo="lora", weight_decompose=True, wd_on_output=False),
     "lokr": dict(algo="lokr"),
     "lokr, both": dict(algo="lokr", decompose_both=True, factor=8, linear_dim=2),
     "lokr, full": dict(algo="lokr", full_matrix=True, factor=4),
     "lokr and rs_lora": dict(algo="lokr", rs_lora=True),
-    "lokr and dora": dict(algo="lokr", weight_decompose=True, wd_on_out=False),
+    "lokr and dora": dict(algo="lokr", weight_decompose=True, wd_on_output=False),
     "loha": dict(algo="loha"),
     "loha and dora": dict(algo="loha", weight_decompose=True),
 }
@@ -208,6 +208,8 @@ def lycoris_network(model, case, multiplier=1.0):
 def test_lycoris_files(base, state, model, tmp_path, case):
     network = lycoris_network(model, case).eval()
     network.save_weights(tmp_path / "l.safetensors", None, {})
+    of_columns = {v.shape[0] == 1 for k, v in network.state_dict().items() if k.endswith("dora_scale")}
+    assert of_columns == ({case in ("dora of columns", "lokr and dora")} if "dora" in case else set())
     check(base, state, tmp_path / "l.safetensors", weights_in(model))
 
 
