@@ -182,12 +182,12 @@ LYCORIS_CASES = {
     "scalar": dict(algo="lora", use_scalar=True),
     "full": dict(algo="full"),
     "dora": dict(algo="lora", weight_decompose=True),
-    "dora of columns": dict(algo="lora", weight_decompose=True, wd_on_output=False),
+    "dora of columns": dict(algo="lora", weight_decompose=True, wd_on_out=False),
     "lokr": dict(algo="lokr"),
-    "lokr, both": dict(algo="lokr", decompose_both=True, factor=8, linear_dim=2),
+    "lokr, both": dict(algo="lokr", decompose_both=True, factor=8, lora_dim=2),
     "lokr, full": dict(algo="lokr", full_matrix=True, factor=4),
     "lokr and rs_lora": dict(algo="lokr", rs_lora=True),
-    "lokr and dora": dict(algo="lokr", weight_decompose=True, wd_on_output=False),
+    "lokr and dora": dict(algo="lokr", weight_decompose=True, wd_on_out=False),
     "loha": dict(algo="loha"),
     "loha and dora": dict(algo="loha", weight_decompose=True),
 }
@@ -197,8 +197,9 @@ def lycoris_network(model, case, multiplier=1.0):
     lycoris = pytest.importorskip("lycoris")
     names = [f".*{target}" for target in TARGETS]
     lycoris.LycorisNetwork.apply_preset({"target_module": [], "target_name": names, "use_fnmatch": False})
-    options = dict(linear_dim=4, linear_alpha=6) | LYCORIS_CASES[case]
-    network = lycoris.create_lycoris(model, multiplier, **options)
+    options = dict(lora_dim=4, alpha=6) | LYCORIS_CASES[case]
+    network = lycoris.LycorisNetwork(model, multiplier, network_module=options.pop("algo"), **options)
+    assert len(network.loras) == 2 * 6  # attention's two and two of the FFN in each block
     network.apply_to()
     train((name, value) for name, value in network.named_parameters())
     return network
@@ -268,7 +269,7 @@ def test_a_converted_pissa_is_a_lora_of_the_published_weights(base, state, model
 def test_other_kinds_of_lycoris_are_refused_by_name(base, model, tmp_path, algo, says):
     lycoris = pytest.importorskip("lycoris")
     lycoris.LycorisNetwork.apply_preset({"target_module": [], "target_name": [".*to_q"], "use_fnmatch": False})
-    network = lycoris.create_lycoris(model, 1.0, linear_dim=4, linear_alpha=6, algo=algo, constraint=0)
+    network = lycoris.LycorisNetwork(model, 1.0, lora_dim=4, alpha=6, network_module=algo, constraint=0)
     network.apply_to()
     network.save_weights(tmp_path / "l.safetensors", None, {})
     with pytest.raises(WeightsError, match=f"{says}, by its key"):
