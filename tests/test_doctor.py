@@ -230,7 +230,7 @@ def mac(monkeypatch):
         said = {"sysctl": f"{translated}\n", "pmset": SETTINGS.format(low=low, sleep=sleep)}
         monkeypatch.setattr(platform, "system", lambda: "Darwin")
         monkeypatch.setattr(platform, "machine", lambda: machine)
-        monkeypatch.setattr(platform, "mac_ver", lambda: (version, ("", "", ""), machine))
+        monkeypatch.setattr(macos, "macos_version", lambda: version)
         monkeypatch.setattr(macos, "answer", lambda *command: said[command[0]])
         monkeypatch.setattr(macos, "wheel_tag", lambda: wheel)
         monkeypatch.setattr(macos, "can_stay_awake", lambda: True)
@@ -242,7 +242,16 @@ def mac(monkeypatch):
     return found
 
 
-def test_elsewhere_no_mac_is_looked_for():
+def test_the_version_of_macos_is_the_systems(monkeypatch):
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("16.2", ("", "", ""), "arm64"))
+    monkeypatch.setattr(selftest, "answer", lambda *command: {"sw_vers": "26.2\n"}[command[0]])
+    assert selftest.macos_version() == "26.2" and macos.version() == (26, 2)
+    monkeypatch.setattr(selftest, "answer", lambda *command: "")
+    assert macos.version() == (16, 2)
+
+
+def test_elsewhere_no_mac_is_looked_for(monkeypatch):
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
     assert list(macos.checks()) == []
 
 
@@ -267,6 +276,7 @@ def test_a_mac_that_is_well(mac):
          {"gpu": "applegpu_g17d", "version": "26.1", "wheel": "macosx_26_0_arm64"}),
         ("float32", "warn", "unset MLX_ENABLE_TF32", {"tf32": "1"}),
         ("sleep", "warn", "Low Power Mode", {"low": 1}),
+        ("sleep", "warn", "Low Power Mode", {"low": "0\n powermode 1"}),
         ("sleep", "warn", "on its battery, 40% full", {"percent": 40}),
     ],
 )  # fmt: skip
@@ -300,13 +310,15 @@ def test_rates_and_slow_kernels_are_kept_on_a_gpu(monkeypatch):
     monkeypatch.setattr(measure, "rates", lambda: RATES)
     monkeypatch.setattr(measure, "network_rates", lambda: {"decode": 1.0})
     monkeypatch.setattr(measure, "checks", lambda slower: slower.append("gelu_tanh 8960 bfloat16") or [])
+    monkeypatch.setattr(peaks, "on_cpu", lambda: True)
     chips.measured.cache_clear()
     measure.all_rates(list)
     assert chips.measured()["tflops"] == {}  # a CPU's are of no use
     monkeypatch.setattr(peaks, "on_cpu", lambda: False)
     tflops, _ = measure.all_rates(list)
     kept = chips.measured()
-    assert kept["tflops"] == {"matmul": 8.0, "attention": 6.0} and kept["slower"] == {"gelu_tanh 8960 bfloat16"}
+    assert kept["tflops"] == {"matmul": 7.9, "attention": 5.0}  # of the slowest dtype: float32
+    assert kept["slower"] == {"gelu_tanh 8960 bfloat16"}
     assert tflops["matmul q8"] == 7.8 and tflops["decode"] == 1.0
     chips.measured.cache_clear()
 
@@ -362,7 +374,7 @@ def test_doctor_on_a_faked_mac(quick, mac, monkeypatch, capsys, name, memory, gp
     about = {"device_name": name, "architecture": gpu, "max_recommended_working_set_size": int(share * memory * 2**30)}
     rate = 0.7 * chips.published_rate(name)
     half = 1.25 if gpu < "applegpu_g15" else 1.02
-    rates = {"bf16": rate / 1e12, "f16": half * rate / 1e12, "f32": 0.8 * rate / 1e12, "q8": 0.98 * rate / 1e12}
+    rates = {"bf16": rate / 1e12, "f16": half * rate / 1e12, "f32": rate / 1e12, "q8": 0.98 * rate / 1e12}
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda *_: about)
     monkeypatch.setattr(peaks, "on_cpu", lambda: False)

@@ -50,7 +50,7 @@ def on_mac(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "platform", "darwin")
     programs = tmp_path / "programs"
     programs.mkdir()
-    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", f"{programs}:/bin")
 
     def program(name: str, script: str) -> None:
         (programs / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -123,7 +123,7 @@ def test_also_between_the_videos_of_a_batch(pipe, caffeinate):
 
 
 def test_not_if_it_is_not_wanted(pico, on_mac, tmp_path):
-    on_mac("caffeinate", f"touch {tmp_path}/started")
+    on_mac("caffeinate", f": > {tmp_path}/started")
     pipe = wan_mlx.WanPipeline.from_pretrained(pico, dtype="float32", progress=False, caffeinate=False)
     pipe("a red circle", **SMALL)
     assert not (tmp_path / "started").exists()
@@ -269,7 +269,8 @@ def test_a_run_that_failed_keeps_its_steps_and_says_how_to_go_on(flags, pipe, fa
 @pytest.mark.parametrize("said, words", [
     (INTERACTIVITY, ["AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1", "display", "ssh", "--resume"]),
     (MEMORY, ["out of memory", "--memory", "--vae-tiling", "--size", "--resume"]),
-    (TIMEOUT, ["GPU", "Caused GPU Timeout Error", "doctor", "--resume"]),
+    (TIMEOUT, ["Caused GPU Timeout Error", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1", "doctor", "--resume"]),
+    (FAILED.format("Caused GPU Hang Error (00000003:kIOGPUCommandBufferCallbackErrorHang)"), ["AGX", "ssh"]),
     (FAILED.format("Ignored (for causing prior/excessive GPU errors)"), ["Ignored", "--resume"]),
 ])  # fmt: skip
 def test_errors_of_metal(said, words):
@@ -362,6 +363,7 @@ def test_the_working_set_where_the_programs_are_missing(on_mac, monkeypatch):
                                                   (None, True, 1.054), (None, False, 1.121)])  # fmt: skip
 def test_winograd_takes_memory_on_metal(monkeypatch, tile, decoding, more):
     monkeypatch.setattr(peaks, "on_cpu", lambda: False)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     elsewhere = peaks.vae(VAEConfig(), (21, 90, 160), tile, decoding)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     assert peaks.vae(VAEConfig(), (21, 90, 160), tile, decoding) / elsewhere == pytest.approx(more, abs=0.01)
@@ -383,6 +385,7 @@ def test_scratch_of_one_convolution():
 
 def test_metal_waits_for_running_work_at_the_budget(pipe, monkeypatch):
     plan, set_ = pipe.plan(pipe.request("a red circle", **SMALL)), []
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     monkeypatch.setattr(mx, "set_memory_limit", lambda limit: set_.append(limit) or 7)
     with limited_memory(plan):
         assert not set_  # CUDA and the CPU as ever

@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import platform
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,7 @@ def check_backend() -> None:
     except ImportError as error:
         raise ImportError(
             f"MLX cannot be imported ({error}). On a Mac with macOS 14 or later, and a Python for arm64 and not under "
-            f"Rosetta (this one is for {os.uname().machine}): pip install wan-mlx; "
+            f"Rosetta (this one is for {platform.machine()}): pip install wan-mlx; "
             "on Linux: pip install 'wan-mlx[cpu]' or 'wan-mlx[cuda13]'"
         ) from error
 

@@ -59,11 +59,13 @@ class Stopped(KeyboardInterrupt):
 
 
 LESS_MEMORY = "try --memory with less than this machine has, --quantize q8 or q4, a smaller --size or fewer --frames"
-# Metal's reason for the failure of a command buffer → the cause, and a way out.
+# Pattern of Metal's reason for the failure of a command buffer → the cause, and a way out.
 METAL_FAILURES = {
-    "Impacting Interactivity": "macOS ended the GPU's work because it kept the display waiting; set "
-    "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment, and let the display sleep or log in by ssh",
-    "Insufficient Memory": f"out of memory; close other programs, or {LESS_MEMORY}, or a smaller --vae-tiling",
+    "Impacting ?Interactivity|Timeout|GPU Hang": "macOS ended the GPU's work because it took too long or kept the "
+    "display waiting; set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment, let the display sleep or log in by ssh, "
+    "and run python -m wan_mlx.doctor, whose rates limit pieces of work",
+    "Insufficient Memory|OutOfMemory": f"out of memory; close other programs, or {LESS_MEMORY}, or a smaller "
+    "--vae-tiling",
     "": "the GPU's work failed; python -m wan_mlx.doctor looks for the cause",
 }
 
@@ -74,7 +76,7 @@ def gpu_failure(error: BaseException) -> GPUError | None:
     if not isinstance(error, RuntimeError) or said is None:
         return None
     reason = said[1].strip(" .")
-    to_do = next(words for known, words in METAL_FAILURES.items() if known in reason)
+    to_do = next(words for known, words in METAL_FAILURES.items() if re.search(known, str(error)))
     return GPUError(f"{reason or 'Metal'}: {to_do}; a run with finished steps goes on with --resume FILE")
 
 

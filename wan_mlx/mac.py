@@ -70,4 +70,7 @@ def _said_by(*command: str) -> str:
     """The output of a program of macOS; none elsewhere, or where it is missing."""
     if sys.platform != "darwin" or shutil.which(command[0]) is None:
         return ""
-    return subprocess.run(command, capture_output=True, text=True).stdout
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except subprocess.TimeoutExpired:
+        return ""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from ..mac import battery, can_stay_awake
-from .selftest import Check, answer, wheel_tag
+from .selftest import Check, answer, macos_version, wheel_tag
 
 OLDEST_MACOS = (14, 0)  # MLX's wheels need it
 # From this generation of GPUs on there are neural accelerators. MLX has kernels for them in the wheel for macOS 26,
@@ -20,7 +20,7 @@ ACCELERATED, ACCELERATED_MACOS, ACCELERATED_WHEEL = 17, (26, 2), "macosx_26"
 
 def version() -> tuple[int, ...]:
     """Of macOS: (26, 1)."""
-    return tuple(int(part) for part in platform.mac_ver()[0].split(".")[:2] if part.isdigit())
+    return tuple(int(part) for part in macos_version().split(".")[:2] if part.isdigit())
 
 
 def checks() -> Iterator[Check]:
@@ -44,7 +44,7 @@ def accelerators() -> Iterator[Check]:
         wheel, good = wheel_tag(), version() >= ACCELERATED_MACOS
         advice = (f"products take two to three times as long: MLX has kernels for them in its wheel for "
                   f"{ACCELERATED_WHEEL}, on macOS {'.'.join(map(str, ACCELERATED_MACOS))} or later: update macOS, then "
-                  "pip install --force-reinstall mlx mlx-metal")  # fmt: skip
+                  "SYSTEM_VERSION_COMPAT=0 pip install --force-reinstall mlx mlx-metal")  # fmt: skip
         said = f"MLX's wheel is for {wheel}, macOS is {'.'.join(map(str, version()))}"
         yield Check.of("neural accelerators", good and wheel.startswith(ACCELERATED_WHEEL), said, advice, "warn")
 
@@ -62,7 +62,7 @@ def sleep() -> Check:
     minutes, found = int(settings.get("sleep", 0)), []
     if minutes and not can_stay_awake():
         found.append(f"the Mac sleeps after {minutes} idle minutes, and caffeinate is missing")
-    if settings.get("lowpowermode") == "1":
+    if "1" in (settings.get("lowpowermode"), settings.get("powermode")):  # the second where there is a high mode too
         found.append("Low Power Mode slows the GPU down")
     if (left := battery()) is not None:
         found.append(f"it runs on its battery, {left}% full")

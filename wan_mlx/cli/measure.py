@@ -137,11 +137,12 @@ def attention_rate(dtype: mx.Dtype) -> float:
 
 
 def keep(found: dict[str, dict[str, float]], slower: list[str]) -> None:
-    """For later runs: how fast this GPU is in 16 bits, and which kernels do not pay."""
+    """For later runs: how fast this GPU is in its slowest dtype, and which kernels do not pay."""
     if peaks.on_cpu():
         return
     with suppress(OSError, WanError):  # then published rates hold
-        chips.keep_measured({kind: of_dtype["bf16"] for kind, of_dtype in found.items()}, slower)
+        slowest = {kind: min(of_dtype[dtype] for dtype in DTYPES) for kind, of_dtype in found.items()}
+        chips.keep_measured(slowest, slower)
     kernels.agrees.cache_clear()
 
 

@@ -109,10 +109,15 @@ def answer(*command: str) -> str:
         return ""
 
 
+def macos_version() -> str:
+    """Of macOS, as the system says it: Python may say 16 for 26 (cpython#135675)."""
+    return answer("sw_vers", "-productVersion").strip() or platform.mac_ver()[0]
+
+
 def shared() -> dict[str, str]:
     """The machine without names and paths."""
     backend = "Metal" if mx.metal.is_available() else "CUDA" if mx.cuda.is_available() else "CPU"
-    macos = platform.mac_ver()[0]
+    macos = macos_version() if platform.system() == "Darwin" else ""
     return {
         "wan_mlx": __version__,
         "chip": str(mx.device_info().get("device_name", platform.machine())),
