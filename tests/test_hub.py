@@ -177,6 +177,9 @@ def test_loras_of_a_hub(server, monkeypatch):
     address = normalise_loras("https://huggingface.co/a/loras/resolve/main/style.safetensors:0.7")
     ((path, strength),) = Places("nano", loras=address).fetch().loras
     assert path.read_bytes() == b"low rank" and strength == 0.7
+    server.repos["a/peft"] = {"x/adapter_model.safetensors": b"low rank", "x/adapter_config.json": b"{}"}
+    ((path, _),) = Places("nano", loras=normalise_loras("a/peft:x/adapter_model.safetensors")).fetch().loras
+    assert path.name == "adapter_model.safetensors" and (path.parent / "adapter_config.json").is_file()
     missing = [(Path("a/missing.safetensors"), 1.0)]
     assert Places("nano", loras=missing).fetch().loras == missing
 

@@ -10,6 +10,7 @@ import pytest
 from arrays import relative_error
 from test_lora import ALPHA, GOOD, MODULES, A, B, base, inputs, parameters, random, refused, save
 
+from wan_mlx.errors import WeightsError
 from wan_mlx.weights.load import load_transformer
 from wan_mlx.weights.lora import open_loras
 from wan_mlx.weights.lora_changes import merged
@@ -170,6 +171,27 @@ def whole(rng, folder, tensors, config):
     save(folder / "adapter_model.safetensors", {f"base_model.model.{key}": value for key, value in tensors.items()})
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.mark.parametrize("name", ["style.safetensors", "adapter_model.bin"])
+def test_peft_s_configuration_is_read_beside_a_file_of_any_name(base, tmp_path, name):
+    path, arrays = base["t2v"]
+    folder = whole(None, tmp_path / "w", GOOD, {"lora_alpha": 32})
+    want = parameters(load_transformer(path, "float32", loras=folder))
+    (folder / "adapter_model.safetensors").unlink()
+    keyed = {f"base_model.model.{key}": value for key, value in GOOD.items()}
+    if name.endswith(".bin"):
+        torch = pytest.importorskip("torch")
+        torch.save({key: torch.from_numpy(value) for key, value in keyed.items()}, folder / name)
+    else:
+        save(folder / name, keyed)
+    for given in (folder, folder / name):
+        got = parameters(load_transformer(path, "float32", loras=given))
+        assert all(np.array_equal(got[key], want[key]) for key in arrays)
+    config = {"r": 4, "lora_alpha": 32, "init_lora_weights": "pissa"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="PiSSA"):
+        load_transformer(path, "float32", loras=folder / name)
 
 
 def test_whole_weights_replace_the_model_s(base, tmp_path):

@@ -124,6 +124,8 @@ def bad(**tensors):
         (bad(a__weight=W, a__comfy_quant=("F32", [1.0])), None, "expected JSON in U8"),
         (bad(a__weight=W, a__comfy_quant=("U8", np.zeros(5000))), None, "expected JSON in U8"),
         (bad(a__weight=W, a__weight_scale=SCALAR, a__comfy_quant=E5M2), None, "is declared F8_E5M2, but"),
+        (bad(a__weight=W, a__weight_scale=SCALAR, a__weight_scale_2=SCALAR), None, "only nvfp4 has one"),
+        (bad(a__weight=W, a__weight_scale=SCALAR, a___weight_zero_point=SCALAR), None, "only I8 has one"),
         (
             bad(a__weight=W, a__comfy_quant=json_tensor({"format": "float8_e4m3fn", "convrot": True})),
             None,

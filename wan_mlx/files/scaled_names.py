@@ -221,6 +221,9 @@ def _form(file: WeightsFile, weight: str, parts: dict[str, str], declared: str |
         )
     if declared not in (None, form):
         raise WeightsError(f"{file.path}: {weight} is declared {declared}, but its tensors are {data} and {scale}")
+    for role, of in (("second", "nvfp4"), ("zero", "I8")):
+        if role in parts and form != of:
+            raise WeightsError(f"{file.path}: {parts[role]} beside {weight}, which is {form}; only {of} has one")
     return form
 
 

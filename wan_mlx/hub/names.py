@@ -45,6 +45,7 @@ MLX_FILES = {
     "tokenizer": ("tokenizer.model",),
 }
 
+ADAPTER_CONFIG = "adapter_config.json"  # beside PEFT's files
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[^:]+))?")
 WEIGHT_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt")
 # Small files of all layouts, besides the weights.

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from .. import __version__
 from ..errors import Stopped, WeightsError
@@ -21,7 +21,7 @@ from ..presets import BUNDLED, PARTS, Preset
 from ..storage import free_space, gigabytes, parse_json, shards_of
 from . import modelscope
 from .download import RemoteFile, bytes_here, fetch_files, is_transient, one_line
-from .names import CONFIGS, Location, needed_files, parse_location, preset_at, weights_in
+from .names import ADAPTER_CONFIG, CONFIGS, Location, needed_files, parse_location, preset_at, weights_in
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +107,8 @@ def survey(model: str | Path, source: str = "huggingface", parts: Collection[str
     names = [location.file] if location.file else needed_files(listing, location.repo, parts)
     if names[0] not in listing:
         raise WeightsError(f"{location.repo} holds no file {location.file}; {weights_in(listing, location.repo)}")
+    if location.file and (config := str(PurePosixPath(location.file).with_name(ADAPTER_CONFIG))) in listing:
+        names.append(config)  # without it PEFT's file has neither alphas nor its kind
     files = tuple(listing[name] for name in names)
     here = 0 if commit is None else sum(bytes_here(location.repo, commit, file) for file in files)
     return Download(location, source, commit, files, here, cache)

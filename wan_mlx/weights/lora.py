@@ -30,7 +30,7 @@ from .component import FLOATS
 from .configs import shapes_of
 from .layouts import LAYOUTS, pattern
 from .lora_changes import LOHA, MAGNITUDES, W1, W2, Change, kind_of
-from .lora_config import PEFT_FILE, AdapterConfig, adapter_config, check_keys_of_kinds
+from .lora_config import PEFT_STEM, AdapterConfig, adapter_config, check_keys_of_kinds
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ AS_WIDE = re.compile(
 )
 INTEGERS = ("I64", "I32", "I16", "I8", "U8")  # which an alpha may be
 # Names of the LoRA file in a folder: PEFT's, Diffusers'.
-FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")
+FOLDER_FILES = (f"{PEFT_STEM}.safetensors", "pytorch_lora_weights.safetensors")
 
 # Name of a parameter → its changes by several LoRAs, in order.
 Loras = dict[str, list[Change]]
@@ -131,7 +131,7 @@ def file_of(path: Path) -> Path:
     if not path.is_dir():
         return path
     named = [path / name for name in FOLDER_FILES if (path / name).is_file()]
-    found = named or sorted(path.glob("*.safetensors"))
+    found = named or sorted(path.glob("*.safetensors")) or sorted(path.glob(f"{PEFT_STEM}.bin"))
     if len(found) != 1:
         holds = ", ".join(p.name for p in found) or "none"
         raise WeightsError(f"{path}: a folder with {len(found)} LoRA files ({holds}); give the file itself")

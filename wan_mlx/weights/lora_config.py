@@ -11,10 +11,11 @@ from typing import Any
 
 from ..errors import WeightsError
 from ..files.base import WeightsFile
+from ..hub.names import ADAPTER_CONFIG
 from ..storage import parse_json
 
-# PEFT's file in a folder, and its configuration beside it.
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Of PEFT's files, beside which is their configuration.
+PEFT_STEM, OF_PEFT = "adapter_model", re.compile(r"base_model\.model\.")
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 
 SUPPORTED = ("LORA", "LOHA", "LOKR")  # of PEFT's ``peft_type``
@@ -86,12 +87,12 @@ def adapter_config(file: WeightsFile) -> AdapterConfig:
     Raises:
         WeightsError: it cannot be read, or is of an adapter that is not supported.
     """
-    beside, entries = file.path.parent / PEFT_CONFIG, {}
+    beside, entries = file.path.parent / ADAPTER_CONFIG, {}
     try:
         if DIFFUSERS_METADATA in file.metadata:
             found = parse_json(file.metadata[DIFFUSERS_METADATA])
             entries = {key.removeprefix("transformer."): value for key, value in found.items()}
-        elif file.path.name == PEFT_FILE and beside.is_file():
+        elif beside.is_file() and (file.path.stem == PEFT_STEM or any(OF_PEFT.match(key) for key in file.tensors)):
             entries = parse_json(beside.read_text(encoding="utf-8"))
         config = AdapterConfig(
             _values(entries, "alpha_pattern", "lora_alpha", "alpha"),
