@@ -125,15 +125,20 @@ def test_channels_of_no_known_model(capsys, tmp_path, kind, in_dim):
     assert f"of 16 latent channels it would read {expected}, and it reads {in_dim}" in line
 
 
-def test_a_vae_of_other_latents_than_the_transformer(tmp_path, monkeypatch):
+def test_a_part_that_does_not_fit_the_transformer(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
     from wan_mlx import opened
 
-    part = SimpleNamespace(file=tmp_path / "vae.safetensors")
-    model = SimpleNamespace(checkpoint=SimpleNamespace(part=lambda kind: part), config=T2V_1_3B)
-    monkeypatch.setattr(opened, "config_of", lambda checkpoint, kind: SimpleNamespace(z_dim=48))
+    def part(kind: str) -> SimpleNamespace:
+        return SimpleNamespace(file=tmp_path / f"{kind}.safetensors")
+
+    model = SimpleNamespace(checkpoint=SimpleNamespace(part=part), config=T2V_1_3B)
+    monkeypatch.setattr(opened, "config_of", lambda checkpoint, kind: SimpleNamespace(z_dim=48, dim=4096))
     with pytest.raises(WeightsError, match="vae.safetensors: a VAE of 48 latent channels, where the .* has 16"):
+        opened.OpenedModel.geometry.func(model)
+    monkeypatch.setattr(opened, "config_of", lambda checkpoint, kind: SimpleNamespace(z_dim=16, dim=2048))
+    with pytest.raises(WeightsError, match="text_encoder.safetensors: a text encoder 2048 wide, where .* reads 4096"):
         opened.OpenedModel.geometry.func(model)
 
 
@@ -233,6 +238,11 @@ class TestLoras:
         file = lora(tmp_path / "a.safetensors", width, module)
         line = said(capsys, "--model", "nano", "--lora", file, "--prompt", "a", "--quiet")
         assert line.startswith(f"error: {file}: this LoRA was made for {made_for}")
+
+    def test_no_lora_but_part_of_another_model(self, capsys, tmp_path):
+        file = header_only(tmp_path / "a.safetensors", {"proj_model.proj.weight": (4, 4)})
+        line = said(capsys, "--model", "nano", "--lora", file, "--prompt", "a", "--quiet")
+        assert "this is FantasyTalking, which is not supported" in line
 
     @pytest.mark.parametrize("module", ["transformer.blocks.{}.attn2.to_q", "lora_transformer_blocks_{}_attn2_to_k"])
     def test_for_more_layers_than_this_one_s(self, capsys, tmp_path, module):

@@ -22,7 +22,7 @@ from ..files.base import WeightsFile
 from ..files.open import open_weights
 from ..files.scaled import fold
 from ..models.configs import TransformerConfig
-from ..other_models import of_lora, of_width
+from ..other_models import of_keys, of_lora, of_width
 from ..presets import PRESETS
 from ..storage import sha256
 from ..types import LoraChoice
@@ -219,7 +219,9 @@ def _other_base(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]
 
 
 def _unknown(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]) -> str:
-    if any(key.endswith("self_attn.q.weight") or key.endswith("attn1.to_q.weight") for key in unknown):
+    if other := of_keys(file.tensors):
+        hint = f"; this is {other.name}, which is not supported"
+    elif any(key.endswith("self_attn.q.weight") or key.endswith("attn1.to_q.weight") for key in unknown):
         hint = "; whole weights: give a transformer as --model or --transformer"
     elif any("_img" in key or "img_emb" in key for key in unknown) and not any("_img" in name for name in shapes):
         hint = "; it was made for an image-to-video model, and this is none"
