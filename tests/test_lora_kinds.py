@@ -213,13 +213,23 @@ def test_whole_weights_replace_the_model_s(base, tmp_path):
     refused(base, tmp_path, {**GOOD, **new}, "3 keys match nothing")  # without a configuration that says so
 
 
+def test_a_pattern_may_name_what_wraps_the_model(base, tmp_path):
+    path, arrays = base["t2v"]
+    wrapped = {f"transformer.{key}": value for key, value in GOOD.items()}
+    one, two = (
+        parameters(load_transformer(path, "float32", loras=whole(None, tmp_path / name, wrapped, config)))
+        for name, config in (("1", {"alpha_pattern": {r"^transformer\.blocks.*": 16}}), ("2", {"lora_alpha": 16}))
+    )
+    assert all(np.array_equal(one[key], two[key]) for key in arrays)
+
+
 def test_patterns_are_matched_as_peft_does(base, tmp_path):
     """Regular expressions at the end of a module's name after a dot, the first that fits."""
     from wan_mlx.weights.lora_config import AdapterConfig
 
     config = AdapterConfig({r"blocks\.\d+\.ffn\.0": 8.0, r".*ffn\.\d": 2.0, "fn.0": 9.0, "^head": 3.0, "": 5.0})
     modules = ("blocks.12.ffn.0", "blocks.12.ffn.2", "vace_blocks.0.ffn.0", "head", "head.head", "blocks.1.o")
-    assert [config.scale(module, 1) for module in modules] == [8.0, 2.0, 2.0, 3.0, 5.0, 5.0]
+    assert [config.scale({module}, 1) for module in modules] == [8.0, 2.0, 2.0, 3.0, 5.0, 5.0]
     broken = {"lora_adapter_metadata": json.dumps({"lora_alpha": 1, "alpha_pattern": {"(": 2}})}
     refused(base, tmp_path, GOOD, "configuration cannot be read", metadata=broken)
 

@@ -285,7 +285,7 @@ def _scale(change: Change, config: AdapterConfig) -> float:
     """Of a kind's matrix."""
     file, key, rank = change.file, change.keys.get("alpha"), change.rank
     if key is None:
-        found = config.scale(_module(next(iter(change.keys.values()))), rank)
+        found = config.scale(_names(next(iter(change.keys.values()))), rank)
         return 1.0 if found is None else found
     if math.prod(shape := file.tensors[key].shape) != 1:
         raise WeightsError(f"{file.path}: {key} has shape {shape}, not one number")
@@ -295,7 +295,7 @@ def _scale(change: Change, config: AdapterConfig) -> float:
     return 1.0 if rank is None else alpha / rank  # LoKr of two whole matrices: LyCORIS writes an alpha without meaning
 
 
-def _module(key: str) -> str:
+def _names(key: str) -> set[str]:
     """The module that a key of PEFT's or Diffusers' names, as the configuration's patterns match it."""
     match = next(match for ending in ENDINGS if (match := re.fullmatch(rf"(.+?){ending}", key)))
-    return PREFIX.sub("", match[1], count=1)
+    return {match[1].removeprefix("base_model.model."), PREFIX.sub("", match[1], count=1)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,19 +66,27 @@ class AdapterConfig:
     has_whole: bool = False
     is_dora: bool = False
 
-    def scale(self, module: str, rank: int | None) -> float | None:
-        """Of the product of a module's factors; None if nothing is said. ``rank``: as stored, if the shapes tell it."""
-        alpha = _first(self.alphas, module)
-        divisor = float(rank or _first(self.ranks, module) or 0)
+    def scale(self, names: Collection[str], rank: int | None) -> float | None:
+        """Of the product of a module's factors; None if nothing is said.
+
+        Args:
+            names: the module's, with and without the name of what wraps the model.
+            rank: as stored, if the shapes tell it.
+        """
+        alpha = _first(self.alphas, names)
+        divisor = float(rank or _first(self.ranks, names) or 0)
         if alpha is None or not divisor:
             return None
         return alpha / (math.sqrt(divisor) if self.stabilised else divisor)
 
 
-def _first(values: Mapping[str, float], module: str) -> float | None:
+def _first(values: Mapping[str, float], names: Collection[str]) -> float | None:
     """PEFT's way: the pattern matches the whole name, or its end after a dot."""
-    found = (value for key, value in values.items() if not key or re.match(rf"(.*\.)?({key})$", module))
-    return next(found, None)
+
+    def fits(key: str) -> bool:
+        return not key or any(re.match(rf"(.*\.)?({key})$", name) for name in names)
+
+    return next((value for key, value in values.items() if fits(key)), None)
 
 
 def adapter_config(file: WeightsFile) -> AdapterConfig:
