@@ -243,6 +243,7 @@ def test_other_kinds_of_peft_are_refused_by_name(base, model, tmp_path, case):
         load_transformer(base, "float32", loras=tmp_path)
     if kind != "LoraConfig":
         renamed = (tmp_path / "adapter_model.safetensors").rename(tmp_path / "other.safetensors")
+        (tmp_path / "adapter_config.json").unlink()
         with pytest.raises(WeightsError, match=f"{says}.*by its key"):
             load_transformer(base, "float32", loras=renamed)
 

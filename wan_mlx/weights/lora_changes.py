@@ -40,22 +40,25 @@ def kind_of(roles: Iterable[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Product:
-    """``up @ down``: (outputs, rank) and (rank, inputs)."""
+    """``factor * (up @ down)``: (outputs, rank) and (rank, inputs)."""
 
     up: mx.array
     down: mx.array
+    factor: float = 1.0
 
     def matrix(self) -> mx.array:
-        return self.up @ self.down
+        return self.factor * (self.up @ self.down)
 
     def scaled(self, by: mx.array) -> Product:
         """``by`` is one number, or of shape (outputs, 1) or (1, inputs)."""
         over_rows = by.ndim == 0 or by.shape[1] == 1
-        return Product(by * self.up, self.down) if over_rows else Product(self.up, self.down * by)
+        up, down = (by * self.up, self.down) if over_rows else (self.up, self.down * by)
+        return Product(up, down, self.factor)
 
     def norm(self) -> mx.array:
         """Of the matrix, which is not made: |BA|² = trace((BᵀB)(AAᵀ))."""
-        return mx.sqrt(mx.maximum(((self.up.T @ self.up) * (self.down @ self.down.T)).sum(), 0))
+        squared = ((self.up.T @ self.up) * (self.down @ self.down.T)).sum()
+        return abs(self.factor) * mx.sqrt(mx.maximum(squared, 0))
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Hadamard:
 
     def product(self) -> Product | None:
         """The same as one product, whose rank is that of both multiplied; None if that has more values than all."""
-        (up, down), (up2, down2) = ((pair.up, pair.down) for pair in (self.first, self.second))
+        (up, down), (up2, down2) = ((pair.factor * pair.up, pair.down) for pair in (self.first, self.second))
         rank, outputs, inputs = up.shape[1] * up2.shape[1], up.shape[0], down.shape[1]
         if rank * (outputs + inputs) >= outputs * inputs:
             return None
@@ -159,7 +162,7 @@ class Changed:
         arrays: dict[str, Any] = {}
         if products:
             arrays["lora_a"] = mx.concatenate([term.down for term in products])
-            arrays["lora_b"] = mx.concatenate([term.up for term in products], axis=1)
+            arrays["lora_b"] = mx.concatenate([term.factor * term.up for term in products], axis=1)
         if dense:
             arrays["lora_dense"] = sum(dense[1:], dense[0])
         for part in ("left", "right") if krons else ():
@@ -259,7 +262,7 @@ class Change:
     def _pair(self, up: str, down: str, scale: float = 1.0) -> Product:
         over_inputs = down in ("down", "hada_w1_b", "hada_w2_b") and self.patch
         rows = self._rows(down)
-        return Product(scale * self._rows(up), self._in_patches(rows) if over_inputs else rows)
+        return Product(self._rows(up), self._in_patches(rows) if over_inputs else rows, scale)
 
     def _rows(self, role: str) -> mx.array:
         """A tensor as a matrix, with the axes of a convolution's kernel flattened into its inputs."""
