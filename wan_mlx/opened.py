@@ -147,16 +147,11 @@ class OpenedModel:
     @cached_property
     def geometry(self) -> Geometry:
         """The sizes of the model's latents and tokens, from its weights; WeightsError if its parts do not fit."""
-        vae, text = (config_of(self.checkpoint, kind) for kind in ("vae", "text_encoder"))
+        vae = config_of(self.checkpoint, "vae")
         if vae.z_dim != self.config.out_dim:
             raise WeightsError(
                 f"{self.checkpoint.part('vae').file}: a VAE of {vae.z_dim} latent channels, where the transformer has "
                 f"{self.config.out_dim}"
-            )
-        if text.dim != self.config.text_dim:
-            raise WeightsError(
-                f"{self.checkpoint.part('text_encoder').file}: a text encoder {text.dim} wide, where the transformer "
-                f"reads {self.config.text_dim}; give the model's own as --text-encoder"
             )
         return geometry_of(self.config, vae)
 
