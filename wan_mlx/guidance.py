@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from dataclasses import dataclass
-from functools import lru_cache
-from queue import SimpleQueue
+from functools import partial
 from typing import TypeVar
 
 import mlx.core as mx
 
 from .caching import COND, UNCOND, StepCache
+from .lasting import lasting_thread
 from .types import Conditioning, Request
 
 T = TypeVar("T")
@@ -150,31 +149,9 @@ def _within(span: tuple[float, float], index: int, total: int) -> bool:
 
 def at_once(velocity: Callable[[int], T], *branches: int) -> tuple[T, T]:
     """Both passes at once, on the CPU, where MLX uses one core per thread; same values as one after the other."""
-    second: Future[T] = Future()
-    _second_thread().put((second, velocity, branches[1]))
-    try:
-        return velocity(branches[0]), second.result()
-    finally:
-        wait([second])  # Ctrl-C must not end the process while a thread computes
-
-
-@lru_cache(maxsize=1)
-def _second_thread() -> SimpleQueue:
-    """Jobs (future, function, argument) for a thread that lives as long as the process.
-
-    MLX gives every thread its own worker, which it can end only with the process: a thread that ends, as those of
-    `ThreadPoolExecutor` do, aborts it now and then. So one daemon thread serves all runs, and is never ended.
-    """
-    jobs: SimpleQueue = SimpleQueue()
-
-    def work() -> None:
-        while True:
-            future, function, argument = jobs.get()
-            try:
-                future.set_result(function(argument))
-            except BaseException as error:
-                future.set_exception(error)
-            del future, function, argument  # otherwise the idle thread would keep the model alive
-
-    threading.Thread(target=work, name="wan_mlx-guidance", daemon=True).start()
-    return jobs
+    with lasting_thread() as thread:
+        second = thread.start(partial(velocity, branches[1]))
+        try:
+            return velocity(branches[0]), second.result()
+        finally:
+            wait([second])  # Ctrl-C must not end the process while a thread computes

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import SamplingError, Stopped, WanError
 from ..events import Conditioned, Decoded, Event, Finished, Listener, Note, Started, Stepped, unheard
+from ..lasting import computes
 from ..media.checks import WHAT_TO_TRY, FrameStatistics, check_disk, disk_needed, latents_complaint
 from ..media.preview import PreviewFiles
 from ..media.write import VideoWriter, check_output, latents_to_numpy
@@ -49,6 +50,7 @@ class Job:
     _run: Run | None = field(default=None, repr=False)
     _stopping: bool = False
 
+    @computes
     def make(self, listener: Listener = unheard, free: Collection[str] | None = None) -> Finished:
         """Make the file: from the start, or where ``free`` is given from where an unfinished run of it is.
 
@@ -104,6 +106,7 @@ class Job:
             folder.delete()
             raise
 
+    @computes
     def go_on(self, folder: RunFolder, listener: Listener = unheard) -> Finished:
         """Make the file from where its folder is, which is locked and has begun; as `make`."""
         started, record = time.perf_counter(), folder.record() or {}

@@ -20,6 +20,7 @@ from ..denoise import denoise, step_of, with_condition, without_references
 from ..errors import BusyError, Stopped, gpu_failures_told
 from ..events import Conditioned, Decoded, Event, Listener, Note, Progress, StageEnded, StageStarted, Stepped, counted
 from ..guidance import Guidance, Model
+from ..lasting import computes, yields_computed
 from ..media.video import Video
 from ..media.write import latents_to_numpy
 from ..opened import OpenedModel
@@ -96,6 +97,7 @@ class Run:
         whole = self.pipe.draft or self.pipe.tile_of("decode_tile") is None
         return self.stage == "denoise" or (self.stage == "decode" and whole)
 
+    @yields_computed
     def __iter__(self) -> Generator[Event, None, None]:
         """Run, and yield every event but `Progress`.
 
@@ -131,6 +133,7 @@ class Run:
                 elif isinstance(event, Note):
                     log.warning("%s", event.text)
 
+    @computes
     def video(self, callback: Callable[[Step], Any] | None = None) -> Video:
         """Run to the end, and gather the frames.
 
@@ -228,6 +231,7 @@ class Run:
     def _step(self, step: Step, trim: int) -> mx.array:
         """Tell a step, without the references that it has; returns its latents."""
         shown = replace(without_references(step, trim), previewer=self.pipe.preview)
+        mx.eval(shown.latents, shown.denoised)  # whoever sees them computes nothing
         self._tell(Stepped(shown))
         return shown.latents
 
