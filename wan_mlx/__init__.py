@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the names of __getattr__, for editors and type checkers
     from .errors import WanError as WanError
     from .errors import WeightsError as WeightsError
     from .media.video import Video as Video
+    from .media.video import export_to_video as export_to_video
     from .pipeline import WanPipeline as WanPipeline
     from .planning.choose import plan as plan
     from .planning.plan import Plan as Plan
@@ -69,6 +70,7 @@ _PUBLIC = {
     "Conditioning": "types",
     "Step": "types",
     "Video": "media.video",
+    "export_to_video": "media.video",
     "plan": "planning.choose",
     "Plan": "planning.plan",
     "MemoryPlanError": "errors",
@@ -88,11 +90,21 @@ __all__ = list(_PUBLIC)
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'wan_mlx' has no attribute {name!r}")
+        return _of_diffusers(name)
     check_backend()
     value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+def _of_diffusers(name: str) -> Any:
+    """What Diffusers calls so, or an error that says what to write; other names are not there."""
+    hints = importlib.import_module(".hints", __name__)
+    if name in hints.SAME_NAMES:
+        return __getattr__(hints.SAME_NAMES[name])
+    if name in hints.NAMES:  # not AttributeError, of which `from wan_mlx import name` would leave the words out
+        raise ImportError(f"wan_mlx has no {name}: {hints.NAMES[name]}")
+    raise AttributeError(f"module 'wan_mlx' has no attribute {name!r}")
 
 
 def check_backend() -> None:
@@ -108,4 +120,4 @@ def check_backend() -> None:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted(__all__)

@@ -103,6 +103,26 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def duration(seconds: float) -> str:
+    """For people: "8.1 s", "12 min 5 s", "3 h 20 min", "12 days", "about 10 years"."""
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    days = seconds / 86_400
+    if days < 60:
+        return f"{days:.0f} days"
+    return f"about {days / 30.4:.0f} months" if days < 2 * 365 else f"about {days / 365.25:,.0f} years"
+
+
+def size(count: float) -> str:
+    """Bytes of memory for people: "0 MiB", "412 MiB", "5.81 GiB"."""
+    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
 def some(names: Collection[str], most: int = 5) -> str:
     """The first names of many, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

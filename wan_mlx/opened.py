@@ -19,6 +19,7 @@ from .events import Listener, counted, unheard
 from .files.sentencepiece import read_tokenizer
 from .geometry import Geometry
 from .hub.resolve import Places, preset_of
+from .lasting import computes
 from .mac import awake
 from .media.preview import Previewer, latent_map, tiny_autoencoder, tiny_preview
 from .media.write import to_uint8
@@ -113,6 +114,12 @@ class OpenedModel:
         if given["image_encoder"] and "image" not in TASKS[self.preset.task].takes:
             raise ValueError(f"image_encoder was given to a {self.preset.task} model, which reads no images with it")
 
+    def __repr__(self) -> str:
+        loras = f"{len(self.loras)} LoRA{'s' * (len(self.loras) > 1)}" if self.loras else ""
+        said = (self.preset.name, self.preset.task, self.dtype, *sorted({*self.quantized.values()}), loras)
+        return f"{type(self).__name__}({', '.join(filter(None, said))})"
+
+    @computes
     def set_loras(self, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
         """Use these LoRAs, in place of those before, from the next video on; none restores the model exactly.
 
@@ -155,6 +162,7 @@ class OpenedModel:
             )
         return geometry_of(self.config, vae)
 
+    @computes
     def plan(self, request: Request, measure: bool = False) -> Plan:
         """How a request keeps within the memory there is: which parts are resident, streamed or tiled, and the peaks.
 
@@ -267,6 +275,7 @@ class OpenedModel:
         progress = counted(self.listener, "loading VAE")
         return self._kept_or("vae", lambda: VAEExecution(load_vae(self.checkpoint, progress=progress)))
 
+    @computes
     def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
         """Texts → embeddings zero-padded to (1, 512, text_dim), in one pass over the encoder's weights.
 
@@ -323,6 +332,7 @@ class OpenedModel:
         """
         return self.vae_tiling if isinstance(self.vae_tiling, tuple) else getattr(self.plan_at_work, which, None)
 
+    @computes
     def preview(self, latents: mx.array) -> np.ndarray:
         """Small pictures of latents (1, t, h, w, C), such as `Step.denoised`: uint8 (t, h, w, 3).
 

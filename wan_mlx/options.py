@@ -396,13 +396,13 @@ def filled(face: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def told(face: str, in_order: Sequence[str] = ()) -> Callable[[Function], Function]:
-    """Decorates a function that takes ``**options``, an `Unpack` of the keywords of ``face``: each of them appears in
-    its signature and docstring, for help() and notebooks; first those that it takes ``in_order`` without their names.
+    """Decorates a function that takes the keywords of ``face``, spelled out or as ``**options``: each of them appears
+    in its signature and docstring, for help() and notebooks; first those that it takes ``in_order`` without names.
     """
 
     def tell(function: Function) -> Function:
         signature = inspect.signature(function)
-        taken = [option for option in of(face) if option.name not in signature.parameters]
+        taken = [option for option in of(face) if option not in (PROMPT, MODEL_NAME)]
         taken.sort(key=lambda option: [*in_order, option.name].index(option.name))
         named = [
             inspect.Parameter(
@@ -414,7 +414,8 @@ def told(face: str, in_order: Sequence[str] = ()) -> Callable[[Function], Functi
             for option in taken
         ]
         several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-        own = [parameter for parameter in signature.parameters.values() if parameter.kind not in several]
+        options = {option.name for option in taken}
+        own = [p for name, p in signature.parameters.items() if p.kind not in several and name not in options]
         vars(function)["__signature__"] = signature.replace(parameters=[*own, *named])
         lines = [f"    {option.keyword}: {option.described}" for option in taken]
         function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Options:", *lines])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from .events import unheard
+from .hints import ATTRIBUTES, ours
 from .hub.resolve import Places, resolve
+from .lasting import computes
 from .mac import awake
 from .media.video import Video
 from .opened import OpenedModel
 from .option import MODEL, REQUEST
-from .options import ModelOptions, RequestOptions, filled, told
+from .options import PROMPT, RequestOptions, filled, of, told
 from .planning.choose import parse_tiling
 from .planning.machine import parse_memory
 from .presets import GIVEN_APART, find_preset
@@ -20,7 +22,7 @@ from .progress_bars import ProgressBars
 from .prompts.extend import extend_requests
 from .request_builder import build_request
 from .runs.run import Output, Run
-from .types import Request, RunState, Step
+from .types import LoraChoice, Request, RunState, Source, Step
 from .weights.checkpoint import check_here, open_checkpoint
 from .weights.lora import normalise_loras
 from .weights.quantize import check_mode
@@ -32,12 +34,43 @@ if TYPE_CHECKING:
 IN_ORDER = ("dtype", "quantize", "memory", "preset", "progress")
 
 
+def spelled(face: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Of a function's arguments those that are options of ``face``."""
+    return {option.name: given[option.name] for option in of(face) if option is not PROMPT and option.name in given}
+
+
 class WanPipeline(OpenedModel):
     """A Wan2.1 model, opened but not resident: calling it makes a video. Its attributes are `OpenedModel`'s."""
 
     @classmethod
     @told(MODEL, IN_ORDER)
-    def from_pretrained(cls, model: str | Path, *in_order: Any, **options: Unpack[ModelOptions]) -> WanPipeline:
+    @computes
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        # options: model, by docs/make_signatures.py
+        dtype: str = "bfloat16",
+        quantize: str | None = None,
+        memory: str | None = None,
+        preset: str | None = None,
+        progress: bool = True,
+        *,
+        transformer: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
+        image_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        vace_module: str | Path | None = None,
+        source: str = "huggingface",
+        loras: Iterable[LoraChoice] | LoraChoice | None = None,
+        vae_tiling: str | tuple[int, int] | None = None,
+        caffeinate: bool = True,
+        stop_below: int | None = None,
+        prompt_cache: bool = True,
+        taehv: str | Path | None = None,
+        draft: bool = False,
+        **other: Any,
+    ) -> WanPipeline:
         """Open a model.
 
         Args:
@@ -50,9 +83,9 @@ class WanPipeline(OpenedModel):
             ValueError: an option is wrong, or the model's task is not supported.
             WeightsError: the folder is incomplete, a file is of another kind, or the download failed.
         """
-        if len(in_order) > len(IN_ORDER):
-            raise TypeError(f"{len(in_order)} options without their names, expected at most {', '.join(IN_ORDER)}")
-        given = filled(MODEL, {"model": model, **dict(zip(IN_ORDER, in_order, strict=False)), **options})
+        if not isinstance(model, str | Path):
+            raise ValueError(f"the model is {model!r}, expected a name such as \"nano\", or a path")
+        given = filled(MODEL, ours(MODEL, {**spelled(MODEL, locals()), **other}))
         parse_memory(given["memory"])
         check_mode(given["quantize"])
         parse_tiling(given["vae_tiling"])  # before a download
@@ -70,18 +103,66 @@ class WanPipeline(OpenedModel):
         opened.opened_with |= {"loras": given["loras"], "taehv": given["taehv"]}
         return opened
 
-    @told(REQUEST)
+    @overload
     def __call__(
         self,
         prompt: str,
         callback: Callable[[Step], Any] | None = None,
         extend_prompt: bool | str | Path = False,
         **options: Unpack[RequestOptions],
-    ) -> Video:
-        """Make a video.
+    ) -> Video: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        callback: Callable[[Step], Any] | None = None,
+        extend_prompt: bool | str | Path = False,
+        **options: Unpack[RequestOptions],
+    ) -> list[Video]: ...
+
+    @told(REQUEST)
+    @computes
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        callback: Callable[[Step], Any] | None = None,
+        extend_prompt: bool | str | Path = False,
+        # options: request, by docs/make_signatures.py
+        *,
+        negative_prompt: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        num_frames: int | None = None,
+        image: Source | None = None,
+        last_image: Source | None = None,
+        video: Source | None = None,
+        strength: float | None = None,
+        src_video: Source | None = None,
+        src_mask: Source | None = None,
+        src_ref_images: Sequence[Source] = (),
+        fit: str | None = "official",
+        context_scale: float = 1.0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        shift: float | None = None,
+        solver: str | None = None,
+        seed: int | None = None,
+        cache: str | None = "none",
+        recipe: str | None = None,
+        guidance_range: tuple[float, float] = (0.0, 1.0),
+        cfg_zero: bool | int | None = None,
+        skip_layers: Sequence[int] = (),
+        skip_range: tuple[float, float] = (0.1, 1.0),
+        **other: Any,
+    ) -> Video | list[Video]:
+        """Make a video, or of a list of prompts one of each, for which the model is loaded once.
+
+        The command line's names of options (``frames``, ``size="832x480"``) and Diffusers' do as well.
 
         Args:
-            prompt: a description of the video.
+            prompt: a description of the video, or a list of them: then a list of videos is returned, each with the
+                ``seed``, or with one of its own if none is given.
             callback: called with each `Step` as it ends; `Step.preview` shows it. If it returns False, sampling stops
                 there and the video is the estimate of that step, `Step.denoised`; its settings then say
                 ``stopped_after``.
@@ -93,10 +174,20 @@ class WanPipeline(OpenedModel):
             ValueError: an option is wrong.
             SamplingError: the latents stopped being finite.
         """
-        (request,) = extend_requests([self.request(prompt, **options)], extend_prompt)
-        return self.run(request).video(callback)
+        options = {**spelled(REQUEST, locals()), **other}
+        if isinstance(prompt, str):
+            (request,) = extend_requests([self.request(prompt, **options)], extend_prompt)
+            return self.run(request).video(callback)
+        if not isinstance(prompt, Sequence) or not prompt:
+            raise ValueError(f"the prompt is {prompt!r}, expected a text, or a list of texts for a list of videos")
+        requests = extend_requests([self.request(text, **options) for text in prompt], extend_prompt)
+        with self.keep_loaded():
+            texts = [text for made in requests for text in (made.prompt, made.negative_prompt)[: made.passes]]
+            self.encode_text(list(dict.fromkeys(texts)))
+            return [self.run(request).video(callback) for request in requests]
 
     @told(REQUEST)
+    @computes
     def images(
         self,
         prompt: str,
@@ -118,7 +209,7 @@ class WanPipeline(OpenedModel):
             ValueError: an option is wrong.
             SamplingError: the latents stopped being finite.
         """
-        first = self.request(prompt, **{"num_frames": 1, **cast(dict[str, Any], options)})
+        first = self.request(prompt, **{"num_frames": 1, **ours(REQUEST, cast(dict[str, Any], options))})
         requests = extend_requests(first.series(num_images), extend_prompt)
         with self.keep_loaded():
             return [self.run(request).video(callback) for request in requests]
@@ -130,7 +221,8 @@ class WanPipeline(OpenedModel):
         Raises:
             ValueError: a value is wrong; names the nearest valid one.
         """
-        return build_request(self.preset, self.config, self.geometry, prompt, **options)
+        given = ours(REQUEST, cast(dict[str, Any], options))
+        return build_request(self.preset, self.config, self.geometry, prompt, **given)
 
     def run(self, request: Request, resume: RunState | None = None) -> Run:
         """One request on its way to a video: iterate over the `Run` for its events.
@@ -155,3 +247,7 @@ class WanPipeline(OpenedModel):
         run = self.run(request, resume)
         del resume  # with every step the arrays it holds become old
         yield from run.outputs()
+
+    def __getattr__(self, name: str) -> Any:
+        hint = ATTRIBUTES.get(name)
+        raise AttributeError(f"a {type(self).__name__} has no {name!r}" + f": {hint}" * bool(hint))

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from .errors import duration
 from .geometry import WAN_2_1, Geometry
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ class Encoders(Protocol):
         float32 (1, t, h, w, C) each."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Step:
     """One finished sampling step.
 
@@ -211,7 +212,10 @@ class Step:
     passes: int = 0
     seconds: float = 0.0
     state: dict[str, mx.array] = field(default_factory=dict)
-    previewer: Callable[[mx.array], Any] | None = field(default=None, repr=False)
+    previewer: Callable[[mx.array], Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"Step({self.index + 1} of {self.total}, sigma {self.sigma:.3f}, {duration(self.seconds)})"
 
     def preview(self) -> Any:
         """The current estimate of the video as small frames, numpy uint8 (t, h, w, 3), a pixel for each latent.

@@ -12,7 +12,7 @@ from time import perf_counter
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..errors import WanError
+from ..errors import WanError, duration
 from ..models import chips, kernels
 from ..models.configs import VAEConfig
 from ..models.execution import FEED_FORWARD_TOKENS, Pacer, attention, tokens_per_dispatch
@@ -23,7 +23,7 @@ from ..models.vae_execution import VAEExecution
 from ..planning import peak_memory as peaks
 from ..planning import speed
 from ..planning.choose import plan
-from ..planning.plan import GIB, duration
+from ..planning.plan import GIB
 from ..planning.sizes import sizes_of
 from ..planning.speed import random_array, random_weights, worth_timing
 from ..presets import PRESETS
@@ -39,7 +39,6 @@ ROWS, REPEATS = 4096, 8
 SLOWER = 1.15  # times MLX's operations: then they are used
 LONG, TOO_LONG = 0.5, 3.0  # seconds of a dispatch
 MORE_THAN_PLANNED = 1.15
-DAY = 86400.0  # seconds
 
 
 def all_rates(look: Callable[[Iterable[Check]], bool]) -> tuple[dict[str, float], list[str]]:
@@ -83,7 +82,7 @@ def makes(tflops: dict[str, float]) -> list[str]:
         how = "streamed" if planned.stream else "resident"
         fitting = f"{planned.peak / GIB:.1f} GiB, {how}"
         if seconds := planned.seconds:
-            fitting = f"{duration(seconds) if seconds < 10 * DAY else f'{seconds / DAY:,.0f} days'}, {fitting}"
+            fitting = f"{duration(seconds)}, {fitting}"
         wanting = f"does not fit; what would: {'; '.join(planned.advice) or 'nothing'}"
         said.append(f"makes {planned.title}, {steps} steps: {fitting if planned.fits else wanting}")
     return said

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import base64
 import html
+import sys
 import tempfile
-from dataclasses import dataclass, field
+import webbrowser
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL.Image import Image
 
+from ..errors import duration
 from ..events import StageEnded
 from .write import contact_sheet, save_video, settings_text
 
+LEAST_WIDTH = 256  # of a player; a smaller video is enlarged, its pixels as they are
 
-@dataclass
+
+@dataclass(repr=False)
 class Video:
-    """A finished video.
+    """A finished video; a notebook shows it, and `len` is the number of its frames.
 
     Attributes:
         frames: numpy uint8 (T, H, W, 3).
@@ -32,6 +38,35 @@ class Video:
     fps: int = 16
     settings: dict[str, Any] = field(default_factory=dict)
     stages: list[StageEnded] = field(default_factory=list)
+
+    @property
+    def seed(self) -> int | None:
+        """Of the noise that it was made from."""
+        return self.settings.get("seed")
+
+    @property
+    def prompt(self) -> str | None:
+        """The text that it was made from; the extended one, if it was extended."""
+        return self.settings.get("prompt")
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __repr__(self) -> str:
+        count, height, width, _ = self.frames.shape
+        frames = "1 frame" if count == 1 else f"{count} frames"
+        length = f", {duration(count / self.fps)}" if count > 1 else ""
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        return f"Video({frames}, {width}x{height}{length}{seed})"
+
+    def show(self) -> None:
+        """Show it: in a notebook below the cell, elsewhere by the system's own player or browser."""
+        if shell := notebook():
+            shell.display_pub.publish({"text/html": self._repr_html_(), "text/plain": repr(self)})
+            return
+        ending = ".png" if len(self) == 1 else ".mp4"
+        folder = Path(tempfile.mkdtemp(prefix="wan_mlx-"))  # kept: the player reads it when it has started
+        webbrowser.open(self.save(folder / f"video{ending}").as_uri())
 
     def save(self, path: str | Path, overwrite: bool = True) -> Path:
         """Write to ``path``; the ending picks the format: .mp4 .gif .webp .png .npz.
@@ -58,15 +93,42 @@ class Video:
         return contact_sheet(self.frames, columns, count, width)
 
     def _repr_html_(self) -> str:
-        """For notebooks: plays the frames, or shows a single one, with the settings below."""
+        """For notebooks: plays the frames, or shows a single one, with the settings folded below."""
         ending, kind, tag, closing = ".mp4", "video/mp4", "video controls loop autoplay muted playsinline", "</video>"
         if len(self.frames) == 1:
             ending, kind, tag, closing = ".png", "image/png", "img", ""
         with tempfile.TemporaryDirectory() as folder:
             data = save_video(Path(folder) / f"video{ending}", self.frames, self.fps, {}).read_bytes()
         source = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+        told = {name: value for name, value in self.settings.items() if value not in (None, [], ())}
+        width = self.frames.shape[2]
+        times = -(-LEAST_WIDTH // width)
+        pixels = "; image-rendering:pixelated" if times > 1 else ""
         return (
-            f'<figure style="margin:0"><{tag} style="max-width:100%" src="{source}">{closing}'
-            f'<figcaption><pre style="white-space:pre-wrap">{html.escape(settings_text(self.settings, indent=1))}</pre>'
+            f'<figure style="margin:0"><{tag} width="{times * width}" style="max-width:100%{pixels}" src="{source}">'
+            f"{closing}<figcaption><details><summary>{html.escape(repr(self))}</summary>"
+            f'<pre style="white-space:pre-wrap">{html.escape(settings_text(told, indent=1))}</pre></details>'
             "</figcaption></figure>"
         )
+
+
+def export_to_video(video: Video, output_video_path: str | Path, fps: int | None = None) -> Path:
+    """Diffusers' name for `Video.save`; takes a `Video`, or its ``frames``.
+
+    Raises:
+        ValueError: it is a single frame: here ``video.frames[0]`` is the first frame, not the first video.
+    """
+    if not isinstance(video, Video):
+        frames = np.asarray(video)
+        if frames.ndim != 4:
+            raise ValueError("export_to_video got no video: here frames[0] is the first frame, where Diffusers has the "
+                             "first video; write video.save(path)")  # fmt: skip
+        video = Video(frames, None)
+    return replace(video, fps=video.fps if fps is None else fps).save(output_video_path)
+
+
+def notebook() -> Any:
+    """IPython's shell if it is a notebook's, which shows HTML; None elsewhere."""
+    ipython = sys.modules.get("IPython")  # a notebook has it
+    shell = ipython.get_ipython() if ipython else None
+    return shell if shell is not None and hasattr(shell, "kernel") else None

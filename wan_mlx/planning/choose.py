@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from ..geometry import WAN_2_1, Geometry
 from ..hub.resolve import is_cached, preset_of, resolve
+from ..lasting import computes
 from ..models.execution import TOKENS_AT_ONCE
 from ..models.vae_tiling import SMALLEST_TILE
 from ..options import named
@@ -66,6 +67,7 @@ class Wanted:
         return t + len(self.request.src_ref_images), h, w
 
 
+@computes
 def plan(
     model: str | Path,
     width: int | None = None,
@@ -165,7 +167,7 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
         how = "whole frames" if tile is None else f"tiles of {tile[0]}x{tile[1]}"
         return tile, Row(stage, how, peak(tile), flop, vae_weights)
 
-    rows = [Row("encode text", "blocks streamed", peaks.encode_text(nets, TEXT_TOKENS) + held,
+    rows = [Row("encode text", "streamed", peaks.encode_text(nets, TEXT_TOKENS) + held,
                 2 * work.text_flop(nets.text_encoder.config, TEXT_TOKENS),
                 nets.text_encoder.weights.stored_blocks)]  # fmt: skip
     if c.has_image_branch:
@@ -179,8 +181,8 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     parts = {name: forwards * flop for name, flop in work.forward_parts(c, nets.geometry.seq_len(shape)).items()}
     times = -(-forwards // len(experts)) if stream else 1
     reads = sum(weights.stored_outside + times * weights.stored_blocks for weights in experts)
-    how = "blocks streamed" if stream else "resident"
-    how += f", {tokens_at_once} tokens at once" * (tokens_at_once != TOKENS_AT_ONCE)
+    how = "streamed" if stream else "resident"
+    how += f", {tokens_at_once} tokens" * (tokens_at_once != TOKENS_AT_ONCE)
     rows.append(Row("denoise", how, denoise(step), sum(parts.values()), reads, parts["self attention"]))
     decode_tile, row = vae("decode", 1, decoding=True)
     rows.append(row)

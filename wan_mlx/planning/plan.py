@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,13 +11,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import MemoryPlanError
+from ..errors import MemoryPlanError, duration, size
 
 log = logging.getLogger(__name__)
 
 GIB = 2**30
 # Predictions are within 10 % of measurements (docs/memory.md); a budget is filled up to this share.
 FILL = 0.96
+HOPELESS = 2 * 86_400  # seconds
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,14 @@ class Row:
     seconds: float | None = None
 
 
-def duration(seconds: float) -> str:
-    """For people: "8.1 s", "12:05" (minutes), "3:20:00" (hours)."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
 def number(value: float) -> str:
-    """Three or four significant digits, never an exponent: "0.508", "264.1", "652,300"."""
+    """Three or four significant digits, never an exponent: "0.508", "264.1", "652,300"; "<0.01" below that."""
+    if 0 < value < 0.01:
+        return "<0.01"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """How a run keeps within its memory. Prints as a table.
 
@@ -124,25 +120,49 @@ class Plan:
                 f"{'allowed' if self.chosen else 'free'}: {options}"
             )
 
+    def __repr__(self) -> str:
+        time = f", {duration(self.seconds)}" if self.seconds else ""
+        fits = "fits" if self.fits else "does not fit"
+        return f"Plan({self.title}: {fits}, {size(self.peak)} of {size(self.budget)}{time})"
+
     def __str__(self) -> str:
-        whole = self.seconds
-        timed = whole is not None
-        lines = [
-            f"{self.title}, within {number(self.budget / GIB)} GiB {'as asked' if self.chosen else 'of this machine'}",
-            f"{'stage':<14}{'how':<42}{'peak GiB':>9}{'TFLOP':>11}{'reads GB':>10}" + f"{'time':>13}" * timed,
-        ]
-        for row in self.rows:
-            seconds = "" if row.seconds is None or not timed else f"{duration(row.seconds):>13}"
-            numbers = f"{row.peak / GIB:>9.2f}{number(row.flop / 1e12):>11}{number(row.reads / 1e9):>10}{seconds}"
-            lines.append(f"{row.stage:<14}{row.how:<42}{numbers}")
-        total = "" if whole is None else f"{duration(whole):>13}"
-        lines.append(
-            f"{'whole run':<56}{self.peak / GIB:>9.2f}{number(sum(row.flop for row in self.rows) / 1e12):>11}"
-            f"{number(sum(row.reads for row in self.rows) / 1e9):>10}{total}"
+        table = self._table()
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(word.ljust(width) if place < 2 else word.rjust(width)
+                 for place, (word, width) in enumerate(zip(row, widths, strict=True))) for row in table]  # fmt: skip
+        return "\n".join([self._heading(), *lines, *self._verdict()])
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        header, *rows = ["".join(f"<td>{html.escape(word)}</td>" for word in row) for row in self._table()]
+        lines = "".join(f"<tr>{row}</tr>" for row in rows)
+        verdict = "<br>".join(map(html.escape, self._verdict()))
+        return (
+            f"<table><caption>{html.escape(self._heading())}</caption>"
+            f"<thead><tr>{header.replace('td>', 'th>')}</tr></thead><tbody>{lines}</tbody></table><p>{verdict}</p>"
         )
-        options = "; ".join(self.advice) or "nothing"
-        lines.append("it fits" if self.fits else f"it does not fit; what would: {options}")
-        return "\n".join(lines)
+
+    def _heading(self) -> str:
+        room = f"{number(self.budget / GIB)} GiB"
+        asked = f"{room} ({number(self.budget / 1e9)} GB as asked)" if self.chosen else f"{room} of this machine"
+        return f"{self.title}, within {asked}"
+
+    def _table(self) -> list[list[str]]:
+        """The header, a row for each stage, and one for the whole run."""
+        whole = Row("whole run", "", self.peak, sum(row.flop for row in self.rows), sum(row.reads for row in self.rows),
+                    seconds=self.seconds)  # fmt: skip
+        timed = self.seconds is not None
+        table = [["stage", "how", "peak", "TFLOP", "reads GB", *["time"] * timed]]
+        for row in (*self.rows, whole):
+            numbers = size(row.peak), number(row.flop / 1e12), number(row.reads / 1e9)
+            table.append([row.stage, row.how, *numbers, *[duration(row.seconds or 0)] * timed])
+        return table
+
+    def _verdict(self) -> list[str]:
+        if not self.fits:
+            return [f"it does not fit; what would: {'; '.join(self.advice) or 'nothing'}"]
+        hopeless = self.seconds is not None and self.seconds > HOPELESS and mx.default_device() == mx.cpu
+        return ["it fits", *["but a real model needs a GPU: this machine computes on its CPU"] * hopeless]
 
 
 @contextmanager
