@@ -95,10 +95,10 @@ def write_pth(path, body=None, entries=None, compression=zipfile.ZIP_STORED):
     return path
 
 
-def header_only(path, shapes, dtype="BF16"):
+def header_only(path, shapes, dtype="BF16", metadata=None):
     """A safetensors file of tensors of these shapes that takes no space: there is a hole in place of its data."""
     sizes = {"BF16": 2, "F32": 4, "F16": 2, "F8_E4M3": 1}
-    header, end = {}, 0
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
     for key, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * sizes[dtype]
         header[key] = entry(dtype, list(shape), begin, end)

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
+from crafted import header_only
 from PIL import Image
 
 import wan_mlx
@@ -24,7 +24,7 @@ from wan_mlx import presets as configs
 from wan_mlx.cli import doctor, measure, selftest
 from wan_mlx.cli import main as generate
 from wan_mlx.cli.flags import build_parser
-from wan_mlx.models.configs import TransformerConfig
+from wan_mlx.models.configs import ImageEncoderConfig, TransformerConfig
 from wan_mlx.models.networks import new_transformer
 from wan_mlx.other_models import ADVICE
 from wan_mlx.planning import choose as memory
@@ -33,6 +33,7 @@ from wan_mlx.planning import speed as timing
 from wan_mlx.presets import BUNDLED, PRESETS
 from wan_mlx.prompts.extend import Extension
 from wan_mlx.weights.component import parameter_shapes
+from wan_mlx.weights.configs import shapes_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "README.zh-CN.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -114,18 +115,6 @@ COMMANDS = commands()
 MADE = covering(COMMANDS)
 
 
-def sparse(path: Path, config: TransformerConfig) -> None:
-    """A transformer's file of true size, whose data are a hole in the disk."""
-    header, end = {"__metadata__": {"layout": "mlx", "component": "transformer"}}, 0
-    for name, shape in parameter_shapes(new_transformer(config)).items():
-        begin, end = end, end + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-
-
 def tiny(path: Path, config: TransformerConfig) -> None:
     mx.random.seed(0)
     arrays = {name: 0.05 * mx.random.normal(shape) for name, shape in parameter_shapes(new_transformer(config)).items()}
@@ -135,17 +124,25 @@ def tiny(path: Path, config: TransformerConfig) -> None:
 def write_model(folder: Path, name: str, pico: Path, is_tiny: bool) -> None:
     """An MLX folder that says it is the preset ``name``."""
     folder.mkdir(parents=True)
-    for part in ("text_encoder.safetensors", "vae.safetensors", "tokenizer.model"):
-        (folder / part).symlink_to(pico / part)
+    parts = [pico / part for part in ("vae.safetensors", "tokenizer.model")]
     config = json.loads((pico / "config.json").read_text())
-    sizes = PRESETS[name].transformer
+    sizes, text, image = PRESETS[name].transformer, PRESETS[name].text_encoder, ImageEncoderConfig()
     if is_tiny:
         sizes = replace(sizes, dim=128, ffn_dim=128, num_heads=1, num_layers=1, text_dim=128, image_dim=80,
                         vace_layers=(0,) if sizes.vace_layers else ())  # fmt: skip
-    if sizes.has_image_branch:
-        (folder / "image_encoder.safetensors").symlink_to(BUNDLED["nano-i2v"] / "image_encoder.safetensors")
-        config["image_encoder"] = json.loads((BUNDLED["nano-i2v"] / "config.json").read_text())["image_encoder"]
-    (tiny if is_tiny else sparse)(folder / "transformer.safetensors", sizes)
+        parts.append(pico / "text_encoder.safetensors")
+        if sizes.has_image_branch:
+            parts.append(BUNDLED["nano-i2v"] / "image_encoder.safetensors")
+            config["image_encoder"] = json.loads((BUNDLED["nano-i2v"] / "config.json").read_text())["image_encoder"]
+        tiny(folder / "transformer.safetensors", sizes)
+    else:
+        for kind, of_kind in {"transformer": sizes, "text_encoder": text, "image_encoder": image}.items():
+            if kind != "image_encoder" or sizes.has_image_branch:
+                metadata = {"layout": "mlx", "component": kind}
+                header_only(folder / f"{kind}.safetensors", shapes_of(of_kind), metadata=metadata)
+                config[kind] = asdict(of_kind)
+    for part in parts:
+        (folder / part.name).symlink_to(part)
     (folder / "config.json").write_text(json.dumps({**config, "model": name, "transformer": asdict(sizes)}))
 
 

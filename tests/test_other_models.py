@@ -1,21 +1,26 @@
 """Models that are not supported are named from headers: in one line, before anything large is read or fetched."""
 
 import json
-from dataclasses import replace
+import re
+import shutil
+from dataclasses import asdict, replace
 
 import pytest
 from crafted import header_only
 from hub_server import serving
 
-from wan_mlx import other_models
+from wan_mlx import WanPipeline, other_models
 from wan_mlx.cli.main import main
 from wan_mlx.errors import UnsupportedModel, WeightsError
 from wan_mlx.files.safetensors import SafetensorsFile
-from wan_mlx.models.configs import TransformerConfig
+from wan_mlx.models.configs import ImageEncoderConfig, TransformerConfig
 from wan_mlx.models.networks import new_transformer
+from wan_mlx.opened import OpenedModel
 from wan_mlx.other_models import OTHER_MODELS, of_entries, of_keys, of_name, of_sizes
-from wan_mlx.presets import PRESETS
+from wan_mlx.presets import BUNDLED, PRESETS
+from wan_mlx.weights.checkpoint import open_checkpoint
 from wan_mlx.weights.component import parameter_shapes
+from wan_mlx.weights.configs import shapes_of
 
 T2V_14B = PRESETS["t2v-14B"].transformer
 I2V_14B = PRESETS["i2v-14B-480P"].transformer
@@ -125,18 +130,32 @@ def test_channels_of_no_known_model(capsys, tmp_path, kind, in_dim):
     assert f"of 16 latent channels it would read {expected}, and it reads {in_dim}" in line
 
 
-def test_a_part_that_does_not_fit_the_transformer(tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
-    from wan_mlx import opened
-
-    def part(kind: str) -> SimpleNamespace:
-        return SimpleNamespace(file=tmp_path / f"{kind}.safetensors")
-
-    model = SimpleNamespace(checkpoint=SimpleNamespace(part=part), config=T2V_1_3B)
-    monkeypatch.setattr(opened, "config_of", lambda checkpoint, kind: SimpleNamespace(z_dim=48, dim=4096))
-    with pytest.raises(WeightsError, match="vae.safetensors: a VAE of 48 latent channels, where the .* has 16"):
-        opened.OpenedModel.geometry.func(model)
+@pytest.mark.parametrize(
+    "kind, changed, words",
+    [
+        ("vae", dict(z_dim=12, mean=(0.0,) * 12, std=(1.0,) * 12), "a VAE of 12 latent channels, where .* takes 16"),
+        ("text_encoder", dict(dim=2048), "a text encoder 2048 wide, where .* takes 4096"),
+        ("image_encoder", dict(dim=1680, num_heads=21), "an image encoder 1680 wide, where .* takes 1280"),
+    ],
+)
+def test_a_part_that_does_not_fit_the_transformer(capsys, tmp_path, kind, changed, words):
+    """It once failed after the text was encoded, or at the first step."""
+    preset = PRESETS["i2v-14B-480P"]
+    sizes = {"transformer": preset.transformer, "text_encoder": preset.text_encoder, "vae": preset.vae,
+             "image_encoder": ImageEncoderConfig()}  # fmt: skip
+    sizes[kind] = replace(sizes[kind], **changed)
+    for name, config in sizes.items():
+        metadata = {"layout": "mlx", "component": name}
+        header_only(tmp_path / f"{name}.safetensors", shapes_of(config), metadata=metadata)
+    shutil.copy(BUNDLED["nano"] / "tokenizer.model", tmp_path)
+    config = {name: asdict(config) for name, config in sizes.items()}
+    (tmp_path / "config.json").write_text(json.dumps({"format": "wan_mlx", **config}))
+    line = said(capsys, "--model", tmp_path, "--image", "a.png", "--prompt", "a", "--dry-run")
+    assert re.search(f"{kind}.safetensors: {words}; give the one of its model as --{kind.replace('_', '-')}$", line)
+    with pytest.raises(WeightsError, match=words):
+        WanPipeline.from_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=words):  # as after a download
+        OpenedModel(open_checkpoint(tmp_path))
 
 
 class TestFolders:

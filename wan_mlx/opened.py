@@ -14,7 +14,6 @@ import mlx.core as mx
 import numpy as np
 
 from . import __version__
-from .errors import WeightsError
 from .events import Listener, counted, unheard
 from .files.sentencepiece import read_tokenizer
 from .geometry import Geometry
@@ -43,7 +42,7 @@ from .tasks import TASKS
 from .tasks import notes as canvas_notes
 from .types import LoraChoice, Request
 from .weights.check_sums import check_once
-from .weights.checkpoint import Checkpoint, Part
+from .weights.checkpoint import Checkpoint, Part, check_fit
 from .weights.component import open_component
 from .weights.load import (
     check_loras,
@@ -90,6 +89,7 @@ class OpenedModel:
         self.caffeinate: bool = given["caffeinate"]
         named("stop_below").check(given["stop_below"])
         self.stop_below: int | None = given["stop_below"]
+        check_fit(checkpoint.parts)
         self.config = config_of(checkpoint)
         self.latent_channels = self.config.out_dim
         name = given["preset"] or checkpoint.model
@@ -153,14 +153,8 @@ class OpenedModel:
 
     @cached_property
     def geometry(self) -> Geometry:
-        """The sizes of the model's latents and tokens, from its weights; WeightsError if its parts do not fit."""
-        vae = config_of(self.checkpoint, "vae")
-        if vae.z_dim != self.config.out_dim:
-            raise WeightsError(
-                f"{self.checkpoint.part('vae').file}: a VAE of {vae.z_dim} latent channels, where the transformer has "
-                f"{self.config.out_dim}"
-            )
-        return geometry_of(self.config, vae)
+        """The sizes of the model's latents and tokens, from its weights."""
+        return geometry_of(self.config, config_of(self.checkpoint, "vae"))
 
     @computes
     def plan(self, request: Request, measure: bool = False) -> Plan:

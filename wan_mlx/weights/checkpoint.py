@@ -10,7 +10,7 @@ import difflib
 import math
 import os
 import reprlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +51,12 @@ PIPELINES = ("Wan", "SkyReelsV2")
 FOLDERS = {"mlx": MLX_FILES, "diffusers": DIFFUSERS_FILES, "official": OFFICIAL_FILES}
 MLX_FORMAT, MLX_VERSION = "wan_mlx", 1
 MAX_CONFIG_BYTES = 4_000_000
+# Kind of part → its size and the transformer's that must be the same, and words for it.
+FITS = {
+    "text_encoder": ("dim", "text_dim", "a text encoder {} wide"),
+    "vae": ("z_dim", "out_dim", "a VAE of {} latent channels"),
+    "image_encoder": ("dim", "image_dim", "an image encoder {} wide"),
+}
 # Depth and number of files of the search for weight files.
 _MAX_DEPTH, _MAX_FILES = 3, 5000
 
@@ -170,9 +176,24 @@ def check_here(model: Path | None, parts: Mapping[str, Path | None]) -> None:
     if model is not None:
         whole = _look_at_folder(model, parts) if model.is_dir() else look_at(model)
         found += [part for part in whole.parts if part.kind not in parts]
-    for part in found:
-        if part.kind in NETWORKS:
-            network_config(part.open(), part.config)
+    check_fit(found)
+
+
+def check_fit(parts: Iterable[Part]) -> None:
+    """Raise WeightsError if one is no whole network of Wan2.1, or makes what a transformer among them cannot take."""
+    sizes = [(part, network_config(part.open(), part.config)) for part in parts if part.kind in NETWORKS]
+    for transformer, config in sizes:
+        if transformer.kind != "transformer":
+            continue
+        for part, other in sizes:
+            if part.kind not in FITS or (part.kind == "image_encoder" and not config.has_image_branch):
+                continue
+            made, taken, words = FITS[part.kind]
+            if (width := getattr(other, made)) != (wanted := getattr(config, taken)):
+                raise WeightsError(
+                    f"{part.file}: {words.format(width)}, where the transformer {transformer.file} takes {wanted}; "
+                    f"give the one of its model as {_flag(part.kind)}"
+                )
 
 
 def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = None) -> Checkpoint:
