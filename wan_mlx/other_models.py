@@ -34,6 +34,7 @@ SOURCES = {
     "transformers": "transformers, the classes' own keys",
     "llama.cpp": "llama.cpp's names in gguf 0.19.0",
     "taehv": "madebyollin/taehv",
+    "thedenk": "TheDenk/wan2.2-controlnet, the class WanControlnet",
 }
 # Prefixes of keys, by tool.
 _PREFIX = re.compile(r"(?:(?:model\.)?diffusion_model|model|transformer|net|vae|first_stage_model)\.")
@@ -247,6 +248,16 @@ OTHER_MODELS = (
         "Lynx", "addition", "kijai",
         keys=("blocks.0.self_attn.ref_adapter.to_k_ref.weight", "blocks.0.cross_attn.ip_adapter.registers",
               "blocks.0.cross_attn.ip_adapter.to_v_ip.weight"),
+    ),
+    OtherModel(
+        "a ControlNet for Wan", "addition", "thedenk",
+        keys=("controlnet_blocks.0.weight control_encoder.0.0.weight",),
+        entries={"_class_name": r"WanControl[Nn]et\w*"},
+    ),
+    OtherModel(
+        "a ControlNet of an image model", "addition", "diffusers",
+        keys=("controlnet_cond_embedding.conv_in.weight", "controlnet_x_embedder.weight"),
+        entries={"_class_name": r"(?!Wan)\w*ControlNetModel"},
     ),
     OtherModel("Uni3C, a controlnet", "addition", "kijai", keys=("controlnet_patch_embedding.weight",)),
     OtherModel(

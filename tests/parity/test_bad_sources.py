@@ -64,6 +64,7 @@ def files(tmp_path_factory):
 )  # fmt: skip
 def test_one_line_and_nothing_begun(models, files, monkeypatch, capsys, tmp_path, kind, sources, says):
     _, folder = models(kind)
+    capsys.readouterr()  # while these are made, Diffusers may log that torchao is here
     monkeypatch.chdir(files)
     command = f"--model {folder} --size 48x32 --frames 9 --steps 1 --output {tmp_path / 'a.npz'} {sources}"
     for extra in ([], ["--dry-run"]):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..events import Listener, unheard
-from ..hub.resolve import Places
+from ..hub.resolve import keys_of, resolve, survey
 from ..media.write import ENDINGS, read_settings
 from ..progress_bars import ProgressBars
-from ..weights.checkpoint import open_checkpoint
 from ..weights.load import open_network
 from ..weights.lora import file_of
+from ..weights.lora_config import are_of_adapter
 from ..weights.lora_info import inspect_lora, is_lora
 from . import convert
 from .flags import Parser
@@ -25,26 +25,35 @@ def main(argv: list[str]) -> int:
     description = "Describe a LoRA, a video made here, or a model."
     parser = Parser(prog="wan-mlx info", description=description, allow_abbrev=False)
     parser.add_argument("file", help="a LoRA or its folder; a video, picture or .npz of ours; or what --model takes")
-    parser.add_argument("--model", help="tell how much a LoRA changes of this model's weights")
+    parser.add_argument("--model", help="a transformer or whole model: how much of it a LoRA changes")
     parser.add_argument("--source", default="huggingface", help="hub: huggingface (default) or modelscope")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
     listener: Listener = unheard if args.quiet else ProgressBars()
-    path = Path(args.file).expanduser()
+    path = found_at(args.file, args.source, listener)
     is_adapter = path.exists() and is_lora(path)
     if args.model and not is_adapter:
-        raise UsageError(f"--model goes with a LoRA, and {path} is none")
+        raise UsageError(f"--model goes with a LoRA, and {args.file} is none")
     if path.suffix.lower() in ENDINGS and path.is_file():
         return show_settings(path)
     if not is_adapter:
         return convert.inspect(args.file, {}, args.source, listener)
     base = None
     if args.model:
-        base = open_network(open_checkpoint(Places(args.model).fetch(args.source, listener).model), "transformer")
+        base = open_network(resolve(args.model, args.source, listener, ["transformer"]), "transformer")
     found = inspect_lora(path, base, listener)
     for line in (*found.lines(), *recipe_notes([file_of(path)], None)):
         write(line)
     return 0 if found.is_sound else 1
+
+
+def found_at(name: str, source: str, listener: Listener) -> Path:
+    """The path of what is named. A LoRA on a hub is fetched, if its header shows that it is one; else nothing is."""
+    found = survey(name, source)
+    if isinstance(found, Path):
+        return found
+    is_here = not found.missing
+    return resolve(name, source, listener) if is_here or are_of_adapter(keys_of(found)) else Path(name)
 
 
 def show_settings(path: Path) -> int:

@@ -60,7 +60,9 @@ class Download:
         return f"{self.location}: {count}, {gigabytes(self.total)}{here}; {to_fetch}, {gigabytes(self.free)} free"
 
 
-def resolve(model: str | Path, source: str = "huggingface", listener: Listener = unheard) -> Path:
+def resolve(
+    model: str | Path, source: str = "huggingface", listener: Listener = unheard, parts: Collection[str] = PARTS
+) -> Path:
     """The folder or file that ``model`` names: local, or a repository (or one of its files), downloaded if necessary.
 
     Downloads only the needed files, resumes an interrupted download, and checks free space first. ``HF_HOME``,
@@ -70,12 +72,13 @@ def resolve(model: str | Path, source: str = "huggingface", listener: Listener =
         model: a path or a name, see `hub.names`.
         source: "huggingface" or "modelscope" (needs the package of that name).
         listener: gets the download's `Progress`, from its threads.
+        parts: those of `PARTS` that are needed from a whole repository.
 
     Raises:
         ValueError: unknown ``source``, or an address that is not the hub's.
         WeightsError: the download failed, or the disk is too full; says how to go on.
     """
-    return Path(Places(model).fetch(source, listener).model)
+    return Path(Places(model, wanted=parts).fetch(source, listener).model)
 
 
 def survey(model: str | Path, source: str = "huggingface", parts: Collection[str] = PARTS) -> Download | Path:
@@ -114,17 +117,38 @@ def survey(model: str | Path, source: str = "huggingface", parts: Collection[str
     return Download(location, source, commit, files, here, cache)
 
 
+def keys_of(download: Download) -> Collection[str]:
+    """Names of the tensors in a safetensors file on the Hugging Face hub, by its header alone; none of other files."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    location = download.location
+    if download.commit is None or location.file is None:
+        return ()
+    api = HfApi(constants.ENDPOINT, library_name="wan_mlx", library_version=__version__)
+    try:
+        return api.parse_safetensors_file_metadata(location.repo, location.file, revision=download.commit).tensors
+    except SafetensorsParsingError:
+        return ()
+    except Exception as error:
+        raise explain(error, location) from error
+
+
 @dataclass(frozen=True)
 class Places:
-    """All sources of a pipeline, as the user named them: a model, separate parts, LoRAs with strengths."""
+    """All sources of a pipeline, as the user named them: a model, separate parts, LoRAs with strengths.
+
+    ``wanted``: those of `PARTS` that are needed.
+    """
 
     model: str | Path
     parts: Mapping[str, str | Path] = field(default_factory=dict)
     loras: Collection[tuple[Path, float]] = ()
+    wanted: Collection[str] = PARTS
 
     def _named(self) -> list[tuple[str | Path, Collection[str]]]:
         """Each place, and the parts wanted from it if it is a whole repository."""
-        rest = [part for part in PARTS if part not in self.parts]
+        rest = [part for part in self.wanted if part not in self.parts]
         of_parts = ((place, [part]) for part, place in self.parts.items())
         named: list[tuple[str | Path, Collection[str]]] = [(self.model, rest), *of_parts]
         return named + [(lora, []) for lora in map(_lora_name, self.loras) if isinstance(lora, str)]

@@ -283,11 +283,15 @@ def open_component(
 
 def kinds_in(path: str | Path) -> list[str]:
     """The networks that a weight file holds; WeightsError if none is known."""
-    file = open_weights(path)
-    kinds = [*separate(file)] or [ComponentWeights(file).component]
+    kinds = networks_of(open_weights(path))
     if MODULE in kinds:
         raise WeightsError(f"{path}: holds a {MODULE}, expected a network{ALONE[MODULE]}")
     return kinds
+
+
+def networks_of(file: WeightsFile) -> list[str]:
+    """The networks that a weight file holds, of which VACE's module may be one; WeightsError if none is known."""
+    return [*separate(file)] or [ComponentWeights(file).component]
 
 
 def separate(file: WeightsFile) -> dict[str, WeightsFile]:

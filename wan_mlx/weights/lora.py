@@ -21,16 +21,17 @@ from ..errors import UnsupportedModel, WeightsError, some
 from ..files.base import WeightsFile
 from ..files.open import open_weights
 from ..files.scaled import fold
+from ..hub.names import WEIGHT_ENDINGS, parse_location
 from ..models.configs import TransformerConfig
 from ..other_models import of_keys, of_lora, of_width
-from ..presets import PRESETS
+from ..presets import MODULE, PRESETS
 from ..storage import sha256
 from ..types import LoraChoice
-from .component import FLOATS
+from .component import FLOATS, networks_of
 from .configs import shapes_of
 from .layouts import LAYOUTS, pattern
 from .lora_changes import LOHA, MAGNITUDES, W1, W2, Change, kind_of
-from .lora_config import PEFT_STEM, AdapterConfig, adapter_config, check_keys_of_kinds
+from .lora_config import PEFT_STEM, AdapterConfig, adapter_config, are_of_adapter, check_keys_of_kinds
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,15 @@ AS_WIDE = re.compile(
     r".*blocks[._]\d+[._](?:self_attn|attn1)[._](?:to_)?[qkv]\.(?:lora_down|lora_A|lora\.down)(?:\.\w+)?\.weight"
 )
 INTEGERS = ("I64", "I32", "I16", "I8", "U8")  # which an alpha may be
+# Network in a file given as a LoRA → its name, and how to give it.
+NOT_LORA = {
+    "transformer": ("a whole transformer", "give it as --model, or as --transformer beside one"),
+    MODULE: ("VACE's part of a transformer", "give a text-to-video model, and this with --vace-module"),
+    **{kind: (f"{name}", f"give it with --{kind.replace('_', '-')}, if it is not the model's own") for kind, name in (
+        ("text_encoder", "a text encoder"), ("vae", "a VAE"), ("image_encoder", "an image encoder"))},
+}  # fmt: skip
 # Names of the LoRA file in a folder: PEFT's, Diffusers'.
-FOLDER_FILES = (f"{PEFT_STEM}.safetensors", "pytorch_lora_weights.safetensors")
+FOLDER_STEMS = (PEFT_STEM, "pytorch_lora_weights")
 
 # Name of a parameter → its changes by several LoRAs, in order.
 Loras = dict[str, list[Change]]
@@ -129,12 +137,17 @@ def _hash(path: Path, modified: int) -> str:
 def file_of(path: Path) -> Path:
     """The LoRA file at ``path``, which may be its folder; WeightsError if that has none, or several."""
     if not path.is_dir():
+        if path.suffix not in WEIGHT_ENDINGS and not path.parent.is_dir() and parse_location(str(path)):
+            hint = f"of a repository give one file: {path}:NAME.safetensors"
+            raise WeightsError(f"{path}: no such file or folder; {hint}")
         return path
-    named = [path / name for name in FOLDER_FILES if (path / name).is_file()]
-    found = named or sorted(path.glob("*.safetensors")) or sorted(path.glob(f"{PEFT_STEM}.bin"))
+    named = [[path / f"{stem}{ending}" for stem in FOLDER_STEMS] for ending in (".safetensors", ".bin")]
+    safe, pickled = ([file for file in files if file.is_file()] for files in named)
+    others = sorted(file for file in path.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    found = safe or sorted(path.glob("*.safetensors")) or pickled or others
     if len(found) != 1:
-        holds = ", ".join(p.name for p in found) or "none"
-        raise WeightsError(f"{path}: a folder with {len(found)} LoRA files ({holds}); give the file itself")
+        several = f"a folder with {len(found)} LoRA files ({', '.join(file.name for file in found)})"
+        raise WeightsError(f"{path}: {several if found else 'a folder without a LoRA file'}; give the file itself")
     return found[0]
 
 
@@ -179,6 +192,8 @@ def _open(
         keys = changes.setdefault(name, Change(file, strength, shapes[name], in_patches)).keys
         if keys.setdefault(role, key) != key:
             raise WeightsError(f"{file.path}: two keys for the {role} of {name}: {keys[role]} and {key}")
+    if unknown and not are_of_adapter(file.tensors):
+        _check_is_adapter(file)
     if made_for := _other_base(file, unknown, shapes):
         raise UnsupportedModel(f"{file.path}: this LoRA was made for {made_for}")
     if unknown:
@@ -204,6 +219,21 @@ def _report_unused(path: Path, count: int, first: str) -> None:
     log.warning("%s: %d keys for a text encoder are not used, such as %s", path, count, first)
 
 
+def _check_is_adapter(file: WeightsFile) -> None:
+    """Raise WeightsError, which says how to give it, if a file holds known networks, or another addition to a model."""
+    if other := of_keys(file.tensors):
+        raise other.refusal(file.path)
+    try:
+        kinds = networks_of(file)
+    except WeightsError:
+        return
+    if len(kinds) > 1:
+        names = ", ".join(kind.replace("_", " ") for kind in kinds)
+        raise WeightsError(f"{file.path}: no LoRA, but a model in one file ({names}): give it as --model")
+    name, use = NOT_LORA[kinds[0]]
+    raise WeightsError(f"{file.path}: no LoRA, but {name}: {use}")
+
+
 def _other_base(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]) -> str:
     """The model that a LoRA was made for, if that is another one by its ``unknown`` keys, or by its width; else ""."""
     joined = (JOINED.match(key) for key in unknown)
@@ -219,9 +249,7 @@ def _other_base(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]
 
 
 def _unknown(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]) -> str:
-    if other := of_keys(file.tensors):
-        hint = f"; this is {other.name}, which is not supported"
-    elif any(key.endswith("self_attn.q.weight") or key.endswith("attn1.to_q.weight") for key in unknown):
+    if any(key.endswith("self_attn.q.weight") or key.endswith("attn1.to_q.weight") for key in unknown):
         hint = "; whole weights: give a transformer as --model or --transformer"
     elif any("_img" in key or "img_emb" in key for key in unknown) and not any("_img" in name for name in shapes):
         hint = "; it was made for an image-to-video model, and this is none"
