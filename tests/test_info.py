@@ -103,8 +103,8 @@ def test_dora_and_whole_weights_need_the_model(tmp_path):
     }
     mx.save_safetensors(str(tmp_path / "d.safetensors"), tensors)
     found = rows(inspect_lora(tmp_path / "d.safetensors"))
-    assert "without 1 tensors, whose change only --model tells" in found["change"]
-    assert found["kind"] == "LoRA of 3 tensors, DoRA, LoRA of 1 tensors, difference of 1 tensors"
+    assert "without 1 tensor, whose change only --model tells" in found["change"]
+    assert found["kind"] == "LoRA of 3 tensors, DoRA, LoRA of 1 tensor, difference of 1 tensor"
 
 
 def test_a_lora_in_a_model_s_place_is_told_apart(tmp_path, capsys):

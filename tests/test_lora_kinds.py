@@ -243,7 +243,16 @@ def test_an_alpha_may_be_an_integer(base, tmp_path):
         assert relative_error(got["blocks.0.self_attn.q.weight"], want) < BOUND
 
 
+def test_an_alpha_beside_a_difference_means_nothing(base, tmp_path):
+    path, arrays = base["t2v"]
+    tensors = {f"{Q}.diff": B @ A, f"{Q}.alpha": np.float32(2)}
+    got = parameters(load_transformer(path, "float32", loras=save(tmp_path / "d.safetensors", tensors)))
+    assert relative_error(got[f"{Q}.weight"], arrays[f"{Q}.weight"] + B @ A) < BOUND
+
+
 Q = "blocks.0.self_attn.q"
+CONVOLVED = {"patch_embedding.lora_down.weight": np.ones((2, 16, 1, 2, 2)),
+             "patch_embedding.lora_up.weight": np.ones((128, 2, 1, 1, 1))}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -256,6 +265,11 @@ Q = "blocks.0.self_attn.q"
         ({f"{Q}.lora_magnitude_vector": np.ones(128)}, "has only .*lora_magnitude_vector"),
         ({**GOOD, f"{Q}.dora_scale": np.ones((64, 1))}, r"dora_scale \(64, 1\) are not the norms of"),
         ({**GOOD, f"{Q}.lora_magnitude_vector": np.ones(192)}, "are not the norms of"),
+        ({**CONVOLVED, "patch_embedding.dora_scale": np.ones((1, 16, 1, 1, 1))},
+         r"DoRA over the channels that a convolution reads, by its key patch_embedding.dora_scale .*not supported"),
+        ({f"{Q}.lora_A.weight": np.where(A > 0, np.nan, A), f"{Q}.lora_B.weight": B}, "lora_A.weight holds NaN or inf"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": np.inf * B}, "lora_B.weight holds NaN or infinite values, as"),
+        ({f"{Q}.diff": np.full((128, 128), np.nan)}, "diff holds NaN or infinite values"),
         ({f"{Q}.set_weight": np.ones((128, 128))}, "set_weight.*--transformer"),
         ({**GOOD, f"{Q}.reshape_weight": np.ones(2)}, "reshape_weight"),
         ({f"{Q}.weight": np.ones((128, 128))}, "whole weights: give a transformer as --model or --transformer"),

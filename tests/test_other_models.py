@@ -216,14 +216,27 @@ class TestNames:
             ("wan2.2_s2v_14B_bf16", "Wan2.2 S2V"), ("Wan2.2-Animate-14B", "Wan2.2 Animate-14B"),
             ("wan2.2_fun_control_high_noise_14B", "a Fun-Control"), ("Phantom-Wan-14B_fp16", "Phantom"),
             ("alibaba-pai/Wan2.1-Fun-14B-InP", "Fun-InP"), ("wan2.2_vae.safetensors", "Wan2.2's VAE"),
+            ("wan2.1_fun_inp_1.3B_bf16", "Fun-InP"), ("Wan2_1-I2V-ATI-14B_fp8", "ATI"),
+            ("Wan2.1-Fun-V1.1-14B-Control-Camera", "a camera model"), ("wan2.1_fun_camera_v1.1_1.3B", "a camera model"),
+            ("Wan2_1-Wan-Move-480p", "Wan-Move"), ("Wan2_1-Phantom-1_3B", "Phantom"), ("Wan-Animate-2", "Wan2.2 Ani"),
+            ("Wan2_1_mocha-14B-preview_fp8", "MoCha"),
         ],
     )  # fmt: skip
     def test_of_published_files(self, name, model):
         assert of_name(name).name.startswith(model)
 
-    @pytest.mark.parametrize("name", ["wan2.1_t2v_14B_lightx2v_4step", "Wan21_CausVid_14B", "nano", "umt5_xxl_fp16"])
+    @pytest.mark.parametrize(
+        "name",
+        ["wan2.1_t2v_14B_lightx2v_4step", "Wan21_CausVid_14B", "nano", "umt5_xxl_fp16", "animate_24fps",
+         "my_fun_style_inpaint", "fun_inpaint", "wan_movement", "phantom_menace", "latte_mocha", "my_ati_style"],
+    )  # fmt: skip
     def test_of_others(self, name):
         assert of_name(name) is None
+
+    def test_a_known_header_leaves_only_models_of_the_same_shapes(self):
+        assert of_name("Wan2.2-Animate-14B") and of_name("Wan2.2-TI2V-5B") and of_name("wan2.1_fun_control")
+        assert not any(of_name(name, known=True) for name in ("Wan2.2-Animate-14B", "Wan2.2-TI2V-5B", "fun_control"))
+        assert of_name("Phantom-Wan-14B", known=True).name == "Phantom"
 
 
 def lora(path, width: int, module: str, count: int = 2):

@@ -305,6 +305,7 @@ def folder_of(tmp_path, config, tensors=None):
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantised by 'bitsandbytes'"),
         ({"quant_method": "quanto", "weights_dtype": "int4"}, "quantised by 'quanto int4'"),
+        ({"quant_method": "quanto", "weights": "int2", "activations": None}, "quantised by 'quanto int2'"),
         ({"quant_method": "modelopt"}, "expected quanto or torchao, int8 or float8"),
         ({"load_in_4bit": True}, "quantised by 'None'"),
     ],
@@ -314,7 +315,7 @@ def test_a_folder_quantised_by_another_tool(tmp_path, entry, word):
     assert word in refusal(folder / "config.json", lambda _: find_part(folder, "transformer"))
 
 
-@pytest.mark.parametrize("entry", [{"quant_method": "torchao"}, None])
+@pytest.mark.parametrize("entry", [{"quant_method": "torchao"}, {"quant_method": "quanto", "weights": "int8"}, None])
 def test_a_folder_whose_weights_are_refused_says_why(tmp_path, entry):
     """Its config.json is fine, its file is not."""
     tensors = {"a.weight": ("U8", CODES), "a.weight.absmax": SCALAR}

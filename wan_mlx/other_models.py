@@ -37,6 +37,8 @@ SOURCES = {
     "thedenk": "TheDenk/wan2.2-controlnet, the class WanControlnet",
 }
 # Prefixes of keys, by tool.
+# In names: "fun", and what stands between it and the model's kind.
+_FUN = r"(?<![a-z])fun[-_](?:v?[\d.]+b?[-_]|a14b[-_]|vace[-_])*"
 _PREFIX = re.compile(r"(?:(?:model\.)?diffusion_model|model|transformer|net|vae|first_stage_model)\.")
 
 
@@ -101,9 +103,16 @@ def of_lora(keys: Collection[str]) -> OtherModel | None:
     return _first(lambda other: other.lora and re.search(other.lora, text))
 
 
-def of_name(name: str | Path) -> OtherModel | None:
-    """The model that the name of a repository or file speaks of."""
-    return _first(lambda other: other.names and re.search(other.names, str(name), re.IGNORECASE))
+def of_name(name: str | Path, known: bool = False) -> OtherModel | None:
+    """The model that the name of a repository or file speaks of.
+
+    ``known``: its keys and shapes are those of a supported model, so that only one with the same can be meant.
+    """
+    def fits(other: OtherModel) -> bool:
+        told = known and (other.keys or other.sizes)
+        return bool(other.names) and not told and bool(re.search(other.names, str(name), re.IGNORECASE))
+
+    return _first(fits)
 
 
 def _first(fits: Callable[[OtherModel], Any]) -> OtherModel | None:
@@ -131,7 +140,7 @@ OTHER_MODELS = (
         "Wan2.2 Animate-2", "transformer", "diffusers",
         keys=("blocks.0.self_attn.to_q.weight text_embedding.0.weight",),
         entries={"_class_name": r"WanAnimate2\w*"},
-        names=r"animate[-_]2",
+        names=r"animate[-_]2(?!\d)",
     ),
     OtherModel(
         "Ovi, a model of video and sound made from Wan2.2 TI2V-5B", "transformer", "kijai, wan2gp",
@@ -143,7 +152,7 @@ OTHER_MODELS = (
         "a camera model of Fun (Control-Camera)", "transformer", "comfy, diffsynth",
         keys=("control_adapter.conv.weight",),
         lora="control_adapter_",
-        names=r"fun[-_.\w]*camera",
+        names=_FUN + r"(?:control[-_])?camera",
     ),
     OtherModel(
         "Wan-Dancer", "transformer", "comfy",
@@ -153,7 +162,7 @@ OTHER_MODELS = (
         "a Fun-Control model", "transformer", "comfy, diffsynth",
         keys=("ref_conv.weight head.modulation",),
         lora="ref_conv",
-        names=r"fun[-_.\w]*control",
+        names=_FUN + "control",
     ),
     OtherModel(
         "Wan2.2 TI2V-5B", "transformer", "official, comfy",
@@ -373,13 +382,13 @@ OTHER_MODELS = (
     *(
         OtherModel(name, "transformer", source, names=pattern)
         for name, source, pattern in (
-            ("Phantom", "wan2gp", "phantom"),
-            ("MoCha", "wan2gp", r"mocha(?!t)"),
-            ("Wan-Move", "wan2gp", r"wan[-_]?move"),
-            ("ATI", "kijai", r"[-_]ati[-_]"),
+            ("Phantom", "wan2gp", r"phantom[-_]wan|wan[-_.\w]*[-_]phantom"),
+            ("MoCha", "wan2gp", r"wan[-_.\w]*[-_]mocha(?![a-z])"),
+            ("Wan-Move", "wan2gp", r"wan[-_]?move(?![a-z])"),
+            ("ATI", "kijai", r"wan[-_.\w]*[-_]ati[-_]"),
             ("Krea Realtime", "diffsynth", r"krea[-_]realtime"),
             ("Bernini", "wan2gp", "bernini"),
-            ("Fun-InP", "diffsynth", r"fun[-_.\w]*inp"),
+            ("Fun-InP", "diffsynth", _FUN + "inp(?![a-z])"),
         )
     ),
 )  # fmt: skip

@@ -194,9 +194,9 @@ def comfyui_text_encoder() -> Shapes:
     return hf_text_encoder() | {"spiece_model": (4548313,)}
 
 
-def saved_text_encoder() -> Shapes:
-    """As in a checkpoint of a whole model."""
-    saved = prefixed("umt5xxl.", prefixed("transformer.", hf_text_encoder()) | {"logit_scale": ()})
+def saved_text_encoder(name: str = "umt5xxl.") -> Shapes:
+    """As in a checkpoint of a whole model; some are named as T5 is."""
+    saved = prefixed(name, prefixed("transformer.", hf_text_encoder()) | {"logit_scale": ()})
     return prefixed("text_encoders.", saved | {"spiece_model": (4548313,)})
 
 
@@ -254,6 +254,9 @@ CASES = {
     "hf umT5 without shared": Case("huggingface text_encoder", untied_text_encoder, official_text_encoder),
     "comfyui umT5": Case("huggingface text_encoder", comfyui_text_encoder, official_text_encoder, 2),
     "umT5 saved by comfyui": Case("huggingface text_encoder", saved_text_encoder, official_text_encoder, 3),
+    "umT5 saved under T5's name": Case(
+        "huggingface text_encoder", lambda: saved_text_encoder("t5xxl."), official_text_encoder, 3
+    ),
     "gguf umT5": Case("gguf text_encoder", gguf_text_encoder, official_text_encoder),
     "official vae": Case("official vae", official_vae, official_vae),
     "official vae in a wrapper": Case("official vae", lambda: prefixed("model.", official_vae()), official_vae),

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     for line in recipe_notes(distilled, request.recipe):
         say.note(f"          {line}")
     for file in experts:
-        if other := of_name(file.name):
+        if other := of_name(file.name, known=True):
             say.note(f"          by its name {file.name} is {other.name}; it runs as {pipe.preset.name} does")
     asked = args.size or pipe.preset.size
     if asked != (request.width, request.height):

@@ -457,7 +457,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _check_quantization(path: Path, entry: Any) -> None:
     """Diffusers' and transformers' entry must name a method whose files can be read; `files.scaled` reads them."""
-    method, dtype = (entry.get(key) for key in ("quant_method", "weights_dtype")) if isinstance(entry, dict) else (0, 0)
+    entry = entry if isinstance(entry, dict) else {"quant_method": 0}
+    method, dtype = entry.get("quant_method"), entry.get("weights_dtype", entry.get("weights"))
     if method not in (0, "quanto", "torchao", "gguf") or (method == "quanto" and dtype not in ("int8", "float8")):
         what = str(method) if method != "quanto" else f"quanto {dtype}"
         raise WeightsError(

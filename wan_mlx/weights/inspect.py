@@ -71,7 +71,7 @@ def inspect_source(
         networks += [("", text) for text in (*_contents(weights), *faults)]
     rows += networks
     for name in dict.fromkeys(path.name for path in (found.path, *found.files.values())):
-        if sound and (other := of_name(name)):
+        if sound and (other := of_name(name, known=True)):
             rows.append(("note", f"by its name {name} is {other.name}, which has the shapes of a model of Wan2.1"))
     rows += [("not used", other) for other in found.others]
     damaged = faults_of(dict.fromkeys(found.files.values()), listener)

@@ -291,7 +291,7 @@ LAYOUTS = (
             "encoder.block.0.layer.0.SelfAttention.q.weight",
             "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
         ),
-        prefix=r"(?:text_encoders\.)?(?:umt5xxl\.)?(?:transformer\.)?",
+        prefix=r"(?:text_encoders\.)?(?:(?:um)?t5xxl\.)?(?:transformer\.)?",
         names={
             **_TOKENIZER,
             "logit_scale": UNUSED,  # CLIP's, which ComfyUI saves with every text encoder

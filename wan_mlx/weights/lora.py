@@ -31,7 +31,7 @@ from .component import FLOATS, networks_of
 from .configs import shapes_of
 from .layouts import LAYOUTS, pattern
 from .lora_changes import LOHA, MAGNITUDES, W1, W2, Change, kind_of
-from .lora_config import PEFT_STEM, AdapterConfig, adapter_config, are_of_adapter, check_keys_of_kinds
+from .lora_config import PEFT_STEM, AdapterConfig, adapter_config, are_of_adapter, check_keys_of_kinds, refused
 
 log = logging.getLogger(__name__)
 
@@ -265,7 +265,9 @@ def _check(name: str, change: Change, has_factors: bool) -> None:
     keys, shape, path = change.keys, change.shape, change.file.path
     stored = {role: change.file.tensors[key].shape for role, key in keys.items()}
     kind = kind_of(keys)
-    if kind is None or (not kind and {"alpha", *MAGNITUDES} & keys.keys()) or ("up_bias" in keys and not has_factors):
+    # ComfyUI, too, takes an alpha beside a difference to mean nothing.
+    needs_factors = {*MAGNITUDES} if "diff" in keys else {"alpha", *MAGNITUDES}
+    if kind is None or (not kind and needs_factors & keys.keys()) or ("up_bias" in keys and not has_factors):
         raise WeightsError(f"{path}: {name} has only {', '.join(keys.values())}")
     if kind:
         fits = len(shape) == 2 and all(
@@ -280,7 +282,10 @@ def _check(name: str, change: Change, has_factors: bool) -> None:
         if found != shape and not (found[:1] == shape[:1] and _are_inputs(found[1:], shape[1:], change.patch)):
             raise WeightsError(f"{path}: {keys[role]} {found} does not fit {name} {shape}")
     for role in {*MAGNITUDES} & keys.keys():
-        of_columns = role == "dora_scale" and stored[role][:1] == (1,) and not change.patch
+        of_columns = role == "dora_scale" and stored[role][:1] == (1,)
+        if of_columns and change.patch:
+            kind = f"DoRA over the channels that a convolution reads, by its key {keys[role]} {stored[role]}"
+            raise refused(path, kind)
         if math.prod(stored[role]) != shape[1 if of_columns else 0]:
             raise WeightsError(f"{path}: {keys[role]} {stored[role]} are not the norms of {name} {shape}")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..errors import WeightsError
 from ..files.base import WeightsFile
 from .component import only_zeros
 
@@ -280,6 +281,11 @@ class Change:
             mx.eval(array)
             if role in NEVER_ZERO and not array.any().item():
                 raise only_zeros(self.file.path, self.keys[role])
+            if not mx.isfinite(array).all().item():
+                raise WeightsError(
+                    f"{self.file.path}: {self.keys[role]} holds NaN or infinite values, as where training failed; take "
+                    "an earlier save of it"
+                )
         return array
 
 

@@ -95,7 +95,7 @@ def _fitting(path: Path) -> tuple[list[str], list[str]]:
 def _contents(file: WeightsFile, loras: Loras) -> Iterator[tuple[str, str]]:
     changes = [change for changes in loras.values() for change in changes]
     kinds = Counter(name for change in changes for name in _kinds(change))
-    yield "kind", ", ".join(f"{name} of {count} tensors" for name, count in kinds.most_common())
+    yield "kind", ", ".join(f"{name} of {_tensors(count)}" for name, count in kinds.most_common())
     if ranks := Counter(change.rank for change in changes if change.rank):
         yield "rank", _numbers(ranks)
     if alphas := Counter(round(c.scale * c.rank, 4) for c in changes if c.rank and "alpha" in c.keys):
@@ -122,6 +122,10 @@ def _kinds(change: Change) -> Iterator[str]:
         yield "difference"
     if "whole" in change.keys:
         yield "whole weights"
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' * (count != 1)}"
 
 
 def _numbers(counts: Counter) -> str:
@@ -171,7 +175,7 @@ def _change(loras: Loras, base: ComponentWeights | None, listener: Listener) -> 
             squares[place] += _square_of_terms([term for change in changes for term in change.terms()])
     total = sum(squares.values()) ** 0.5
     if base is None:
-        rest = f", without {unknown} tensors, whose change only --model tells" if unknown else ""
+        rest = f", without {_tensors(unknown)}, whose change only --model tells" if unknown else ""
         yield "change", f"norm {total:.4g}{rest}"
     else:
         yield "change", f"{total / sum(of_base.values()) ** 0.5:.2%} of the norm of what it changes"
