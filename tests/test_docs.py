@@ -23,6 +23,7 @@ from docs import make_formats
 from wan_mlx import presets as configs
 from wan_mlx.cli import doctor, measure, selftest
 from wan_mlx.cli import main as generate
+from wan_mlx.cli.commands import COMMANDS as COMMANDS_OF_OURS
 from wan_mlx.cli.flags import build_parser
 from wan_mlx.models.configs import ImageEncoderConfig, TransformerConfig
 from wan_mlx.models.networks import new_transformer
@@ -52,7 +53,7 @@ NAMES = {
 }  # fmt: skip
 STAND_INS = sorted(set(NAMES.values()))
 SMALL = "--size 16x16 --frames 5 --dtype float32 --overwrite --quiet"
-FOLDERS = ("--model", "--ckpt_dir", "--text-encoder", "--vae")
+FOLDERS = ("-m", "--model", "--ckpt_dir", "--text-encoder", "--vae")
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,8 @@ def run(words: tuple[str, ...], home: Path, monkeypatch, dry: bool) -> int | Non
     assert program in ("wan-mlx", "wan_mlx.generate"), program
     if rest[0] in ("convert", "inspect", "info"):
         return None if dry else main(with_folders(rest, home))
-    if rest[0] in generate.COMMANDS or rest[0] in ("--help", "--version") or "--plan" in rest:
+    only_shows = {"plan", "--plan", "-h", "--help", "--help-all", "--version", "help"} & {*rest}
+    if getattr(COMMANDS_OF_OURS.get(rest[0]), "module", "") or only_shows or rest == ["resume"]:
         return None if dry else main(rest)
     rest = substituted(rest, home, keep_nano=dry)
     shutil.copy(home / "models/cat.mp4", home)
@@ -238,7 +240,7 @@ def with_folders(rest: list[str], home: Path) -> list[str]:
 
 def smaller(rest: list[str]) -> list[str]:
     """What more is changed to make it quick: as few steps as there may be, and what needs true sizes."""
-    if "--prompts" in rest or "--resume" in rest:
+    if "--prompts" in rest or "--resume" in rest or rest[0] == "resume":
         return ["--dry-run"]
     flags = ["--frames", "1"] if "--num-images" in rest else []
     if "--slg" in rest:  # there is one block
@@ -311,7 +313,7 @@ def test_every_flag_is_documented():
     """And none that there is not."""
     text = (ROOT / "docs/flags.md").read_text(encoding="utf-8")
     own = text[: text.index("`weights_convert.py` takes")]
-    flags = {flag for action in build_parser()._actions for flag in action.option_strings if flag != "-h"}
+    flags = {flag for action in build_parser()._actions for flag in action.option_strings if flag.startswith("--")}
     told = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", own))
     assert flags - told == set() and told - flags == set()
 

@@ -14,7 +14,7 @@ from wan_mlx.media.checks import FrameStatistics, check_disk, latents_complaint
 from wan_mlx.media.write import read_settings
 from wan_mlx.models.vae_execution import VAEExecution
 
-COMMAND = "python -m wan_mlx.generate --resume"
+COMMAND = "wan-mlx resume"
 
 
 def complaint(*chunks: np.ndarray) -> str | None:

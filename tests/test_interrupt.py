@@ -23,7 +23,7 @@ def check_resumable(tmp_path, whole, code, errors, kept_steps):
     output = tmp_path / "a.mp4"
     last = errors.strip().splitlines()[-1]
     assert last.startswith("error: interrupted; ") and "Traceback" not in errors, errors
-    assert f"{kept_steps} steps are kept; go on with: python -m wan_mlx.generate --resume {output}" in last
+    assert f"{kept_steps} steps are kept; go on with: wan-mlx resume {output}" in last
     assert os.listdir(tmp_path) == ["a.mp4.wan"]
     assert processes_naming(str(tmp_path)) == []
     assert main(["--resume", str(output), "--quiet"]) == 0
@@ -68,7 +68,7 @@ def test_terminated(tmp_path, flags):
     paused = PausedProcess("step", 0, *flags, "--output", str(tmp_path / "a.mp4"))
     paused.process.terminate()
     code, errors = paused.finish()
-    assert code == 128 + signal.SIGTERM and "--resume" in errors  # the texts are encoded
+    assert code == 128 + signal.SIGTERM and "wan-mlx resume" in errors  # the texts are encoded
     assert not processes_naming(str(tmp_path))
 
 

@@ -202,7 +202,8 @@ def test_imports_inside_functions_have_a_reason():
 
 @pytest.mark.parametrize(
     "command",
-    ["--help", "models", "models --json", "doctor --help", "--no-such-flag"],
+    ["--help", "-h", "help plan", "--help-all", "genrate", "models", "models --json", "doctor --help",
+     "--no-such-flag"],  # fmt: skip
 )
 def test_commands_that_start_without_mlx(command):
     arguments = command.split()

@@ -180,8 +180,8 @@ def test_a_run_stops_below_a_share_of_the_battery(flags, on_mac, monkeypatch, tm
     output = tmp_path / "a.npz"
     assert main([*flags, "--output", str(output), "--stop-below", "20%"]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == (f"error: the battery is at 19 %, below 20 %; 2 steps are kept; go on with: python -m "
-                    f"wan_mlx.generate --resume {output}")  # fmt: skip
+    assert last == (f"error: the battery is at 19 %, below 20 %; 2 steps are kept; go on with: "
+                    f"wan-mlx resume {output}")  # fmt: skip
     monkeypatch.setattr(mac, "battery", lambda: None)
     assert main(["--resume", str(output), "--quiet"]) == 0 and output.exists()
 
@@ -259,7 +259,7 @@ def test_a_run_that_failed_keeps_its_steps_and_says_how_to_go_on(flags, pipe, fa
     failing(INTERACTIVITY, at=4)  # waited for: embeddings, conditioning, the first step, the second
     assert main([*flags, "--output", str(output)]) == 1
     kept, failed = capsys.readouterr().err.splitlines()[-2:]
-    assert kept == f"1 steps are kept; go on with: python -m wan_mlx.generate --resume {output}"
+    assert kept == f"1 steps are kept; go on with: wan-mlx resume {output}"
     assert failed.startswith("error: ") and "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1" in failed
 
 

@@ -126,8 +126,9 @@ class TestOtherCommands:
     def test_one_line(self, capsys, argv):
         refused(capsys, *argv)
 
-    def test_no_model(self, capsys):
-        assert "nano" in refused(capsys, "--prompt", "a cat")
+    @pytest.mark.parametrize("flags", ["--plan", "--task t2v-1.3B", "--vae nano"])
+    def test_no_model(self, capsys, flags):
+        assert "--model is missing" in refused(capsys, "--prompt", "a cat", *flags.split())
 
     @pytest.mark.parametrize("argv", [["--nope"], ["--steps", "x"], ["--config", "none.json"]], ids=" ".join)
     def test_programs_get_an_event(self, capsys, argv):

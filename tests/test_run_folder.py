@@ -309,7 +309,7 @@ class TestResume:
         with monkeypatch.context() as patch:
             cut(patch, after=1)
             assert main([*flags, "--output", str(output)]) == 1
-        assert f"3 steps are kept; go on with: python -m wan_mlx.generate --resume {output}" in capsys.readouterr().err
+        assert f"3 steps are kept; go on with: wan-mlx resume {output}" in capsys.readouterr().err
         assert not output.exists()
         assert main(["--resume", str(output), "--quiet"]) == 0
         assert output.read_bytes() == whole(ending)

@@ -38,8 +38,8 @@ class Option:
     """One option.
 
     Attributes:
-        spelled: the flags, ours before the official ones, and the value's placeholder in ``--help``, if there is one
-            and no ``choices``: "--steps --sample_steps N"; empty for a keyword without a flag of its own.
+        spelled: the flags, a short one first, ours before the official ones, and the value's placeholder in ``--help``,
+            if there is one and no ``choices``: "-s --seed --base_seed N"; empty for a keyword without its own flag.
         help: its effect, for ``--help`` and everywhere else; "{choices}" stands for them.
         group: of the flags.
         more: said in docs/flags.md beside ``help``.
@@ -92,9 +92,14 @@ class Option:
         return tuple(word for word in self.spelled.split() if word.startswith("--"))
 
     @property
+    def short(self) -> tuple[str, ...]:
+        """The flag of one letter, if it has one."""
+        return tuple(word for word in self.spelled.split() if word.startswith("-") and not word.startswith("--"))
+
+    @property
     def metavar(self) -> str | None:
         """The value's placeholder in ``--help``; None for a switch."""
-        value = self.spelled.split()[len(self.flags) :]
+        value = [word for word in self.spelled.split() if not word.startswith("-")]
         return value[0] if value else "{" + ",".join(self.choices) + "}" if self.choices else None
 
     @property
@@ -175,6 +180,11 @@ class Option:
                 nearest = str(self.limits.low)
             near = f"; nearest: {nearest}" if nearest and math.isfinite(value) else ""
             raise ValueError(f"{self.label} is {value}, expected {self.limits}{near}")
+
+    def meaning(self, value: Any) -> Any:
+        """What a keyword's value stands for: text is taken as the flag takes it."""
+        is_text = isinstance(value, str) or (str in self.kinds and isinstance(value, int))
+        return self.parse(str(value)) if self.parse and is_text and not self.sets else value
 
     def suits(self, value: Any) -> bool:
         """Whether a value is None or of the keyword's type."""

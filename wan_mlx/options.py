@@ -24,16 +24,16 @@ from .types import MOST_IMAGES, LoraChoice, Source
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # The groups of flags, in the order of --help and of docs/flags.md.
-WHAT = "what to make"
-EXTEND = "how to have the prompt written out in detail, as the models like it"
-SOURCES = "from which pictures or videos"
-WEIGHTS = "with which model"
-SAMPLE = "how to sample"
-GUIDE = "how to guide, and how to leave out work"
-RUN = "how to run"
-SAY = "what is said"
-WATCH = "how to watch it come"
-OFFICIAL = "accepted for the official command lines; without effect here"
+WHAT = "prompt and output"
+EXTEND = "prompt extension"
+SOURCES = "source pictures and videos"
+WEIGHTS = "model"
+SAMPLE = "sampling"
+GUIDE = "speed and guidance"
+RUN = "runs and memory"
+SAY = "messages"
+WATCH = "preview"
+OFFICIAL = "official flags without effect here"
 GROUPS = (WHAT, EXTEND, SOURCES, WEIGHTS, SAMPLE, GUIDE, RUN, SAY, WATCH, OFFICIAL)
 
 SOLVERS = ("unipc", "dpm++", "euler", "dmd")
@@ -83,15 +83,21 @@ def parse_percent(text: str) -> int:
     return int(number)
 
 
+def parse_mode(text: str) -> str:
+    return f"q{text}" if text.isdecimal() else text
+
+
 PROMPT = Option(
-    "--prompt TEXT", "what the video should show", WHAT, more="In English or Chinese", empty=True, name="prompt",
+    "-p --prompt TEXT", "what the video should show; - reads standard input", WHAT,
+    more='In English or Chinese. `--prompt` itself may be left out: `wan-mlx "a cat"`', empty=True, name="prompt",
     of=REQUEST,
 )  # fmt: skip
 MODEL_NAME = Option(
-    "--model --ckpt_dir MODEL", "nano or nano-i2v (bundled), a preset, a folder, a file, or a hub id", WEIGHTS,
-    more="See [formats](formats.md)", examples=tuple(PRESETS), place="name", name="model", type=str | Path, of=MODEL,
+    "-m --model --ckpt_dir MODEL", "nano (default), a preset, a folder, a file, a hub id", WEIGHTS,
+    more="nano is bundled; with --image the default is nano-i2v. See [formats](formats.md)", examples=tuple(PRESETS),
+    place="name", name="model", type=str | Path, of=MODEL,
 )  # fmt: skip
-LIKEWISE = "file, folder or repository that has it: likewise"
+LIKEWISE = "use this for that part instead of downloading it"
 
 
 class RequestOptions(TypedDict, total=False):
@@ -161,8 +167,8 @@ class RequestOptions(TypedDict, total=False):
         "--solver --sample_solver NAME", "{choices}", SAMPLE, default="unipc", choices=SOLVERS,
     )]
     seed: Annotated[int | None, Option(
-        "--seed --base_seed N", "same seed, same video (default: drawn)", SAMPLE, more="A negative one is drawn, too",
-        limits=Limits(0, 2**64 - 1),
+        "-s --seed --base_seed N", "same seed, same video (default: drawn)", SAMPLE,
+        more="A negative one is drawn, too", limits=Limits(0, 2**64 - 1),
     )]
     cache: Annotated[str | None, Option(
         "--cache NAME", "step cache: {choices}; each takes a threshold after a colon (easycache:0.05)", GUIDE,
@@ -194,8 +200,8 @@ class ModelOptions(TypedDict, total=False):
 
     transformer: Annotated[str | Path | None, Option(
         "--transformer PATH",
-        "file, folder or repository that has it: where --model is one file, or instead of what it has", WEIGHTS,
-        more="It is then not fetched from the model's repository", place="name",
+        "use this for that part instead of downloading it: a file, folder or repository", WEIGHTS,
+        more="It is also how a --model that is one file gets its other parts", place="name",
     )]
     text_encoder: Annotated[str | Path | None, Option("--text-encoder PATH", LIKEWISE, WEIGHTS, place="name")]
     vae: Annotated[str | Path | None, Option("--vae PATH", LIKEWISE, WEIGHTS, place="name")]
@@ -218,22 +224,26 @@ class ModelOptions(TypedDict, total=False):
         more="With float16, for M1 and M2, the text encoder computes in bfloat16", default="bfloat16",
         examples=("bfloat16", "float16", "float32"),
     )]
-    quantize: Annotated[str | None, Option(
-        "--quantize MODE", "keep transformer and text encoder in few bits: q8 q6 auto q5 q4 q3 (q4-g32 for another "
-        "group), mxfp8 mxfp4 nvfp4; none unpacks packed weights. Default: as they are stored, and of GGUF files Q8_0 "
-        "Q5_0 Q5_1 Q4_0 Q4_1 stay packed as they are; nearest packs the other GGUF types too, in the form that comes "
-        "nearest", WEIGHTS,
+    quantize: Annotated[str | int | None, Option(
+        "-q --quantize MODE",
+        "bits a weight: 8 6 5 4 3, auto, none, and others", WEIGHTS,
+        more="Of transformer and text encoder. `8` is `q8`, `q4-g32` has another group; `mxfp8`, `mxfp4`, `nvfp4`; "
+        "`none` unpacks packed weights. Default: as they are stored, and of GGUF files Q8_0 Q5_0 Q5_1 Q4_0 Q4_1 stay "
+        "packed as they are; `nearest` packs the other GGUF types too, in the form that comes nearest",
+        parse=parse_mode,
         examples=("q8", "q6", "auto", "q5", "q4", "q3", "mxfp8", "mxfp4", "nvfp4", "none", "nearest"),
     )]
     loras: Annotated["Iterable[LoraChoice] | LoraChoice | None", Option(
         "--lora FILE[:STRENGTH]",
-        "merge a LoRA into the transformer, as in style.safetensors:0.8 or owner/name:style.safetensors:0.8; may be "
-        "given again", WEIGHTS, repeats=True, place="name",
+        "merge a LoRA: style.safetensors:0.8; may be repeated", WEIGHTS,
+        more="It is merged into the transformer. Also from a hub: owner/name:style.safetensors:0.8", repeats=True,
+        place="name",
     )]
     memory: Annotated[str | None, Option(
         "--memory SIZE",
-        "what MLX may hold, such as 8GB: it decides what stays resident, is streamed from disk or done in tiles "
-        "(default: auto, what this machine has to spare)", RUN, free=True,
+        "what MLX may hold, such as 8GB (default: what is free)", RUN,
+        more="Also `auto`, the default: what this machine has to spare. It decides what stays resident, is streamed "
+        "from disk or done in tiles", free=True,
     )]
     vae_tiling: Annotated[str | tuple[int, int] | None, Option(
         "--vae-tiling WxH",
@@ -263,8 +273,8 @@ class ModelOptions(TypedDict, total=False):
 # Flags that are no keyword.
 COMMAND_OPTIONS = [
     Option(
-        "--prompts FILE", "many requests: a JSON object a line, with any flags as keys", WHAT, more="See below",
-        place="file", alone=True,
+        "--prompts FILE", "many videos: .txt, a prompt a line, or .jsonl", WHAT,
+        more="Of .jsonl a line is an object with any flags as keys. See below", place="file", alone=True,
     ),
     Option(
         "--num-images N", "N stills with the seeds from --seed on", WHAT,
@@ -272,8 +282,8 @@ COMMAND_OPTIONS = [
         limits=Limits(1, MOST_IMAGES), type=int,
     ),
     Option(
-        "--output --save_file FILE", ".mp4 .gif .webp .png .npz (default: named by the prompt)", WHAT,
-        more="The ending picks the format", place="file",
+        "-o --output --save_file FILE", ".mp4 .gif .webp .png .npz (default: from the prompt)", WHAT,
+        more="The ending picks the format. A name that is made of the prompt is always a new one", place="file",
     ),
     Option("--overwrite", "replace the output if it exists", WHAT, alone=True),
     Option(
@@ -303,27 +313,27 @@ COMMAND_OPTIONS = [
         choices=("local_qwen", "dashscope"), hidden=True,
     ),
     Option(
-        "--resume FILE", "go on with the run that was making FILE, where it was cut", RUN,
+        "--resume FILE", "the same as wan-mlx resume FILE: go on with the run that was making it", RUN,
         more="All flags are those it was started with", place="file", alone=True,
     ),
     Option(
-        "--plan", "print each stage's memory and time, and stop; no download", RUN,
+        "--plan", "the same as wan-mlx plan: print each stage's memory and time, and stop", RUN,
         more="Exit code 1 if it does not fit", alone=True,
     ),
     Option("--dry-run", "say what would run or be downloaded, and stop", RUN, alone=True),
     Option(
-        "--config FILE", "take the settings of an earlier video or of a .json file; flags beside it win", RUN,
-        place="file", alone=True,
+        "--config FILE", "the settings of an earlier video, or of a .json file", RUN,
+        more="Flags beside it win", place="file", alone=True,
     ),
-    Option("--quiet", "say nothing but the result and what went wrong", SAY, alone=True),
-    Option("--verbose", "say more: what is read, fetched and chosen", SAY, alone=True),
-    Option("--json", "one JSON event a line on stdout, for programs", SAY, alone=True),
+    Option("--quiet", "print only the output path and errors", SAY, alone=True),
+    Option("--verbose", "print also what is read, fetched and chosen", SAY, alone=True),
+    Option("--json", "print one JSON event a line on stdout, for programs", SAY, alone=True),
     Option("--debug", "show a traceback when something fails", SAY, alone=True),
     Option("--version", "show versions and stop", SAY, alone=True),
     Option(
         "--preview FILE",
-        "what it is becoming, after every step: a small animation FILE.webp, and FILE.png with its frames side by side",
-        WATCH, place="file", free=True,
+        "animation FILE.webp and FILE.png, after every step", WATCH,
+        more="A small video of what it is becoming, and its frames side by side", place="file", free=True,
     ),
     Option(
         "--preview-every N", "only after every N steps", WATCH, default=1, limits=Limits(1), needs=("preview",),
@@ -367,6 +377,11 @@ def named(name: str) -> Option:
     return next(option for option in OPTIONS if option.name == name)
 
 
+def keyed(key: str) -> Option:
+    """The option of that name among parsed flags."""
+    return next(option for option in OPTIONS if option.flags and option.key == key)
+
+
 def of(face: str) -> list[Option]:
     """The options whose keyword is one of `REQUEST`, `MODEL` or `COMMAND`."""
     return [option for option in OPTIONS if option.of == face]
@@ -387,12 +402,13 @@ def filled(face: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         TypeError: there is none of such a name; names the nearest.
+        ValueError: a text that stands for nothing.
     """
     known = {option.name: option.default for option in of(face)}
     for name in given:
         if name not in known:
             raise TypeError(f"a {face} has no option {name!r}; nearest: {closest(name, known)!r}")
-    return known | {name: value for name, value in given.items() if value is not None}
+    return known | {name: named(name).meaning(value) for name, value in given.items() if value is not None}
 
 
 def told(face: str, in_order: Sequence[str] = ()) -> Callable[[Function], Function]:

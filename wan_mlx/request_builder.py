@@ -40,7 +40,7 @@ def build_request(
     values = options.filled(REQUEST, {"prompt": prompt, **given})
     for option in options.of(REQUEST):
         option.check_type(values[option.name])
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: values[name] for name, value in given.items() if value is not None}
     if recipe := given.get("recipe"):
         options.named("recipe").check(recipe)
         bound = {name: given.get(name) for name in ("steps", "guidance_scale", "shift", "solver")}

@@ -73,9 +73,9 @@ def test_wrong_argument_is_usage(capsys, folder, arguments, says):
 
 
 def test_no_model_explains_the_choices(capsys):
-    assert main(["--prompt", "a cat"]) == 2
+    assert main(["--prompt", "a cat", "--task", "t2v-1.3B"]) == 2
     error = one_line(capsys.readouterr().err)
-    assert "nano-i2v" in error and "a hub id" in error and "`wan-mlx models`" in error
+    assert "t2v-1.3B" in error and "a hub id" in error and "`wan-mlx models`" in error
 
 
 def test_no_prompt(capsys, folder):

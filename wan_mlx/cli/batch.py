@@ -1,4 +1,7 @@
-"""``--prompts file.jsonl``: many requests, one a line, with the model kept loaded and all texts encoded together."""
+"""``--prompts FILE``: many requests, one a line, with the model kept loaded and all texts encoded together.
+
+Of a .txt file a line is a prompt.
+"""
 
 from __future__ import annotations
 
@@ -208,7 +211,8 @@ def read_lines(path: Path, argv: list[str], overwrite: bool, say: Terminal) -> l
         if not text.strip():
             continue
         try:
-            args = parser.parse_args([*argv, *json_flags(text)])
+            given = [f"--prompt={text.strip()}"] if path.suffix.lower() == ".txt" else json_flags(text)
+            args = parser.parse_args([*argv, *given])
             for line in _lines(number, args, path, pipes, say):
                 output = line.job.output
                 check_output(output, overwrite=True)
@@ -230,7 +234,7 @@ def read_lines(path: Path, argv: list[str], overwrite: bool, say: Terminal) -> l
                 raise UsageError(f"{path} line {line.number}: {file} is also the output of line {other}")
     if not lines:
         raise UsageError(f"--prompts {path} holds no request; expected one JSON object a line, such as "
-                         '{"prompt": "a cat boxing", "seed": 1}')  # fmt: skip
+                         '{"prompt": "a cat boxing", "seed": 1}, or of a .txt file a prompt')  # fmt: skip
     return lines
 
 

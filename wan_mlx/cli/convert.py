@@ -12,6 +12,7 @@ from ..errors import Stopped, UsageError, WanError
 from ..events import Listener, counted, unheard
 from ..hub.names import parse_location
 from ..hub.resolve import Places, preset_of
+from ..options import named
 from ..presets import GIVEN_APART
 from ..progress_bars import ProgressBars
 from ..weights.checkpoint import check_here, open_checkpoint
@@ -29,11 +30,8 @@ With --inspect, describe SOURCE instead.
 OF_WRITING = ("overwrite", "dtype", "vae_dtype", "quantize", "model")  # options without a meaning for --inspect
 
 
-def main(argv: list[str]) -> int:
-    """Run the command line and return its exit code."""
-    parser = Parser(
-        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    parser = Parser(prog="wan-mlx convert", description=DESCRIPTION)
     parser.register("type", None, _filled)  # of every argument without a type
     parser.add_argument("source", help="what --model takes: a folder or file, a preset such as t2v-1.3B, a hub id")
     parser.add_argument("out", nargs="?", help="folder to write; must not exist")
@@ -57,6 +55,12 @@ def main(argv: list[str]) -> int:
         )
     parser.add_argument("--source", dest="hub", default="huggingface", help="hub: huggingface (default) or modelscope")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line and return its exit code."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     parts = {part: getattr(args, part) for part in GIVEN_APART if getattr(args, part) is not None}
     listener: Listener = unheard if args.quiet else ProgressBars()
@@ -100,7 +104,7 @@ def convert_source(args: argparse.Namespace, parts: dict[str, str], listener: Li
         args.vae_dtype,
         args.model or checkpoint.model or getattr(preset_of(args.source), "name", None),
         counted(listener, "converting"),
-        args.quantize,
+        named("quantize").meaning(args.quantize),
         args.overwrite,
         name=str(location) if location else None,
     )

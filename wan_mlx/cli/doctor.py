@@ -1,4 +1,4 @@
-"""``python -m wan_mlx.doctor``: whether this machine computes correctly, how fast, what it makes, how to mend it.
+"""``wan-mlx doctor``: whether this machine computes correctly, how fast, what it makes, how to mend it.
 
 The first thing to run, and the output to paste into a bug report: paths in the home folder are shown as ``~``. With
 ``--share`` it ends with a block without names and paths, for a report or for docs/times.md.
@@ -28,13 +28,17 @@ BEGIN, END = "--- wan_mlx doctor ---", "--- end ---"
 RUN = "run: MODEL, WIDTHxHEIGHT, FRAMES, STEPS, OPTIONS, SECONDS, PEAK GiB"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Look at the machine, print the findings; 0 if nothing failed, 1 otherwise."""
-    parser = Parser(prog="python -m wan_mlx.doctor", description=DESCRIPTION)
+def build_parser() -> Parser:
+    parser = Parser(prog="wan-mlx doctor", description=DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--share", action="store_true", help="end with a block to paste, without names and paths")
     parser.add_argument("--store-reference", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Look at the machine, print the findings; 0 if nothing failed, 1 otherwise."""
+    args = build_parser().parse_args(argv)
     check_backend()
     from . import macos, measure, selftest
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,21 +17,25 @@ from ..option import Option
 from ..presets import PRESETS
 from ..storage import parse_json
 
-DESCRIPTION = "Make a video with a Wan2.1 model, on Apple silicon or any other MLX backend."
-
-EXAMPLES = """\
-examples:
-  python -m wan_mlx.generate --model nano --prompt "a red circle moves right on a blue background" --output demo.mp4
-  python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompt "a cat boxing" --output cat.mp4
-  python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompt "a cat boxing" --frames 1 --output cat.png
-  python -m wan_mlx.generate --resume cat.mp4
-  python -m wan_mlx.generate --config cat.mp4 --seed 7 --output cat7.mp4
-  python -m wan_mlx.generate --model ./Wan2.1-T2V-1.3B --prompts cats.jsonl
-  python -m wan_mlx.generate --task t2v-1.3B --size 832*480 --ckpt_dir ./Wan2.1-T2V-1.3B --prompt "a cat boxing"
-"""
-
-USAGE = "%(prog)s --model MODEL --prompt TEXT [--output FILE] [flags]"
+USAGE = '''wan-mlx "what the video should show" [flags]
+       wan-mlx COMMAND [flags]'''
+ABOUT = "Makes videos with the open Wan models, on Apple silicon or any other MLX backend."
 ABOUT_GROUP = {options.SAMPLE: "Defaults are the model's own: see the table below."}
+WIDEST = 100  # columns of a page of help
+
+
+class Page(argparse.RawDescriptionHelpFormatter):
+    """A page of help, as wide as the terminal within reason."""
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, max_help_position=30, width=min(shutil.get_terminal_size().columns, WIDEST))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """``-s, --seed N``: the value once, behind the flags."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +43,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UsageError(message)
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"formatter_class": Page, "allow_abbrev": False, **options})
 
     def parse_args(  # type: ignore[override]  # argparse has overloads for other namespaces
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -48,25 +56,29 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown argument {' '.join(unknown)}; nearest: {near}")
         for action in self._actions:
             if getattr(parsed, action.dest, None) in ([], [[]]):  # argparse drops a value that is two dashes
-                self.error(f"argument {action.option_strings[0]}: expected a value, not '--'")
+                flag = next(flag for flag in action.option_strings if flag.startswith("--"))
+                self.error(f"argument {flag}: expected a value, not '--'")
         return parsed
 
 
 def build_parser() -> Parser:
-    """The whole command line."""
+    """The flags of a run, as `generate`, `plan` and `resume` take them."""
     parser = Parser(
-        prog="python -m wan_mlx.generate",
+        prog="wan-mlx",
         usage=USAGE,
-        description=DESCRIPTION,
-        epilog=f"{defaults_table()}\n{EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=ABOUT,
+        epilog=defaults_table(),
+        formatter_class=Page,
         allow_abbrev=False,
+        add_help=False,
     )
     unused = " ".join(option.flags[0] for option in options.flags() if option.no_effect)
     about = {**ABOUT_GROUP, options.OFFICIAL: unused}
     groups = {title: parser.add_argument_group(title, about.get(title)) for title in options.GROUPS}
     for option in options.flags():
-        groups[option.group].add_argument(*option.flags, **arguments_of(option))
+        groups[option.group].add_argument(*option.short, *option.flags, **arguments_of(option))
+    groups[options.SAY].add_argument("-h", "--help", action="store_true", help="show the commands and the usual flags")
+    groups[options.SAY].add_argument("--help-all", action="help", help="show every flag")
     return parser
 
 
@@ -143,7 +155,7 @@ def json_flags(text: str) -> list[str]:
     try:
         line = parse_json(text)
     except ValueError as error:
-        raise UsageError(f"is no JSON: {error}") from error
+        raise UsageError(f"is no JSON: {error}; of a .txt file each line is a prompt") from error
     if not isinstance(line, dict):
         raise UsageError(f"is a JSON {type(line).__name__}, expected an object such as " '{"prompt": "a cat"}')
     return arguments(line)

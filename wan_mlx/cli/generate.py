@@ -40,9 +40,12 @@ from .terminal import FAILURE, Terminal, write
 
 def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     """Carry out the flags; returns the exit code."""
+    is_chosen = args.model is not None
     check_flags(args)
     if args.plan:
         return show_plan(args, say)
+    if not is_chosen:
+        say.note(f"model     {args.model}, which comes with the package: a first look; larger ones: wan-mlx models")
     if args.output:
         # Before a download or an hour of work; of a series the names are not known yet.
         check_output(args.output, args.overwrite or args.num_images is not None)
@@ -52,7 +55,7 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     extension = extension_of(args)
     pipe = open_model(model, say)
     request = request_from(pipe, args)
-    output = Path(args.output or default_output(pipe.preset.name, request))
+    output = Path(args.output) if args.output else default_output(request)
     jobs, made = jobs_from(pipe, args, request, output), []
     if args.num_images is not None and not args.overwrite:  # a series goes on where it was cut
         made = [job for job in jobs if seed_of_made(pipe, job.request, job.output, extension=extension) is not None]

@@ -20,15 +20,19 @@ from .summary import recipe_notes
 from .terminal import write
 
 
-def main(argv: list[str]) -> int:
-    """Print what is known; 1 if the file cannot be used."""
+def build_parser() -> Parser:
     description = "Describe a LoRA, a video made here, or a model."
-    parser = Parser(prog="wan-mlx info", description=description, allow_abbrev=False)
+    parser = Parser(prog="wan-mlx info", description=description)
     parser.add_argument("file", help="a LoRA or its folder; a video, picture or .npz of ours; or what --model takes")
     parser.add_argument("--model", help="a transformer or whole model: how much of it a LoRA changes")
     parser.add_argument("--source", default="huggingface", help="hub: huggingface (default) or modelscope")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Print what is known; 1 if the file cannot be used."""
+    args = build_parser().parse_args(argv)
     listener: Listener = unheard if args.quiet else ProgressBars()
     path = found_at(args.file, args.source, listener)
     is_adapter = path.exists() and is_lora(path)

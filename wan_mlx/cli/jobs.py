@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from datetime import datetime
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .. import options
 from ..errors import Stopped, UsageError
 from ..media.preview import PreviewFiles
 from ..pipeline import WanPipeline
+from ..presets import GIVEN_APART
 from ..prompts.extend import Extension
 from ..runs.folder import RunFolder
 from ..runs.job import Job
@@ -26,11 +28,14 @@ from .terminal import SUSPECT, Terminal
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse missing flags, incomplete ones, and those without effect."""
+    """Refuse missing flags, incomplete ones, and those without effect; a model that is left out is nano."""
     if args.model is None:
-        raise UsageError(f"--model is missing: {options.MODEL_NAME.help}; `wan-mlx models` lists those released")
+        if args.plan or args.preset or any(getattr(args, part) for part in GIVEN_APART):
+            raise UsageError("--model is missing: a preset, a folder, a file or a hub id, as in --model t2v-1.3B; "
+                             "`wan-mlx models` lists those released")  # fmt: skip
+        args.model = "nano-i2v" if args.image else "nano"
     if args.prompt is None and not args.plan:
-        raise UsageError("--prompt is missing: say what the video should show")
+        raise UsageError('--prompt is missing: say what the video should show, as in wan-mlx "a red circle"')
     check_needs(args)
 
 
@@ -104,10 +109,12 @@ def watch(jobs: Sequence[Job], path: str | None, every: int) -> None:
             job.previews = previews
 
 
-def default_output(model: str, request: Request) -> str:
-    words = re.sub(r"[^\w]+", "_", request.prompt).strip("_")[:50]
+def default_output(request: Request) -> Path:
+    """A name made of the prompt, with a number behind it where that is taken, also by an unfinished run."""
+    words = re.sub(r"[^\w]+", "_", request.prompt).strip("_")[:50] or "video"
     ending = ".png" if request.num_frames == 1 else ".mp4"
-    return f"{model}_{request.width}x{request.height}_{words}_{datetime.now():%Y%m%d_%H%M%S}{ending}"
+    names = (Path(f"{words}{number and f'_{number}' or ''}{ending}") for number in chain([0], count(2)))
+    return next(name for name in names if not (os.path.lexists(name) or os.path.lexists(RunFolder(name).path)))
 
 
 def extend(extension: Extension, jobs: Sequence[Job], say: Terminal) -> None:
@@ -133,7 +140,7 @@ def make(job: Job, say: Terminal, interrupts: Interrupts, folder: RunFolder | No
     except BaseException as error:
         if job.kept is None:
             raise
-        command = f"python -m wan_mlx.generate --resume {shlex.quote(str(job.output))}"
+        command = f"wan-mlx resume {shlex.quote(str(job.output))}"
         how = f"{job.kept} steps are kept; go on with: {command}{f' --dtype {job.pipe.wider_dtype}' * job.not_finite}"
         if isinstance(error, Stopped):
             raise Stopped(error.signum, f"; {how}", error.why) from error

@@ -27,11 +27,15 @@ def row_of(preset: Preset) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str]) -> int:
-    """Print the table, or with ``--json`` one JSON array."""
+def build_parser() -> Parser:
     parser = Parser(prog="wan-mlx models", description="Released models and what is on this machine.")
     parser.add_argument("--json", action="store_true", help="print a JSON array")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Print the table, or with ``--json`` one JSON array."""
+    args = build_parser().parse_args(argv)
     rows = [row_of(preset) for preset in PRESETS.values()]
     if args.json:
         for line in json.dumps(rows, indent=1).splitlines():

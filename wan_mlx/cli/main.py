@@ -1,4 +1,4 @@
-"""``python -m wan_mlx.generate``: from the command line to the command, and from a failure to its exit code."""
+"""``wan-mlx``: from the command line to the command, and from a failure to its exit code."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from .. import check_backend
-from ..errors import Stopped
+from ..errors import Stopped, UsageError
+from .commands import COMMANDS, as_flags, help_page
 from .config_file import config_arguments
 from .flags import build_parser, given_flags
 from .interrupt import Interrupts
-from .terminal import INTERRUPTED, Terminal, explain, say_logs
-
-# The other subcommands: first argument → module whose ``main`` takes the rest.
-COMMANDS = {"models": ".list_models", "doctor": ".doctor", "completion": ".completion",
-            "convert": ".convert", "inspect": ".convert", "info": ".info"}  # fmt: skip
+from .terminal import INTERRUPTED, USAGE, Terminal, explain, say_logs, write
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,22 +32,30 @@ def main(argv: list[str] | None = None) -> int:
     say = Terminal(as_json="--json" in argv)
     say_logs("--verbose" in argv)
     try:
-        if argv and argv[0] in COMMANDS:
-            command, *rest = argv
-            rest = ["--inspect", *rest] if command == "inspect" else rest
-            return importlib.import_module(COMMANDS[command], __package__).main(rest)
-        argv = with_config(argv)
+        is_said = bool(argv) and argv[0] in COMMANDS
+        name, rest = (argv[0], argv[1:]) if is_said else ("generate", argv)
+        if name == "help":
+            return show_help(rest)
+        if module := COMMANDS[name].module:
+            rest = ["--inspect", *rest] if name == "inspect" else rest
+            return importlib.import_module(module, __package__).main(rest)
+        if not argv or {"-h", "--help"} & {*rest}:
+            return show_help([name]) or (0 if argv else USAGE)
+        argv = with_config(with_stdin(as_flags(name, rest, is_said)))
         args = build_parser().parse_args(argv)
         say = Terminal.of(args)
         check_backend()
 
         from .batch import run_batch  # with MLX, which --help does without
         from .generate import resume, run, show_version
+        from .list_runs import list_runs
         from .summary import tell_no_effect
 
         with Interrupts() as interrupts:
             if args.version:
                 return show_version()
+            if name == "resume" and not args.resume:
+                return list_runs(args.json)
             tell_no_effect(args, say)
             if args.prompts:
                 return run_batch(args, argv, say, interrupts)
@@ -63,6 +68,29 @@ def main(argv: list[str] | None = None) -> int:
         if "--debug" in argv:
             raise
         return say.fail(*explain(error))
+
+
+def show_help(words: list[str]) -> int:
+    """``help`` and ``help COMMAND``."""
+    name = words[0] if words else "generate"
+    if len(words) > 1 or name not in COMMANDS:
+        raise UsageError(f"help {' '.join(words)}: expected one of {', '.join(COMMANDS)}")
+    if module := COMMANDS[name].module:
+        page = importlib.import_module(module, __package__).build_parser().format_help()
+    else:
+        page = help_page("generate" if name == "help" else name)
+    for line in page.splitlines():
+        write(line)
+    return 0
+
+
+def with_stdin(argv: list[str]) -> list[str]:
+    """The command line with what comes on standard input for ``--prompt -``."""
+    if given_flags(argv).get("prompt") != "-":
+        return argv
+    if not (text := sys.stdin.read().strip()):
+        raise UsageError("--prompt - reads the prompt from standard input, where nothing came")
+    return [*argv, f"--prompt={text}"]
 
 
 def with_config(argv: list[str]) -> list[str]:

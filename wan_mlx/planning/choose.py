@@ -77,7 +77,7 @@ def plan(
     memory: str | int | None = None,
     *,
     dtype: str = "bfloat16",
-    quantize: str | None = None,
+    quantize: str | int | None = None,
     guidance_scale: float | None = None,
     vae_tiling: str | tuple[int, int] | None = None,
     measure: bool = False,
@@ -98,6 +98,7 @@ def plan(
         ValueError: an argument is wrong, or the model is on a hub and not one of `PRESETS`.
     """
     parse_memory(memory), parse_tiling(vae_tiling)
+    quantize = named("quantize").meaning(quantize)
     preset, checkpoint = find_model(model)
     sizes = lru_cache(partial(sizes_of, checkpoint or preset, dtype))
     geometry = sizes(quantize).geometry

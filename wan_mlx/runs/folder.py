@@ -316,6 +316,11 @@ class RunFolder:
             return self._last_step()[0]
         return max(self._kept(), default=0)
 
+    @property
+    def steps_kept(self) -> int:
+        """As `steps_done`, but without a look into the last."""
+        return max(self._kept(), default=0)
+
     # Frames
 
     def open_frames(self, height: int, width: int) -> FrameStore:

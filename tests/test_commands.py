@@ -1,0 +1,217 @@
+"""The commands of ``wan-mlx``: the first word, the word without a flag, names of outputs, pages of help."""
+
+import io
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import wan_mlx
+from wan_mlx.cli.commands import COMMANDS, as_flags, help_page
+from wan_mlx.cli.flags import build_parser
+from wan_mlx.cli.jobs import default_output
+from wan_mlx.cli.main import main
+from wan_mlx.option import REQUEST
+from wan_mlx.options import flags as all_flags
+from wan_mlx.planning import speed
+from wan_mlx.presets import PRESETS
+from wan_mlx.recipes import RECIPES
+from wan_mlx.request_builder import build_request
+from wan_mlx.runs.folder import RunFolder
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys, *argv: str) -> str:
+    assert main(list(argv)) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out
+    return said.err
+
+
+def dry(capsys, *argv: str) -> str:
+    assert main([*argv, "--dry-run"]) == 0
+    return capsys.readouterr().err
+
+
+class TestTheWordWithoutAFlag:
+    @pytest.mark.parametrize(
+        "name, given, wanted",
+        [
+            ("generate", "a_cat --seed 1", "--prompt=a_cat --seed 1"),
+            ("generate", "--seed 1 a_cat --quiet", "--seed 1 --prompt=a_cat --quiet"),
+            ("generate", "--model nano nano", "--model nano --prompt=nano"),
+            ("generate", "--lora a:0.5 -", "--lora a:0.5 --prompt=-"),
+            ("plan", "t2v-14B --memory 8GB", "--plan --model=t2v-14B --memory 8GB"),
+            ("plan", "--model t2v-14B", "--plan --model t2v-14B"),
+            ("resume", "a.mp4", "--resume=a.mp4"),
+        ],
+    )
+    def test_becomes_one(self, name, given, wanted):
+        assert as_flags(name, given.split(), True) == wanted.split()
+
+    def test_a_prompt_is_made_into_a_video_of_nano_s(self, capsys):
+        said = dry(capsys, "a red circle moves right")
+        assert "prompt    a red circle moves right" in said and "output    a_red_circle_moves_right.mp4" in said
+        assert "model     nano, which comes with the package" in said
+
+    def test_a_picture_is_for_nano_i2v(self, capsys):
+        Image.new("RGB", (64, 64)).save("first.png")
+        assert "nano-i2v" in dry(capsys, "it moves right", "--image", "first.png")
+
+    @pytest.mark.parametrize("word", ["猫", "cat", "-p plan", "generate plan", "plan of a house"])
+    def test_is_a_prompt(self, capsys, word):
+        words = word.split(" ") if word[:2] in ("-p", "ge") else [word]
+        assert f"prompt    {words[-1]}" in dry(capsys, *words)
+
+    @pytest.mark.parametrize(
+        "argv, said",
+        [
+            (["genrate"], "nearest: wan-mlx generate"),
+            (["recipe"], "nearest: wan-mlx recipes"),
+            (["--quiet", "models"], "nearest: wan-mlx models"),
+            (["t2v-14B"], "nearest: wan-mlx plan t2v-14B"),
+            (["Wan-AI/Wan2.1-T2V-1.3B"], "nearest: wan-mlx plan Wan-AI/Wan2.1-T2V-1.3B"),
+            (["cats.jsonl"], "nearest: wan-mlx --prompts cats.jsonl"),
+            (["my.mp4"], "nearest: wan-mlx info my.mp4"),
+            (["./my.safetensors"], "nearest: wan-mlx info ./my.safetensors"),
+            (["first.png"], "nearest: wan-mlx --image first.png"),
+            (["a", "red", "circle"], "in quotes: wan-mlx generate 'a red circle'"),
+            (["a cat", "--prompt", "a dog"], "'a cat' stands without a flag, and --prompt is given"),
+            (["plan", "t2v-14B", "-m", "nano"], "'t2v-14B' stands without a flag, and --model is given"),
+            (["a cat", "--lora", "x.safetensors", "0.8"], "--lora x.safetensors:0.8"),
+            (["generate"], "--prompt is missing"),
+            (["plan"], "--model is missing"),
+            (["help", "genrate"], "expected one of generate, plan"),
+        ],
+    )
+    def test_is_refused_with_what_may_be_meant(self, capsys, argv, said):
+        assert said in refused(capsys, *argv)
+
+    def test_an_unknown_flag_is_told_and_not_its_value(self, capsys):
+        assert "unknown argument --sise 16x16; nearest: --size" in refused(capsys, "--sise", "16x16")
+
+
+class TestPrompts:
+    def test_from_standard_input(self, capsys, monkeypatch):
+        for argv in (["-p", "-"], ["-"]):
+            monkeypatch.setattr(sys, "stdin", io.StringIO("a red\ncircle\n"))
+            assert r"prompt    a red\ncircle" in dry(capsys, *argv)
+        assert "where nothing came" in refused(capsys, "-p", "-")
+
+    def test_a_file_s_dash_is_no_standard_input(self, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("another"))
+        Path("a.json").write_text('{"prompt": "-"}')
+        assert "prompt    -\n" in dry(capsys, "--config", "a.json")
+
+    def test_a_text_file_has_one_a_line(self, capsys):
+        Path("a.txt").write_text('a red circle\n\n  {"prompt": 1}\r\n')
+        said = dry(capsys, "--prompts", "a.txt")
+        assert "line 1: a_0001.mp4: a red circle\n" in said and 'line 3: a_0003.mp4: {"prompt": 1}\n' in said
+
+    def test_a_name_is_made_of_the_prompt_and_never_taken(self):
+        preset = PRESETS["nano"]
+        request = build_request(preset, preset.transformer, preset.geometry, "A cat, boxing!", seed=1)
+        assert default_output(request) == Path("A_cat_boxing.mp4")
+        Path("A_cat_boxing.mp4").symlink_to("nowhere")
+        assert default_output(request) == Path("A_cat_boxing_2.mp4")
+        Path("A_cat_boxing_2.mp4.wan").mkdir()
+        assert default_output(request) == Path("A_cat_boxing_3.mp4")
+        still = build_request(preset, preset.transformer, preset.geometry, "?!", num_frames=1)
+        assert default_output(still) == Path("video.png")
+
+
+class TestResume:
+    def test_without_a_name_is_the_list(self, capsys, flags, monkeypatch):
+        assert main(["resume"]) == 0 and "no run is unfinished in" in capsys.readouterr().out
+
+        def failing(folder, step, notes=None):
+            raise KeyboardInterrupt if step.index == 1 else OSError("full")
+
+        keep = RunFolder.save_step
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "save_step", lambda *a: keep(*a) if a[1].index == 0 else failing(*a))
+            assert main([*flags, "--output", "it's.npz"]) == 130
+        Path("b.mp4.wan").mkdir()
+        Path("c.mp4.wan").mkdir()
+        Path("c.mp4.wan/notes.txt").write_text("mine")
+        before = sorted(Path().rglob("*"))
+        capsys.readouterr()
+        assert main(["resume", "--json"]) == 0
+        other, row = sorted(json.loads(capsys.readouterr().out), key=lambda row: row["output"])
+        assert (row["output"], row["done"], row["steps"], row["prompt"]) == ("it's.npz", 1, 3, "a red circle")
+        assert other["output"] == "c.mp4" and "no run has made it" in other["error"]
+        assert {*Path().rglob("*")} - {*before} <= {Path("b.mp4.wan/lock")}
+        with RunFolder("it's.npz"):
+            assert main(["resume"]) == 0 and "is making it's.npz" in capsys.readouterr().out
+        assert main(["resume"]) == 0
+        command = capsys.readouterr().out.splitlines()[-1]
+        assert command == "  wan-mlx resume 'it'\"'\"'s.npz'"
+        assert main(["resume", "it's.npz", "--quiet"]) == 0 and Path("it's.npz").exists()
+
+
+class TestHelp:
+    @pytest.mark.parametrize("columns", [80, 120])
+    def test_one_screen_names_every_command(self, monkeypatch, columns):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        page = help_page("generate").splitlines()
+        assert len(page) <= 60 and max(map(len, page)) <= 100
+        assert all(any(line.startswith(f"  {name} ") for line in page) for name in COMMANDS)
+
+    def test_its_examples_run(self, capsys, monkeypatch):
+        monkeypatch.setattr(speed, "measure_rates", lambda *_: speed.Rates(1e12, 1e12, 1e12, 1e12))
+        Image.new("RGB", (64, 64)).save("first.png")
+        lines = [line for line in help_page("generate").splitlines() if line.startswith("  wan-mlx")]
+        examples = [line.strip().split("   ")[0] for line in lines]
+        assert len(examples) == 5
+        for example in examples:
+            command = example.replace("t2v-1.3B", "nano").replace("resume cat.mp4", "resume")
+            assert main([*shlex.split(command)[1:], *(["--dry-run"] if "plan" not in command else [])]) == 0, command
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_of_each_command(self, capsys, name):
+        assert main(["help", name]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("usage: wan-mlx") and len(said.splitlines()) <= 60
+
+    def test_nothing_given(self, capsys):
+        assert main([]) == 2 and "usage: wan-mlx" in capsys.readouterr().out
+
+    def test_is_quick(self):
+        command = [sys.executable, "-m", "wan_mlx.generate", "--help"]
+        env = {"PYTHONPATH": str(Path(wan_mlx.__file__).parent.parent)}
+        times = []
+        for _ in range(3):
+            begun = time.perf_counter()
+            subprocess.run(command, env=env, check=True, capture_output=True)
+            times.append(time.perf_counter() - begun)
+        assert min(times) < 1  # 0.15 s; more on a busy machine
+
+    def test_short_flags(self):
+        given = build_parser().parse_args("-m nano -p x -o a.mp4 -s 3 -q 8".split())
+        assert (given.model, given.prompt, given.output, given.seed, given.quantize) == ("nano", "x", "a.mp4", 3, "q8")
+        assert all(len(flag) == 2 for option in all_flags() for flag in option.short)
+
+
+def test_recipes(capsys):
+    assert main(["recipes"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in RECIPES) and "4 to 12" in said
+
+
+def test_python_takes_what_flags_take():
+    assert wan_mlx.WanPipeline.from_pretrained("nano", quantize=8).quantize == "q8"
+    pipe = wan_mlx.WanPipeline.from_pretrained("nano", stop_below="20%")
+    assert pipe.stop_below == 20 and pipe.request("a cat", guidance_range="0-0.6").guidance_range == (0.0, 0.6)
+    assert str(wan_mlx.plan("nano", quantize=8)) == str(wan_mlx.plan("nano", quantize="q8"))
+    with pytest.raises(ValueError, match="'half' is no range"):
+        pipe.request("a cat", guidance_range="half")
+    assert all(option.meaning(None) is None for option in all_flags() if option.of == REQUEST)
