@@ -46,8 +46,8 @@ def report(name: str = "batch.report.jsonl") -> list[dict]:
     [
         ('{"prompt": "a"', ["no JSON"]),
         ("[1]", ["JSON list", "an object"]),
-        ({"promt": "a"}, ["'promt'", "nearest: 'prompt'"]),
-        ({"prompt": "a", "framess": 5}, ["'framess'", "nearest: 'frames'"]),
+        ({"promt": "a"}, ["'promt'", "nearest: prompt"]),
+        ({"prompt": "a", "framess": 5}, ["'framess'", "nearest: frames"]),
         ({"prompt": "a", "quiet": True}, ["unknown key 'quiet'"]),
         ({"prompt": "a", "frames": 6}, ["frames is 6", "nearest: 5"]),
         ({"prompt": "a", "frames": "many"}, ["--frames", "many"]),
@@ -265,7 +265,7 @@ def test_the_same_command_goes_on(command, how):
         paused.go_on()
     code, errors = paused.finish()
     if how == signal.SIGINT:
-        assert code == 130 and errors.strip().splitlines()[-1] == "error: interrupted; go on with the same command"
+        assert code == 130 and errors.strip().splitlines()[-1] == "interrupted; go on with the same command"
         assert [entry["status"] for entry in report()] == ["done", "interrupted"]
     with RunFolder("b.npz") as folder:
         weights = folder.record()["weights"]

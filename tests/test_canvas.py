@@ -11,6 +11,7 @@ import wan_mlx
 from wan_mlx.cli.main import main
 from wan_mlx.media.read import contain, cover
 from wan_mlx.media.write import read_settings
+from wan_mlx.presets import PRESETS
 from wan_mlx.runs.record import seed_of_made
 from wan_mlx.tasks import TASKS, fit_sources, notes
 from wan_mlx.types import Request
@@ -48,7 +49,8 @@ def floats(pixels: np.ndarray) -> np.ndarray:
 def conditioned(task: str, size: tuple[int, int], num_frames: int = 5, **options) -> tuple[Request, Watching]:
     """The fitted request, and what the encoders got."""
     encoders = Watching()
-    request = fit_sources(Request("a", "", *size, num_frames, 2, 1.0, 1.0, "euler", 0, task=task, **options))
+    asked = Request("a", "", *size, num_frames, 2, 1.0, 1.0, "euler", 0, task=task, **options)
+    request = fit_sources(asked, PRESETS["nano"])
     TASKS[task].condition(request, encoders)
     return request, encoders
 

@@ -22,7 +22,7 @@ def check_resumable(tmp_path, whole, code, errors, kept_steps):
     assert code == 130, errors
     output = tmp_path / "a.mp4"
     last = errors.strip().splitlines()[-1]
-    assert last.startswith("error: interrupted; ") and "Traceback" not in errors, errors
+    assert last.startswith("interrupted; ") and "Traceback" not in errors, errors
     assert f"{kept_steps} steps are kept; go on with: wan-mlx resume {output}" in last
     assert os.listdir(tmp_path) == ["a.mp4.wan"]
     assert processes_naming(str(tmp_path)) == []

@@ -180,8 +180,9 @@ def test_a_run_stops_below_a_share_of_the_battery(flags, on_mac, monkeypatch, tm
     output = tmp_path / "a.npz"
     assert main([*flags, "--output", str(output), "--stop-below", "20%"]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == (f"error: the battery is at 19 %, below 20 %; 2 steps are kept; go on with: "
-                    f"wan-mlx resume {output}")  # fmt: skip
+    assert last == (
+        f"the battery is at 19 %, below 20 %; 2 steps are kept; go on with: wan-mlx resume {output}"
+    )
     monkeypatch.setattr(mac, "battery", lambda: None)
     assert main(["--resume", str(output), "--quiet"]) == 0 and output.exists()
 

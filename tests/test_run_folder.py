@@ -328,8 +328,8 @@ class TestResume:
 
         # The same command again, which would throw it away.
         error = error_of(*flags, "--output", str(output), code=2)
-        assert error == (f"error: there is an unfinished run of {output}: go on with --resume {output}, or start anew "
-                         "with --overwrite")  # fmt: skip
+        assert error == (f"error: there is an unfinished run of {output}: go on with `wan-mlx resume {output}`, or "
+                         "start anew with --overwrite")  # fmt: skip
         # Other settings.
         error = error_of("--resume", str(output), "--steps", "4", "--prompt", "a cat", "--size", "16x16", code=2)
         assert "--prompt is a red circle, a cat was given" in error
@@ -353,7 +353,7 @@ class TestResume:
         with np.load(output) as got:
             assert got["frames"].shape == (9, 16, 16, 3)
         assert output.read_bytes() == whole(".npz")
-        assert error_of("--resume", str(output), code=0).endswith("is there, and no run of it is unfinished")
+        assert error_of("--resume", str(output), code=0).endswith("is finished already")
 
     def test_a_record_is_of_request_and_model(self, tmp_path, monkeypatch, capsys, flags):
         """And not of flags, as those of the version before, which are refused."""

@@ -110,7 +110,7 @@ def test_config_of_a_json_file(made, tmp_path):
     [
         ("[1]", "expected an object"),
         ("{", "cannot be read"),
-        ('{"promt": "a cat"}', "nearest: 'prompt'"),
+        ('{"promt": "a cat"}', "nearest: prompt"),
         ('{"prompt": "a cat", "image": {"kind": "array"}}', "in memory"),
         ('{"prompt": "a cat", "loras": [{"file": "style.safetensors", "strength": 0.8}]}', "--lora"),
     ],

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 import signal
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import PurePath
 
 
 class WanError(Exception):
@@ -63,11 +65,16 @@ LESS_MEMORY = "try --memory with less than this machine has, --quantize q8 or q4
 METAL_FAILURES = {
     "Impacting ?Interactivity|Timeout|GPU Hang": "macOS ended the GPU's work because it took too long or kept the "
     "display waiting; set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment, let the display sleep or log in by ssh, "
-    "and run python -m wan_mlx.doctor, whose rates limit pieces of work",
+    "and run `wan-mlx doctor`, whose rates limit pieces of work",
     "Insufficient Memory|OutOfMemory": f"out of memory; close other programs, or {LESS_MEMORY}, or a smaller "
     "--vae-tiling",
-    "": "the GPU's work failed; python -m wan_mlx.doctor looks for the cause",
+    "": "the GPU's work failed; `wan-mlx doctor` looks for the cause",
 }
+
+
+def resume_command(output: object) -> str:
+    """The command that goes on with the run of a file."""
+    return f"wan-mlx resume {shlex.quote(str(output))}"
 
 
 def gpu_failure(error: BaseException) -> GPUError | None:
@@ -77,7 +84,7 @@ def gpu_failure(error: BaseException) -> GPUError | None:
         return None
     reason = said[1].strip(" .")
     to_do = next(words for known, words in METAL_FAILURES.items() if re.search(known, str(error)))
-    return GPUError(f"{reason or 'Metal'}: {to_do}; a run with finished steps goes on with --resume FILE")
+    return GPUError(f"{reason or 'Metal'}: {to_do}; a run with finished steps goes on with `{resume_command('FILE')}`")
 
 
 @contextmanager
@@ -96,6 +103,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     words = ("out of memory", "unable to allocate", "attempting to allocate", "insufficient memory", "outofmemory")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in text for word in words))
+
+
+NEAR = 0.65  # of difflib's ratios, from which on two spellings look alike
 
 
 def printable(text: object) -> str:
@@ -129,6 +139,24 @@ def some(names: Collection[str], most: int = 5) -> str:
     return (", ".join([*names][:most]) or "none") + more
 
 
-def closest(given: object, choices: Iterable[str], count: int = 1) -> str:
-    """The choices whose spelling is closest to what was given."""
-    return ", ".join(difflib.get_close_matches(str(given), list(choices), n=count, cutoff=0.0)) or "none"
+def closest(given: object, choices: Iterable[str], count: int = 1, stems: bool = False) -> str:
+    """The choices that are spelled nearly as what was given, nearest first; "" where none is.
+
+    Neither case, dashes nor underscores count; with ``stems`` no ending of a file's name either.
+    """
+
+    def bare(text: object) -> str:
+        name = PurePath(str(text)).stem if stems else str(text)
+        return re.sub("[-_]", "", name.lower())
+
+    wanted, choices = bare(given), list(choices)
+    near = difflib.get_close_matches(wanted, {bare(choice): None for choice in choices}, n=count, cutoff=NEAR)
+    begun = [bare(choice) for choice in choices if len(wanted) > 2 and bare(choice).startswith(wanted)]
+    found = [choice for name in dict.fromkeys([*near, *begun]) for choice in choices if bare(choice) == name]
+    return ", ".join(found[:count])
+
+
+def nearest(given: object, choices: Iterable[str], count: int = 1, stems: bool = False) -> str:
+    """The end of a message: "; nearest: ", and what is `closest`; "" where nothing is."""
+    near = closest(given, choices, count, stems)
+    return f"; nearest: {near}" if near else ""

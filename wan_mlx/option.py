@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, ForwardRef, get_args, get_origin
 
-from .errors import closest
+from .errors import nearest
 
 REQUEST, MODEL, COMMAND = "request", "model", "command"
 
@@ -165,20 +165,20 @@ class Option:
         except ValueError:
             raise ValueError(f"{text!r} is no {'whole ' if number is int else ''}number") from None
 
-    def check(self, value: Any, nearest: str | None = None) -> None:
+    def check(self, value: Any, least: str | None = None) -> None:
         """Raise ValueError, with the nearest valid value, if ``value`` is not one of the choices or within the limits.
 
-        ``nearest``: to a value below the limits, where they do not tell.
+        ``least``: the nearest to a value below the limits, where they do not tell.
         """
         if self.choices and value is not None and value not in self.choices:
-            expected = f"one of {', '.join(self.choices)}; nearest: {closest(value, self.choices)}"
+            expected = f"one of {', '.join(self.choices)}{nearest(value, self.choices)}"
             raise ValueError(f"unknown {self.label} {value!r}, expected {expected}")
         if self.limits and value is not None and value not in self.limits:
             if value > self.limits.high:
-                nearest = str(self.limits.high)
-            elif nearest is None and value < self.limits.low and not self.limits.above:
-                nearest = str(self.limits.low)
-            near = f"; nearest: {nearest}" if nearest and math.isfinite(value) else ""
+                least = str(self.limits.high)
+            elif least is None and value < self.limits.low and not self.limits.above:
+                least = str(self.limits.low)
+            near = f"; nearest: {least}" if least and math.isfinite(value) else ""
             raise ValueError(f"{self.label} is {value}, expected {self.limits}{near}")
 
     def meaning(self, value: Any) -> Any:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, TypeVar
 
-from .errors import UsageError, closest
+from .errors import UsageError, nearest
 from .option import COMMAND, MODEL, REQUEST, Limits, Option
 from .presets import PRESETS
 from .types import MOST_IMAGES, LoraChoice, Source
@@ -407,7 +407,7 @@ def filled(face: str, given: Mapping[str, Any]) -> dict[str, Any]:
     known = {option.name: option.default for option in of(face)}
     for name in given:
         if name not in known:
-            raise TypeError(f"a {face} has no option {name!r}; nearest: {closest(name, known)!r}")
+            raise TypeError(f"a {face} has no option {name!r}{nearest(name, known)}")
     return known | {name: named(name).meaning(value) for name, value in given.items() if value is not None}
 
 

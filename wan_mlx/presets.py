@@ -5,10 +5,13 @@ Constants follow the official repository's ``wan/configs`` and the defaults of i
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .errors import nearest
 from .geometry import Geometry
 from .models.configs import TextEncoderConfig, TransformerConfig, VAEConfig, geometry_of
 
@@ -161,7 +164,8 @@ def find_preset(name: str) -> Preset:
     official = {"i2v-14B": "i2v-14B-720P", "flf2v-14B": "flf2v-14B-720P", "t2i-14B": "t2v-14B"}
     name = official.get(name, name)
     if name not in PRESETS:
-        raise ValueError(f"unknown model or task {name!r}; known: {', '.join([*PRESETS, *official])}")
+        known = [*PRESETS, *official]
+        raise ValueError(f"unknown model or task {name!r}; known: {', '.join(known)}{nearest(name, known)}")
     return PRESETS[name]
 
 
@@ -174,3 +178,13 @@ def preset_for(config: TransformerConfig) -> Preset:
     """The published model of the same kind whose width is nearest; of several, the first in `PRESETS`."""
     same = [p for p in PRESETS.values() if p.repo and p.transformer.model_type == config.model_type]
     return min(same, key=lambda preset: abs(preset.transformer.dim - config.dim))
+
+
+def model_for(tasks: Collection[str], like: Preset) -> Preset:
+    """The released model for one of ``tasks`` that is most like another: bundled as it is, and of about its size."""
+
+    def difference(preset: Preset) -> tuple[bool, float, bool]:
+        ratio = math.log(preset.parameters / like.parameters)
+        return bool(preset.repo) != bool(like.repo), round(abs(ratio)), preset.size != like.size
+
+    return min((preset for preset in PRESETS.values() if preset.task in tasks), key=difference)

@@ -60,7 +60,7 @@ def build_request(
     check_request(request)
     check_guidance(request, config.num_layers)
     request = replace(request, cache=resolve_cache(request.cache, request.steps_made, preset.name, config))
-    return fit_sources(request)
+    return fit_sources(request, preset)
 
 
 def check_request(request: Request) -> None:
@@ -69,9 +69,9 @@ def check_request(request: Request) -> None:
         raise ValueError("the prompt is empty; say what the video should show")
     request.geometry.check_size(request.width, request.height)
     request.geometry.check_frames(request.num_frames)
-    nearest = {"strength": f"{1 / max(1, request.steps):g}"}
+    least = {"strength": f"{1 / max(1, request.steps):g}"}
     for option in options.of(REQUEST):
-        option.check(getattr(request, option.name), nearest.get(option.name))
+        option.check(getattr(request, option.name), least.get(option.name))
     if request.begin == request.steps:
         raise ValueError(
             f"strength {request.strength:g} of {request.steps} steps is not one step; "

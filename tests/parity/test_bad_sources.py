@@ -49,7 +49,7 @@ def files(tmp_path_factory):
         # a mask of another length than its video
         ("vace", "--src_video nine.mkv --src_mask eight.mkv", "mask eight.mkv has 8 frames, expected 9 as its video"),
         # missing
-        ("i2v", "", "image to video needs an image, none was given"),
+        ("i2v", "", "image to video needs an image: give it with --image FILE"),
         ("flf2v", "--first_frame fine.png", "needs both images, the last one was not given"),
         ("flf2v", "--last_frame fine.png", "needs both images, the first one was not given"),
         ("vace", "", "VACE needs a source video, a mask or reference images, none was given"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..errors import closest
+from ..errors import nearest
 from ..models.configs import TransformerConfig
 from ..option import Limits, Option
 from ..options import CACHES
@@ -48,7 +48,7 @@ def resolve_cache(text: str | None, steps: int, model: str, config: TransformerC
     """
     name, *given = (text or "none").strip().lower().split(":")
     if name not in CACHES:
-        raise ValueError(f"unknown cache {text!r}, expected {FORMS}; nearest: {closest(name, CACHES)}")
+        raise ValueError(f"unknown cache {text!r}, expected {FORMS}{nearest(name, CACHES)}")
     if len(given) > len(SETTINGS[name]):
         raise ValueError(f"cache {text!r} has {len(given)} settings, expected {FORMS}")
     if name == "none":

@@ -38,6 +38,8 @@ def config_arguments(path: Path, given: Mapping[str, Any]) -> list[str]:
     """
     is_video = path.suffix.lower() != ".json"
     settings = _settings_of(path) if is_video else _read_json(path)
+    if is_video and "prompt" not in settings:  # other programs write JSON into files, too
+        raise UsageError(f"--config {path}: it was not made by wan_mlx; give the settings as flags, or in a .json file")
     try:
         return arguments(as_options(obeyed(settings, given) if is_video else settings, path, given))
     except UsageError as error:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import options
-from ..errors import UsageError, closest
+from ..errors import UsageError
 from ..option import Option
+from ..other_words import suggestion
 from ..presets import PRESETS
 from ..storage import parse_json
 
@@ -52,8 +53,8 @@ class Parser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            near = closest(unknown[0].split("=")[0], self._option_string_actions)
-            self.error(f"unknown argument {' '.join(unknown)}; nearest: {near}")
+            near = suggestion(unknown[0].split("=")[0], self._option_string_actions)
+            self.error(f"unknown argument {' '.join(unknown)}{near}")
         for action in self._actions:
             if getattr(parsed, action.dest, None) in ([], [[]]):  # argparse drops a value that is two dashes
                 flag = next(flag for flag in action.option_strings if flag.startswith("--"))
@@ -181,7 +182,7 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
             settings[option.key] = text
     for key, value in settings.items():
         if key not in known:
-            raise UsageError(f"unknown key {key!r}; nearest: {closest(key, known)!r}")
+            raise UsageError(f"unknown key {key!r}{suggestion(key, known)}")
         found += _argument(known[key], key, value)
     return found
 

@@ -98,7 +98,7 @@ def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, in
     folder = RunFolder(output)
 
     def there() -> int:
-        say.note(f"{output} is there, and no run of it is unfinished")
+        say.note(f"{output} is finished already")
         say(Finished(output))
         return 0
 

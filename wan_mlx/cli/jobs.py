@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shlex
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import chain, count
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import options
-from ..errors import Stopped, UsageError
+from ..errors import Stopped, UsageError, resume_command
 from ..media.preview import PreviewFiles
 from ..pipeline import WanPipeline
 from ..presets import GIVEN_APART
@@ -140,8 +139,8 @@ def make(job: Job, say: Terminal, interrupts: Interrupts, folder: RunFolder | No
     except BaseException as error:
         if job.kept is None:
             raise
-        command = f"wan-mlx resume {shlex.quote(str(job.output))}"
-        how = f"{job.kept} steps are kept; go on with: {command}{f' --dtype {job.pipe.wider_dtype}' * job.not_finite}"
+        command = f"{resume_command(job.output)}{f' --dtype {job.pipe.wider_dtype}' * job.not_finite}"
+        how = f"{job.kept} steps are kept; go on with: {command}"
         if isinstance(error, Stopped):
             raise Stopped(error.signum, f"; {how}", error.why) from error
         say.note(how, important=True)

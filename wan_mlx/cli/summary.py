@@ -17,7 +17,7 @@ from ..hub.resolve import Places
 from ..mac import can_stay_awake
 from ..media.preview import PreviewFiles
 from ..opened import OpenedModel
-from ..presets import GIVEN_APART, of_same_shapes
+from ..presets import BUNDLED, GIVEN_APART, of_same_shapes
 from ..recipes import RECIPES, Recipe
 from ..types import Request
 from ..weights.checkpoint import check_here
@@ -57,7 +57,10 @@ def tell_downloads(model: Mapping[str, Any], say: Terminal) -> bool:
 def describe(pipe: OpenedModel, request: Request, say: Terminal, *outputs: Path) -> None:
     guidance = "off" if request.guidance_scale == 1 else f"{request.guidance_scale:g}"
     packed = "".join(f", {component.replace('_', ' ')} {mode}" for component, mode in pipe.quantized.items())
-    say.note(f"model     {pipe.checkpoint.path} ({pipe.preset.name} defaults, {pipe.dtype}{packed})")
+    name, defaults = pipe.checkpoint.path, [f"{pipe.preset.name} defaults"]
+    if name in BUNDLED.values():
+        name, defaults = name.name, ["bundled", *(defaults if pipe.preset.name != name.name else ())]
+    say.note(f"model     {name} ({', '.join(defaults)}, {pipe.dtype}{packed})")
     for line in origins(pipe):
         say.note(f"          {line}")
     for path, strength in pipe.loras:

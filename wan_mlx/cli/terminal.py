@@ -64,7 +64,8 @@ class Terminal:
         elif isinstance(event, Note):
             self._say_note(event)
         elif isinstance(event, Failed):
-            write(event.message, "error: ", RED, "stderr")
+            stopped = event.code > 128  # by a signal: nothing went wrong
+            write(event.message, "" if stopped else "error: ", RED, "stderr")
         elif isinstance(event, Previewed):
             self._previews.append(event)
         elif isinstance(event, Finished):

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import mac
-from ..errors import WeightsError, closest
+from ..errors import WeightsError, nearest
 from .parallel_read import read_tensor
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit, here an index's and a GGUF's too
@@ -260,7 +260,7 @@ class WeightsFile:
 
     def _info(self, key: str) -> TensorInfo:
         if key not in self.tensors:
-            raise WeightsError(f"{self.path}: no tensor {key!r}; nearest are {closest(key, self.tensors, 3)}")
+            raise WeightsError(f"{self.path}: no tensor {key!r}{nearest(key, self.tensors, 3)}")
         return self.tensors[key]
 
     def check_unchanged(self) -> None:

@@ -10,13 +10,15 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from ..errors import WeightsError, closest, some
+from ..errors import WeightsError, nearest, some
 from .base import MAX_HEADER_BYTES, JoinedFile, WeightsFile, check_names
 from .gguf import GGUFFile
 from .pth import TorchFile
 from .safetensors import SafetensorsFile, read_object
+
+ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".bin", ".json")  # of files that may be meant
 
 
 def open_weights(path: str | Path) -> WeightsFile:
@@ -91,8 +93,8 @@ def _head(path: Path) -> bytes:
     except (FileNotFoundError, NotADirectoryError):
         if not path.parent.is_dir():
             raise WeightsError(f"{path}: no such file, and no folder {path.parent}") from None
-        near = closest(path.name, _names(path.parent), 3)
-        raise WeightsError(f"{path}: no such file; nearest are {near}") from None
+        weights = [name for name in _names(path.parent) if PurePath(name).suffix in ENDINGS]
+        raise WeightsError(f"{path}: no such file{nearest(path.name, weights, 3, stems=True)}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise WeightsError(f"{path}: cannot be opened ({error})") from None
     if not head:

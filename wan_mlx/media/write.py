@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from ..errors import SamplingError, WanError, closest
+from ..errors import SamplingError, WanError, nearest
 from ..storage import parse_json, publish
 from .read import file_url, open_picture, start_ffmpeg
 
@@ -62,14 +62,14 @@ def check_output(path: str | Path, overwrite: bool = False) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() not in ENDINGS:
-        nearest = closest(path.suffix.lower(), ENDINGS)
         given = f"the ending {path.suffix!r}" if path.suffix else "no ending"
-        raise ValueError(f"output {path} has {given}, expected one of {' '.join(ENDINGS)}; nearest: {nearest}")
+        raise ValueError(f"output {path} has {given}, expected one of {' '.join(ENDINGS)}"
+                         f"{nearest(path.suffix, ENDINGS)}")  # fmt: skip
     folder = path.parent
     if not os.path.isdir(folder):
-        nearest = next((parent for parent in folder.absolute().parents if os.path.isdir(parent)), Path.cwd())
+        above = next((parent for parent in folder.absolute().parents if os.path.isdir(parent)), Path.cwd())
         what = "is not a folder" if os.path.lexists(folder) else "does not exist"
-        raise ValueError(f"output folder {folder} {what}, expected an existing folder; nearest: {nearest}")
+        raise ValueError(f"output folder {folder} {what}, expected an existing folder; nearest: {above}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"output folder {folder} is not writable; choose another, or change its permissions")
     if os.path.isdir(path):
@@ -235,9 +235,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     try:
         settings = parse_json(READERS[path.suffix.lower()](path))
     except Exception as error:  # of many kinds: Pillow's, numpy's, zipfile's
-        raise ValueError(f"{path} holds no settings of wan_mlx, or is damaged ({error})") from error
+        raise ValueError(f"{path} was not made by wan_mlx, or is damaged ({error})") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no settings of wan_mlx, expected a JSON object")
+        raise ValueError(f"{path} was not made by wan_mlx, or is damaged (its settings are no JSON object)")
     return settings
 
 

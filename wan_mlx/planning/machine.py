@@ -34,7 +34,8 @@ def parse_memory(memory: str | int | None) -> int | None:
     elif match and match[2].upper() in UNITS:
         size = round(min(float(match[1]), 1e15) * UNITS[match[2].upper()])
     else:
-        raise ValueError(f"memory is {memory!r}, expected auto or a size such as 8GB")
+        near = f"; nearest: {memory}GB" if re.fullmatch(r"\d+(\.\d+)?", str(memory)) else ""
+        raise ValueError(f"memory is {memory!r}, expected auto or a size such as 8GB{near}")
     if not 1e8 <= size <= 1e15:
         raise ValueError(f"memory is {str(memory):.40}, expected at least 100MB and at most 1000TB")
     return size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SamplingError, Stopped, WanError
+from ..errors import SamplingError, Stopped, WanError, resume_command
 from ..events import Conditioned, Decoded, Event, Finished, Listener, Note, Started, Stepped, unheard
 from ..lasting import computes
 from ..media.checks import WHAT_TO_TRY, FrameStatistics, check_disk, disk_needed, latents_complaint
@@ -71,10 +70,9 @@ class Job:
             self.check_output()
         with RunFolder(self.output) as folder:
             if free is None and folder.is_unfinished and not self.overwrite:
-                raise ValueError(
-                    f"there is an unfinished run of {self.output}: go on with --resume {shlex.quote(str(self.output))},"
-                    " or start anew with --overwrite"
-                )
+                command = resume_command(self.output)
+                raise ValueError(f"there is an unfinished run of {self.output}: go on with `{command}`, or start anew "
+                                 "with --overwrite")  # fmt: skip
             if free is not None and folder.is_finished():  # but for its folder's end
                 folder.delete()
                 finished = Finished(self.output)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..presets import Preset, model_for
 from ..types import SOURCE_FIELDS, Conditioning, Encoders, Request
 from . import i2v, t2v, vace
 from .canvas import notes
@@ -38,8 +39,8 @@ TASKS: dict[str, Task] = {
 }
 
 
-def fit_sources(request: Request) -> Request:
-    """The request with size and length taken from its sources.
+def fit_sources(request: Request, preset: Preset) -> Request:
+    """The request with size and length taken from its sources; ``preset``: of the model that is asked.
 
     Raises:
         ValueError: a source is missing, cannot be read, or does not belong to this task.
@@ -50,8 +51,11 @@ def fit_sources(request: Request) -> Request:
         source = getattr(request, name)
         given = source is not None if nothing is None else source != nothing
         if given and name not in task.takes:
-            takes, users = ", ".join(task.takes), ", ".join(other for other, row in TASKS.items() if name in row.takes)
-            raise ValueError(f"{name} was given to a {request.task} model, which takes {takes}; it is for {users}")
+            users = [other for other, row in TASKS.items() if name in row.takes]
+            raise ValueError(
+                f"{name} was given to a {request.task} model, which takes {', '.join(task.takes)}; it is for "
+                f"{', '.join(users)}: use --model {model_for(users, preset).name}"
+            )
     fitted = task.fit(request)
     if request.fit != "official" and not fitted.source_sizes:
         raise ValueError(f"fit is {request.fit}, but there is no picture or video to fit; give one, or leave it out")

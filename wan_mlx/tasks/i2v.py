@@ -41,7 +41,7 @@ def output_size(image_size: tuple[int, int], area: int, geometry: Geometry = WAN
 def fit(request: Request) -> Request:
     """The request with the proportions of its image and about the requested area, unless ``fit`` keeps its size."""
     if request.image is None:
-        raise ValueError("image to video needs an image, none was given")
+        raise ValueError("image to video needs an image: give it with --image FILE (in Python image=)")
     height, width = read_image(request.image).shape[:2]
     request = replace(request, source_sizes={"image": (width, height)})
     if request.fit != "official":
@@ -52,9 +52,9 @@ def fit(request: Request) -> Request:
 
 def fit_first_and_last(request: Request) -> Request:
     """The same for two images, of which the first gives the proportions."""
-    for name, image in (("first", request.image), ("last", request.last_image)):
+    for flag, image in (("image", request.image), ("last-image", request.last_image)):
         if image is None:
-            raise ValueError(f"first and last frame to video needs both images, the {name} one was not given")
+            raise ValueError(f"first and last frame to video needs both images: give the other with --{flag} FILE")
     if request.num_frames < (least := request.geometry.num_frames(latent_frames=2)):
         raise ValueError(f"frames is {request.num_frames}, expected room for a first and a last one; nearest: {least}")
     height, width = read_image(request.last_image).shape[:2]

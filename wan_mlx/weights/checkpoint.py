@@ -6,7 +6,6 @@ recognised by their keys, never by their names.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import reprlib
@@ -16,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedModel, WeightsError, some
-from ..files.open import ShardedFile, format_of, open_weights
+from ..errors import UnsupportedModel, WeightsError, nearest, some
+from ..files.open import ENDINGS, ShardedFile, format_of, open_weights
 from ..files.sentencepiece import EMBEDDED, MAX_TOKENIZER_BYTES, find_tokenizer, has_tokenizer
 from ..hub.names import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES
 from ..other_models import ADVICE, of_entries, of_name
-from ..presets import COMFYUI_PARTS, MODULE, NETWORKS, PARTS
+from ..presets import COMFYUI_PARTS, MODULE, NETWORKS, PARTS, PRESETS
 from ..storage import parse_json
 from .component import ComponentWeights, kinds_in, open_component
 from .configs import network_config
@@ -198,7 +197,7 @@ def check_fit(parts: Iterable[Part]) -> None:
 
 def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = None) -> Checkpoint:
     """Like `open_checkpoint`, but the model may be incomplete; WeightsError if nothing was recognised."""
-    path = _existing(path, "model folder")
+    path = _existing(path, "model")
     given = {kind: place for kind, place in (parts or {}).items() if place is not None}
     if path.is_dir():
         found = _look_at_folder(path, given)
@@ -415,11 +414,14 @@ def _flag(part: str) -> str:
 
 def _existing(given: str | Path, kind: str) -> Path:
     path = Path(given).expanduser()
-    if not path.exists():
-        near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ValueError(f"{kind} {path} does not exist{hint}")
-    return path
+    if path.exists():
+        return path
+    is_file, released = path.suffix in ENDINGS, [*PRESETS] if kind == "model" and len(path.parts) == 1 else []
+    here = [path.parent / name for name in _names(path.parent)]
+    here = [entry for entry in here if entry.suffix in ENDINGS or (entry.is_dir() and not is_file)]
+    near = nearest(path, released) or nearest(path, map(str, here), stems=True)
+    listed = "; `wan-mlx models` lists those that have a name" if released and not is_file else ""
+    raise ValueError(f"{kind} {'file ' * is_file}{path} does not exist{near}{listed}")
 
 
 def _names(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..errors import nearest
 from ..events import counted, unheard
 from ..models.configs import TransformerConfig
 from ..models.execution import Execution, StreamedTextEncoder
@@ -41,7 +43,8 @@ def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
     if isinstance(dtype, mx.Dtype):
         return dtype
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        meant = re.sub(r"^(b?)fp?(?=\d)", r"\1float", str(dtype))  # fp16, bf16
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}{nearest(meant, DTYPES)}")
     return DTYPES[dtype]
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..errors import WeightsError
+from ..errors import WeightsError, nearest
 from ..models.quantized_linear import MODE_NAMES, Packing
 from ..storage import parse_json
 
@@ -66,7 +66,7 @@ def check_mode(mode: str | None) -> None:
     except ValueError:
         raise ValueError(
             f"quantize is {mode!r}, expected one of {AUTO}, {', '.join(MODE_NAMES)}, affine modes also with a group as "
-            f"in q4-g32 (32, 64 or 128), {NEAREST} for GGUF files, or {EXPAND}"
+            f"in q4-g32 (32, 64 or 128), {NEAREST} for GGUF files, or {EXPAND}{nearest(mode, MODE_NAMES)}"
         ) from None
 
 
