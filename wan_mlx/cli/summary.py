@@ -57,10 +57,10 @@ def tell_downloads(model: Mapping[str, Any], say: Terminal) -> bool:
 def describe(pipe: OpenedModel, request: Request, say: Terminal, *outputs: Path) -> None:
     guidance = "off" if request.guidance_scale == 1 else f"{request.guidance_scale:g}"
     packed = "".join(f", {component.replace('_', ' ')} {mode}" for component, mode in pipe.quantized.items())
-    name, defaults = pipe.checkpoint.path, [f"{pipe.preset.name} defaults"]
-    if name in BUNDLED.values():
-        name, defaults = name.name, ["bundled", *(defaults if pipe.preset.name != name.name else ())]
-    say.note(f"model     {name} ({', '.join(defaults)}, {pipe.dtype}{packed})")
+    path, name, defaults = pipe.checkpoint.path, pipe.preset.name, f"{pipe.preset.name} defaults"
+    bundled = "bundled" if path.name == name else f"bundled, {defaults}"
+    whose = f"{path.name} ({bundled}" if path in BUNDLED.values() else f"{path} ({defaults}"
+    say.note(f"model     {whose}, {pipe.dtype}{packed})")
     for line in origins(pipe):
         say.note(f"          {line}")
     for path, strength in pipe.loras:
