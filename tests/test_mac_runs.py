@@ -268,11 +268,11 @@ def test_a_run_that_failed_keeps_its_steps_and_says_how_to_go_on(flags, pipe, fa
 
 
 @pytest.mark.parametrize("said, words", [
-    (INTERACTIVITY, ["AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1", "display", "ssh", "--resume"]),
-    (MEMORY, ["out of memory", "--memory", "--vae-tiling", "--size", "--resume"]),
-    (TIMEOUT, ["Caused GPU Timeout Error", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1", "doctor", "--resume"]),
+    (INTERACTIVITY, ["AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1", "display", "ssh", "wan-mlx resume FILE"]),
+    (MEMORY, ["out of memory", "--memory", "--vae-tiling", "--size", "wan-mlx resume FILE"]),
+    (TIMEOUT, ["Caused GPU Timeout Error", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1", "doctor", "wan-mlx resume FILE"]),
     (FAILED.format("Caused GPU Hang Error (00000003:kIOGPUCommandBufferCallbackErrorHang)"), ["AGX", "ssh"]),
-    (FAILED.format("Ignored (for causing prior/excessive GPU errors)"), ["Ignored", "--resume"]),
+    (FAILED.format("Ignored (for causing prior/excessive GPU errors)"), ["Ignored", "wan-mlx resume FILE"]),
 ])  # fmt: skip
 def test_errors_of_metal(said, words):
     line, code = explain(RuntimeError(said))

@@ -150,7 +150,7 @@ def test_the_folder_is_recognised_by_its_config(official_folder, sharded):
 
 def test_the_card_says_how_to_run_it(sharded, monkeypatch, capsys):
     card = (sharded / "README.md").read_text()
-    (command,) = re.findall(r"python -m wan_mlx.generate (.*)", card)
+    (command,) = re.findall(r"wan-mlx (.*)", card)
     monkeypatch.chdir(sharded.parent)
     assert generate.main([*shlex.split(command), "--dry-run"]) == 0
     assert "sharded" in capsys.readouterr().err

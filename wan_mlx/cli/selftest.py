@@ -254,7 +254,7 @@ def nano(dtype: str) -> Check:
     try:
         stored = dict(np.load(NANO_REFERENCE))
         if str(stored["weights"]) != _nano_weights():
-            advice = "reinstall wan_mlx; if you retrained nano, run python -m wan_mlx.doctor --store-reference"
+            advice = "reinstall wan_mlx; if you retrained nano, run `wan-mlx doctor --store-reference`"
             return Check(name, "fail", "the stored frames are of other weights of nano", advice)
         worst = float(np.abs(nano_means(dtype) - stored["means"].astype(np.float32)).max())
     except Exception as failure:

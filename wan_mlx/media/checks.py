@@ -64,7 +64,7 @@ def latents_complaint(latents: np.ndarray) -> str | None:
 
 
 WHAT_TO_TRY = (
-    "try --dtype float32, check that the weights are whole and of this model, and run python -m wan_mlx.doctor"
+    "try --dtype float32, check that the weights are whole and of this model, and run `wan-mlx doctor`"
 )
 
 

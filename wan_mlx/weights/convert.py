@@ -272,7 +272,7 @@ pipeline_tag: {tag}
 Converted from `{config["source"]["name"]}` by wan_mlx {__version__}. With wan_mlx installed, beside this folder:
 
 ```sh
-python -m wan_mlx.generate --model ./{name}{sources.get(kind, "")} --prompt "what it should show" --output out.mp4
+wan-mlx --model ./{name}{sources.get(kind, "")} --prompt "what it should show" --output out.mp4
 ```
 
 `--help` tells of size, length, steps and memory. In Python, `wan_mlx.WanPipeline.from_pretrained("./{name}")` opens it.
