@@ -283,7 +283,7 @@ def counted(begin, made):
 
 
 def test_the_pages_are_read():
-    assert len(PAGES) == 11 and len(COMMANDS) > 40
+    assert len(PAGES) == 12 and len(COMMANDS) > 40
     assert {block.language for block in blocks()} <= {"sh", "python", "json", ""}
     zh, en = ([b.text for b in blocks() if b.page == page] for page in ("README.zh-CN.md", "README.md"))
     assert len(zh) == len(en) and [len(text.splitlines()) for text in zh] == [len(text.splitlines()) for text in en]

@@ -20,7 +20,6 @@ from wan_mlx.hub import download, modelscope
 from wan_mlx.hub.names import Location, parse_location
 from wan_mlx.hub.resolve import Places, cached, is_cached, preset_of, resolve, survey
 from wan_mlx.presets import COMFYUI_PARTS, COMFYUI_TRANSFORMERS, PRESETS
-from wan_mlx.progress_bars import ProgressBars
 from wan_mlx.weights.lora import normalise_loras
 
 REPO = "Wan-AI/Wan2.1-T2V-1.3B"
@@ -354,11 +353,18 @@ def test_a_refused_token_is_reported(server, monkeypatch):
         resolve(REPO)
 
 
-def test_a_bar_shows_bytes_unless_quiet(server, capsys):
+def test_a_download_is_told(server, capsys):
+    """Of each file, and how many of all bytes are here; in words where that takes a while."""
     resolve("someone/mlx")
-    assert capsys.readouterr().err == ""
-    resolve(REPO, listener=ProgressBars())
-    assert f"fetching {REPO}" in capsys.readouterr().err
+    heard = []
+    resolve(REPO, listener=heard.append)
+    assert capsys.readouterr() == ("", "")
+    said = [event.as_json() for event in heard]
+    assert all(list(event) == ["event", "repo", "file", "bytes", "total"] for event in said)
+    assert {event["event"] for event in said} == {"download"} and {event["repo"] for event in said} == {REPO}
+    assert said[0]["bytes"] == 0 and said[-1]["bytes"] == said[-1]["total"] > 0
+    assert len({event["file"] for event in said}) > 3
+    assert all(event.name == f"fetching {REPO}" and event.unit == "B" for event in heard)
 
 
 def test_a_token_is_sent(server, monkeypatch):

@@ -65,6 +65,7 @@ LATE_PACKAGES = {
     ("hub.names", "huggingface_hub"): "start-up: half a second",
     ("hub.resolve", "huggingface_hub"): "start-up: half a second",
     ("mac", "fcntl"): "not on Windows",
+    ("progress_bars", "rich"): "start-up: only a terminal needs it",
     ("runs.folder", "fcntl"): "not on Windows",
     ("storage", "fcntl"): "not on Windows",
 }
@@ -214,7 +215,7 @@ def test_commands_that_start_without_mlx(command):
         f"    main({arguments})\n"
         "except SystemExit:\n"
         "    pass\n"
-        "sys.exit('mlx' in sys.modules)"
+        "sys.exit('mlx' in sys.modules or 'rich' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ def spoken(path: Path) -> list[str]:
             found.append(f"{node.lineno}: {node.func.id}")
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
-            found += [f"{node.lineno}: {name}" for name in names if name.split(".")[0] == "tqdm"]
+            found += [f"{node.lineno}: {name}" for name in names if name.split(".")[0] in ("tqdm", "rich")]
         elif isinstance(node, ast.Attribute) and ast.unparse(node) in STREAMS:
             found.append(f"{node.lineno}: {ast.unparse(node)}")
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "os.write" and ast.unparse(node.args[0]) in "12":

@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -216,3 +217,11 @@ class TestExportToVideo:
 
 def test_signatures_are_spelled_out():
     assert "options" not in inspect.signature(WanPipeline.__call__).parameters
+
+
+def test_the_page_has_what_diffusers_users_type():
+    """docs/python.md: every name that is accepted, and the way of those that many type."""
+    page = (Path(__file__).parent.parent / "docs/python.md").read_text(encoding="utf-8")
+    for name in (*hints.SAME, *hints.SAME_NAMES, "generator", ".to(", "enable_model_cpu_offload", "load_lora_weights",
+                 "vae.enable_tiling", "export_to_video", ".frames[0]", "callback_on_step_end"):  # fmt: skip
+        assert name in page

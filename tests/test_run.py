@@ -10,8 +10,7 @@ import pytest
 import wan_mlx
 from wan_mlx import denoise
 from wan_mlx.errors import BusyError, SamplingError, Stopped
-from wan_mlx.events import Conditioned, Decoded, Progress, StageEnded, StageStarted, Stepped, counted
-from wan_mlx.progress_bars import ProgressBars
+from wan_mlx.events import Conditioned, Decoded, Progress, StageEnded, StageStarted, Stepped, Within
 
 SMALL = dict(width=16, height=16, num_frames=5, steps=3, seed=3)
 
@@ -30,7 +29,7 @@ def test_events_of_a_run(pipe, request_):
     run, heard = pipe.run(request_), []
     run.listen(heard.append)
     events = list(run)
-    assert [event for event in heard if not isinstance(event, Progress)] == events
+    assert [event for event in heard if not isinstance(event, Within)] == events
     assert [type(event) for event in events] == [
         StageStarted, StageEnded, Conditioned, StageStarted, StageEnded,
         StageStarted, Stepped, Stepped, Stepped, StageEnded,
@@ -146,16 +145,3 @@ def test_finish(pipe, request_):
     run = pipe.run(request_)
     video = run.video(lambda step: run.finish() if step.index == 1 else None)
     assert run.stopped_after == video.settings["stopped_after"] == 2 and video.frames.shape == (5, 16, 16, 3)
-
-
-def test_bars(capsys):
-    bars = ProgressBars()
-    for _ in counted(bars, "decoding")(range(3)):
-        pass
-    for _ in counted(bars, "reading")(iter(range(2))):  # of unknown length: its bar goes with the next, or the stage
-        pass
-    for _ in counted(bars, "denoising")(iter(range(2)), total=5, initial=3):
-        pass
-    said = capsys.readouterr()
-    assert not said.out and all(word in said.err for word in ("decoding:", "0/3", "reading:", "denoising:", "3/5"))
-    assert bars._bar is None

@@ -28,8 +28,7 @@ class Event:
     def as_json(self) -> dict[str, Any]:
         """The event as JSON takes it: its kind under "event", and what is said of it."""
         found = {name.rpartition(".")[2]: attrgetter(name)(self) for name in self.said.split()}
-        if "seconds" in found:
-            found["seconds"] = round(found["seconds"], 3)
+        found |= {name: round(found[name], 3) for name in found if "seconds" in name and found[name] is not None}
         plain = {name: str(value).strip() for name, value in found.items() if isinstance(value, str | Path)}
         return {"event": self.kind, **found, **plain}
 
@@ -56,19 +55,23 @@ class StageStarted(Event):
 
 @dataclass(frozen=True)
 class StageEnded(Event):
-    """A stage is over, or was left: how long it took, and the most memory MLX held during it (bytes)."""
+    """A stage is over, or was ``left``: how long it took, and the most memory MLX held during it (bytes)."""
 
     kind, said = "stage", "name seconds peak_bytes"
     name: str
     seconds: float
     peak_bytes: int
+    left: bool = False
 
 
 @dataclass(frozen=True)
-class Progress(Event):
-    """``done`` of ``total`` (None: unknown) of a piece of work, such as "loading transformer"; ``unit`` "B" is bytes.
+class Within(Event):
+    """Base of what only listeners hear: it happens within the work between two of the events that a run yields."""
 
-    Only listeners hear it: it happens within the work between two of the events that a run yields.
+
+@dataclass(frozen=True)
+class Progress(Within):
+    """``done`` of ``total`` (None: unknown) of a piece of work, such as "loading transformer"; ``unit`` "B" is bytes.
     """
 
     kind, said = "progress", "name done total unit"
@@ -76,6 +79,43 @@ class Progress(Event):
     done: int
     total: int | None = None
     unit: str = "it"
+
+
+@dataclass(frozen=True)
+class Fetching(Progress):
+    """So many bytes of a repository's needed files are here; the newest are of ``file``."""
+
+    kind, said = "download", "repo file bytes total"
+    repo: str = ""
+    file: str = ""
+
+    @property
+    def bytes(self) -> int:
+        return self.done
+
+
+@dataclass(frozen=True)
+class Loading(Within):
+    """A part of the model begins to be loaded, or has been, in ``seconds``; a text encoder is read while it encodes."""
+
+    kind, said = "load", "part state seconds"
+    part: str
+    seconds: float | None = None
+
+    @property
+    def state(self) -> str:
+        return "begun" if self.seconds is None else "done"
+
+
+@dataclass(frozen=True)
+class Eta(Within):
+    """How many seconds of a run are left, None if not known yet, and the memory that MLX holds: now, and at most since
+    the stage began."""
+
+    kind, said = "eta", "seconds active_bytes peak_bytes"
+    seconds: float | None
+    active_bytes: int
+    peak_bytes: int
 
 
 @dataclass(frozen=True)

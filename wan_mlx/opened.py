@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
@@ -14,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import __version__
-from .events import Listener, counted, unheard
+from .events import Listener, Loading, counted
 from .files.sentencepiece import read_tokenizer
 from .geometry import Geometry
 from .hub.resolve import Places, preset_of
@@ -35,7 +36,7 @@ from .planning.machine import mlx_version
 from .planning.plan import Plan
 from .planning.sizes import sizes_of
 from .presets import MODULE, find_preset, preset_for
-from .progress_bars import ProgressBars
+from .progress_bars import progress_of
 from .prompts.cache import PromptCache
 from .storage import cache_folder, sha256
 from .tasks import TASKS
@@ -95,7 +96,7 @@ class OpenedModel:
         name = given["preset"] or checkpoint.model
         known = find_preset(name) if name else preset_of(given["model"])  # models of the same sizes differ in defaults
         self.guessed_preset, self.preset = known is None, known or preset_for(self.config)
-        self.listener: Listener = ProgressBars() if given["progress"] else unheard
+        self.listener: Listener = progress_of(given["progress"])
         self.loras = normalise_loras(given["loras"])
         check_loras(checkpoint, self.loras)
         self._merge_loras = True
@@ -230,6 +231,14 @@ class OpenedModel:
             self._kept[name] = load()
         return self._kept[name]
 
+    @contextmanager
+    def _loading(self, part: str) -> Iterator[None]:
+        """Tell of a part that is loaded within this block."""
+        self.listener(Loading(part))
+        started = time.perf_counter()
+        yield
+        self.listener(Loading(part, time.perf_counter() - started))
+
     def check_files(self) -> None:
         """Raise WeightsError if a file is damaged, as far as check sums and the VAE's header tell."""
         open_component(self.checkpoint.part("vae").file, "vae")
@@ -248,15 +257,16 @@ class OpenedModel:
         plan = self.plan_at_work
 
         def load() -> Execution:
-            model = load_transformer(
-                part,
-                self.dtype,
-                counted(self.listener, f"loading {part.label}"),
-                part.quantize or self.quantize,
-                stream=plan is not None and plan.stream,
-                loras=[*self.loras, *part.loras],
-                merge=self._merge_loras,
-            )
+            with self._loading(part.label):
+                model = load_transformer(
+                    part,
+                    self.dtype,
+                    counted(self.listener, f"loading {part.label}"),
+                    part.quantize or self.quantize,
+                    stream=plan is not None and plan.stream,
+                    loras=[*self.loras, *part.loras],
+                    merge=self._merge_loras,
+                )
             return model if isinstance(model, Execution) else Execution(model)
 
         model: Execution = self._kept_or(part.name, load)
@@ -266,8 +276,12 @@ class OpenedModel:
 
     def load_vae(self) -> VAEExecution:
         """The VAE: loaded now, or kept since it was."""
-        progress = counted(self.listener, "loading VAE")
-        return self._kept_or("vae", lambda: VAEExecution(load_vae(self.checkpoint, progress=progress)))
+
+        def load() -> VAEExecution:
+            with self._loading("vae"):
+                return VAEExecution(load_vae(self.checkpoint, progress=counted(self.listener, "loading VAE")))
+
+        return self._kept_or("vae", load)
 
     @computes
     def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
@@ -283,11 +297,12 @@ class OpenedModel:
             if cache and text not in known and (kept := cache.get(text)) is not None:
                 known[text] = kept
         if new := [text for text in dict.fromkeys(texts) if text not in known]:
-            progress = counted(self.listener, "encoding text")
-            encoder = load_text_encoder(self.checkpoint, dtype, progress, quantize)
-            encoded = encoder([self.tokenizer(text, self.config.text_len) for text in new])
-            mx.eval(encoded)
-            mx.synchronize()  # only now a failed command buffer is sure to show
+            with self._loading("text encoder"):
+                progress = counted(self.listener, "encoding text")
+                encoder = load_text_encoder(self.checkpoint, dtype, progress, quantize)
+                encoded = encoder([self.tokenizer(text, self.config.text_len) for text in new])
+                mx.eval(encoded)
+                mx.synchronize()  # only now a failed command buffer is sure to show
             known.update(zip(new, encoded, strict=True))
             if cache:
                 for text in new:
@@ -298,8 +313,9 @@ class OpenedModel:
 
     def encode_images(self, images: mx.array) -> mx.array:
         """Images (N, H, W, 3) in [-1, 1] → CLIP features (N, 257, image_dim)."""
-        progress = counted(self.listener, "loading CLIP")
-        return encode_images(load_image_encoder(self.checkpoint, progress=progress), images)
+        with self._loading("image encoder"):
+            encoder = load_image_encoder(self.checkpoint, progress=counted(self.listener, "loading CLIP"))
+        return encode_images(encoder, images)
 
     def encode_videos(self, videos: Sequence[Iterable[mx.array]]) -> list[mx.array]:
         """Videos in chunks of frames in [-1, 1] → normalised latents (1, t, h, w, C) each."""

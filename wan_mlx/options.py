@@ -267,7 +267,9 @@ class ModelOptions(TypedDict, total=False):
         needs=("preview", "draft"), free=True,
     )]
     draft: Annotated[bool, Option("--draft", "decode the video with TAEHV, too: fast, less fine", WATCH)]
-    progress: Annotated[bool, Option("", "show progress bars", default=True)]
+    progress: Annotated[bool, Option(
+        "", "show how far downloads and runs are; or a function, which then hears of them", default=True,
+    )]
 
 
 # Flags that are no keyword.

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from .events import unheard
 from .hints import ATTRIBUTES, ours
 from .hub.resolve import Places, resolve
 from .lasting import computes
@@ -18,7 +17,7 @@ from .options import PROMPT, RequestOptions, filled, of, told
 from .planning.choose import parse_tiling
 from .planning.machine import parse_memory
 from .presets import GIVEN_APART, find_preset
-from .progress_bars import ProgressBars
+from .progress_bars import ProgressBars, progress_of
 from .prompts.extend import extend_requests
 from .request_builder import build_request
 from .runs.run import Output, Run
@@ -92,14 +91,19 @@ class WanPipeline(OpenedModel):
         if given["preset"]:
             find_preset(given["preset"])
         given["loras"] = normalise_loras(given["loras"])
-        source, listener = given["source"], ProgressBars() if given["progress"] else unheard
+        source, listener = given["source"], progress_of(given["progress"])
         parts = {part: given[part] for part in GIVEN_APART if given[part] is not None}
         places = Places(model, parts, given["loras"])
         check_here(*places.here())
-        with awake(given["caffeinate"]):
-            here = places.fetch(source, listener)
-            taehv = given["taehv"] and resolve(given["taehv"], source, listener)
-        opened = cls(open_checkpoint(here.model, here.parts), **{**given, "loras": here.loras, "taehv": taehv})
+        try:
+            with awake(given["caffeinate"]):
+                here = places.fetch(source, listener)
+                taehv = given["taehv"] and resolve(given["taehv"], source, listener)
+        finally:
+            if isinstance(listener, ProgressBars):  # of a download that was cut
+                listener.close()
+        opened = cls(open_checkpoint(here.model, here.parts), **{**given, "loras": here.loras, "taehv": taehv,
+                                                                  "progress": listener})  # fmt: skip
         opened.opened_with |= {"loras": given["loras"], "taehv": given["taehv"]}
         return opened
 

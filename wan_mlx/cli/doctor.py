@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in about.items():
         show(f"{name:<10}{value}")
     good = look(macos.checks()) and look(selftest.all_checks())
+    if good:
+        show("     measuring this machine ...")
     tflops, said = measure.all_rates(look) if good else ({}, [])
     look([selftest.ffmpeg()])
     for name, rate in tflops.items():

@@ -10,11 +10,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Stopped
+from ..progress_bars import ask, show_cursor
 
 if TYPE_CHECKING:
     from ..runs.job import Job
 
 SAYING = b"\nstopping as soon as this step is done; Ctrl-C again stops at once\n"
+
+
+def say_stopping() -> None:
+    """Say that the first Ctrl-C was heard; print() may be at work where this cuts in."""
+    if not ask(SAYING.decode().strip()):
+        os.write(2, SAYING)
 
 
 class Interrupts:
@@ -56,11 +63,12 @@ class Interrupts:
 
     def _arrived(self, signum: int, frame) -> None:
         if self._raised:
+            show_cursor()
             os._exit(128 + signum)
         if signum == signal.SIGINT and not self.asked and self._job is not None and self._job.stops_soon:
             self.asked = True
             self._job.stop()
-            os.write(2, SAYING)  # print() may be at work where this cuts in
+            say_stopping()
             return
         self._raised = True
         raise Stopped(signum)

@@ -65,7 +65,7 @@ def extension_of(args: argparse.Namespace) -> Extension | None:
 def open_model(model: Mapping[str, Any], say: Terminal) -> WanPipeline:
     """The model; downloaded if need be, which is said before, and opened, not loaded."""
     tell_downloads(model, say)
-    return WanPipeline.from_pretrained(**{**model, "progress": not (say.quiet or say.as_json)})
+    return WanPipeline.from_pretrained(**{**model, "progress": say})
 
 
 def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:

@@ -85,6 +85,8 @@ def makes(tflops: dict[str, float]) -> list[str]:
             fitting = f"{duration(seconds)}, {fitting}"
         wanting = f"does not fit; what would: {'; '.join(planned.advice) or 'nothing'}"
         said.append(f"makes {planned.title}, {steps} steps: {fitting if planned.fits else wanting}")
+    if peaks.on_cpu():
+        said.append("a real model needs a GPU: this machine computes on its CPU, which is enough for nano")
     return said
 
 

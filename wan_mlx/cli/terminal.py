@@ -14,8 +14,9 @@ import sys
 import time
 from typing import TextIO
 
-from ..errors import LESS_MEMORY, UsageError, WanError, gpu_failure, is_out_of_memory, printable
-from ..events import Event, Failed, Finished, Note, Previewed, Progress
+from ..errors import LESS_MEMORY, UsageError, WanError, duration, gpu_failure, is_out_of_memory, printable, size
+from ..events import Eta, Event, Failed, Finished, Note, Previewed, Progress, StageEnded
+from ..progress_bars import ProgressBars, aside, is_live
 
 USAGE, FAILURE, SUSPECT, INTERRUPTED = 2, 1, 3, 130  # exit codes
 RED, DIM, PLAIN = "\033[31m", "\033[2m", "\033[0m"
@@ -34,24 +35,26 @@ def write(text: object, label: str = "", colour: str = "", to: str = "stdout") -
     plain = not colour or "NO_COLOR" in os.environ or not stream.isatty()
     label = label if plain else f"{colour}{label}{PLAIN}"
     try:
-        print(f"{label}{printable(text)}", file=stream, flush=True)
+        with aside():
+            print(f"{label}{printable(text)}", file=stream, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python would complain once more as it ends
 
 
 class Terminal:
-    """Listens to events, and says them.
+    """Listens to events, and says them; how far the work is shows a live display, where there is a terminal.
 
     Args:
         quiet: print only results, failures and important notes.
         as_json: for programs.
-        details: say of a result how long its stages took.
+        details: say of each stage how long it took.
     """
 
     def __init__(self, quiet: bool = False, as_json: bool = False, details: bool = True):
         self.quiet, self.as_json, self.details = quiet, as_json, details
+        self._bars = None if quiet or as_json else ProgressBars(ticks=False)
         self._previews: list[Previewed] = []
-        self._progress_at = 0.0
+        self._told_at = {Progress: 0.0, Eta: 0.0}
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Terminal:
@@ -59,8 +62,14 @@ class Terminal:
         return cls(args.quiet and not args.dry_run, args.json)
 
     def __call__(self, event: Event) -> None:
+        if self._bars is not None:
+            self._bars(event)
+            if isinstance(event, Failed | Finished):
+                self._bars.close()
         if self.as_json:
             self._say_json(event)
+        elif isinstance(event, StageEnded):
+            self._say_stage(event)
         elif isinstance(event, Note):
             self._say_note(event)
         elif isinstance(event, Failed):
@@ -70,7 +79,7 @@ class Terminal:
             self._previews.append(event)
         elif isinstance(event, Finished):
             if self.details:
-                self._say_stages(event)
+                self._say_rest(event)
             write(event.output)
 
     def note(self, text: str, important: bool = False) -> None:
@@ -83,10 +92,11 @@ class Terminal:
         return code
 
     def _say_json(self, event: Event) -> None:
-        if isinstance(event, Progress) and event.done != event.total:
-            if time.monotonic() < self._progress_at + PROGRESS_EVERY:
-                return
-            self._progress_at = time.monotonic()
+        for kind, told_at in self._told_at.items():
+            if isinstance(event, kind) and getattr(event, "done", 0) != getattr(event, "total", 1):
+                if time.monotonic() < told_at + PROGRESS_EVERY:
+                    return
+                self._told_at[kind] = time.monotonic()
         write(json.dumps(event.as_json()))
 
     def _say_note(self, event: Note) -> None:
@@ -98,16 +108,19 @@ class Terminal:
             is_label = bool(rest) and label.endswith(" ") and label.strip().isalpha()
             write(rest if is_label else text, label if is_label else "", DIM, "stderr")
 
-    def _say_stages(self, finished: Finished) -> None:
-        for report in finished.reports:
-            self.note(f"{report.name:<18}{report.seconds:9.1f} s   peak {report.peak_bytes / 2**30:6.2f} GiB")
+    def _say_stage(self, stage: StageEnded) -> None:
+        if self.details and not stage.left:
+            tick = "✓ " if is_live(sys.stderr) and (sys.stderr.encoding or "").lower().startswith("utf") else ""
+            self.note(f"{tick + stage.name:<20}{duration(stage.seconds):>12}   peak {size(stage.peak_bytes)}")
+
+    def _say_rest(self, finished: Finished) -> None:
         if finished.forwards:
-            self.note(f"{'forwards':<18}{finished.forwards[0]:9} of {finished.forwards[1]}")
+            self.note(f"{'forwards':<20}{finished.forwards[0]:>12} of {finished.forwards[1]}")
         if previews := self._previews:
-            seconds = sum(event.seconds for event in previews)
-            self.note(f"{'previews':<18}{seconds:9.1f} s   of denoise, {len(previews)} times")
+            seconds = duration(sum(event.seconds for event in previews))
+            self.note(f"{'previews':<20}{seconds:>12}   of denoise, {len(previews)} times")
         if finished.seconds:
-            self.note(f"{'total':<18}{finished.seconds:9.1f} s")
+            self.note(f"{'total':<20}{duration(finished.seconds):>12}")
         self._previews = []
 
 

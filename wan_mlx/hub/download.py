@@ -42,19 +42,24 @@ class _Stopped(Exception):
     """Another file failed, or Ctrl-C was pressed."""
 
 
-def fetch_files(repo: str, commit: str, files: list[RemoteFile], advance: Callable[[int], None]) -> None:
+def fetch_files(repo: str, commit: str, files: list[RemoteFile], advance: Callable[[int, RemoteFile], None]) -> None:
     """Download ``files`` into huggingface_hub's cache, a few at a time.
 
     Args:
-        advance: called with the number of new bytes; the first call includes those of an earlier try.
+        advance: called with the number of new bytes and their file; a file's first call includes those of an earlier
+            try.
 
     Raises:
         WeightsError: a file failed again and again, or does not match the hub's hash. Received bytes are kept.
         Exception: huggingface_hub's own, for a file that is missing or not accessible.
     """
     stop = threading.Event()
+
+    def told_of(file: RemoteFile) -> Callable[[int], None]:
+        return lambda count: advance(count, file)
+
     with ThreadPoolExecutor(WORKERS) as pool:
-        jobs = [pool.submit(_fetch, repo, commit, file, advance, stop) for file in files]
+        jobs = [pool.submit(_fetch, repo, commit, file, told_of(file), stop) for file in files]
         try:
             wait(jobs, return_when=FIRST_EXCEPTION)
         finally:  # also after Ctrl-C: running downloads end at their next chunk

@@ -13,6 +13,7 @@ A repository may name another revision than main: owner/name@revision.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ MLX_FILES = {
 }
 
 ADAPTER_CONFIG = "adapter_config.json"  # beside PEFT's files
+# huggingface_hub's bars, which are not shown, want ipywidgets in a notebook.
+warnings.filterwarnings("ignore", "IProgress not found")
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[^:]+))?")
 WEIGHT_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt")
 # Small files of all layouts, besides the weights.

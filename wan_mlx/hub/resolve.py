@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from .. import __version__
 from ..errors import Stopped, WeightsError
-from ..events import Listener, Progress, unheard
+from ..events import Fetching, Listener, unheard
 from ..other_models import of_entries
 from ..presets import BUNDLED, PARTS, Preset
 from ..storage import free_space, gigabytes, parse_json, shards_of
@@ -71,7 +71,7 @@ def resolve(
     Args:
         model: a path or a name, see `hub.names`.
         source: "huggingface" or "modelscope" (needs the package of that name).
-        listener: gets the download's `Progress`, from its threads.
+        listener: hears of the download (`Fetching`), in its threads.
         parts: those of `PARTS` that are needed from a whole repository.
 
     Raises:
@@ -316,15 +316,15 @@ def _fetch(download: Download, listener: Listener) -> Path:
     wanted = [file for file in download.files if local(file, commit) is None]
     done, total, lock = 0, sum(file.size for file in wanted), threading.Lock()
 
-    def advance(count: int) -> None:
+    def advance(count: int, file: RemoteFile) -> None:
         nonlocal done
         with lock:
             done += count
-            listener(Progress(f"fetching {location.repo}", done, total, "B"))
+            listener(Fetching(f"fetching {location.repo}", done, total, "B", location.repo, file.path))
 
     try:
         if wanted:
-            advance(0)
+            advance(0, wanted[0])
         fetch_files(location.repo, commit, wanted, advance)
         first = download.files[0]
         if local(first, location.revision) != local(first, commit):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import sys
 import tempfile
 import webbrowser
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from PIL.Image import Image
 
 from ..errors import duration
 from ..events import StageEnded
+from ..progress_bars import notebook
 from .write import contact_sheet, save_video, settings_text
 
 LEAST_WIDTH = 256  # of a player; a smaller video is enlarged, its pixels as they are
@@ -125,10 +125,3 @@ def export_to_video(video: Video, output_video_path: str | Path, fps: int | None
                              "first video; write video.save(path)")  # fmt: skip
         video = Video(frames, None)
     return replace(video, fps=video.fps if fps is None else fps).save(output_video_path)
-
-
-def notebook() -> Any:
-    """IPython's shell if it is a notebook's, which shows HTML; None elsewhere."""
-    ipython = sys.modules.get("IPython")  # a notebook has it
-    shell = ipython.get_ipython() if ipython else None
-    return shell if shell is not None and hasattr(shell, "kernel") else None

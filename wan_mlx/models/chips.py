@@ -83,11 +83,16 @@ def dispatch_flop() -> float:
 
     Elsewhere there is no limit, and one dispatch is 10 % faster than several whose results are joined.
     """
+    rate = likely_rate()
+    return UNLIMITED if rate is None else DISPATCH_SECONDS * rate
+
+
+def likely_rate() -> float | None:
+    """FLOP per second of this Mac's GPU: the measured ones, or else the published one; None where it is none."""
     if not mx.metal.is_available():
-        return UNLIMITED
+        return None
     rates = measured()["tflops"]
-    rate = 1e12 * min(rates.values()) if rates else published_rate(device_name())
-    return DISPATCH_SECONDS * rate
+    return 1e12 * min(rates.values()) if rates else published_rate(device_name())
 
 
 @lru_cache(maxsize=1)

@@ -18,20 +18,35 @@ from .. import mac
 from ..caching import make_cache
 from ..denoise import denoise, step_of, with_condition, without_references
 from ..errors import BusyError, Stopped, gpu_failures_told
-from ..events import Conditioned, Decoded, Event, Listener, Note, Progress, StageEnded, StageStarted, Stepped, counted
+from ..events import (
+    Conditioned,
+    Decoded,
+    Eta,
+    Event,
+    Listener,
+    Note,
+    StageEnded,
+    StageStarted,
+    Stepped,
+    Within,
+    counted,
+)
 from ..guidance import Guidance, Model
 from ..lasting import computes, yields_computed
 from ..media.video import Video
 from ..media.write import latents_to_numpy
+from ..models import chips
 from ..opened import OpenedModel
 from ..planning.plan import Plan, limited_memory
 from ..recipes import scheduler_for
 from ..tasks import TASKS
 from ..types import Conditioning, Request, RunState, Step
 from ..weights.checkpoint import Part
+from .time_left import TimeLeft
 
 log = logging.getLogger(__name__)
 
+ETA_EVERY = 0.5  # seconds, beside those of steps, frames and stages
 # The outputs of `Run.outputs`: the conditioning, then each step, then decoded frames uint8 (n, H, W, 3).
 Output = Conditioning | Step | np.ndarray
 
@@ -70,6 +85,8 @@ class Run:
         self._happened: deque[Event] = deque()
         self._begun = self._finishing = False
         self._stopping = ""  # why
+        self._left = TimeLeft(self.plan, request.steps_made, resume.steps if resume else 0, chips.likely_rate())
+        self._eta_at = 0.0
 
     def listen(self, listener: Listener) -> Run:
         """Have ``listener`` called with each event the moment it happens, in the thread of the run; returns the run.
@@ -99,7 +116,7 @@ class Run:
 
     @yields_computed
     def __iter__(self) -> Generator[Event, None, None]:
-        """Run, and yield every event but `Progress`.
+        """Run, and yield every event but those `Within` the work between two of them.
 
         Raises:
             BusyError: another run of this model is under way.
@@ -254,8 +271,18 @@ class Run:
     def _tell(self, event: Event) -> None:
         for listener in self._listeners:
             listener(event)
-        if not isinstance(event, Progress):
+        if not isinstance(event, Within):
             self._happened.append(event)
+        self._tell_time_left(event)
+
+    def _tell_time_left(self, event: Event) -> None:
+        self._left(event)
+        is_due = isinstance(event, Stepped | Decoded | StageStarted)
+        if is_due or (isinstance(event, Within) and time.perf_counter() > self._eta_at + ETA_EVERY):
+            self._eta_at = time.perf_counter()
+            eta = Eta(self._left.seconds(), mx.get_active_memory(), mx.get_peak_memory())
+            for listener in self._listeners:
+                listener(eta)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -264,12 +291,13 @@ class Run:
         mx.reset_peak_memory()
         self.stage = name
         self._tell(StageStarted(name))
-        started = time.perf_counter()
+        started, left = time.perf_counter(), True
         try:
             yield
+            left = False
         finally:
             self.stage = None
-            report = StageEnded(name, time.perf_counter() - started, mx.get_peak_memory())
+            report = StageEnded(name, time.perf_counter() - started, mx.get_peak_memory(), left)
             self.reports.append(report)
             mx.clear_cache()
             log.info("%s: %.1f s, peak %.2f GiB", name, report.seconds, report.peak_bytes / 2**30)
@@ -280,7 +308,8 @@ class Run:
         if not self.pipe.running.acquire(blocking=False):
             raise BusyError("this pipeline is making another video; wait until that run ends, or open another pipeline")
         listener = self.pipe.listener
-        self._listeners.insert(0, listener)
+        if listener not in self._listeners:  # a command line's is both
+            self._listeners.insert(0, listener)
         self.pipe.listener, self.pipe.plan_at_work = self._tell, self.plan
         try:
             yield

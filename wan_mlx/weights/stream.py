@@ -20,7 +20,7 @@ from .prefetch import Prefetch, batches
 from .set_loras import put_beside
 
 M = TypeVar("M", bound=nn.Module)
-# Wraps an iteration like ``tqdm``: progress(items, total=...) → items.
+# Wraps an iteration, as `events.counted` does: progress(items, total=...) → items.
 Progress = Callable[..., Iterable]
 
 

@@ -1,0 +1,89 @@
+"""The time left of a run: its plan's work, at the rates that the run itself has shown so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ..events import Decoded, Event, StageStarted, Stepped
+from ..planning.plan import Plan
+
+ORDER = ("conditioning", "load", "denoise", "decode")  # first words of the stages' names
+# Until they are measured: decoding's FLOP per second as a share of denoising's (on an H200 150 to 490 TFLOP/s), and
+# bytes read per second.
+DECODE_SHARE = 0.3
+READING = 1e9
+RECENT = 8  # steps: a Mac that gets warm becomes slower
+
+
+class TimeLeft:
+    """Hears a run's events, and tells how many seconds are left: from its first step on, or from its beginning if
+    ``rate`` is given or the plan has times.
+
+    Args:
+        plan: of the run.
+        steps: how many are made, ``first`` of them before this run, which then goes on after them.
+        rate: FLOP per second of denoising, if it is known about how fast the machine is.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, plan: Plan, steps: int, first: int = 0, rate: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):  # fmt: skip
+        self._rows, self._streamed = {row.stage: row for row in plan.rows}, plan.stream
+        self._steps, self._done, self._rate, self._clock = steps, first, rate, clock
+        self._reached = 0 if not first else 1 if first < steps else 3
+        self._began = clock()  # the stage, or the step, that is at work
+        self._seconds: list[float] = []  # of the steps of this run
+        self._decoded = 0.0  # share of the frames
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StageStarted):
+            self._reached, self._began = ORDER.index(event.name.split()[0]), self._clock()
+        elif isinstance(event, Stepped) and event.step.seconds:  # not one that an earlier run made
+            self._done, self._began = event.step.index + 1, self._clock()
+            self._seconds.append(event.step.seconds)
+        elif isinstance(event, Decoded):
+            self._decoded = event.done / event.total
+
+    def seconds(self) -> float | None:
+        """To the last frame; None as long as that is not known."""
+        left = [self._left(stage) for stage in ORDER[self._reached :]]
+        known = [seconds for seconds in left if seconds is not None]
+        return sum(known) if len(known) == len(left) else None
+
+    def _left(self, stage: str) -> float | None:
+        spent = self._clock() - self._began if stage == ORDER[self._reached] else 0.0
+        if stage == "decode" and self._decoded:
+            return spent * (1 - self._decoded) / self._decoded
+        if stage == "denoise":
+            left, step = self._steps - self._done, self.step_seconds()
+            return 0.0 if not left else None if step is None else max((left - 1) * step, left * step - spent)
+        whole = self._whole(stage)
+        return None if whole is None else max(0.0, whole - spent)
+
+    def _whole(self, stage: str) -> float | None:
+        """Seconds that a stage takes in all."""
+        if stage == "load":
+            return 0.0 if self._streamed else self._rows["denoise"].reads / READING
+        begin = "encode" if stage == "conditioning" else stage
+        rows = [row for name, row in self._rows.items() if name.startswith(begin)]
+        if all(row.seconds is not None for row in rows):
+            return sum(row.seconds or 0.0 for row in rows)
+        step, flop = self.step_seconds(), sum(row.flop for row in rows)
+        if step is None or not step:
+            return None
+        rate = self._rows["denoise"].flop / (step * self._steps)
+        if stage == "decode":
+            return flop / (DECODE_SHARE * rate)
+        return max(flop / rate, sum(row.reads for row in rows) / READING)
+
+    def step_seconds(self) -> float | None:
+        """Of one step: the mean of recent ones, the first of which compiles kernels; before that, as planned."""
+        if self._seconds:
+            recent = (self._seconds[1:] or self._seconds)[-RECENT:]
+            return sum(recent) / len(recent)
+        row = self._rows["denoise"]
+        whole = row.seconds if row.seconds is not None else row.flop / self._rate if self._rate else None
+        return None if whole is None else whole / self._steps
