@@ -49,7 +49,7 @@ class WanPipeline(OpenedModel):
         model: str | Path,
         # options: model, by docs/make_signatures.py
         dtype: str = "bfloat16",
-        quantize: str | None = None,
+        quantize: str | int | None = None,
         memory: str | None = None,
         preset: str | None = None,
         progress: bool = True,
