@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_mlx_model import random, random_vae
+from tiny_mlx_model import VAE_CONFIGS, random, random_vae
 
 import wan_mlx
 from wan_mlx.hub.resolve import resolve
@@ -17,9 +17,9 @@ from wan_mlx.planning.choose import parse_tiling
 SAME = dict(rtol=0, atol=1e-5)  # of float32 values around 1
 
 
-@pytest.fixture(scope="module")
-def vae():
-    return random_vae()
+@pytest.fixture(scope="module", params=VAE_CONFIGS)
+def vae(request):
+    return random_vae(VAE_CONFIGS[request.param])
 
 
 def chunks_of(frames):
@@ -38,7 +38,7 @@ def test_tiled_decode_equals_whole(vae, size, tile):
 
 @pytest.mark.parametrize("size, tile", [((24, 2), (64, 64)), ((2, 17), (72, 1000)), ((9, 9), (64, 64))])
 def test_tiled_encode_equals_whole(vae, size, tile):
-    chunks = chunks_of(random(1, 5, *(8 * n for n in size), 3))
+    chunks = chunks_of(random(1, 5, *(vae.geometry.spatial * n for n in size), 3))
     whole = tiling.encode(VAEExecution(vae), chunks, None)
     assert np.array_equal(whole, vae.encode_chunks(chunks)) and whole.shape == (1, 2, *size, 4)
     np.testing.assert_allclose(tiling.encode(VAEExecution(vae), iter(chunks), tile), whole, **SAME)
@@ -75,7 +75,8 @@ def test_margins_are_as_wide_as_the_convolutions_reach(vae, direction, stage):
 def test_a_still_and_frames_in_order(vae):
     latents = random(1, 3, 2, 9, 4)
     shapes = [frames.shape for frames in tiling.decode(VAEExecution(vae), latents, (64, 64))]
-    assert shapes == [frames.shape for frames in vae.decode(latents)] == [(1, n, 16, 72, 3) for n in (1, 4, 4)]
+    size = [vae.geometry.spatial * n for n in (2, 9)]
+    assert shapes == [frames.shape for frames in vae.decode(latents)] == [(1, n, *size, 3) for n in (1, 4, 4)]
     np.testing.assert_allclose(decoded(vae, latents[:, :1], (64, 64)), decoded(vae, latents[:, :1], None), **SAME)
 
 
@@ -87,9 +88,10 @@ def test_finish_and_progress(vae):
         return items
 
     latents = random(1, 2, 2, 17, 4)
-    pixels = decoded(vae, latents, (72, 72), finish=lambda x: to_uint8(x, rounding=False), progress=progress)
+    tile = (9 * vae.geometry.spatial,) * 2
+    pixels = decoded(vae, latents, tile, finish=lambda x: to_uint8(x, rounding=False), progress=progress)
     assert pixels.dtype == np.uint8 and seen == [2 * 2]
-    assert np.array_equal(pixels, to_uint8(mx.array(decoded(vae, latents, (72, 72))), rounding=False))
+    assert np.array_equal(pixels, to_uint8(mx.array(decoded(vae, latents, tile)), rounding=False))
 
 
 def peak(run):
@@ -102,12 +104,13 @@ def peak(run):
 
 
 def test_tiles_take_less_memory(vae):
-    latents, frames = random(1, 2, 48, 2, 4), random(1, 5, 384, 16, 3)
+    side = vae.geometry.spatial
+    latents, frames, tile = random(1, 2, 48, 2, 4), random(1, 5, 48 * side, 2 * side, 3), (10 * side, 10 * side)
     mx.eval(latents, frames)
-    small, whole = (peak(lambda tile=tile: decoded(vae, latents, tile)) for tile in ((80, 80), None))
+    small, whole = (peak(lambda tile=tile: decoded(vae, latents, tile)) for tile in (tile, None))
     assert small < 0.5 * whole
     run = VAEExecution(vae)
-    small, whole = (peak(lambda tile=tile: tiling.encode(run, chunks_of(frames), tile)) for tile in ((80, 80), None))
+    small, whole = (peak(lambda tile=tile: tiling.encode(run, chunks_of(frames), tile)) for tile in (tile, None))
     assert small < 0.6 * whole
 
 

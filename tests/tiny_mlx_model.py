@@ -9,12 +9,15 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map_with_path
 
-from wan_mlx.models.configs import VAEConfig
+from wan_mlx.models.configs import VAE22Config, VAEConfig
+from wan_mlx.models.networks import new_network
 from wan_mlx.models.vae import VAE
 from wan_mlx.presets import BUNDLED
 
 LATER_BLOCK = re.compile(r"blocks\.[1-9]\d*\.")
-VAE_CONFIG = VAEConfig(dim=8, z_dim=4, mean=(0.5, -0.3, 0.0, 1.0), std=(1.0, 2.0, 0.7, 1.5))
+LATENTS = dict(z_dim=4, mean=(0.5, -0.3, 0.0, 1.0), std=(1.0, 2.0, 0.7, 1.5))
+VAE_CONFIG = VAEConfig(dim=8, **LATENTS)
+VAE_CONFIGS = {"2.1": VAE_CONFIG, "2.2": VAE22Config(dim=8, decoder_dim=12, **LATENTS)}
 
 
 def write(folder: Path) -> Path:
@@ -41,7 +44,7 @@ def random_vae(config: VAEConfig = VAE_CONFIG) -> VAE:
         noise = rng.normal(size=value.shape)
         return mx.array(noise * value[0].size ** -0.5 if value.ndim > 1 else 0.1 * noise + path.endswith("gamma"))
 
-    vae = VAE(config)
+    vae = new_network(config)
     return vae.update(tree_map_with_path(lambda p, v: fill(p, v).astype(mx.float32), vae.parameters()))
 
 

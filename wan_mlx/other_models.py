@@ -357,13 +357,6 @@ OTHER_MODELS = (
               "language_model.model.layers.0.self_attn.q_proj.weight"),
     ),
     OtherModel(
-        "Wan2.2's VAE, which TI2V-5B alone takes", "vae", "official, diffusers",
-        keys=("encoder.downsamples.0.downsamples.0.residual.2.weight",
-              "encoder.down_blocks.0.resnets.0.norm1.gamma encoder.down_blocks.0.downsampler.resample.1.weight"),
-        sizes=dict(z_dim=48),
-        names=r"wan[-_]?2[._]2[-_]vae",
-    ),
-    OtherModel(
         "the VAE of Stable Diffusion, FLUX or another image model", "vae", "diffusers",
         keys=("encoder.down.0.block.0.norm1.weight encoder.conv_in.weight",
               "encoder.down_blocks.0.resnets.0.norm1.weight encoder.conv_in.weight"),

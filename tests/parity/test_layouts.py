@@ -121,6 +121,18 @@ def diffusers_vae(num_res_blocks: int = 2) -> Shapes:
 
 
 @cache
+def official_vae22(num_res_blocks: int = 2) -> Shapes:
+    sizes = dict(dim=160, dec_dim=256, z_dim=48, temperal_downsample=[False, True, True])
+    return shapes_of(lambda: official("modules.vae2_2").WanVAE_(**sizes, num_res_blocks=num_res_blocks))
+
+
+@cache
+def diffusers_vae22(num_res_blocks: int = 2) -> Shapes:
+    sizes = dict(base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12)
+    return shapes_of(lambda: AutoencoderKLWan(**sizes, num_res_blocks=num_res_blocks))
+
+
+@cache
 def official_image_encoder() -> Shapes:
     """What Wan uses of the official ViT-H, written out: no package ships that class."""
     d = 1280
@@ -262,6 +274,9 @@ CASES = {
     "official vae in a wrapper": Case("official vae", lambda: prefixed("model.", official_vae()), official_vae),
     "diffusers vae": Case("diffusers vae", diffusers_vae, official_vae),
     "diffusers vae of 1 resnet": Case("diffusers vae", lambda: diffusers_vae(1), lambda: official_vae(1)),
+    "official vae 2.2": Case("official vae", official_vae22, official_vae22),
+    "diffusers vae 2.2": Case("diffusers vae", diffusers_vae22, official_vae22),
+    "diffusers vae 2.2 of 1 resnet": Case("diffusers vae", lambda: diffusers_vae22(1), lambda: official_vae22(1)),
     "official clip": Case("official image_encoder", open_clip, official_image_encoder, 9),
     "official visual tower": Case("official image_encoder", official_image_encoder, official_image_encoder),
     "hf clip": Case("huggingface image_encoder", hf_image_encoder, official_image_encoder, 2),
@@ -387,10 +402,6 @@ def test_two_keys_for_one_tensor_are_named():
         names_of(keys)
 
 
-def wan22_vae() -> Shapes:
-    return shapes_of(lambda: official("modules.vae2_2").WanVAE_(dim=160, dec_dim=256, z_dim=48))
-
-
 FOREIGN = {
     "nothing": (lambda: [], "0 keys of no known network: none"),
     "sdxl": (
@@ -411,7 +422,6 @@ FOREIGN = {
         lambda: [key for key in diffusers_shapes(T2V) if key.startswith("blocks.0.")],
         "nearest is diffusers transformer, but patch_embedding.weight, condition_embedder.time_proj.weight is missing",
     ),
-    "wan2.2 vae": (wan22_vae, "of no known network: encoder.conv1.weight"),
     "whole umT5": (lambda: [*hf_text_encoder(), "lm_head.weight"], "huggingface text_encoder with 1 of .*: lm_head"),
 }
 

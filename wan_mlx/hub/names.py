@@ -27,7 +27,7 @@ from ..presets import COMFYUI_TRANSFORMERS, NETWORKS, PARTS, PRESETS, Preset
 OFFICIAL_FILES = {
     "transformer": ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
     "text_encoder": ("models_t5_umt5-xxl-enc-bf16.pth",),
-    "vae": ("Wan2.1_VAE.pth",),
+    "vae": ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth"),
     "image_encoder": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
     "tokenizer": ("google/umt5-xxl/spiece.model",),
 }

@@ -6,15 +6,18 @@ from typing import Any
 
 import mlx.nn as nn
 
-from .configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from .configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAE22Config, VAEConfig
 from .image_encoder import ImageEncoder
 from .text_encoder import TextEncoder
 from .transformer import Transformer
 from .vace import VaceTransformer
 from .vae import VAE
+from .vae22 import VAE22
 
 TRANSFORMERS = {"t2v": Transformer, "i2v": Transformer, "flf2v": Transformer, "vace": VaceTransformer}
-NETWORKS = {TextEncoderConfig: TextEncoder, VAEConfig: VAE, ImageEncoderConfig: ImageEncoder}
+NETWORKS = {
+    TextEncoderConfig: TextEncoder, VAEConfig: VAE, VAE22Config: VAE22, ImageEncoderConfig: ImageEncoder,
+}  # fmt: skip
 
 
 def new_transformer(config: TransformerConfig) -> Transformer:

@@ -121,20 +121,20 @@ PHASES = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
 
 class Upsample(nn.Module):
-    """Twice the height and width, half the channels and, if ``temporal``, twice the frames after the first."""
+    """Twice the height and width, other channels and, if ``temporal``, twice the frames after the first."""
 
-    def __init__(self, dim: int, temporal: bool):
+    def __init__(self, dim: int, out_dim: int, temporal: bool):
         super().__init__()
-        self.resample: list[Any] = [None, Conv(dim, dim // 2, 3, 3)]
+        self.resample: list[Any] = [None, Conv(dim, out_dim, 3, 3)]
         if temporal:
             self.time_conv = TimeConv(dim, 2 * dim)
 
     def __call__(self, x: mx.array, cache: CausalCache) -> Iterator[mx.array]:
-        """(n, H, W, C) → (m, 2H, 2W, C/2)."""
+        """(n, H, W, C) → (m, 2H, 2W, out_dim)."""
         yield self.in_space(self.in_time(x, cache), self.phase_weights())
 
     def in_space(self, x: mx.array, phase_weights: mx.array) -> mx.array:
-        """(n, H, W, C) → (n, 2H, 2W, C/2): every pixel doubled, then a 3x3 convolution, in one step at half the work.
+        """(n, H, W, C) → (n, 2H, 2W, out_dim): pixels doubled, then a 3x3 convolution, at once and in half the work.
 
         Among doubled pixels, four neighbours are one pixel of ``x``, so each of the four results at a pixel needs 2x2
         pixels of ``x`` with sums of kernel values (`phase_weights`), and the doubled frame is never stored.
@@ -183,14 +183,16 @@ def flow(
     run: Callable = lambda layer, x, cache: layer(x, cache),
 ) -> Iterator[mx.array]:
     """Send ``frames``, pieces (n, H, W, C) of a video, through ``layers``, None for SiLU; resampling changes their
-    number. Each piece passes all layers before the next one starts, so that few large frames exist at a time.
+    number, so it returns pieces. Each passes all layers before the next one starts, so that few large frames exist at a
+    time.
     """
     for x in frames:
         for i, layer in enumerate(layers):
-            if isinstance(layer, (Downsample, Upsample)):
-                yield from flow(layers[i + 1 :], run(layer, x, cache), cache, run)
+            result = silu(x) if layer is None else run(layer, x, cache)
+            if not isinstance(result, mx.array):
+                yield from flow(layers[i + 1 :], result, cache, run)
                 break
-            x = silu(x) if layer is None else run(layer, x, cache)
+            x = result
         else:
             yield x
 
@@ -204,14 +206,18 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = [config.dim * m for m in (1, *config.dim_mult)]
-        self.conv1 = CausalConv(3, widths[0])
+        self.conv1 = CausalConv(3 * config.patch**2, widths[0])
         self.downsamples: list[Any] = []
-        for i, (in_dim, out_dim) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            self.downsamples += residual_blocks(in_dim, out_dim, config.num_res_blocks)
-            if i < len(config.temporal_downsample):
-                self.downsamples.append(Downsample(out_dim, config.temporal_downsample[i]))
+        for *dims, temporal in zip(widths[:-1], widths[1:], (*config.temporal_downsample, None), strict=True):
+            self.downsamples += self.stage(*dims, config.num_res_blocks, temporal)
         self.middle = middle_blocks(widths[-1])
         self.head: list[Any] = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 2 * config.z_dim)]
+
+    @staticmethod
+    def stage(in_dim: int, out_dim: int, blocks: int, temporal: bool | None) -> list[nn.Module]:
+        """The layers of one resolution, and those to the next one, if there is one: ``temporal`` or not."""
+        layers = residual_blocks(in_dim, out_dim, blocks)
+        return layers if temporal is None else [*layers, Downsample(out_dim, temporal)]
 
     @property
     def local(self) -> list[Callable | None]:
@@ -232,17 +238,20 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths = [config.dim * m for m in (config.dim_mult[-1], *config.dim_mult[::-1])]
+        widths = [config.decoder_dim * m for m in config.dim_mult[::-1]]
+        given = [widths[0], *(width // config.narrowing for width in widths)]
         self.conv1 = CausalConv(config.z_dim, widths[0])
         self.middle = middle_blocks(widths[0])
         self.upsamples: list[Any] = []
-        temporal = config.temporal_downsample[::-1]
-        for i, (in_dim, out_dim) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            # The previous upsampling has halved the width.
-            self.upsamples += residual_blocks(in_dim // 2 if i else in_dim, out_dim, config.num_res_blocks + 1)
-            if i < len(temporal):
-                self.upsamples.append(Upsample(out_dim, temporal[i]))
-        self.head: list[Any] = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 3)]
+        for *dims, temporal in zip(given, widths, (*config.temporal_downsample[::-1], None), strict=False):
+            self.upsamples += self.stage(*dims, config.num_res_blocks + 1, temporal)
+        self.head: list[Any] = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 3 * config.patch**2)]
+
+    @staticmethod
+    def stage(in_dim: int, out_dim: int, blocks: int, temporal: bool | None) -> list[nn.Module]:
+        """The layers of one resolution, and those to the next one, if there is one: ``temporal`` or not."""
+        layers = residual_blocks(in_dim, out_dim, blocks)
+        return layers if temporal is None else [*layers, Upsample(out_dim, out_dim // 2, temporal)]
 
     @property
     def whole(self) -> list[Callable | None]:
@@ -262,6 +271,8 @@ class VAE(nn.Module):
         ValueError: the lengths in ``config`` do not agree.
     """
 
+    coders: tuple[type[Encoder], type[Decoder]] = (Encoder, Decoder)
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         lengths = {"mean": config.z_dim, "std": config.z_dim, "temporal_downsample": len(config.dim_mult) - 1}
@@ -270,10 +281,11 @@ class VAE(nn.Module):
                 raise ValueError(f"{name} has {len(values)} values, expected {expected}")
         self.config = config
         self.geometry = config.geometry
-        self.encoder = Encoder(config)
+        encoder, decoder = self.coders
+        self.encoder = encoder(config)
         self.conv1 = PointConv(2 * config.z_dim, 2 * config.z_dim)
         self.conv2 = PointConv(config.z_dim, config.z_dim)
-        self.decoder = Decoder(config)
+        self.decoder = decoder(config)
 
     def encode(self, frames: mx.array) -> mx.array:
         """Mean of the latents of a whole video in memory.

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from ..cuda.forward import DeferredFrees
 from .execution import Pacer
 from .vae import VAE, AttentionBlock, Downsample, ResidualBlock, Upsample, flow
+from .vae22 import Branched
 from .vae_layers import CausalCache, CausalConv, TemporalConv, check_latents, convolve
 
 T = TypeVar("T")
@@ -134,10 +135,12 @@ def run_layer(layer: Callable, x: mx.array, cache: PacedCache) -> mx.array | Ite
     if isinstance(layer, AttentionBlock):
         return attend_within_frames(layer, x)
     if isinstance(layer, Upsample):
-        # Four times the pixels, half the width. No variable holds a result: it is as large as the frames made from it.
+        # Four times the pixels, other channels. No variable holds a result: it is as large as the frames made from it.
         phases = cache.derived(layer, layer.phase_weights)
-        batches = in_batches(layer.in_time(x, cache), channels=2 * x.shape[-1])
+        batches = in_batches(layer.in_time(x, cache), channels=4 * len(layer.resample[1].bias))
         return (cache.pace(layer.in_space(frames, phases)) for frames in batches)
+    if isinstance(layer, Branched):
+        return (cache.pace(y) for y in layer(x, cache, run_layer))
     if isinstance(layer, Downsample):
         return layer.in_time(cache.pace(layer.in_space(x)), cache)
     if isinstance(layer, CausalConv):

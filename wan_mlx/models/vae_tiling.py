@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise, product
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from ..errors import is_out_of_memory
 from .vae import VAE, Downsample, ResidualBlock, Upsample
+from .vae22 import Branched
 from .vae_execution import PacedCache, VAEExecution
 from .vae_layers import CausalConv
 
@@ -75,7 +76,7 @@ def decode(
     canvas = None
     work = iter(progress(range(len(tiles) * count), total=len(tiles) * count))
     for one in tiles:
-        cache, (rows, columns) = PacedCache(), one.target
+        cache, (rows, columns) = PacedCache(), one.pixels(vae.config.patch)
         parts = run.decode_frames((one.source(frame, cache) for frame in middle), one.layers, cache)
         for start, frames in zip(starts, parts, strict=False):
             next(work)
@@ -151,7 +152,7 @@ def _encode_tile(run: VAEExecution, video: Sequence[mx.array], tile: Tile) -> It
     """(1, h, w, channels) of the tile for each chunk, before the middle."""
     cache = PacedCache()
     for chunk in video:
-        frames = run.vae.enter(tile.source(chunk[0], cache)[None])
+        frames = tile.source(run.vae.enter(chunk), cache)
         (encoded,) = run.flow(tile.layers, run.first_batches(frames), cache)
         mx.eval(encoded)
         yield encoded
@@ -180,6 +181,11 @@ class Tile:
     layers: list[Callable | None]
     target: tuple[Span, Span]
 
+    def pixels(self, patch: int) -> tuple[Span, Span]:
+        """The target in pixels, of which the decoder makes ``patch`` squared at once."""
+        (top, bottom), (left, right) = self.target
+        return (top * patch, bottom * patch), (left * patch, right * patch)
+
 
 def tiles_of(vae: VAE, size: tuple[int, int], largest: tuple[int, int], decoding: bool) -> list[Tile]:
     """Tiles of a frame of ``size`` (height, width) in latents, each at most ``largest`` (width, height) in pixels."""
@@ -191,9 +197,8 @@ def tiles_of(vae: VAE, size: tuple[int, int], largest: tuple[int, int], decoding
     ]
     found = []
     for rows, columns in product(*axes):
-        layers: list[Callable | None] = []
-        for stage, of_rows, of_columns in zip(_stages(local), rows, columns, strict=True):
-            layers += [*stage, Cut(_within(*of_rows), _within(*of_columns))]
+        cuts = (Cut(_within(*of_rows), _within(*of_columns)) for of_rows, of_columns in zip(rows, columns, strict=True))
+        layers = [*_cut_before_resampling(local, cuts), next(cuts)]
         found.append(Tile(Cut(rows[0][0], columns[0][0]), layers, (rows[-1][1], columns[-1][1])))
     return found
 
@@ -232,10 +237,25 @@ def stage_spans(core: Span, convolutions: Sequence[int], length: int, decoding: 
     return found[::-1]
 
 
+def _cut_before_resampling(layers: Sequence[Callable | None], cuts: Iterator[Cut]) -> Iterator[Callable | None]:
+    """The layers, with a cut at the end of each resolution but the last."""
+    for layer in layers:
+        if isinstance(layer, Downsample | Upsample):
+            yield next(cuts)
+        resamples = isinstance(layer, Branched) and isinstance(layer.layers[-1], Downsample | Upsample)
+        yield replace(layer, cut=next(cuts)) if resamples else layer
+
+
+def _flat(layers: Sequence) -> Iterator:
+    """The layers, those with a shortcut beside them one by one."""
+    for layer in layers:
+        yield from layer.layers if isinstance(layer, Branched) else [layer]
+
+
 def _stages(layers: Sequence) -> list[list]:
     """Layers grouped by resolution; all groups but the first start with the resampling layer."""
     groups: list[list] = [[]]
-    for layer in layers:
+    for layer in _flat(layers):
         if isinstance(layer, Downsample | Upsample):
             groups.append([])
         groups[-1].append(layer)

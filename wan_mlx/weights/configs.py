@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import WeightsError
-from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAE22Config, VAEConfig
 from ..models.image_encoder import last_block_shapes
 from ..models.networks import new_network
 from ..other_models import of_sizes
@@ -31,7 +31,8 @@ def network_config(weights: ComponentWeights, config: Mapping[str, Any]) -> Any:
     Raises:
         WeightsError: the sizes make no sense, or the weights are not the whole of such a network and nothing else.
     """
-    config_class, sizes_in = SIZES_IN[weights.component]
+    residual = weights.component == "vae" and "encoder.downsamples.0.downsamples.0.residual.2.weight" in weights.shapes
+    config_class, sizes_in = (VAE22Config, _vae22_sizes) if residual else SIZES_IN[weights.component]
     said = _said(config_class, config, weights.path)
     found = _merge(config_class, sizes_in(weights, said), said, weights.path)
     try:
@@ -204,8 +205,6 @@ def _image_encoder_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> 
 
 def _vae_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes of a VAE, from its encoder's layers: every stage ends at a ``resample``."""
-    if any(value <= 0 for value in said.get("std", ())):
-        raise WeightsError(f"{weights.path}: config.json says std = {[*said['std']]}, expected numbers above 0")
     shapes = weights.shapes
     dim = _shape_of(weights, "encoder.conv1.weight", 5)[0]
     dim_mult, temporal, blocks = [], [], 0
@@ -217,18 +216,41 @@ def _vae_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> dict[str, 
         elif not dim_mult:
             blocks += 1
     dim_mult.append(_shape_of(weights, "encoder.middle.0.residual.2.weight", 5)[0] // dim)
+    stages = dict(dim_mult=tuple(dim_mult), temporal_downsample=tuple(temporal))
+    return dict(dim=dim, num_res_blocks=blocks, z_dim=_latent_channels(weights, said, VAEConfig), **stages)
+
+
+def _vae22_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of a VAE of Wan2.2, whose stages are modules with a list of layers."""
+    shapes, stage = weights.shapes, "encoder.downsamples.{}.downsamples.{}"
+    dim = _shape_of(weights, "encoder.conv1.weight", 5)[0]
+    count = _count(shapes, r"encoder\.downsamples\.(\d+)\.")
+    blocks = _count(shapes, r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual\.")
+    widths = [_shape_of(weights, stage.format(n, 0) + ".residual.2.weight", 5)[0] for n in range(count)]
+    return dict(
+        dim=dim,
+        num_res_blocks=blocks,
+        z_dim=_latent_channels(weights, said, VAE22Config),
+        dim_mult=tuple(width // dim for width in widths),
+        temporal_downsample=tuple(stage.format(n, blocks) + ".time_conv.weight" in shapes for n in range(count - 1)),
+        decoder_dim=_shape_of(weights, "decoder.head.0.gamma", 1)[0] * dim // widths[0],
+    )
+
+
+def _latent_channels(weights: ComponentWeights, said: Mapping[str, Any], released: type[VAEConfig]) -> int:
+    """Channels of a VAE's latents; WeightsError if nothing tells their normalisation."""
+    if any(value <= 0 for value in said.get("std", ())):
+        raise WeightsError(f"{weights.path}: config.json says std = {[*said['std']]}, expected numbers above 0")
     channels, *_, width, last = _shape_of(weights, "conv2.weight", 5)
     if (width, last) == (channels, 1) != (1, 1):  # a convolution of one pixel, whose axes were turned
         raise WeightsError(
             f"{weights.path}: its convolutions are channels last under the official names, as tools for MLX write "
             "them, and nothing in the file says so; give the published VAE, or mlx-video's folder with its config.json"
         )
-    if other := of_sizes("vae", dict(z_dim=channels)):
-        raise other.refusal(weights.path)
-    if channels != len(VAEConfig.mean) and "mean" not in said:
-        raise WeightsError(f"{weights.path}: a VAE with {channels} latent channels, expected Wan2.1's 16")
-    stages = dict(dim_mult=tuple(dim_mult), temporal_downsample=tuple(temporal))
-    return dict(dim=dim, num_res_blocks=blocks, z_dim=channels, **stages)
+    if channels != len(released.mean) and "mean" not in said:
+        known = "Wan2.2's 48" if released is VAE22Config else "Wan2.1's 16"
+        raise WeightsError(f"{weights.path}: a VAE with {channels} latent channels, expected {known}")
+    return channels
 
 
 # Kind of network → its configuration, and the sizes that weights show beside its config.json.

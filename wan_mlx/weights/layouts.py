@@ -94,6 +94,8 @@ class Layout:
                 fields = match.groupdict()
                 if "{flat}" in ours:
                     fields["flat"] = str(_flat(fields["n"], fields.get("m"), keys))
+                if "{last}" in ours:
+                    fields["last"] = str(_resnets(theirs.split(".{n}.")[0], fields["n"], keys))
                 parts = [theirs.format(**fields | {"part": part}) for part in STACKED] if "part" in fields else [key]
                 return ours.format(**fields), tuple(parts)
         return (key, (key,)) if self.name == "official" else None
@@ -115,7 +117,7 @@ def recognise(keys: Iterable[str]) -> Layout:
     nearest, lost = min(lacking, key=lambda found: len(found[1]) / len(found[0].anchors))
     if not lost:
         return nearest
-    known = ", ".join(str(layout) for layout in LAYOUTS)
+    known = ", ".join(dict.fromkeys(map(str, LAYOUTS)))
     why = f"expected one of: {known}"
     if len(lost) < len(nearest.anchors):
         why = f"nearest is {nearest}, but {some(lost)} is missing{WITHOUT.get(lost[0], '')}"
@@ -178,8 +180,13 @@ def canonical_keys(layout: Layout, keys: Iterable[str]) -> dict[str, str | tuple
 
 def _flat(block: str, resnet: str | None, keys: Collection[str]) -> int:
     """Diffusers groups the decoder's layers into up blocks (resnets, then an upsampler); here they are flat."""
-    resnets = next(n for n in count() if f"decoder.up_blocks.0.resnets.{n}.conv1.weight" not in keys)
+    resnets = _resnets("decoder.up_blocks", "0", keys)
     return int(block) * (resnets + 1) + int(resnets if resnet is None else resnet)
+
+
+def _resnets(blocks: str, block: str, keys: Collection[str]) -> int:
+    """The number of resnets in a block of Diffusers' VAE; what resamples has the place after them."""
+    return next(n for n in count() if f"{blocks}.{block}.resnets.{n}.conv1.weight" not in keys)
 
 
 def _inside(theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, str]:
@@ -197,6 +204,17 @@ _RESIDUAL = {
 }
 _RESNET = {**_RESIDUAL, "conv_shortcut.{end}": "shortcut.{end}"}  # where the width may change
 _RESAMPLER = {"{conv}.{end}": "{conv}.{end}"}
+# Of Diffusers' VAE, both kinds.
+_AROUND_STAGES = {
+    "{coder}.conv_in.{end}": "{coder}.conv1.{end}",
+    "{coder}.norm_out.gamma": "{coder}.head.0.gamma",
+    "{coder}.conv_out.{end}": "{coder}.head.2.{end}",
+    "quant_conv.{end}": "conv1.{end}",
+    "post_quant_conv.{end}": "conv2.{end}",
+    "{coder}.mid_block.attentions.0.{any}": "{coder}.middle.1.{any}",
+    **_inside("{coder}.mid_block.resnets.0", "{coder}.middle.0", _RESIDUAL),
+    **_inside("{coder}.mid_block.resnets.1", "{coder}.middle.2", _RESIDUAL),
+}
 
 LAYOUTS = (
     Layout(
@@ -334,6 +352,33 @@ LAYOUTS = (
         anchors=("encoder.downsamples.0.residual.2.weight", "decoder.upsamples.0.residual.2.weight", "conv2.weight"),
         prefix=r"(?:model|vae|first_stage_model)\.",
     ),
+    # Wan2.2's, whose stages are modules.
+    Layout(
+        "official",
+        "vae",
+        anchors=(
+            "encoder.downsamples.0.downsamples.0.residual.2.weight",
+            "decoder.upsamples.0.upsamples.0.residual.2.weight",
+            "conv2.weight",
+        ),
+        prefix=r"(?:model|vae|first_stage_model)\.",
+    ),
+    Layout(
+        "diffusers",
+        "vae",
+        anchors=(
+            "encoder.down_blocks.0.resnets.0.conv1.weight",
+            "decoder.up_blocks.0.resnets.0.conv1.weight",
+            "quant_conv.weight",
+        ),
+        names={
+            **_AROUND_STAGES,
+            **_inside("encoder.down_blocks.{n}.resnets.{m}", "encoder.downsamples.{n}.downsamples.{m}", _RESNET),
+            **_inside("decoder.up_blocks.{n}.resnets.{m}", "decoder.upsamples.{n}.upsamples.{m}", _RESNET),
+            **_inside("encoder.down_blocks.{n}.downsampler", "encoder.downsamples.{n}.downsamples.{last}", _RESAMPLER),
+            **_inside("decoder.up_blocks.{n}.upsampler", "decoder.upsamples.{n}.upsamples.{last}", _RESAMPLER),
+        },
+    ),
     Layout(
         "diffusers",
         "vae",
@@ -343,14 +388,7 @@ LAYOUTS = (
             "quant_conv.weight",
         ),
         names={
-            "{coder}.conv_in.{end}": "{coder}.conv1.{end}",
-            "{coder}.norm_out.gamma": "{coder}.head.0.gamma",
-            "{coder}.conv_out.{end}": "{coder}.head.2.{end}",
-            "quant_conv.{end}": "conv1.{end}",
-            "post_quant_conv.{end}": "conv2.{end}",
-            "{coder}.mid_block.attentions.0.{any}": "{coder}.middle.1.{any}",
-            **_inside("{coder}.mid_block.resnets.0", "{coder}.middle.0", _RESIDUAL),
-            **_inside("{coder}.mid_block.resnets.1", "{coder}.middle.2", _RESIDUAL),
+            **_AROUND_STAGES,
             **_inside("encoder.down_blocks.{n}", "encoder.downsamples.{n}", {**_RESNET, **_RESAMPLER}),
             **_inside("decoder.up_blocks.{n}.resnets.{m}", "decoder.upsamples.{flat}", _RESNET),
             **_inside("decoder.up_blocks.{n}.upsamplers.0", "decoder.upsamples.{flat}", _RESAMPLER),

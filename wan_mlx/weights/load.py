@@ -16,7 +16,7 @@ from ..events import counted, unheard
 from ..models.configs import TransformerConfig
 from ..models.execution import Execution, StreamedTextEncoder
 from ..models.image_encoder import ImageEncoder
-from ..models.networks import new_transformer
+from ..models.networks import new_network, new_transformer
 from ..models.rope import row_order
 from ..models.text_encoder import EncoderBlock
 from ..models.transformer import Transformer
@@ -149,10 +149,10 @@ def load_vae(path: Source, dtype: str | mx.Dtype = "float32", progress: Progress
         progress: wraps the iteration over tensors.
 
     Raises:
-        WeightsError: the file is not a whole Wan2.1 VAE.
+        WeightsError: the file is not a whole VAE of Wan2.1 or Wan2.2.
     """
     weights, config = open_network(path, "vae")
-    return load_module(VAE(config), Parameters(weights, parse_dtype(dtype)), progress)
+    return load_module(new_network(config), Parameters(weights, parse_dtype(dtype)), progress)
 
 
 def load_image_encoder(
