@@ -17,7 +17,7 @@ from wan_mlx.presets import BUNDLED
 LATER_BLOCK = re.compile(r"blocks\.[1-9]\d*\.")
 LATENTS = dict(z_dim=4, mean=(0.5, -0.3, 0.0, 1.0), std=(1.0, 2.0, 0.7, 1.5))
 VAE_CONFIG = VAEConfig(dim=8, **LATENTS)
-VAE_CONFIGS = {"2.1": VAE_CONFIG, "2.2": VAE22Config(dim=8, decoder_dim=12, **LATENTS)}
+VAE_CONFIGS = {"2.1": VAE_CONFIG, "2.2": VAE22Config(dim=4, decoder_dim=6, **LATENTS)}
 
 
 def write(folder: Path) -> Path:

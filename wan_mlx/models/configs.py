@@ -120,7 +120,7 @@ class VAE22Config(VAEConfig):
         0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
         0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
     )  # fmt: skip
-    decoder_dim: int = 256  # type: ignore[assignment]  # the decoder is wider than the encoder
+    decoder_dim: int = 256  # the decoder is wider than the encoder
 
     patch: ClassVar[int] = 2
     narrowing: ClassVar[int] = 1

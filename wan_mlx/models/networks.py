@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import mlx.nn as nn
-
 from .configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAE22Config, VAEConfig
 from .image_encoder import ImageEncoder
 from .text_encoder import TextEncoder
@@ -25,6 +23,6 @@ def new_transformer(config: TransformerConfig) -> Transformer:
     return TRANSFORMERS[config.model_type](config)
 
 
-def new_network(config: Any) -> nn.Module:
+def new_network(config: Any) -> Any:
     """The network of these sizes, without weights."""
     return new_transformer(config) if isinstance(config, TransformerConfig) else NETWORKS[type(config)](config)

@@ -208,8 +208,8 @@ class Encoder(nn.Module):
         widths = [config.dim * m for m in (1, *config.dim_mult)]
         self.conv1 = CausalConv(3 * config.patch**2, widths[0])
         self.downsamples: list[Any] = []
-        for *dims, temporal in zip(widths[:-1], widths[1:], (*config.temporal_downsample, None), strict=True):
-            self.downsamples += self.stage(*dims, config.num_res_blocks, temporal)
+        for into, out, temporal in zip(widths[:-1], widths[1:], (*config.temporal_downsample, None), strict=True):
+            self.downsamples += self.stage(into, out, config.num_res_blocks, temporal)
         self.middle = middle_blocks(widths[-1])
         self.head: list[Any] = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 2 * config.z_dim)]
 
@@ -243,8 +243,8 @@ class Decoder(nn.Module):
         self.conv1 = CausalConv(config.z_dim, widths[0])
         self.middle = middle_blocks(widths[0])
         self.upsamples: list[Any] = []
-        for *dims, temporal in zip(given, widths, (*config.temporal_downsample[::-1], None), strict=False):
-            self.upsamples += self.stage(*dims, config.num_res_blocks + 1, temporal)
+        for into, out, temporal in zip(given, widths, (*config.temporal_downsample[::-1], None), strict=False):
+            self.upsamples += self.stage(into, out, config.num_res_blocks + 1, temporal)
         self.head: list[Any] = [RMSNorm(widths[-1]), None, CausalConv(widths[-1], 3 * config.patch**2)]
 
     @staticmethod

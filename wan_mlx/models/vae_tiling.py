@@ -23,7 +23,7 @@ from ..errors import is_out_of_memory
 from .vae import VAE, Downsample, ResidualBlock, Upsample
 from .vae22 import Branched
 from .vae_execution import PacedCache, VAEExecution
-from .vae_layers import CausalConv
+from .vae_layers import CausalCache, CausalConv
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class Cut:
     rows: Span
     columns: Span
 
-    def __call__(self, x: mx.array, cache: PacedCache) -> mx.array:
+    def __call__(self, x: mx.array, cache: CausalCache) -> mx.array:
         if (self.rows, self.columns) == ((0, x.shape[1]), (0, x.shape[2])):
             return x
         # Copied, because a slice would keep the whole frame alive.
@@ -242,8 +242,9 @@ def _cut_before_resampling(layers: Sequence[Callable | None], cuts: Iterator[Cut
     for layer in layers:
         if isinstance(layer, Downsample | Upsample):
             yield next(cuts)
-        resamples = isinstance(layer, Branched) and isinstance(layer.layers[-1], Downsample | Upsample)
-        yield replace(layer, cut=next(cuts)) if resamples else layer
+        if isinstance(layer, Branched) and isinstance(layer.layers[-1], Downsample | Upsample):
+            layer = replace(layer, cut=next(cuts))
+        yield layer
 
 
 def _flat(layers: Sequence) -> Iterator:

@@ -152,7 +152,8 @@ def load_vae(path: Source, dtype: str | mx.Dtype = "float32", progress: Progress
         WeightsError: the file is not a whole VAE of Wan2.1 or Wan2.2.
     """
     weights, config = open_network(path, "vae")
-    return load_module(new_network(config), Parameters(weights, parse_dtype(dtype)), progress)
+    vae: VAE = new_network(config)
+    return load_module(vae, Parameters(weights, parse_dtype(dtype)), progress)
 
 
 def load_image_encoder(
