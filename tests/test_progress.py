@@ -135,7 +135,7 @@ class TestWords:
         told.hear(Eta(65.0, 2**29, 2**30))
         assert told.what == "step 2 of 12, 1.23 s a step"
         now[0] += 5
-        assert told.whole == "60 s left to the file · memory 512 MiB, peak 1.00 GiB"
+        assert told.whole == "60 s left · memory 512 MiB, peak 1.00 GiB"
         told.hear(StageEnded("denoise", 14.8, 2**30))
         told.hear(StageStarted("decode"))
         told.hear(Progress("decoding", 1, 5))
@@ -206,7 +206,7 @@ class TestOnATerminal:
         shown = on_screen(screen.getvalue())
         assert shown[0].startswith("denoise  ") and shown[0].endswith("step 1 of 3")
         assert shown[1] == "✓ conditioning 2.1 s"
-        assert re.fullmatch(r"\d\d s left to the file · memory 256 MiB, peak 512 MiB", shown[2]) and len(shown) == 3
+        assert re.fullmatch(r"\d\d s left · memory 256 MiB, peak 512 MiB", shown[2]) and len(shown) == 3
         assert max(map(len, shown)) <= 80
         bars(StageEnded("denoise", 3.0, 2**28, left=True))
         assert on_screen(screen.getvalue()) == []
@@ -219,7 +219,7 @@ class TestOnATerminal:
         say(Note("model     nano"))
         shown = on_screen(screen.getvalue())
         assert shown[0].startswith("✓ conditioning") and "256 MiB" in shown[0]
-        assert shown[1] == "model     nano" and shown[2].startswith("denoise")
+        assert shown[1] == "model     nano" and shown[2].startswith("denoise") and " left to the file · " in shown[3]
         say.fail("no", 1)
         assert on_screen(screen.getvalue())[-1] == "error: no" and len(on_screen(screen.getvalue())) == 3
 
@@ -250,7 +250,7 @@ def test_in_a_log_a_line_now_and_then(monkeypatch, capsys):
     bars(Progress("denoising", 1, 3))
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.fullmatch(r"denoise: step 2 of 3, \d\d s left to the file · memory 256 MiB, peak 512 MiB\n", err)
+    assert re.fullmatch(r"denoise: step 2 of 3, \d\d s left · memory 256 MiB, peak 512 MiB\n", err)
 
 
 def test_in_a_notebook_one_bar_whose_ticks_stay(monkeypatch):

@@ -87,6 +87,15 @@ class TestOtherNames:
     def test_of_a_model(self, pico):
         assert WanPipeline.from_pretrained(pico, task="t2v-14B", lora=None).preset.name == "t2v-14B"
 
+    @pytest.mark.parametrize(
+        "given, says",
+        [({"stepz": 3}, "'stepz'; nearest: steps"),
+         ({"cfg": 5}, "'cfg'; here that is guidance"), ({"zzzz": 1}, "'zzzz'$")],
+    )
+    def test_that_nobody_knows(self, pipe, given, says):
+        with pytest.raises(TypeError, match=f"a request has no option {says}"):
+            pipe.request("a", **given)
+
     def test_given_twice(self, pipe):
         with pytest.raises(TypeError, match="num_inference_steps is steps by another name, and both are given"):
             pipe.request("a", steps=3, num_inference_steps=4)

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import options
 from .option import Option
+from .other_words import suggestion
 
 # Keywords of Diffusers' that mean the same as ours.
 SAME = {
@@ -103,7 +104,8 @@ def ours(face: str, given: Mapping[str, Any]) -> dict[str, Any]:
         given: values by name; None, or the default, is as if it were left out.
 
     Raises:
-        TypeError: a keyword has no meaning here, with what to write instead; or one is given by two names.
+        TypeError: a keyword has no meaning here, with what to write instead or the nearest; or one is given by two
+            names.
         ValueError: a size or another text of the command line's cannot be read.
     """
     known = {option.name: option for option in options.of(face)}
@@ -116,8 +118,7 @@ def ours(face: str, given: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"{name} is not known here: {KEYWORDS[name]}")
         option = known.get(SAME.get(name, "")) or spelled.get(name)
         if option is None:
-            found[name] = value  # `options.filled` refuses it, and names the nearest
-            continue
+            raise TypeError(f"a {face} has no option {name!r}{suggestion(name, [*known, *spelled])}")
         for ours, own in _values(option, value):
             if found.get(ours) not in (None, known[ours].default):
                 raise TypeError(f"{name} is {ours} by another name, and both are given; leave one out")

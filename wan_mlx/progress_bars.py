@@ -28,8 +28,8 @@ def progress_of(wanted: bool | Listener) -> Listener:
 class Told:
     """What is known of a piece of work from its events, in words."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic, goal: str = ""):
+        self._clock, self._goal = clock, goal
         self.ticked: list[str] = []
         self.begin("")
 
@@ -94,13 +94,13 @@ class Told:
 
     @property
     def whole(self) -> str:
-        """The run as a whole: the time left to the file, and memory."""
+        """The run as a whole: the time left, and memory."""
         if self.eta is None:
             return ""
         said = []
         if self.eta.seconds is not None:
             left = max(0.0, self.eta.seconds - (self._clock() - self._eta_at))
-            said.append(f"{f'{left:.0f} s' if left < 100 else duration(left)} left to the file")
+            said.append(f"{f'{left:.0f} s' if left < 100 else duration(left)} left{self._goal}")
         said.append(f"memory {size(self.eta.active_bytes)}, peak {size(self.eta.peak_bytes)}")
         return " · ".join(said)
 
@@ -113,7 +113,7 @@ class ProgressBars:
     """
 
     def __init__(self, ticks: bool = True):
-        self._told, self._ticks = Told(), ticks
+        self._told, self._ticks = self._nothing(ticks), ticks
         self._face: _Live | _Notebook | _Lines | None = None
         self.message = ""  # shown below the rest
 
@@ -123,7 +123,7 @@ class ProgressBars:
         if isinstance(event, StageEnded):
             self.close(over)
             if over:
-                self._told = Told()  # the next run's
+                self._told, self.message = self._nothing(self._ticks), ""  # the next run's
         elif self._told.label:
             self._face = self._face or self._new_face()
             self._face.show()
@@ -132,6 +132,10 @@ class ProgressBars:
                 self._told.ticked = [f"✓ {self._told.label}"]
                 self.close()
                 self._told.ticked = []
+
+    @staticmethod
+    def _nothing(ticks: bool) -> Told:
+        return Told(goal="" if ticks else " to the file")
 
     def close(self, over: bool = True) -> None:
         """Take it from the screen; a notebook's stays in place until the run is ``over``."""
