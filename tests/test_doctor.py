@@ -344,7 +344,7 @@ def test_surroundings(monkeypatch):
 @pytest.mark.parametrize("words", [["doctor", "--foo"], ["doctor", "x"], ["models", "--foo"]])
 def test_a_wrong_flag_is_one_line(capsys, words):
     assert main(words) == 2
-    assert re.fullmatch(f"error: unknown argument {words[1]}; nearest: -.*\n", capsys.readouterr().err)
+    assert re.fullmatch(f"error: unknown argument {words[1]}(; nearest: -.*)?\n", capsys.readouterr().err)
 
 
 @pytest.mark.slow
