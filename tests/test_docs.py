@@ -19,12 +19,14 @@ from PIL import Image
 
 import wan_mlx
 import weights_convert
-from docs import make_formats
+from docs import make_flags, make_formats, make_minutes
+from wan_mlx import options
 from wan_mlx import presets as configs
 from wan_mlx.cli import doctor, measure, selftest
 from wan_mlx.cli import main as generate
 from wan_mlx.cli.commands import COMMANDS as COMMANDS_OF_OURS
 from wan_mlx.cli.flags import build_parser
+from wan_mlx.models.chips import CHIPS
 from wan_mlx.models.configs import ImageEncoderConfig, TransformerConfig
 from wan_mlx.models.networks import new_transformer
 from wan_mlx.other_models import ADVICE
@@ -37,7 +39,7 @@ from wan_mlx.weights.component import parameter_shapes
 from wan_mlx.weights.configs import shapes_of
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "README.zh-CN.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", "README.zh-CN.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 # They install, or run the tests themselves.
 NOT_RUN = ("pip install", "pytest", "ruff")
 # A name in the pages → the folder here that stands for it; whatever else they name must be a preset, or be here.
@@ -106,7 +108,7 @@ def covering(commands: dict[str, tuple[str, ...]]) -> set[str]:
     for text, words in sorted(commands.items(), key=lambda item: -len(item[1])):
         tasks = {PRESETS[NAMES[word]].task for word in words if word in NAMES}
         flags = {(word, task) for word in words if word.startswith("--") for task in tasks or {""}}
-        if flags - seen or "--prompt" not in words:
+        if flags - seen or not {"-p", "--prompt"} & set(words):
             chosen.add(text)
             seen |= flags
     return chosen
@@ -270,7 +272,7 @@ def test_command_runs(command, homes, monkeypatch, capsys):
         assert code in ((0, None) if is_dry else (0, 3)), said.err
         assert "has no effect here" not in said.err or "--offload_model" in command
     words = COMMANDS[command]
-    makes = "--prompt" in words and not {"--plan", "--dry-run"} & set(words)
+    makes = {"-p", "--prompt"} & set(words) and not {"--plan", "--dry-run"} & set(words)
     assert bool(made) == (command in MADE and (makes or "--config" in words))
 
 
@@ -283,7 +285,7 @@ def counted(begin, made):
 
 
 def test_the_pages_are_read():
-    assert len(PAGES) == 12 and len(COMMANDS) > 40
+    assert len(PAGES) == 15 and len(COMMANDS) > 40
     assert {block.language for block in blocks()} <= {"sh", "python", "json", ""}
     zh, en = ([b.text for b in blocks() if b.page == page] for page in ("README.zh-CN.md", "README.md"))
     assert len(zh) == len(en) and [len(text.splitlines()) for text in zh] == [len(text.splitlines()) for text in en]
@@ -324,6 +326,44 @@ def test_the_tables_of_formats_are_current():
     assert make_formats.page(text) == text
     assert {name.split()[0] for name in re.findall(r"<!-- table: (.*?) -->", text)} == make_formats.TABLES.keys()
     assert {f"others {kind}" for kind in ADVICE} <= {*re.findall(r"<!-- table: (.*?) -->", text)}
+
+
+def test_the_tables_of_flags_are_current():
+    """``python docs/make_flags.py`` writes them anew."""
+    for path in (make_flags.PAGE, make_flags.CHINESE):
+        text = path.read_text(encoding="utf-8")
+        assert make_flags.page(text, path == make_flags.CHINESE) == text, path
+        groups = re.findall(r"<!-- flags: (.*?) -->", text)
+        assert set(groups) >= {option.group for option in options.flags() if not option.no_effect}, path
+        assert "<!-- words -->" in text, path
+
+
+def test_every_flag_has_a_text_in_chinese_of_the_newest_one_in_english():
+    """In docs/zh/flags.tsv: translate the English text anew, and put its stamp, which is shown here, before it."""
+    found, flags = make_flags.translations(), {option.flags[0]: option for option in options.flags()}
+    assert found.keys() == flags.keys()
+    stale = {flag: (make_flags.stamp(option), make_flags.english(option)) for flag, option in flags.items()
+             if found[flag][0] != make_flags.stamp(option)}  # fmt: skip
+    assert not stale
+    assert all(re.search("[\u4e00-\u9fff]", text) for flag, (_, text) in found.items())
+
+
+def test_the_tables_of_minutes_are_current():
+    """``python docs/make_minutes.py`` writes them anew."""
+    known = make_minutes.measured((ROOT / "docs/times.md").read_text(encoding="utf-8"))
+    for page in make_minutes.PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert make_minutes.page(text, known) == text and text.count("<!-- minutes: ") == 1, page
+    assert make_minutes.MEMORY.keys() == CHIPS.keys() >= make_minutes.FEW.keys()
+
+
+def test_minutes_are_measured_where_there_is_a_row():
+    row = "| Apple M4 Max | 36 GB | t2v-1.3B | 832x480 | 81 | 50 | - | 3000 | 5.9 | 0.32.4 |"
+    known = make_minutes.measured(f"| chip |\n|---|\n{row}\n{row.replace('| - |', '| --cache magcache |')}\n")
+    assert known == {("M4 Max", make_minutes.RUNS[0]): 3000.0}
+    table = make_minutes.table({"M4 Max": 36, "M1": 8}, known)
+    assert "| M4 Max, 36 GB | **50 min** | ≈ 2" in table and "| M1, 8 GB | ≈ 5.1 h | ≈ 15 min |" in table
+    assert table.splitlines()[3].endswith("| no | no | no |")  # neither 720p nor pictures with 8 GB
 
 
 def memory_table(page: str) -> list[tuple[str, ...]]:

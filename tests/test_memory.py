@@ -254,8 +254,8 @@ def benchmark():
 
 
 def told_rows() -> list[tuple[str, float, float, float]]:
-    """What was done, predicted and measured GiB and their ratio, from the table in docs/memory.md."""
-    text = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
+    """What was done, predicted and measured GiB and their ratio, from the table in benchmarks/memory.md."""
+    text = (ROOT / "benchmarks/memory.md").read_text(encoding="utf-8")
     text = text[: text.index("## The parts of a peak")]
     found = re.findall(r"^\| (.+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
     return [(what, *map(float, numbers)) for what, *numbers in found]

@@ -16,7 +16,7 @@ from ..errors import MemoryPlanError, duration, size
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-# Predictions are within 10 % of measurements (docs/memory.md); a budget is filled up to this share.
+# Predictions are within 10 % of measurements (benchmarks/memory.md); a budget is filled up to this share.
 FILL = 0.96
 HOPELESS = 2 * 86_400  # seconds
 
