@@ -76,6 +76,15 @@ def test_transformer_execution_equals_plain(kind, grid, tokens_at_once):
     assert mx.isfinite(plain).all() and plain.std() > 0.1
 
 
+@pytest.mark.parametrize("tokens_at_once", [4, 7, 1024, 100_000])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_execution_with_given_frames_equals_plain(grid, tokens_at_once):
+    model, arguments = transformer("t2v"), inputs("t2v", grid)
+    plain = model(*arguments, clean_frames=1)
+    assert mx.array_equal(Execution(model, tokens_at_once=tokens_at_once)(*arguments, clean_frames=1), plain)
+    assert not mx.array_equal(plain[:, :1], model(*arguments)[:, :1])
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_transformer_execution_equals_plain_in_a_batch_and_streamed(kind):
     model, arguments = transformer(kind), inputs(kind, (2, 4, 6), batch=2)

@@ -108,6 +108,36 @@ def test_text_to_video_official(official_model, grid, text_tokens):
     assert relative_error(np.array(got).transpose(0, 4, 1, 2, 3)[0], want) < BOUND
 
 
+@pytest.mark.parametrize("grid", [(1, 2, 2), (3, 6, 10), (2, 18, 4)])
+@pytest.mark.parametrize("clean", [0, 1])
+def test_timesteps_of_tokens(official_model, grid, clean):
+    """Wan2.2 TI2V: 0 for the tokens of the given first frame, as the official loop makes them of its mask."""
+    config = tiny_config(model_type="ti2v", in_dim=48, out_dim=48)
+    reference = official_model.WanModel(model_type="ti2v", in_dim=48, out_dim=48, **TINY).eval()
+    randomize(reference, seed=3)
+    model = Transformer(config)
+    load_state(model, reference.state_dict(), config.head_dim)
+    generator = torch.Generator().manual_seed(4)
+    latents = torch.randn(48, *grid, generator=generator)
+    context = torch.randn(512, config.text_dim, generator=generator)
+    mask = torch.ones(grid)
+    mask[:clean] = 0
+    timesteps = (mask[:, ::2, ::2] * 731).flatten()[None]
+    theirs = diffusers_model(config, seed=0)
+    theirs.load_state_dict(from_official(reference.state_dict(), theirs))
+    with torch.no_grad():
+        want = reference([latents], timesteps, [context], timesteps.shape[1])[0]
+        other = theirs(latents[None], timesteps, context[None], return_dict=False)[0][0]
+    got = model(channels_last(latents[None]), 731, to_mlx(context[None]), clean_frames=clean)
+    assert relative_error(other, want) < BOUND
+    assert relative_error(np.array(got).transpose(0, 4, 1, 2, 3)[0], want) < BOUND
+
+
+def from_official(state: dict[str, torch.Tensor], theirs: WanTransformer3DModel) -> dict[str, torch.Tensor]:
+    keys = theirs.state_dict()
+    return {key: state[name] for name, key in canonical_keys(recognise(keys), keys).items()}
+
+
 def diffusers_model(config: TransformerConfig, seed: int) -> WanTransformer3DModel:
     reference = diffusers_transformer(config)
     randomize(reference, seed)

@@ -29,7 +29,7 @@ from .image_encoder import ImageEncoder
 from .layers import gated_add
 from .rope import RopeTable, rows_of
 from .text_encoder import EncoderBlock, checked_ids
-from .transformer import Block, BlocksHook, ForwardPass, Modulation, Transformer
+from .transformer import Block, BlocksHook, ForwardPass, Modulation, Runs, Transformer, by_runs
 from .vace import VaceBlock, VaceTransformer
 
 # Everything after self-attention treats tokens one by one, so it runs on this many at a time: the 5.8x wider
@@ -157,8 +157,8 @@ class Execution:
         """Same as `Block.__call__`: x (B, L, D) → (B, L, D)."""
         # In a long video, arrays as wide as x dominate memory: each is released as soon as possible, and all other work
         # waits for the token-wise pieces below.
-        m = block.modulate(this_pass.modulation)
-        normed = kernels.modulated_norm(x, m.scale_attn, m.shift_attn, block.eps)
+        runs = block.runs(this_pass.modulation, this_pass.clean)
+        normed = by_runs(partial(_before_attention, block), runs, x)
         pace.small(normed)
         heads = queries_keys_values(block.self_attn, normed, this_pass.rope, pace)
         del normed
@@ -168,19 +168,20 @@ class Execution:
         pairs = block.cross_attn.keys_values(this_pass.context, this_pass.image_context)
         pieces = [x, attended]
         del x, attended
-        rest = partial(_after_attention, block, m, pairs, pace)
+        rests = [(tokens, partial(_after_attention, block, m, pairs, pace)) for tokens, m in runs]
         at_once = min(pace.tokens_at_once, tokens_per_dispatch(block.self_attn.o, pieces[0]))
-        return in_token_chunks(rest, pieces, pace, at_once)
+        return in_token_chunks(rests, pieces, pace, at_once)
 
     def leave(self, x: mx.array, this_pass: ForwardPass, pace: Pacer) -> mx.array:
         """Same as `Transformer.leave`: tokens (B, L, D) → velocity, float32 (B, t, h, w, out_dim)."""
 
-        def project(pieces: list[mx.array]) -> mx.array:
-            y = self.model.head(pieces.pop(), this_pass.time)
+        def project(time: mx.array, pieces: list[mx.array]) -> mx.array:
+            y = self.model.head(pieces.pop(), time)
             pace(y)
             return y
 
-        patches = in_token_chunks(project, [x], pace, min(FEED_FORWARD_TOKENS, pace.tokens_at_once))
+        projects = [(tokens, partial(project, time)) for tokens, time in this_pass.times]
+        patches = in_token_chunks(projects, [x], pace, min(FEED_FORWARD_TOKENS, pace.tokens_at_once))
         return self.model.unpatchify(patches, this_pass.grid)
 
 
@@ -224,6 +225,11 @@ PIECE_TOKENS, PIECE_WIDE = 4.0, 0.75
 # with resident blocks (the next begins before all is freed) and with streamed ones; and as wide as the feed-forward
 # for a piece. Measured on an H200: 13.3 to 14.2 in all for 1.3B, 10.3 for a streamed 14B.
 TOKENS_ALIVE_WHOLE, TOKENS_ALIVE_WHOLE_STREAMED, WHOLE_WIDE = 11.4, 9.1, 1.7
+
+
+def _before_attention(block: Block, x: mx.array, m: Modulation) -> mx.array:
+    """Same as `Block.before_attention`."""
+    return kernels.modulated_norm(x, m.scale_attn, m.shift_attn, block.eps)
 
 
 def _after_attention(block: Block, m: Modulation, pairs: Pairs, pace: Pacer, pieces: list[mx.array]) -> mx.array:
@@ -317,13 +323,16 @@ def in_dispatches(
 
 
 def in_token_chunks(
-    function: Callable[[list[mx.array]], mx.array], arrays: list[mx.array], pace: Pacer, at_once: int
+    functions: Runs[Callable[[list[mx.array]], mx.array]], arrays: list[mx.array], pace: Pacer, at_once: int
 ) -> mx.array:
-    """``function(arrays)`` for a function that treats tokens (B, L, D) independently, ``at_once`` tokens at a time.
+    """``function(arrays)`` of each run of tokens (B, L, D), which it treats independently, ``at_once`` at a time.
 
-    The function may empty its list of arrays, to release them early, and calls ``pace`` with its result.
+    A function may empty its list of arrays, to release them early, and calls ``pace`` with its result.
     """
-    parts = token_parts(function, arrays, at_once)
+    parts: list[mx.array] = []
+    for tokens, function in functions:
+        of_run = arrays if len(functions) == 1 else [array[:, tokens] for array in arrays]
+        parts += token_parts(function, of_run, at_once)
     whole = kernels.joined(parts)
     if len(parts) > 1:
         pace.submit(whole)  # otherwise the parts would live until the next array is computed

@@ -9,10 +9,11 @@ Everything here is a function of arrays: it can be differentiated, compiled and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +23,8 @@ from .attention import CrossAttention, Pairs, SelfAttention, attention
 from .configs import TransformerConfig
 from .layers import AffineNorm, Linear, chain, gated_add, gelu_tanh, modulated_norm
 from .rope import RopeTable, rope_table
+
+T = TypeVar("T")
 
 # Attributes that are lists of blocks, in all transformers.
 BLOCK_LISTS = ("blocks", "vace_blocks")
@@ -38,6 +41,24 @@ class Modulation(NamedTuple):
     shift_ffn: mx.array
     scale_ffn: mx.array
     gate_ffn: mx.array
+
+
+class Clean(NamedTuple):
+    """The first tokens, where frames are given: they have no noise, so their timestep is 0."""
+
+    count: int
+    time: mx.array  # as in `ForwardPass`, of timestep 0
+    modulation: mx.array
+
+
+# Runs of tokens with one timestep, each with what that makes of them.
+Runs = Sequence[tuple[slice, T]]
+
+
+def by_runs(function: Callable[..., mx.array], runs: Runs, *arrays: mx.array) -> mx.array:
+    """``function(*arrays, row)``, which treats tokens (B, L, D) one by one, of each run with its row."""
+    parts = [function(*(array[:, tokens] for array in arrays), row) for tokens, row in runs]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
 
 class Block(nn.Module):
@@ -59,19 +80,29 @@ class Block(nn.Module):
         context: mx.array,
         image_context: mx.array | None,
         rope: RopeTable,
+        clean: Clean | None = None,
     ) -> mx.array:
         """x (B, L, D), modulation float32 (B, 6, D), context (B, 512, D) → (B, L, D)."""
-        m = self.modulate(modulation)
-        q, k, v = self.self_attn.queries_keys_values(modulated_norm(x, m.scale_attn, m.shift_attn, self.eps), rope)
-        pairs = self.cross_attn.keys_values(context, image_context)
-        return self.after_attention(x, attention(q, k, v), m, pairs)
+        runs = self.runs(modulation, clean)
+        q, k, v = self.self_attn.queries_keys_values(by_runs(self.before_attention, runs, x), rope)
+        rest = partial(self.after_attention, self.cross_attn.keys_values(context, image_context))
+        return by_runs(rest, runs, x, attention(q, k, v))
 
-    def after_attention(self, x: mx.array, attended: mx.array, m: Modulation, pairs: Pairs) -> mx.array:
+    def before_attention(self, x: mx.array, m: Modulation) -> mx.array:
+        """The input of self-attention, token by token: x (B, L, D) → (B, L, D)."""
+        return modulated_norm(x, m.scale_attn, m.shift_attn, self.eps)
+
+    def after_attention(self, pairs: Pairs, x: mx.array, attended: mx.array, m: Modulation) -> mx.array:
         """The rest of the block, token by token: x and the attention result (B, L, D) → (B, L, D)."""
         x = gated_add(x, self.self_attn.o(attended), m.gate_attn)
         x = x + self.cross_attn(self.norm3(x), pairs)
         y = chain(modulated_norm(x, m.scale_ffn, m.shift_ffn, self.eps), self.ffn)
         return gated_add(x, y, m.gate_ffn)
+
+    def runs(self, modulation: mx.array, clean: Clean | None) -> Runs[Modulation]:
+        """The time projection float32 (B, 6, D), and that of clean tokens → this block's modulation of each run."""
+        later = self.modulate(modulation)
+        return in_runs(later, clean and (clean.count, self.modulate(clean.modulation)))
 
     def modulate(self, modulation: mx.array) -> Modulation:
         """The time projection float32 (B, 6, D) → this block's modulation."""
@@ -79,6 +110,11 @@ class Block(nn.Module):
             self.modulation + modulation, 6, axis=1
         )
         return Modulation(shift_attn, 1 + scale_attn, gate_attn, shift_ffn, 1 + scale_ffn, gate_ffn)
+
+
+def in_runs(later: T, first: tuple[int, T] | None) -> Runs[T]:
+    """All tokens, or the ``first`` so many and those after them."""
+    return [(slice(None), later)] if first is None else [(slice(first[0]), first[1]), (slice(first[0], None), later)]
 
 
 class Head(nn.Module):
@@ -125,13 +161,19 @@ class ForwardPass:
     context: mx.array  # text with the transformer's width (B, length, D)
     image_context: mx.array | None  # CLIP features, likewise
     rope: RopeTable
+    clean: Clean | None = None  # the tokens of given frames
     vace_context: mx.array | None = None  # latents of VACE's control video
     vace_scale: float = 1.0  # strength of its hints
 
     @property
-    def for_blocks(self) -> tuple[mx.array, mx.array, mx.array | None, RopeTable]:
+    def for_blocks(self) -> tuple[mx.array, mx.array, mx.array | None, RopeTable, Clean | None]:
         """The inputs of `Block` beside the tokens."""
-        return self.modulation, self.context, self.image_context, self.rope
+        return self.modulation, self.context, self.image_context, self.rope, self.clean
+
+    @property
+    def times(self) -> Runs[mx.array]:
+        """The time embedding of each run of tokens."""
+        return in_runs(self.time, self.clean and (self.clean.count, self.clean.time))
 
 
 # (tokens before the blocks, this pass, run the blocks) → tokens after the blocks. A hook around the blocks: it runs or
@@ -191,6 +233,7 @@ class Transformer(nn.Module):
         context: mx.array,
         condition: mx.array | None = None,
         image_features: mx.array | None = None,
+        clean_frames: int = 0,
     ) -> tuple[mx.array, ForwardPass]:
         """Everything before the blocks: tokens (B, L, D), and the values of this pass.
 
@@ -200,20 +243,27 @@ class Transformer(nn.Module):
             context: (B, text_len, text_dim), text embeddings zero-padded to ``text_len`` rows; the zero rows count.
             condition: (B, t, h, w, in_dim - out_dim), for image-conditioned models.
             image_features: CLIP features, for image-conditioned models.
+            clean_frames: so many first latent frames are given, without noise: their timestep is 0 (Wan2.2 TI2V).
         """
         self._check(latents, context, condition, image_features)
         if condition is not None:
             latents = mx.concatenate([latents, condition.astype(latents.dtype)], axis=-1)
         x, grid = self.patchify(latents, self.patch_embedding)
-        time = chain(mx.array(sinusoid(np.atleast_1d(timestep), self.config.freq_dim)), self.time_embedding)
-        modulation = chain(time, self.time_projection).reshape(-1, 6, self.config.dim)
+        clean_tokens = clean_frames // self.config.patch_size[0] * math.prod(grid[1:])
+        time, modulation = self.times_of(timestep if clean_tokens < x.shape[1] else 0.0)
+        clean = Clean(clean_tokens, *self.times_of(0.0)) if 0 < clean_tokens < x.shape[1] else None
         text = chain(context.astype(self.dtype), self.text_embedding)
         image = None if image_features is None else self.img_emb(image_features).astype(self.dtype)
-        return x, ForwardPass(grid, time, modulation, text, image, rope_table(grid, self.config.head_dim))
+        return x, ForwardPass(grid, time, modulation, text, image, rope_table(grid, self.config.head_dim), clean)
+
+    def times_of(self, timestep: float | Sequence[float]) -> tuple[mx.array, mx.array]:
+        """The time embedding float32 (B, D) and its projection for the blocks (B, 6, D)."""
+        time = chain(mx.array(sinusoid(np.atleast_1d(timestep), self.config.freq_dim)), self.time_embedding)
+        return time, chain(time, self.time_projection).reshape(-1, 6, self.config.dim)
 
     def leave(self, x: mx.array, this_pass: ForwardPass) -> mx.array:
         """Everything after the blocks: tokens (B, L, D) → velocity, float32 (B, t, h, w, out_dim)."""
-        return self.unpatchify(self.head(x, this_pass.time), this_pass.grid)
+        return self.unpatchify(by_runs(self.head, this_pass.times, x), this_pass.grid)
 
     def run_blocks(self, x: mx.array, this_pass: ForwardPass, skip_layers: Collection[int] = ()) -> mx.array:
         """Tokens (B, L, D) through the blocks."""
