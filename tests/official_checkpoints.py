@@ -13,6 +13,7 @@ from wan_mlx.weights.layouts import canonical_keys, recognise
 
 DIT = dict(dim=48, ffn_dim=80, num_heads=2, num_layers=2, freq_dim=32)
 TEXT = dict(dim=24, dim_attn=32, dim_ffn=40, num_heads=4, num_layers=2, num_buckets=32)
+VAE22 = dict(dim=4, dec_dim=8, z_dim=48, temperal_downsample=[False, True, True])
 VAE = dict(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
 CLIP = dict(
     vision_dim=80, vision_heads=1, vision_layers=3, embed_dim=8,
@@ -23,6 +24,7 @@ KINDS = {
     "t2v": dict(in_dim=16),
     "i2v": dict(in_dim=36),
     "flf2v": dict(in_dim=36),
+    "ti2v": dict(in_dim=48, out_dim=48),
     "vace": dict(in_dim=16, num_layers=3, vace_layers=[0, 2], vace_in_dim=96),
 }
 SENTENCES = [
@@ -42,12 +44,14 @@ def sentencepiece_model(vocab_size: int = 120) -> bytes:
 
 
 def networks(seed: int = 0, kind: str = "t2v") -> dict[str, torch.nn.Module]:
-    """The official classes at tiny sizes, with random weights; Diffusers' transformer for kinds but "t2v"."""
+    """The official classes at tiny sizes, with random weights; Diffusers' transformer for "i2v", "flf2v", "vace"."""
     spm = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
     text = official("modules.t5").T5Encoder(vocab=spm.vocab_size(), shared_pos=False, dropout=0.0, **TEXT)
-    vae = official("modules.vae2_1").WanVAE_(**VAE)
-    if kind == "t2v":
-        dit = official("modules.model").WanModel(model_type="t2v", text_dim=TEXT["dim"], **DIT, in_dim=16, out_dim=16)
+    new = kind == "ti2v"
+    vae = official("modules.vae2_2").WanVAE_(**VAE22) if new else official("modules.vae2_1").WanVAE_(**VAE)
+    if kind in ("t2v", "ti2v"):
+        channels = dict.fromkeys(("in_dim", "out_dim"), vae.z_dim)
+        dit = official("modules.model").WanModel(model_type=kind, text_dim=TEXT["dim"], **DIT, **channels)
     else:
         dit = diffusers_transformer(config(kind))
     for offset, module in enumerate((text, vae, dit)):
@@ -70,7 +74,7 @@ def write_official_folder(folder: Path, modules: dict[str, torch.nn.Module], kin
     (folder / "google/umt5-xxl").mkdir(parents=True)
     (folder / "google/umt5-xxl/spiece.model").write_bytes(sentencepiece_model())
     torch.save(modules["text_encoder"].state_dict(), folder / "models_t5_umt5-xxl-enc-bf16.pth")
-    torch.save(modules["vae"].state_dict(), folder / "Wan2.1_VAE.pth")
+    torch.save(modules["vae"].state_dict(), folder / f"Wan2.{2 if kind == 'ti2v' else 1}_VAE.pth")
     if "image_encoder" in modules:
         both_towers = modules["image_encoder"].model.state_dict()
         torch.save(both_towers, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")

@@ -19,7 +19,7 @@ from wan_mlx.errors import Stopped, WeightsError
 from wan_mlx.hub import download, modelscope
 from wan_mlx.hub.names import Location, parse_location
 from wan_mlx.hub.resolve import Places, cached, is_cached, preset_of, resolve, survey
-from wan_mlx.presets import COMFYUI_PARTS, COMFYUI_TRANSFORMERS, PRESETS
+from wan_mlx.presets import COMFYUI_PARTS, PRESETS
 from wan_mlx.weights.lora import normalise_loras
 
 REPO = "Wan-AI/Wan2.1-T2V-1.3B"
@@ -455,7 +455,7 @@ def test_presets_know_their_repositories():
     for preset in PRESETS.values():
         if not preset.repo:
             continue
-        for name in (preset.repo, preset.diffusers, f"{COMFYUI_TRANSFORMERS}/{preset.comfyui}", preset.name):
+        for name in (preset.repo, preset.diffusers, preset.comfyui_file, preset.name):
             assert preset_of(name) is preset
     assert all(parse_location(part).file for part in COMFYUI_PARTS.values())
     assert preset_of("someone/else") is None

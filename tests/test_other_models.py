@@ -25,8 +25,8 @@ from wan_mlx.weights.configs import shapes_of
 T2V_14B = PRESETS["t2v-14B"].transformer
 I2V_14B = PRESETS["i2v-14B-480P"].transformer
 T2V_1_3B = PRESETS["t2v-1.3B"].transformer
-OF_5B = replace(T2V_1_3B, dim=3072, ffn_dim=14336, num_heads=24, num_layers=30)
-SUPPORTED = "which is not supported; supported are Wan2.1's T2V, I2V, FLF2V and VACE models"
+OF_5B = PRESETS["ti2v-5B"].transformer
+SUPPORTED = "which is not supported; supported are Wan2.1's T2V, I2V, FLF2V and VACE models, and Wan2.2's TI2V-5B"
 
 
 def official(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -45,7 +45,6 @@ def of(config: TransformerConfig, *keys: str, without: str = "-", **sizes: int):
 
 
 FILES = {
-    "Wan2.2 TI2V-5B": of(OF_5B, in_dim=48, out_dim=48),
     "Lucy Edit, made from Wan2.2 TI2V-5B": of(OF_5B, in_dim=96, out_dim=48),
     "a model made from Wan2.2 TI2V-5B": of(OF_5B, in_dim=100, out_dim=48),
     "Wan2.2 I2V-A14B, or one of its kind such as Fun-A14B-InP": of(T2V_14B, in_dim=36),
@@ -117,7 +116,8 @@ def test_every_mark_is_one_row_and_none_is_a_supported_model():
             assert of_sizes(other.kind, other.sizes) is other
     for preset in PRESETS.values():
         assert of_keys(official(preset.transformer)) is None
-        assert of_sizes("transformer", vars(preset.transformer)) is None
+        if preset.task != "ti2v":  # one with other channels is made from it
+            assert of_sizes("transformer", vars(preset.transformer)) is None
         assert not any(of_name(name) for name in (preset.name, preset.repo, preset.diffusers, preset.comfyui))
 
 
@@ -165,8 +165,6 @@ class TestFolders:
             ("model_index.json", {"_class_name": "FluxPipeline"}, "FLUX, or one of its kind such as Chroma"),
             ("model_index.json", {"_class_name": "WanAnimatePipeline"}, "Wan2.2 Animate-14B"),
             ("model_index.json", {"_class_name": "WanPipeline", "boundary_ratio": 0.875}, "Wan2.2 A14B"),
-            ("model_index.json", {"_class_name": "WanPipeline", "expand_timesteps": True}, "Wan2.2 TI2V-5B"),
-            ("config.json", {"_class_name": "WanModel", "model_type": "ti2v"}, "Wan2.2 TI2V-5B"),
             ("config.json", {"_class_name": "WanModel_S2V", "model_type": "s2v"}, "Wan2.2 S2V-14B"),
             ("model_index.json", {"_class_name": "NewPipeline"}, "a 'NewPipeline'"),
         ],
@@ -176,8 +174,11 @@ class TestFolders:
         line = said(capsys, "--model", tmp_path, "--prompt", "a cat")
         assert line.startswith(f"error: {tmp_path / file}: this is {name}") and SUPPORTED in line
 
-    @pytest.mark.parametrize("entries", [{"_class_name": "WanDMDPipeline", "boundary_ratio": None}, {}, {"a": [1]}])
-    def test_of_a_model_of_wan2_1(self, entries):
+    @pytest.mark.parametrize("entries", [
+        {"_class_name": "WanDMDPipeline", "boundary_ratio": None}, {}, {"a": [1]}, {"model_type": "ti2v"},
+        {"_class_name": "WanPipeline", "boundary_ratio": None, "expand_timesteps": True},
+    ])  # fmt: skip
+    def test_of_a_supported_model(self, entries):
         assert of_entries(entries) is None
 
     def test_one_file_among_others(self, capsys, tmp_path):
@@ -212,7 +213,6 @@ class TestNames:
     @pytest.mark.parametrize(
         "name, model",
         [
-            ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "Wan2.2 TI2V-5B"), ("wan2.2_ti2v_5B_fp16", "Wan2.2 TI2V-5B"),
             ("Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf", "Wan2.2 A14B"), ("Wan2_2-I2V-A14B-HIGH_fp8", "Wan2.2 I2V-A14B"),
             ("wan2.2_s2v_14B_bf16", "Wan2.2 S2V"), ("Wan2.2-Animate-14B", "Wan2.2 Animate-14B"),
             ("wan2.2_fun_control_high_noise_14B", "a Fun-Control"), ("Phantom-Wan-14B_fp16", "Phantom"),
@@ -229,14 +229,15 @@ class TestNames:
     @pytest.mark.parametrize(
         "name",
         ["wan2.1_t2v_14B_lightx2v_4step", "Wan21_CausVid_14B", "nano", "umt5_xxl_fp16", "animate_24fps",
-         "my_fun_style_inpaint", "fun_inpaint", "wan_movement", "phantom_menace", "latte_mocha", "my_ati_style"],
+         "Wan2.2-TI2V-5B", "my_fun_style_inpaint", "fun_inpaint", "wan_movement", "phantom_menace", "latte_mocha",
+         "my_ati_style"],
     )  # fmt: skip
     def test_of_others(self, name):
         assert of_name(name) is None
 
     def test_a_known_header_leaves_only_models_of_the_same_shapes(self):
-        assert of_name("Wan2.2-Animate-14B") and of_name("Wan2.2-TI2V-5B") and of_name("wan2.1_fun_control")
-        assert not any(of_name(name, known=True) for name in ("Wan2.2-Animate-14B", "Wan2.2-TI2V-5B", "fun_control"))
+        assert of_name("Wan2.2-Animate-14B") and of_name("wan2.1_fun_control")
+        assert not any(of_name(name, known=True) for name in ("Wan2.2-Animate-14B", "fun_control"))
         assert of_name("Phantom-Wan-14B", known=True).name == "Phantom"
 
 
@@ -252,8 +253,8 @@ class TestLoras:
     @pytest.mark.parametrize(
         "module, width, made_for",
         [
-            ("diffusion_model.blocks.{}.self_attn.q", 3072, "Wan2.2 TI2V-5B: it is 3072 wide, this transformer 256"),
-            ("transformer.blocks.{}.attn1.to_q", 3072, "Wan2.2 TI2V-5B: it is 3072 wide, this transformer 256"),
+            ("diffusion_model.blocks.{}.self_attn.q", 3072, "ti2v-5B: it is 3072 wide, this transformer 256"),
+            ("transformer.blocks.{}.attn1.to_q", 3072, "ti2v-5B: it is 3072 wide, this transformer 256"),
             ("diffusion_model.blocks.{}.self_attn.k", 1536, "t2v-1.3B or vace-1.3B: it is 1536 wide"),
             ("blocks.{}.self_attn.v", 5120, "t2v-14B or i2v-14B-480P or "),
             ("lora_unet_down_blocks_{}_attentions_0_transformer_blocks_0_attn2_to_k", 640, "Stable Diffusion or SDXL,"),
@@ -289,18 +290,18 @@ class TestHub:
         from wan_mlx.hub.resolve import Places
 
         big = {"text_encoder/model.safetensors": b"t" * 50, "vae/diffusion_pytorch_model.safetensors": b"v" * 50}
-        index = json.dumps({"_class_name": "WanPipeline", "expand_timesteps": True}).encode()
+        index = json.dumps({"_class_name": "WanAnimatePipeline"}).encode()
         transformer = {"transformer/diffusion_pytorch_model.safetensors": b"d" * 50, "tokenizer/spiece.model": b"s"}
         repo = {"model_index.json": index, **transformer, **big}
         with serving({"Wan-AI/Five": repo}, monkeypatch, tmp_path) as hub:
-            with pytest.raises(UnsupportedModel, match="Wan-AI/Five: this is Wan2.2 TI2V-5B, which is not supported"):
+            with pytest.raises(UnsupportedModel, match="Wan-AI/Five: this is Wan2.2 Animate-14B, which is not"):
                 Places("Wan-AI/Five").fetch()
             assert {*hub.got()} == {"model_index.json"}
 
     def test_a_repository_without_wan2_1_s_files_is_named(self, tmp_path, monkeypatch):
         from wan_mlx.hub.resolve import survey
 
-        repo = {"config.json": b"{}", "diffusion_pytorch_model.safetensors": b"d", "Wan2.2_VAE.pth": b"v"}
-        with serving({"Wan-AI/Wan2.2-TI2V-5B": repo}, monkeypatch, tmp_path):
-            with pytest.raises(WeightsError, match="but by its name Wan2.2 TI2V-5B, which is not supported"):
-                survey("Wan-AI/Wan2.2-TI2V-5B")
+        repo = {"config.json": b"{}", "diffusion_pytorch_model.safetensors": b"d", "Wan2.1_VAE.pth": b"v"}
+        with serving({"Wan-AI/Wan2.2-S2V-14B": repo}, monkeypatch, tmp_path):
+            with pytest.raises(WeightsError, match="but by its name Wan2.2 S2V-14B, which is not supported"):
+                survey("Wan-AI/Wan2.2-S2V-14B")

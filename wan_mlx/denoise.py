@@ -85,11 +85,14 @@ def denoise(
 
 
 def locked(conditioning: Conditioning, latents: mx.array, sigma: np.float32) -> mx.array:
-    """The latents where the video is made anew; elsewhere its source's, under the starting noise of level ``sigma``."""
-    if conditioning.remade is None or conditioning.source_latents is None:
-        return latents
-    stays = float(sigma) * conditioning.noise + float(1 - sigma) * conditioning.source_latents
-    return mx.where(conditioning.remade, latents, stays)
+    """The latents where the video is made anew; elsewhere its source's, under the starting noise of level ``sigma``,
+    and the frames that are given."""
+    if conditioning.remade is not None and conditioning.source_latents is not None:
+        stays = float(sigma) * conditioning.noise + float(1 - sigma) * conditioning.source_latents
+        latents = mx.where(conditioning.remade, latents, stays)
+    if (given := conditioning.first_latents) is not None:
+        latents = mx.concatenate([given, latents[:, given.shape[1] :]], axis=1)
+    return latents
 
 
 def named(owner: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -106,6 +109,8 @@ def with_condition(model: Model, conditioning: Conditioning) -> Model:
     """The model with the constant inputs filled in: (latents, timestep, context) → velocity."""
     if conditioning.vace_context is not None:
         return partial(model, vace_context=conditioning.vace_context, vace_scale=conditioning.context_scale)
+    if conditioning.first_latents is not None:
+        return partial(model, clean_frames=conditioning.first_latents.shape[1])
     return partial(model, condition=conditioning.condition, image_features=conditioning.image_features)
 
 

@@ -118,7 +118,7 @@ class RequestOptions(TypedDict, total=False):
         more="Up to 100001; 1 is a picture; a shorter source makes it fewer",
     )]
     image: Annotated["Source | None", Option(
-        "--image --first_frame FILE", "first frame (i2v, flf2v)", SOURCES, place="file",
+        "--image --first_frame FILE", "first frame (i2v, flf2v, ti2v)", SOURCES, place="file",
     )]
     last_image: Annotated["Source | None", Option(
         "--last-image --last_frame FILE", "last frame (flf2v)", SOURCES, place="file",
@@ -145,8 +145,8 @@ class RequestOptions(TypedDict, total=False):
     )]
     fit: Annotated[str | None, Option(
         "--fit NAME", "how a picture or video of other proportions comes to the size: {choices}", SOURCES,
-        more="`official` takes the proportions of a picture (i2v, flf2v) or of --src_video, and --size as the area; "
-        "`crop` cuts to exactly --size, `pad` adds black bars", default="official", choices=FITS,
+        more="`official` takes the proportions of a picture (i2v, flf2v, ti2v) or of --src_video, and --size as the "
+        "area; `crop` cuts to exactly --size, `pad` adds black bars", default="official", choices=FITS,
     )]
     context_scale: Annotated[float, Option(
         "--context-scale S", "strength of the source (vace; default 1)", SOURCES, default=1.0, limits=Limits(),
@@ -342,6 +342,7 @@ COMMAND_OPTIONS = [
         free=True, type=int,
     ),
     Option("--offload_model BOOL", "", OFFICIAL, no_effect="weights are always dropped as soon as a stage is done"),
+    Option("--convert_model_dtype", "", OFFICIAL, no_effect="--dtype says in which dtype the weights are"),
     Option("--t5_cpu", "", OFFICIAL, no_effect="the text encoder is always streamed from disk"),
     Option("--t5_fsdp", "", OFFICIAL, no_effect=ONE_GPU),
     Option("--dit_fsdp", "", OFFICIAL, no_effect=ONE_GPU),

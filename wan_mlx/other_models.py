@@ -17,7 +17,7 @@ from .errors import UnsupportedModel
 
 # Kind of file → the advice in its refusal.
 ADVICE = {
-    "transformer": "supported are Wan2.1's T2V, I2V, FLF2V and VACE models",
+    "transformer": "supported are Wan2.1's T2V, I2V, FLF2V and VACE models, and Wan2.2's TI2V-5B",
     "addition": "of additions to a model only LoRAs are supported",
     "text_encoder": "Wan's is umT5-XXL, such as umt5_xxl_fp16.safetensors",
     "vae": "take Wan2.1's, such as wan_2.1_vae.safetensors",
@@ -92,11 +92,6 @@ def of_entries(config: Mapping[str, Any]) -> OtherModel | None:
     return _first(lambda other: any(re.fullmatch(of, str(config.get(name))) for name, of in other.entries.items()))
 
 
-def of_width(width: int) -> OtherModel | None:
-    """The model whose transformer is this wide."""
-    return _first(lambda other: other.kind == "transformer" and other.sizes.get("dim") == width)
-
-
 def of_lora(keys: Collection[str]) -> OtherModel | None:
     """The model that a LoRA with these keys, without prefixes, was made for."""
     text = "\n".join(keys).replace(".", "_")
@@ -165,17 +160,13 @@ OTHER_MODELS = (
         names=_FUN + "control",
     ),
     OtherModel(
-        "Wan2.2 TI2V-5B", "transformer", "official, comfy",
-        sizes=dict(dim=3072, in_dim=48, out_dim=48),
-        entries={"expand_timesteps": "True", "model_type": "ti2v"},
-        names=r"ti2v[-_]5b|wan2[._]2[-_.\w]*5b",
-    ),
-    OtherModel(
         "Lucy Edit, made from Wan2.2 TI2V-5B", "transformer", "wan2gp",
         sizes=dict(in_dim=96, out_dim=48),
         entries={"_class_name": r"Lucy\w*"},
     ),
-    OtherModel("a model made from Wan2.2 TI2V-5B", "transformer", "official", sizes=dict(out_dim=48)),
+    OtherModel(  # with other channels than TI2V-5B
+        "a model made from Wan2.2 TI2V-5B", "transformer", "official", sizes=dict(out_dim=48)
+    ),
     OtherModel(
         "Wan2.2 I2V-A14B, or one of its kind such as Fun-A14B-InP", "transformer", "official, diffsynth",
         sizes=dict(model_type="t2v", in_dim=36, out_dim=16),

@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import nearest
 from .geometry import Geometry
-from .models.configs import TextEncoderConfig, TransformerConfig, VAEConfig, geometry_of
+from .models.configs import TextEncoderConfig, TransformerConfig, VAE22Config, VAEConfig, geometry_of
 
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -21,7 +21,8 @@ NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 # Tasks for people.
-TASK_NAMES = dict(t2v="text to video", i2v="image to video", flf2v="first and last frame", vace="editing (VACE)")
+TASK_NAMES = dict(t2v="text to video", i2v="image to video", flf2v="first and last frame", vace="editing (VACE)",
+                  ti2v="text or image to video")  # fmt: skip
 # Models that come with the package: name → folder.
 BUNDLED = {name: Path(__file__).parent / "assets" / name for name in ("nano", "nano-i2v")}
 CAMERA_SHAKE = "镜头晃动，"
@@ -43,8 +44,8 @@ class Preset:
 
     ``parameters``: of the transformer. ``repo`` is empty for the models that come with the package. ``sampling`` is
     the default; ``sampling_480p`` replaces it when the area is at most 832x480. ``diffusers`` is the same model's
-    repository in Diffusers' layout, ``comfyui`` its transformer's file in `COMFYUI_TRANSFORMERS`, ``gguf`` the
-    repository of its GGUF quantisations; "" where none is known.
+    repository in Diffusers' layout, ``comfyui`` its transformer's file (a mere name is one in `COMFYUI_TRANSFORMERS`),
+    ``gguf`` the repository of its GGUF quantisations; "" where none is known.
     """
 
     name: str
@@ -65,6 +66,11 @@ class Preset:
     gguf: str = ""
 
     @property
+    def comfyui_file(self) -> str:
+        """ComfyUI's file of its transformer, as ``--model`` takes it."""
+        return self.comfyui if ":" in self.comfyui else f"{COMFYUI_TRANSFORMERS}/{self.comfyui}"
+
+    @property
     def geometry(self) -> Geometry:
         """The sizes of the model's latents and tokens."""
         return geometry_of(self.transformer, self.vae)
@@ -80,6 +86,7 @@ _T2V_1_3B = TransformerConfig()
 _T2V_14B = TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 _I2V_14B = replace(_T2V_14B, model_type="i2v", in_dim=36)
 _NANO = TransformerConfig(dim=256, ffn_dim=640, num_heads=2, num_layers=6, text_dim=128)
+_TI2V_5B = TransformerConfig("ti2v", 3072, 14336, 24, 30, in_dim=48, out_dim=48)
 _720P = (1280, 720)
 # Defaults that several models share.
 _OF_NANO: dict[str, Any] = dict(
@@ -94,6 +101,7 @@ _OF_VACE: dict[str, Any] = dict(sampling=Sampling(shift=16.0))
 # ComfyUI's single files, as names that ``--model`` takes: of each model a transformer, and these for all models.
 _COMFYUI = "Comfy-Org/Wan_2.1_ComfyUI_repackaged:split_files"
 COMFYUI_TRANSFORMERS = f"{_COMFYUI}/diffusion_models"
+_COMFYUI_22 = "Comfy-Org/Wan_2.2_ComfyUI_Repackaged:split_files"
 COMFYUI_PARTS = {
     "text_encoder": f"{_COMFYUI}/text_encoders/umt5_xxl_fp16.safetensors",
     "vae": f"{_COMFYUI}/vae/wan_2.1_vae.safetensors",
@@ -150,6 +158,11 @@ _RELEASED = (
         replace(_T2V_14B, model_type="vace", vace_layers=tuple(range(0, 40, 5))), 17_337_592_896, _720P, **_OF_VACE,
         diffusers="Wan-AI/Wan2.1-VACE-14B-diffusers", comfyui="wan2.1_vace_14B_fp16.safetensors",
         gguf="QuantStack/Wan2.1_14B_VACE-GGUF",
+    ),
+    Preset(
+        "ti2v-5B", "ti2v", "Wan-AI/Wan2.2-TI2V-5B", _TI2V_5B, 4_999_787_712, (1280, 704), 121, 24, vae=VAE22Config(),
+        diffusers="Wan-AI/Wan2.2-TI2V-5B-Diffusers", gguf="QuantStack/Wan2.2-TI2V-5B-GGUF",
+        comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_ti2v_5B_fp16.safetensors",
     ),
 )  # fmt: skip
 PRESETS = {preset.name: preset for preset in _RELEASED}

@@ -28,9 +28,9 @@ import wan_mlx
 from wan_mlx.files.sentencepiece import read_tokenizer
 from wan_mlx.weights.checkpoint import open_checkpoint
 
-KINDS = {"t2v": WanPipeline, "i2v": WanImageToVideoPipeline, "vace": WanVACEPipeline}
+KINDS = {"t2v": WanPipeline, "ti2v": WanPipeline, "i2v": WanImageToVideoPipeline, "vace": WanVACEPipeline}
 SIZES = dict(
-    num_attention_heads=2, attention_head_dim=24, text_dim=24, freq_dim=32, ffn_dim=80, num_layers=3, out_channels=16,
+    num_attention_heads=2, attention_head_dim=24, text_dim=24, freq_dim=32, ffn_dim=80, num_layers=3,
 )  # fmt: skip
 VIDEO = dict(width=32, height=32, num_frames=5, steps=2, seed=1, shift=5, guidance_scale=5)
 TEXT = "a cat boxing on a stage"
@@ -38,14 +38,19 @@ TEXT = "a cat boxing on a stage"
 
 def make_pipeline(kind: str, tokenizer_folder):
     if kind == "vace":
-        dit = WanVACETransformer3DModel(**SIZES, in_channels=16, vace_layers=[0, 2], vace_in_channels=96)
+        vace = dict(vace_layers=[0, 2], vace_in_channels=96)
+        dit = WanVACETransformer3DModel(**SIZES, in_channels=16, out_channels=16, **vace)
     elif kind == "i2v":
-        dit = WanTransformer3DModel(**SIZES, in_channels=36, image_dim=64, added_kv_proj_dim=48)
+        dit = WanTransformer3DModel(**SIZES, in_channels=36, out_channels=16, image_dim=64, added_kv_proj_dim=48)
     else:
-        dit = WanTransformer3DModel(**SIZES, in_channels=16)
+        channels = 48 if kind == "ti2v" else 16
+        dit = WanTransformer3DModel(**SIZES, in_channels=channels, out_channels=channels)
     parts = {
         "transformer": dit,
         "vae": AutoencoderKLWan(
+            base_dim=4, decoder_base_dim=8, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2,
+            scale_factor_spatial=16, latents_mean=[0.01 * i for i in range(48)], latents_std=[1.5] * 48,
+        ) if kind == "ti2v" else AutoencoderKLWan(
             base_dim=8, dim_mult=[1, 2, 2, 2], latents_mean=[0.1 * i for i in range(16)], latents_std=[1.5] * 16
         ),
         "text_encoder": UMT5EncoderModel(
@@ -65,7 +70,8 @@ def make_pipeline(kind: str, tokenizer_folder):
         parts["image_processor"] = CLIPImageProcessor()
     (tokenizer_folder / "spiece.model").write_bytes(sentencepiece_model())
     parts["tokenizer"] = T5Tokenizer.from_pretrained(tokenizer_folder, extra_ids=300)
-    return KINDS[kind](scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0), **parts)
+    more = {"expand_timesteps": True} if kind == "ti2v" else {}
+    return KINDS[kind](scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0), **parts, **more)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -106,7 +112,7 @@ def test_transformer(saved):
         given["control_hidden_states"] = numbers(1, 96, 2, 4, 6, seed=2)
         ours = (last(given["control_hidden_states"]),)
     want = pipe.transformer(latents, torch.tensor([500.0]), context, return_dict=False, **given)[0]
-    got = model(last(latents[:, :16]), 500.0, mx.array(context.numpy()), *ours)
+    got = model(last(latents[:, : model.config.out_dim]), 500.0, mx.array(context.numpy()), *ours)
     assert relative_error(np.array(got).transpose(0, 4, 1, 2, 3), want) < 2e-5
 
 
@@ -122,7 +128,7 @@ def test_text_encoding(saved):
 def test_vae_round_trip(saved):
     _, pipe, folder = saved
     vae = wan_mlx.load_vae(folder)
-    video = numbers(1, 3, 5, 16, 24).clamp(-1, 1)
+    video = numbers(1, 3, 5, 32, 48).clamp(-1, 1)
     config = pipe.vae.config
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
     latents = pipe.vae.encode(video).latent_dist.mode()
@@ -161,5 +167,6 @@ def test_makes_a_video(saved):
     kind, _, folder = saved
     pipe = wan_mlx.WanPipeline.from_pretrained(folder, dtype="float32", progress=False, prompt_cache=False)
     picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    sources = {"i2v": {"image": picture}, "vace": {"src_ref_images": [picture]}, "t2v": {}}[kind]
+    given = {"image": picture}
+    sources = {"i2v": given, "ti2v": given, "vace": {"src_ref_images": [picture]}, "t2v": {}}[kind]
     assert pipe("a cat", **VIDEO, **sources).frames.std() > 5

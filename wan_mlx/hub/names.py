@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from ..errors import WeightsError, some
 from ..other_models import of_name
-from ..presets import COMFYUI_TRANSFORMERS, NETWORKS, PARTS, PRESETS, Preset
+from ..presets import NETWORKS, PARTS, PRESETS, Preset
 
 # The official folder: component → the names it is published under, first one wins.
 OFFICIAL_FILES = {
@@ -72,7 +72,7 @@ def preset_at(location: Location) -> Preset | None:
     plain = str(Location(location.repo, location.file))
     for preset in PRESETS.values():
         published = (preset.repo, preset.diffusers, preset.gguf)
-        if location.repo in published or plain == f"{COMFYUI_TRANSFORMERS}/{preset.comfyui}":
+        if location.repo in published or plain == preset.comfyui_file:
             return preset
     return None
 

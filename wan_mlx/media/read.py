@@ -118,14 +118,16 @@ def at_rate(clip: Clip, fps: float, most: int) -> list[int]:
     return np.searchsorted(clip.times[:, 1], middles, side="right").clip(max=clip.num_frames - 1).tolist()
 
 
-def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def cover(
+    image: np.ndarray, height: int, width: int, how: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
     """Resize so that the image covers the size, and crop to the centre: uint8 (H, W, 3) → (height, width, 3).
 
     Follows ``VaceVideoProcessor.resize_crop``: antialiased bicubic in 8 bits, which Pillow and PyTorch round
-    differently by one level in less than one pixel of a hundred.
+    differently by one level in less than one pixel of a hundred. Wan2.2 TI2V does the same by Lanczos.
     """
     rows, columns, top, left = placed(image.shape[:2], (height, width))
-    return _resized(image, rows, columns)[-top : height - top, -left : width - left]
+    return _resized(image, rows, columns, how)[-top : height - top, -left : width - left]
 
 
 def contain(image: np.ndarray, height: int, width: int, beyond: Literal["constant", "edge"] = "constant") -> np.ndarray:
@@ -147,10 +149,12 @@ def placed(old: tuple[int, ...], size: tuple[int, int], whole: bool = False) -> 
     return rows, columns, int((size[0] - rows) / 2), int((size[1] - columns) / 2)
 
 
-def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def _resized(
+    image: np.ndarray, height: int, width: int, how: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(image).resize((width, height), how))
 
 
 def to_float(image: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ TEXT_LEN = 512
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of the diffusion transformer. ``model_type`` is t2v, i2v, flf2v or vace, as in config.json."""
+    """Sizes of the diffusion transformer. ``model_type`` is t2v, i2v, flf2v, vace or ti2v, as in config.json."""
 
     model_type: str = "t2v"
     dim: int = 1536

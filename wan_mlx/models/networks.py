@@ -12,7 +12,9 @@ from .vace import VaceTransformer
 from .vae import VAE
 from .vae22 import VAE22
 
-TRANSFORMERS = {"t2v": Transformer, "i2v": Transformer, "flf2v": Transformer, "vace": VaceTransformer}
+TRANSFORMERS = {
+    "t2v": Transformer, "i2v": Transformer, "flf2v": Transformer, "vace": VaceTransformer, "ti2v": Transformer,
+}  # fmt: skip
 NETWORKS = {
     TextEncoderConfig: TextEncoder, VAEConfig: VAE, VAE22Config: VAE22, ImageEncoderConfig: ImageEncoder,
 }  # fmt: skip

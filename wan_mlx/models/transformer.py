@@ -46,7 +46,7 @@ class Modulation(NamedTuple):
 class Clean(NamedTuple):
     """The first tokens, where frames are given: they have no noise, so their timestep is 0."""
 
-    count: int
+    tokens: int
     time: mx.array  # as in `ForwardPass`, of timestep 0
     modulation: mx.array
 
@@ -102,7 +102,7 @@ class Block(nn.Module):
     def runs(self, modulation: mx.array, clean: Clean | None) -> Runs[Modulation]:
         """The time projection float32 (B, 6, D), and that of clean tokens → this block's modulation of each run."""
         later = self.modulate(modulation)
-        return in_runs(later, clean and (clean.count, self.modulate(clean.modulation)))
+        return in_runs(later, clean and (clean.tokens, self.modulate(clean.modulation)))
 
     def modulate(self, modulation: mx.array) -> Modulation:
         """The time projection float32 (B, 6, D) → this block's modulation."""
@@ -173,7 +173,7 @@ class ForwardPass:
     @property
     def times(self) -> Runs[mx.array]:
         """The time embedding of each run of tokens."""
-        return in_runs(self.time, self.clean and (self.clean.count, self.clean.time))
+        return in_runs(self.time, self.clean and (self.clean.tokens, self.clean.time))
 
 
 # (tokens before the blocks, this pass, run the blocks) → tokens after the blocks. A hook around the blocks: it runs or

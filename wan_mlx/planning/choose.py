@@ -155,7 +155,7 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     stream, tokens_at_once = step = _first_within(FILL * budget, LADDER, denoise)
     held = wanted.kept * sum(_loaded(weights, stream) for weights in experts)
 
-    def vae(stage: str, videos: int, decoding: bool) -> tuple[tuple[int, int] | None, Row]:
+    def vae(stage: str, videos: int, shape: tuple[int, int, int], decoding: bool) -> tuple[tuple[int, int] | None, Row]:
         """The tile, and the stage."""
 
         def peak(tile: tuple[int, int] | None) -> int:
@@ -175,8 +175,11 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
         images = work.image_tokens(c) // work.IMAGE_TOKENS
         rows.append(Row("encode images", "resident", peaks.encode_images(nets) + held,
                         images * work.image_flop(nets.image_encoder), peaks.encode_images(nets) // 2))  # fmt: skip
-    videos = 1 if request.video is not None else {"t2v": 0, "vace": 2}.get(c.model_type, 1)
-    encode_tile, row = vae("encode video", videos, decoding=False)
+    videos = 1 if request.video is not None else {"t2v": 0, "ti2v": 0, "vace": 2}.get(c.model_type, 1)
+    encoded = shape
+    if c.model_type == "ti2v" and request.image is not None:
+        videos, encoded = 1, (1, *shape[1:])
+    encode_tile, row = vae("encode video", videos, encoded, decoding=False)
     rows += [row] if videos else []
     forwards = request.steps_made * request.passes
     parts = {name: forwards * flop for name, flop in work.forward_parts(c, nets.geometry.seq_len(shape)).items()}
@@ -185,7 +188,7 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     how = "streamed" if stream else "resident"
     how += f", {tokens_at_once} tokens" * (tokens_at_once != TOKENS_AT_ONCE)
     rows.append(Row("denoise", how, denoise(step), sum(parts.values()), reads, parts["self attention"]))
-    decode_tile, row = vae("decode", 1, decoding=True)
+    decode_tile, row = vae("decode", 1, shape, decoding=True)
     rows.append(row)
     title = f"{wanted.name} {request.width}x{request.height}, {request.num_frames} frames"
     return Plan(title, budget, asked is not None, stream, tokens_at_once, decode_tile, encode_tile, tuple(rows))

@@ -43,15 +43,15 @@ def image_flop(config: ImageEncoderConfig) -> float:
 def stages(config: VAEConfig, decoding: bool) -> list[tuple[int, int, int]]:
     """Each resolution in order of computation: (input width, width, factor of the latents' resolution).
 
-    The input width is that of the first residual block: in a decoder, resampling has halved the previous stage's width.
+    The input width is that of the first residual block: in a decoder of Wan2.1, resampling has halved the width before.
     """
-    widths = [config.dim * m for m in config.dim_mult]
+    widths = [(config.decoder_dim if decoding else config.dim) * m for m in config.dim_mult]
     last = len(widths) - 1
     if not decoding:
         before = [config.dim, *widths[:-1]]
         return [(before[i], widths[i], 2 ** (last - i)) for i in range(last + 1)]
     widths = widths[::-1]
-    before = [widths[0], *(w // 2 for w in widths[:-1])]
+    before = [widths[0], *(w // config.narrowing for w in widths[:-1])]
     return [(before[i], widths[i], 2**i) for i in range(last + 1)]
 
 
@@ -67,7 +67,7 @@ def vae_flop(config: VAEConfig, latent_shape: tuple[int, int, int], decoding: bo
     found, last = stages(config, decoding), len(config.dim_mult) - 1
     blocks = config.num_res_blocks + decoding
     temporal = config.temporal_downsample[::-1] if decoding else config.temporal_downsample
-    widest = config.dim * config.dim_mult[-1]
+    widest = (config.decoder_dim if decoding else config.dim) * config.dim_mult[-1]
     # The middle: two residual blocks, attention with one head, and the convolution from or to latents.
     z = config.z_dim if decoding else 2 * config.z_dim
     flop = t * h * w * (4 * 54.0 * widest**2 + 8.0 * widest**2 + 4.0 * h * w * widest + 54.0 * widest * z)
@@ -78,9 +78,9 @@ def vae_flop(config: VAEConfig, latent_shape: tuple[int, int, int], decoding: bo
         if into != width:
             flop += pixels[stage] * 2.0 * into * width
         if stage == (last if decoding else 0):
-            flop += pixels[stage] * 54.0 * 3 * width
+            flop += pixels[stage] * 54.0 * 3 * config.patch**2 * width
         if stage < last and decoding:
-            flop += pixels[stage + 1] * 9.0 * width**2  # 3x3 at twice the resolution, to half the width
+            flop += pixels[stage + 1] * 18.0 * width**2 / config.narrowing  # 3x3 at twice the resolution
             flop += temporal[stage] * (pixels[stage] - areas[stage]) * 12.0 * width**2  # not for the first frame
         elif stage < last:
             flop += pixels[stage] / areas[stage] * areas[stage + 1] * 18.0 * width**2

@@ -29,7 +29,7 @@ from ..models.execution import (
     WHOLE_WIDE,
     has_fused_kernel,
 )
-from ..models.vae import VAE
+from ..models.networks import new_network
 from ..models.vae_execution import (
     DECODE_FRAMES,
     DEFERRED,
@@ -124,7 +124,7 @@ def _pieces(nets: Networks, tokens: int) -> float:
 @lru_cache(maxsize=8)
 def vae_weights(config: VAEConfig) -> int:
     """Bytes of the VAE's weights, encoder and decoder."""
-    return ITEMSIZE * sum(math.prod(shape) for shape in parameter_shapes(VAE(config)).values())
+    return ITEMSIZE * sum(math.prod(shape) for shape in parameter_shapes(new_network(config)).values())
 
 
 def tile_work(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> float:
@@ -221,7 +221,7 @@ def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> i
             frames = given_on
         else:
             frames = max(1, count // 2 ** temporal[stage])  # pieces stay separate
-    widest = config.dim * config.dim_mult[-1]
+    widest = (config.decoder_dim if decoding else config.dim) * config.dim_mult[-1]
     middle, whole_video = 2 * h * w * (4 * widest + (config.z_dim if decoding else widest)), 0
     if tile:
         middle, whole_video = 0, t * h * w * widest * ITEMSIZE

@@ -25,10 +25,9 @@ from .. import cuda
 from ..guidance import at_once
 from ..models.configs import TransformerConfig, VAEConfig
 from ..models.execution import Execution, Pacer, attention
-from ..models.networks import new_transformer
+from ..models.networks import new_network, new_transformer
 from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import ForwardPass, Transformer
-from ..models.vae import VAE
 from ..models.vae_execution import VAEExecution
 from ..weights.parameters import Parameters, dtype_of, locate
 from ..weights.stream import load_staged
@@ -181,7 +180,7 @@ def attention_rate(nets: Networks, tokens: int, at_a_time: int) -> Rate:
 
 def vae_rate(config: VAEConfig, latent_shape: tuple[int, int, int], decoding: bool) -> Rate:
     """Rate of decoding latents (t, h, w), or encoding to them, from the second frame; all later ones are alike."""
-    vae = VAE(config)
+    vae = new_network(config)
     for part in (vae.conv2, vae.decoder) if decoding else (vae.conv1, vae.encoder):
         random_weights(part)
     run = VAEExecution(vae)

@@ -43,7 +43,7 @@ MAX_TOKENS = 512  # umT5's limit
 TEMPERATURE, TOP_P = 0.7, 0.8  # Qwen2.5's own recommendation
 LONGEST_SIDE = 768  # of images that the model sees
 # Task → instructions for its prompts.
-KINDS = {"t2v": "text", "vace": "text", "i2v": "image", "flf2v": "transition"}
+KINDS = {"t2v": "text", "ti2v": "text", "vace": "text", "i2v": "image", "flf2v": "transition"}
 CHINESE = re.compile(r"[\u3400-\u9fff]")
 THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 QUOTES = (('"', '"'), ("“", "”"), ("'", "'"), ("「", "」"))
@@ -180,7 +180,7 @@ def extend_prompt(
         model: as for `PromptExtender`.
         language: "zh", "en", or None for the prompt's own.
         seed: the same seed gives the same words.
-        task: "t2v", "vace", "i2v" or "flf2v".
+        task: "t2v", "ti2v", "vace", "i2v" or "flf2v".
         image, last_image: the task's images, for a vision model (extra ``vlm``).
 
     Raises:

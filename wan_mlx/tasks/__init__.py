@@ -8,7 +8,7 @@ from typing import Any
 
 from ..presets import Preset, model_for
 from ..types import SOURCE_FIELDS, Conditioning, Encoders, Request
-from . import i2v, t2v, vace
+from . import i2v, t2v, ti2v, vace
 from .canvas import notes
 
 __all__ = ["TASKS", "Task", "fit_sources", "notes"]
@@ -35,6 +35,7 @@ TASKS: dict[str, Task] = {
     "t2v": Task(t2v.condition, ("video", "src_mask"), t2v.fit),
     "i2v": Task(i2v.condition, ("image",), i2v.fit),
     "flf2v": Task(i2v.condition, ("image", "last_image"), i2v.fit_first_and_last),
+    "ti2v": Task(ti2v.condition, ("image", "video", "src_mask"), ti2v.fit),
     "vace": Task(vace.condition, ("src_video", "src_mask", "src_ref_images", "context_scale"), vace.fit),
 }
 

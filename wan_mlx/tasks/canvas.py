@@ -38,7 +38,7 @@ def notes(request: Request) -> list[str]:
             continue
         if request.fit == "pad":
             lines.append(f"{source} is padded to {size}: bars are {part:.0%} of it")
-        elif request.fit == "official" and name == "image":
+        elif request.fit == "official" and name == "image" and request.task != "ti2v":
             how = f"{abs(wider - 1):.0%} {'wider' if wider > 1 else 'narrower'} than it is"
             lines.append(f"{source} is stretched to {size}: {how}; fit crop or pad keeps its proportions")
         else:

@@ -124,6 +124,7 @@ def _transformer_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> di
         "vace" if "vace_patch_embedding.weight" in shapes
         else "flf2v" if "img_emb.emb_pos" in shapes
         else "i2v" if "img_emb.proj.1.weight" in shapes
+        else "ti2v" if _shape_of(weights, "head.head.weight")[0] == len(VAE22Config.mean) * patch
         else "t2v"
     )  # fmt: skip
     found = dict(
@@ -148,15 +149,16 @@ def _transformer_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> di
 
 def _check_channels(path: Path, sizes: Mapping[str, Any]) -> None:
     """Raise WeightsError if no Wan2.1 model reads so many channels: the latents', or with an image twice and a mask."""
-    if other := of_sizes("transformer", sizes):
-        raise other.refusal(path)
     kind, channels, latents = sizes["model_type"], sizes["in_dim"], sizes["out_dim"]
     expected = 2 * latents + 4 if kind in ("i2v", "flf2v") else latents
-    if channels != expected:
-        raise WeightsError(
-            f"{path}: this is a transformer of another model than Wan2.1: as {TASK_NAMES[kind]} of {latents} latent "
-            f"channels it would read {expected}, and it reads {channels}"
-        )
+    if channels == expected:
+        return
+    if other := of_sizes("transformer", sizes):
+        raise other.refusal(path)
+    raise WeightsError(
+        f"{path}: this is a transformer of another model than Wan2.1: as {TASK_NAMES[kind]} of {latents} latent "
+        f"channels it would read {expected}, and it reads {channels}"
+    )
 
 
 def _vace_layers(weights: ComponentWeights, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:

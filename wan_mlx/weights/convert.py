@@ -259,16 +259,18 @@ def _card(name: str, config: Mapping[str, Any], nbytes: int) -> str:
     precision = ", ".join(
         f"{component} {packed.get(component) or '/'.join(dtypes)}" for component, dtypes in config["dtypes"].items()
     )
-    tag = {"t2v": "text-to-video", "i2v": "image-to-video", "flf2v": "image-to-video"}.get(kind, "video-to-video")
+    tags = {"t2v": "text-to-video", "ti2v": "text-to-video", "i2v": "image-to-video", "flf2v": "image-to-video"}
+    tag = tags.get(kind, "video-to-video")
+    family = "Wan2.2" if kind == "ti2v" else "Wan2.1"
     base = f"base_model: {model.repo}\n" if model and model.repo else ""
     return f"""---
 library_name: mlx
 pipeline_tag: {tag}
-{base}tags: [mlx, wan_mlx, wan2.1]
+{base}tags: [mlx, wan_mlx, {family.lower()}]
 ---
 # {name}
 
-{model.name if model else kind}, a Wan2.1 model, in the form that wan_mlx reads: {gigabytes(nbytes)}, {precision}.
+{model.name if model else kind}, a {family} model, in the form that wan_mlx reads: {gigabytes(nbytes)}, {precision}.
 Converted from `{config["source"]["name"]}` by wan_mlx {__version__}. With wan_mlx installed, beside this folder:
 
 ```sh

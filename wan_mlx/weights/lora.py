@@ -23,7 +23,7 @@ from ..files.open import open_weights
 from ..files.scaled import fold
 from ..hub.names import WEIGHT_ENDINGS, parse_location
 from ..models.configs import TransformerConfig
-from ..other_models import of_keys, of_lora, of_width
+from ..other_models import of_keys, of_lora
 from ..presets import MODULE, PRESETS
 from ..storage import sha256
 from ..types import LoraChoice
@@ -242,9 +242,7 @@ def _other_base(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]
         return f"{other.name}, which is not supported"
     width = next((info.shape[-1] for key, info in file.tensors.items() if AS_WIDE.fullmatch(key) and info.shape), 0)
     own = shapes["head.modulation"][-1]
-    other = of_width(width)
-    released = " or ".join(p.name for p in PRESETS.values() if p.repo and p.transformer.dim == width)
-    name = other.name if other else released
+    name = " or ".join(p.name for p in PRESETS.values() if p.repo and p.transformer.dim == width)
     return f"{name}: it is {width} wide, this transformer {own}" if name and width != own else ""
 
 
