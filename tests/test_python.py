@@ -208,10 +208,12 @@ class TestShown:
 
     def test_show_elsewhere(self, video, monkeypatch, tmp_path):
         opened = []
-        monkeypatch.setattr("webbrowser.open", opened.append)
+        monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or len(opened) == 1)
         monkeypatch.setattr("tempfile.mkdtemp", lambda **_: str(tmp_path))
         video.show()
         assert opened == [(tmp_path / "video.mp4").as_uri()] and (tmp_path / "video.mp4").stat().st_size
+        with pytest.raises(wan_mlx.WanError, match="no player or browser here; the video is in .*video.mp4"):
+            video.show()
 
 
 class TestExportToVideo:

@@ -119,8 +119,9 @@ class Terminal:
         if previews := self._previews:
             seconds = duration(sum(event.seconds for event in previews))
             self.note(f"{'previews':<20}{seconds:>12}   of denoise, {len(previews)} times")
-        if finished.seconds:
-            self.note(f"{'total':<20}{duration(finished.seconds):>12}")
+        if seconds := finished.seconds:
+            plain = f"   ({seconds:.0f} s)" * (seconds >= 100)  # as docs/times.md takes it
+            self.note(f"{'total':<20}{duration(seconds):>12}{plain}")
         self._previews = []
 
 

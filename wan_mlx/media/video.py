@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from ..errors import duration
+from ..errors import WanError, duration
 from ..events import StageEnded
 from ..progress_bars import notebook
 from .write import contact_sheet, save_video, settings_text
@@ -60,13 +60,19 @@ class Video:
         return f"Video({frames}, {width}x{height}{length}{seed})"
 
     def show(self) -> None:
-        """Show it: in a notebook below the cell, elsewhere by the system's own player or browser."""
+        """Show it: in a notebook below the cell, elsewhere by the system's own player or browser.
+
+        Raises:
+            WanError: there is none.
+        """
         if shell := notebook():
             shell.display_pub.publish({"text/html": self._repr_html_(), "text/plain": repr(self)})
             return
         ending = ".png" if len(self) == 1 else ".mp4"
         folder = Path(tempfile.mkdtemp(prefix="wan_mlx-"))  # kept: the player reads it when it has started
-        webbrowser.open(self.save(folder / f"video{ending}").as_uri())
+        path = self.save(folder / f"video{ending}")
+        if not webbrowser.open(path.as_uri()):
+            raise WanError(f"there is no player or browser here; the video is in {path}, and video.save writes another")
 
     def save(self, path: str | Path, overwrite: bool = True) -> Path:
         """Write to ``path``; the ending picks the format: .mp4 .gif .webp .png .npz.
