@@ -27,13 +27,26 @@ def complaints(notebook: nbformat.NotebookNode) -> list[str]:
     return [*found, *[f"{size:,} bytes, at most {MOST:,}"] * (size > MOST)]
 
 
+def shortened(outputs: list) -> list:
+    """What was printed in one piece, and pictures as JPEG alone, which is a tenth of the bytes."""
+    found: list = []
+    for output in outputs:
+        if "image/jpeg" in output.get("data", {}):
+            output.data.pop("image/png", None)
+        if found and output.get("name") == found[-1].get("name") == "stdout":
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
+
+
 def execute(path: Path) -> nbformat.NotebookNode:
     """The notebook with what its cells show."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=1800, kernel_name="python3", record_timing=False).execute(cwd=str(path.parent))
-    for output in (output for cell in notebook.cells for output in cell.get("outputs", ())):
-        if "image/jpeg" in output.get("data", {}):  # a tenth of the bytes
-            output.data.pop("image/png", None)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = shortened(cell.outputs)
     notebook.metadata = nbformat.from_dict({
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python", "version": "3.11"},
