@@ -112,7 +112,7 @@ class OpenedModel:
             )
         if self.preset.task not in TASKS:
             raise ValueError(f"{self.preset.task} models are not supported yet; supported: {', '.join(TASKS)}")
-        if given["image_encoder"] and "image" not in TASKS[self.preset.task].takes:
+        if given["image_encoder"] and not self.config.has_image_branch:
             raise ValueError(f"image_encoder was given to a {self.preset.task} model, which reads no images with it")
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ from wan_mlx.runs.folder import RunFolder
 
 SOURCES = {
     "i2v": ["--image", "first.png"],
+    "ti2v": ["--image", "first.png", "--size", "64x32"],
     "vace": ["--src_video", "video.gif", "--src_ref_images", "a.png,b.png"],
 }
 
@@ -52,7 +53,7 @@ def test_goes_on_without_its_sources(tmp_path, monkeypatch, capsys, kind):
     assert (here / "a.npz").read_bytes() == (here / "whole.npz").read_bytes()
     settings = read_settings(here / "a.npz")
     assert [settings["image"] or settings["src_video"], *settings["src_ref_images"]] == {
-        "i2v": ["first.png"], "vace": ["video.gif", "a.png", "b.png"]
+        "i2v": ["first.png"], "ti2v": ["first.png"], "vace": ["video.gif", "a.png", "b.png"]
     }[kind]  # fmt: skip
 
 

@@ -1,7 +1,10 @@
 """Wan2.2 TI2V-5B: whole runs of the command line against the official loop; the size of a picture."""
 
+import json
+
 import numpy as np
 import official_checkpoints as checkpoints
+import published
 import pytest
 from oracles import official, official_frames, official_text, torch, unmasked_attention
 from PIL import Image
@@ -9,16 +12,19 @@ from test_tasks import noise_image
 from test_vae import scale
 from test_whole_run_images import PROMPT, check, check_same
 
+from wan_mlx import WanPipeline
 from wan_mlx.cli.main import main
 from wan_mlx.models.configs import VAE22Config
 from wan_mlx.presets import NEGATIVE_PROMPT, PRESETS
 from wan_mlx.tasks.ti2v import output_size
+from wan_mlx.weights.convert import convert
 
 AREA, NUM_FRAMES = (96, 64), 9
 SAMPLING = dict(steps=4, shift=5.0, guidance=5.0, seed=42)
 FIRST = noise_image(50, 75)
 GEOMETRY = PRESETS["ti2v-5B"].geometry
 SCALE = scale(VAE22Config())
+OPEN = dict(dtype="float32", progress=False, prompt_cache=False)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -111,6 +117,59 @@ def test_sizes_are_multiples_of_32():
     with pytest.raises(ValueError, match="height is 720, expected a positive multiple of 32; nearest: 704"):
         GEOMETRY.check_size(1280, 720)
     assert GEOMETRY.latent_shape(1280, 704, 121) == (31, 44, 80) and GEOMETRY.seq_len((31, 44, 80)) == 27280
+
+
+def test_every_published_form_is_the_same_model(models, tmp_path):
+    """ComfyUI's files, a GGUF and an MLX folder give the bytes of the official folder."""
+    modules, folder = models("ti2v")
+    state = modules["transformer"].state_dict()
+    config = {"num_heads": checkpoints.DIT["num_heads"]}  # heads of 24; released ones are of 128
+    (tmp_path / "comfy").mkdir()
+    published.comfyui_file(tmp_path / "comfy/dit/x.safetensors", state, "model.diffusion_model.")
+    published.comfyui_file(tmp_path / "comfy/vae/x.safetensors", modules["vae"].state_dict())
+    (tmp_path / "gguf").mkdir()
+    published.gguf_file(tmp_path / "gguf/x.gguf", state, "F32")
+    for place in ("comfy/dit", "gguf"):
+        (tmp_path / place / "config.json").write_text(json.dumps(config))
+    others = dict(text_encoder=folder, tokenizer=folder)
+    comfy_vae = tmp_path / "comfy/vae/x.safetensors"
+    opened = {
+        "official": WanPipeline.from_pretrained(folder, **OPEN),
+        "comfy": WanPipeline.from_pretrained(tmp_path / "comfy/dit/x.safetensors", **OPEN, vae=comfy_vae, **others),
+        "gguf": WanPipeline.from_pretrained(tmp_path / "gguf/x.gguf", **OPEN, vae=folder, **others),
+        "mlx": WanPipeline.from_pretrained(convert(folder, tmp_path / "mlx", dtype="float32", model="ti2v-5B"), **OPEN),
+    }
+    made = {}
+    for name, pipe in opened.items():
+        assert pipe.preset.name == "ti2v-5B" and pipe.geometry == GEOMETRY
+        made[name] = pipe(PROMPT, width=64, height=32, num_frames=5, steps=2, seed=1, image=FIRST).latents
+        assert np.array_equal(made[name], made["official"]), name
+
+
+@pytest.mark.parametrize("option, words", [
+    ("vae", "a VAE of 16 latent channels"), ("image_encoder", "image_encoder was given to a ti2v model"),
+])  # fmt: skip
+def test_parts_of_other_models_are_refused(models, capsys, option, words):
+    """A VAE of Wan2.1, and a CLIP: one line each."""
+    other = models({"vae": "t2v", "image_encoder": "i2v"}[option])[1]
+    flag = "--" + option.replace("_", "-")
+    assert main(["--model", str(models("ti2v")[1]), flag, str(other), "--prompt", "a", "--quiet"]) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+
+
+def test_an_image_and_a_video_are_too_much(models, tmp_path):
+    pipe = WanPipeline.from_pretrained(models("ti2v")[1], **OPEN)
+    with pytest.raises(ValueError, match="an image and a video were given"):
+        pipe.request("a", image=FIRST, video=FIRST[None], num_frames=1)
+
+
+def test_a_video_to_start_from(models):
+    """Without an image it is a text-to-video model, that starts from a video too."""
+    pipe = WanPipeline.from_pretrained(models("ti2v")[1], **OPEN)
+    video = np.repeat(FIRST[None], 5, axis=0)
+    frames = pipe(PROMPT, width=64, height=32, num_frames=5, steps=2, seed=1, video=video, strength=0.5).frames
+    assert frames.shape == (5, 32, 64, 3) and frames.std() > 5
 
 
 def test_the_shortest_official_commands(models, tmp_path, monkeypatch, capsys):
