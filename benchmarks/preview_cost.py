@@ -42,7 +42,7 @@ def taehv_flop(config: TAEHVConfig, latent_shape: tuple[int, int, int], small: b
         flop += pixels * 2 * dim * dim * grow
         pixels *= grow
         flop += pixels * 18 * dim * next_dim
-    return float(flop + pixels * 18 * config.widths[-1] * 3)
+    return float(flop + pixels * 18 * config.widths[-1] * 3 * config.patch**2)
 
 
 def best(function: Callable[[], object], times: int) -> float:

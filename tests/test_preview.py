@@ -22,7 +22,7 @@ from wan_mlx.errors import UsageError
 from wan_mlx.media import preview
 from wan_mlx.media.preview import PreviewFiles, latent_map, read_maps, sheet_of
 from wan_mlx.media.write import read_settings, save_video
-from wan_mlx.models.configs import VAEConfig
+from wan_mlx.models.configs import VAE22Config, VAEConfig
 from wan_mlx.models.taehv import TAEHV, TAEHVConfig
 from wan_mlx.types import Step
 from wan_mlx.weights.component import parameter_shapes
@@ -93,17 +93,20 @@ def test_nano_i2v_has_the_colours_of_nano(nano):
 
 
 def test_maps_are_whole_and_say_where_they_come_from():
-    assert set(read_maps()) == {"Wan 2.1", "nano"}
+    assert set(read_maps()) == {"Wan 2.1", "Wan 2.2", "nano"}
     for space in read_maps().values():
-        assert np.shape(space["factors"]) == (16, 3) and np.shape(space["bias"]) == (3,)
+        assert np.shape(space["factors"]) == (len(space["mean"]), 3) and np.shape(space["bias"]) == (3,)
         assert "latent_rgb" in space["source"] or "examples/fit_preview.py" in space["source"]
     wan = read_maps()["Wan 2.1"]
     assert tuple(wan["mean"]) == VAEConfig().mean and tuple(wan["std"]) == VAEConfig().std
+    wan = read_maps()["Wan 2.2"]
+    assert tuple(wan["mean"]) == VAE22Config().mean and tuple(wan["std"]) == VAE22Config().std
+    assert latent_map(VAE22Config()).args == (wan,)
 
 
 def test_the_map_is_that_of_the_latents():
     assert latent_map(VAEConfig()).args[0]["factors"][6][1] == -0.4059
-    with pytest.raises(ValueError, match=r"expected those of Wan 2.1 or nano; fit them with"):
+    with pytest.raises(ValueError, match=r"expected those of Wan 2.1 or Wan 2.2 or nano; fit them with"):
         latent_map(VAEConfig(mean=(0.0,) * 16))
     z = mx.zeros((1, 1, 1, 2, 16))
     z[0, 0, 0, 1, 14] = 1.0

@@ -262,8 +262,8 @@ class ModelOptions(TypedDict, total=False):
         "--no-prompt-cache", "encode prompts anew, and keep none on disk", RUN, default=True, free=True,
     )]
     taehv: Annotated[str | Path | None, Option(
-        "--taehv FILE", "weights of the tiny autoencoder TAEHV, for finer previews: taew2_1.pth, or on the hub "
-        "lightx2v/Autoencoders:taew2_1.safetensors", WATCH, place="name",
+        "--taehv FILE", "weights of the tiny autoencoder TAEHV, for finer previews: taew2_1.pth (TI2V-5B: "
+        "taew2_2.pth), or on the hub lightx2v/Autoencoders:taew2_1.safetensors", WATCH, place="name",
         needs=("preview", "draft"), free=True,
     )]
     draft: Annotated[bool, Option("--draft", "decode the video with TAEHV, too: fast, less fine", WATCH)]

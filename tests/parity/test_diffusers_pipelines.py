@@ -1,5 +1,7 @@
 """Folders written by the ``save_pretrained`` of Diffusers' pipelines: each network computes what theirs does."""
 
+from functools import partial
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,13 +9,15 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
     WanVACEPipeline,
     WanVACETransformer3DModel,
 )
-from oracles import randomize, relative_error
+from oracles import official, randomize, relative_error
+from PIL import Image
 from test_text import sentencepiece_model
 from transformers import (
     CLIPImageProcessor,
@@ -170,3 +174,30 @@ def test_makes_a_video(saved):
     given = {"image": picture}
     sources = {"i2v": given, "ti2v": given, "vace": {"src_ref_images": [picture]}, "t2v": {}}[kind]
     assert pipe("a cat", **VIDEO, **sources).frames.std() > 5
+
+
+@pytest.mark.parametrize("given", [False, True])
+@torch.no_grad()
+def test_ti2v_by_diffusers_own_loop(tmp_path, given):
+    """Their pipelines with ``expand_timesteps``, on the official sigmas, from the same noise: within 2 of 255 levels.
+
+    Diffusers' own sigmas are others, so the official solver stands in for its own.
+    """
+    theirs = make_pipeline("ti2v", tmp_path)
+    theirs.save_pretrained(tmp_path / "model")
+    ours = wan_mlx.WanPipeline.from_pretrained(tmp_path / "model", dtype="float32", progress=False, prompt_cache=False)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
+    options = VIDEO | dict(width=64, steps=3, negative_prompt="grey")
+    got = ours(TEXT, **options, image=picture if given else None)
+    parts = dict(theirs.components, image_encoder=None, image_processor=None)
+    solver = official("utils.fm_solvers_unipc").FlowUniPCMultistepScheduler(shift=1)
+    solver.set_timesteps = partial(solver.set_timesteps, shift=5.0)
+    if given:
+        theirs = WanImageToVideoPipeline(**{**parts, "scheduler": UniPCMultistepScheduler()}, expand_timesteps=True)
+    theirs.scheduler = solver
+    more = {"image": Image.fromarray(picture)} if given else {}
+    noise = torch.randn((48, 2, 2, 4), generator=torch.Generator().manual_seed(1))[None]
+    theirs.set_progress_bar_config(disable=True)
+    want = theirs(prompt=TEXT, negative_prompt="grey", height=32, width=64, num_frames=5, num_inference_steps=3,
+                  guidance_scale=5.0, latents=noise, output_type="np", **more).frames[0]  # fmt: skip
+    assert want.std() > 0.05 and np.abs(np.floor(want * 255) - got.frames).max() <= 2

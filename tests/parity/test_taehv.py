@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from wan_mlx.errors import WeightsError
-from wan_mlx.models.taehv import TAEHVConfig
+from wan_mlx.models.configs import VAE22Config
+from wan_mlx.models.taehv import TAEHV, TAEHVConfig
 from wan_mlx.weights.component import parameter_shapes
 from wan_mlx.weights.taehv import load_taehv
 
@@ -52,9 +53,10 @@ class Grow(nn.Module):
 class Reference(nn.Module):
     """Whole videos (T, C, H, W): frames in [0, 1] ↔ latents."""
 
-    def __init__(self, width=64, widths=(256, 128, 64, 64), z_dim=16, small=False, stored_grows=(1, 2, 2)):
+    def __init__(self, width=64, widths=(256, 128, 64, 64), z_dim=16, small=False, stored_grows=(1, 2, 2), patch=1):
         super().__init__()
-        encoder = [nn.Conv2d(3, width, 3, padding=1), nn.ReLU()]
+        self.patch = patch
+        encoder = [nn.Conv2d(3 * patch**2, width, 3, padding=1), nn.ReLU()]
         for stride in (2, 2, 1):
             encoder += [Pool(width, stride), nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)]
             encoder += [Mem(width) for _ in range(3)]
@@ -64,14 +66,15 @@ class Reference(nn.Module):
             decoder += [Mem(widths[i]) for _ in range(3)]
             decoder += [nn.Upsample(scale_factor=1 if small else 2), Grow(widths[i], 1 if small else grow)]
             decoder += [nn.Conv2d(widths[i], widths[i + 1], 3, padding=1, bias=False)]
-        self.decoder = nn.Sequential(*decoder, nn.ReLU(), nn.Conv2d(widths[3], 3, 3, padding=1))
+        self.decoder = nn.Sequential(*decoder, nn.ReLU(), nn.Conv2d(widths[3], 3 * patch**2, 3, padding=1))
 
     def encode(self, frames):
         left = -len(frames) % 4
-        return self.encoder(torch.cat([frames, frames[-1:].expand(left, -1, -1, -1)]))
+        padded = torch.cat([frames, frames[-1:].expand(left, -1, -1, -1)])
+        return self.encoder(torch.pixel_unshuffle(padded, self.patch))
 
     def decode(self, latents, dropped=3):
-        return self.decoder(torch.tanh(latents / 3) * 3)[dropped:].clamp(0, 1)
+        return torch.pixel_shuffle(self.decoder(torch.tanh(latents / 3) * 3)[dropped:], self.patch).clamp(0, 1)
 
 
 SIZES = dict(width=6, widths=(10, 8, 6, 5))
@@ -141,6 +144,30 @@ def test_small_decode_skips_the_upsampling(reference, taehv):
     assert relative_error((got + 1) / 2, want) < BOUND
 
 
+def test_of_wan2_2(tmp_path):
+    """taew2_2: 48 channels, patches of 2x2 pixels in PyTorch's order; also without upsampling."""
+    reference = Reference(**SIZES, z_dim=48, patch=2).eval().requires_grad_(False)
+    randomize(reference, 3)
+    reference.decoder[-1].bias.fill_(0.5)
+    save_file(reference.state_dict(), tmp_path / "taew2_2.safetensors")
+    model = load_taehv(tmp_path / "taew2_2.safetensors")
+    assert model.config.geometry == VAE22Config().geometry
+    frames = np.random.default_rng(0).uniform(-1, 1, (1, 5, 32, 48, 3)).astype(np.float32)
+    latents = reference.encode((to_torch(frames) + 1) / 2)
+    assert relative_error(model.encode(mx.array(frames))[0], latents.permute(0, 2, 3, 1).numpy()) < BOUND
+    want = reference.decode(latents).permute(0, 2, 3, 1).numpy()
+    given = latents.permute(0, 2, 3, 1)[None].numpy()
+    got = np.concatenate(decoded(model, given), axis=1)[0]
+    assert want.std() > 0.05 and got.shape == (5, 32, 48, 3) and relative_error((got + 1) / 2, want) < BOUND
+    assert [f.shape for f in decoded(model, given, small=True)] == [(1, 1, 4, 6, 3)] * 2
+
+
+def test_published_sizes_of_wan2_2():
+    want = {name: tuple(value.shape) for name, value in Reference(z_dim=48, patch=2).state_dict().items()}
+    got = parameter_shapes(TAEHV(TAEHVConfig(z_dim=48, patch=2)))
+    assert {n: (s[0], s[3], *s[1:3]) if len(s) == 4 else s for n, s in got.items()} == want
+
+
 @pytest.mark.parametrize("small", [False, True])
 def test_flops_equal_the_count_of_torch(small):
     from torch.utils.flop_counter import FlopCounterMode
@@ -163,8 +190,6 @@ def test_pth_gives_the_same(reference, taehv, tmp_path):
 
 def test_published_sizes():
     """Names and shapes of taew2_1, as the reference makes them."""
-    from wan_mlx.models.taehv import TAEHV
-
     want = {name: tuple(value.shape) for name, value in Reference().state_dict().items()}
     got = parameter_shapes(TAEHV(TAEHVConfig()))
     assert {n: (s[0], s[3], *s[1:3]) if len(s) == 4 else s for n, s in got.items()} == want

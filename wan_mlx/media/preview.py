@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..errors import WanError
 from ..events import Previewed
-from ..models.configs import VAEConfig
+from ..models.configs import VAE22Config, VAEConfig
 from ..models.taehv import TAEHV
 from ..storage import place_of
 from ..types import Request, Step
@@ -164,8 +164,14 @@ def tiny_autoencoder(checkpoint: Checkpoint, path: str | Path | None, draft: boo
     """
     if path is None:
         if draft:
-            raise ValueError("draft needs TAEHV's weights; give taew2_1.pth of github.com/madebyollin/taehv as taehv")
+            raise ValueError("draft needs TAEHV's weights; give taew2_1.pth (of TI2V-5B taew2_2.pth) of "
+                             "github.com/madebyollin/taehv as taehv")  # fmt: skip
         return None
-    if not is_same_space(config_of(checkpoint, "vae"), VAEConfig()):
-        raise ValueError(f"taehv is for Wan 2.1's latents, but {checkpoint.path} has others; leave it out")
-    return load_taehv(path)
+    found, vae = load_taehv(path), config_of(checkpoint, "vae")
+    new = found.config.z_dim == VAE22Config().z_dim
+    if not is_same_space(vae, VAE22Config() if new else VAEConfig()):
+        raise ValueError(
+            f"taehv is for Wan 2.{1 + new}'s latents, but {checkpoint.path} has others; leave it out"
+            + ", or give taew2_2.pth" * is_same_space(vae, VAE22Config())
+        )
+    return found

@@ -1,6 +1,7 @@
 """TAEHV, the tiny autoencoder for the same latents: previews and drafts for a fraction of the VAE's work.
 
-Follows the file ``taehv.py`` of github.com/madebyollin/taehv with its weights ``taew2_1`` (Wan 2.1 and Wan 2.2 14B).
+Follows the file ``taehv.py`` of github.com/madebyollin/taehv with its weights ``taew2_1`` (Wan 2.1 and Wan 2.2 A14B)
+and ``taew2_2`` (Wan 2.2 TI2V-5B), which treats patches of 2x2 pixels as one.
 Two-dimensional layers treat each frame alone; a `MemBlock` also sees the frame before it. So a video can be passed a
 few frames at a time, with the same result. Layers map frames (n, H, W, C) to frames, and lists keep the numbering of
 the reference's ``nn.Sequential``, with None where a layer has no parameters.
@@ -22,7 +23,7 @@ from .vae_layers import CausalCache, check_frames, check_latents
 
 @dataclass(frozen=True)
 class TAEHVConfig:
-    """Sizes of TAEHV; the defaults are those of ``taew2_1``.
+    """Sizes of TAEHV; the defaults are those of ``taew2_1``. ``taew2_2`` has ``z_dim`` 48 and ``patch`` 2.
 
     ``widths`` are the decoder's: three stages and the last layers. Each stage of the encoder turns a number of frames
     (``pools``) into one; each stage of the decoder turns one into ``grows``.
@@ -33,10 +34,11 @@ class TAEHVConfig:
     widths: tuple[int, int, int, int] = (256, 128, 64, 64)
     pools: tuple[int, int, int] = (2, 2, 1)
     grows: tuple[int, int, int] = (1, 2, 2)
+    patch: int = 1
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(math.prod(self.pools), 2 ** len(self.pools), patch=(1, 1, 1))
+        return Geometry(math.prod(self.pools), self.patch * 2 ** len(self.pools), patch=(1, 1, 1))
 
 
 class Conv(nn.Module):
@@ -105,7 +107,7 @@ class TAEHV(nn.Module):
         super().__init__()
         self.config = config
         width = config.encoder_width
-        self.encoder: list[Any] = [Conv(3, width), None]
+        self.encoder: list[Any] = [Conv(3 * config.patch**2, width), None]
         for pool in config.pools:
             self.encoder += [TPool(width, pool), Conv(width, width, stride=2, bias=False)]
             self.encoder += [MemBlock(width) for _ in range(3)]
@@ -114,14 +116,14 @@ class TAEHV(nn.Module):
         for dim, next_dim, grow in zip(config.widths, config.widths[1:], config.grows, strict=False):
             self.decoder += [MemBlock(dim) for _ in range(3)]
             self.decoder += [None, TGrow(dim, grow), Conv(dim, next_dim, bias=False)]
-        self.decoder += [None, Conv(config.widths[-1], 3)]
+        self.decoder += [None, Conv(config.widths[-1], 3 * config.patch**2)]
 
     def encode(self, frames: mx.array) -> mx.array:
         """Latents of a video.
 
         Args:
-            frames: (1, T, H, W, 3) in [-1, 1]; H and W are multiples of 8. After T = 4n+1 frames (any other T is
-                allowed) the last one is repeated until there are 4n+4.
+            frames: (1, T, H, W, 3) in [-1, 1]; H and W are multiples of 8, of ``taew2_2`` 16. After T = 4n+1
+                frames (any other T is allowed) the last one is repeated until there are 4n+4.
 
         Returns:
             float32 (1, t, H/8, W/8, C), normalised as for the transformer.
@@ -136,7 +138,7 @@ class TAEHV(nn.Module):
         first, _, *middle, last = self.encoder
         latents = []
         for start in range(0, len(frames), step):
-            x = (frames[start : start + step].astype(mx.float32) + 1) / 2
+            x = _patchify((frames[start : start + step].astype(mx.float32) + 1) / 2, self.config.patch)
             x = nn.relu(first(x.astype(first.weight.dtype)))
             for layer in middle:
                 x = layer(x, cache) if isinstance(layer, MemBlock) else layer(x)
@@ -148,8 +150,8 @@ class TAEHV(nn.Module):
 
         Args:
             latents: (1, t, h, w, C), normalised as for the transformer.
-            small: one frame per latent frame, with the latents' height and width, for a quarter of the work: upsampling
-                is left out, as the reference suggests for previews.
+            small: one frame per latent frame, with the latents' height and width (``taew2_2``: twice those), for a
+                quarter of the work: upsampling is left out, as the reference suggests for previews.
 
         Returns:
             An iterator over float32 (1, n, 8h, 8w, 3) in [-1, 1]: of the first latent frame n is 1, of
@@ -174,10 +176,25 @@ class TAEHV(nn.Module):
                     x = x if small else _double(x)
                 else:
                     x = layer(x, cache) if isinstance(layer, MemBlock) else layer(x)
-            frames = last(nn.relu(x))
+            frames = _unpatchify(last(nn.relu(x)), self.config.patch)
             if index == 0 and not small:  # a lone first frame is the last of its four decoded frames
                 frames = frames[-1:]
             yield 2 * mx.clip(frames.astype(mx.float32), 0, 1)[None] - 1
+
+
+def _patchify(frames: mx.array, side: int) -> mx.array:
+    """(n, H, W, C) → (n, H/side, W/side, C * side²), as PyTorch's ``pixel_unshuffle``: unlike in the VAE's patches,
+    the place along the height is the slower."""
+    n, height, width, dim = frames.shape
+    patches = frames.reshape(n, height // side, side, width // side, side, dim)
+    return patches.transpose(0, 1, 3, 5, 2, 4).reshape(n, height // side, width // side, -1)
+
+
+def _unpatchify(patches: mx.array, side: int) -> mx.array:
+    """The inverse of `_patchify`."""
+    n, height, width, dim = patches.shape
+    frames = patches.reshape(n, height, width, dim // side**2, side, side)
+    return frames.transpose(0, 1, 4, 2, 5, 3).reshape(n, height * side, width * side, -1)
 
 
 def _double(x: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""TAEHV's published weight files: ``taew2_1.pth``, ``taew2_1.safetensors`` and others with the same layers."""
+"""TAEHV's published weight files: ``taew2_1``, ``taew2_2`` (.pth, .safetensors) and others with the same layers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .component import check_shapes, only_zeros, parameter_shapes
 from .load import parse_dtype
 
 WIDTHS = ("decoder.1.weight", "decoder.8.weight", "decoder.14.weight", "decoder.20.weight")
+PATCHES = {(16, 3): 1, (48, 12): 2}  # latent channels and values that the decoder makes → side of a patch
 LATENTS, OUTPUT = "decoder.1.weight", "decoder.22.weight"
 
 
@@ -25,13 +26,13 @@ def load_taehv(path: str | Path, dtype: str | mx.Dtype = "float32") -> TAEHV:
 
     Raises:
         ValueError: unknown ``dtype``.
-        WeightsError: the file is not a whole TAEHV for Wan 2.1's latents; says which one it is, if known.
+        WeightsError: the file is not a whole TAEHV for Wan's latents; says which one it is, if known.
     """
     dtype, file = parse_dtype(dtype), open_weights(path)
     model = TAEHV(_config(file))
     expected = {name: _torch_shape(shape) for name, shape in parameter_shapes(model).items()}
     found = {name: _last_frames(name, info.shape, expected) for name, info in file.tensors.items()}
-    check_shapes(f"{file.path}: is no TAEHV of Wan 2.1: it", found, expected)
+    check_shapes(f"{file.path}: is no TAEHV of Wan: it", found, expected)
     arrays = [(name, _channels_last(file.read(name))[-shape[0] :].astype(dtype)) for name, shape in expected.items()]
     mx.eval([array for _, array in arrays])
     if zeros := [name for name, array in arrays if array.ndim > 1 and not array.any().item()]:
@@ -44,16 +45,18 @@ def load_taehv(path: str | Path, dtype: str | mx.Dtype = "float32") -> TAEHV:
 def _config(file: WeightsFile) -> TAEHVConfig:
     for name in (*WIDTHS, OUTPUT, "encoder.0.weight"):
         if name not in file.tensors or len(file.tensors[name].shape) != 4:
-            raise WeightsError(f"{file.path}: is no TAEHV: it has no 4-D {name}; expected taew2_1 of "
-                               "github.com/madebyollin/taehv")  # fmt: skip
+            raise WeightsError(f"{file.path}: is no TAEHV: it has no 4-D {name}; expected taew2_1 or taew2_2 "
+                               "of github.com/madebyollin/taehv")  # fmt: skip
     shapes = {name: file.tensors[name].shape for name in file.tensors}
-    if (shapes[LATENTS][1], shapes[OUTPUT][0]) != (16, 3):
+    channels = shapes[LATENTS][1], shapes[OUTPUT][0]
+    if channels not in PATCHES:
         raise WeightsError(
-            f"{file.path}: is a TAEHV of {shapes[LATENTS][1]} latent channels and {shapes[OUTPUT][0]} values per "
-            "pixel, expected 16 and 3: taew2_1"
+            f"{file.path}: is a TAEHV of {channels[0]} latent channels and {channels[1]} values per pixel, expected 16 "
+            "and 3 (taew2_1), or 48 and 12 (taew2_2)"
         )
     first, second, third, fourth = (shapes[name][0] for name in WIDTHS)
-    return TAEHVConfig(encoder_width=shapes["encoder.0.weight"][0], widths=(first, second, third, fourth))
+    width, widths = shapes["encoder.0.weight"][0], (first, second, third, fourth)
+    return TAEHVConfig(channels[0], width, widths, patch=PATCHES[channels])
 
 
 def _last_frames(name: str, shape: tuple[int, ...], expected: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
