@@ -163,9 +163,9 @@ def _check_prompt(word: str) -> None:
     quoted, path = shlex.quote(word), Path(word).expanduser()
     if near := difflib.get_close_matches(word.lower(), COMMANDS, 1, NEAR):
         meant = f"wan-mlx {near[0]}"
-    elif word in PRESETS or path.is_dir() or HUB_ID.fullmatch(word):
-        meant = f'wan-mlx plan {quoted}, or wan-mlx -m {quoted} "what the video should show"'
     else:
         meant = next((text.format(quoted) for endings, text in MEANT.items() if path.suffix.lower() in endings), "")
+        if word in PRESETS or path.is_dir() or (not meant and HUB_ID.fullmatch(word)):
+            meant = f'wan-mlx plan {quoted}, or wan-mlx -m {quoted} "what the video should show"'
     if meant:
         raise UsageError(f"{word!r} looks like no prompt; nearest: {meant}; as a prompt: wan-mlx -p {quoted}")
