@@ -2,12 +2,15 @@
 
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
 from imageio_ffmpeg import get_ffmpeg_exe
 
 from wan_mlx import errors, options
 from wan_mlx.cli.main import main
+from wan_mlx.hub.resolve import Location, explain
 from wan_mlx.other_words import WORDS
 from wan_mlx.presets import PRESETS, model_for
 
@@ -56,7 +59,7 @@ def test_only_what_is_spelled_nearly_so_is_suggested(given, choices, near):
         (["--dtype", "fp16"], "nearest: float16"),
         (["--dtype", "bf16"], "nearest: bfloat16"),
         (["--cache", "none-at-all"], "easycache[:THRESHOLD[:FIRST_STEPS]]"),
-        (["--image", "a.png"], "it is for i2v, flf2v: use --model nano-i2v"),
+        (["--image", "a.png"], ": use --model nano-i2v"),
         (["--last-image", "a.png"], "it is for flf2v: use --model flf2v-14B-720P"),
     ],
 )
@@ -109,6 +112,23 @@ def test_a_foreign_video_has_no_settings(capsys):
         noted = ["-metadata", f"comment={comment}"]
         subprocess.run([get_ffmpeg_exe(), "-v", "error", *made, *noted, "-y", "a.mp4"], check=True)
         assert "a.mp4" in (said := said_of(capsys, "--config", "a.mp4", *NANO)) and "not made by wan_mlx" in said
+
+
+def test_draw_things_models_are_named(capsys):
+    Path("wan_v2.1_1.3b_480p_q8p.ckpt").write_bytes(b"SQLite format 3\0" + bytes(500))
+    said = said_of(capsys, *NANO, "--model", "wan_v2.1_1.3b_480p_q8p.ckpt", code=1)
+    assert "a database, in which Draw Things keeps its models" in said
+
+
+def test_names_on_a_hub_that_are_nearly_right():
+    error = RepositoryNotFoundError("none", response=Mock(status_code=404, headers={}))
+    assert str(explain(error, Location("Wan-AI/Wan2.1-T2V-1.4B"))).endswith("; nearest: Wan-AI/Wan2.1-T2V-1.3B")
+    assert "nearest" not in str(explain(error, Location("someone/something")))
+
+
+def test_a_hub_out_of_reach_has_two_ways_round():
+    said = str(explain(ConnectionError("no route"), Location("Wan-AI/Wan2.1-T2V-1.3B")))
+    assert "HF_ENDPOINT=https://hf-mirror.com" in said and "--source modelscope" in said
 
 
 def test_the_bundled_model_is_called_by_its_name(capsys):

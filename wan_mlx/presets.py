@@ -75,6 +75,11 @@ class Preset:
         """The sizes of the model's latents and tokens."""
         return geometry_of(self.transformer, self.vae)
 
+    @property
+    def repositories(self) -> tuple[str, ...]:
+        """Where it is published, in any layout; none if it comes with the package."""
+        return tuple(name for name in (self.repo, self.diffusers, self.gguf) if name)
+
     def sampling_for(self, width: int, height: int) -> Sampling:
         """Defaults for an output of ``width`` x ``height`` pixels."""
         if self.sampling_480p is not None and width * height <= 832 * 480:

@@ -22,7 +22,7 @@ def row_of(preset: Preset) -> dict[str, Any]:
         "parameters": count,
         "bytes_bfloat16": 2 * count,
         "bytes_q4": count * 4.5 / 8,
-        "repositories": [name for name in (preset.repo, preset.diffusers, preset.gguf) if name],
+        "repositories": [*preset.repositories],
         "here": not preset.repo or is_cached(preset.repo),
     }
 

@@ -134,6 +134,8 @@ def _looks_like(head: bytes) -> str:
             "a bare pickle or torch's format before 1.6 (with torch, re-save it: "
             "torch.save(torch.load(old, map_location='cpu', weights_only=True), new))"
         )
+    elif head.startswith(b"SQLite format 3\0"):
+        found = "a database, in which Draw Things keeps its models (download this one as safetensors or GGUF)"
     elif not head.strip(b"\0"):
         found = "zeros where its header should be (of a download that has not finished; download it again)"
     elif head.startswith(b"PK"):

@@ -71,8 +71,7 @@ def preset_at(location: Location) -> Preset | None:
     """The preset published at a location, in any layout; None if unknown."""
     plain = str(Location(location.repo, location.file))
     for preset in PRESETS.values():
-        published = (preset.repo, preset.diffusers, preset.gguf)
-        if location.repo in published or plain == preset.comfyui_file:
+        if location.repo in preset.repositories or plain == preset.comfyui_file:
             return preset
     return None
 

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from .. import __version__
-from ..errors import Stopped, WeightsError
+from ..errors import Stopped, WeightsError, nearest
 from ..events import Fetching, Listener, unheard
 from ..other_models import of_entries
-from ..presets import BUNDLED, PARTS, Preset
+from ..presets import BUNDLED, PARTS, PRESETS, Preset
 from ..storage import free_space, gigabytes, parse_json, shards_of
 from . import modelscope
 from .download import RemoteFile, bytes_here, fetch_files, is_transient, one_line
@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 # Hubs, and the variable that names the folder of each one's cache.
 SOURCES = {"huggingface": "HF_HOME", "modelscope": "MODELSCOPE_CACHE"}
+
+# Where huggingface.co cannot be reached, as in China.
+ELSEWHERE = "a mirror: HF_ENDPOINT=https://hf-mirror.com before the command; another hub: --source modelscope"
 
 
 @dataclass(frozen=True)
@@ -352,6 +355,8 @@ def explain(error: Exception, location: Location) -> WeightsError:
         return error
     hub, give = constants.ENDPOINT, "give a token that may read it (`hf auth login`, or HF_TOKEN in the environment)"
     offline = f"is not whole in the cache {constants.HF_HUB_CACHE}; HF_HUB_OFFLINE is set, so nothing can be fetched"
+    elsewhere = f"; {ELSEWHERE}" if "huggingface.co" in hub else ""
+    near = nearest(location.repo, [repo for preset in PRESETS.values() for repo in preset.repositories])
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     refused = status == 401 and not isinstance(error, errors.RepositoryNotFoundError)
     missing = isinstance(error, errors.RepositoryNotFoundError) or status == 404
@@ -362,10 +367,10 @@ def explain(error: Exception, location: Location) -> WeightsError:
         (is_a(errors.RevisionNotFoundError), f"has no revision {location.revision or 'main'} on {hub}"),
         (is_a(errors.EntryNotFoundError), f"lacks on {hub} a file that its listing names; try again later"),
         (refused, f"cannot be fetched: {hub} refuses your token (401); {give}"),
-        (missing, f"was not found on {hub} ({status}): check the name, or, if it is private, {give}"),
+        (missing, f"was not found on {hub} ({status}): check the name, or, if it is private, {give}{near}"),
         (status == 403, f"is forbidden on {hub} (403): {give}"),
         (status is not None, f"cannot be fetched: {hub} answered {status}; try again later"),
-        (_is_unreachable(error), f"cannot be fetched: {hub} is out of reach ({one_line(error)})"),
+        (_is_unreachable(error), f"cannot be fetched: {hub} is out of reach ({one_line(error)}){elsewhere}"),
         (True, f"could not be fetched from {hub}: {type(error).__name__}: {one_line(error)}"),
     )
     text = next(text for holds, text in reasons if holds)
