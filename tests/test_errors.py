@@ -122,7 +122,7 @@ def test_draw_things_models_are_named(capsys):
 
 def test_names_on_a_hub_that_are_nearly_right():
     error = RepositoryNotFoundError("none", response=Mock(status_code=404, headers={}))
-    assert str(explain(error, Location("Wan-AI/Wan2.1-T2V-1.4B"))).endswith("; nearest: Wan-AI/Wan2.1-T2V-1.3B")
+    assert str(explain(error, Location("Wan-AI/Wan-2.1-T2V-1.3B"))).endswith("; nearest: Wan-AI/Wan2.1-T2V-1.3B")
     assert "nearest" not in str(explain(error, Location("someone/something")))
 
 
