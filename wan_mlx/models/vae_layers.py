@@ -23,6 +23,10 @@ def check_latents(latents: mx.array, z_dim: int) -> None:
         raise ValueError(f"latents have shape {latents.shape}, expected (1, t, h, w, {z_dim}), channels last")
 
 
+# On a CPU: from how many results of a pixel on unfolding it oneself pays.
+UNFOLDED_FROM = 8
+
+
 class CausalCache:
     """The last input frames (1, H, W, C) of each layer that looks back in time, during one pass over a video."""
 
@@ -81,9 +85,25 @@ class CausalConv(TemporalConv):
 
 def convolve(frames: Sequence[mx.array], taps: Sequence[mx.array], *added: mx.array) -> mx.array:
     """Three frames (n, H, W, C), each with its tap (O, 3, 3, C) → their sum plus the ``added`` arrays, (n, H, W, O)."""
+    if mx.default_device() == mx.cpu and len(taps[0]) >= UNFOLDED_FROM:
+        return add(convolve_unfolded(frames, taps), *added)
     # One 2D convolution per tap, summed: Metal computes such a 3D convolution this way anyway, and this avoids joining
     # three frames in one array; it is a quarter faster than cuDNN's 3D convolution.
     return add(*(mx.conv2d(frame, weight, padding=1) for frame, weight in zip(frames, taps, strict=True)), *added)
+
+
+def convolve_unfolded(frames: Sequence[mx.array], taps: Sequence[mx.array]) -> mx.array:
+    """The sum as one product of all 27 neighbours of each pixel, (n, H, W, O).
+
+    On a CPU in half the time: MLX's own product has the weights the wrong way round for its BLAS, and one per tap.
+    """
+    n, h, w, c = frames[0].shape
+    c, width = 3 * c, len(taps[0])
+    x = mx.pad(mx.concatenate(frames, axis=-1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    row, frame = (w + 2) * c, (h + 2) * (w + 2) * c
+    neighbours = mx.as_strided(x, (n, h, w, 3, 3 * c), (frame, row, c, row, 1))
+    weight = mx.contiguous(mx.concatenate(taps, axis=-1).reshape(width, -1).T)
+    return (neighbours.reshape(-1, 9 * c) @ weight).reshape(n, h, w, width)
 
 
 @mx.compile
