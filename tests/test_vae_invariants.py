@@ -44,15 +44,15 @@ def test_chunked_encode_equals_whole(vae):
 
 
 def test_zeros_stand_before_the_first_frame():
-    """nano's VAE: mean |value| of each frame, where the first frame, repeated before itself, gives 0.44 and 0.53."""
+    """nano's VAE: mean |value| of each frame, where the first frame, repeated before itself, gives 0.39 and 0.63."""
     vae, rng = load_vae(BUNDLED["nano"]), np.random.default_rng(0)
     latents = rng.standard_normal((1, 3, 2, 2, 16), dtype=np.float32)
     frames = rng.uniform(-1, 1, (1, 9, 16, 16, 3)).astype(np.float32)
     of_frames = np.abs(decoded(vae, mx.array(latents))).mean((0, 2, 3, 4))
     of_latents = np.abs(np.array(vae.encode(mx.array(frames)))).mean((0, 2, 3, 4))
-    means = [0.54245, 0.4488, 0.552, 0.52154, 0.54918, 0.56815, 0.59024, 0.50713, 0.54359]
+    means = [0.51436, 0.36149, 0.40995, 0.41593, 0.46649, 0.43587, 0.46624, 0.4608, 0.48261]
     np.testing.assert_allclose(of_frames, means, rtol=1e-4)
-    np.testing.assert_allclose(of_latents, [0.44888, 0.41503, 0.41258], rtol=1e-4)
+    np.testing.assert_allclose(of_latents, [0.49434, 0.41005, 0.47471], rtol=1e-4)
 
 
 @pytest.mark.parametrize("prefix", [1, 2, 3])

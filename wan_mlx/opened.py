@@ -27,7 +27,7 @@ from .models import vae_tiling as tiling
 from .models.configs import geometry_of
 from .models.execution import Execution, encode_images
 from .models.text_encoder import pad_context
-from .models.tokenizer import Tokenizer, most_tokens
+from .models.tokenizer import CHINESE, Tokenizer, most_tokens
 from .models.vae_execution import VAEExecution
 from .option import MODEL
 from .options import filled, named
@@ -203,7 +203,15 @@ class OpenedModel:
             f"the {name.replace('_', ' ')} has {count} tokens, of which the model reads {most}: its end is left out"
             for name, (most, count) in self.cut_texts(request).items()
         ]
-        return [*texts, *canvas_notes(request)]
+        return [*texts, *self.unknown_words(request), *canvas_notes(request)]
+
+    def unknown_words(self, request: Request) -> list[str]:
+        """For a model that knows few words: which of the prompt it does not know, and the ones it does."""
+        if not self.preset.vocabulary or not (strange := self.tokenizer.unknown(request.prompt)):
+            return []
+        english, chinese = self.preset.vocabulary
+        known = chinese if CHINESE.search(request.prompt) else english
+        return [f"{self.preset.name} does not know {', '.join(strange)}. It knows: {known}"]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -45,7 +45,8 @@ class Preset:
     ``parameters``: of the transformer. ``repo`` is empty for the models that come with the package. ``sampling`` is
     the default; ``sampling_480p`` replaces it when the area is at most 832x480. ``diffusers`` is the same model's
     repository in Diffusers' layout, ``comfyui`` its transformer's file (a mere name is one in `COMFYUI_TRANSFORMERS`),
-    ``gguf`` the repository of its GGUF quantisations; "" where none is known.
+    ``gguf`` the repository of its GGUF quantisations; "" where none is known. ``vocabulary``: of a model that knows few
+    words, these, in English and in Chinese.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Preset:
     diffusers: str = ""
     comfyui: str = ""
     gguf: str = ""
+    vocabulary: tuple[str, ...] = ()
 
     @property
     def comfyui_file(self) -> str:
@@ -93,9 +95,18 @@ _I2V_14B = replace(_T2V_14B, model_type="i2v", in_dim=36)
 _NANO = TransformerConfig(dim=256, ffn_dim=640, num_heads=2, num_layers=6, text_dim=128)
 _TI2V_5B = TransformerConfig("ti2v", 3072, 14336, 24, 30, in_dim=48, out_dim=48)
 _720P = (1280, 720)
+# What nano was trained on (examples/nano/world.py), in English and in Chinese.
+NANO_WORDS = (
+    "circle, square, triangle, star, heart, ring or digit 0 to 9; red, green, blue, yellow, orange, purple, pink or "
+    "cyan; moves right, left, up, down or diagonally up and left, bounces, grows, shrinks, spins or stays still; on a "
+    "black, white, grey, blue, brown, dark green, purple or yellow background",
+    "圆形、正方形、三角形、星星、心形、圆环、数字；红色、绿色、蓝色、黄色、橙色、紫色、粉色、青色；向右、左、上、下、左上等移动，弹跳、变大、"
+    "变小、旋转、静止不动；黑色、白色、灰色、蓝色、棕色、深绿色、紫色、黄色背景",
+)
 # Defaults that several models share.
 _OF_NANO: dict[str, Any] = dict(
-    size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0), negative_prompt=""
+    size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0), negative_prompt="",
+    vocabulary=NANO_WORDS,
 )
 _OF_I2V: dict[str, Any] = dict(
     sampling=Sampling(steps=40), sampling_480p=Sampling(steps=40, shift=3.0),
@@ -123,7 +134,7 @@ GIVEN_APART = (*PARTS, MODULE)
 _RELEASED = (
     Preset("nano", "t2v", "", _NANO, 5_806_656, **_OF_NANO),
     Preset(
-        "nano-i2v", "i2v", "", replace(_NANO, model_type="i2v", num_layers=3, in_dim=36, image_dim=80), 3_676_592,
+        "nano-i2v", "i2v", "", replace(_NANO, model_type="i2v", num_layers=6, in_dim=36, image_dim=80), 6_646_064,
         **_OF_NANO,
     ),
     Preset(

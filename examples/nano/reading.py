@@ -1,12 +1,14 @@
 """Does a video show what its prompt asked for? Read from pixels, with numpy alone.
 
 ``measure(frames)`` finds the one thing in a clip and says its colour, background, motion and shape; ``score`` compares
-that with what was asked.
+that with what was asked. ``measure_two`` does so for each half of a clip that shows two things. A shape is named only
+where its outline holds in nearly every frame; how near it comes to the shape as it is painted is said beside it.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,18 +19,24 @@ THRESHOLD = 40.0  # RGB distance from the backdrop from which a pixel belongs to
 SPIN = 0.25  # variation in time over variation in space, from which a thing at rest counts as turning
 PATCH = 40  # side of the patches in which outlines are compared
 TURNS = 48  # orientations tried for each shape
+HOLDS = 0.8  # of the frames at least, in which the outline must be the same shape's
+SHARP = 0.9  # correlation with the shape's own outline, on average over the clip, from which it counts as sharp
 
 
 class Reading(NamedTuple):
-    """What a clip shows; ``kind`` is one of world.SHAPES, ``motion`` one of world.MOTIONS."""
+    """What a clip shows; ``kind`` is one of world.SHAPES or "none", ``motion`` one of world.MOTIONS.
+
+    ``outline``: correlation with the outline of ``kind`` as it is painted, 0 to 1. Painted clips have 0.94 to 0.99.
+    """
 
     colour: str
     background: str
     motion: str
     kind: str
+    outline: float
 
 
-EMPTY = Reading("none", "none", "none", "none")
+EMPTY = Reading("none", "none", "none", "none", 0.0)
 
 
 def measure(frames: np.ndarray) -> Reading:
@@ -48,18 +56,43 @@ def measure(frames: np.ndarray) -> Reading:
     centre = np.stack([(cover * x).sum((1, 2)), (cover * y).sum((1, 2))], 1) / area[:, None]
     patches = np.stack([_patch(cover[i].astype(np.float32), centre[i], area[i]) for i in range(len(cover))])
     motion = _motion(video, centre, area)
-    return Reading(_colour(video, cover, difference), background, motion, _kind(patches, area))
+    return Reading(_colour(video, cover, difference), background, motion, *_kind(patches, area))
 
 
 def score(reading: Reading, scene: Scene) -> dict[str, bool]:
-    """Which of the details of a one-thing scene a reading got right; "all three" is the issue's first bound."""
+    """Which of the details of a one-thing scene a reading got right; "all three" are all but the shape,
+    "sharp" means that all four are right and the outline is sharp."""
     thing = scene.things[0]
     right = {
         "colour": reading.colour == thing.colour,
         "background": reading.background == scene.background,
         "motion": reading.motion == thing.motion,
     }
-    return {**right, "all three": all(right.values()), "shape": reading.kind == thing.kind}
+    three, shape = all(right.values()), reading.kind == thing.kind
+    four = three and shape
+    return {**right, "all three": three, "shape": shape, "all four": four, "sharp": four and reading.outline >= SHARP}
+
+
+def measure_two(frames: np.ndarray) -> tuple[Reading, Reading]:
+    """Read a clip of two things, each in its own half: left and right, or upper and lower."""
+    _, height, width, _ = frames.shape
+    halves = [(frames[:, :, : width // 2], frames[:, :, width // 2 :]),
+              (frames[:, : height // 2], frames[:, height // 2 :])]  # fmt: skip
+    # The cut runs where the picture changes least along it.
+    seams = [frames[:, :, width // 2 - 1 : width // 2 + 1], frames[:, height // 2 - 1 : height // 2 + 1]]
+    changes = [np.abs(np.diff(seams[axis].astype(np.float32), axis=1 + axis)).mean() for axis in (0, 1)]
+    first, second = halves[int(np.argmin(changes))]
+    return measure(first), measure(second)
+
+
+def score_two(readings: tuple[Reading, Reading], scene: Scene) -> dict[str, bool]:
+    """As `score`: a detail is right if it is of both things, whichever of the two stands where."""
+    orders = [
+        [score(r, replace(scene, things=(thing,))) for r, thing in zip(readings, things, strict=True)]
+        for things in (scene.things, scene.things[::-1])
+    ]
+    both = [{name: a[name] and b[name] for name in a} for a, b in orders]
+    return max(both, key=lambda right: sum(right.values()))
 
 
 def summarise(scores: list[dict[str, bool]]) -> dict[str, float]:
@@ -203,9 +236,19 @@ def _templates() -> np.ndarray:
     return flat / np.linalg.norm(flat, axis=-1, keepdims=True)
 
 
-def _kind(patches: np.ndarray, area: np.ndarray) -> str:
-    """The shape whose outline, turned as fits best in each frame, correlates best over the clip; large frames lead."""
+def _kind(patches: np.ndarray, area: np.ndarray) -> tuple[str, float]:
+    """The shape whose outline, turned as fits best in each frame, correlates best over the clip, and how well; large
+    frames lead. "none" if the outline does not hold.
+    """
+    match, best = _matches(patches)
+    kind = int((area @ match).argmax())
+    outline = float(area @ match[:, kind] / area.sum())
+    return world.SHAPES[kind] if (best == kind).mean() >= HOLDS else "none", round(outline, 3)
+
+
+def _matches(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each frame the correlation with each shape (T, shapes), and the shape that fits best (T,)."""
     flat = patches.reshape(len(patches), -1) - 0.5
     flat /= np.linalg.norm(flat, axis=-1, keepdims=True)
     match = np.einsum("tp,sap->tsa", flat, _templates()).max(-1)
-    return world.SHAPES[int((area @ match).argmax())]
+    return match, match.argmax(1)

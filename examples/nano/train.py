@@ -1,13 +1,16 @@
-"""Trains the nano models: first the VAE, then text encoder and transformer together, then nano-i2v. A command each.
+"""Trains the nano models: the VAE, text encoder and transformer, the change for four steps, nano-i2v. A command each.
 
-    python examples/nano/train.py vae --out DIR
-    python examples/nano/train.py dit --out DIR [--vae DIR] [--start MLX-FOLDER]
-    python examples/nano/train.py i2v --out DIR2 --start MLX-FOLDER
+    python examples/nano/train.py vae --out DIR [--start FOLDER]
+    python examples/nano/train.py dit --out DIR [--start FOLDER]
+    python examples/nano/train.py distil --out DIR
+    python examples/nano/train.py i2v --out DIR2 --start FOLDER
+    python examples/nano/train.py measure --out DIR
 
-Each stage fits itself into ``--seconds`` on whatever device there is, then measures what it made. DIR receives vae/,
-transformer/, text_encoder/ and tokenizer/ (i2v: image_encoder/ too) in the layout of Diffusers, weights rounded to
-bfloat16, and a JSON log per stage. With ``--steps`` the schedule counts steps instead of seconds and so does not
-depend on speed. An MLX folder is what ``weights_convert.py`` makes of DIR; wan_mlx/assets/nano is one.
+Each stage fits itself into ``--seconds`` on whatever device there is; "measure" says what they show. DIR receives
+vae/, transformer/, text_encoder/ and tokenizer/ (i2v: image_encoder/ too; distil: four_steps.safetensors) in the layout
+of Diffusers, weights rounded to bfloat16, and a JSON log per stage. FOLDER is such a DIR, or an MLX folder as
+``weights_convert.py`` makes of one, such as wan_mlx/assets/nano. With ``--steps`` the schedule counts steps instead of
+seconds and so does not depend on speed.
 """
 
 from __future__ import annotations
@@ -20,30 +23,14 @@ import os
 from pathlib import Path
 
 import models
-import numpy as np
-import reading
 import render
 import torch
 import world
+from measure import measure_all
+from train_distil import train_distil
+from train_dit import train_dit
 from train_i2v import train_i2v
-from training import (
-    CAPTIONS,
-    Clock,
-    Trainer,
-    blur_words,
-    channels_last,
-    draw,
-    encode_clips,
-    film_strips,
-    flow_matching,
-    half,
-    load_vae,
-    pick,
-    save,
-    say,
-    start_from,
-    to_bytes,
-)
+from training import Clock, Trainer, channels_last, draw, load_vae, pick, save, say, start_from
 
 WINDOW = 64  # side of the windows the VAE trains on first
 
@@ -62,33 +49,42 @@ def windows(packed, width: int, height: int, side: int) -> torch.Tensor:
 
 
 def vae_loss(vae, video, boxes):
-    """2 MSE + 0.5 L1 + 3e-5 KL; pixels in the things' boxes weigh six times the others."""
+    """2 MSE + 0.5 L1 + 8e-6 KL, pixels in the things' boxes weighing six times the others; and the logarithm of the MSE
+    within the boxes, which is what PSNR measures."""
     mean, logvar = models.encode(vae, video)
     latents = mean.float() + torch.exp(0.5 * logvar.float()) * torch.randn_like(mean, dtype=torch.float32)
     error = models.decode(vae, latents).float() - video
     weight = 1 + 5 * boxes
     weight = weight / weight.mean()
     kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).sum(1).mean()
-    return 2 * (weight * error**2).mean() + 0.5 * (weight * error.abs()).mean() + 3e-5 * kl
+    inside = (error**2 * boxes).sum((1, 2, 3, 4)) / (3 * boxes.sum((1, 2, 3, 4)) + 1e-3)
+    inside = 0.02 * (inside + 1e-5).log().mean()
+    return 2 * (weight * error**2).mean() + 0.5 * (weight * error.abs()).mean() + 8e-6 * kl + inside
 
 
 def train_vae(args, device, workers) -> dict:
     clip_sizes = world.SIZES
-    count = 6144 if args.clips is None else args.clips
+    count = 16384 if args.clips is None else args.clips
     pools = [draw(workers, 1, max(count // (1 if i == 0 else 8), 16), s, device)[0] for i, s in enumerate(clip_sizes)]
     glyphs = render.atlas(device)
     say(f"clips drawn: {[len(p['slope']) for p in pools]}")
-    vae = models.one_pass(models.new_vae()).to(device).train()
+    vae = start_from(args.start, args.out)[0] if args.start else models.new_vae()
+    vae = models.one_pass(vae).to(device).train()
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(not args.keep_latents)
     if device.type == "cuda":
         channels_last(vae)
+        if models.folding_pays(device):
+            models.fold_time(vae)
     loss_fast = torch.compile(vae_loss, dynamic=False) if device.type == "cuda" else vae_loss
     clock = Clock(args.seconds, args.steps)
-    trainer = Trainer([vae], clock, 1.5e-3, 100, 0.998, weight_decay=0.0, betas=(0.9, 0.99))
+    rate = args.rate or (1e-3 if args.start else 1.5e-3)
+    trainer = Trainer([vae], clock, rate, 100, 0.998, weight_decay=0.0, betas=(0.9, 0.99))
     batch, small = args.batch or 16, max((args.batch or 16) // 2, 1)
     announced = False
     while clock.progress() < 1:
         # Windows around the things first: cheap steps, full of edges. Then whole clips, every sixth of another size.
-        whole = clock.progress() > 0.4
+        whole = clock.progress() > (0.6 if args.start else 0.4)
         if whole and not announced:
             say(f"whole clips from step {clock.step}")
             announced = True
@@ -105,16 +101,16 @@ def train_vae(args, device, workers) -> dict:
         trainer.step(vae_loss if other else loss_fast, vae, video, boxes.contiguous())
 
     (vae,) = trainer.averaged()
-    mean, std = latent_statistics(vae, pools, glyphs, args)
-    vae.register_to_config(latents_mean=mean, latents_std=std)
-    exact = {"psnr, unrounded": reconstruction(vae, workers, glyphs, clip_sizes[0], args)}
+    if not args.keep_latents:
+        mean, std = latent_statistics(vae, pools, glyphs, args)
+        vae.register_to_config(latents_mean=mean, latents_std=std)
     save(vae, args.out / "vae")
     say("saved; measuring")
     vae = load_vae(args.out, device)
     psnr = {f"{w}x{h}x{t}": reconstruction(vae, workers, glyphs, (w, h, t), args) for w, h, t in clip_sizes}
-    for name, value in {**exact, **psnr}.items():
+    for name, value in psnr.items():
         say(f"{name}: {value}")
-    return {"steps": clock.step, "psnr": psnr, **exact, "latents_mean": mean, "latents_std": std, "log": trainer.log}
+    return {"steps": clock.step, "psnr": psnr, "log": trainer.log}
 
 
 @torch.no_grad()
@@ -146,102 +142,15 @@ def reconstruction(vae, workers, glyphs, size, args) -> dict[str, float]:
     return {"whole": round(float(torch.cat(whole).mean()), 2), "boxes": round(float(torch.cat(inside).mean()), 2)}
 
 
-# --- stage 2: text encoder and transformer ----------------------------------------------------------------------
-
-
-def velocity_loss(model, encoder, short, latents, ids, boxes):
-    context, short.bias = models.encode_text(encoder, ids)
-    return flow_matching(lambda x, t: model(x, t, context, return_dict=False)[0], latents, boxes)
-
-
-def train_dit(args, device, workers) -> dict:
-    path = args.out / "tokenizer" / "spiece.model"
-    if args.start:
-        encoder, model = start_from(args.start, args.out)
-    else:
-        models.build_tokenizer(path)
-        encoder, model = models.new_text_encoder(models.load_tokenizer(path).vocab_size()), models.new_transformer()
-    tokenizer = models.load_tokenizer(path)
-    vae = load_vae(args.out if args.start else args.vae or args.out, device)
-    glyphs = render.atlas(device)
-    fast = channels_last(vae) if device.type == "cuda" else vae
-    sets = encode_clips(fast, workers, tokenizer, glyphs, args, 0.16 * args.seconds)
-
-    # When going on, the text encoder stays as it is: nano-i2v shares it.
-    encoder, model = encoder.to(device).requires_grad_(not args.start), model.to(device).train()
-    trained = {"transformer": model} if args.start else {"transformer": model, "text_encoder": encoder}
-    short = models.use_short_text(model)
-    if device.type == "cuda":
-        model.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    clock = Clock(args.seconds, args.steps)
-    rate = args.rate or (8e-4 if args.start else 1e-3)
-    trainer = Trainer([*trained.values()], clock, rate, 300, 0.999, weight_decay=0.01, betas=(0.9, 0.99))
-
-    def keep(*averaged):
-        for module, name in zip(averaged, trained, strict=True):
-            save(module, args.out / name)
-        say("saved")
-
-    trainer.keep = keep
-    batch = args.batch or 256
-    chooser = np.random.default_rng(4)
-    while clock.progress() < 1:
-        which = int(chooser.choice(len(sets), p=world.SIZE_SHARE))
-        clips = sets[which]
-        index = torch.randint(len(clips.latents), (batch // 2 if which == 1 else batch,), device=device)
-        caption = clips.ids[index, torch.randint(CAPTIONS, index.shape, device=device)].long()
-        latents, boxes = clips.latents[index].float(), clips.boxes[index].float()
-        trainer.step(velocity_loss, model, encoder, short, latents, blur_words(caption), boxes)
-
-    keep(*trainer.averaged())
-    say(f"{clock.step} steps; measuring")
-    result = {"steps": clock.step, "log": trainer.log}
-    (args.out / "dit.json").write_text(json.dumps(result))
-    result["accuracy"] = accuracy(vae, tokenizer, workers, args, device)
-    return result
-
-
-@torch.no_grad()
-def accuracy(vae, tokenizer, workers, args, device) -> dict:
-    """Percent of held-out prompts shown right, per size, from the saved and reloaded weights; also a film strip."""
-    encoder = models.UMT5EncoderModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32).to(device).eval()
-    model = models.WanTransformer3DModel.from_pretrained(args.out / "transformer", torch_dtype=torch.float32)
-    model = model.to(device).eval()
-    short = models.use_short_text(model)
-    mean, std = models.latent_scale(vae, device)
-    table = {}
-    for index, (width, height, frames) in enumerate(world.SIZES):
-        prompts = world.held_out_prompts((96 if index == 0 else 48) if args.clips is None else 2)
-        shape = (16, (frames - 1) // 4 + 1, height // 8, width // 8)
-        clips = []
-        for start in range(0, len(prompts), 48):
-            part = prompts[start : start + 48]
-            ids = torch.as_tensor(models.token_rows(tokenizer, [p for p, _ in part])).long().to(device)
-            noise = torch.randn(len(part), *shape, generator=torch.Generator().manual_seed(start)).to(device)
-            with half():
-                latents = models.sample(model, short, encoder, ids, noise, steps=20 if args.clips is None else 2)
-            for piece in (latents * std + mean).split(8):
-                video = models.decode(vae, piece)
-                clips.extend(to_bytes(video).permute(0, 2, 3, 4, 1).cpu().numpy())
-        readings = list(workers.map(reading.measure, clips))
-        scores = [reading.score(r, scene) for r, (_, scene) in zip(readings, prompts, strict=True)]
-        name = f"{width}x{height}x{frames}"
-        table[name] = {**reading.summarise(scores), "prompts": len(prompts)}
-        say(f"{name}: {table[name]}")
-        for (prompt, _), read, right in zip(prompts, readings, scores, strict=True):
-            if not all(right.values()) and len(table[name].setdefault("wrong", [])) < 8:
-                table[name]["wrong"].append([prompt, *read])
-        if index == 0:
-            film_strips(args.out / "samples.png", clips[:12])
-    return table
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "dit", "i2v"))
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and logs")
-    parser.add_argument("--vae", type=Path, help="folder with the first stage's vae/ (default: --out)")
-    parser.add_argument("--start", type=Path, help="dit, i2v: go on from this MLX folder, such as wan_mlx/assets/nano")
+    parser.add_argument("--start", type=Path, help="go on from this folder, such as wan_mlx/assets/nano")
+    parser.add_argument("--warmup", type=int, default=300, help="steps until the highest rate")
+    parser.add_argument("--encoding", type=float, default=0.16, help="dit, i2v: share of the time to encode clips")
+    parser.add_argument("--keep-latents", action="store_true", help="vae: only the decoder is trained")
+    parser.add_argument("--keep-text", action="store_true", help="dit: the text encoder stays as it is")
     parser.add_argument("--rate", type=float, help="highest learning rate of the transformer")
     parser.add_argument("--seconds", type=float, help="end of training, from the start of the program")
     parser.add_argument("--steps", type=int, help="train exactly this many steps instead")
@@ -249,8 +158,12 @@ def main() -> None:
         "--batch", type=int, help="clips per step (16 whole clips for the VAE, 256 for the transformer)"
     )
     parser.add_argument("--clips", type=int, help="clips drawn; also makes the evaluation tiny, for a trial run")
+    parser.add_argument("--prompts", type=int, help="measure: per size (default 512)")
+    parser.add_argument("--measure", default="truth,nano,four", help="measure: of these three (default all)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="measure, distil: the full model's")
+    parser.add_argument("--sampling", type=int, default=12, help="measure: the full model's steps")
     args = parser.parse_args()
-    args.seconds = args.seconds or {"vae": 390, "dit": 640, "i2v": 640}[args.stage]
+    args.seconds = args.seconds or STAGES[args.stage][1]
     args.out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("fork")  # before CUDA starts: its state does not survive a fork
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_one_thread) as workers:
@@ -260,9 +173,16 @@ def main() -> None:
         torch.backends.cudnn.benchmark = True
         torch._dynamo.config.cache_size_limit = 64
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        result = {"vae": train_vae, "dit": train_dit, "i2v": train_i2v}[args.stage](args, device, workers)
+        result = STAGES[args.stage][0](args, device, workers)
     (args.out / f"{args.stage}.json").write_text(json.dumps(result, indent=1))
     say("done")
+
+
+# Each stage, and the seconds it takes unless told.
+STAGES = {
+    "vae": (train_vae, 390), "dit": (train_dit, 640), "distil": (train_distil, 240), "i2v": (train_i2v, 640),
+    "measure": (measure_all, 0),
+}  # fmt: skip
 
 
 def _one_thread() -> None:

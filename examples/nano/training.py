@@ -43,7 +43,7 @@ class Trainer:
 
     def __init__(self, modules: list[torch.nn.Module], clock: Clock, rate: float, warmup: int, average: float, **adam):
         self.clock, self.rate, self.warmup, self.average = clock, rate, warmup, average
-        self.params = [p for module in modules for p in module.parameters()]
+        self.params = [p for module in modules for p in module.parameters() if p.requires_grad]
         self.means = [p.detach().clone() for p in self.params]
         self.optimizer = torch.optim.AdamW(self.params, lr=rate, fused=self.params[0].is_cuda, **adam)
         self.modules, self.log, self.recent = modules, [], []
@@ -82,7 +82,8 @@ class Trainer:
         with torch.no_grad():
             for module in copies:
                 for p in module.parameters():
-                    p.copy_(next(means))
+                    if p.requires_grad:
+                        p.copy_(next(means))
         return copies
 
 
@@ -153,18 +154,30 @@ def from_mlx(module: torch.nn.Module, path: Path) -> torch.nn.Module:
 
 
 def start_from(folder: Path, out: Path):
-    """Text encoder and transformer of an MLX folder such as wan_mlx/assets/nano; ``out`` gets its VAE and tokenizer."""
-    config = json.loads((folder / "config.json").read_text())
-    vae = from_mlx(models.new_vae(), folder / "vae.safetensors")
-    vae.register_to_config(latents_mean=config["vae"]["mean"], latents_std=config["vae"]["std"])
-    save(vae, out / "vae")
-    (out / "tokenizer").mkdir(exist_ok=True)
-    shutil.copyfile(folder / "tokenizer.model", out / "tokenizer" / "spiece.model")
-    encoder = from_mlx(
-        models.new_text_encoder(config["text_encoder"]["vocab_size"]), folder / "text_encoder.safetensors"
-    )
-    save(encoder, out / "text_encoder")
-    return encoder, from_mlx(models.new_transformer(), folder / "transformer.safetensors")
+    """VAE, text encoder and transformer of ``folder``, as `save` or ``weights_convert.py`` writes one.
+
+    ``out`` gets VAE, text encoder and tokenizer too, where it has none.
+    """
+    if (folder / "transformer").is_dir():
+        vae = models.AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        encoder = models.UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        model = models.WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+        tokenizer = folder / "tokenizer" / "spiece.model"
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        vae = from_mlx(models.new_vae(), folder / "vae.safetensors")
+        vae.register_to_config(latents_mean=config["vae"]["mean"], latents_std=config["vae"]["std"])
+        encoder = models.new_text_encoder(config["text_encoder"]["vocab_size"])
+        encoder = from_mlx(encoder, folder / "text_encoder.safetensors")
+        model = from_mlx(models.new_transformer(), folder / "transformer.safetensors")
+        tokenizer = folder / "tokenizer.model"
+    for name, module in {"vae": vae, "text_encoder": encoder}.items():
+        if not (out / name).exists():
+            save(module, out / name)
+    if not (out / "tokenizer").exists():
+        (out / "tokenizer").mkdir()
+        shutil.copyfile(tokenizer, out / "tokenizer" / "spiece.model")
+    return vae, encoder, model
 
 
 def channels_last(module):
@@ -204,7 +217,7 @@ class Clips(NamedTuple):
 def encode_clips(vae, workers, tokenizer, glyphs, args, deadline: float, given: bool = False) -> list[Clips]:
     """Clips of each size, as many as fit until ``deadline``, in seconds since the program began."""
     device = glyphs.device
-    total = (24000 if given else 48000) if args.clips is None else args.clips
+    total = 40000 if args.clips is None else args.clips
     counts = [max(int(total * share), 8) for share in world.SIZE_SHARE]
     begun, sets = time.monotonic() - START, []
     for index, (size, count) in enumerate(zip(world.SIZES, counts, strict=True)):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 FPS = 16
+TWO_SHARE = 0.18  # of the clips show two things
 SIZES = ((128, 128, 17), (128, 128, 33), (160, 96, 17), (96, 160, 17))  # width, height, frames
 SIZE_SHARE = (0.7, 0.1, 0.1, 0.1)
 
@@ -37,6 +38,8 @@ BACKGROUNDS = {
     "navy": (22, 34, 116),
     "brown": (112, 70, 42),
     "dark green": (18, 76, 40),
+    "purple": (84, 34, 120),
+    "yellow": (212, 178, 62),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring")
 SHAPE_SHARE = (0.2, 0.2, 0.2, 0.2, 0.1, 0.1)
@@ -76,9 +79,15 @@ class Scene:
 # --- what is held out, and what is drawn -----------------------------------------------------------------------
 
 
+def exists(colour: str, background: str) -> bool:
+    """Whether a thing of this colour is seen on the background: nothing stands on its own colour."""
+    return colour != background
+
+
 def held_out(colour: str, kind: str, motion: str, background: str) -> bool:
     """True for one combination in eight, fixed by a hash of its names."""
-    return hashlib.sha256(f"{colour}/{kind}/{motion}/{background}".encode()).digest()[0] < 32
+    name = f"{colour}/{kind}/{motion}/{background}"
+    return exists(colour, background) and hashlib.sha256(name.encode()).digest()[0] < 32
 
 
 def sample_scene(
@@ -93,11 +102,8 @@ def sample_scene(
             if held_out(thing.colour, thing.kind, thing.motion, background):
                 return Scene((thing,), background, width, height, frames, int(rng.integers(2**31)), given)
             background = _pick(rng, tuple(BACKGROUNDS))
-    if rng.random() < 0.13:  # two things, each in its own half, so that they never meet
-        pools = (("right", "left"), ("up", "down", "bounce"))[
-            int(width < height or (width == height and rng.random() < 0.5))
-        ]
-        motions = (*pools, "grow", "shrink", "spin", "still")
+    if rng.random() < TWO_SHARE:  # two things, each in its own half, so that they never meet
+        motions = _motions_of_two(rng, width, height)
         things = (_free(rng, motions, background), _free(rng, motions, background))
     else:
         things = (_free(rng, MOTIONS, background),)
@@ -127,6 +133,28 @@ def held_out_images(count: int = 16, size: tuple[int, int, int] = SIZES[0]) -> l
     return prompts
 
 
+def prompts_of_two(count: int, size: tuple[int, int, int] = SIZES[0]) -> list[tuple[str, Scene]]:
+    """``count`` prompts for scenes of two different things, no digits."""
+    rng, prompts = np.random.default_rng([5000, *size]), []
+    while len(prompts) < count:
+        background = _pick(rng, tuple(BACKGROUNDS))
+        motions = _motions_of_two(rng, *size[:2])
+        things = tuple(_thing(rng, motions, digits=0.0) for _ in range(2))
+        if not all(exists(thing.colour, background) for thing in things):
+            continue
+        if (things[0].colour, things[0].kind) == (things[1].colour, things[1].kind):
+            continue
+        scene = Scene(things, background, *size, seed=len(prompts))
+        prompts.append((caption(scene, rng, "zh" if len(prompts) % 4 == 3 else "en", complete=True), scene))
+    return prompts
+
+
+def _motions_of_two(rng: np.random.Generator, width: int, height: int) -> tuple[str, ...]:
+    """The motions of two things that share a picture, each in its own half."""
+    upright = width < height or (width == height and rng.random() < 0.5)
+    return (*(("up", "down", "bounce") if upright else ("right", "left")), "grow", "shrink", "spin", "still")
+
+
 def _held_out_combinations() -> list[tuple[str, ...]]:
     names = itertools.product(COLOURS, SHAPES, MOTIONS, BACKGROUNDS)
     return sorted((c for c in names if held_out(*c)), key=lambda c: hashlib.sha256("/".join(c).encode()).digest())
@@ -135,7 +163,7 @@ def _held_out_combinations() -> list[tuple[str, ...]]:
 def _free(rng: np.random.Generator, motions: tuple[str, ...], background: str) -> Thing:
     while True:
         thing = _thing(rng, motions, digits=0.16)
-        if not held_out(thing.colour, thing.kind, thing.motion, background):
+        if exists(thing.colour, background) and not held_out(thing.colour, thing.kind, thing.motion, background):
             return thing
 
 
@@ -276,7 +304,7 @@ _DO = {
 }
 _GROUND = {
     "black": ("black",), "white": ("white",), "grey": ("grey", "gray"), "navy": ("navy", "blue", "dark blue"),
-    "brown": ("brown",), "dark green": ("dark green",),
+    "brown": ("brown",), "dark green": ("dark green",), "purple": ("purple",), "yellow": ("yellow",),
 }  # fmt: skip
 _EN = (
     ("a {n} {f} on a {b} background", 4), ("the {n} {f} on a {b} background", 1), ("a {n} {g} on a {b} background", 2),
@@ -295,7 +323,7 @@ _ZH_KIND = {
 }  # fmt: skip
 _ZH_GROUND = {
     "black": ("黑色",), "white": ("白色",), "grey": ("灰色",), "navy": ("深蓝色", "蓝色", "海军蓝"),
-    "brown": ("棕色", "褐色"), "dark green": ("深绿色", "墨绿色"),
+    "brown": ("棕色", "褐色"), "dark green": ("深绿色", "墨绿色"), "purple": ("紫色",), "yellow": ("黄色",),
 }  # fmt: skip
 _ZH_WHERE = dict(zip(DIRECTIONS, ("右", "左", "上", "下", "右上", "左上", "右下", "左下"), strict=True))
 _ZH_DO = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from itertools import groupby
 from typing import Any
 
 from ..hub.resolve import is_cached
@@ -24,6 +26,7 @@ def row_of(preset: Preset) -> dict[str, Any]:
         "bytes_q4": count * 4.5 / 8,
         "repositories": [*preset.repositories],
         "here": not preset.repo or is_cached(preset.repo),
+        "vocabulary": list(preset.vocabulary),
     }
 
 
@@ -51,4 +54,10 @@ def main(argv: list[str]) -> int:
     write("")
     write("weights: of the transformer in bfloat16, as loaded. The text encoder (11.4 GB in bfloat16) is streamed")
     write("from disk and never in memory as a whole. What a model downloads: --model NAME --prompt x --dry-run")
+    for vocabulary, names in groupby((row for row in rows if row["vocabulary"]), key=lambda row: row["vocabulary"]):
+        write("")
+        write(f"{' and '.join(row['name'] for row in names)} know these words:")
+        for language in vocabulary:
+            for line in textwrap.wrap(language, 100 if language.isascii() else 50):  # Chinese is twice as wide
+                write(f"  {line}")
     return 0

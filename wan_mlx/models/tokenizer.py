@@ -22,6 +22,7 @@ MODEL_FILE = "spiece.model"
 # umT5 numbers <extra_id_299> … <extra_id_0> after the last sentencepiece.
 EXTRA_IDS = 300
 WORD_START = "▁"
+WORDS, CHINESE = re.compile(r"[^\W_]+"), re.compile(r"[\u3400-\u9fff]")
 
 
 def clean(text: str) -> str:
@@ -80,6 +81,15 @@ class Tokenizer:
     def length(self, text: str) -> int:
         """How many ids the whole text has, the end-of-sequence id among them."""
         return len(self._ids(text)) + 1
+
+    def unknown(self, text: str) -> list[str]:
+        """What this vocabulary has no pieces for, in order, each once: words, or parts of a run of Chinese."""
+        found = []
+        for word in WORDS.findall(clean(text)):
+            pieces = list(zip(self.pieces.encode(word), self.pieces.encode(word, out_type=str), strict=True))
+            strange = [piece for i, piece in pieces if i == self.unk_id]
+            found += [word] if strange and not CHINESE.search(word) else strange
+        return list(dict.fromkeys(found))
 
     def _ids(self, text: str) -> list[int]:
         ids = []
