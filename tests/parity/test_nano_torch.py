@@ -40,8 +40,12 @@ def official_attention(monkeypatch):
 
 def state_of(path, patch=(1, 2, 2)) -> dict[str, torch.Tensor]:
     """An MLX file's tensors, float32, in PyTorch's layout."""
-    state = {}
-    for name, array in mx.load(str(path)).items():
+    arrays, state = mx.load(str(path)), {}
+    for name in [name for name in arrays if name.endswith(".scales")]:  # packed in eight bits
+        weight, layer = f"{name.removesuffix('.scales')}.weight", name.removesuffix(".scales")
+        parts = (arrays.pop(f"{layer}.{part}") for part in ("weight", "scales", "biases"))
+        arrays[weight] = mx.dequantize(*parts, group_size=64, bits=8)
+    for name, array in arrays.items():
         tensor = torch.from_numpy(np.array(array.astype(mx.float32)))
         if name == "patch_embedding.weight":
             tensor = tensor.view(tensor.shape[0], *patch, -1)

@@ -22,7 +22,7 @@ MODEL_FILE = "spiece.model"
 # umT5 numbers <extra_id_299> … <extra_id_0> after the last sentencepiece.
 EXTRA_IDS = 300
 WORD_START = "▁"
-WORDS, CHINESE = re.compile(r"[^\W_]+"), re.compile(r"[\u3400-\u9fff]")
+WORDS, CHINESE = re.compile(r"[^\W_]+(?:['’][^\W_]+)*"), re.compile(r"[\u3400-\u9fff]")
 
 
 def clean(text: str) -> str:
