@@ -41,10 +41,10 @@ def official_attention(monkeypatch):
 def state_of(path, patch=(1, 2, 2)) -> dict[str, torch.Tensor]:
     """An MLX file's tensors, float32, in PyTorch's layout."""
     arrays, state = mx.load(str(path)), {}
-    for name in [name for name in arrays if name.endswith(".scales")]:  # packed in eight bits
-        weight, layer = f"{name.removesuffix('.scales')}.weight", name.removesuffix(".scales")
-        parts = (arrays.pop(f"{layer}.{part}") for part in ("weight", "scales", "biases"))
-        arrays[weight] = mx.dequantize(*parts, group_size=64, bits=8)
+    for layer in [name.removesuffix(".scales") for name in arrays if name.endswith(".scales")]:  # packed in eight bits
+        packed, *of_groups = (arrays.pop(f"{layer}.{part}") for part in ("weight", "scales", "biases"))
+        of_groups = [part.astype(mx.float32) for part in of_groups]
+        arrays[f"{layer}.weight"] = mx.dequantize(packed, *of_groups, group_size=64, bits=8)
     for name, array in arrays.items():
         tensor = torch.from_numpy(np.array(array.astype(mx.float32)))
         if name == "patch_embedding.weight":
