@@ -17,19 +17,14 @@ import torch
 import world
 from training import encode_normalised, film_strips, half, load_vae, say, then_grey, to_bytes
 
-FOUR_STEPS = "four_steps.safetensors"
 PROMPTS, OF_TWO = 512, 128  # per size
 AT_ONCE, DECODED = 64, 16
 
 
-def text_model(folder: Path, device, four_steps: bool = False):
-    """Transformer, its `ShortText` and the text encoder of ``folder``, with the change for four steps or without."""
+def text_model(folder: Path, device):
+    """Transformer, its `ShortText` and the text encoder of ``folder``."""
     encoder = models.UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).to(device).eval()
     model = models.WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
-    if four_steps:
-        from safetensors.torch import load_file
-
-        models.load_lora(model, load_file(folder / FOUR_STEPS))
     model = model.to(device).eval()
     return model, models.use_short_text(model), encoder
 
@@ -88,30 +83,29 @@ def noise_for(size, count: int, seed: int, device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def made(folder: Path, vae, workers, device, args, four_steps: bool = False, two: bool = False) -> dict[str, Any]:
+def made(folder: Path, vae, workers, device, args, two: bool = False) -> dict[str, Any]:
     """Tables of nano, per size."""
-    model, short, encoder = text_model(folder, device, four_steps)
+    model, short, encoder = text_model(folder, device)
     tokenizer = models.load_tokenizer(folder / "tokenizer" / "spiece.model")
     mean, std = models.latent_scale(vae, device)
     found, readers = {}, {}
     for size in world.SIZES:
         count = counted(args, OF_TWO if two else PROMPTS)
         prompts = (world.prompts_of_two if two else world.held_out_prompts)(count, size)
-        name = f"{'four steps' if four_steps else 'nano'}{', two' if two else ''}, {'x'.join(map(str, size))}"
+        name = f"nano{', two' if two else ''}, {'x'.join(map(str, size))}"
         readers[name] = reader = Reader(workers, name, prompts, two)
         for start in range(0, count, AT_ONCE):
             part = [prompt for prompt, _ in prompts[start : start + AT_ONCE]]
             ids = torch.as_tensor(models.token_rows(tokenizer, part)).long().to(device)
             noise = noise_for(size, len(part), start, device)
             with half():
-                velocity = models.guided(model, short, encoder, ids, 1.0 if four_steps else args.guidance)
-                latents = models.sample(velocity, noise, *((4, "euler") if four_steps else (args.sampling, "unipc")))
+                velocity = models.guided(model, short, encoder, ids, args.guidance)
+                latents = models.sample(velocity, noise, args.sampling)
                 for piece in (latents * std + mean).split(DECODED):
                     reader.add(models.decode(vae, piece).float())
     for name, reader in readers.items():
         found[name] = reader.table()
-        strip = f"{name.split(', ')[0].replace(' ', '_')}{'_two' if two else ''}_{name.split(', ')[-1]}.png"
-        film_strips(folder / strip, [clip for clip in reader.kept if clip is not None])
+        film_strips(folder / f"{name.replace(', ', '_')}.png", [clip for clip in reader.kept if clip is not None])
     return found
 
 
@@ -171,9 +165,7 @@ def measure_all(args, device, workers) -> dict[str, Any]:
         found |= truth(vae, workers, device, args)
     if (args.out / "image_encoder").exists():
         return found | animated(args.out, vae, workers, device, args)
-    for four_steps in (False, True):
-        if ("four" if four_steps else "nano") in args.measure:
-            if not four_steps or (args.out / FOUR_STEPS).exists():
-                found |= made(args.out, vae, workers, device, args, four_steps)
-                found |= made(args.out, vae, workers, device, args, four_steps, two=True)
+    if "nano" in args.measure:
+        found |= made(args.out, vae, workers, device, args)
+        found |= made(args.out, vae, workers, device, args, two=True)
     return found

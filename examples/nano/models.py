@@ -6,7 +6,6 @@ import io
 import math
 import re
 import tempfile
-import time
 import types
 from pathlib import Path
 
@@ -14,10 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import world
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanAttentionBlock,
-    WanCausalConv3d,
     WanResample,
     WanResidualBlock,
 )
@@ -60,43 +58,6 @@ def one_pass(vae: AutoencoderKLWan) -> AutoencoderKLWan:
         if isinstance(module, WanResample):
             module.forward = types.MethodType(_resample, module)
     return vae
-
-
-def fold_time(vae: AutoencoderKLWan) -> None:
-    """Compute 3x3x3 convolutions as 2D ones over three frames' channels: the same numbers, on some GPUs sooner."""
-    for module in vae.modules():
-        if isinstance(module, WanCausalConv3d) and module.kernel_size == (3, 3, 3):
-            module.forward = types.MethodType(_folded, module)
-
-
-def _folded(self: WanCausalConv3d, x, cache_x=None):
-    count, frames = len(x), x.shape[2]
-    x = F.pad(x, (0, 0, 0, 0, 2, 0))
-    three = torch.cat([x[:, :, k : k + frames] for k in range(3)], 1).transpose(1, 2).flatten(0, 1)
-    weight = self.weight.transpose(1, 2).flatten(1, 2)  # (O, 3 * C, 3, 3)
-    y = F.conv2d(three.contiguous(memory_format=torch.channels_last), weight, self.bias, padding=1)
-    return y.unflatten(0, (count, frames)).transpose(1, 2)
-
-
-def folding_pays(device) -> bool:
-    """Whether `fold_time` is the faster on this GPU, by the layers that take the most time."""
-    seconds = []
-    for fold in (False, True):
-        conv = WanCausalConv3d(16, 16, 3, padding=1).to(device, torch.bfloat16)
-        conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last_3d)
-        if fold:
-            conv.forward = types.MethodType(_folded, conv)
-        x = torch.randn(16, 16, 17, 128, 128, device=device, dtype=torch.bfloat16)
-        x = x.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
-        for turn in range(6):
-            if turn == 3:
-                torch.cuda.synchronize()
-                begun = time.monotonic()
-            conv(x).sum().backward()
-        torch.cuda.synchronize()
-        seconds.append(time.monotonic() - begun)
-    print(f"convolutions in 3D {seconds[0] / 3:.4f} s, folded {seconds[1] / 3:.4f} s", flush=True)
-    return seconds[1] < seconds[0]
 
 
 def _resample(self: WanResample, x, feat_cache=None, feat_idx=None):
@@ -292,12 +253,6 @@ def encode_text(encoder: UMT5EncoderModel, ids: torch.Tensor) -> tuple[torch.Ten
     return rows, bias[:, None, None]
 
 
-def levels(steps: int, highest: float = 1.0) -> np.ndarray:
-    """Noise levels (steps + 1,), evenly spaced from ``highest`` to 0, then shifted."""
-    even = np.linspace(highest, 0, steps + 1)
-    return SHIFT * even / (1 + (SHIFT - 1) * even)
-
-
 def guided(model, short: ShortText, encoder, ids, guidance: float = 3.0, given=None):
     """A function of latents (B, 16, t, h, w) and timestep → velocity; ``ids`` (B, SHORT_LEN).
 
@@ -325,74 +280,13 @@ def guided(model, short: ShortText, encoder, ids, guidance: float = 3.0, given=N
 
 
 @torch.no_grad()
-def sample(velocity, noise, steps: int = 12, solver: str = "unipc"):
-    """Latents from ``noise`` (B, 16, t, h, w): UniPC as wan_mlx does it, or Euler's method from level 1 on."""
+def sample(velocity, noise, steps: int = 12):
+    """Latents from ``noise`` (B, 16, t, h, w) by UniPC, as wan_mlx makes them."""
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT, num_train_timesteps=1000
+    )
+    scheduler.set_timesteps(steps, device=noise.device)
     x = noise.float()
-    if solver == "unipc":
-        from diffusers import UniPCMultistepScheduler
-
-        scheduler = UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT, num_train_timesteps=1000
-        )
-        scheduler.set_timesteps(steps, device=x.device)
-        for t in scheduler.timesteps:
-            x = scheduler.step(velocity(x, float(math.floor(float(t)))), t, x, return_dict=False)[0]
-        return x
-    sigmas = levels(steps)
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
-        x = x + (following - sigma) * velocity(x, 1000 * sigma)
+    for t in scheduler.timesteps:
+        x = scheduler.step(velocity(x, float(math.floor(float(t)))), t, x, return_dict=False)[0]
     return x
-
-
-# --- the small change that makes four steps enough -----------------------------------------------------------------
-
-
-class LoraLinear(torch.nn.Module):
-    """A frozen linear layer plus a product of low rank, and its own bias, which are trained."""
-
-    def __init__(self, base: torch.nn.Linear, rank: int):
-        super().__init__()
-        self.base, self.rank = base, rank
-        self.down = torch.nn.Parameter(torch.randn(rank, base.in_features, device=base.weight.device) * 0.5
-                                       * base.in_features ** -0.5)  # fmt: skip
-        self.up = torch.nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
-        self.shift = torch.nn.Parameter(torch.zeros(base.out_features, device=base.weight.device))
-
-    def forward(self, x):
-        return self.base(x) + F.linear(F.linear(x, self.down), self.up, self.shift)
-
-
-def add_lora(model: WanTransformer3DModel, rank: int) -> list[torch.nn.Parameter]:
-    """Freeze ``model`` and give every linear layer but the image branch a `LoraLinear`; what is to be trained."""
-    model.requires_grad_(False)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear):
-            parent, _, last = name.rpartition(".")
-            parent = model.get_submodule(parent)
-            if last.isdigit():
-                parent[int(last)] = LoraLinear(module, rank)
-            else:
-                setattr(parent, last, LoraLinear(module, rank))
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def lora_state(model: WanTransformer3DModel) -> dict[str, torch.Tensor]:
-    """The change alone, bfloat16, with Diffusers' names of the modules."""
-    state = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLinear):
-            state |= {
-                f"{name}.lora_A.weight": module.down, f"{name}.lora_B.weight": module.up, f"{name}.diff_b": module.shift
-            }  # fmt: skip
-    return {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in state.items()}
-
-
-def load_lora(model: WanTransformer3DModel, state: dict[str, torch.Tensor]) -> WanTransformer3DModel:
-    """``model`` with a `lora_state` added for good."""
-    with torch.no_grad():
-        for name, down in state.items():
-            if name.endswith(".lora_A.weight"):
-                layer = model.get_submodule(stem := name.removesuffix(".lora_A.weight"))
-                layer.weight += (state[f"{stem}.lora_B.weight"].float() @ down.float()).to(layer.weight.device)
-                layer.bias += state[f"{stem}.diff_b"].float().to(layer.bias.device)
-    return model

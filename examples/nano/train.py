@@ -1,14 +1,13 @@
-"""Trains the nano models: the VAE, text encoder and transformer, the change for four steps, nano-i2v. A command each.
+"""Trains the nano models: first the VAE, then text encoder and transformer together, then nano-i2v. A command each.
 
     python examples/nano/train.py vae --out DIR [--start FOLDER]
     python examples/nano/train.py dit --out DIR [--start FOLDER]
-    python examples/nano/train.py distil --out DIR
     python examples/nano/train.py i2v --out DIR2 --start FOLDER
     python examples/nano/train.py measure --out DIR
 
 Each stage fits itself into ``--seconds`` on whatever device there is; "measure" says what they show. DIR receives
-vae/, transformer/, text_encoder/ and tokenizer/ (i2v: image_encoder/ too; distil: four_steps.safetensors) in the layout
-of Diffusers, weights rounded to bfloat16, and a JSON log per stage. FOLDER is such a DIR, or an MLX folder as
+vae/, transformer/, text_encoder/ and tokenizer/ (i2v: image_encoder/ too) in the layout of Diffusers, weights
+rounded to bfloat16, and a JSON log per stage. FOLDER is such a DIR, or an MLX folder as
 ``weights_convert.py`` makes of one, such as wan_mlx/assets/nano. With ``--steps`` the schedule counts steps instead of
 seconds and so does not depend on speed.
 """
@@ -27,7 +26,6 @@ import render
 import torch
 import world
 from measure import measure_all
-from train_distil import train_distil
 from train_dit import train_dit
 from train_i2v import train_i2v
 from training import Clock, Trainer, channels_last, draw, load_vae, pick, save, say, start_from
@@ -74,8 +72,6 @@ def train_vae(args, device, workers) -> dict:
         part.requires_grad_(not args.keep_latents)
     if device.type == "cuda":
         channels_last(vae)
-        if models.folding_pays(device):
-            models.fold_time(vae)
     loss_fast = torch.compile(vae_loss, dynamic=False) if device.type == "cuda" else vae_loss
     clock = Clock(args.seconds, args.steps)
     rate = args.rate or (1e-3 if args.start else 1.5e-3)
@@ -159,9 +155,9 @@ def main() -> None:
     )
     parser.add_argument("--clips", type=int, help="clips drawn; also makes the evaluation tiny, for a trial run")
     parser.add_argument("--prompts", type=int, help="measure: per size (default 512)")
-    parser.add_argument("--measure", default="truth,nano,four", help="measure: of these three (default all)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="measure, distil: the full model's")
-    parser.add_argument("--sampling", type=int, default=12, help="measure: the full model's steps")
+    parser.add_argument("--measure", default="truth,nano", help="measure: of these two (default both)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="measure")
+    parser.add_argument("--sampling", type=int, default=12, help="measure: steps")
     args = parser.parse_args()
     args.seconds = args.seconds or STAGES[args.stage][1]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -180,7 +176,7 @@ def main() -> None:
 
 # Each stage, and the seconds it takes unless told.
 STAGES = {
-    "vae": (train_vae, 390), "dit": (train_dit, 640), "distil": (train_distil, 240), "i2v": (train_i2v, 640),
+    "vae": (train_vae, 390), "dit": (train_dit, 640), "i2v": (train_i2v, 640),
     "measure": (measure_all, 0),
 }  # fmt: skip
 
