@@ -8,7 +8,9 @@ caches, once in each checkout; frames, latents, pixels and video streams of all 
 for byte, and so are the names of the files. With --keep, what the checkout before made is kept, and made anew only
 where its code, the case, the inputs or the packages below it are others. Exit code 1 if anything differs.
 
-All weights but nano's are random and tiny, in the formats they are published in, and are written once for both sides by
+nano's weights are each checkout's own: against one from before they were last trained, its cases differ, and so do all
+cases that decode on a CPU against one from before its convolutions were one product (by rounding). All others are
+random and tiny, in the formats they are published in, and are written once for both sides by
 PyTorch, not by the code that is compared. Needs torch and gguf. MLX's compiled kernels are shared by all runs, since
 their names tell what they compute; every run computes with one thread, whose sums have one order.
 """
