@@ -66,8 +66,8 @@ def weights_hash() -> str:
 
 
 def markdown(rows: dict[str, dict]) -> str:
-    lines = ["| mode | transformer | PSNR mean | least | colour | background | motion | all three | shape |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    columns = ["mode", "transformer", "PSNR mean", "least", *next(iter(rows.values()))["right"]]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for mode, row in rows.items():
         marks = ["–", "–"] if mode == "none" else [f"{row[key]:.1f} dB" for key in ("psnr", "psnr_least")]
         right = [f"{value:.0f}" for value in row["right"].values()]
