@@ -99,10 +99,10 @@ def convolve_unfolded(frames: Sequence[mx.array], taps: Sequence[mx.array]) -> m
     """
     n, h, w, c = frames[0].shape
     c, width = 3 * c, len(taps[0])
-    x = mx.pad(mx.concatenate(frames, axis=-1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    x = mx.pad(mx.concatenate(list(frames), axis=-1), [(0, 0), (1, 1), (1, 1), (0, 0)])
     row, frame = (w + 2) * c, (h + 2) * (w + 2) * c
     neighbours = mx.as_strided(x, (n, h, w, 3, 3 * c), (frame, row, c, row, 1))
-    weight = mx.contiguous(mx.concatenate(taps, axis=-1).reshape(width, -1).T)
+    weight = mx.contiguous(mx.concatenate(list(taps), axis=-1).reshape(width, -1).T)
     return (neighbours.reshape(-1, 9 * c) @ weight).reshape(n, h, w, width)
 
 
