@@ -29,12 +29,13 @@ FEW = {"M1": 8, "M2": 16, "M4": 16, "M5": 16, "M4 Pro": 24, "M1 Max": 32, "M4 Ma
 
 
 class Run(NamedTuple):
-    """A video of 81 frames; ``few``: by a distilled LoRA, without guidance."""
+    """Five seconds of video; ``few``: by a distilled LoRA, without guidance."""
 
     model: str
     size: tuple[int, int]
     steps: int
     few: bool = False
+    frames: int = 81
 
     def title(self, chinese: bool) -> str:
         size = "x".join(map(str, self.size))
@@ -45,6 +46,7 @@ RUNS = (
     Run("t2v-1.3B", (832, 480), 50), Run("t2v-1.3B", (832, 480), 4, few=True),
     Run("t2v-14B", (832, 480), 50), Run("t2v-14B", (832, 480), 4, few=True), Run("t2v-14B", (1280, 720), 50),
     Run("i2v-14B-480P", (832, 480), 40), Run("i2v-14B-480P", (832, 480), 4, few=True),
+    Run("ti2v-5B", (1280, 704), 50, frames=121),
 )  # fmt: skip
 UNITS = {False: ("min", "h", "days", "no"), True: ("分钟", "小时", "天", "不行")}
 
@@ -59,7 +61,7 @@ def seconds(run: Run, chip: str, memory: int) -> float | None:
     gpu = {"on_cpu": lambda: False, "on_metal": lambda: True, "has_fused_kernel": lambda *_: True}
     with patch.multiple(peak_memory, **gpu):
         options = {"guidance_scale": 1.0} if run.few else {}
-        plan = wan_mlx.plan(run.model, *run.size, 81, run.steps, usable(memory), **options)
+        plan = wan_mlx.plan(run.model, *run.size, run.frames, run.steps, usable(memory), **options)
     return sum(row.flop for row in plan.rows) / (SHARE * 1e12 * CHIPS[chip].tflops) if plan.fits else None
 
 
@@ -69,9 +71,8 @@ def measured(text: str) -> dict[tuple[str, Run], float]:
     for line in re.findall(r"^\| (Apple .*) \|$", text, re.MULTILINE):
         chip, _, model, size, frames, steps, options, took, *_ = line.split(" | ")
         for run in RUNS:
-            if (model, size, frames, steps) == (run.model, "x".join(map(str, run.size)), "81", str(run.steps)) and (
-                ("--recipe" in options) if run.few else options == "-"
-            ):
+            same = [run.model, "x".join(map(str, run.size)), str(run.frames), str(run.steps)]
+            if [model, size, frames, steps] == same and ("--recipe" in options if run.few else options == "-"):
                 found[chip.removeprefix("Apple "), run] = float(took)
     return found
 

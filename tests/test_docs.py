@@ -372,7 +372,7 @@ def test_minutes_are_measured_where_there_is_a_row():
     assert known == {("M4 Max", make_minutes.RUNS[0]): 3000.0}
     table = make_minutes.table({"M4 Max": 36, "M1": 8}, known)
     assert "| M4 Max, 36 GB | **50 min** | ≈ 2" in table and "| M1, 8 GB | ≈ 5.1 h | ≈ 15 min |" in table
-    assert table.splitlines()[3].endswith("| no | no | no |")  # neither 720p nor pictures with 8 GB
+    assert table.splitlines()[3].count("| no ") >= 3  # neither 720p nor pictures with 8 GB
 
 
 def memory_table(page: str) -> list[tuple[str, ...]]:

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
             say.note(f"          by its name {file.name} is {other.name}; it runs as {pipe.preset.name} does")
     asked = args.size or pipe.preset.size
     if asked != (request.width, request.height):
-        say.note(f"          its proportions are the source's; {asked[0]}x{asked[1]} was taken as the area")
+        say.note(f"          the size follows your source; {asked[0]}x{asked[1]} set the area")
     if (args.num_frames or request.num_frames) != request.num_frames:
         say.note(f"          its length is the source's; {args.num_frames} frames were asked for")
     if args.dry_run:
