@@ -13,11 +13,11 @@ from wan_mlx.cli.main import main
 from wan_mlx.cuda.forward import DeferredFrees
 from wan_mlx.errors import MemoryPlanError
 from wan_mlx.models import vae_tiling as tiling
-from wan_mlx.models.configs import TransformerConfig, VAEConfig
+from wan_mlx.models.configs import TransformerConfig, VAE22Config, VAEConfig
 from wan_mlx.models.execution import FEW_TOKENS, Pacer, queries_keys_values
+from wan_mlx.models.networks import new_network
 from wan_mlx.models.rope import rope_table
 from wan_mlx.models.transformer import SelfAttention
-from wan_mlx.models.vae import VAE
 from wan_mlx.models.vae_execution import VAEExecution
 from wan_mlx.planning import choose as memory
 from wan_mlx.planning import machine as budget
@@ -311,16 +311,17 @@ def test_deferred_frees_are_waited_for_above_their_limit(monkeypatch):
 
 
 def test_convolutions_are_those_of_the_network():
-    for config in (VAEConfig(), VAEConfig(dim=8, dim_mult=(1, 2), num_res_blocks=3, temporal_downsample=(True,))):
-        vae = VAE(config)
+    other = VAEConfig(dim=8, dim_mult=(1, 2), num_res_blocks=3, temporal_downsample=(True,))
+    for config in (VAEConfig(), other, VAE22Config()):
+        vae = new_network(config)
         assert peaks.convolutions(config, True) == tiling._convolutions(vae.decoder.local)
         assert peaks.convolutions(config, False) == tiling._convolutions(vae.encoder.local)
 
 
 @pytest.mark.parametrize("tile", [None, (64, 64)])
-def test_predicted_decode_peak_equals_the_measured_one(tile):
-    config = VAEConfig(dim=8)
-    vae, latents = VAE(config), mx.zeros((1, 3, 2, 32, 16))
+@pytest.mark.parametrize("config", [VAEConfig(dim=8), VAE22Config(dim=8, decoder_dim=8)])
+def test_predicted_decode_peak_equals_the_measured_one(tile, config):
+    vae, latents = new_network(config), mx.zeros((1, 3, 2, 32, config.z_dim))
     mx.eval(vae.parameters(), latents)
     mx.clear_cache()
     before = mx.get_active_memory() - peaks.vae_weights(config)

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from ..models.configs import VAEConfig
+from ..models.configs import VAE22Config, VAEConfig
 from ..models.execution import (
     FEED_FORWARD_TOKENS,
     FEW_TOKENS,
@@ -206,8 +206,8 @@ def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> i
     frames = 1 if t == 1 or decoding else 2 ** sum(temporal)
     for stage, (into, width, _) in enumerate(stages(config, decoding)):
         caches += 2 * given[stage] * (into + (2 * blocks - 1) * width)
-        frame = given[stage] * width * ITEMSIZE
-        count = max(1, min(frames, VALUES_AT_ONCE // (given[stage] * width)))
+        frame = given[stage] * max(into, width) * ITEMSIZE
+        count = max(1, min(frames, VALUES_AT_ONCE // (given[stage] * max(into, width))))
         scratch = max(winograd_scratch(count, *sizes[stage], c, width) for c in (into, width)) if on_metal() else 0
         peak = max(peak, (each * count + (JOINED_FRAMES if count > 1 else 0)) * frame + scratch + late + held)
         if stage == len(given) - 1:
@@ -218,6 +218,8 @@ def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> i
             given_on = frames * 2 ** (temporal[stage] and t > 1)
             # Frames that wait for the next stage and, if they are twice as many, the frames they were made from.
             held += (given_on + frames * (given_on > frames)) * right[stage] * width * ITEMSIZE
+            if isinstance(config, VAE22Config):  # the shortcut's source
+                held += frames * given[stage] * into * ITEMSIZE
             frames = given_on
         else:
             frames = max(1, count // 2 ** temporal[stage])  # pieces stay separate
