@@ -23,8 +23,8 @@ def check_latents(latents: mx.array, z_dim: int) -> None:
         raise ValueError(f"latents have shape {latents.shape}, expected (1, t, h, w, {z_dim}), channels last")
 
 
-# On a CPU: from how many results of a pixel on unfolding it oneself pays.
-UNFOLDED_FROM = 8
+# On a CPU, convolutions to at least so many channels are unfolded here, if that takes at most so many values.
+UNFOLDED_FROM, UNFOLDED_VALUES = 8, 1 << 26
 
 
 class CausalCache:
@@ -85,7 +85,8 @@ class CausalConv(TemporalConv):
 
 def convolve(frames: Sequence[mx.array], taps: Sequence[mx.array], *added: mx.array) -> mx.array:
     """Three frames (n, H, W, C), each with its tap (O, 3, 3, C) → their sum plus the ``added`` arrays, (n, H, W, O)."""
-    if mx.default_device() == mx.cpu and len(taps[0]) >= UNFOLDED_FROM:
+    small = 27 * frames[0].size <= UNFOLDED_VALUES and len(taps[0]) >= UNFOLDED_FROM
+    if small and mx.default_device() == mx.cpu:
         return add(convolve_unfolded(frames, taps), *added)
     # One 2D convolution per tap, summed: Metal computes such a 3D convolution this way anyway, and this avoids joining
     # three frames in one array; it is a quarter faster than cuDNN's 3D convolution.
@@ -95,7 +96,8 @@ def convolve(frames: Sequence[mx.array], taps: Sequence[mx.array], *added: mx.ar
 def convolve_unfolded(frames: Sequence[mx.array], taps: Sequence[mx.array]) -> mx.array:
     """The sum as one product of all 27 neighbours of each pixel, (n, H, W, O).
 
-    On a CPU in half the time: MLX's own product has the weights the wrong way round for its BLAS, and one per tap.
+    On a CPU in half the time: MLX's own product has the weights the wrong way round for its BLAS, and one per tap. It
+    takes three times the memory, so that large frames are not convolved like this.
     """
     n, h, w, c = frames[0].shape
     c, width = 3 * c, len(taps[0])
