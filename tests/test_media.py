@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -105,6 +106,31 @@ def test_mp4_read_back(tmp_path, size, fps):
     assert all(word in info for word in ("h264", "yuv420p(", "smpte170m", f" {fps} fps")), info
     assert min(psnr(a, b) for a, b in zip(got, frames, strict=True)) > 32
     assert os.listdir(tmp_path) == ["a.mp4"]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (832, 480), (50, 34)], ids=str)
+def test_quicktime_plays_it(tmp_path, size):
+    """H.264 in 4:2:0 under the tag avc1, even sizes, and the index before the pictures, read from the file."""
+    path = save_video(tmp_path / "a.mp4", moving_picture(9, size[1], size[0]), 16, SETTINGS)
+    top = list(boxes(path.read_bytes()))
+    assert [name for name, _ in top if name != b"free"] == [b"ftyp", b"moov", b"mdat"]
+    inside = dict(top)[b"moov"]
+    for name in (b"trak", b"mdia", b"minf", b"stbl", b"stsd"):
+        inside = dict(boxes(inside))[name]
+    ((codec, entry),) = boxes(inside[8:])
+    assert codec == b"avc1" and struct.unpack(">HH", entry[24:28]) == size and not any(side % 2 for side in size)
+    version, profile, _, level = dict(boxes(entry[78:]))[b"avcC"][:4]
+    assert version == 1 and profile == 100 and level <= 52  # High, which every Mac decodes
+    assert " yuv420p(" in read_mp4(path)[1]
+
+
+def boxes(data: bytes):
+    """(name, content) of each of the boxes that an MP4 file, or the content of a box, is made of."""
+    while data:
+        length, name = struct.unpack(">I4s", data[:8])
+        assert 8 <= length <= len(data)
+        yield name, data[8:length]
+        data = data[length:]
 
 
 def test_mp4_takes_views_and_fractional_fps(tmp_path):

@@ -270,7 +270,7 @@ class _FFmpeg:
             "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(X264_CRF), "-preset", X264_PRESET,
             "-threads", str(X264_THREADS),
             # ffmpeg's default matrix, stated explicitly: from 720 lines up players guess another one.
-            "-colorspace", "smpte170m",
+            "-colorspace", "smpte170m", "-movflags", "+faststart",  # the index before the pictures
             "-metadata", b"comment=" + text.encode("utf-8"), file_url(path),
         ]  # fmt: skip
         self.path = path
