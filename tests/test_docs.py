@@ -42,8 +42,8 @@ from wan_mlx.weights.configs import shapes_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "README.zh-CN.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
-# They install, or run the tests themselves.
-NOT_RUN = ("pip install", "pytest", "ruff")
+# They install (see test_install.py), or run the tests themselves.
+NOT_RUN = ("pip install", "pytest", "ruff", "curl", "uv ", "python3.12 -m venv", "'~/wan-mlx/bin/pip' install")
 # A name in the pages → the folder here that stands for it; whatever else they name must be a preset, or be here.
 NAMES = {
     "Wan-AI/Wan2.1-T2V-1.3B": "t2v-1.3B", "./Wan2.1-T2V-1.3B": "t2v-1.3B", "Wan-AI/Wan2.1-T2V-14B": "t2v-14B",
@@ -281,8 +281,9 @@ def test_command_runs(command, homes, monkeypatch, capsys):
         assert code in ((0, None) if is_dry else (0, 3)), said.err
         assert "has no effect here" not in said.err or "--offload_model" in command
     words = COMMANDS[command]
-    makes = {"-p", "--prompt"} & set(words) and not {"--plan", "--dry-run"} & set(words)
-    assert bool(made) == (command in MADE and (makes or "--config" in words))
+    prompted = {"-p", "--prompt"} & set(words) or " " in words[1]  # a prompt may stand without its flag
+    makes = prompted and not {"--plan", "--dry-run"} & set(words)
+    assert bool(made) == bool(command in MADE and (makes or "--config" in words))
 
 
 def counted(begin, made):
