@@ -281,7 +281,8 @@ def test_command_runs(command, homes, monkeypatch, capsys):
         assert code in ((0, None) if is_dry else (0, 3)), said.err
         assert "has no effect here" not in said.err or "--offload_model" in command
     words = COMMANDS[command]
-    prompted = {"-p", "--prompt"} & set(words) or " " in words[1]  # a prompt may stand without its flag
+    alone = words[0] == "wan-mlx" and words[1] not in COMMANDS_OF_OURS and not words[1].startswith("-")
+    prompted = {"-p", "--prompt"} & set(words) or alone  # a prompt may stand without its flag
     makes = prompted and not {"--plan", "--dry-run"} & set(words)
     assert bool(made) == bool(command in MADE and (makes or "--config" in words))
 
