@@ -39,6 +39,41 @@ def test_called_from_worker_threads_in_turn_the_process_ends_well(pico):
         assert done.returncode == 0, done.stderr
 
 
+DAEMON = """
+import sys, threading
+import wan_mlx
+
+pipe = wan_mlx.WanPipeline.from_pretrained(sys.argv[1], dtype="float32", progress=False, prompt_cache=False)
+begun = threading.Event()
+
+def work():
+    pipe("a red circle", callback=lambda step: begun.set(), width=64, height=64, num_frames=9, steps=500, seed=3)
+
+threading.Thread(target=work, daemon=True).start()
+begun.wait(60)
+"""
+
+
+def test_the_process_ends_well_in_the_middle_of_a_daemon_s_run(pico):
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", DAEMON, str(pico)], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_what_is_interrupted_ends_and_the_thread_goes_on():
+    thread, entered = LastingThread(), threading.Event()
+
+    def work():
+        entered.set()
+        while True:
+            pass
+
+    future = thread.start(work)
+    entered.wait(10)
+    assert thread.interrupt() is future and isinstance(future.exception(10), SystemExit)
+    assert thread.interrupt() is None and thread.call(lambda: 3) == 3
+
+
 def in_a_thread(work):
     """What ``work`` returns, or raises, in a thread that ends."""
     found = []

@@ -7,6 +7,8 @@ there is done by one that lasts. The main thread is one.
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, wait
@@ -24,9 +26,10 @@ class LastingThread:
 
     def __init__(self):
         self._jobs: SimpleQueue = SimpleQueue()
+        self._at_work: Future | None = None
         self._thread = threading.Thread(target=self._work, name="wan_mlx-lasting", daemon=True)
         self._thread.start()
-        _ours.add(self._thread)
+        _ours[self._thread] = self
 
     def start(self, function: Callable[[], T]) -> Future[T]:
         """Have it called there."""
@@ -46,15 +49,32 @@ class LastingThread:
 
     def _work(self) -> None:
         while True:
-            future, function = self._jobs.get()
             try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-            del future, function  # otherwise the idle thread would keep the model alive
+                self._do_next()
+            except SystemExit:  # it came when the work was done
+                pass
+
+    def _do_next(self) -> None:
+        future, function = self._jobs.get()
+        self._at_work = future
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+        finally:
+            self._at_work = None  # otherwise the idle thread would keep the model alive
+
+    def interrupt(self) -> Future | None:
+        """End the work at hand, as Ctrl-C does, by SystemExit at the next line of Python; returns its future."""
+        future = self._at_work
+        if future is not None and self._thread.ident is not None:
+            there = ctypes.c_ulong(self._thread.ident)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(there, ctypes.py_object(SystemExit))
+        return future
 
 
-_ours: set[threading.Thread] = set()
+PATIENCE = 60.0  # seconds for which the end of the process waits
+_ours: dict[threading.Thread, LastingThread] = {}
 _idle: list[LastingThread] = []
 
 
@@ -110,3 +130,10 @@ def yields_computed(function: Callable[P, Generator[T, Any, None]]) -> Callable[
 
 
 _end: Any = object()
+
+
+@atexit.register
+def _end_work() -> None:
+    """A thread that computes while the process ends would abort it."""
+    interrupted = [thread.interrupt() for thread in _ours.values()]
+    wait([future for future in interrupted if future is not None], PATIENCE)
