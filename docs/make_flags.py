@@ -41,6 +41,7 @@ def table_of(group: str, chinese: bool = False) -> str:
             first, *others = option.flags
             value = f"[{option.metavar}]" if option.value_is_optional else option.metavar or ""
             value = "\\|".join(option.choices) if value.startswith("{") else value
+            others = [*option.short, *others]
             spelled = [f"`{first} {value}`" if value else f"`{first}`", *(f"`{flag}`" for flag in others)]
             names = () if option.of == options.COMMAND else option.sets or (option.keyword,)
             keyword = ", ".join(f"`{name}`" for name in names)

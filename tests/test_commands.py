@@ -8,14 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import wan_mlx
+from wan_mlx import opened
 from wan_mlx.cli.commands import COMMANDS, as_flags, help_page
 from wan_mlx.cli.flags import build_parser
 from wan_mlx.cli.jobs import default_output
 from wan_mlx.cli.main import main
+from wan_mlx.media.write import read_settings
 from wan_mlx.option import REQUEST
 from wan_mlx.options import flags as all_flags
 from wan_mlx.planning import speed
@@ -129,6 +132,104 @@ class TestPrompts:
         assert default_output(still) == Path("video.png")
 
 
+class TestSizes:
+    def video(self, capsys, *argv: str) -> str:
+        lines = dry(capsys, "a red circle", *argv).splitlines()
+        return next(line for line in lines if line.startswith("video")).split()[1].rstrip(",")
+
+    @pytest.mark.parametrize(
+        "given, wanted",
+        [
+            ("--size 16:9", "160x96"), ("--size 9:16", "96x160"), ("--size 1:1", "128x128"), ("--size 480p", "832x480"),
+            ("--width 64 --height 32", "64x32"), ("--size 720P", "1280x720"), ("--size 64×32", "64x32"),
+        ],
+    )  # fmt: skip
+    def test_flags(self, capsys, given, wanted):
+        assert self.video(capsys, *given.split()) == wanted
+
+    def test_a_name_is_said_as_a_size(self, capsys):
+        assert "16:9 is 160x96 for nano" in dry(capsys, "a red circle", "--size", "16:9")
+
+    def test_the_later_of_two_files_and_the_command_line_holds(self, capsys):
+        Path("a.json").write_text('{"width": 64, "height": 32, "seeds": [1, 2]}')
+        assert self.video(capsys, "--config", "a.json") == "64x32"
+        assert self.video(capsys, "--config", "a.json", "--size", "1:1") == "128x128"
+        Path("b.json").write_text('{"size": "16:9"}')
+        assert self.video(capsys, "--config", "b.json", "--width", "64", "--height", "32") == "64x32"
+        Path("b.jsonl").write_text('{"prompt": "a", "width": 96, "height": 32}\n{"prompt": "a"}\n')
+        assert main(["--prompts", "b.jsonl", "--size", "16:9", "--dry-run", "--seed", "1"]) == 0
+
+    @pytest.mark.parametrize(
+        "given, said",
+        [
+            ("--width 64", "--width is given alone; expected --height, too"),
+            ("--height 64", "--height is given alone; expected --width, too"),
+            ("--size 1:1 --width 64 --height 64", "--size and --width are both given"),
+            ("-s 1 --seeds 1,2", "-s and --seeds are both given"),
+            ("--seeds 1,2 --num-videos 2", "--seeds and --num-videos are given; expected one"),
+            ("--seeds 1,1", "seed 1 is in '1,1' 2 times"),
+            ("--size 0:1", "is no size; expected"),
+            ("--size 4k", "or 16:9, 9:16, 1:1, 480p, 720p"),
+        ],
+    )
+    def test_refused(self, capsys, given, said):
+        assert said in refused(capsys, "a red circle", *given.split())
+
+    def test_python(self):
+        pipe = wan_mlx.WanPipeline.from_pretrained("nano", progress=False)
+        for size in ("16:9", (160, 96), "160x96"):
+            request = pipe.request("a cat", size=size)
+            assert (request.width, request.height) == (160, 96)
+        with pytest.raises(ValueError, match="and width or height is given too"):
+            pipe.request("a cat", size="16:9", width=64)
+        assert str(wan_mlx.plan("nano", memory="1GB", size="16:9")) == str(wan_mlx.plan("nano", 160, 96, memory="1GB"))
+
+
+class TestSeveralVideos:
+    @pytest.mark.parametrize("given, seeds", [("--seeds 5,3", [5, 3]), ("--num-videos 2 -s 7", [7, 8])])
+    def test_of_one_load_are_those_made_alone(self, flags, monkeypatch, given, seeds):
+        flags = flags[: flags.index("--seed")] + flags[flags.index("--seed") + 2 :]
+        loads = []
+        load = opened.load_transformer
+        monkeypatch.setattr(opened, "load_transformer", lambda *a, **k: loads.append(1) or load(*a, **k))
+        assert main([*flags, *given.split(), "-o", "a.npz"]) in (0, 3) and len(loads) == 1
+        for seed in seeds:
+            assert main([*flags, "--seed", str(seed), "--output", "alone.npz", "--overwrite"]) in (0, 3)
+            one, other = (np.load(name)["frames"] for name in (f"a_seed{seed}.npz", "alone.npz"))
+            assert np.array_equal(one, other) and read_settings(f"a_seed{seed}.npz")["seed"] == seed
+        Path(f"a_seed{seeds[1]}.npz").unlink()
+        assert main([*flags, *given.split(), "-o", "a.npz"]) in (0, 3)  # goes on
+        assert Path(f"a_seed{seeds[1]}.npz").exists()
+
+    def test_one_that_was_cut_goes_on(self, flags, monkeypatch):
+        flags = [*flags, "-o", "a.npz"]
+        flags[flags.index("--seed") : flags.index("--seed") + 2] = ["--seeds", "3,4"]
+        keep, kept = RunFolder.save_step, []
+
+        def cut(folder, step, notes=None):
+            keep(folder, step, notes)
+            kept.append(folder.output.name)
+            if kept.count("a_seed4.npz") == 2:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "save_step", cut)
+            assert main(flags) == 130
+        assert Path("a_seed4.npz.wan").is_dir() and Path("a_seed3.npz").exists()
+        kept.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "save_step", lambda f, s, n=None: kept.append(f.output.name) or keep(f, s, n))
+            assert main(flags) in (0, 3)
+        assert kept == ["a_seed4.npz"] and not Path("a_seed4.npz.wan").exists()
+
+    def test_of_a_prompt_file_s_line(self, capsys):
+        Path("b.jsonl").write_text('{"prompt": "a", "seeds": [1, 2]}\n{"prompt": "b", "num_videos": 2, "seed": 5}\n')
+        said = dry(capsys, "--prompts", "b.jsonl")
+        assert all(f"b_{name}.mp4" in said for name in ("0001_seed1", "0001_seed2", "0002_seed5", "0002_seed6"))
+        Path("b.jsonl").write_text('{"prompt": "a", "num_videos": 2}')
+        assert "num_videos without a seed" in refused(capsys, "--prompts", "b.jsonl")
+
+
 class TestResume:
     def test_without_a_name_is_the_list(self, capsys, flags, monkeypatch):
         assert main(["resume"]) == 0 and "no run is unfinished in" in capsys.readouterr().out
@@ -211,7 +312,7 @@ def test_python_takes_what_flags_take():
     assert wan_mlx.WanPipeline.from_pretrained("nano", quantize=8).quantize == "q8"
     pipe = wan_mlx.WanPipeline.from_pretrained("nano", stop_below="20%")
     assert pipe.stop_below == 20 and pipe.request("a cat", guidance_range="0-0.6").guidance_range == (0.0, 0.6)
-    assert str(wan_mlx.plan("nano", quantize=8)) == str(wan_mlx.plan("nano", quantize="q8"))
+    assert str(wan_mlx.plan("nano", memory="1GB", quantize=8)) == str(wan_mlx.plan("nano", memory="1GB", quantize="q8"))
     with pytest.raises(ValueError, match="'half' is no range"):
         pipe.request("a cat", guidance_range="half")
     assert all(option.meaning(None) is None for option in all_flags() if option.of == REQUEST)

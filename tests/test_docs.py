@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from wan_mlx import presets as configs
 from wan_mlx.cli import doctor, measure, selftest
 from wan_mlx.cli import main as generate
 from wan_mlx.cli.commands import COMMANDS as COMMANDS_OF_OURS
+from wan_mlx.cli.commands import as_flags
 from wan_mlx.cli.flags import build_parser
 from wan_mlx.models.chips import CHIPS
 from wan_mlx.models.configs import ImageEncoderConfig, TransformerConfig, VAE22Config
@@ -105,13 +107,30 @@ def split(words: list[str]) -> list[list[str]]:
     return found
 
 
+def spelled_out(words: Sequence[str]) -> list[str]:
+    """A command with long flags for short ones, and for words without one."""
+    if "wan-mlx" not in words[:2]:
+        return [*words]
+    begin = words.index("wan-mlx") + 1
+    is_said = words[begin] in COMMANDS_OF_OURS
+    name, rest = (words[begin], words[begin + 1 :]) if is_said else ("generate", words[begin:])
+    if not COMMANDS_OF_OURS[name].takes or "--help-all" in rest:
+        return [*words]
+    long = {flag: option.flags[0] for option in options.flags() for flag in option.short}
+    taken = options.keyed(COMMANDS_OF_OURS[name].takes).flags[0]
+    found = [word.split("=", 1) if word.startswith(f"{taken}=") else [long.get(word, word)]
+             for word in as_flags(name, list(rest), is_said)]  # fmt: skip
+    return [*words[:begin], *(word for words in found for word in words)]
+
+
 def covering(commands: dict[str, tuple[str, ...]]) -> set[str]:
     """As few of the commands as have every flag with every task, the first of all, and all that make no video."""
     chosen, seen = {next(iter(commands))}, set()
     for text, words in sorted(commands.items(), key=lambda item: -len(item[1])):
+        words = spelled_out(words)
         tasks = {PRESETS[NAMES[word]].task for word in words if word in NAMES}
         flags = {(word, task) for word in words if word.startswith("--") for task in tasks or {""}}
-        if flags - seen or not {"-p", "--prompt"} & set(words):
+        if flags - seen or "--prompt" not in words:
             chosen.add(text)
             seen |= flags
     return chosen
@@ -234,12 +253,13 @@ def run(words: tuple[str, ...], home: Path, monkeypatch, dry: bool) -> int | Non
     if getattr(COMMANDS_OF_OURS.get(rest[0]), "module", "") or only_shows or rest == ["resume"]:
         return None if dry else main(rest)
     rest = substituted(rest, home, keep_nano=dry)
+    flags = spelled_out(["wan-mlx", *rest])
     shutil.copy(home / "models/cat.mp4", home)
-    if "--config" in rest:
+    if "--config" in flags:
         rest += ["--model", str(home / "models/t2v-1.3B")]
     if dry:
         return main([*rest, "--dry-run", "--overwrite"])
-    return main([*rest, *shlex.split(SMALL), *smaller(rest)])
+    return main([*rest, *shlex.split(SMALL), *smaller(flags)])
 
 
 def with_folders(rest: list[str], home: Path) -> list[str]:
@@ -249,7 +269,7 @@ def with_folders(rest: list[str], home: Path) -> list[str]:
 
 def smaller(rest: list[str]) -> list[str]:
     """What more is changed to make it quick: as few steps as there may be, and what needs true sizes."""
-    if "--prompts" in rest or "--resume" in rest or rest[0] == "resume":
+    if "--prompts" in rest or "--resume" in rest:
         return ["--dry-run"]
     flags = ["--frames", "1"] if "--num-images" in rest else []
     if any("ti2v-5B" in word for word in rest):
@@ -280,10 +300,8 @@ def test_command_runs(command, homes, monkeypatch, capsys):
         # 3: a video was made; what weights of noise paint is likely to be flat.
         assert code in ((0, None) if is_dry else (0, 3)), said.err
         assert "has no effect here" not in said.err or "--offload_model" in command
-    words = COMMANDS[command]
-    alone = words[0] == "wan-mlx" and words[1] not in COMMANDS_OF_OURS and not words[1].startswith("-")
-    prompted = {"-p", "--prompt"} & set(words) or alone  # a prompt may stand without its flag
-    makes = prompted and not {"--plan", "--dry-run"} & set(words)
+    words = spelled_out(COMMANDS[command])
+    makes = "--prompt" in words and not {"--plan", "--dry-run"} & set(words)
     assert bool(made) == bool(command in MADE and (makes or "--config" in words))
 
 

@@ -1,5 +1,8 @@
 """Sizes: pixels and frames to latents and tokens, and which are allowed."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from wan_mlx.geometry import WAN_2_1, Geometry
@@ -39,3 +42,37 @@ def test_a_length_that_is_not_allowed_names_the_nearest(frames, nearest):
     with pytest.raises(ValueError, match=rf"frames is {frames}, expected 4n\+1 \(1, 5, .* 81, .*; nearest: {nearest}$"):
         WAN_2_1.check_frames(frames)
     assert WAN_2_1.nearest_frames(frames) == nearest
+
+
+@pytest.mark.parametrize("own", [(832, 480), (1280, 720), (128, 128), (1280, 704)])
+@pytest.mark.parametrize("name", ["16:9", "9:16", "1:1", "4:3", "3:4", "21:9", "1:999", "999:1", "480p", "720p"])
+def test_a_named_size_is_an_allowed_one_near_the_model_s_own(own, name):
+    for geometry in (WAN_2_1, TI2V_5B)[: 2 - (own[1] == 720)]:  # which TI2V-5B cannot make
+        width, height = geometry.named_size(name, own)
+        geometry.check_size(width, height)
+        if ":" in name:
+            across, down = map(int, name.split(":"))
+            assert width * height <= own[0] * own[1]
+            assert max(across, down) > 99 or abs(width / height / (across / down) - 1) < 0.2
+            assert geometry.named_size(f"{down}:{across}", own) == (height, width)
+
+
+def test_the_page_of_flags_has_named_sizes():
+    text = (Path(__file__).parent.parent / "docs/flags.md").read_text(encoding="utf-8")
+    head, _, *rows = re.search(r"\| `--size` \|.*?(?=\n\n)", text, re.DOTALL)[0].splitlines()
+    names, told = re.findall(r"`([\d:p]+)`", head), set()
+    for row in rows:
+        models, *sizes = (cell.strip() for cell in row.strip("|").split("|"))
+        for preset in PRESETS.values():
+            if preset.name.lower() in models.lower().split(", "):
+                told.add(preset.name)
+                found = [preset.geometry.named_size(name, preset.size) for name in names]
+                assert sizes == [f"{width}x{height}" for width, height in found], preset.name
+    assert told == {*PRESETS}
+
+
+def test_named_sizes_of_released_models():
+    assert WAN_2_1.named_size("16:9", (832, 480)) == (832, 480) and WAN_2_1.named_size("9:16", (832, 480)) == (480, 832)
+    assert WAN_2_1.named_size("1:1", (832, 480)) == (624, 624) and WAN_2_1.named_size("1:1", (1280, 720)) == (960, 960)
+    assert WAN_2_1.named_size("480p", (1280, 720)) == (832, 480) and WAN_2_1.named_size("4:3", (832, 480)) == (720, 544)
+    assert TI2V_5B.named_size("720p", (1280, 704)) == (1280, 704)

@@ -49,6 +49,7 @@ OF_ROOT = {"__version__", "check_backend"}
 # Modules that may import inside functions what needs MLX or numpy, so that they start fast.
 STARTS_FAST = {
     "cli.main": "--help, completion and a wrong flag answer without MLX",
+    "cli.list_models": "the table answers without MLX; deleting a converted folder needs to know them",
     "cli.config_file": "main reads --config before it needs MLX",
     "cli.doctor": "says why MLX, or a package, cannot be imported",
 }

@@ -149,7 +149,7 @@ class TestOtherNames:
         (["a", 3], {}, "prompt is 3, expected string"),
         ("a", {"seed": "abc"}, "seed is 'abc', expected integer"),
         ("a", {"size": "big"}, "'big' is no size; expected WIDTHxHEIGHT"),
-        ("a", {"size": 3}, "size is 3, expected width and height"),
+        ("a", {"size": 3}, "size is 3, expected string or array"),
     ],
 )
 def test_bad_values_are_one_line(pipe, prompt, given, says):

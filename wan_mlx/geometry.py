@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 
 LARGEST_SIDE = 16_384  # pixels
+LANDSCAPE = {"480p": (832, 480), "720p": (1280, 720)}  # as the official code calls these sizes
+LIKE = 0.03  # by which proportions may differ that go by one name: 832x480 is 16:9
 MOST_FRAMES = 100_001
 
 
@@ -55,6 +57,34 @@ class Geometry:
     def nearest_frames(self, num_frames: int) -> int:
         """The allowed number of frames nearest to ``num_frames``."""
         return self.num_frames(max(1, round((min(num_frames, MOST_FRAMES) - 1) / self.temporal) + 1))
+
+    def named_size(self, name: str, size: tuple[int, int]) -> tuple[int, int]:
+        """The width and height that a name stands for, of a model whose own ``size`` this is.
+
+        Args:
+            name: one of `LANDSCAPE`, or a ratio such as "16:9", which has at most as many pixels as ``size``, and is
+                ``size`` itself, upright or not, if its proportions are those.
+        """
+        if name in LANDSCAPE:
+            width, height = LANDSCAPE[name]
+            return self.nearest_side(width), self.nearest_side(height)
+        across, down = map(int, name.split(":"))
+        if across < down:
+            width, height = self.named_size(f"{down}:{across}", size)
+            return height, width
+        most = max(math.prod(size), self.side**2)
+
+        def off(pair: tuple[int, int]) -> float:
+            """How far it is from the proportions, which count twice, and from ``most``."""
+            return 2 * abs(math.log(pair[0] / pair[1] * down / across)) + math.log(most / math.prod(pair))
+
+        own = max(size), min(size)
+        if abs(own[0] / own[1] * down / across - 1) <= LIKE:
+            return own
+        widths = range(self.side, min(most // self.side, LARGEST_SIDE) + 1, self.side)
+        pairs = ((width, min(self.nearest_side(width * down / across), most // width // self.side * self.side))
+                 for width in widths)  # fmt: skip
+        return min(pairs, key=off)
 
     def check_size(self, width: int, height: int) -> None:
         """Raise ValueError, with the nearest valid choice, unless videos can have this size."""

@@ -1,4 +1,7 @@
-"""Questions to macOS: staying awake, the battery, free memory, files past the cache. Elsewhere nothing is known."""
+"""Questions to macOS: staying awake, the battery, free memory, notifications, files past the cache.
+
+Elsewhere nothing is known.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,18 @@ def awake(wanted: bool = True) -> Iterator[None]:
 def can_stay_awake() -> bool:
     """Whether this is macOS, and has its program for that."""
     return sys.platform == "darwin" and shutil.which("caffeinate") is not None
+
+
+def show_notification(title: str, text: str) -> bool:
+    """Show a notification of macOS's; False where it cannot be. ``text`` is never part of a script."""
+    if sys.platform != "darwin" or shutil.which("osascript") is None:
+        return False
+    lines = "on run argv", "display notification (item 2 of argv) with title (item 1 of argv)", "end run"
+    command = ["osascript", *(word for line in lines for word in ("-e", line)), title, text]
+    try:
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=20).returncode == 0
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return False
 
 
 def battery() -> int | None:

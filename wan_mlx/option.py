@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -48,6 +49,7 @@ class Option:
         examples: some values, for completion; others may do as well.
         limits: of a number.
         parse: text → value, where the type does not say how; raises ValueError.
+        instead_of: keys of options that it stands instead of: of these and this one the flag that is given last holds.
         repeats: the flag may be given again, for a list of all values.
         sets: the keywords that the flag sets together, where it is not the one that it is declared with.
         text: values of those keywords (or of a list) → the text that `parse` takes.
@@ -60,6 +62,7 @@ class Option:
         no_effect: why it has none here; it is accepted for the official command lines.
         name: the Python keyword, and its name in a video's settings.
         type: of the keyword.
+        variable: of the environment, which says one of ``choices`` where none is given; else it is the first.
         of: `REQUEST`, `MODEL` or `COMMAND`: where the keyword is one.
     """
 
@@ -72,6 +75,7 @@ class Option:
     examples: tuple[str, ...] = ()
     limits: Limits | None = None
     parse: Callable[[str], Any] | None = None
+    instead_of: tuple[str, ...] = ()
     repeats: bool = False
     sets: tuple[str, ...] = ()
     text: Callable[..., str] = field(default=lambda *values: ",".join(map(str, values)))
@@ -84,6 +88,7 @@ class Option:
     no_effect: str = ""
     name: str = ""
     type: Any = str
+    variable: str = ""
     of: str = COMMAND
 
     @property
@@ -181,9 +186,22 @@ class Option:
             near = f"; nearest: {least}" if least and math.isfinite(value) else ""
             raise ValueError(f"{self.label} is {value}, expected {self.limits}{near}")
 
+    def left_out(self) -> Any:
+        """The value where none is given: that of its `variable`, or the default.
+
+        Raises:
+            ValueError: the variable holds none of the choices.
+        """
+        if not self.variable:
+            return self.default
+        value = os.environ.get(self.variable) or self.choices[0]
+        if value not in self.choices:
+            raise ValueError(f"{self.variable} is {value!r}, expected {' or '.join(self.choices)}")
+        return value
+
     def meaning(self, value: Any) -> Any:
         """What a keyword's value stands for: text is taken as the flag takes it."""
-        is_text = isinstance(value, str) or (str in self.kinds and isinstance(value, int))
+        is_text = isinstance(value, str) or ({str, int} <= {*self.kinds} and isinstance(value, int))
         return self.parse(str(value)) if self.parse and is_text and not self.sets else value
 
     def suits(self, value: Any) -> bool:

@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, TypeVar
 
-from .errors import UsageError, nearest
+from .errors import nearest
+from .geometry import LANDSCAPE
 from .option import COMMAND, MODEL, REQUEST, Limits, Option
 from .presets import PRESETS
 from .types import MOST_IMAGES, LoraChoice, Source
@@ -40,6 +41,7 @@ SOLVERS = ("unipc", "dpm++", "euler", "dmd")
 RECIPES = ("lightx2v-4step", "fastwan-3step", "causvid", "rcm")
 ONE_GPU = "there is one GPU"
 FITS = ("official", "crop", "pad")
+SIZES = ("16:9", "9:16", "1:1", *LANDSCAPE)
 CACHES = ("none", "teacache", "magcache", "easycache")
 
 
@@ -50,9 +52,22 @@ def _read(pattern: str, text: str, kind: str, expected: str) -> tuple[str, ...]:
     return match.groups()
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    width, height = _read(r"(\d+)[x*×](\d+)", text, "size", "WIDTHxHEIGHT in pixels, such as 832x480")
-    return int(width), int(height)
+def parse_size(text: str) -> str | tuple[int, int]:
+    """(width, height), or a name that `Geometry.named_size` knows."""
+    expected = f"WIDTHxHEIGHT in pixels, such as 832x480, or {', '.join(SIZES)}"
+    ratio = r"[1-9]\d{0,3}:[1-9]\d{0,3}"
+    width, height, name = _read(rf"(\d+)[x*×](\d+)|({'|'.join([ratio, *LANDSCAPE])})", text, "size", expected)
+    return name or (int(width), int(height))
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    _read(r"\d+(,\d+)*", text, "list of seeds", "whole numbers, such as 1,2,3")
+    seeds = tuple(int(seed) for seed in text.split(","))
+    for seed in seeds:
+        named("seed").check(seed)
+        if seeds.count(seed) > 1:
+            raise ValueError(f"seed {seed} is in {text!r} {seeds.count(seed)} times, expected each once")
+    return seeds
 
 
 def parse_range(text: str) -> tuple[float, float]:
@@ -65,12 +80,6 @@ def parse_skip(text: str) -> tuple[tuple[int, ...], tuple[float, float] | None]:
     expected = "layers and where to skip them, such as 9,10:0.1-0.9"
     layers, span = _read(r"(\d+(?:,\d+)*)(?::(.*))?", text, "list of layers", expected)
     return tuple(int(layer) for layer in layers.split(",")), parse_range(span) if span is not None else None
-
-
-def _size(width: int | None, height: int | None) -> str:
-    if width is None or height is None:
-        raise UsageError(f"{'width' if height is None else 'height'} is given alone; expected both, such as 832x480")
-    return f"{width}x{height}"
 
 
 def _skip(layers: Sequence[int] | None, span: Sequence[float] | None) -> str:
@@ -107,12 +116,15 @@ class RequestOptions(TypedDict, total=False):
     negative_prompt: Annotated[str | None, Option(
         "--negative-prompt TEXT", "what to avoid (default: the model's own)", WHAT, more='`""` for nothing', empty=True,
     )]
-    width: Annotated[int | None, Option(
-        "--size WxH", "pixels, multiples of 16 (default: the model's)", WHAT,
-        more="Up to 16384; `832*480` is taken too. It is the area where a source sets the proportions",
-        parse=parse_size, sets=("width", "height"), text=_size,
+    size: Annotated[str | tuple[int, int] | None, Option(
+        "--size WxH", "832x480; or 16:9 9:16 1:1, 480p 720p (default: the model's)", WHAT,
+        more="Multiples of 16 up to 16384; `832*480` is taken too. 480p is 832x480, 720p 1280x720, or what is allowed "
+        "next to it; a ratio has at most "
+        "as many pixels as the model's own size: see below. Where a source sets the proportions, it is the area",
+        examples=SIZES, parse=parse_size, text="{}x{}".format, instead_of=("width", "height"),
     )]
-    height: Annotated[int | None, Option("", "pixels, a multiple of 16 (default: the model's)")]
+    width: Annotated[int | None, Option("--width N", "pixels, with --height", WHAT, instead_of=("size",))]
+    height: Annotated[int | None, Option("--height N", "pixels, with --width", WHAT, instead_of=("size",))]
     num_frames: Annotated[int | None, Option(
         "--frames --frame_num N", "4n+1 (default 81: five seconds)", WHAT,
         more="Up to 100001; 1 is a picture; a shorter source makes it fewer",
@@ -168,7 +180,7 @@ class RequestOptions(TypedDict, total=False):
     )]
     seed: Annotated[int | None, Option(
         "-s --seed --base_seed N", "same seed, same video (default: drawn)", SAMPLE,
-        more="A negative one is drawn, too", limits=Limits(0, 2**64 - 1),
+        more="A negative one is drawn, too", limits=Limits(0, 2**64 - 1), instead_of=("seeds",),
     )]
     cache: Annotated[str | None, Option(
         "--cache NAME", "step cache: {choices}; each takes a threshold after a colon (easycache:0.05)", GUIDE,
@@ -211,9 +223,9 @@ class ModelOptions(TypedDict, total=False):
         "--vace-module PATH", "file of VACE's part of a transformer, as Kijai publishes it, to add to a text-to-video "
         "one", WEIGHTS, place="name",
     )]
-    source: Annotated[str, Option(
-        "--source HUB", "hub to download from: {choices}", WEIGHTS, default="huggingface",
-        choices=("huggingface", "modelscope"), free=True,
+    source: Annotated[str | None, Option(
+        "--source HUB", "hub to download from: {choices}", WEIGHTS, more="Default: `WAN_MLX_SOURCE`, or huggingface",
+        choices=("huggingface", "modelscope"), variable="WAN_MLX_SOURCE", free=True,
     )]
     preset: Annotated[str | None, Option(
         "--task NAME", "take the sampling defaults of this official task, such as t2v-1.3B", WEIGHTS,
@@ -248,7 +260,8 @@ class ModelOptions(TypedDict, total=False):
     vae_tiling: Annotated[str | tuple[int, int] | None, Option(
         "--vae-tiling WxH",
         "decode and encode in tiles of at most so many pixels (384x384): the same video, less memory, more time; off: "
-        "never (default: auto, where memory asks for it)", RUN, examples=("auto", "off"), text=_size, free=True,
+        "never (default: auto, where memory asks for it)", RUN, examples=("auto", "off"), text="{}x{}".format,
+        free=True,
     )]
     caffeinate: Annotated[bool, Option(
         "--no-caffeinate", "let an idle Mac fall asleep while a run goes on", RUN,
@@ -279,8 +292,16 @@ COMMAND_OPTIONS = [
         more="Of .jsonl a line is an object with any flags as keys. See below", place="file", alone=True,
     ),
     Option(
-        "--num-images N", "N stills with the seeds from --seed on", WHAT,
-        more="Up to 10000. The output's name gets `_seedN`",
+        "--seeds LIST", "a video for each seed, such as 1,2,3", WHAT,
+        more="The model is loaded once, and the output's name gets `_seedN`", parse=parse_seeds, instead_of=("seed",),
+        type=Sequence[int],
+    ),
+    Option(
+        "--num-videos N", "N videos, with the seeds from --seed on", WHAT, more="Likewise; up to 10000",
+        limits=Limits(1, MOST_IMAGES), type=int,
+    ),
+    Option(
+        "--num-images N", "N stills, with the seeds from --seed on", WHAT, more="Likewise; --frames is 1",
         limits=Limits(1, MOST_IMAGES), type=int,
     ),
     Option(
@@ -326,6 +347,10 @@ COMMAND_OPTIONS = [
     Option(
         "--config FILE", "the settings of an earlier video, or of a .json file", RUN,
         more="Flags beside it win", place="file", alone=True,
+    ),
+    Option(
+        "--no-notify", "no notification when a run of minutes ends", RUN,
+        more="It is macOS's, elsewhere the terminal's bell", default=True, name="notify", alone=True,
     ),
     Option("--quiet", "print only the output path and errors", SAY, alone=True),
     Option("--verbose", "print also what is read, fetched and chosen", SAY, alone=True),
@@ -407,7 +432,7 @@ def filled(face: str, given: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: there is none of such a name; names the nearest.
         ValueError: a text that stands for nothing.
     """
-    known = {option.name: option.default for option in of(face)}
+    known = {option.name: option.left_out() for option in of(face)}
     for name in given:
         if name not in known:
             raise TypeError(f"a {face} has no option {name!r}{nearest(name, known)}")

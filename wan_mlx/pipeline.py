@@ -60,7 +60,7 @@ class WanPipeline(OpenedModel):
         image_encoder: str | Path | None = None,
         tokenizer: str | Path | None = None,
         vace_module: str | Path | None = None,
-        source: str = "huggingface",
+        source: str | None = None,
         loras: Iterable[LoraChoice] | LoraChoice | None = None,
         vae_tiling: str | tuple[int, int] | None = None,
         caffeinate: bool = True,
@@ -135,6 +135,7 @@ class WanPipeline(OpenedModel):
         # options: request, by docs/make_signatures.py
         *,
         negative_prompt: str | None = None,
+        size: str | tuple[int, int] | None = None,
         width: int | None = None,
         height: int | None = None,
         num_frames: int | None = None,

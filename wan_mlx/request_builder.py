@@ -46,7 +46,9 @@ def build_request(
         bound = {name: given.get(name) for name in ("steps", "guidance_scale", "shift", "solver")}
         given |= RECIPES[recipe].fill(**bound)
     values |= {name: getattr(preset, name) for name in ("negative_prompt", "num_frames", "fps", "task")}
-    values["width"], values["height"] = preset.size
+    sides = [given.pop(name, None) for name in ("size", "width", "height")]
+    values["width"], values["height"] = size_of(preset, geometry, *sides)
+    del values["size"]
     values |= {"strength": DEFAULT_STRENGTH if "video" in given else 1.0} | given
     sampling = vars(preset.sampling_for(values["width"], values["height"]))
     values |= sampling | given
@@ -63,6 +65,21 @@ def build_request(
     return fit_sources(request, preset)
 
 
+def size_of(
+    preset: Preset, geometry: Geometry, size: str | tuple[int, int] | None, width: int | None, height: int | None
+) -> tuple[int, int]:
+    """The width and height that are asked for: by a size or its name, by sides, or else the model's own.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if size is None:
+        return (preset.size[0] if width is None else width), (preset.size[1] if height is None else height)
+    if width is not None or height is not None:
+        raise ValueError(f"size is {size!r}, and width or height is given too; leave one out")
+    return geometry.named_size(size, preset.size) if isinstance(size, str) else (size[0], size[1])
+
+
 def check_request(request: Request) -> None:
     """Raise ValueError, with the nearest valid choice, if a value cannot be used."""
     if not (request.prompt or "").strip():
@@ -71,7 +88,7 @@ def check_request(request: Request) -> None:
     request.geometry.check_frames(request.num_frames)
     least = {"strength": f"{1 / max(1, request.steps):g}"}
     for option in options.of(REQUEST):
-        option.check(getattr(request, option.name), least.get(option.name))
+        option.check(getattr(request, option.name, None), least.get(option.name))  # a size is its two sides there
     if request.begin == request.steps:
         raise ValueError(
             f"strength {request.strength:g} of {request.steps} steps is not one step; "

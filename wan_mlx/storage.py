@@ -39,6 +39,11 @@ def gigabytes(count: int) -> str:
     return f"{count} bytes"
 
 
+def size_of_folder(folder: Path) -> int:
+    """Bytes of the files in a folder, at any depth; links are not followed."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_symlink() and path.is_file())
+
+
 def home_folder() -> Path | None:
     """The user's home folder; None if there is none, as in a container that does not know its user."""
     try:

@@ -106,15 +106,17 @@ class Request:
         sources = [*(getattr(self, name) for name in SOURCE_FIELDS), *self.src_ref_images]
         return [Path(source) for source in sources if isinstance(source, str | Path)]
 
-    def series(self, count: int) -> list[Request]:
-        """``count`` stills of this request, with the seeds from its own on, each as it would be asked for alone.
+    def series(self, count: int, name: str = "num_images") -> list[Request]:
+        """``count`` of this request, with the seeds from its own on, each as it would be asked for alone.
+
+        ``name``: "num_videos" where they need not be stills.
 
         Raises:
             ValueError: it is not for a still, ``count`` is not from 1 to `MOST_IMAGES`, or the seeds run out.
         """
         if not 1 <= count <= MOST_IMAGES:
-            raise ValueError(f"num_images is {count}, expected 1 to {MOST_IMAGES}")
-        if count > 1 and self.num_frames != 1:
+            raise ValueError(f"{name} is {count}, expected 1 to {MOST_IMAGES}")
+        if count > 1 and self.num_frames != 1 and name == "num_images":
             raise ValueError(f"num_images is {count}, but {self.num_frames} frames are a video; nearest: 1 frame")
         if self.seed + count > 2**64:
             raise ValueError(f"seed is {self.seed}, expected room for {count} seeds; nearest: {2**64 - count}")

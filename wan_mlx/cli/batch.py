@@ -25,7 +25,7 @@ from ..runs.record import seed_of_made
 from ..storage import parse_json, place_of
 from .flags import build_parser, free_on_resume, json_flags, keywords
 from .interrupt import Interrupts
-from .jobs import check_flags, extend, extension_of, jobs_from, open_model, request_from
+from .jobs import check_flags, extend, extension_of, is_series, jobs_from, open_model, request_from
 from .summary import tell_awake, tell_notes
 from .terminal import FAILURE, SUSPECT, Terminal, explain
 
@@ -244,8 +244,9 @@ def _lines(
     """The request of a line: one video, or several stills."""
     check_flags(args)
     extension = extension_of(args)
-    if args.num_images is not None and (args.seed is None or args.seed < 0):
-        raise UsageError("num_images without a seed, which names the files; give one")
+    if args.seeds is None and is_series(args) and (args.seed is None or args.seed < 0):
+        name = "num_images" if args.num_images is not None else "num_videos"
+        raise UsageError(f"{name} without a seed, which names the files; give one")
     model = keywords(args, options.MODEL)
     key = json.dumps(model, default=str, sort_keys=True)
     if key not in pipes:

@@ -45,7 +45,7 @@ COMMANDS = {
         "make a video or pictures; the word itself may be left out",
         takes="prompt",
         usual=(
-            "prompt", "negative_prompt", "size", "num_frames", "num_images", "output", "prompts", "image", "video",
+            "prompt", "negative_prompt", "size", "num_frames", "num_videos", "output", "prompts", "image", "video",
             "model", "loras", "quantize", "seed", "steps", "guidance_scale", "cache", "memory", "config", "dry_run",
             "quiet", "preview",
         ),
@@ -127,6 +127,7 @@ def as_flags(name: str, argv: list[str], is_said: bool) -> list[str]:
         UsageError: there are several such words, its flag is given too, or it is clearly no prompt.
     """
     command = COMMANDS[name]
+    _check_pairs({word.split("=")[0] for word in argv})
     placed = [_Word(word) for word in argv]  # equal words are told apart
     given, unknown = build_parser().parse_known_args(placed)
     words = [word for word in unknown if not _is_flag(word)]
@@ -146,6 +147,15 @@ def as_flags(name: str, argv: list[str], is_said: bool) -> list[str]:
     if not is_said:
         _check_prompt(word)
     return [*command.flags, *argv[:place], f"{option.flags[0]}={word}", *argv[place + 1 :]]
+
+
+def _check_pairs(words: set[str]) -> None:
+    """Refuse two flags of which one would do nothing; where one is of a file's or a batch's, the later holds."""
+    for option in options.flags():
+        for other in map(options.keyed, option.instead_of):
+            given = [{*of.short, *of.flags} & words for of in (option, other)]
+            if all(given):
+                raise UsageError(f"{min(given[0])} and {min(given[1])} are both given; leave out one of the two")
 
 
 class _Word(str):

@@ -53,7 +53,7 @@ def build_parser() -> Parser:
         parser.add_argument(
             f"--{part.replace('_', '-')}", metavar="PATH", help="taken instead of SOURCE's own"
         )
-    parser.add_argument("--source", dest="hub", default="huggingface", help="hub: huggingface (default) or modelscope")
+    parser.add_argument("--source", dest="hub", help="hub: huggingface (default) or modelscope")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     parts = {part: getattr(args, part) for part in GIVEN_APART if getattr(args, part) is not None}
+    args.hub = args.hub or named("source").left_out()
     listener: Listener = unheard if args.quiet else ProgressBars()
     if args.inspect == (args.out is not None):
         raise UsageError("give SOURCE and OUT, the folder to write; or --inspect and SOURCE alone")

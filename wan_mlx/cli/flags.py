@@ -9,6 +9,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from .. import options
@@ -37,6 +38,19 @@ class Page(argparse.RawDescriptionHelpFormatter):
             return super()._format_action_invocation(action)
         value = self._format_args(action, self._get_default_metavar_for_optional(action))
         return f"{', '.join(action.option_strings)} {value}"
+
+
+class Instead(argparse.Action):
+    """Stores a value, and forgets those of the options that it stands instead of."""
+
+    def __init__(self, *words: Any, instead_of: Sequence[str], **options: Any):
+        super().__init__(*words, **options)
+        self.instead_of = instead_of
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        for key in self.instead_of:
+            setattr(namespace, key, None)
+        setattr(namespace, self.dest, values)
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,6 +106,8 @@ def arguments_of(option: Option) -> dict[str, Any]:
         return {**common, "action": "store_false" if option.default else "store_true"}
     if option.repeats:
         common["action"] = "append"
+    if option.instead_of:
+        common["action"] = partial(Instead, instead_of=option.instead_of)
     if option.value_is_optional:
         common |= {"nargs": "?", "const": True}
     return {**common, "metavar": option.metavar, "type": reader(option)}
@@ -127,7 +143,7 @@ def given_flags(argv: list[str]) -> dict[str, Any]:
     parser = build_parser()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    return vars(parser.parse_args(argv))
+    return {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
 
 
 def free_on_resume() -> set[str]:
@@ -143,7 +159,7 @@ def keywords(args: argparse.Namespace, face: str) -> dict[str, Any]:
         if option.of == face and option.sets:
             found.update(zip(option.sets, given or (), strict=False))
         elif option.of == face:
-            found[option.name] = given
+            found[option.name] = option.left_out() if given is None and option.variable else given
     return found
 
 

@@ -17,6 +17,7 @@ from ..media.write import check_output
 from ..other_models import of_name
 from ..planning.choose import plan
 from ..planning.machine import mlx_version
+from ..request_builder import size_of
 from ..runs.folder import ENDING, RunFolder
 from ..runs.job import Job
 from ..runs.record import check_identity, check_same, model_of, request_of, seed_of_made, with_dtype
@@ -28,6 +29,7 @@ from .jobs import (
     default_output,
     extend,
     extension_of,
+    is_series,
     jobs_from,
     make,
     open_model,
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
         say.note(f"model     {args.model}, which comes with the package: a first look; larger ones: wan-mlx models")
     if args.output:
         # Before a download or an hour of work; of a series the names are not known yet.
-        check_output(args.output, args.overwrite or args.num_images is not None)
+        check_output(args.output, args.overwrite or is_series(args))
     model = keywords(args, options.MODEL)
     if args.dry_run and tell_downloads(model, say):
         return 0
@@ -56,12 +58,13 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     pipe = open_model(model, say)
     request = request_from(pipe, args)
     output = Path(args.output) if args.output else default_output(request)
-    jobs, made = jobs_from(pipe, args, request, output), []
-    if args.num_images is not None and not args.overwrite:  # a series goes on where it was cut
+    jobs, made = jobs_from(pipe, args, request, output), list[Job]()
+    if is_series(args) and not args.overwrite:  # a series goes on where it was cut
         made = [job for job in jobs if seed_of_made(pipe, job.request, job.output, extension=extension) is not None]
         jobs = [job for job in jobs if job not in made]
     for job in jobs:
-        job.check_output()
+        if not (is_series(args) and RunFolder(job.output).is_unfinished):
+            job.check_output()
     describe(pipe, request, say, *(job.output for job in [*made, *jobs]))
     tell_watching(pipe, jobs[0].previews if jobs else None, say)
     experts = [part.file for part in pipe.checkpoint.of_kind("transformer")]
@@ -71,7 +74,9 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     for file in experts:
         if other := of_name(file.name, known=True):
             say.note(f"          by its name {file.name} is {other.name}; it runs as {pipe.preset.name} does")
-    asked = args.size or pipe.preset.size
+    asked = size_of(pipe.preset, pipe.geometry, args.size, args.width, args.height)
+    if isinstance(args.size, str):
+        say.note(f"          {args.size} is {asked[0]}x{asked[1]} for {pipe.preset.name}")
     if asked != (request.width, request.height):
         say.note(f"          the size follows your source; {asked[0]}x{asked[1]} set the area")
     if (args.num_frames or request.num_frames) != request.num_frames:
@@ -87,7 +92,8 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     if extension and jobs:
         extend(extension, jobs, say)
     with pipe.keep_loaded() if len(jobs) > 1 else nullcontext():
-        return max([make(job, say, interrupts) for job in jobs], default=0)
+        free = free_on_resume() if is_series(args) else None
+        return max([make(job, say, interrupts, free=free) for job in jobs], default=0)
 
 
 def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, interrupts: Interrupts) -> int:
@@ -142,10 +148,9 @@ def show_version() -> int:
 def show_plan(args: argparse.Namespace, say: Terminal) -> int:
     """``--plan``: print it; 1 if it does not fit."""
     still = args.num_frames is None and args.preset == "t2i-14B"
-    same = ("steps", "memory", "dtype", "quantize", "guidance_scale", "vae_tiling")
-    width, height = args.size or (None, None)
+    same = ("width", "height", "size", "steps", "memory", "dtype", "quantize", "guidance_scale", "vae_tiling")
     frames = 1 if still else args.num_frames
-    planned = partial(plan, args.model, width, height, frames, **{name: getattr(args, name) for name in same})
+    planned = partial(plan, args.model, num_frames=frames, **{name: getattr(args, name) for name in same})
     found = planned()
     if found.fits:
         say.note(f"it fits in {found.peak / 2**30:.2f} GiB; to tell the time, its parts are timed for some seconds ...")

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -25,6 +26,8 @@ from .interrupt import Interrupts
 from .summary import tell_downloads
 from .terminal import SUSPECT, Terminal
 
+SERIES = ("seeds", "num_videos", "num_images")  # keys of the options that ask for several
+
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse missing flags, incomplete ones, and those without effect; a model that is left out is nano."""
@@ -35,7 +38,18 @@ def check_flags(args: argparse.Namespace) -> None:
         args.model = "nano-i2v" if args.image else "nano"
     if args.prompt is None and not args.plan:
         raise UsageError('--prompt is missing: say what the video should show, as in wan-mlx "a red circle"')
+    if (args.width is None) != (args.height is None):
+        alone, other = ("width", "height") if args.height is None else ("height", "width")
+        raise UsageError(f"--{alone} is given alone; expected --{other}, too, or --size")
+    if len(given := [f"--{key.replace('_', '-')}" for key in SERIES if getattr(args, key) is not None]) > 1:
+        raise UsageError(f"{' and '.join(given)} are given; expected one of them")
     check_needs(args)
+
+
+def is_series(args: argparse.Namespace) -> bool:
+    """Whether several videos or stills of one prompt are asked for, whose names get their seeds."""
+    return any(getattr(args, key) is not None for key in SERIES)
+
 
 
 def check_needs(args: argparse.Namespace, there: Collection[str] = ()) -> None:
@@ -79,20 +93,26 @@ def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:
 
 
 def jobs_from(pipe: WanPipeline, args: argparse.Namespace, request: Request, output: Path) -> list[Job]:
-    """A job, or of ``--num-images`` one for each still: "cat.png" becomes "cat_seed42.png", "cat_seed43.png", ..."""
+    """A job, or of a series one for each seed: "cat.png" becomes "cat_seed42.png", "cat_seed43.png", ..."""
     asked = {
         option.key: getattr(args, option.key)
         for option in options.flags()
         if option.of != options.MODEL and not (option.free or option.alone or option.no_effect)
     }
     jobs = [Job(pipe, request, output, asked, args.overwrite)]
-    if args.num_images is not None:  # each as if it had been asked for alone
-        jobs = []
-        for one in request.series(args.num_images):
+    if is_series(args):  # each as if it had been asked for alone
+        alone, jobs = {**asked, **dict.fromkeys(SERIES)}, []
+        for one in _series(args, request):
             name = output.with_name(f"{output.stem}_seed{one.seed}{output.suffix}")
-            jobs.append(Job(pipe, one, name, {**asked, "seed": one.seed}, args.overwrite))
+            jobs.append(Job(pipe, one, name, {**alone, "seed": one.seed}, args.overwrite))
     watch(jobs, args.preview, args.preview_every)
     return jobs
+
+
+def _series(args: argparse.Namespace, request: Request) -> list[Request]:
+    if args.seeds is not None:
+        return [replace(request, seed=seed) for seed in args.seeds]
+    return request.series(args.num_videos, "num_videos") if args.num_videos else request.series(args.num_images)
 
 
 def watch(jobs: Sequence[Job], path: str | None, every: int) -> None:
@@ -127,15 +147,24 @@ def extend(extension: Extension, jobs: Sequence[Job], say: Terminal) -> None:
             say.note(f"          written out by {request.extended_by} from: {request.original_prompt}")
 
 
-def make(job: Job, say: Terminal, interrupts: Interrupts, folder: RunFolder | None = None) -> int:
+def make(
+    job: Job,
+    say: Terminal,
+    interrupts: Interrupts,
+    folder: RunFolder | None = None,
+    free: Collection[str] | None = None,
+) -> int:
     """Make the job's file, or go on where ``folder`` is; if it ends before its time, say how to go on with it.
+
+    Args:
+        free: as for `Job.make`.
 
     Returns:
         the exit code.
     """
     try:
         with interrupts.stopping(job):
-            made = job.make(say) if folder is None else job.go_on(folder, say)
+            made = job.make(say, free) if folder is None else job.go_on(folder, say)
     except BaseException as error:
         if job.kept is None:
             raise

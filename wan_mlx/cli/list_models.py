@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import textwrap
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
-from ..hub.resolve import is_cached
+from ..errors import UsageError, some
+from ..hub.model_folders import VARIABLE, model_folders, models_in
+from ..hub.resolve import folders_of, is_cached
 from ..presets import PRESETS, TASK_NAMES, Preset
+from ..storage import gigabytes, size_of_folder
 from .flags import Parser
 from .terminal import write
 
@@ -16,6 +20,7 @@ from .terminal import write
 def row_of(preset: Preset) -> dict[str, Any]:
     """The facts about a preset; bytes of the transformer in bfloat16 and in four bits (groups of 64)."""
     count = preset.parameters
+    repositories = [*preset.repositories]
     return {
         "name": preset.name,
         "task": preset.task,
@@ -24,34 +29,49 @@ def row_of(preset: Preset) -> dict[str, Any]:
         "parameters": count,
         "bytes_bfloat16": 2 * count,
         "bytes_q4": count * 4.5 / 8,
-        "repositories": [*preset.repositories],
+        "repositories": repositories,
         "here": not preset.repo or is_cached(preset.repo),
         "vocabulary": list(preset.vocabulary),
+        "bytes_on_disk": sum(size_of_folder(folder) for repo in repositories for folder in folders_of(repo)),
     }
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="wan-mlx models", description="Released models and what is on this machine.")
+    parser.add_argument("action", nargs="?", choices=["rm"], help="rm NAME: delete what was downloaded or converted")
+    parser.add_argument("name", nargs="?", help="a model of the table, a hub id, or a folder that convert wrote")
+    parser.add_argument("--yes", action="store_true", help="of rm: do not ask")
     parser.add_argument("--json", action="store_true", help="print a JSON array")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Print the table, or with ``--json`` one JSON array."""
+    """Print the table, or with ``--json`` one JSON array; or with ``rm NAME`` delete a model."""
     args = build_parser().parse_args(argv)
+    if args.action == "rm":
+        if args.name is None:
+            raise UsageError("models rm: expected the name of a model, such as t2v-1.3B")
+        from .remove_models import remove
+
+        return remove(args.name, args.yes)
+    if args.yes:
+        raise UsageError("--yes has no effect without rm; leave it out")
     rows = [row_of(preset) for preset in PRESETS.values()]
     if args.json:
         for line in json.dumps(rows, indent=1).splitlines():
             write(line)
         return 0
-    write(f"{'--model':<16}{'task':<22}{'size':<10}{'frames':>6}{'weights':>11}{'in q4':>10}  {'here':<5}repository")
+    write(f"{'--model':<16}{'task':<22}{'size':<10}{'frames':>6}{'weights':>11}{'in q4':>10}  {'here':<14}repository")
     for row in rows:
-        size, here = "x".join(map(str, row["size"])), "yes" if row["here"] else "no"
+        size, on_disk = "x".join(map(str, row["size"])), row["bytes_on_disk"]
+        here = ("yes" if row["here"] else "part" if on_disk else "no") + f", {gigabytes(on_disk)}" * bool(on_disk)
         weights, packed = (f"{row[key] / 1e9:.2f} GB" for key in ("bytes_bfloat16", "bytes_q4"))
         repository = row["repositories"][0] if row["repositories"] else "bundled"
         write(f"{row['name']:<16}{TASK_NAMES[row['task']]:<22}{size:<10}{row['frames']:>6}{weights:>11}{packed:>10}  "
-              f"{here:<5}{repository}")  # fmt: skip
+              f"{here:<14}{repository}")  # fmt: skip
     write("")
+    for folder in model_folders():
+        list_folder(folder)
     write("weights: of the transformer in bfloat16, as loaded. The text encoder (11.4 GB in bfloat16) is streamed")
     write("from disk and never in memory as a whole. What a model downloads: --model NAME --prompt x --dry-run")
     for vocabulary, names in groupby((row for row in rows if row["vocabulary"]), key=lambda row: row["vocabulary"]):
@@ -61,3 +81,16 @@ def main(argv: list[str]) -> int:
             for line in textwrap.wrap(language, 100 if language.isascii() else 50):  # Chinese is twice as wide
                 write(f"  {line}")
     return 0
+
+
+def list_folder(folder: Path) -> None:
+    """What `--model` and `--lora` find by name in a folder of `WAN_MLX_MODELS`: LoRAs are counted."""
+    found = [path.relative_to(folder) for path in models_in(folder)] if folder.is_dir() else []
+    loras = [path for path in found if "loras" in path.parts]
+    write(f"in {folder} ({VARIABLE}): " + ("" if folder.is_dir() else "there is no such folder"))
+    for path in (path for path in found if path not in loras):
+        place = folder / path
+        write(f"  {path}  {gigabytes(size_of_folder(place) if place.is_dir() else place.stat().st_size)}")
+    if loras:
+        write(f"  loras: {some([path.stem for path in loras], 10)}")
+    write("")

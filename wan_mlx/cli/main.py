@@ -14,6 +14,7 @@ from .commands import COMMANDS, as_flags, help_page
 from .config_file import config_arguments
 from .flags import build_parser, given_flags
 from .interrupt import Interrupts
+from .notify import end_told
 from .terminal import INTERRUPTED, USAGE, Terminal, explain, say_logs, write
 
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         from .list_runs import list_runs
         from .summary import tell_no_effect
 
-        with Interrupts() as interrupts:
+        with Interrupts() as interrupts, end_told(args):
             if args.version:
                 return show_version()
             if name == "resume" and not args.resume:

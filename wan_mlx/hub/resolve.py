@@ -21,6 +21,7 @@ from ..presets import BUNDLED, PARTS, PRESETS, Preset
 from ..storage import free_space, gigabytes, parse_json, shards_of
 from . import modelscope
 from .download import RemoteFile, bytes_here, fetch_files, is_transient, one_line
+from .model_folders import find_model
 from .names import ADAPTER_CONFIG, CONFIGS, Location, needed_files, parse_location, preset_at, weights_in
 
 log = logging.getLogger(__name__)
@@ -260,6 +261,16 @@ def is_cached(model: str | Path) -> bool:
     return _here(model) is not None or cached(model) is not None
 
 
+def folders_of(repo: str) -> list[Path]:
+    """The folders of both hubs' caches that hold what was downloaded of a repository, whole or not."""
+    if not _has_home(_cache("huggingface")):
+        return []
+    places = [_cache("huggingface") / f"models--{repo.replace('/', '--')}"]
+    for folder in ("models", "hub/models", "hub"):  # of ModelScope's versions, which replace dots in names
+        places += [modelscope.cache() / folder / name for name in {repo, repo.replace(".", "___")}]
+    return [place for place in places if place.is_dir() and not place.is_symlink()]
+
+
 def preset_of(model: str | Path) -> Preset | None:
     """The preset of a hub's model, by its name; None for local models, whose names mean nothing."""
     location = _remote(model)
@@ -276,7 +287,7 @@ def _here(model: str | Path) -> Path | None:
         return BUNDLED[model]
     path = Path(model).expanduser()
     try:
-        return path if path.exists() else None
+        return path if path.exists() else find_model(str(model))
     except OSError:  # the name is too long for a path
         return None
 

@@ -22,6 +22,7 @@ from ..models.execution import TOKENS_AT_ONCE
 from ..models.vae_tiling import SMALLEST_TILE
 from ..options import named
 from ..presets import PRESETS, Preset, find_preset, preset_for
+from ..request_builder import size_of
 from ..types import Request
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.load import config_of, parameters_of
@@ -76,6 +77,7 @@ def plan(
     steps: int | None = None,
     memory: str | int | None = None,
     *,
+    size: str | tuple[int, int] | None = None,
     dtype: str = "bfloat16",
     quantize: str | int | None = None,
     guidance_scale: float | None = None,
@@ -87,6 +89,7 @@ def plan(
     Args:
         model: a preset's name, a published model's hub id, or a local model (whose own sizes are used).
         width, height, num_frames, steps, guidance_scale: None takes the model's defaults.
+        size: instead of width and height, as for a call of a pipeline: "16:9", "480p", "832x480".
         memory: the limit for MLX, such as "8GB"; None or "auto" takes this machine's free memory.
         dtype, quantize, vae_tiling: as for `WanPipeline.from_pretrained`.
         measure: give times too, if it fits: parts of the networks are timed for some seconds (`planning.speed`).
@@ -102,7 +105,7 @@ def plan(
     preset, checkpoint = find_model(model)
     sizes = lru_cache(partial(sizes_of, checkpoint or preset, dtype))
     geometry = sizes(quantize).geometry
-    width, height = (full if side is None else side for side, full in zip((width, height), preset.size, strict=True))
+    width, height = size_of(preset, geometry, named("size").meaning(size), width, height)
     frames = preset.num_frames if num_frames is None else num_frames
     geometry.check_size(width, height)
     geometry.check_frames(frames)

@@ -13,6 +13,7 @@ import mlx.core as mx
 from .. import __version__, options, storage
 from ..errors import WanError
 from ..geometry import Geometry
+from ..hub.model_folders import find_model
 from ..media.preview import PreviewFiles
 from ..media.write import read_settings
 from ..opened import OpenedModel
@@ -129,6 +130,7 @@ def check_same(given: Mapping[str, Any], record: Mapping[str, Any], free: Collec
 def _value_in(request: Mapping[str, Any], key: str) -> Any:
     """The value of a parsed flag that a request's fields come from; None if they do not tell."""
     option = next(option for option in options.flags() if option.key == key)
+    request = {**request, "size": [request["width"], request["height"]]}
     values = [request.get(name) for name in option.sets or (option.name,)]
     return values[0] if not (option.sets and values[0]) else values
 
@@ -187,7 +189,10 @@ def _normal(name: str, value: Any, place: str | None) -> Any:
 
 def _absolute_if_here(name: str) -> str:
     """A file or folder of this machine as an absolute path; the name of a bundled model or on a hub as it is."""
-    return name if name in BUNDLED or not Path(name).expanduser().exists() else _absolute(name)
+    if name in BUNDLED or Path(name).expanduser().exists():
+        return name if name in BUNDLED else _absolute(name)
+    found = find_model(name)
+    return name if found is None else _absolute(str(found))
 
 
 def _absolute(path: str) -> str:

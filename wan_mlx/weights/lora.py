@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -21,6 +22,7 @@ from ..errors import UnsupportedModel, WeightsError, some
 from ..files.base import WeightsFile
 from ..files.open import open_weights
 from ..files.scaled import fold
+from ..hub.model_folders import find_model
 from ..hub.names import WEIGHT_ENDINGS, parse_location
 from ..models.configs import TransformerConfig
 from ..other_models import of_keys, of_lora
@@ -103,7 +105,7 @@ def normalise_loras(loras: Iterable[LoraChoice] | LoraChoice | None) -> list[tup
             raise ValueError(f"{entry!r} is no LoRA; expected a path, or (path, strength)") from None
         if not math.isfinite(strength):
             raise ValueError(f"the strength of the LoRA {path} is {strength}; expected a finite number such as 0.8")
-        found.append((path, strength))
+        found.append((path if os.path.exists(path) else find_model(str(path)) or path, strength))
     return found
 
 
