@@ -347,20 +347,56 @@ def test_rotation_is_the_same_with_them(on_gpu, monkeypatch, head_dim):
 
 def test_doctor_reports_kernels(on_gpu, monkeypatch):
     monkeypatch.setattr(measure, "WIDTHS", {256: 512})
+    monkeypatch.setattr(measure, "TRIALS", [(dtype, 256) for dtype in (mx.bfloat16, mx.float16, mx.float32)])
     monkeypatch.setattr(measure, "kernel_seconds", lambda fused, *_: 1.3 if fused is kernels.gelu_tanh else 1.1)
     right, slower = kernels.modulated_norm.kernel, []
     monkeypatch.setattr(kernels.modulated_norm, "kernel", lambda *arguments: right(*arguments) + 1)
     bad = list(measure.fused_kernels(slower))
     assert {check.status for check in bad} == {"warn"}
-    assert bad[1].said == "modulated_norm 256 float32: not right here; gelu_tanh 512 float32 takes 1.3 times as long"
-    assert slower == ["gelu_tanh 512 bfloat16", "gelu_tanh 512 float32"]
+    said = "modulated_norm 256 {0} is not right here; gelu_tanh 512 {0} takes 1.3 times as long, at 256 channels"
+    assert [check.said for check in bad] == [said.format(of) for of in ("bfloat16", "float16", "float32")]
+    assert slower == ["gelu_tanh 512 bfloat16", "gelu_tanh 512 float16", "gelu_tanh 512 float32"]
     monkeypatch.setattr(kernels.modulated_norm, "kernel", right)
     monkeypatch.setattr(measure, "kernel_seconds", lambda *_: 1.1)
     kernels.agrees.cache_clear()
-    assert [check.status for check in measure.fused_kernels([])] == ["ok", "ok"]
+    assert [check.status for check in measure.fused_kernels([])] == ["ok", "ok", "ok"]
     monkeypatch.setenv(kernels.SWITCH, "0")
     (check,) = measure.fused_kernels([])
     assert check.said == "turned off"
+
+
+def test_a_kernel_is_compiled_once_for_all_numbers_of_tokens(on_gpu):
+    """On CUDA that takes seconds."""
+    compiled = []
+    for tokens in (4, 7, 9):
+        x, y = normal(0, 1, tokens, 128), normal(1, 1, tokens, 128)
+        for kernel in kernels.KERNELS:
+            arguments = kernels.trial(kernel, mx.float32, 128, tokens, parts=1)
+            mx.eval(kernel.kernel(*arguments))
+        assert mx.allclose(kernels.gated_add.kernel(x, [y], mx.ones((128,))), x + y)
+        compiled.append(len(Emulated.compiled))
+    assert compiled[0] == compiled[1] == compiled[2]
+
+
+def test_where_compiling_takes_long_each_dtype_is_tried_at_one_width(monkeypatch):
+    tried = []
+    monkeypatch.setattr(measure, "kernel_faults", lambda dtype, width, slower: tried.append((dtype, width)) or [])
+    whole = [check.said for check in measure.fused_kernels([])]
+    assert len(tried) == 9 and all(said.endswith("at 1536 and 3072 and 5120 channels") for said in whole)
+    tried.clear()
+    monkeypatch.setattr(measure, "KERNEL_SECONDS", 0.0)
+    short = [check.said for check in measure.fused_kernels([])]
+    assert len(tried) == 3 and all(said.endswith("operations, at 5120 channels") for said in short)
+
+
+@pytest.mark.parametrize("free, repeats", [(1e12, 8), (4e7, 3), (0.0, 1)])
+def test_timing_holds_few_results_where_memory_is_short(monkeypatch, free, repeats):
+    kernel, held = kernels.modulated_norm, []
+    monkeypatch.setattr(measure, "ROWS", 512)
+    monkeypatch.setattr(measure, "available_memory", lambda: free)
+    monkeypatch.setattr(kernel, "kernel", kernel.plain)
+    monkeypatch.setattr(measure, "timed", lambda run: held.append(len(run())) or 1.0)
+    assert measure.kernel_seconds(kernel, mx.float32, 128) == 1 and {*held} == {repeats}
 
 
 @pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.__name__)

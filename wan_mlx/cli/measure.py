@@ -4,6 +4,7 @@ operations, and a decode's peak beside its plan. The rates, and the kernels that
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -23,11 +24,12 @@ from ..models.vae_execution import VAEExecution
 from ..planning import peak_memory as peaks
 from ..planning import speed
 from ..planning.choose import plan
+from ..planning.machine import available_memory
 from ..planning.plan import GIB
 from ..planning.sizes import sizes_of
 from ..planning.speed import random_array, random_weights, worth_timing
 from ..presets import PRESETS
-from .selftest import Check
+from .selftest import Check, name_of
 
 DTYPES = {"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32}
 BIG = PRESETS["t2v-14B"].transformer
@@ -35,7 +37,12 @@ TOKENS_720P, TOKENS_480P = 75_600, 32_760  # of 81 frames
 HEADS = 4  # timed at once
 # Feed-forward width for each width that kernels are tried at: those of 1.3B, 5B and 14B.
 WIDTHS = {1536: 8960, 3072: 14_336, 5120: 13_824}
+# The order in which kernels are tried: first the dtype and the widths of most runs, then where registers run short.
+TRIALS = [(mx.bfloat16, 5120), (mx.bfloat16, 1536), (mx.float16, 5120), (mx.float32, 5120), (mx.bfloat16, 3072),
+          (mx.float16, 1536), (mx.float32, 1536), (mx.float16, 3072), (mx.float32, 3072)]  # fmt: skip
+KERNEL_SECONDS = 25.0
 ROWS, REPEATS = 4096, 8
+KERNEL_MEMORY = 0.02  # of what is free, for the results of one kernel's repeats
 SLOWER = 1.15  # times MLX's operations: then they are used
 LONG, TOO_LONG = 0.5, 3.0  # seconds of a dispatch
 MORE_THAN_PLANNED = 1.15
@@ -242,34 +249,46 @@ class Stopwatch(Pacer):
 
 
 def fused_kernels(slower: list[str]) -> Iterator[Check]:
-    """Whether wan_mlx's own kernels are right on this GPU, and faster than MLX's operations, at each model's width."""
+    """Whether wan_mlx's own kernels are right on this GPU, and faster than MLX's operations, at each model's width.
+
+    Each is compiled, on CUDA for a second or two: where `KERNEL_SECONDS` are over, a dtype is tried at one width.
+    """
     if kernels.off():
         yield Check("wan_mlx's kernels", "warn", "turned off", f"unset {kernels.SWITCH} to use them")
         return
-    for dtype in (mx.bfloat16, mx.float32):
-        bad, slow = [], []
-        for width, fused in ((width, fused) for width in WIDTHS for fused in kernels.KERNELS):
-            channels = WIDTHS[width] if fused is kernels.gelu_tanh else width
-            label = kernels.label(fused, dtype, channels)
-            if not kernels.agrees(fused, dtype, channels):
-                bad.append(label)
-            elif (share := kernel_seconds(fused, dtype, channels)) > SLOWER:
-                slow.append(f"{label} takes {share:.2g} times as long")
-                slower.append(label)
-        said = [f"{', '.join(bad)}: not right here"] * bool(bad) + slow
+    started, tried, faults = perf_counter(), defaultdict(list), defaultdict(list)
+    for dtype, width in TRIALS:
+        if not tried[dtype] or perf_counter() - started < KERNEL_SECONDS:
+            tried[dtype].append(width)
+            faults[dtype] += kernel_faults(dtype, width, slower)
+    for dtype, widths in tried.items():
+        said = "; ".join(faults[dtype]) or "right, and no slower than MLX's operations"
+        said += f", at {' and '.join(map(str, sorted(widths)))} channels"
         advice = "MLX's operations are used instead; please report this"
-        name = f"wan_mlx's kernels in {str(dtype).removeprefix('mlx.core.')}"
-        yield Check.of(name, not said, "; ".join(said) or "right, and no slower than MLX's operations", advice, "warn")
+        yield Check.of(f"wan_mlx's kernels in {name_of(dtype)}", not faults[dtype], said, advice, "warn")
+
+
+def kernel_faults(dtype: mx.Dtype, width: int, slower: list[str]) -> Iterator[str]:
+    """Of each kernel that is not right here, or does not pay: the latter's names are added to ``slower``."""
+    for fused in kernels.KERNELS:
+        channels = WIDTHS[width] if fused is kernels.gelu_tanh else width
+        label = kernels.label(fused, dtype, channels)
+        if not kernels.agrees(fused, dtype, channels, parts=1):
+            yield f"{label} is not right here"
+        elif (share := kernel_seconds(fused, dtype, channels)) > SLOWER:
+            slower.append(label)
+            yield f"{label} takes {share:.2g} times as long"
 
 
 def kernel_seconds(fused: kernels.Fused, dtype: mx.Dtype, channels: int) -> float:
     """Of a kernel, as a share of MLX's operations."""
     arguments = kernels.trial(fused, dtype, channels, ROWS, parts=1)
     mx.eval([given for given in arguments if isinstance(given, mx.array)])
+    repeats = max(1, min(REPEATS, int(KERNEL_MEMORY * available_memory() / (ROWS * channels * dtype.size))))
 
     def seconds(function: Callable) -> float:
         def run() -> float:
-            return timed(lambda: [part for _ in range(REPEATS) for part in kernels.listed(function(*arguments))])
+            return timed(lambda: [part for _ in range(repeats) for part in kernels.listed(function(*arguments))])
 
         run()
         return min(run() for _ in range(5))

@@ -37,7 +37,8 @@ PACKAGES = ("mlx", "mlx-lm", "numpy", "huggingface-hub", "sentencepiece", "image
 LITTLE_MEMORY, LITTLE_FREE, LITTLE_DISK = 8e9, 5e9, 40e9
 # max |a - b| / max |b|: wide enough for Winograd, and for CUDA's TF32, far below anything seen in a video. With TF32
 # that a Mac's user has turned on Winograd's is up to 1.4e-2 on an M5 (computed with MLX's matrices).
-TOLERANCE = {mx.float32: 3e-2 if os.environ.get("MLX_ENABLE_TF32") == "1" else 5e-3, mx.bfloat16: 4e-2}
+TOLERANCE = {mx.float32: 3e-2 if os.environ.get("MLX_ENABLE_TF32") == "1" else 5e-3, mx.bfloat16: 4e-2,
+             mx.float16: 1e-2}  # fmt: skip
 # The same for weights that are packed and unpacked, about half as much again as on a CPU.
 OF_PACKING = {"q8": 0.01, "q6": 0.03, "q5": 0.06, "q4": 0.12, "q3": 0.25, "mxfp8": 0.08, "mxfp4": 0.25, "nvfp4": 0.18}
 SOFTMAX_SPREAD = 3.0  # standard deviation of the scores: some keys stand out among tens of thousands
@@ -173,10 +174,11 @@ def ffmpeg() -> Check:
 def operations() -> Iterator[Check]:
     """Each operation on the default device against numpy in float32."""
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    for dtype in (mx.bfloat16, mx.float32):
-        yield _guarded(f"matmul 1536 to 8960, {_name(dtype)}", matmul, 1536, 8960, dtype)
-        for keys in (32_760, 75_600):
-            yield _guarded(f"attention over {keys} keys, {_name(dtype)}", attention, keys, dtype)
+    keys_of = {mx.bfloat16: (32_760, 75_600), mx.float32: (32_760, 75_600)}
+    for dtype, counts in (keys_of | {mx.float16: (75_600,)} if on_gpu else keys_of).items():
+        yield _guarded(f"matmul 1536 to 8960, {name_of(dtype)}", matmul, 1536, 8960, dtype)
+        for keys in counts:
+            yield _guarded(f"attention over {keys} keys, {name_of(dtype)}", attention, keys, dtype)
     sizes = [(384, 60, 104), (192, 240, 416), (96, 480, 832)]
     for channels, height, width in sizes:
         if not on_gpu:  # hundreds of GFLOP
@@ -316,5 +318,5 @@ def _fault(x: mx.array, axes: tuple[int, ...]) -> str:
     return f"{empty} rows are nothing but zeros" if empty else ""
 
 
-def _name(dtype: mx.Dtype) -> str:
+def name_of(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")

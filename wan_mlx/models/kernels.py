@@ -265,11 +265,13 @@ def modulated_norm(x, scale, shift, eps):
 @with_kernel(lambda x, parts, gate: layers.gated_add(x, joined(parts), gate))
 def gated_add(x, parts, gate):
     """`layers.gated_add` of x (B, L, D) and parts along L, all but the last equally long, which stay apart."""
-    names, rows = [f"y{i}" for i in range(len(parts))], parts[0].size // x.shape[-1]
-    choose = "".join(f"row / ROWS == {i} ? {name} : " for i, name in enumerate(names[:-1])) + names[-1]
-    y_parts = f"const size_t y_start = row % ROWS * C;\nconst DEVICE T* y = {choose};"
+    names = [f"y{i}" for i in range(len(parts))]
+    choose = "".join(f"row / rows == {i} ? {name} : " for i, name in enumerate(names[:-1])) + names[-1]
+    # Not a constant of the template, for each of which the kernel would be compiled again.
+    y_parts = "const size_t rows = (size_t)y0_shape[0] * y0_shape[1], y_start = row % rows * C;\n"
+    y_parts += f"const DEVICE T* y = {choose};"
     inputs = {"x": x, **dict(zip(names, parts, strict=True)), "gate": gate.flatten()}
-    return _run(f"gated_add_{len(parts)}", y_parts + READ_SUM + WRITE_SUM, 0.0, inputs, ("total",), ROWS=rows)[0]
+    return _run(f"gated_add_{len(parts)}", y_parts + READ_SUM + WRITE_SUM, 0.0, inputs, ("total",))[0]
 
 
 def _add_and_norm(x, y, gate, scale, shift, eps):
