@@ -22,9 +22,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-
 import wan_mlx
 from wan_mlx import cuda
 from wan_mlx.geometry import WAN_2_1
@@ -42,6 +39,9 @@ from wan_mlx.planning.sizes import Networks, sizes_of, weight_bytes
 from wan_mlx.presets import BUNDLED, PRESETS, Preset
 from wan_mlx.weights.component import parameter_shapes
 from wan_mlx.weights.load import load_transformer, load_vae
+
+import mlx.core as mx
+import numpy as np
 
 # Forwards: model, width, height, frames, streamed, quantised, tokens at once.
 FORWARDS = [

@@ -14,14 +14,14 @@ import json
 import tempfile
 from pathlib import Path
 
+from wan_mlx.models.execution import Execution
+from wan_mlx.presets import PRESETS
+from wan_mlx.weights.load import load_transformer
+
 import mlx.core as mx
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
-
-from wan_mlx.models.execution import Execution
-from wan_mlx.presets import PRESETS
-from wan_mlx.weights.load import load_transformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

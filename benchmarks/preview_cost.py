@@ -16,9 +16,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-
 from wan_mlx.media.preview import enlarge, latent_map, sheet_of, tiny_preview
 from wan_mlx.media.write import save_video
 from wan_mlx.models.configs import VAEConfig
@@ -26,6 +23,9 @@ from wan_mlx.models.taehv import TAEHVConfig
 from wan_mlx.planning.flops import forward_parts, vae_flop
 from wan_mlx.presets import PRESETS
 from wan_mlx.weights.taehv import load_taehv
+
+import mlx.core as mx
+import numpy as np
 
 CASES = [("t2v-1.3B", (21, 60, 104)), ("t2v-14B", (21, 60, 104)), ("t2v-14B", (21, 90, 160))]
 

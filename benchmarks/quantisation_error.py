@@ -19,10 +19,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
 from gguf_quantisers import quantise
-
 from wan_mlx.files.open import open_weights
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.quantized_linear import Packing
@@ -30,6 +27,9 @@ from wan_mlx.models.transformer import Transformer
 from wan_mlx.weights.component import ComponentWeights, parameter_shapes
 from wan_mlx.weights.load import load_transformer
 from wan_mlx.weights.quantize import QUANTIZED
+
+import mlx.core as mx
+import numpy as np
 
 CONFIG = TransformerConfig(dim=256, ffn_dim=1024, num_heads=2, num_layers=6, text_dim=256)
 GGUF_TYPES = (

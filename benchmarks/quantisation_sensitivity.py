@@ -21,14 +21,14 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
-import mlx.core as mx
-
 import wan_mlx
 from wan_mlx.models.quantized_linear import Packing, QuantizedLinear
 from wan_mlx.types import Conditioning, Step
 from wan_mlx.weights.configs import shapes_of
 from wan_mlx.weights.parameters import locate
 from wan_mlx.weights.quantize import plan_quantization, quantizable
+
+import mlx.core as mx
 
 PROMPTS = (
     "a red circle moves right on a blue background",

@@ -16,12 +16,12 @@ import sys
 import time
 from pathlib import Path
 
+import wan_mlx
+from wan_mlx.weights.load import load_transformer
+
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-
-import wan_mlx
-from wan_mlx.weights.load import load_transformer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "nano"))
 

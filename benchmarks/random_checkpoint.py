@@ -14,16 +14,16 @@ import json
 import math
 from pathlib import Path
 
-import sentencepiece
-import torch
-from safetensors.torch import save_file
-
 from wan_mlx.models.configs import TextEncoderConfig
 from wan_mlx.models.text_encoder import TextEncoder
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vae import VAE
 from wan_mlx.presets import Preset, find_preset
 from wan_mlx.weights.component import parameter_shapes
+
+import sentencepiece
+import torch
+from safetensors.torch import save_file
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORDS = "two anthropomorphic cats in comfy boxing gear and bright gloves fight intensely on a spotlighted stage"

@@ -34,11 +34,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from same_bytes_cases import Case, all_cases
+from same_bytes_inputs import write_inputs
+
 import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageSequence
-from same_bytes_cases import Case, all_cases
-from same_bytes_inputs import write_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 from speed import forward_flop
-
 from wan_mlx.presets import PRESETS
 
 STAGE = re.compile(r"^(\w[\w ]*?) +([\d.]+) s +peak +([\d.]+) GiB$")
@@ -83,10 +82,10 @@ class Ours:
         return lambda: mx.eval(model(latents, 500.0, context, **extra)), flop
 
     def _vae(self, case):
-        import mlx.core as mx
-
         from wan_mlx.models.vae import VAE
         from wan_mlx.models.vae_execution import VAEExecution
+
+        import mlx.core as mx
 
         vae = VAE(PRESETS[case["model"]].vae)
         fill(vae, lambda name: {"float32": mx.float32, "bfloat16": mx.bfloat16}[case["dtype"]])
@@ -113,17 +112,17 @@ class Ours:
         return lambda: mx.eval(vae.encode_chunks(chunks)), None
 
     def text(self, case):
-        import mlx.core as mx
-
         from wan_mlx.weights.load import load_text_encoder
+
+        import mlx.core as mx
 
         ids = list(range(3, 53)) + [1]
         return lambda: mx.eval(load_text_encoder(case["checkpoint"])([ids, ids])), None
 
     def run(self, case):
-        import mlx.core as mx
-
         import wan_mlx
+
+        import mlx.core as mx
 
         folder, (width, height) = Path(tempfile.mkdtemp()), sizes(case)
         pipe = wan_mlx.WanPipeline.from_pretrained(case["checkpoint"], preset=case["model"], progress=False)
@@ -227,13 +226,13 @@ class Diffusers:
 
 def random_transformer(config, quantize: str | None = None):
     """A transformer in bfloat16, or with packed blocks, made on the device one layer at a time."""
-    import mlx.core as mx
-
     from wan_mlx.models.networks import new_transformer
     from wan_mlx.models.quantized_linear import QuantizedLinear
     from wan_mlx.weights.component import parameter_shapes
     from wan_mlx.weights.parameters import dtype_of
     from wan_mlx.weights.quantize import plan_quantization
+
+    import mlx.core as mx
 
     model = new_transformer(config)
     shapes = parameter_shapes(model)

@@ -18,13 +18,13 @@ import argparse
 import json
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
 from speed import machine
-
 from wan_mlx import WanPipeline, run
 from wan_mlx.caching import COND
 from wan_mlx.caching.residual import MAGCACHE, TEACACHE, ResidualCache
+
+import mlx.core as mx
+import numpy as np
 
 CANDIDATES = (
     "teacache:0.05", "teacache:0.08", "teacache:0.1", "teacache:0.2", "magcache", "magcache:0.12:4", "magcache:0.24:6",

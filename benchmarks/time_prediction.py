@@ -16,10 +16,10 @@ import statistics
 import time
 from pathlib import Path
 
+import wan_mlx
+
 import mlx.core as mx
 import numpy as np
-
-import wan_mlx
 
 PROMPT = "a red circle moves right on a blue background"
 # Stages of a run, and of a plan, that are the same thing.

@@ -17,10 +17,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import wan_mlx  # before mlx, so that on a Mac float32 means float32
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 
-import wan_mlx
 from wan_mlx.hub.resolve import resolve
 from wan_mlx.media.preview import MAPS, map_preview, read_maps
 from wan_mlx.media.read import cover, open_video, to_float

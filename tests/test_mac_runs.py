@@ -82,6 +82,12 @@ def pipe(pico):
     return wan_mlx.WanPipeline.from_pretrained(pico, dtype="float32", progress=False, prompt_cache=False)
 
 
+def scripts():
+    """Of ours that import MLX."""
+    found = (path for folder in ("benchmarks", "docs", "examples") for path in (ROOT / folder).rglob("*.py"))
+    return [path for path in sorted(found) if re.search(r"^(from|import) mlx\b", path.read_text("utf-8"), re.MULTILINE)]
+
+
 # --- TF32 -----------------------------------------------------------------------------------------------------------
 
 
@@ -101,6 +107,16 @@ def test_float32_is_float32_on_a_mac(monkeypatch, platform, given, after, become
     late = "mlx was imported before wan_mlx" in done.stderr
     assert late == (platform == "darwin" and after and not given) and len(done.stderr.splitlines()) == late
     assert not late or "MLX_ENABLE_TF32=0" in done.stderr
+
+
+@pytest.mark.parametrize("script", scripts(), ids=lambda script: script.name)
+def test_our_scripts_import_wan_mlx_before_mlx(script):
+    """And its own modules, of which the first import it."""
+    text = script.read_text(encoding="utf-8")
+    imports = [match[1] for match in re.finditer(r"^(?:from|import) ([\w.]+)", text, re.MULTILINE)]
+    first = [name.split(".")[0] for name in imports]
+    assert "wan_mlx" in first[: first.index("mlx")], imports
+
 
 
 # --- idle sleep -----------------------------------------------------------------------------------------------------

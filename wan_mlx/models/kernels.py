@@ -14,7 +14,8 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -211,6 +212,22 @@ def with_kernel(plain: Callable) -> Callable[[Callable], Fused]:
 def off() -> bool:
     """Whether the user has turned the kernels off."""
     return os.environ.get(SWITCH) == "0"
+
+
+@contextmanager
+def turned_off() -> Iterator[None]:
+    """Within this block MLX's operations are used."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "0"
+    agrees.cache_clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SWITCH]
+        else:
+            os.environ[SWITCH] = before
+        agrees.cache_clear()
 
 
 def label(fused: Fused, dtype: mx.Dtype, channels: int) -> str:
