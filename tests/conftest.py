@@ -1,11 +1,23 @@
-"""Fixtures of crafted weight files and of a tiny model, and a cache folder of the tests' own."""
+"""Fixtures of crafted weight files and of a tiny model, and a cache folder of the tests' own.
+
+Tests compute on the CPU, where equal means equal bit for bit; with WAN_MLX_TESTS_ON=gpu on the GPU.
+"""
 
 import json
+import os
 from itertools import count
 
 import pytest
+
+import wan_mlx  # noqa: F401  before mlx, so that on a Mac float32 means float32
+
+# isort: split
+import mlx.core as mx
 import tiny_mlx_model
 from crafted import TWO, TWO_DATA, entry, write_pth, write_safetensors
+
+if os.environ.get("WAN_MLX_TESTS_ON") != "gpu":
+    mx.set_default_device(mx.cpu)
 
 
 @pytest.fixture(scope="session", autouse=True)

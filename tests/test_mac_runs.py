@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,7 @@ from tiny_mlx_model import random
 
 import wan_mlx
 from wan_mlx import mac
+from wan_mlx.cli import convert as converting
 from wan_mlx.cli.main import main
 from wan_mlx.cli.terminal import explain
 from wan_mlx.errors import GPUError
@@ -24,7 +26,9 @@ from wan_mlx.models.configs import VAEConfig
 from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning.machine import available_memory
 from wan_mlx.planning.plan import limited_memory
+from wan_mlx.prompts import extend
 from wan_mlx.prompts.cache import cache_folder
+from wan_mlx.prompts.extend import Extended
 from wan_mlx.runs.folder import RunFolder
 from wan_mlx.runs.job import Job
 from wan_mlx.types import Step
@@ -82,10 +86,14 @@ def pipe(pico):
     return wan_mlx.WanPipeline.from_pretrained(pico, dtype="float32", progress=False, prompt_cache=False)
 
 
+ROOT = Path(__file__).parent.parent
+
+
 def scripts():
     """Of ours that import MLX."""
     found = (path for folder in ("benchmarks", "docs", "examples") for path in (ROOT / folder).rglob("*.py"))
-    return [path for path in sorted(found) if re.search(r"^(from|import) mlx\b", path.read_text("utf-8"), re.MULTILINE)]
+    begin = re.compile(r"^(from|import) mlx\b", re.MULTILINE)
+    return [path for path in sorted(found) if begin.search(path.read_text(encoding="utf-8"))]
 
 
 # --- TF32 -----------------------------------------------------------------------------------------------------------
@@ -136,6 +144,35 @@ def test_also_between_the_videos_of_a_batch(pipe, caffeinate):
     with pipe.keep_loaded():
         assert caffeinate()[0]
     assert not caffeinate()[0]
+
+
+def test_also_while_a_prompt_is_extended(pipe, caffeinate, monkeypatch):
+    seen = []
+
+    class Stands:  # for a language model
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            seen.append(caffeinate()[0])
+            return lambda prompt, *_: Extended(prompt, prompt, "none", None)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(extend, "PromptExtender", Stands)
+    requests = [pipe.request("a red circle", **SMALL)]
+    extend.extend_requests(requests, True, pipe.caffeinate)
+    assert seen == [True] and not caffeinate()[0]
+    extend.extend_requests(requests, True, False)
+    assert seen == [True, False]
+
+
+def test_also_while_a_model_is_converted(pico, tmp_path, caffeinate, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(converting, "convert", lambda *_, **__: seen.append(caffeinate()[0]) or tmp_path)
+    assert main(["convert", str(pico), str(tmp_path / "out"), "--quiet"]) == 0
+    assert seen == [True] and not caffeinate()[0]
 
 
 def test_not_if_it_is_not_wanted(pico, on_mac, tmp_path):

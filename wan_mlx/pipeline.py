@@ -181,11 +181,11 @@ class WanPipeline(OpenedModel):
         """
         options = {**spelled(REQUEST, locals()), **other}
         if isinstance(prompt, str):
-            (request,) = extend_requests([self.request(prompt, **options)], extend_prompt)
+            (request,) = extend_requests([self.request(prompt, **options)], extend_prompt, self.caffeinate)
             return self.run(request).video(callback)
         if not isinstance(prompt, Sequence) or not prompt:
             raise ValueError(f"the prompt is {prompt!r}, expected a text, or a list of texts for a list of videos")
-        requests = extend_requests([self.request(text, **options) for text in prompt], extend_prompt)
+        requests = extend_requests([self.request(text, **options) for text in prompt], extend_prompt, self.caffeinate)
         with self.keep_loaded():
             texts = [text for made in requests for text in (made.prompt, made.negative_prompt)[: made.passes]]
             self.encode_text(list(dict.fromkeys(texts)))
@@ -215,7 +215,7 @@ class WanPipeline(OpenedModel):
             SamplingError: the latents stopped being finite.
         """
         first = self.request(prompt, **{"num_frames": 1, **ours(REQUEST, cast(dict[str, Any], options))})
-        requests = extend_requests(first.series(num_images), extend_prompt)
+        requests = extend_requests(first.series(num_images), extend_prompt, self.caffeinate)
         with self.keep_loaded():
             return [self.run(request).video(callback) for request in requests]
 

@@ -12,6 +12,7 @@ from ..errors import Stopped, UsageError, WanError
 from ..events import Listener, counted, unheard
 from ..hub.names import parse_location
 from ..hub.resolve import Places, preset_of
+from ..mac import awake
 from ..options import named
 from ..presets import GIVEN_APART
 from ..progress_bars import ProgressBars
@@ -73,7 +74,9 @@ def main(argv: list[str]) -> int:
     if args.inspect:
         return inspect(args.source, parts, args.hub, listener)
     try:
-        write(convert_source(args, parts, listener))
+        with awake():
+            folder = convert_source(args, parts, listener)
+        write(folder)
     except KeyboardInterrupt:
         raise Stopped(go_on="; nothing was written, a download goes on where it was") from None
     except RuntimeError as error:  # MLX's, of a file that cannot be read

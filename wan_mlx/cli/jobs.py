@@ -70,7 +70,8 @@ def extension_of(args: argparse.Namespace) -> Extension | None:
     """
     model, language = args.prompt_extend_model, args.prompt_extend_target_lang
     if args.extend_prompt or args.use_prompt_extend:
-        return Extension(model, language or (None if args.extend_prompt else "zh"))  # the official default
+        language = language or (None if args.extend_prompt else "zh")  # the official default
+        return Extension(model, language, args.caffeinate)
     if model or language:
         raise UsageError("--extend-model and --extend-language do nothing alone, expected --extend-prompt, too")
     return None

@@ -22,6 +22,7 @@ from PIL import Image
 
 from ..errors import WanError
 from ..hub.resolve import cache_for
+from ..mac import awake
 from ..media.read import read_image
 from ..storage import parse_json
 from ..types import Request, Source
@@ -197,10 +198,14 @@ def extend_prompt(
 
 @dataclass(frozen=True)
 class Extension:
-    """Prompt extension as requested: by which model (None: the default), in which language (None: the prompt's own)."""
+    """Prompt extension as requested: by which model (None: the default), in which language (None: the prompt's own).
+
+    ``caffeinate``: whether an idle Mac stays awake meanwhile.
+    """
 
     model: str | None = None
     language: str | None = None
+    caffeinate: bool = True
 
     def __call__(self, requests: Sequence[Request], tell: Callable[[str], None] = log.warning) -> list[Request]:
         """The requests with longer prompts, each by its own seed; one model is loaded once and freed.
@@ -209,7 +214,7 @@ class Extension:
         """
         pictures = [[p for p in (request.image, request.last_image) if p is not None] for request in requests]
         done = []
-        with PromptExtender(self.model, self.language, any(pictures)) as extender:
+        with awake(self.caffeinate), PromptExtender(self.model, self.language, any(pictures)) as extender:
             for request, shown in zip(requests, pictures, strict=True):
                 extended = _told(extender(request.prompt, KINDS[request.task], request.seed, shown), tell)
                 if extended.complaint is None:
@@ -230,9 +235,11 @@ class Extension:
         return {**settings, "prompt": settings["original_prompt"], "original_prompt": None, "extended_by": None}
 
 
-def extend_requests(requests: list[Request], extend_prompt: bool | str | Path) -> list[Request]:
+def extend_requests(requests: list[Request], extend_prompt: bool | str | Path, caffeinate: bool) -> list[Request]:
     """The requests, their prompts extended if asked for."""
-    return Extension(None if extend_prompt is True else str(extend_prompt))(requests) if extend_prompt else requests
+    if not extend_prompt:
+        return requests
+    return Extension(None if extend_prompt is True else str(extend_prompt), caffeinate=caffeinate)(requests)
 
 
 def _told(extended: Extended, tell: Callable[[str], None] = log.warning) -> Extended:
