@@ -150,7 +150,7 @@ def test_dispatches_hold_no_more_memory(monkeypatch):
 @pytest.mark.parametrize(
     "name, teraflops",
     [
-        ("Apple M1", 2.275), ("Apple M2 Max", 10.737), ("Apple M4 Max", 13.76), ("Apple M5", 3.44),
+        ("Apple M1", 2.275), ("Apple M2 Max", 10.737), ("Apple M4 Max", 13.76), ("Apple M5", 3.232),
         ("Apple M9 Max", 7.8), ("Apple M9", 2.275), ("Apple Paravirtual device", 2.275),
     ],
 )  # fmt: skip

@@ -28,7 +28,8 @@ class Chip:
     """GPU cores of the smallest and of the largest chip of a name, and the published TFLOP/s of the largest.
 
     The rate is that of float32, which products in 16 bits do not exceed before M5. An M5's neural accelerators do
-    (6.4 TFLOP/s in bfloat16 on an M5, mlx#3196), but MLX may have come without kernels for them.
+    (58 TFLOP/s in float16 on an M5 Max, mlx#3211; 6.4 in bfloat16 on an M5, mlx#3196), but MLX may have come without
+    kernels for them.
     """
 
     fewest: int
@@ -39,7 +40,7 @@ class Chip:
 
 HARDWARE, FIXED = "huggingface.js packages/tasks/src/hardware.ts", "huggingface.js#1044"
 M3_CLOCK, M4_CLOCK = "cores x 256 x 1.398 GHz (hmc-tech.com)", "cores x 256 x 1.678 GHz (hmc-tech.com)"
-AS_M4 = "not less than M4"
+M5_CLOCK = "cores x 256 x 1.578 GHz (parallax#449)"
 CHIPS = {
     "M1": Chip(7, 8, 2.6, HARDWARE),
     "M1 Pro": Chip(14, 16, 5.2, HARDWARE),
@@ -56,9 +57,9 @@ CHIPS = {
     "M4": Chip(8, 10, 4.3, M4_CLOCK),
     "M4 Pro": Chip(16, 20, 8.6, M4_CLOCK),
     "M4 Max": Chip(32, 40, 17.2, M4_CLOCK),
-    "M5": Chip(8, 10, 4.3, AS_M4),
-    "M5 Pro": Chip(16, 20, 8.6, AS_M4),
-    "M5 Max": Chip(32, 40, 17.2, AS_M4),
+    "M5": Chip(8, 10, 4.04, M5_CLOCK),
+    "M5 Pro": Chip(16, 20, 8.08, M5_CLOCK),
+    "M5 Max": Chip(32, 40, 16.1, M5_CLOCK),
 }
 
 
