@@ -256,7 +256,9 @@ def fused_kernels(slower: list[str]) -> Iterator[Check]:
     if kernels.off():
         yield Check("wan_mlx's kernels", "warn", "turned off", f"unset {kernels.SWITCH} to use them")
         return
-    started, tried, faults = perf_counter(), defaultdict(list), defaultdict(list)
+    tried: dict[mx.Dtype, list[int]] = defaultdict(list)
+    faults: dict[mx.Dtype, list[str]] = defaultdict(list)
+    started = perf_counter()
     for dtype, width in TRIALS:
         if not tried or perf_counter() - started < KERNEL_SECONDS:
             tried[dtype].append(width)
