@@ -46,7 +46,8 @@ def test_a_lora_is_described(tmp_path, capsys):
     path, added = nano_lora(tmp_path, metadata=METADATA)
     said = described(capsys, path)
     wanted = "LoRA of 4 tensors|rank           3\n|alpha          6\n|scale          2 (alpha / rank)|12 (F32 12)"
-    wanted += "|2 blocks, 0 to 5|ffn.0, self_attn.q|fits           nano, nano-i2v\n|networks.lora_wan|wan2.1|3, 6|900|r3d"
+    wanted += "|2 blocks, 0 to 5|ffn.0, self_attn.q|fits           nano, nano-i2v\n"
+    wanted += "|networks.lora_wan|wan2.1|3, 6|900|r3d"
     for text in [*wanted.split("|"), "blue (10), r3d, circle (4)"]:
         assert text in said, text
     assert "a red [31m circle" in said and "\x1b" not in said and "distilled" not in said
