@@ -20,7 +20,7 @@ from wan_mlx.types import Request
 class Watching:
     """Encoders that keep the pixels they are given, in [-1, 1]."""
 
-    latent_channels = 16
+    latent_channels, reads_images = 16, True
 
     def __init__(self):
         self.images, self.videos = None, []

@@ -98,7 +98,7 @@ def test_with_a_step_cache(model):
 class Encoders:
     """Latents of the right shape; the texts' embeddings are not looked at."""
 
-    latent_channels = 16
+    latent_channels, reads_images = 16, True
 
     def encode_text(self, texts):
         return [mx.zeros((1, 512, 4)) for _ in texts]

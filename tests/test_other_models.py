@@ -26,7 +26,7 @@ T2V_14B = PRESETS["t2v-14B"].transformer
 I2V_14B = PRESETS["i2v-14B-480P"].transformer
 T2V_1_3B = PRESETS["t2v-1.3B"].transformer
 OF_5B = PRESETS["ti2v-5B"].transformer
-SUPPORTED = "which is not supported; supported are Wan2.1's T2V, I2V, FLF2V and VACE models, and Wan2.2's TI2V-5B"
+SUPPORTED = "which is not supported; supported are Wan2.1's T2V, I2V, FLF2V and VACE models, and Wan2.2's T2V-A14B, I2V"
 
 
 def official(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -47,7 +47,6 @@ def of(config: TransformerConfig, *keys: str, without: str = "-", **sizes: int):
 FILES = {
     "Lucy Edit, made from Wan2.2 TI2V-5B": of(OF_5B, in_dim=96, out_dim=48),
     "a model made from Wan2.2 TI2V-5B": of(OF_5B, in_dim=100, out_dim=48),
-    "Wan2.2 I2V-A14B, or one of its kind such as Fun-A14B-InP": of(T2V_14B, in_dim=36),
     "Wan2.2 Fun-A14B-Control": of(T2V_14B, in_dim=52),
     "Wan2.2 S2V-14B": of(T2V_14B, "casual_audio_encoder.encoder.final_linear.weight", "cond_encoder.weight"),
     "Wan2.2 Animate-14B": of(I2V_14B, "face_adapter.fuser_blocks.0.k_norm.weight", "pose_patch_embedding.weight"),
@@ -164,7 +163,6 @@ class TestFolders:
         [
             ("model_index.json", {"_class_name": "FluxPipeline"}, "FLUX, or one of its kind such as Chroma"),
             ("model_index.json", {"_class_name": "WanAnimatePipeline"}, "Wan2.2 Animate-14B"),
-            ("model_index.json", {"_class_name": "WanPipeline", "boundary_ratio": 0.875}, "Wan2.2 A14B"),
             ("config.json", {"_class_name": "WanModel_S2V", "model_type": "s2v"}, "Wan2.2 S2V-14B"),
             ("model_index.json", {"_class_name": "NewPipeline"}, "a 'NewPipeline'"),
         ],
@@ -192,28 +190,17 @@ class TestFolders:
         assert "not used       " in capsys.readouterr().out
 
 
-    @pytest.mark.parametrize("in_dim", [16, 36])
-    def test_two_experts(self, capsys, tmp_path, in_dim):
-        """Wan2.2 A14B's official folder; T2V's transformers have the keys and shapes of Wan2.1's."""
-        for expert in ("high_noise_model", "low_noise_model"):
-            (tmp_path / expert).mkdir()
-            header_only(tmp_path / expert / "diffusion_pytorch_model.safetensors", of(T2V_14B, in_dim=in_dim))
-        line = said(capsys, "--model", tmp_path, "--prompt", "a cat")
-        assert line.startswith(f"error: {tmp_path}: this is Wan2.2 A14B, a model of two transformers, which is not")
-
-
 class TestNames:
     def test_only_a_name_tells(self, capsys, tmp_path):
-        """Wan2.2 T2V-A14B has the keys and shapes of T2V-14B: a note, no refusal."""
-        file = header_only(tmp_path / "wan2.2_t2v_high_noise_14B_fp16.safetensors", official(T2V_14B))
+        """Phantom has the keys and shapes of T2V-14B: a note, no refusal."""
+        file = header_only(tmp_path / "Phantom-Wan-14B_fp16.safetensors", official(T2V_14B))
         assert main(["inspect", str(file)]) == 0
         out = capsys.readouterr().out
-        assert "text to video, t2v-14B" in out and f"by its name {file.name} is Wan2.2 A14B" in out
+        assert "text to video, t2v-14B" in out and f"by its name {file.name} is Phantom" in out
 
     @pytest.mark.parametrize(
         "name, model",
         [
-            ("Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf", "Wan2.2 A14B"), ("Wan2_2-I2V-A14B-HIGH_fp8", "Wan2.2 I2V-A14B"),
             ("wan2.2_s2v_14B_bf16", "Wan2.2 S2V"), ("Wan2.2-Animate-14B", "Wan2.2 Animate-14B"),
             ("wan2.2_fun_control_high_noise_14B", "a Fun-Control"), ("Phantom-Wan-14B_fp16", "Phantom"),
             ("alibaba-pai/Wan2.1-Fun-14B-InP", "Fun-InP"),

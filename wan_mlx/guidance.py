@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from .caching import COND, UNCOND, StepCache
 from .lasting import lasting_thread
+from .presets import EXPERTS
 from .types import Conditioning, Request
 
 T = TypeVar("T")
@@ -41,9 +42,11 @@ class Guidance:
     skip_range: tuple[float, float] = (0.1, 1.0)
 
     @classmethod
-    def of(cls, request: Request) -> Guidance:
+    def of(cls, request: Request, expert: str = "") -> Guidance:
+        """The guidance of a request while an expert, a name in `presets.EXPERTS`, is at work."""
+        low, high = request.guidance_scales
         return cls(
-            scale=request.guidance_scale,
+            scale=high if expert == EXPERTS[0] else low,
             range=request.guidance_range,
             cfg_zero=request.cfg_zero,
             skip_layers=request.skip_layers,
@@ -75,7 +78,7 @@ def zero_steps_of(task: str) -> int:
 
 def check_guidance(request: Request, num_layers: int) -> None:
     """Raise ValueError if the guidance options contradict each other, the steps or the model's ``num_layers``."""
-    if request.guidance_scale == 1.0:
+    if request.passes == 1:
         for name, default in (("guidance_range", (0.0, 1.0)), ("cfg_zero", None), ("skip_layers", ())):
             if getattr(request, name) != default:
                 raise ValueError(f"{name} is {getattr(request, name)}, but guidance is off at scale 1; "

@@ -17,11 +17,14 @@ SAME = {
     "conditioning_scale": "context_scale",
     "reference_images": "src_ref_images",
     "torch_dtype": "dtype",
+    "boundary_ratio": "boundary",
 }
 # Other keywords → what to write.
 LEAVE_OUT = "leave it out"
 KEYWORDS = {
     "generator": "write seed=42: the noise is that of torch.Generator('cpu').manual_seed(42)",
+    "guidance_scale_2": "write guidance_scale=(low, high): in Diffusers guidance_scale is the high-noise expert's, and "
+    "guidance_scale_2 the low-noise one's",
     "num_videos_per_prompt": "give a list of prompts, such as [prompt] * 4, for a list of videos",
     "num_images_per_prompt": "write pipe.images(prompt, num_images=4)",
     "output_type": f"{LEAVE_OUT}: video.frames is a numpy array (frames, height, width, 3); video.save writes a file",

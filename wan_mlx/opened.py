@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -35,13 +36,14 @@ from .planning.choose import Wanted, parse_tiling, plan_video
 from .planning.machine import mlx_version
 from .planning.plan import Plan
 from .planning.sizes import sizes_of
-from .presets import MODULE, find_preset, preset_for
+from .presets import EXPERTS, MODULE, Preset, find_preset, preset_for
 from .progress_bars import progress_of
 from .prompts.cache import PromptCache
+from .recipes import scheduler_for
 from .storage import cache_folder, sha256
 from .tasks import TASKS
 from .tasks import notes as canvas_notes
-from .types import LoraChoice, Request
+from .types import LoraChoices, Request
 from .weights.check_sums import check_once
 from .weights.checkpoint import Checkpoint, Part, check_fit
 from .weights.component import open_component
@@ -57,12 +59,42 @@ from .weights.load import (
     parse_dtype,
     text_dtype,
 )
-from .weights.lora import describe_lora, normalise_loras
+from .weights.lora import describe_lora, in_lists, lora_lists
 from .weights.set_loras import set_loras
 
 
+def with_experts(
+    checkpoint: Checkpoint, preset: Preset, given: Mapping[str, Any], loras: Mapping[str, list[tuple[Path, float]]]
+) -> Checkpoint:
+    """A model with its two experts, if it has two, as the options ``given`` have them.
+
+    Raises:
+        ValueError: an option of experts was given to a model of one transformer; the preset's model has two, and this
+            one does not; or it has two, and no boundary is known.
+    """
+    boundary = given["boundary"] or checkpoint.boundary or preset.boundary
+    if not checkpoint.has_experts:
+        boundary = given["boundary"]
+        if preset.experts == 2:
+            raise ValueError(
+                f"{checkpoint.path} holds one transformer, and {preset.name} is a model of two experts; give the other "
+                "one with --low-noise FILE, or with --high-noise FILE if this is the low-noise one"
+            )
+    elif boundary is None and any(part.timesteps == (0, math.inf) for part in checkpoint.of_kind("transformer")):
+        raise ValueError(
+            f"{checkpoint.path} holds two experts, and {preset.name} is a model of one transformer, which has no "
+            "boundary between them; give the task of a model of two, such as t2v-A14B, or a boundary"
+        )
+    if boundary is not None:
+        checkpoint = checkpoint.divided(boundary)
+    modes, own = (given["quantize_high"], given["quantize_low"]), (loras["loras_high"], loras["loras_low"])
+    if any(modes):
+        checkpoint = checkpoint.with_experts(quantize=modes)
+    return checkpoint.with_experts(loras=tuple(map(tuple, own))) if any(own) else checkpoint
+
+
 class OpenedModel:
-    """A Wan2.1 model, opened but not resident.
+    """A Wan model, opened but not resident.
 
     Attributes:
         preset: the released model whose sampling defaults are used.
@@ -80,8 +112,15 @@ class OpenedModel:
     def __init__(self, checkpoint: Checkpoint, **options: Any):
         """``options``: as for `from_pretrained`; LoRAs and TAEHV are files of this machine here."""
         given = filled(MODEL, {"model": checkpoint.path, **options})
-        self.opened_with = {name: value for name, value in given.items() if name != "progress"}
-        self.checkpoint = checkpoint
+        loras = lora_lists(given)
+        self.opened_with = {name: value for name, value in {**given, **loras}.items() if name != "progress"}
+        self.config = config_of(checkpoint)
+        name = given["preset"] or checkpoint.model
+        experts = checkpoint.of_kind("transformer")
+        known = find_preset(name) if name else preset_of(given["model"])  # models of the same sizes differ in defaults
+        self.guessed_preset, self.preset = known is None, known or preset_for(self.config, len(experts))
+        named("boundary").check(given["boundary"])
+        self.checkpoint = checkpoint = with_experts(checkpoint, self.preset, given, loras)
         self.dtype, self.quantize, self.memory = given["dtype"], given["quantize"], given["memory"]
         self.sizes = lru_cache(partial(sizes_of, checkpoint, parse_dtype(self.dtype)))
         self.vae_tiling = parse_tiling(given["vae_tiling"])
@@ -91,13 +130,9 @@ class OpenedModel:
         named("stop_below").check(given["stop_below"])
         self.stop_below: int | None = given["stop_below"]
         check_fit(checkpoint.parts)
-        self.config = config_of(checkpoint)
-        self.latent_channels = self.config.out_dim
-        name = given["preset"] or checkpoint.model
-        known = find_preset(name) if name else preset_of(given["model"])  # models of the same sizes differ in defaults
-        self.guessed_preset, self.preset = known is None, known or preset_for(self.config)
+        self.latent_channels, self.reads_images = self.config.out_dim, self.config.has_image_branch
         self.listener: Listener = progress_of(given["progress"])
-        self.loras = normalise_loras(given["loras"])
+        self.loras = loras["loras"]
         check_loras(checkpoint, self.loras)
         self._merge_loras = True
         self.taehv, self.draft = given["taehv"] and Path(given["taehv"]), given["draft"]
@@ -112,7 +147,7 @@ class OpenedModel:
             )
         if self.preset.task not in TASKS:
             raise ValueError(f"{self.preset.task} models are not supported yet; supported: {', '.join(TASKS)}")
-        if given["image_encoder"] and not self.config.has_image_branch:
+        if given["image_encoder"] and not self.reads_images:
             raise ValueError(f"image_encoder was given to a {self.preset.task} model, which reads no images with it")
 
     def __repr__(self) -> str:
@@ -121,31 +156,36 @@ class OpenedModel:
         return f"{type(self).__name__}({', '.join(filter(None, said))})"
 
     @computes
-    def set_loras(self, loras: Iterable[LoraChoice] | LoraChoice | None = ()) -> None:
+    def set_loras(self, loras: LoraChoices = ()) -> None:
         """Use these LoRAs, in place of those before, from the next video on; none restores the model exactly.
 
         They are kept beside the transformer's weights, so that within `keep_loaded` they can be swapped without
         loading it again (but once, if LoRAs are merged into it).
 
         Args:
-            loras: as for `from_pretrained`.
+            loras: as for `from_pretrained`; {"high": …, "low": …} gives a model of two experts those of each.
 
         Raises:
-            ValueError: an entry is no LoRA.
+            ValueError: an entry is no LoRA, or the model has one transformer and its LoRAs are given as of two.
             WeightsError: a file does not suit the model; then nothing has changed.
         """
-        given = normalise_loras(loras)
-        found = list(Places(self.checkpoint.path, loras=given).fetch(listener=self.listener).loras)
-        check_loras(self.checkpoint, found)
+        given = lora_lists({"loras": loras})
+        row = [lora for one in given.values() for lora in one]
+        found = in_lists(Places(self.checkpoint.path, loras=row).fetch(listener=self.listener).loras, like=given)
+        own = tuple(found["loras_high"]), tuple(found["loras_low"])
+        checkpoint = self.checkpoint
+        if checkpoint.has_experts or any(own):
+            checkpoint = checkpoint.with_experts(loras=own)
+        check_loras(checkpoint, found["loras"])
         there = self._kept or {}
-        for part in self.checkpoint.of_kind("transformer"):
+        for part in checkpoint.of_kind("transformer"):
             kept = there.get(part.name)
             if kept is not None and kept.model.source.merged:
                 del there[part.name]
             elif kept is not None:
-                set_loras(kept, [*found, *part.loras])
-        self.loras, self._merge_loras = found, False
-        self.opened_with["loras"] = given
+                set_loras(kept, [*found["loras"], *part.loras])
+        self.checkpoint, self.loras, self._merge_loras = checkpoint, found["loras"], False
+        self.opened_with |= given
 
     @property
     def wider_dtype(self) -> str:
@@ -171,11 +211,19 @@ class OpenedModel:
     def settings(self, request: Request) -> dict[str, Any]:
         """Everything needed to make the video again, as embedded in its file."""
         module = self.checkpoint.files.get(MODULE)
+        experts = {part.name: part for part in self.checkpoint.parts if part.name in EXPERTS}
         chosen = {
+            "boundary": self.checkpoint.boundary,
             "quantize": self.quantize,
+            **{f"quantize_{name.removesuffix('_noise')}": part.quantize for name, part in experts.items()},
             "quantized": self.quantized,
             "loras": [describe_lora(path, strength) for path, strength in self.loras],
+            **{
+                f"loras_{name.removesuffix('_noise')}": [describe_lora(path, strength) for path, strength in part.loras]
+                for name, part in experts.items()
+            },
             MODULE: module and module.name,
+            **{name: Path(given).name for name in EXPERTS if (given := self.opened_with[name])},
             "draft": self.draft and self.taehv and self.taehv.name,
             "tokens": self.cut_texts(request),
             # A name alone does not tell files apart.
@@ -259,6 +307,11 @@ class OpenedModel:
     def expert(self, timestep: float) -> Part:
         """The transformer that serves a timestep."""
         return next(part for part in self.checkpoint.of_kind("transformer") if part.serves(timestep))
+
+    def switch(self, request: Request) -> int | None:
+        """The step of a request at which another expert takes over; None if none does."""
+        experts = [self.expert(float(timestep)) for timestep in scheduler_for(request).timesteps]
+        return next((index for index, expert in enumerate(experts) if expert is not experts[0]), None)
 
     def load_expert(self, part: Part) -> Execution:
         """A transformer: loaded now, or kept since it was."""

@@ -17,16 +17,20 @@ REQUEST, MODEL, COMMAND = "request", "model", "command"
 
 @dataclass(frozen=True)
 class Limits:
-    """The numbers from ``low``, or only those above it, to ``high``; never infinite or NaN."""
+    """The numbers from ``low``, or only those ``above`` it, to ``high``, or only ``below``; never infinite or NaN."""
 
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
+    below: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return math.isfinite(value) and (self.low < value if self.above else self.low <= value) and value <= self.high
+        over = self.low < value if self.above else self.low <= value
+        return math.isfinite(value) and over and (value < self.high if self.below else value <= self.high)
 
     def __str__(self) -> str:
+        if self.below:
+            return f"above {self.low} and below {self.high}"
         if self.low == -math.inf:
             return "a finite number"
         if self.high == math.inf:
@@ -175,11 +179,15 @@ class Option:
 
         ``least``: the nearest to a value below the limits, where they do not tell.
         """
+        if self.limits and isinstance(value, tuple):
+            for one in value:
+                self.check(one, least)
+            return
         if self.choices and value is not None and value not in self.choices:
             expected = f"one of {', '.join(self.choices)}{nearest(value, self.choices)}"
             raise ValueError(f"unknown {self.label} {value!r}, expected {expected}")
         if self.limits and value is not None and value not in self.limits:
-            if value > self.limits.high:
+            if value > self.limits.high and not self.limits.below:
                 least = str(self.limits.high)
             elif least is None and value < self.limits.low and not self.limits.above:
                 least = str(self.limits.low)
@@ -224,7 +232,7 @@ class Option:
             "examples": list(self.examples) or None,
             "default": list(self.default) if isinstance(self.default, tuple) else self.default,
             "exclusiveMinimum" if limits.above else "minimum": limits.low,
-            "maximum": limits.high,
+            "exclusiveMaximum" if limits.below else "maximum": limits.high,
         }
         return {name: value for name, value in found.items() if value not in (None, -math.inf, math.inf)}
 

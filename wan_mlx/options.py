@@ -11,7 +11,7 @@ Nothing here imports MLX: ``wan-mlx --help`` is to be quick.
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, TypeVar
@@ -20,7 +20,7 @@ from .errors import nearest
 from .geometry import LANDSCAPE
 from .option import COMMAND, MODEL, REQUEST, Limits, Option
 from .presets import PRESETS
-from .types import MOST_IMAGES, LoraChoice, Source
+from .types import MOST_IMAGES, LoraChoices, Source
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -37,12 +37,22 @@ WATCH = "preview"
 OFFICIAL = "official flags without effect here"
 GROUPS = (WHAT, EXTEND, SOURCES, WEIGHTS, SAMPLE, GUIDE, RUN, SAY, WATCH, OFFICIAL)
 
+# Those that hold LoRAs: for every transformer, for the high-noise expert, for the low-noise one.
+LORAS = ("loras", "loras_high", "loras_low")
 SOLVERS = ("unipc", "dpm++", "euler", "dmd")
 RECIPES = ("lightx2v-4step", "fastwan-3step", "causvid", "rcm")
 ONE_GPU = "there is one GPU"
 FITS = ("official", "crop", "pad")
 SIZES = ("16:9", "9:16", "1:1", *LANDSCAPE)
 CACHES = ("none", "teacache", "magcache", "easycache")
+# Flags of the official generate.py for models that are not supported.
+OTHER_TASKS = {
+    "Wan2.2 Animate-14B": ("--src_root_path DIR", "--refert_num N", "--replace_flag", "--use_relighting_lora"),
+    "Wan2.2 S2V-14B": (
+        "--num_clip N", "--audio FILE", "--enable_tts", "--tts_prompt_audio FILE", "--tts_prompt_text TEXT",
+        "--tts_text TEXT", "--pose_video FILE", "--start_from_ref", "--infer_frames N",
+    ),
+}  # fmt: skip
 
 
 def _read(pattern: str, text: str, kind: str, expected: str) -> tuple[str, ...]:
@@ -74,6 +84,20 @@ def parse_range(text: str) -> tuple[float, float]:
     expected = "FROM-TO in fractions of the steps, such as 0.1-0.9"
     first, last = _read(r"(\d+(?:\.\d+)?|\.\d+)-(\d+(?:\.\d+)?|\.\d+)", text, "range", expected)
     return float(first), float(last)
+
+
+def parse_guidance(text: str) -> float | tuple[float, float]:
+    try:
+        scales = [float(word) for word in text.split(",")]
+    except ValueError:
+        scales = []
+    if not 1 <= len(scales) <= 2:
+        raise ValueError(f"{text!r} is no guidance; expected one number, or two, LOW,HIGH, such as 3,4")
+    return scales[0] if len(scales) == 1 else (scales[0], scales[1])
+
+
+def guidance_text(scale: float | tuple[float, float]) -> str:
+    return ",".join(f"{one:g}" for one in (scale if isinstance(scale, tuple) else (scale,)))
 
 
 def parse_skip(text: str) -> tuple[tuple[int, ...], tuple[float, float] | None]:
@@ -167,9 +191,11 @@ class RequestOptions(TypedDict, total=False):
         "--steps --sample_steps N", "sampling steps", SAMPLE, more="Default 50; 40 for I2V; 12 for nano; at most 1000",
         limits=Limits(1, 1000),
     )]
-    guidance_scale: Annotated[float | None, Option(
-        "--guidance --sample_guide_scale G", "guidance scale; 1 is off", SAMPLE, more="That takes half the time",
-        limits=Limits(),
+    guidance_scale: Annotated[float | tuple[float, float] | None, Option(
+        "--guidance --sample_guide_scale G", "guidance scale, 1 is off; for a model of two experts also LOW,HIGH: the "
+        "low-noise expert's, then the high-noise one's, such as 3,4", SAMPLE,
+        more="Off takes half the time. The order is the official one; Diffusers has the high-noise one's first",
+        parse=parse_guidance, limits=Limits(),
     )]
     shift: Annotated[float | None, Option(
         "--shift --sample_shift S", "shift of the sigma schedule", SAMPLE, more="More for larger sizes",
@@ -219,6 +245,18 @@ class ModelOptions(TypedDict, total=False):
     vae: Annotated[str | Path | None, Option("--vae PATH", LIKEWISE, WEIGHTS, place="name")]
     image_encoder: Annotated[str | Path | None, Option("--image-encoder PATH", LIKEWISE, WEIGHTS, place="name")]
     tokenizer: Annotated[str | Path | None, Option("--tokenizer PATH", LIKEWISE, WEIGHTS, place="name")]
+    high_noise: Annotated[str | Path | None, Option(
+        "--high-noise PATH", "of a model of two experts (Wan2.2's A14B) the one for the first steps: file, folder or "
+        "repository that has it; beside a --low-noise, or where --model or --transformer is the other one", WEIGHTS,
+        more="What a file is, its keys do not tell: it is what it is given as", place="name",
+    )]
+    low_noise: Annotated[str | Path | None, Option(
+        "--low-noise PATH", "the one for the last steps: likewise", WEIGHTS, place="name",
+    )]
+    boundary: Annotated[float | None, Option(
+        "--boundary B", "where the high-noise expert ends: it serves the timesteps of at least 1000 B (default: the "
+        "model's, 0.875 for T2V-A14B, 0.9 for I2V-A14B)", WEIGHTS, limits=Limits(0, 1, above=True, below=True),
+    )]
     vace_module: Annotated[str | Path | None, Option(
         "--vace-module PATH", "file of VACE's part of a transformer, as Kijai publishes it, to add to a text-to-video "
         "one", WEIGHTS, place="name",
@@ -245,11 +283,23 @@ class ModelOptions(TypedDict, total=False):
         parse=parse_mode,
         examples=("q8", "q6", "auto", "q5", "q4", "q3", "mxfp8", "mxfp4", "nvfp4", "none", "nearest"),
     )]
-    loras: Annotated["Iterable[LoraChoice] | LoraChoice | None", Option(
+    quantize_high: Annotated[str | int | None, Option(
+        "--quantize-high MODE", "another one for the high-noise expert", WEIGHTS, parse=parse_mode,
+    )]
+    quantize_low: Annotated[str | int | None, Option(
+        "--quantize-low MODE", "another one for the low-noise expert", WEIGHTS, parse=parse_mode,
+    )]
+    loras: Annotated["LoraChoices", Option(
         "--lora FILE[:STRENGTH]",
         "merge a LoRA: style.safetensors:0.8; may be repeated", WEIGHTS,
-        more="It is merged into the transformer. Also from a hub: owner/name:style.safetensors:0.8", repeats=True,
-        place="name",
+        more="It is merged into the transformer, or into both experts. Also from a hub: "
+        'owner/name:style.safetensors:0.8. In Python also `{"high": …, "low": …}`', repeats=True, place="name",
+    )]
+    loras_high: Annotated["LoraChoices", Option(
+        "--lora-high FILE[:STRENGTH]", "into the high-noise expert alone", WEIGHTS, repeats=True, place="name",
+    )]
+    loras_low: Annotated["LoraChoices", Option(
+        "--lora-low FILE[:STRENGTH]", "into the low-noise expert alone", WEIGHTS, repeats=True, place="name",
     )]
     memory: Annotated[str | None, Option(
         "--memory SIZE",
@@ -373,6 +423,8 @@ COMMAND_OPTIONS = [
     Option("--dit_fsdp", "", OFFICIAL, no_effect=ONE_GPU),
     Option("--ulysses_size N", "", OFFICIAL, no_effect=ONE_GPU),
     Option("--ring_size N", "", OFFICIAL, no_effect=ONE_GPU),
+    *(Option(flag, "", OFFICIAL, no_effect=f"it is for {model}, which is not supported")
+      for model, spelled in OTHER_TASKS.items() for flag in spelled),
 ]
 
 

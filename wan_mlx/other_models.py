@@ -17,7 +17,7 @@ from .errors import UnsupportedModel
 
 # Kind of file → the advice in its refusal.
 ADVICE = {
-    "transformer": "supported are Wan2.1's T2V, I2V, FLF2V and VACE models, and Wan2.2's TI2V-5B",
+    "transformer": "supported are Wan2.1's T2V, I2V, FLF2V and VACE models, and Wan2.2's T2V-A14B, I2V-A14B and TI2V-5B",
     "addition": "of additions to a model only LoRAs are supported",
     "text_encoder": "Wan's is umT5-XXL, such as umt5_xxl_fp16.safetensors",
     "vae": "take Wan2.1's, such as wan_2.1_vae.safetensors",
@@ -168,17 +168,7 @@ OTHER_MODELS = (
         "a model made from Wan2.2 TI2V-5B", "transformer", "official", sizes=dict(out_dim=48)
     ),
     OtherModel(
-        "Wan2.2 I2V-A14B, or one of its kind such as Fun-A14B-InP", "transformer", "official, diffsynth",
-        sizes=dict(model_type="t2v", in_dim=36, out_dim=16),
-        names=r"i2v[-_]a14b|wan2[._]2[-_]i2v",
-    ),
-    OtherModel(
         "Wan2.2 Fun-A14B-Control", "transformer", "diffsynth", sizes=dict(model_type="t2v", in_dim=52, out_dim=16)
-    ),
-    OtherModel(
-        "Wan2.2 A14B, a model of two transformers", "transformer", "official, diffusers",
-        entries={"boundary_ratio": r"0\.\d+"},
-        names=r"[-_]a14b|(?:high|low)[-_]?noise|wan2[._]2[-_]t2v",
     ),
     # Made from Wan2.1.
     OtherModel(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -13,7 +13,7 @@ from .mac import awake
 from .media.video import Video
 from .opened import OpenedModel
 from .option import MODEL, REQUEST
-from .options import PROMPT, RequestOptions, filled, of, told
+from .options import PROMPT, RequestOptions, filled, named, of, told
 from .planning.choose import parse_tiling
 from .planning.machine import parse_memory
 from .presets import GIVEN_APART, find_preset
@@ -21,9 +21,9 @@ from .progress_bars import ProgressBars, progress_of
 from .prompts.extend import extend_requests
 from .request_builder import build_request
 from .runs.run import Output, Run
-from .types import LoraChoice, Request, RunState, Source, Step
+from .types import LoraChoices, Request, RunState, Source, Step
 from .weights.checkpoint import check_here, open_checkpoint
-from .weights.lora import normalise_loras
+from .weights.lora import in_lists, lora_lists
 from .weights.quantize import check_mode
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def spelled(face: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 class WanPipeline(OpenedModel):
-    """A Wan2.1 model, opened but not resident: calling it makes a video. Its attributes are `OpenedModel`'s."""
+    """A Wan model, opened but not resident: calling it makes a video. Its attributes are `OpenedModel`'s."""
 
     @classmethod
     @told(MODEL, IN_ORDER)
@@ -59,9 +59,16 @@ class WanPipeline(OpenedModel):
         vae: str | Path | None = None,
         image_encoder: str | Path | None = None,
         tokenizer: str | Path | None = None,
+        high_noise: str | Path | None = None,
+        low_noise: str | Path | None = None,
+        boundary: float | None = None,
         vace_module: str | Path | None = None,
         source: str | None = None,
-        loras: Iterable[LoraChoice] | LoraChoice | None = None,
+        quantize_high: str | int | None = None,
+        quantize_low: str | int | None = None,
+        loras: LoraChoices = None,
+        loras_high: LoraChoices = None,
+        loras_low: LoraChoices = None,
         vae_tiling: str | tuple[int, int] | None = None,
         caffeinate: bool = True,
         stop_below: int | None = None,
@@ -86,14 +93,16 @@ class WanPipeline(OpenedModel):
             raise ValueError(f"the model is {model!r}, expected a name such as \"nano\", or a path")
         given = filled(MODEL, ours(MODEL, {**spelled(MODEL, locals()), **other}))
         parse_memory(given["memory"])
-        check_mode(given["quantize"])
+        for mode in ("quantize", "quantize_high", "quantize_low"):
+            check_mode(given[mode])
+        named("boundary").check(given["boundary"])
         parse_tiling(given["vae_tiling"])  # before a download
         if given["preset"]:
             find_preset(given["preset"])
-        given["loras"] = normalise_loras(given["loras"])
+        loras = lora_lists(given)
         source, listener = given["source"], progress_of(given["progress"])
         parts = {part: given[part] for part in GIVEN_APART if given[part] is not None}
-        places = Places(model, parts, given["loras"])
+        places = Places(model, parts, [lora for one in loras.values() for lora in one])
         check_here(*places.here())
         try:
             with awake(given["caffeinate"]):
@@ -102,9 +111,9 @@ class WanPipeline(OpenedModel):
         finally:
             if isinstance(listener, ProgressBars):  # of a download that was cut
                 listener.close()
-        opened = cls(open_checkpoint(here.model, here.parts), **{**given, "loras": here.loras, "taehv": taehv,
-                                                                  "progress": listener})  # fmt: skip
-        opened.opened_with |= {"loras": given["loras"], "taehv": given["taehv"]}
+        found = {**in_lists(here.loras, like=loras), "taehv": taehv, "progress": listener}
+        opened = cls(open_checkpoint(here.model, here.parts), **{**given, **found})
+        opened.opened_with |= {**loras, "taehv": given["taehv"]}
         return opened
 
     @overload
@@ -149,7 +158,7 @@ class WanPipeline(OpenedModel):
         fit: str | None = "official",
         context_scale: float = 1.0,
         steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | tuple[float, float] | None = None,
         shift: float | None = None,
         solver: str | None = None,
         seed: int | None = None,
@@ -227,7 +236,8 @@ class WanPipeline(OpenedModel):
             ValueError: a value is wrong; names the nearest valid one.
         """
         given = ours(REQUEST, cast(dict[str, Any], options))
-        return build_request(self.preset, self.config, self.geometry, prompt, **given)
+        experts = len(self.checkpoint.of_kind("transformer"))
+        return build_request(self.preset, self.config, self.geometry, prompt, experts, **given)
 
     def run(self, request: Request, resume: RunState | None = None) -> Run:
         """One request on its way to a video: iterate over the `Run` for its events.

@@ -1,4 +1,4 @@
-"""One preset per released Wan2.1 model: where it is published, its sizes, how it wants to be sampled.
+"""One preset per released Wan model: where it is published, its sizes, how it wants to be sampled.
 
 Constants follow the official repository's ``wan/configs`` and the defaults of its ``generate.py``.
 """
@@ -31,22 +31,26 @@ SCENE_CUT = "镜头切换，"
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling defaults of a model at one resolution class."""
+    """Sampling defaults of a model at one resolution class.
+
+    ``guidance_scale``: one, or the low-noise and the high-noise expert's, in the official order.
+    """
 
     steps: int = 50
     shift: float = 5.0
-    guidance_scale: float = 5.0
+    guidance_scale: float | tuple[float, float] = 5.0
 
 
 @dataclass(frozen=True)
 class Preset:
     """One released model: where it is published, its sizes, and how it wants to be sampled.
 
-    ``parameters``: of the transformer. ``repo`` is empty for the models that come with the package. ``sampling`` is
-    the default; ``sampling_480p`` replaces it when the area is at most 832x480. ``diffusers`` is the same model's
-    repository in Diffusers' layout, ``comfyui`` its transformer's file (a mere name is one in `COMFYUI_TRANSFORMERS`),
-    ``gguf`` the repository of its GGUF quantisations; "" where none is known. ``vocabulary``: of a model that knows few
-    words, these, in English and in Chinese.
+    ``parameters``: of the transformer, or of each of two. ``repo`` is empty for the models that come with the package.
+    ``sampling`` is the default; ``sampling_480p`` replaces it when the area is at most 832x480. ``diffusers`` is the
+    same model's repository in Diffusers' layout, ``comfyui`` its transformer's file, of two experts the high-noise
+    one's (a mere name is one in `COMFYUI_TRANSFORMERS`), ``gguf`` the repository of its GGUF quantisations; "" where
+    none is known. ``vocabulary``: of a model that knows few words, these, in English and in Chinese. ``boundary``: of a
+    model of two experts, the share of the 1000 timesteps from which on, itself included, the high-noise one serves.
     """
 
     name: str
@@ -66,6 +70,12 @@ class Preset:
     comfyui: str = ""
     gguf: str = ""
     vocabulary: tuple[str, ...] = ()
+    boundary: float | None = None
+
+    @property
+    def experts(self) -> int:
+        """The number of its transformers."""
+        return 1 if self.boundary is None else 2
 
     @property
     def comfyui_file(self) -> str:
@@ -92,6 +102,7 @@ class Preset:
 _T2V_1_3B = TransformerConfig()
 _T2V_14B = TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 _I2V_14B = replace(_T2V_14B, model_type="i2v", in_dim=36)
+_I2V_A14B = replace(_I2V_14B, image_dim=None)
 _NANO = TransformerConfig(dim=256, ffn_dim=640, num_heads=2, num_layers=6, text_dim=128)
 _TI2V_5B = TransformerConfig("ti2v", 3072, 14336, 24, 30, in_dim=48, out_dim=48)
 _720P = (1280, 720)
@@ -128,8 +139,9 @@ COMFYUI_PARTS = {
 # A model's parts, as flags and files name them.
 NETWORKS = ("transformer", "text_encoder", "vae", "image_encoder")
 PARTS = (*NETWORKS, "tokenizer")
+EXPERTS = ("high_noise", "low_noise")  # the transformers of a model that has two
 MODULE = "vace_module"  # VACE's part of a transformer, in a file of its own
-GIVEN_APART = (*PARTS, MODULE)
+GIVEN_APART = (*PARTS, *EXPERTS, MODULE)
 
 _RELEASED = (
     Preset("nano", "t2v", "", _NANO, 5_806_656, **_OF_NANO),
@@ -176,6 +188,18 @@ _RELEASED = (
         gguf="QuantStack/Wan2.1_14B_VACE-GGUF",
     ),
     Preset(
+        "t2v-A14B", "t2v", "Wan-AI/Wan2.2-T2V-A14B", _T2V_14B, 14_288_491_584, _720P,
+        sampling=Sampling(steps=40, shift=12.0, guidance_scale=(3.0, 4.0)), boundary=0.875,
+        diffusers="Wan-AI/Wan2.2-T2V-A14B-Diffusers", gguf="QuantStack/Wan2.2-T2V-A14B-GGUF",
+        comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors",
+    ),
+    Preset(
+        "i2v-A14B", "i2v", "Wan-AI/Wan2.2-I2V-A14B", _I2V_A14B, 14_288_901_184, _720P,
+        sampling=Sampling(steps=40, shift=5.0, guidance_scale=3.5), boundary=0.9,
+        diffusers="Wan-AI/Wan2.2-I2V-A14B-Diffusers", gguf="QuantStack/Wan2.2-I2V-A14B-GGUF",
+        comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_i2v_high_noise_14B_fp16.safetensors",
+    ),
+    Preset(
         "ti2v-5B", "ti2v", "Wan-AI/Wan2.2-TI2V-5B", _TI2V_5B, 4_999_787_712, (1280, 704), 121, 24, vae=VAE22Config(),
         diffusers="Wan-AI/Wan2.2-TI2V-5B-Diffusers", gguf="QuantStack/Wan2.2-TI2V-5B-GGUF",
         comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_ti2v_5B_fp16.safetensors",
@@ -200,12 +224,15 @@ def find_preset(name: str) -> Preset:
 
 def of_same_shapes(preset: Preset) -> list[Preset]:
     """The other released models whose weights have the very shapes of this one's, so that a file cannot tell."""
-    return [p for p in PRESETS.values() if p.transformer == preset.transformer and p is not preset]
+    of_kind = preset.transformer, preset.experts
+    return [p for p in PRESETS.values() if (p.transformer, p.experts) == of_kind and p is not preset]
 
 
-def preset_for(config: TransformerConfig) -> Preset:
-    """The published model of the same kind whose width is nearest; of several, the first in `PRESETS`."""
+def preset_for(config: TransformerConfig, experts: int = 1) -> Preset:
+    """The published model of the same kind, with as many transformers, whose width is nearest; of several, the first in
+    `PRESETS`."""
     same = [p for p in PRESETS.values() if p.repo and p.transformer.model_type == config.model_type]
+    same = [p for p in same if p.experts == experts] or same
     return min(same, key=lambda preset: abs(preset.transformer.dim - config.dim))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ DEFAULT_STRENGTH = 0.7  # of video to video
 
 
 def build_request(
-    preset: Preset, config: TransformerConfig, geometry: Geometry, prompt: str, **given: Any
+    preset: Preset, config: TransformerConfig, geometry: Geometry, prompt: str, experts: int = 1, **given: Any
 ) -> Request:
     """Fill in the preset's defaults and check every value.
 
@@ -31,6 +32,7 @@ def build_request(
         config: the transformer's sizes.
         geometry: of the model's latents and tokens.
         prompt: not empty.
+        experts: the number of the model's transformers.
         given: of `options.RequestOptions`; None is as if it were left out.
 
     Raises:
@@ -58,6 +60,7 @@ def build_request(
         values["cfg_zero"] = zero_steps_of(values["task"]) if values["cfg_zero"] else None
     for name in ("src_ref_images", "guidance_range", "skip_layers", "skip_range"):
         values[name] = tuple(values[name])
+    values["guidance_scale"] = _guidance(values["guidance_scale"], experts)
     request = Request(**values, geometry=geometry)
     check_request(request)
     check_guidance(request, config.num_layers)
@@ -78,6 +81,19 @@ def size_of(
     if width is not None or height is not None:
         raise ValueError(f"size is {size!r}, and width or height is given too; leave one out")
     return geometry.named_size(size, preset.size) if isinstance(size, str) else (size[0], size[1])
+
+
+def _guidance(scale: float | Sequence[float], experts: int) -> float | tuple[float, float]:
+    """One scale, or the low-noise and the high-noise expert's where they differ."""
+    if not isinstance(scale, Sequence):
+        return scale
+    low, high = scale
+    if low == high:
+        return low
+    if experts == 1:
+        raise ValueError(f"guidance_scale is {low:g},{high:g}, but this model has one transformer, not a low-noise and "
+                         f"a high-noise expert; expected one number, such as {low:g}")  # fmt: skip
+    return low, high
 
 
 def check_request(request: Request) -> None:

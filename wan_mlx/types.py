@@ -16,7 +16,7 @@ Inside the package arrays are channels last: video ``(B, T, H, W, 3)`` in [-1, 1
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 Source: TypeAlias = "str | Path | Image | np.ndarray"
 # A LoRA's file, with its strength where that is not 1: also "path:strength".
 LoraChoice: TypeAlias = "str | Path | tuple[str | Path, float]"
+# One LoRA, several, or of a model of two experts those of each: {"high": …, "low": …}.
+LoraChoices: TypeAlias = "Iterable[LoraChoice] | LoraChoice | Mapping[str, Iterable[LoraChoice] | LoraChoice] | None"
 
 MOST_IMAGES = 10_000  # of a series
 # Fields of a `Request` that hold one source each; src_ref_images holds several.
@@ -55,7 +57,8 @@ class Request:
 
     Most fields are options of a call, which `options.RequestOptions` explains. Sizes are as the model's ``geometry``
     allows, ``seed`` is >= 0; ``cfg_zero`` is the number of CFG-Zero*'s first steps without motion, None for ordinary
-    guidance. Sources are None where the task has no use for them. ``original_prompt`` is the user's own where
+    guidance; of a model of two experts ``guidance_scale`` may be two, the low-noise and the high-noise one's, in the
+    official order. Sources are None where the task has no use for them. ``original_prompt`` is the user's own where
     ``prompt`` was written out by the language model ``extended_by``. ``source_sizes`` are the (width, height) of the
     sources that are brought to the video's size, by their fields' names.
     """
@@ -66,7 +69,7 @@ class Request:
     height: int
     num_frames: int
     steps: int
-    guidance_scale: float
+    guidance_scale: float | tuple[float, float]
     shift: float
     solver: str
     seed: int
@@ -133,9 +136,15 @@ class Request:
         return round(self.strength * self.steps)
 
     @property
+    def guidance_scales(self) -> tuple[float, float]:
+        """The low-noise and the high-noise expert's; twice the same of a model of one transformer."""
+        scale = self.guidance_scale
+        return scale if isinstance(scale, tuple) else (scale, scale)
+
+    @property
     def passes(self) -> int:
         """Forwards of a step with guidance all along: two, or one if it is off."""
-        return 1 if self.guidance_scale == 1 else 2
+        return 1 if self.guidance_scales == (1, 1) else 2
 
     @property
     def begin(self) -> int:
@@ -183,6 +192,7 @@ class Encoders(Protocol):
     """The encoders of a pipeline, as a task uses them; each call loads one stage's weights and drops them."""
 
     latent_channels: int
+    reads_images: bool  # whether the model has an image encoder
 
     def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
         """Texts → embeddings zero-padded to (1, 512, text_dim) each."""

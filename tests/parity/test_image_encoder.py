@@ -16,6 +16,7 @@ from wan_mlx.files.base import TensorInfo
 from wan_mlx.hub.names import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES
 from wan_mlx.models.configs import ImageEncoderConfig
 from wan_mlx.models.image_encoder import ImageEncoder, last_block_shapes
+from wan_mlx.presets import EXPERTS
 from wan_mlx.resize import resize_bicubic
 from wan_mlx.weights.checkpoint import open_checkpoint
 from wan_mlx.weights.component import ComponentWeights, check_keys, open_component, parameter_shapes
@@ -120,7 +121,7 @@ def test_official_has_257_tokens(clip, reference, tmp_path):
 def complete(folder, files, config: str = "{}"):
     """Give ``folder`` the other parts of a model, in name only."""
     for component, names in files.items():
-        if component != "image_encoder":
+        if component not in ("image_encoder", *EXPERTS):
             (folder / names[-1]).parent.mkdir(parents=True, exist_ok=True)
             (folder / names[-1]).touch()
     (folder / "config.json").write_text(config)

@@ -29,7 +29,7 @@ SEED = 3
 class StandIns:
     """Encoders whose every output says which pixels went in: random projections of 8x8 squares of four frames."""
 
-    latent_channels = 16
+    latent_channels, reads_images = 16, True
 
     def __init__(self):
         rng = np.random.default_rng(0)

@@ -69,10 +69,11 @@ def resolve_cache(text: str | None, steps: int, model: str, config: TransformerC
     return ":".join(map(str, [name, *values]))
 
 
-def make_cache(resolved: str, steps: int, model: str, left_out: int = 0) -> StepCache:
+def make_cache(resolved: str, steps: int, model: str, left_out: int = 0, switch: int | None = None) -> StepCache:
     """A fresh cache, from the result of `resolve_cache` for the same steps and preset.
 
-    ``left_out``: number of steps skipped at the start of the grid, because the run starts from a video.
+    ``left_out``: number of steps skipped at the start of the grid, because the run starts from a video. ``switch``: the
+    step at which another expert takes over.
     """
     name, *words = resolved.split(":")
     values: list[Any] = [setting.read(word) for setting, word in zip(SETTINGS[name], words, strict=True)]
@@ -81,8 +82,10 @@ def make_cache(resolved: str, steps: int, model: str, left_out: int = 0) -> Step
         return TeaCache(steps, threshold, mode, TEACACHE[model][mode])
     if name == "magcache":
         threshold, most_skips, retention = values
-        return MagCache(steps, threshold, most_skips, retention, MAGCACHE[model]["ratios"], left_out)
-    return EasyCache(steps, *values) if name == "easycache" else StepCache(steps)
+        constants = MAGCACHE[model]
+        whole_first = constants.get("whole_first", False)
+        return MagCache(steps, threshold, most_skips, retention, constants["ratios"], left_out, switch, whole_first)
+    return EasyCache(steps, *values, switch) if name == "easycache" else StepCache(steps, switch)
 
 
 def _defaults(name: str, steps: int, model: str, config: TransformerConfig) -> list:

@@ -18,10 +18,11 @@ class EasyCache(StepCache):
         steps: number of sampling steps.
         threshold: 0 never skips.
         first: steps at the start that are always computed; the last is too.
+        switch: as of every `StepCache`.
     """
 
-    def __init__(self, steps: int, threshold: float, first: int):
-        super().__init__(steps)
+    def __init__(self, steps: int, threshold: float, first: int, switch: int | None = None):
+        super().__init__(steps, switch)
         self.threshold, self.first = threshold, first
 
     def begin_step(self, index: int, latents: mx.array, passes: Sequence[int]) -> None:

@@ -28,22 +28,27 @@ class Branch:
 class StepCache:
     """Decides at which steps the transformer is skipped, and computes the velocity in its place.
 
-    Call ``begin_step``, then ``velocity`` once for each pass of the step, in any order or at once. Step 0
-    starts afresh.
+    Call ``begin_step``, then ``velocity`` once for each pass of the step, in any order or at once. It starts afresh at
+    step 0, and where another expert takes over, whose results are not like those before.
 
     Attributes:
         steps: number of sampling steps.
+        switch: the step at which another expert takes over; None if none does.
         large: whether it stores arrays as large as activations; callers should not keep old copies.
     """
 
     large = False
 
-    def __init__(self, steps: int):
-        self.steps = steps
+    def __init__(self, steps: int, switch: int | None = None):
+        self.steps, self.switch = steps, switch
         self._reset()
 
-    def _reset(self) -> None:
-        self.branches = (Branch(), Branch())
+    def _reset(self, computed: tuple[int, ...] = (0, 0)) -> None:
+        self.branches = (Branch(computed=computed[COND]), Branch(computed=computed[UNCOND]))
+
+    def starts_at(self, index: int) -> bool:
+        """Whether nothing of the steps before a step is used in it."""
+        return index in (0, self.switch)
 
     @property
     def computed(self) -> int:
@@ -52,8 +57,8 @@ class StepCache:
 
     def begin_step(self, index: int, latents: mx.array, passes: Sequence[int]) -> None:
         """Start step ``index``, which makes these passes over ``latents``."""
-        if index == 0:
-            self._reset()
+        if self.starts_at(index):
+            self._reset(tuple(branch.computed * (index > 0) for branch in self.branches))
         self.index, self.latents = index, latents
 
     def planned(self, passes: int) -> int | None:

@@ -1,8 +1,8 @@
 """TeaCache and MagCache: skipped blocks are replaced by their last residual. Both have constants for each model.
 
 The published constants are rows of ``assets/step_caches.json``. TeaCache's are ali-vilab's (``TeaCache4Wan2.1``),
-MagCache's Zehong-Ma's (``MagCache4Wan2.1``). VACE 1.3B and 14B have TeaCache's of the text-to-video models, because
-VACE's blocks accompany one that was not trained further: the signal is the same.
+MagCache's Zehong-Ma's (``MagCache4Wan2.1``, ``MagCache4Wan2.2``). VACE 1.3B and 14B have TeaCache's of the
+text-to-video models, because VACE's blocks accompany one that was not trained further: the signal is the same.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class ResidualCache(StepCache):
 
     large = True
 
-    def __init__(self, steps: int, threshold: float):
-        super().__init__(steps)
+    def __init__(self, steps: int, threshold: float, switch: int | None = None):
+        super().__init__(steps, switch)
         self.threshold = threshold
 
     def velocity(self, branch: int, forward: Forward) -> mx.array:
@@ -98,10 +98,12 @@ class MagCache(ResidualCache):
         steps: number of sampling steps.
         threshold: 0 never skips.
         most_skips: steps in a row that may be skipped.
-        retention: share of the run, at its start, that is always computed, in [0, 1].
+        retention: share of the run, at its start, that is always computed, in [0, 1]; of two experts, of each one's.
         ratios: change of the residual's mean magnitude from step to step, from the second step, cond and uncond in
             turn; for another number of steps the nearest ones are taken.
         left_out: steps skipped before the first; the ratios cover them too.
+        switch: as of every `StepCache`.
+        whole_first: whether the first expert's steps are all computed.
     """
 
     def __init__(
@@ -112,10 +114,12 @@ class MagCache(ResidualCache):
         retention: float,
         ratios: Sequence[float],
         left_out: int = 0,
+        switch: int | None = None,
+        whole_first: bool = False,
     ):
-        super().__init__(steps, threshold)
+        super().__init__(steps, threshold, switch)
         self.most_skips = most_skips
-        self.first = int(2 * steps * retention)  # counted in forwards, two a step
+        self.retained = retained(2 * steps, retention, None if switch is None else 2 * switch, whole_first)
         of_pass = [np.array([1.0, *ratios[branch::2]]) for branch in range(2)]
         self.ratios = [stretched(values, left_out + steps)[left_out:] for values in of_pass]
 
@@ -125,19 +129,33 @@ class MagCache(ResidualCache):
             own = Branch()
             for index in range(self.steps):
                 self.index = index
-                if not self.skips(branch, own, None) or index == 0:
+                if self.starts_at(index):
+                    own.numbers.clear()
+                if not self.skips(branch, own, None) or self.starts_at(index):
                     own.numbers.clear()
                     computed += 1
         return computed
 
     def skips(self, branch: int, own: Branch, this_pass: ForwardPass | None) -> bool:
-        if 2 * self.index + branch < self.first:
+        if 2 * self.index + branch in self.retained:
             return False
         ratio = own.numbers.get("ratio", 1.0) * float(self.ratios[branch][self.index])
         own.numbers["ratio"] = ratio
         own.numbers["skips"] = own.numbers.get("skips", 0.0) + 1
         own.numbers["error"] = own.numbers.get("error", 0.0) + abs(1 - ratio)
         return own.numbers["error"] < self.threshold and own.numbers["skips"] <= self.most_skips
+
+
+def retained(total: int, share: float, switch: int | None, whole_first: bool) -> set[int]:
+    """The numbers, of ``total`` forwards, of those that are always computed; counted as ``MagCache4Wan2.2`` does.
+
+    ``switch``: the first forward of the second of two experts.
+    """
+    if switch is None:
+        return {*range(int(total * share))}
+    if whole_first:
+        return {*range(int(switch + (total - switch) * share))}
+    return {*range(int(switch * share)), *range(switch, int(switch + (total - switch) * share) + 1)}
 
 
 def stretched(values: np.ndarray, count: int) -> np.ndarray:

@@ -121,12 +121,14 @@ def as_options(settings: Mapping[str, Any], path: Path, given: Mapping[str, Any]
     bundled = settings.get("checkpoint")
     if bundled in [*BUNDLED] and bundled != found.get("model"):
         found["preset"], found["model"] = found.get("model"), bundled
-    loras = found.get("loras")
-    if loras and _are_loras(loras):
-        del found["loras"]
-        if "loras" not in given:
-            names = ", ".join(f"{lora['file']} at {lora['strength']}" for lora in loras)
-            raise UsageError(f"it was made with {names}; give it with --lora FILE:STRENGTH")
+    for key in options.LORAS:
+        loras = found.get(key)
+        if loras and _are_loras(loras):
+            del found[key]
+            if key not in given:
+                names = ", ".join(f"{lora['file']} at {lora['strength']}" for lora in loras)
+                flag = options.named(key).flags[0]
+                raise UsageError(f"it was made with {names}; give it with {flag} FILE:STRENGTH")
     if isinstance(draft := found.get("draft"), str):
         if "taehv" not in given:
             raise UsageError(f"it is a draft by {draft}; give that with --taehv")

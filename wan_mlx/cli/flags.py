@@ -134,7 +134,7 @@ def defaults_table() -> str:
     for preset in PRESETS.values():
         sampling, size = preset.sampling_for(*preset.size), "x".join(map(str, preset.size))
         lines.append(f"  {preset.name:<16}{size:<11}{preset.num_frames:>6}{sampling.steps:>7}{sampling.shift:>7g}"
-                     f"{sampling.guidance_scale:>10g}")  # fmt: skip
+                     f"{options.guidance_text(sampling.guidance_scale):>10}")  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

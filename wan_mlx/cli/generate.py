@@ -14,7 +14,6 @@ from .. import __version__, options
 from ..errors import UsageError
 from ..events import Finished
 from ..media.write import check_output
-from ..other_models import of_name
 from ..planning.choose import plan
 from ..planning.machine import mlx_version
 from ..request_builder import size_of
@@ -36,7 +35,7 @@ from .jobs import (
     request_from,
     watch,
 )
-from .summary import describe, recipe_notes, tell_downloads, tell_notes, tell_watching
+from .summary import describe, loras_of, names_differ, recipe_notes, tell_downloads, tell_notes, tell_watching
 from .terminal import FAILURE, Terminal, write
 
 
@@ -68,12 +67,12 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     describe(pipe, request, say, *(job.output for job in [*made, *jobs]))
     tell_watching(pipe, jobs[0].previews if jobs else None, say)
     experts = [part.file for part in pipe.checkpoint.of_kind("transformer")]
-    distilled = [pipe.checkpoint.path, *experts, *(path for path, _ in pipe.loras)]
+    loras = [path for own in loras_of(pipe).values() for path, _ in own]
+    distilled = [pipe.checkpoint.path, *experts, *loras]
     for line in recipe_notes(distilled, request.recipe):
         say.note(f"          {line}")
-    for file in experts:
-        if other := of_name(file.name, known=True):
-            say.note(f"          by its name {file.name} is {other.name}; it runs as {pipe.preset.name} does")
+    for line in names_differ(pipe):
+        say.note(f"          {line}")
     asked = size_of(pipe.preset, pipe.geometry, args.size, args.width, args.height)
     if isinstance(args.size, str):
         say.note(f"          {args.size} is {asked[0]}x{asked[1]} for {pipe.preset.name}")

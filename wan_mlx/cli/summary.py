@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,17 @@ from .. import options
 from ..caching import make_cache
 from ..errors import WanError
 from ..files.open import open_weights
+from ..hub.names import expert_named
 from ..hub.resolve import Places
 from ..mac import can_stay_awake
 from ..media.preview import PreviewFiles
 from ..opened import OpenedModel
-from ..presets import BUNDLED, GIVEN_APART, of_same_shapes
+from ..other_models import of_name
+from ..presets import BUNDLED, EXPERTS, GIVEN_APART, of_same_shapes
 from ..recipes import RECIPES, Recipe
 from ..types import Request
 from ..weights.checkpoint import check_here
-from ..weights.lora import normalise_loras
+from ..weights.lora import lora_lists
 from .terminal import Terminal
 
 # LoRA files describe themselves in metadata, under one of many keys; longer values are training data.
@@ -46,7 +48,7 @@ def tell_downloads(model: Mapping[str, Any], say: Terminal) -> bool:
     ``model``: keywords for `WanPipeline.from_pretrained`.
     """
     parts = {part: model[part] for part in GIVEN_APART if model.get(part) is not None}
-    places = Places(model["model"], parts, normalise_loras(model["loras"]))
+    places = Places(model["model"], parts, [lora for loras in lora_lists(model).values() for lora in loras])
     check_here(*places.here())
     missing = [download for download in places.downloads(model["source"]) if download.missing]
     for download in missing:
@@ -55,7 +57,7 @@ def tell_downloads(model: Mapping[str, Any], say: Terminal) -> bool:
 
 
 def describe(pipe: OpenedModel, request: Request, say: Terminal, *outputs: Path) -> None:
-    guidance = "off" if request.guidance_scale == 1 else f"{request.guidance_scale:g}"
+    guidance = "off" if request.passes == 1 else options.guidance_text(request.guidance_scale)
     packed = "".join(f", {component.replace('_', ' ')} {mode}" for component, mode in pipe.quantized.items())
     path, name, defaults = pipe.checkpoint.path, pipe.preset.name, f"{pipe.preset.name} defaults"
     bundled = "bundled" if path.name == name else f"bundled, {defaults}"
@@ -63,13 +65,14 @@ def describe(pipe: OpenedModel, request: Request, say: Terminal, *outputs: Path)
     say.note(f"model     {whose}, {pipe.dtype}{packed})")
     for line in origins(pipe):
         say.note(f"          {line}")
-    for path, strength in pipe.loras:
-        say.note(f"lora      {path} at {strength:g}")
+    for owner, loras in loras_of(pipe).items():
+        for path, strength in loras:
+            say.note(f"lora      {path} at {strength:g}{f', {owner}' * (owner != '')}")
     say.note(f"prompt    {request.prompt}")
     say.note(f"video     {request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps")
     say.note(f"sampling  {request.solver}, {request.steps} steps, shift {request.shift:g}, guidance {guidance}, "
              f"seed {request.seed}")  # fmt: skip
-    for line in extras(request, pipe.preset.name):
+    for line in extras(request, pipe.preset.name, pipe.switch(request)):
         say.note(line)
     if request.video is not None:
         strength, made = f"{request.strength:g}", request.steps_made
@@ -79,6 +82,34 @@ def describe(pipe: OpenedModel, request: Request, say: Terminal, *outputs: Path)
     for output in outputs:
         say.note(f"output    {output}")
     tell_awake(pipe.caffeinate, say)
+
+
+def loras_of(pipe: OpenedModel) -> dict[str, list[tuple[Path, float]]]:
+    """Expert, or "" for every transformer → its LoRAs."""
+    return {"": pipe.loras} | {part.label: [*part.loras] for part in pipe.checkpoint.of_kind("transformer")}
+
+
+def names_differ(pipe: OpenedModel) -> Iterator[str]:
+    """Lines about transformers and LoRAs that by their names are not what they were given as."""
+    for part in pipe.checkpoint.of_kind("transformer"):
+        name, expert = part.file.name, expert_named(part.file)
+        if expert is not None and part.name not in EXPERTS:
+            yield (f"by its name {name} is the {_words(expert)} expert of a model of two; alone it runs as "
+                   f"{pipe.preset.name} does; --high-noise and --low-noise take two")  # fmt: skip
+        elif expert not in (None, part.name):
+            yield f"by its name {part.file} is the {_words(expert)} expert, and it is used as the {part.label} one"
+        elif expert is None and (other := of_name(name, known=True)):
+            yield f"by its name {name} is {other.name}; it runs as {pipe.preset.name} does"
+    for owner, loras in loras_of(pipe).items():
+        for path, _ in loras:
+            expert = expert_named(path.name)
+            if expert is not None and _words(expert) != owner:
+                given_to = f"the {owner} one" if owner else "every transformer"
+                yield f"by its name {path.name} is for the {_words(expert)} expert, and it was given to {given_to}"
+
+
+def _words(expert: str) -> str:
+    return expert.replace("_", " ")
 
 
 def tell_awake(caffeinate: bool, say: Terminal) -> None:
@@ -115,13 +146,14 @@ def origins(pipe: OpenedModel) -> list[str]:
     return lines
 
 
-def extras(request: Request, model: str) -> list[str]:
+def extras(request: Request, model: str, switch: int | None = None) -> list[str]:
     """Lines about guidance other than the plain one, and about left-out forwards."""
     lines = []
     if request.recipe:
         lines.append(f"          by the recipe {request.recipe}")
     if request.cache != "none":
-        planned = make_cache(request.cache, request.steps_made, model, request.begin).planned(request.passes)
+        cache = make_cache(request.cache, request.steps_made, model, request.begin, switch)
+        planned = cache.planned(request.passes)
         plain = request.guidance_range == (0.0, 1.0) and request.cfg_zero is None
         known = f", {planned} of {request.passes * request.steps_made} forwards" if planned and plain else ""
         lines.append(f"cache     {request.cache}{known}")

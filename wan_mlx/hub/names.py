@@ -14,35 +14,45 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 from ..errors import WeightsError, some
 from ..other_models import of_name
-from ..presets import NETWORKS, PARTS, PRESETS, Preset
+from ..presets import EXPERTS, NETWORKS, PARTS, PRESETS, Preset
+
+T = TypeVar("T")
+_TRANSFORMER = ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors")
+
+
+def _inside(folder: str, names: Collection[str] = _TRANSFORMER) -> tuple[str, ...]:
+    return tuple(f"{folder}/{name}" for name in names)
+
 
 # The official folder: component → the names it is published under, first one wins.
 OFFICIAL_FILES = {
-    "transformer": ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
+    "transformer": _TRANSFORMER,
+    "high_noise": _inside("high_noise_model"),
+    "low_noise": _inside("low_noise_model"),
     "text_encoder": ("models_t5_umt5-xxl-enc-bf16.pth",),
     "vae": ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth"),
     "image_encoder": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
     "tokenizer": ("google/umt5-xxl/spiece.model",),
 }
 DIFFUSERS_FILES = {
-    "transformer": (
-        "transformer/diffusion_pytorch_model.safetensors.index.json",
-        "transformer/diffusion_pytorch_model.safetensors",
-    ),
+    "transformer": _inside("transformer"),
+    "high_noise": _inside("transformer"),  # where there is a second one
+    "low_noise": _inside("transformer_2"),
     "text_encoder": ("text_encoder/model.safetensors.index.json", "text_encoder/model.safetensors"),
     "vae": ("vae/diffusion_pytorch_model.safetensors",),
     "image_encoder": ("image_encoder/model.safetensors",),
     "tokenizer": ("tokenizer/spiece.model", "tokenizer/tokenizer.json"),  # transformers 5 saves the second alone
 }
 MLX_FILES = {
-    **{component: (f"{component}.safetensors.index.json", f"{component}.safetensors") for component in NETWORKS},
+    **{part: (f"{part}.safetensors.index.json", f"{part}.safetensors") for part in (*NETWORKS, *EXPERTS)},
     "tokenizer": ("tokenizer.model",),
 }
 
@@ -52,7 +62,10 @@ warnings.filterwarnings("ignore", "IProgress not found")
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[^:]+))?")
 WEIGHT_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt")
 # Small files of all layouts, besides the weights.
-CONFIGS = ("config.json", "model_index.json", *(f"{component}/config.json" for component in DIFFUSERS_FILES))
+_FOLDERS = (*NETWORKS, "tokenizer", "transformer_2", "high_noise_model", "low_noise_model")
+CONFIGS = ("config.json", "model_index.json", *(f"{folder}/config.json" for folder in _FOLDERS))
+# What a file's name says of which expert it is; only for notes, since it may be wrong.
+NAMED_EXPERT = re.compile(r"(?i:(?<![a-z])(?P<word>high|low)[-_ ]?noise)|(?<![A-Za-z])(?P<short>HIGH|LOW)(?![A-Za-z])")
 
 
 @dataclass(frozen=True)
@@ -118,22 +131,24 @@ def _is_unsafe(file: str) -> bool:
 def needed_files(names: Iterable[str], repo: str, parts: Collection[str] = PARTS) -> list[str]:
     """The needed files of a repository: each network's weights, the tokenizer, and the configurations.
 
-    ``parts``: those of `PARTS` to take from this repository.
+    ``parts``: those of `PARTS` or `EXPERTS` to take from this repository; "transformer" is both experts of one that has
+    two, and an expert the transformer of one that has one.
 
     Raises:
         WeightsError: a part is missing, or these are single files of which one must be chosen; lists them.
     """
     names = set(names)
-    if names & set(MLX_FILES["transformer"]):
+    if _transformers(MLX_FILES, names):
         layout, files = "MLX", MLX_FILES
     elif "model_index.json" in names or "transformer/config.json" in names:
         layout, files = "Diffusers", DIFFUSERS_FILES
-    elif names & set(OFFICIAL_FILES["transformer"]):
+    elif _transformers(OFFICIAL_FILES, names):
         layout, files = "official", OFFICIAL_FILES
     else:
         raise WeightsError(f"{repo} is no whole Wan2.1 model{_known_as(repo)}; {weights_in(names, repo)}")
     needed, missing = [name for name in CONFIGS if name in names], []
-    for component in parts:
+    two = EXPERTS if set(EXPERTS).intersection(_transformers(files, names)) else ()
+    for component in _each(parts, two):
         if component not in files:
             raise WeightsError(f"{repo} has no {component} for a whole model; {weights_in(names, repo)}")
         candidates = files[component]
@@ -146,6 +161,35 @@ def needed_files(names: Iterable[str], repo: str, parts: Collection[str] = PARTS
         lacking = f"({layout} layout){_known_as(repo)}: it lacks {'; '.join(missing)}"
         raise WeightsError(f"{repo} is no whole Wan2.1 model {lacking}")
     return needed
+
+
+def _transformers(files: Mapping[str, tuple[str, ...]], names: Collection[str]) -> list[str]:
+    """The parts of a repository that are transformers."""
+    there = {part: True for part in ("transformer", *EXPERTS) if not set(files[part]).isdisjoint(names)}
+    return list(one_or_two(there))
+
+
+def _each(parts: Iterable[str], two: tuple[str, ...]) -> Iterator[str]:
+    """Each part, as a repository with or without ``two`` experts has it."""
+    for part in parts:
+        if part == "transformer" and two:
+            yield from two
+        else:
+            yield part if two or part not in EXPERTS else "transformer"
+
+
+def one_or_two(found: Mapping[str, T]) -> dict[str, T]:
+    """Of files that were found, part → file, the transformer or else the experts, of which one may be missing."""
+    two = "low_noise" in found or "transformer" not in found
+    return {part: file for part, file in found.items() if part not in (("transformer",) if two else EXPERTS)}
+
+
+def expert_named(path: str | Path) -> str | None:
+    """The expert, of `EXPERTS`, that a file is by its name, or by its folder's."""
+    for name in (Path(path).name, Path(path).parent.name):
+        if match := NAMED_EXPERT.search(name):
+            return f"{(match['word'] or match['short']).lower()}_noise"
+    return None
 
 
 def _known_as(repo: str) -> str:

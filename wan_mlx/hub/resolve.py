@@ -17,7 +17,7 @@ from .. import __version__
 from ..errors import Stopped, WeightsError, nearest
 from ..events import Fetching, Listener, unheard
 from ..other_models import of_entries
-from ..presets import BUNDLED, PARTS, PRESETS, Preset
+from ..presets import BUNDLED, EXPERTS, PARTS, PRESETS, Preset
 from ..storage import free_space, gigabytes, parse_json, shards_of
 from . import modelscope
 from .download import RemoteFile, bytes_here, fetch_files, is_transient, one_line
@@ -152,7 +152,10 @@ class Places:
 
     def _named(self) -> list[tuple[str | Path, Collection[str]]]:
         """Each place, and the parts wanted from it if it is a whole repository."""
-        rest = [part for part in self.wanted if part not in self.parts]
+        given = [expert for expert in EXPERTS if expert in self.parts]
+        rest = [part for part in self.wanted if part not in self.parts and (part != "transformer" or len(given) < 2)]
+        if len(given) == 1 and "transformer" in rest:  # of two experts only the other one
+            rest[rest.index("transformer")] = next(expert for expert in EXPERTS if expert not in given)
         of_parts = ((place, [part]) for part, place in self.parts.items())
         named: list[tuple[str | Path, Collection[str]]] = [(self.model, rest), *of_parts]
         return named + [(lora, []) for lora in map(_lora_name, self.loras) if isinstance(lora, str)]

@@ -13,7 +13,8 @@ TEXT_LEN = 512
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of the diffusion transformer. ``model_type`` is t2v, i2v, flf2v, vace or ti2v, as in config.json."""
+    """Sizes of the diffusion transformer. ``model_type`` is t2v, i2v, flf2v, vace or ti2v, as in config.json;
+    ``image_dim`` is the width of CLIP's features, None for Wan2.2's I2V-A14B, which reads none."""
 
     model_type: str = "t2v"
     dim: int = 1536
@@ -27,7 +28,7 @@ class TransformerConfig:
     text_len: int = TEXT_LEN
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
-    image_dim: int = 1280
+    image_dim: int | None = 1280
     vace_layers: tuple[int, ...] = ()
     vace_in_dim: int = 96
 
@@ -38,7 +39,7 @@ class TransformerConfig:
     @property
     def has_image_branch(self) -> bool:
         """Whether cross-attention also reads CLIP features (``k_img``, ``v_img``)."""
-        return self.model_type in ("i2v", "flf2v")
+        return self.model_type in ("i2v", "flf2v") and self.image_dim is not None
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def plan(
     size: str | tuple[int, int] | None = None,
     dtype: str = "bfloat16",
     quantize: str | int | None = None,
-    guidance_scale: float | None = None,
+    guidance_scale: float | tuple[float, float] | None = None,
     vae_tiling: str | tuple[int, int] | None = None,
     measure: bool = False,
 ) -> Plan:

@@ -9,7 +9,7 @@ IMAGE_TOKENS = 257  # CLIP's tokens for each image
 
 def image_tokens(config: TransformerConfig) -> int:
     """Number of CLIP tokens that cross-attention reads beside the text's."""
-    return {"i2v": IMAGE_TOKENS, "flf2v": 2 * IMAGE_TOKENS}.get(config.model_type, 0)
+    return (1 + (config.model_type == "flf2v")) * IMAGE_TOKENS if config.has_image_branch else 0
 
 
 def forward_parts(config: TransformerConfig, tokens: int) -> dict[str, float]:

@@ -178,7 +178,7 @@ def normal(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _normal(name: str, value: Any, place: str | None) -> Any:
-    if name == "loras":
+    if name in options.LORAS:
         return [f"{_absolute_if_here(str(path))}:{strength!r}" for path, strength in normalise_loras(value)]
     if place and isinstance(value, tuple | list):
         return [_absolute(str(one)) for one in value]

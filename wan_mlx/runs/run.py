@@ -218,11 +218,12 @@ class Run:
             serving = partial(self._serving, stage, conditioning)
             serving(float(scheduler.timesteps[first]))
             yield
-            cache = make_cache(request.cache, request.steps_made, self.pipe.preset.name, request.begin)
+            switch = self.pipe.switch(request)
+            cache = make_cache(request.cache, request.steps_made, self.pipe.preset.name, request.begin, switch)
             steps = denoise(serving, conditioning, scheduler, cache, first, reached.state, self.pipe.wider_dtype)
             with closing(counted(self._tell, "denoising")(steps, total=total, initial=first)) as steps:
                 for step in steps:
-                    self.forwards = (cache.computed, step.passes * step.total)
+                    self.forwards = (cache.computed, request.passes * total)
                     latents = self._step(step, trim)
                     self._heed_battery()
                     yield
@@ -243,7 +244,7 @@ class Run:
                 self._expert = part, with_condition(model, conditioning)
             stage.callback(setattr, self, "_expert", None)
             stage.enter_context(self._stage("denoise"))
-        return self._expert[1], Guidance.of(self.request)
+        return self._expert[1], Guidance.of(self.request, part.name)
 
     def _step(self, step: Step, trim: int) -> mx.array:
         """Tell a step, without the references that it has; returns its latents."""

@@ -1,7 +1,7 @@
 """Image to video: the first frame is given, or the first and the last.
 
 Follows the official ``wan/image2video.py``, with its mask for any number of frames, and
-``wan/first_last_frame2video.py``.
+``wan/first_last_frame2video.py``. Wan2.2's models read no CLIP features.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def condition(request: Request, encoders: Encoders) -> Conditioning:
         known[request.num_frames - 1] = cover(last, *first.shape[:2]) if official else drawn(last, request)
     base = t2v.condition(request, encoders)
     images = {number: to_float(image) for number, image in known.items()}
-    features = encoders.encode_images(mx.array(np.stack(list(images.values()))))
+    pictures = mx.array(np.stack(list(images.values())))
+    features = encoders.encode_images(pictures) if encoders.reads_images else None
     grey = np.zeros((request.height, request.width, 3), np.float32)
     resized = {number: resize_bicubic(image, *grey.shape[:2]) for number, image in images.items()}
     frames = (resized.get(number, grey) for number in range(request.num_frames))

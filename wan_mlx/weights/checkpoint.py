@@ -18,10 +18,11 @@ from typing import Any
 from ..errors import UnsupportedModel, WeightsError, nearest, some
 from ..files.open import ENDINGS, ShardedFile, format_of, open_weights
 from ..files.sentencepiece import EMBEDDED, MAX_TOKENIZER_BYTES, find_tokenizer, has_tokenizer
-from ..hub.names import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES
-from ..other_models import ADVICE, of_entries, of_name
-from ..presets import COMFYUI_PARTS, MODULE, NETWORKS, PARTS, PRESETS
-from ..storage import parse_json
+from ..hub.names import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES, one_or_two
+from ..models.configs import NUM_TRAIN_TIMESTEPS
+from ..other_models import ADVICE, of_entries
+from ..presets import COMFYUI_PARTS, EXPERTS, MODULE, NETWORKS, PARTS, PRESETS
+from ..storage import fingerprint, parse_json
 from .component import ComponentWeights, kinds_in, open_component
 from .configs import network_config
 from .mlx_video import MLX_VIDEO, MLX_VIDEO_FILES, is_mlx_video, metadata_of
@@ -106,7 +107,8 @@ class Checkpoint:
     """A local model: its parts.
 
     ``parts`` has all kinds in `PARTS`, but "image_encoder" only if the model reads images.
-    ``model`` is the preset's name, if the folder records it. ``others``: what was said of files of other models.
+    ``model`` is the preset's name, and ``boundary`` as of a `Preset`, if the folder records it. ``others``: what was
+    said of files of other models.
     """
 
     path: Path
@@ -114,6 +116,35 @@ class Checkpoint:
     model: str | None = None
     layout: str = "single files"
     others: tuple[str, ...] = ()
+    boundary: float | None = None
+
+    @property
+    def has_experts(self) -> bool:
+        return any(part.name in EXPERTS for part in self.parts)
+
+    def with_experts(self, **fields: tuple[Any, Any]) -> Checkpoint:
+        """The model with fields of its experts changed: the high-noise one's, then the low-noise one's.
+
+        Raises:
+            ValueError: it has one transformer.
+        """
+        if not self.has_experts:
+            raise ValueError(f"{self.path} has one transformer, and {' and '.join(fields)} of one of two experts was "
+                             "given; give it without high or low")  # fmt: skip
+        changed = [
+            replace(part, **{name: values[EXPERTS.index(part.name)] for name, values in fields.items()})
+            if part.name in EXPERTS else part
+            for part in self.parts
+        ]  # fmt: skip
+        return replace(self, parts=tuple(changed))
+
+    def divided(self, boundary: float) -> Checkpoint:
+        """The model with its experts at a boundary, as of a `Preset`; ValueError if it has one transformer."""
+        if not self.has_experts:
+            raise ValueError(f"boundary is {boundary:g}, but {self.path} has one transformer, which serves all "
+                             "timesteps; leave it out")  # fmt: skip
+        at = boundary * NUM_TRAIN_TIMESTEPS
+        return replace(self.with_experts(timesteps=((at, math.inf), (0.0, at))), boundary=boundary)
 
     def of_kind(self, kind: str) -> list[Part]:
         """The parts of one kind, in order."""
@@ -133,7 +164,10 @@ class Checkpoint:
 
     def missing(self) -> list[str]:
         """The kinds of parts that are missing."""
-        lacking = [kind for kind in PARTS if not self.of_kind(kind)]
+        names = {part.name for part in self.parts}
+        one_expert = sum(name in EXPERTS for name in names) == 1
+        lacking = [name for name in EXPERTS if one_expert and name not in names]
+        lacking += [kind for kind in PARTS if not self.of_kind(kind)]
         return [kind for kind in lacking if kind != "image_encoder" or any(map(self._reads_images, self.parts))]
 
     def _reads_images(self, part: Part) -> bool:
@@ -141,7 +175,7 @@ class Checkpoint:
             return False
         if self.layout == "diffusers":  # config.json has the width of the image features, or None
             return part.config.get("image_dim") is not None
-        if "model_type" in part.config:
+        if "model_type" in part.config and part.name not in EXPERTS:  # Wan2.2's is i2v, and reads none
             return part.config["model_type"] in ("i2v", "flf2v")
         return "img_emb.proj.1.weight" in part.open().shapes
 
@@ -171,19 +205,27 @@ def check_here(model: Path | None, parts: Mapping[str, Path | None]) -> None:
         model: its folder or file; None if it is not here.
         parts: name in `PARTS` → the place given for it; None if that is not here.
     """
-    found = [find_part(place, kind) for kind, place in parts.items() if place is not None]
+    given = {name: find_part(place, name) for name, place in parts.items() if place is not None}
+    found = tuple(given.values())
     if model is not None:
         whole = _look_at_folder(model, parts) if model.is_dir() else look_at(model)
-        found += [part for part in whole.parts if part.kind not in parts]
+        found = tuple(part for part in joined(whole.parts, given) if part.name in given or part.kind not in parts)
     check_fit(found)
+    check_experts(found)
 
 
 def check_fit(parts: Iterable[Part]) -> None:
-    """Raise WeightsError if one is no whole network of Wan2.1, or makes what a transformer among them cannot take."""
+    """Raise WeightsError if one is no whole network of Wan, or makes what a transformer among them cannot take, or is
+    one of two experts without the other."""
     sizes = [(part, network_config(part.open(), part.config)) for part in parts if part.kind in NETWORKS]
     for transformer, config in sizes:
         if transformer.kind != "transformer":
             continue
+        if transformer.name not in EXPERTS and config.model_type == "i2v" and not config.has_image_branch:
+            raise WeightsError(
+                f"{transformer.file} is one of the two experts of an image-to-video model (I2V-A14B); give both, as "
+                f"{_flag(EXPERTS[0])} FILE and {_flag(EXPERTS[1])} FILE"
+            )
         for part, other in sizes:
             if part.kind not in FITS or (part.kind == "image_encoder" and not config.has_image_branch):
                 continue
@@ -203,11 +245,9 @@ def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = No
         found = _look_at_folder(path, given)
     else:
         found = Checkpoint(path, tuple(_part(kind, path) for kind in kinds_in(path)))
-    named = {part.name: part for part in found.parts}
     module = given.pop(MODULE, None)
-    for kind, place in given.items():
-        part = find_part(_existing(place, kind.replace("_", " ")), kind)
-        named = {name: other for name, other in named.items() if other.kind != kind or name == kind} | {kind: part}
+    apart = {name: find_part(_existing(place, name.replace("_", " ")), name) for name, place in given.items()}
+    named = {part.name: part for part in joined(found.parts, apart)}
     # A text encoder's own tokenizer, inside its file or beside it, unless one was given or is part of a whole model.
     if "text_encoder" in named and "tokenizer" not in given and ("text_encoder" in given or "tokenizer" not in named):
         file = named["text_encoder"].file
@@ -217,7 +257,46 @@ def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = No
     if module is not None:
         file = find_part(_existing(module, "VACE module"), MODULE).file
         named |= {n: _with_module(part, file) for n, part in named.items() if part.kind == "transformer"}
-    return replace(found, parts=tuple(named.values()))
+    check_experts(parts_found := tuple(named.values()))
+    return replace(found, parts=parts_found)
+
+
+def joined(parts: Iterable[Part], given: Mapping[str, Part]) -> list[Part]:
+    """The parts of a model, with those ``given`` apart, name → part, in their places.
+
+    The transformer of a model that has one is the other expert where one is given.
+    """
+    named = {part.name: part for part in parts}
+    for name, part in given.items():
+        if name not in EXPERTS:
+            named = {n: other for n, other in named.items() if other.kind != part.kind or n == name} | {name: part}
+    if experts := {name: part for name, part in given.items() if name in EXPERTS}:
+        there = {name: part for name, part in named.items() if part.kind == "transformer"}
+        if len(experts) == 1 and "transformer" in there:
+            (other,) = set(EXPERTS) - set(experts)
+            there = {other: replace(there["transformer"], name=other)}
+        there = {name: part for name, part in {**there, **experts}.items() if name in EXPERTS}
+        rest = {name: part for name, part in named.items() if part.kind != "transformer"}
+        named = {**{name: there[name] for name in EXPERTS if name in there}, **rest}
+    return list(named.values())
+
+
+def check_experts(parts: Iterable[Part]) -> None:
+    """Raise WeightsError, before weights are read, if two experts are not those of one model."""
+    experts = [part for part in parts if part.name in EXPERTS]
+    if len(experts) < 2:
+        return
+    first, second = experts
+    if first.file.resolve() == second.file.resolve():
+        raise WeightsError(f"both experts are {first.file}; a model of two has two files: give the other one, too")
+    sizes, others = (vars(network_config(part.open(), part.config)) for part in experts)
+    if differing := [name for name, value in sizes.items() if value != others[name]]:
+        what = ", ".join(f"{name} {sizes[name]} and {others[name]}" for name in differing)
+        raise WeightsError(f"{first.file} and {second.file} are not the two experts of one model: their sizes differ, "
+                           f"{what}")  # fmt: skip
+    if all(fingerprint(first.file)[key] == fingerprint(second.file)[key] for key in ("size", "sha256")):
+        raise WeightsError(f"{first.file} and {second.file} are equal; a model of two experts has two that differ: one "
+                           "of them is a copy of the other")  # fmt: skip
 
 
 def _with_module(part: Part, module: Path) -> Part:
@@ -241,81 +320,107 @@ def _saved_tokenizer(encoder: Path) -> Path | None:
     return None
 
 
-def find_part(place: Path, kind: str) -> Part:
-    """One part of a model; WeightsError if it is missing, or found twice.
+def find_part(place: Path, name: str) -> Part:
+    """One part of a model, by a name in `GIVEN_APART`; WeightsError if it is missing, or found twice.
 
     ``place``: its file, or a folder: of a whole model, or the part's own with its config.json.
     """
+    kind = "transformer" if name in EXPERTS else name
     if kind == "tokenizer":
         file = find_tokenizer(place) if place.is_dir() else place
         if file is None:
             raise WeightsError(f"{place} holds no tokenizer, expected umT5's spiece.model")
         return _part(kind, file)
     if not place.is_dir():
-        part = _part(kind, place)
+        part = _part(name, place)
         part.open()  # says what is wrong with it
         return part
     found = _look_at_folder(place, [other for other in NETWORKS if other != kind])
+    if own := [part for part in found.parts if part.name == name]:
+        return own[0]
+    if len(found.of_kind(kind)) > 1:
+        raise WeightsError(f"{place} holds two experts, not one transformer; give it as {_flag(EXPERTS[0])} and "
+                           f"{_flag(EXPERTS[1])}, or as --model")  # fmt: skip
     if not found.of_kind(kind):
         for file in _weight_files(place):
             kinds_in(file)  # says why, if it is refused
         raise WeightsError(f"{place} holds no {kind}, only {', '.join(found.files) or _listing(place)}")
-    return found.part(kind)
+    return replace(found.part(kind), name=name)
 
 
 def _look_at_folder(folder: Path, given: Collection[str]) -> Checkpoint:
     """The model in a folder, where parts of the kinds ``given`` may be missing."""
     config = read_config(folder / "config.json")
-    check_pipeline(folder)
+    boundary = _boundary(folder, config, check_pipeline(folder))
+    if {*EXPERTS} <= {*given}:
+        given = [*given, "transformer"]
     if config.get("format") == MLX_FORMAT:
         layout, files = "mlx", _mlx_files(folder, config)
     elif is_mlx_video(config):
-        layout, files = MLX_VIDEO, _find(folder, MLX_VIDEO_FILES)
+        layout, files = MLX_VIDEO, one_or_two(_find(folder, MLX_VIDEO_FILES))
     else:
         is_diffusers = (folder / "model_index.json").is_file() or (folder / "transformer" / "config.json").is_file()
         layout = "diffusers" if is_diffusers else "official"
-        files = _find(folder, FOLDERS[layout])
+        files = one_or_two(_find(folder, FOLDERS[layout]))
+        if boundary is not None and "transformer" in files:  # the second transformer is missing
+            files = {"high_noise": files.pop("transformer"), **files}
     # Diffusers uses this file name for every network, not only the transformer.
     if layout == "official" and files.keys() <= {"transformer"} and "num_heads" not in config:
         return _search(Checkpoint(folder), given)
     parts = tuple(_part(kind, file) for kind, file in files.items())
-    found = Checkpoint(folder, parts, config.get("model") if layout == "mlx" else None, layout)
+    model = config.get("model") if layout == "mlx" else None
+    found = Checkpoint(folder, parts, model, layout, boundary=boundary)
     return found if all(kind in given for kind in found.missing()) else _search(found, given)
 
 
-def check_pipeline(folder: Path) -> None:
-    """Raise WeightsError if the model_index.json of a folder is another pipeline's than Wan2.1's."""
+def _boundary(folder: Path, config: Mapping[str, Any], index: Mapping[str, Any]) -> float | None:
+    """The boundary of two experts that a folder's config.json or model_index.json records."""
+    for file, value in (("config.json", config.get("boundary")), ("model_index.json", index.get("boundary_ratio"))):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise WeightsError(f"{folder / file} has the boundary {reprlib.repr(value)}, expected a number between 0 "
+                               "and 1")  # fmt: skip
+        return float(value)
+    return None
+
+
+def check_pipeline(folder: Path) -> dict[str, Any]:
+    """The model_index.json of a folder, empty if there is none; WeightsError if it is another pipeline's than Wan's."""
     index = folder / "model_index.json"
-    pipeline = str(read_config(index).get("_class_name", "Wan"))
+    entries = read_config(index)
+    pipeline = str(entries.get("_class_name", "Wan"))
     if not pipeline.startswith(PIPELINES):
         raise UnsupportedModel(f"{index}: this is a {pipeline[:80]!r}, which is not supported; {ADVICE['transformer']}")
+    return entries
 
 
 def _mlx_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
     """The files of an MLX folder; missing ones are those of the neighbouring folder in its "parts_from", if any."""
     sibling = config.get("parts_from")
     if sibling is None:
-        return _find(folder, MLX_FILES)
+        return one_or_two(_find(folder, MLX_FILES))
     if not isinstance(sibling, str) or sibling in ("", ".", "..") or Path(sibling).name != sibling:
         raise WeightsError(
             f"{folder / 'config.json'} takes parts from {sibling!r}, expected the name of a folder beside {folder}"
         )
-    return {**_find(folder.parent / sibling, MLX_FILES), **_find(folder, MLX_FILES)}
+    return one_or_two({**_find(folder.parent / sibling, MLX_FILES), **_find(folder, MLX_FILES)})
 
 
-def _part(kind: str, file: Path) -> Part:
+def _part(name: str, file: Path) -> Part:
     """A part, with the entries of the config.json beside its file."""
+    kind = "transformer" if name in EXPERTS else name
     if kind not in NETWORKS:
-        return Part(kind, kind, file)
+        return Part(name, kind, file)
     config, metadata = read_config(file.parent / "config.json"), dict[str, str]()
     if config.get("format") == MLX_FORMAT:
-        config = config.get(kind) or {}
+        config = config.get(file.name.split(".")[0]) or config.get(kind) or {}
     elif is_mlx_video(config):
         metadata = metadata_of(kind, config)
         config = config if kind == "transformer" else {}
     elif kind != "transformer" or config.keys().isdisjoint(("num_heads", "model_type")):
         config = {ours: config[theirs] for theirs, ours in DIFFUSERS_NAMES[kind].items() if theirs in config}
-    return Part(kind, kind, file, config, metadata=metadata)
+    return Part(name, kind, file, config, metadata=metadata)
 
 
 def _search(known: Checkpoint, given: Collection[str]) -> Checkpoint:
@@ -339,9 +444,10 @@ def _search(known: Checkpoint, given: Collection[str]) -> Checkpoint:
             files = list(filter(_is_whole, files)) or files
         if len(files) > 1:
             names = ", ".join(str(weights.path.relative_to(folder)) for weights in files)
-            if (other := of_name(names)) and all(of_name(weights.path.relative_to(folder)) for weights in files):
-                raise other.refusal(folder)
-            raise WeightsError(f"{folder} holds {len(files)} files of a {kind}: {names}; choose one with {_flag(kind)}")
+            two = f", or give two experts as {' and '.join(map(_flag, EXPERTS))}" * (kind == "transformer")
+            raise WeightsError(
+                f"{folder} holds {len(files)} files of a {kind}: {names}; choose one with {_flag(kind)}{two}"
+            )
         parts[kind] = _part(kind, files[0].path)
     if not parts and not given:
         refused = others + refused
@@ -475,7 +581,7 @@ def _check_mlx(path: Path, config: dict[str, Any]) -> None:
         newer = type(version) is int and version > MLX_VERSION
         why = "it was made by a newer wan_mlx: update this one" if newer else f"expected {MLX_VERSION}"
         raise WeightsError(f"{path} says version = {reprlib.repr(version)}; {why}")
-    objects = {name: (dict, "an object") for name in (*NETWORKS, "files")}
+    objects = {name: (dict, "an object") for name in (*NETWORKS, *EXPERTS, "files")}
     wanted = {**objects, "model": (str, "a preset's name"), "quantization": (str | dict, "a mode for all or for each")}
     for name, (kind, words) in wanted.items():
         if not isinstance(config.get(name), kind | None):

@@ -125,6 +125,7 @@ def _transformer_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> di
         else "flf2v" if "img_emb.emb_pos" in shapes
         else "i2v" if "img_emb.proj.1.weight" in shapes
         else "ti2v" if _shape_of(weights, "head.head.weight")[0] == len(VAE22Config.mean) * patch
+        else "i2v" if _reads_a_picture(weights, patch)  # Wan2.2's, without CLIP
         else "t2v"
     )  # fmt: skip
     found = dict(
@@ -140,11 +141,18 @@ def _transformer_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> di
     )
     _check_channels(weights.path, found)
     if kind in ("i2v", "flf2v"):
-        found["image_dim"] = _shape_of(weights, "img_emb.proj.1.weight")[1]
+        has_clip = "img_emb.proj.1.weight" in shapes
+        found["image_dim"] = _shape_of(weights, "img_emb.proj.1.weight")[1] if has_clip else None
     if kind == "vace":
         found["vace_in_dim"] = _shape_of(weights, "vace_patch_embedding.weight")[1] // patch
         found["vace_layers"] = _vace_layers(weights, said, found["num_layers"])
     return found
+
+
+def _reads_a_picture(weights: ComponentWeights, patch: int) -> bool:
+    """Whether a transformer's input has the channels of a mask and of a video's latents beside its own latents."""
+    channels, latents = _shape_of(weights, "patch_embedding.weight")[1], _shape_of(weights, "head.head.weight")[0]
+    return channels == 2 * latents + 4 * patch
 
 
 def _check_channels(path: Path, sizes: Mapping[str, Any]) -> None:

@@ -11,8 +11,9 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..files.scaled import fold
 from ..hub.model_folders import find_model
 from ..hub.names import WEIGHT_ENDINGS, parse_location
 from ..models.configs import TransformerConfig
+from ..options import LORAS
 from ..other_models import of_keys, of_lora
 from ..presets import MODULE, PRESETS
 from ..storage import sha256
@@ -87,6 +89,30 @@ def parse_lora(text: str) -> tuple[str, float]:
         return path, float(number)
     except ValueError:
         return text, 1.0
+
+
+def lora_lists(given: Mapping[str, Any]) -> dict[str, list[tuple[Path, float]]]:
+    """The options of `options.LORAS`, normalised: LoRAs for all transformers, and for each of two experts alone.
+
+    ``given``: options by name; "loras" may hold those of the experts, as {"high": …, "low": …}.
+
+    Raises:
+        ValueError: as `normalise_loras`, or another key.
+    """
+    of_all, *of_experts = (given.get(name) for name in LORAS)
+    if isinstance(of_all, Mapping):
+        if wrong := [key for key in of_all if key not in ("high", "low")]:
+            raise ValueError(f"loras has the key {wrong[0]!r}, expected high and low, the experts that they are for")
+        if any(of_experts):
+            raise ValueError("loras holds those of each expert, and loras_high or loras_low too; leave one out")
+        of_all, of_experts = None, [of_all.get("high"), of_all.get("low")]
+    return dict(zip(LORAS, map(normalise_loras, (of_all, *of_experts)), strict=True))
+
+
+def in_lists(loras: Iterable[tuple[Path, float]], like: Mapping[str, Sequence]) -> dict[str, list[tuple[Path, float]]]:
+    """All LoRAs in a row, those of the first list first, in lists again, as long as those they are ``like``."""
+    row = iter(loras)
+    return {name: list(islice(row, len(one))) for name, one in like.items()}
 
 
 def normalise_loras(loras: Iterable[LoraChoice] | LoraChoice | None) -> list[tuple[Path, float]]:

@@ -18,6 +18,8 @@ from .quantize import Quantization
 MLX_VIDEO = "mlx-video"
 MLX_VIDEO_FILES: dict[str, tuple[str, ...]] = {
     "transformer": ("model.safetensors",),
+    "high_noise": ("high_noise_model.safetensors",),
+    "low_noise": ("low_noise_model.safetensors",),
     "text_encoder": ("t5_encoder.safetensors",),
     "vae": ("vae.safetensors",),
 }

@@ -1,0 +1,425 @@
+"""Models of two experts (Wan2.2's A14B) as users open them: folders, pairs of files, boundary, guidance, LoRAs."""
+
+import json
+import math
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from crafted import header_only
+from test_other_models import of, official, said
+
+import wan_mlx
+from wan_mlx.caching import make_cache, resolve_cache
+from wan_mlx.cli.main import main
+from wan_mlx.errors import WeightsError
+from wan_mlx.guidance import Guidance
+from wan_mlx.hub.names import expert_named, needed_files
+from wan_mlx.presets import EXPERTS, NEGATIVE_PROMPT, PRESETS, find_preset
+from wan_mlx.recipes import scheduler_for
+from wan_mlx.request_builder import build_request
+from wan_mlx.weights.checkpoint import open_checkpoint
+
+T2V, I2V = PRESETS["t2v-A14B"], PRESETS["i2v-A14B"]
+T2V_14B, I2V_A14B = T2V.transformer, I2V.transformer
+QUICK = ["--prompt", "a red circle", "--size", "16x16", "--frames", "1", "--steps", "5", "--seed", "3", "--dtype",
+         "float32", "--quiet", "--shift", "3"]  # fmt: skip
+
+
+def changed(source, target, factor: float = 0.9) -> None:
+    """A transformer like another, that makes something else."""
+    arrays, metadata = mx.load(str(source), return_metadata=True)
+    arrays["head.head.weight"] = factor * arrays["head.head.weight"]
+    mx.save_safetensors(str(target), arrays, metadata)
+
+
+@pytest.fixture(scope="module")
+def pair(pico, tmp_path_factory):
+    """A folder of two experts as `convert` writes it."""
+    folder = tmp_path_factory.mktemp("pair") / "pair"
+    shutil.copytree(pico, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"high_noise": config["transformer"], "low_noise": config.pop("transformer"), "boundary": 0.8}
+    (folder / "config.json").write_text(json.dumps(config))
+    changed(folder / "transformer.safetensors", folder / "low_noise.safetensors")
+    (folder / "transformer.safetensors").rename(folder / "high_noise.safetensors")
+    return folder
+
+
+def opened(*args, **options) -> wan_mlx.WanPipeline:
+    return wan_mlx.WanPipeline.from_pretrained(*args, dtype="float32", progress=False, prompt_cache=False, **options)
+
+
+def made(path) -> np.ndarray:
+    with np.load(path) as file:
+        return file["latents"]
+
+
+@pytest.fixture(scope="module")
+def whole(pair, tmp_path_factory):
+    """The latents of the video that `QUICK` asks for."""
+    path = tmp_path_factory.mktemp("whole") / "whole.npz"
+    assert main(["--model", str(pair), *QUICK, "--output", str(path)]) == 0
+    return made(path)
+
+
+class TestPresets:
+    def test_official_constants(self):
+        for preset, boundary, shift, guidance in ((T2V, 0.875, 12, (3, 4)), (I2V, 0.9, 5, 3.5)):
+            sampling = preset.sampling_for(832, 480)
+            assert (preset.boundary, sampling.shift, sampling.guidance_scale) == (boundary, shift, guidance)
+            assert (sampling.steps, preset.fps, preset.num_frames, preset.size) == (40, 16, 81, (1280, 720))
+            assert preset.negative_prompt == NEGATIVE_PROMPT  # without 2.1's prefix for pictures
+            assert find_preset(preset.name) is preset and preset.experts == 2
+        assert I2V_A14B.in_dim == 36 and not I2V_A14B.has_image_branch and T2V_14B == PRESETS["t2v-14B"].transformer
+
+    @pytest.mark.parametrize("solver, shift, preset, high", [
+        ("unipc", 12.0, T2V, 26), ("dpm++", 12.0, T2V, 26), ("unipc", 5.0, I2V, 15), ("dpm++", 5.0, I2V, 15),
+    ])  # fmt: skip
+    def test_steps_of_the_high_noise_expert(self, solver, shift, preset, high):
+        request = build_request(preset, preset.transformer, preset.geometry, "a", 2, solver=solver, **picture(preset))
+        timesteps = scheduler_for(request).timesteps
+        assert request.shift == shift and sum(t >= 1000 * preset.boundary for t in timesteps) == high
+
+
+def picture(preset) -> dict:
+    return {"image": np.full((32, 32, 3), 128, np.uint8)} if preset.task == "i2v" else {}
+
+
+class TestGuidance:
+    def request(self, **given):
+        return build_request(T2V, T2V_14B, T2V.geometry, "a", 2, **given)
+
+    def test_official_order_is_low_then_high(self):
+        request = self.request()
+        assert request.guidance_scales == (3.0, 4.0)
+        assert [Guidance.of(request, expert).scale for expert in EXPERTS] == [4.0, 3.0]
+
+    def test_one_number_is_for_both(self):
+        request = self.request(guidance_scale=2.5)
+        assert [Guidance.of(request, expert).scale for expert in EXPERTS] == [2.5, 2.5]
+        assert self.request(guidance_scale=(2.5, 2.5)).guidance_scale == 2.5
+
+    def test_one_expert_may_be_without(self):
+        request = self.request(guidance_scale=(1.0, 4.0))
+        assert request.passes == 2 and self.request(guidance_scale=(1, 1)).passes == 1
+        assert Guidance.of(request, "low_noise").passes(0, 9) == (0,)
+        assert len(Guidance.of(request, "high_noise").passes(0, 9)) == 2
+
+    def test_two_numbers_for_one_transformer_are_refused(self):
+        nano = PRESETS["nano"]
+        with pytest.raises(ValueError, match="guidance_scale is 3,4, but this model has one transformer"):
+            build_request(nano, nano.transformer, nano.geometry, "a", guidance_scale=(3, 4))
+
+    @pytest.mark.parametrize("text", ["3,4,5", "a,4", "3,", "nan,4"])
+    def test_no_guidance(self, pair, text, capsys, tmp_path):
+        assert main(["--model", str(pair), *QUICK, "--guidance", text, "--output", str(tmp_path / "a.npz")]) in (1, 2)
+        assert "guidance" in capsys.readouterr().err
+
+
+class TestRuns:
+    def test_each_expert_serves_its_timesteps(self, pair, whole, monkeypatch):
+        """Latents of a walk of our own: high where t >= 800."""
+        pipe = opened(pair)
+        request = pipe.request("a red circle", width=16, height=16, num_frames=1, steps=5, seed=3, shift=3.0)
+        served = []
+        load = wan_mlx.opened.load_transformer
+        monkeypatch.setattr(
+            "wan_mlx.opened.load_transformer", lambda part, *a, **k: served.append(part.name) or load(part, *a, **k)
+        )
+        assert np.array_equal(pipe.run(request).video().latents, whole)
+        assert served == ["high_noise", "low_noise"]
+        timesteps = [float(t) for t in scheduler_for(request).timesteps]
+        assert pipe.switch(request) == sum(t >= 800 for t in timesteps) == 3
+
+    def test_the_boundary_itself_is_high(self, pair):
+        pipe = opened(pair, boundary=0.875)
+        assert [pipe.expert(t).name for t in (875.0, 874.999, 875)] == ["high_noise", "low_noise", "high_noise"]
+
+    def test_boundary_moves_the_switch(self, pair, whole, tmp_path):
+        moved, none = tmp_path / "moved.npz", tmp_path / "none.npz"
+        assert main(["--model", str(pair), *QUICK, "--boundary", "0.95", "--output", str(moved)]) == 0
+        assert not np.array_equal(made(moved), whole)
+        assert main(["--config", str(moved), "--model", str(pair), "--quiet", "--output", str(none)]) == 0
+        assert np.array_equal(made(none), made(moved))
+
+    def test_guidance_of_each(self, pair, whole, tmp_path):
+        got = []
+        for scales in ("3,3", "3,9", "9,3"):
+            path = tmp_path / f"{scales}.npz"
+            assert main(["--model", str(pair), *QUICK, "--guidance", scales, "--output", str(path)]) == 0
+            got.append(made(path))
+        assert np.array_equal(got[0], whole)
+        pipe = opened(pair)
+        options = dict(width=16, height=16, num_frames=1, steps=5, seed=3, shift=3.0, guidance_scale=(3, 9))
+        first = list(pipe.run(pipe.request("a red circle", **options)).outputs())[1]
+        plain = list(pipe.run(pipe.request("a red circle", **options | {"guidance_scale": 3})).outputs())[1]
+        assert not mx.array_equal(first.latents, plain.latents)  # the second number is the high-noise expert's
+        assert not np.array_equal(got[1], got[2])
+
+    def test_pair_of_files(self, pair, whole, tmp_path):
+        """Each way of saying which is which gives the same; the other way round it is another video."""
+        high, low = pair / "high_noise.safetensors", pair / "low_noise.safetensors"
+        apart = ["--text-encoder", pair, "--vae", pair, "--tokenizer", pair, "--boundary", "0.8", "--task", "nano"]
+        ways = [
+            ["--model", high, "--low-noise", low, *apart],
+            ["--model", low, "--high-noise", high, *apart],
+            ["--model", pair, "--high-noise", high, "--low-noise", low],
+            ["--model", "nano", "--high-noise", high, "--low-noise", low, *apart],
+        ]
+        for number, way in enumerate(ways):
+            path = tmp_path / f"{number}.npz"
+            assert main([*map(str, way), *QUICK, "--output", str(path)]) == 0
+            assert np.array_equal(made(path), whole)
+        swapped = ["--model", str(pair), "--high-noise", str(low), "--low-noise", str(high)]
+        assert main([*swapped, *QUICK, "--output", str(tmp_path / "swapped.npz")]) == 0
+        assert not np.array_equal(made(tmp_path / "swapped.npz"), whole)
+
+    def test_resumed_across_the_boundary(self, pair, whole, tmp_path):
+        """Through the run folder, as after a crash between the steps."""
+        from wan_mlx.errors import Stopped
+        from wan_mlx.runs.job import Job
+
+        for stop in (2, 3, 4):
+            output = tmp_path / f"{stop}.npz"
+            pipe = opened(pair)
+            request = pipe.request("a red circle", width=16, height=16, num_frames=1, steps=5, seed=3, shift=3.0,
+                                   cache="none")  # fmt: skip
+            job = Job(pipe, request, output)
+
+            def listen(event, job=job, stop=stop):
+                if type(event).__name__ == "Stepped" and event.step.index + 1 == stop:
+                    job.stop()
+
+            with pytest.raises(Stopped):
+                job.make(listen)
+            assert main(["--resume", str(output), "--quiet"]) == 0
+            assert np.array_equal(made(output), whole)
+
+    def test_quantisation_of_each(self, pair):
+        pipe = opened(pair, quantize_high="q8", quantize_low="q4")
+        assert pipe.quantized == {"high_noise": "q8", "low_noise": "q4"}
+        settings = pipe.settings(pipe.request("a"))
+        assert (settings["quantize_high"], settings["quantize_low"]) == ("q8", "q4")
+        assert opened(pair, quantize="q8", quantize_low="q4").quantized["low_noise"] == "q4"
+
+
+class TestCaches:
+    @pytest.mark.parametrize("preset, computed", [(T2V, 52), (I2V, 59)])
+    def test_magcache_computes_as_many_forwards_as_its_authors(self, preset, computed):
+        request = build_request(preset, preset.transformer, preset.geometry, "a", 2, **picture(preset))
+        resolved = resolve_cache("magcache", 40, preset.name, preset.transformer)
+        switch = int((scheduler_for(request).timesteps >= 1000 * preset.boundary).sum())
+        assert make_cache(resolved, 40, preset.name, switch=switch).planned(2) == computed
+
+    def test_teacache_has_no_constants(self):
+        with pytest.raises(ValueError, match="teacache has no published constants for t2v-A14B"):
+            resolve_cache("teacache", 40, "t2v-A14B", T2V_14B)
+
+    def test_easycache_starts_afresh_at_the_switch(self, pair):
+        """Nothing of the high-noise expert's steps is used in the low-noise one's first."""
+        pipe = opened(pair)
+        options = dict(width=16, height=16, num_frames=1, steps=12, seed=3, shift=3.0, cache="easycache:9:1")
+        request = pipe.request("a red circle", **options)
+        computed = [s.forwards for s in pipe.run(request).outputs() if hasattr(s, "forwards")]
+        switch = pipe.switch(request)
+        assert computed[switch] == 2 and computed[switch - 1] == 0 and 0 in computed[switch:]
+
+
+def lora(path, module: str = "diffusion_model.blocks.0.self_attn.o", width: int = 256, value: float = 0.02):
+    factors = {"lora_A": mx.full((4, width), value), "lora_B": mx.full((width, 4), 1.0)}
+    mx.save_safetensors(str(path), {f"{module}.{name}.weight": array for name, array in factors.items()})
+    return path
+
+
+class TestLoras:
+    def test_for_both_or_for_one(self, pair, tmp_path):
+        file = str(lora(tmp_path / "a.safetensors"))
+        got = {}
+        for flags in ((), ("--lora",), ("--lora-high",), ("--lora-low",), ("--lora-high", "--lora-low")):
+            path = tmp_path / f"{'+'.join(flags) or 'none'}.npz"
+            given = [word for flag in flags for word in (flag, file)]
+            assert main(["--model", str(pair), *QUICK, *given, "--output", str(path)]) == 0
+            got[flags] = made(path)
+        both = got.pop(("--lora-high", "--lora-low"))
+        assert np.array_equal(both, got[("--lora",)])
+        assert len({array.tobytes() for array in got.values()}) == 4
+
+    def test_in_python(self, pair, tmp_path):
+        file = lora(tmp_path / "a.safetensors")
+        options = dict(width=16, height=16, num_frames=1, steps=5, seed=3, shift=3.0)
+        given = opened(pair, loras={"high": f"{file}:0.5"})
+        settings = given.settings(given.request("a"))
+        assert "loras" not in settings and settings["loras_high"][0]["strength"] == 0.5
+        later = opened(pair)
+        with later.keep_loaded():
+            plain = later("a red circle", **options).latents
+            later.set_loras({"high": [(file, 0.5)]})
+            changed = later("a red circle", **options).latents
+            later.set_loras()
+            assert np.array_equal(later("a red circle", **options).latents, plain)
+        assert not np.array_equal(changed, plain)
+        assert np.abs(given("a red circle", **options).latents - changed).max() < 1e-5 * np.abs(changed).max()
+
+    @pytest.mark.parametrize("loras, match", [
+        ({"middle": "a"}, "loras has the key 'middle', expected high and low"),
+        ({"high": 5}, "5 is no LoRA|not iterable"),
+    ])  # fmt: skip
+    def test_wrong(self, pair, loras, match):
+        with pytest.raises((ValueError, TypeError), match=match):
+            opened(pair, loras=loras)
+
+    def test_for_a_model_of_one_transformer(self, pico, tmp_path):
+        with pytest.raises(ValueError, match="one transformer, and loras of one of two experts was given"):
+            opened(pico, loras_low=str(lora(tmp_path / "a.safetensors")))
+
+    def test_of_another_shape(self, pair, tmp_path, capsys):
+        file = lora(tmp_path / "a.safetensors", "diffusion_model.blocks.0.self_attn.q", width=5120)
+        assert main(["--model", str(pair), *QUICK, "--lora-low", str(file)]) == 1
+        assert "it is 5120 wide, this transformer 256" in capsys.readouterr().err
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("value", ["0", "1", "1.5", "-0.1", "nan"])
+    def test_boundary(self, pair, value, capsys):
+        assert main(["--model", str(pair), *QUICK, "--boundary", value]) == 2
+        assert "boundary" in (err := capsys.readouterr().err) and "above 0 and below 1" in err
+        with pytest.raises(ValueError, match="boundary is .*, expected above 0 and below 1"):
+            opened(pair, boundary=float(value))
+
+    def test_boundary_of_one_transformer(self, pico):
+        with pytest.raises(ValueError, match="boundary is 0.5, but .* has one transformer, which serves all"):
+            opened(pico, boundary=0.5)
+
+    @pytest.mark.parametrize("missing", EXPERTS)
+    def test_one_expert_is_missing(self, pair, tmp_path, missing, capsys):
+        folder = tmp_path / "half"
+        shutil.copytree(pair, folder)
+        (folder / f"{missing}.safetensors").unlink()
+        assert main(["--model", str(folder), *QUICK]) == 1
+        files = f"{missing}.safetensors.index.json or {missing}.safetensors"
+        assert f"missing {files} ({missing})" in capsys.readouterr().err
+
+    def test_one_of_a_task_of_two(self, pico, capsys):
+        assert main(["--model", str(pico), *QUICK, "--task", "t2v-A14B"]) == 2
+        line = capsys.readouterr().err
+        assert "holds one transformer, and t2v-A14B is a model of two experts; give the other" in line
+
+    def test_one_image_to_video_expert_alone(self, capsys, tmp_path):
+        file = header_only(tmp_path / "a.safetensors", of(I2V_A14B))
+        line = said(capsys, "--model", file, "--vae", "owner/name:vae.safetensors", "--prompt", "a", "--quiet")
+        assert "is one of the two experts of an image-to-video model (I2V-A14B); give both, as --high-noise" in line
+
+    def test_two_of_a_task_of_one(self, pair, tmp_path):
+        folder = tmp_path / "two"
+        shutil.copytree(pair, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "boundary": None}))
+        with pytest.raises(ValueError, match="holds two experts, and nano is a model of one transformer"):
+            opened(folder)
+
+    def test_two_equal_ones(self, pair, pico, tmp_path, capsys):
+        high = pair / "high_noise.safetensors"
+        copy = shutil.copyfile(high, tmp_path / "copy.safetensors")
+        assert main(["--model", str(pair), "--low-noise", str(high), *QUICK]) == 1
+        assert f"both experts are {high}" in capsys.readouterr().err
+        assert main(["--model", str(pair), "--low-noise", str(copy), *QUICK]) == 1
+        assert "are equal; a model of two experts has two that differ" in capsys.readouterr().err
+
+    def test_of_two_models(self, capsys, tmp_path):
+        first = header_only(tmp_path / "first.safetensors", official(T2V_14B))
+        second = header_only(tmp_path / "second.safetensors", of(I2V_A14B))
+        pair = ["--model", first, "--low-noise", second, "--vae", "owner/name:v"]
+        line = said(capsys, *pair, "--prompt", "a", "--quiet")
+        assert "are not the two experts of one model: their sizes differ, model_type t2v and i2v, in_dim 16" in line
+
+    def test_two_experts_as_one_transformer(self, pair):
+        with pytest.raises(WeightsError, match="holds two experts, not one transformer; give it as --high-noise and"):
+            open_checkpoint(pair, {"transformer": pair})
+
+    def test_two_files_in_a_folder(self, pair, tmp_path, capsys):
+        for name in ("high_noise", "low_noise"):
+            shutil.copyfile(pair / f"{name}.safetensors", tmp_path / f"{name}_model.safetensors")
+        assert main(["--model", str(tmp_path), *QUICK]) == 1
+        assert "holds 2 files of a transformer" in (err := capsys.readouterr().err)
+        assert "or give two experts as --high-noise and --low-noise" in err
+
+    def test_a_picture_for_text_to_video(self, pair, tmp_path):
+        with pytest.raises(ValueError, match="image was given to a t2v model"):
+            opened(pair).request("a", image=np.zeros((16, 16, 3), np.uint8))
+
+    def test_a_clip(self, pair, capsys):
+        assert main(["--model", str(pair), *QUICK, "--image-encoder", "nano-i2v"]) in (1, 2)
+        assert "image_encoder was given to a t2v model that reads no images with it" in capsys.readouterr().err
+
+
+class TestNames:
+    @pytest.mark.parametrize("name, expert", [
+        ("wan2.2_t2v_high_noise_14B_fp16.safetensors", "high_noise"), ("T2V-A14B-LowNoise-Q4_K_M.gguf", "low_noise"),
+        ("Wan2_2-I2V-A14B-HIGH_fp8_e4m3fn_scaled_KJ.safetensors", "high_noise"), ("a_high_quality.safetensors", None),
+        ("low_noise_model/diffusion_pytorch_model.safetensors", "low_noise"), ("wan2.1_t2v_14B.safetensors", None),
+    ])  # fmt: skip
+    def test_expert(self, name, expert):
+        assert expert_named(name) == expert
+
+    def test_a_name_is_never_obeyed_but_said(self, pair, tmp_path, capsys):
+        high = shutil.copyfile(pair / "high_noise.safetensors", tmp_path / "x_low_noise_14B.safetensors")
+        flags = [*QUICK[:-3], "--shift", "3", "--dry-run"]
+        assert main(["--model", str(pair), "--high-noise", str(high), *flags]) == 0
+        said = capsys.readouterr().err
+        assert "x_low_noise_14B.safetensors is the low noise expert, and it is used as the high noise one" in said
+        style = lora(tmp_path / "style_high_noise.safetensors")
+        assert main(["--model", str(pair), "--lora", str(style), *flags]) == 0
+        assert "is for the high noise expert, and it was given to every transformer" in capsys.readouterr().err
+        assert main(["--model", str(pair), "--lora-high", str(style), *flags]) == 0
+        assert "by its name" not in capsys.readouterr().err
+        alone = shutil.copyfile(pair / "high_noise.safetensors", tmp_path / "HighNoise.safetensors")
+        apart = ["--text-encoder", str(pair), "--vae", str(pair), "--tokenizer", str(pair)]
+        assert main(["--model", str(alone), *apart, *flags]) == 0
+        assert "HighNoise.safetensors is the high noise expert of a model of two" in capsys.readouterr().err
+
+
+class TestHub:
+    OFFICIAL = ["models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/spiece.model"]
+
+    def of(self, *folders: str) -> list[str]:
+        return [f"{folder}/diffusion_pytorch_model{end}" for folder in folders
+                for end in (".safetensors.index.json", "-00001-of-00001.safetensors")]  # fmt: skip
+
+    def test_both_experts_are_needed(self):
+        experts = self.of("high_noise_model", "low_noise_model")
+        configs = ["high_noise_model/config.json", "low_noise_model/config.json"]
+        assert {*needed_files([*experts, *configs, *self.OFFICIAL, "README.md"], "a/b")} == {
+            *experts, *configs, *self.OFFICIAL
+        }
+        with pytest.raises(WeightsError, match=r"lacks low_noise_model/diffusion.* \(low_noise\)"):
+            needed_files([*self.of("high_noise_model"), *self.OFFICIAL], "a/b")
+
+    def test_one_may_be_given_apart(self):
+        experts = self.of("high_noise_model", "low_noise_model")
+        assert needed_files([*experts, *self.OFFICIAL], "a/b", ["low_noise"]) == self.of("low_noise_model")
+        assert needed_files(["diffusion_pytorch_model.safetensors"], "a/b", ["low_noise"]) == [
+            "diffusion_pytorch_model.safetensors"
+        ]
+
+    def test_diffusers(self):
+        rest = ["model_index.json", "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+                "tokenizer/spiece.model"]  # fmt: skip
+        two = self.of("transformer", "transformer_2")
+        assert {*needed_files([*two, *rest], "a/b")} == {*two, *rest}
+        assert {*needed_files([*two[:2], *rest], "a/b")} == {*two[:2], *rest}
+
+
+def test_a_diffusers_folder_records_the_boundary(tmp_path):
+    for value in (0.0, 1, "a", True):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "boundary_ratio": value}))
+        with pytest.raises(WeightsError, match="model_index.json has the boundary .*, expected a number between"):
+            open_checkpoint(tmp_path)
+
+
+def test_parts_of_a_pair(pair):
+    checkpoint = open_checkpoint(pair)
+    assert [part.name for part in checkpoint.of_kind("transformer")] == [*EXPERTS] and checkpoint.boundary == 0.8
+    high, low = checkpoint.divided(0.8).of_kind("transformer")
+    assert high.timesteps == (800, math.inf) and low.timesteps == (0, 800)
