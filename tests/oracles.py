@@ -152,7 +152,7 @@ def official_latents(
     *,
     steps: int,
     shift: float,
-    guidance: float,
+    guidance,
     seed: int,
     solver: str = "unipc",
     begin: int = 0,
@@ -161,6 +161,7 @@ def official_latents(
     """Two passes per step, the official solver, float32: latents of ``shape`` (C, t, h, w).
 
     ``velocity``: (latents, timestep (1,), text) → velocity, as latents; ``texts``: what to show, what to avoid.
+    ``guidance``: the scale, or timestep → scale.
     ``source``: latents to put under the noise of step ``begin``, which is the first, as Diffusers does.
     """
     if solver == "unipc":
@@ -177,7 +178,7 @@ def official_latents(
         latents = scheduler.add_noise(source[None], noise, first)[0]
     for t in scheduler.timesteps[begin:]:
         cond, uncond = (velocity(latents, t[None], text) for text in texts)
-        guided = uncond + guidance * (cond - uncond)
+        guided = uncond + (guidance(t) if callable(guidance) else guidance) * (cond - uncond)
         latents = scheduler.step(guided[None], t, latents[None], return_dict=False)[0][0]
     return latents
 

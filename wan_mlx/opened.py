@@ -87,10 +87,11 @@ def with_experts(
         )
     if boundary is not None:
         checkpoint = checkpoint.divided(boundary)
-    modes, own = (given["quantize_high"], given["quantize_low"]), (loras["loras_high"], loras["loras_low"])
+    modes = given["quantize_high"], given["quantize_low"]
+    own = tuple(loras["loras_high"]), tuple(loras["loras_low"])
     if any(modes):
         checkpoint = checkpoint.with_experts(quantize=modes)
-    return checkpoint.with_experts(loras=tuple(map(tuple, own))) if any(own) else checkpoint
+    return checkpoint.with_experts(loras=own) if any(own) else checkpoint
 
 
 class OpenedModel:

@@ -138,6 +138,7 @@ class ImageEmbedding(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        assert config.image_dim is not None, "of a model that reads CLIP's features"
         width, dim = config.image_dim, config.dim
         wide: list[Any] = [nn.LayerNorm(width), Linear(width, width), nn.gelu]
         self.proj = [*wide, Linear(width, dim), nn.LayerNorm(dim)]

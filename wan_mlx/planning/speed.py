@@ -332,7 +332,7 @@ def _inputs(config: TransformerConfig, tokens: int, dtype: mx.Dtype) -> tuple[mx
     context = random_array((1, config.text_len, config.text_dim), 1.0, dtype)
     more: dict[str, Any] = {}
     if config.has_image_branch:
-        images = (work.image_tokens(config) // work.IMAGE_TOKENS, work.IMAGE_TOKENS, config.image_dim)
+        images = (work.image_tokens(config) // work.IMAGE_TOKENS, work.IMAGE_TOKENS, config.image_dim or 0)
         more = {"condition": random_array((*shape, config.in_dim - config.out_dim), 1.0, mx.float32),
                 "image_features": random_array(images, 1.0, mx.float32)}  # fmt: skip
     elif config.model_type == "vace":

@@ -99,14 +99,14 @@ def lora_lists(given: Mapping[str, Any]) -> dict[str, list[tuple[Path, float]]]:
     Raises:
         ValueError: as `normalise_loras`, or another key.
     """
-    of_all, *of_experts = (given.get(name) for name in LORAS)
+    of_all, high, low = (given.get(name) for name in LORAS)
     if isinstance(of_all, Mapping):
         if wrong := [key for key in of_all if key not in ("high", "low")]:
             raise ValueError(f"loras has the key {wrong[0]!r}, expected high and low, the experts that they are for")
-        if any(of_experts):
+        if high or low:
             raise ValueError("loras holds those of each expert, and loras_high or loras_low too; leave one out")
-        of_all, of_experts = None, [of_all.get("high"), of_all.get("low")]
-    return dict(zip(LORAS, map(normalise_loras, (of_all, *of_experts)), strict=True))
+        of_all, high, low = None, of_all.get("high"), of_all.get("low")
+    return dict(zip(LORAS, map(normalise_loras, (of_all, high, low)), strict=True))
 
 
 def in_lists(loras: Iterable[tuple[Path, float]], like: Mapping[str, Sequence]) -> dict[str, list[tuple[Path, float]]]:
