@@ -85,7 +85,7 @@ def make_cache(resolved: str, steps: int, model: str, left_out: int = 0, switch:
         constants = MAGCACHE[model]
         whole_first = constants.get("whole_first", False)
         return MagCache(steps, threshold, most_skips, retention, constants["ratios"], left_out, switch, whole_first)
-    return EasyCache(steps, *values, switch=switch) if name == "easycache" else StepCache(steps, switch)
+    return EasyCache(steps, values[0], values[1], switch) if name == "easycache" else StepCache(steps, switch)
 
 
 def _defaults(name: str, steps: int, model: str, config: TransformerConfig) -> list:

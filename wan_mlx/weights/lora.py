@@ -99,13 +99,14 @@ def lora_lists(given: Mapping[str, Any]) -> dict[str, list[tuple[Path, float]]]:
     Raises:
         ValueError: as `normalise_loras`, or another key.
     """
+    of_all: Any
     of_all, high, low = (given.get(name) for name in LORAS)
     if isinstance(of_all, Mapping):
         if wrong := [key for key in of_all if key not in ("high", "low")]:
             raise ValueError(f"loras has the key {wrong[0]!r}, expected high and low, the experts that they are for")
         if high or low:
             raise ValueError("loras holds those of each expert, and loras_high or loras_low too; leave one out")
-        of_all, high, low = None, of_all.get("high"), of_all.get("low")
+        high, low, of_all = of_all.get("high"), of_all.get("low"), None
     return dict(zip(LORAS, map(normalise_loras, (of_all, high, low)), strict=True))
 
 
