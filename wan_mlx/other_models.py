@@ -17,7 +17,8 @@ from .errors import UnsupportedModel
 
 # Kind of file → the advice in its refusal.
 ADVICE = {
-    "transformer": "supported are Wan2.1's T2V, I2V, FLF2V and VACE models, and Wan2.2's T2V-A14B, I2V-A14B and TI2V-5B",
+    "transformer": "supported are Wan2.1's T2V, I2V, FLF2V and VACE models, and Wan2.2's T2V-A14B, I2V-A14B and "
+    "TI2V-5B",
     "addition": "of additions to a model only LoRAs are supported",
     "text_encoder": "Wan's is umT5-XXL, such as umt5_xxl_fp16.safetensors",
     "vae": "take Wan2.1's, such as wan_2.1_vae.safetensors",

@@ -159,7 +159,7 @@ def test_official_command(modules, model, solver, tmp_path, monkeypatch, capsys)
     assert main(command(kind, folder, tmp_path / "a.npz", "--sample_solver", solver)) == 0
     assert_same(tmp_path / "a.npz", latents, frames)
     said = capsys.readouterr().err
-    assert "--convert_model_dtype has no effect here: weights are cast to --dtype" in said
+    assert "--convert_model_dtype has no effect here: --dtype says" in said
     assert f"guidance {'3,4' if kind == 't2v' else '3.5'}, seed 42" in said
 
 

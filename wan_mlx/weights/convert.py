@@ -26,7 +26,7 @@ from .. import __version__
 from ..errors import WeightsError, some
 from ..files.sentencepiece import read_tokenizer
 from ..hub.names import MLX_FILES
-from ..presets import NETWORKS, PRESETS
+from ..presets import EXPERTS, NETWORKS, PRESETS
 from ..storage import MARKER, fingerprint, free_space, gigabytes, new_folder, parse_json
 from .checkpoint import MLX_FORMAT, MLX_VERSION, Checkpoint, open_checkpoint
 from .component import MLX_LAYOUT, SAFETENSORS_NAMES, beside
@@ -89,16 +89,20 @@ def convert(
         "source": {"name": name, "layouts": {}, "fingerprints": {}},
         "dtypes": {},
     }
+    if checkpoint.boundary is not None:
+        config["boundary"] = checkpoint.boundary
     networks = []
     for part in (part for kind in NETWORKS for part in checkpoint.of_kind(kind)):
         weights, sizes = open_network(part, part.kind)
         config[part.name] = asdict(sizes)
         own = {"vae": vae_dtype, "image_encoder": "float32", "text_encoder": text_dtype(dtype)}
         kept = parse_dtype(own.get(part.kind, dtype))
-        parameters = Parameters(weights, kept, quantize if part.kind in QUANTIZED else None)
+        mode = (part.quantize or quantize) if part.kind in QUANTIZED else None
+        parameters = Parameters(weights, kept, mode)
         if parameters.quantization.packings:
             config.setdefault("quantization", {})[part.name] = parameters.quantization.mode
-        networks.append(Network(parameters, {name: _kept(parameters, name) for name in weights.shapes}, shard_bytes))
+        kept_as = {name: _kept(parameters, name) for name in weights.shapes}
+        networks.append(Network(part.name, parameters, kept_as, shard_bytes))
         config["dtypes"][part.name] = networks[-1].dtypes()
         config["source"]["layouts"][part.name] = MLX_LAYOUT if weights.channels_last else weights.layout.name
         config["source"]["fingerprints"][part.name] = fingerprint(weights.path)["sha256"]
@@ -148,11 +152,13 @@ class Network:
     """One network to be written.
 
     Attributes:
+        name: the part's, and of its files.
         parameters: the parameters to write.
         kept: parameter → the tensors that store it.
         shard_bytes: most bytes of one file, unless a single block has more.
     """
 
+    name: str
     parameters: Parameters
     kept: dict[str, Specs]
     shard_bytes: int = SHARD_BYTES
@@ -186,13 +192,13 @@ class Network:
 
     def write(self, folder: Path, steps: Iterator[str]) -> dict[str, str]:
         """Write the network's files, advancing ``steps`` once per parameter; returns name → SHA-256."""
-        component, shards = self.parameters.component, self.shards()
-        index, single = MLX_FILES[component]
+        shards = self.shards()
+        index, single = MLX_FILES[self.name]
         if len(shards) == 1:
             return {single: self._write_shard(folder / single, shards[0], steps)}
         digests, owners = dict[str, str](), dict[str, str]()
         for number, names in enumerate(shards, 1):
-            file = f"{component}-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = f"{self.name}-{number:05d}-of-{len(shards):05d}.safetensors"
             digests[file] = self._write_shard(folder / file, names, steps)
             owners |= {key: file for name in names for key in self.kept[name]}
         text = json.dumps({"metadata": {"total_size": self.nbytes()}, "weight_map": owners}, indent=1) + "\n"
@@ -252,7 +258,8 @@ def _kept(parameters: Parameters, name: str) -> Specs:
 def _card(name: str, config: Mapping[str, Any], nbytes: int) -> str:
     """The folder's README.md, with the hub's front matter."""
     model = PRESETS.get(config["model"] or "")
-    kind = model.task if model else config["transformer"]["model_type"]
+    transformer = next(config[name] for name in ("transformer", *EXPERTS) if name in config)
+    kind = model.task if model else transformer["model_type"]
     sources = {"i2v": " --image first.png", "flf2v": " --image first.png --last-image last.png",
                "vace": " --src_video in.mp4"}  # fmt: skip
     packed = config.get("quantization", {})
