@@ -8,7 +8,7 @@ from wan_mlx.files.base import BLOCKS
 from wan_mlx.files.gguf import PLAIN, TYPES
 from wan_mlx.files.scaled_names import FORMATS, REFUSED, ROLES
 from wan_mlx.other_models import OTHER_MODELS, SOURCES, OtherModel
-from wan_mlx.presets import PARTS
+from wan_mlx.presets import EXPERTS, PARTS
 from wan_mlx.weights.checkpoint import FOLDERS
 from wan_mlx.weights.gguf_blocks import EXACT, NEARLY_EXACT, PACKINGS
 from wan_mlx.weights.layouts import LAYOUTS, UNUSED
@@ -28,7 +28,7 @@ ROLES_OF_ADAPTERS = {
 def folders() -> Rows:
     """The files of each part in a folder, by its layout."""
     yield "part", *FOLDERS
-    for part in PARTS:
+    for part in (*PARTS[:1], *EXPERTS, *PARTS[1:]):
         yield words(part), *(" or ".join(map(code, files[part])) for files in FOLDERS.values())
 
 

@@ -37,7 +37,7 @@ from wan_mlx.other_models import ADVICE
 from wan_mlx.planning import choose as memory
 from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning import speed as timing
-from wan_mlx.presets import BUNDLED, PRESETS
+from wan_mlx.presets import BUNDLED, EXPERTS, PRESETS
 from wan_mlx.prompts.extend import Extension
 from wan_mlx.weights.component import parameter_shapes
 from wan_mlx.weights.configs import shapes_of
@@ -52,6 +52,7 @@ NAMES = {
     "./Wan2.1-T2V-14B": "t2v-14B", "./Wan2.1-T2V-14B-q8": "t2v-14B", "Wan-AI/Wan2.1-I2V-14B-480P": "i2v-14B-480P",
     "Wan-AI/Wan2.1-FLF2V-14B-720P": "flf2v-14B-720P", "Wan-AI/Wan2.1-VACE-1.3B": "vace-1.3B",
     "Wan-AI/Wan2.1-VACE-14B": "vace-14B", "Wan-AI/Wan2.2-TI2V-5B": "ti2v-5B",
+    "Wan-AI/Wan2.2-T2V-A14B": "t2v-A14B", "Wan-AI/Wan2.2-I2V-A14B": "i2v-A14B",
     "city96/Wan2.1-T2V-14B-gguf:wan2.1-t2v-14b-Q4_K_M.gguf": "t2v-14B",
     "city96/umt5-xxl-encoder-gguf:umt5-xxl-encoder-Q8_0.gguf": "t2v-14B",
     f"{configs.COMFYUI_TRANSFORMERS}/wan2.1_t2v_1.3B_fp16.safetensors": "t2v-1.3B",
@@ -140,8 +141,8 @@ COMMANDS = commands()
 MADE = covering(COMMANDS)
 
 
-def tiny(path: Path, config: TransformerConfig) -> None:
-    mx.random.seed(0)
+def tiny(path: Path, config: TransformerConfig, seed: int) -> None:
+    mx.random.seed(seed)
     arrays = {name: 0.05 * mx.random.normal(shape) for name, shape in parameter_shapes(new_transformer(config)).items()}
     mx.save_safetensors(str(path), arrays, {"layout": "mlx", "component": "transformer"})
 
@@ -156,23 +157,27 @@ def write_model(folder: Path, name: str, pico: Path, is_tiny: bool) -> None:
         arrays, config["vae"] = dict(tree_flatten(vae.parameters())), asdict(vae.config)
         mx.save_safetensors(str(folder / parts.pop(0).name), arrays, {"layout": "mlx", "component": "vae"})
     sizes, text, image = PRESETS[name].transformer, PRESETS[name].text_encoder, ImageEncoderConfig()
+    transformers = EXPERTS if PRESETS[name].experts == 2 else ("transformer",)
     if is_tiny:
-        sizes = replace(sizes, dim=128, ffn_dim=128, num_heads=1, num_layers=1, text_dim=128, image_dim=80,
-                        vace_layers=(0,) if sizes.vace_layers else ())  # fmt: skip
+        sizes = replace(sizes, dim=128, ffn_dim=128, num_heads=1, num_layers=1, text_dim=128,
+                        image_dim=sizes.image_dim and 80, vace_layers=(0,) if sizes.vace_layers else ())  # fmt: skip
         parts.append(pico / "text_encoder.safetensors")
         if sizes.has_image_branch:
             parts.append(BUNDLED["nano-i2v"] / "image_encoder.safetensors")
             config["image_encoder"] = json.loads((BUNDLED["nano-i2v"] / "config.json").read_text())["image_encoder"]
-        tiny(folder / "transformer.safetensors", sizes)
+        for seed, part in enumerate(transformers):
+            tiny(folder / f"{part}.safetensors", sizes, seed)
     else:
-        for kind, of_kind in {"transformer": sizes, "text_encoder": text, "image_encoder": image}.items():
-            if kind != "image_encoder" or sizes.has_image_branch:
-                metadata = {"layout": "mlx", "component": kind}
-                header_only(folder / f"{kind}.safetensors", shapes_of(of_kind), metadata=metadata)
-                config[kind] = asdict(of_kind)
+        networks = {**dict.fromkeys(transformers, sizes), "text_encoder": text, "image_encoder": image}
+        for part, of_kind in networks.items():
+            if part != "image_encoder" or sizes.has_image_branch:
+                metadata = {"layout": "mlx", "component": part}  # which tells two experts apart
+                header_only(folder / f"{part}.safetensors", shapes_of(of_kind), metadata=metadata)
+                config[part] = asdict(of_kind)
     for part in parts:
         (folder / part.name).symlink_to(part)
-    (folder / "config.json").write_text(json.dumps({**config, "model": name, "transformer": asdict(sizes)}))
+    config |= {"model": name, **{part: asdict(sizes) for part in transformers}}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def write_lora(path: Path, config: TransformerConfig) -> None:

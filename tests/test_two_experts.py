@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +17,8 @@ from wan_mlx.cli.main import main
 from wan_mlx.errors import WeightsError
 from wan_mlx.guidance import Guidance
 from wan_mlx.hub.names import expert_named, needed_files
+from wan_mlx.planning import choose
+from wan_mlx.planning.sizes import sizes_of
 from wan_mlx.presets import EXPERTS, NEGATIVE_PROMPT, PRESETS, find_preset
 from wan_mlx.recipes import scheduler_for
 from wan_mlx.request_builder import build_request
@@ -423,3 +426,74 @@ def test_parts_of_a_pair(pair):
     assert [part.name for part in checkpoint.of_kind("transformer")] == [*EXPERTS] and checkpoint.boundary == 0.8
     high, low = checkpoint.divided(0.8).of_kind("transformer")
     assert high.timesteps == (800, math.inf) and low.timesteps == (0, 800)
+
+
+class TestPlans:
+    def test_two_on_disk_and_one_in_memory(self):
+        """Of a released model: streamed, each pass reads one expert's blocks, and both are read once at least."""
+        two, one = (choose.plan(name, 832, 480, 81, 40, "40GB", dtype="bfloat16") for name in ("t2v-A14B", "t2v-14B"))
+        assert two.peak == one.peak and two.fits and not two.stream
+        rows, row = ({r.stage: r for r in plan.rows}["denoise"] for plan in (two, one))
+        assert (rows.reads, rows.flop) == (2 * row.reads, row.flop)
+        small, alone = (choose.plan(name, 832, 480, 81, 40, "8GB") for name in ("t2v-A14B", "t2v-14B"))
+        assert small.peak == alone.peak and small.stream
+
+    def test_no_clip(self):
+        assert "encode images" not in [row.stage for row in choose.plan("i2v-A14B", memory="64GB").rows]
+        assert "encode images" in [row.stage for row in choose.plan("i2v-14B-720P", memory="64GB").rows]
+
+    def test_list_of_models(self, capsys):
+        assert main(["models"]) == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("t2v-A14B"))
+        assert "2 x 28.58 GB" in row and "2 x 8.04 GB" in row and "Wan-AI/Wan2.2-T2V-A14B" in row
+
+    def test_of_a_local_pair(self, pair):
+        assert choose.plan(pair, 16, 16, 1, memory="2GB").fits
+        preset, checkpoint = choose.find_model(pair)
+        assert preset.name == "nano" and checkpoint.has_experts
+
+
+def test_inspect(pair, capsys, tmp_path):
+    assert main(["inspect", str(pair)]) == 0
+    out = capsys.readouterr().out
+    assert "high noise" in out and "low noise" in out and out.count("\nmodel ") == 1
+    file = header_only(tmp_path / "wan2.2_i2v_high_noise_14B_fp16.safetensors", of(I2V_A14B))
+    assert main(["inspect", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "image to video, one expert of i2v-A14B" in out
+    assert f"by its name {file.name} is the high noise expert of a model of two" in out
+
+
+def test_convert_keeps_the_pair(pair, whole, tmp_path, capsys):
+    assert main(["convert", str(pair), str(tmp_path / "out"), "--dtype", "float32", "--quiet"]) == 0
+    assert {"high_noise.safetensors", "low_noise.safetensors"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    assert open_checkpoint(tmp_path / "out").boundary == 0.8
+    assert main(["--model", str(tmp_path / "out"), *QUICK, "--output", str(tmp_path / "a.npz")]) == 0
+    assert np.array_equal(made(tmp_path / "a.npz"), whole)
+
+
+class TestKeptLoaded:
+    def test_both_where_memory_allows(self):
+        nets = sizes_of(T2V, "bfloat16")
+        request = build_request(T2V, T2V_14B, T2V.geometry, "a", 2, width=832, height=480)
+        roomy, tight = (choose.choose(nets, choose.Wanted("t2v-A14B", request, memory=memory, kept=True))
+                        for memory in ("100GB", "45GB"))  # fmt: skip
+        assert roomy.all_stay and not roomy.stream
+        assert not tight.all_stay and not tight.stream and tight.fits  # one at a time, and none streamed
+
+    def test_one_at_a_time(self, pair, monkeypatch):
+        """Where the plan says so, one is gone before the other is loaded, in each of two videos."""
+        pipe, names = opened(pair), []
+        load, plan = wan_mlx.opened.load_transformer, wan_mlx.opened.plan_video
+
+        def loading(part, *args, **kwargs):
+            names.append(part.name)
+            assert not {*EXPERTS}.intersection(pipe._kept)
+            return load(part, *args, **kwargs)
+
+        monkeypatch.setattr("wan_mlx.opened.load_transformer", loading)
+        monkeypatch.setattr("wan_mlx.opened.plan_video", lambda *args: replace(plan(*args), all_stay=False))
+        options = dict(width=16, height=16, num_frames=1, steps=5, seed=3, shift=3.0)
+        with pipe.keep_loaded():
+            first, second = (pipe("a red circle", **options).latents for _ in range(2))
+        assert names == ["high_noise", "low_noise"] * 2 and np.array_equal(first, second)

@@ -331,6 +331,10 @@ class OpenedModel:
                 )
             return model if isinstance(model, Execution) else Execution(model)
 
+        if plan is not None and not plan.all_stay and self._kept is not None:
+            for other in self.checkpoint.of_kind("transformer"):
+                if other is not part:
+                    self._kept.pop(other.name, None)
         model: Execution = self._kept_or(part.name, load)
         if plan is not None:
             model.tokens_at_once = plan.tokens_at_once

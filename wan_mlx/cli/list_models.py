@@ -18,7 +18,8 @@ from .terminal import write
 
 
 def row_of(preset: Preset) -> dict[str, Any]:
-    """The facts about a preset; bytes of the transformer in bfloat16 and in four bits (groups of 64)."""
+    """The facts about a preset; parameters, and bytes in bfloat16 and in four bits (groups of 64), of its transformer,
+    or of each of its two."""
     count = preset.parameters
     repositories = [*preset.repositories]
     return {
@@ -26,6 +27,7 @@ def row_of(preset: Preset) -> dict[str, Any]:
         "task": preset.task,
         "size": list(preset.size),
         "frames": preset.num_frames,
+        "experts": preset.experts,
         "parameters": count,
         "bytes_bfloat16": 2 * count,
         "bytes_q4": count * 4.5 / 8,
@@ -61,19 +63,21 @@ def main(argv: list[str]) -> int:
         for line in json.dumps(rows, indent=1).splitlines():
             write(line)
         return 0
-    write(f"{'--model':<16}{'task':<22}{'size':<10}{'frames':>6}{'weights':>11}{'in q4':>10}  {'here':<14}repository")
+    write(f"{'--model':<16}{'task':<22}{'size':<10}{'frames':>6}{'weights':>14}{'in q4':>13}  {'here':<14}repository")
     for row in rows:
         size, on_disk = "x".join(map(str, row["size"])), row["bytes_on_disk"]
         here = ("yes" if row["here"] else "part" if on_disk else "no") + f", {gigabytes(on_disk)}" * bool(on_disk)
-        weights, packed = (f"{row[key] / 1e9:.2f} GB" for key in ("bytes_bfloat16", "bytes_q4"))
+        times = "2 x " * (row["experts"] == 2)
+        weights, packed = (f"{times}{row[key] / 1e9:.2f} GB" for key in ("bytes_bfloat16", "bytes_q4"))
         repository = row["repositories"][0] if row["repositories"] else "bundled"
-        write(f"{row['name']:<16}{TASK_NAMES[row['task']]:<22}{size:<10}{row['frames']:>6}{weights:>11}{packed:>10}  "
+        write(f"{row['name']:<16}{TASK_NAMES[row['task']]:<22}{size:<10}{row['frames']:>6}{weights:>14}{packed:>13}  "
               f"{here:<14}{repository}")  # fmt: skip
     write("")
     for folder in model_folders():
         list_folder(folder)
-    write("weights: of the transformer in bfloat16, as loaded. The text encoder (11.4 GB in bfloat16) is streamed")
-    write("from disk and never in memory as a whole. What a model downloads: --model NAME --prompt x --dry-run")
+    write("weights: of the transformer in bfloat16, as loaded; of two, one is in memory at a time. The text encoder")
+    write("(11.4 GB in bfloat16) is streamed from disk and never in memory as a whole. What a model downloads: --model")
+    write("NAME --prompt x --dry-run")
     for vocabulary, names in groupby((row for row in rows if row["vocabulary"]), key=lambda row: row["vocabulary"]):
         write("")
         write(f"{' and '.join(row['name'] for row in names)} know these words:")

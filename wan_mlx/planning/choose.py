@@ -151,12 +151,24 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     request, shape = wanted.request, wanted.latent_shape
     c, experts, vae_weights = nets.transformer, [e.weights for e in nets.experts], peaks.vae_weights(nets.vae)
 
-    def denoise(step: tuple[bool, int]) -> int:
-        others = sum(_loaded(weights, step[0]) for weights in experts) - _loaded(nets.weights, step[0])
-        return peaks.denoise(nets, shape, *step, request.cache != "none") + wanted.kept * (others + vae_weights)
+    def stays(stream: bool, all_stay: bool) -> int:
+        """Bytes of the transformers that stay from one video to the next."""
+        return wanted.kept * (sum if all_stay else max)(_loaded(weights, stream) for weights in experts)
 
-    stream, tokens_at_once = step = _first_within(FILL * budget, LADDER, denoise)
-    held = wanted.kept * sum(_loaded(weights, stream) for weights in experts)
+    def denoise(step: tuple[bool, int], all_stay: bool = True) -> int:
+        kept = wanted.kept * (stays(step[0], all_stay) - _loaded(nets.weights, step[0]) + vae_weights)
+        return peaks.denoise(nets, shape, *step, request.cache != "none") + kept
+
+    def denoise_alone(step: tuple[bool, int]) -> int:
+        return denoise(step, all_stay=False)
+
+    step, all_stay = _first_within(FILL * budget, LADDER, denoise), True
+    if wanted.kept and step[0] and len(experts) > 1:  # better than streaming: of two experts the one at work
+        alone = _first_within(FILL * budget, LADDER, denoise_alone)
+        if not alone[0]:
+            step, all_stay = alone, False
+    stream, tokens_at_once = step
+    held = stays(stream, all_stay)
 
     def vae(stage: str, videos: int, shape: tuple[int, int, int], decoding: bool) -> tuple[tuple[int, int] | None, Row]:
         """The tile, and the stage."""
@@ -190,11 +202,12 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     reads = sum(weights.stored_outside + times * weights.stored_blocks for weights in experts)
     how = "streamed" if stream else "resident"
     how += f", {tokens_at_once} tokens" * (tokens_at_once != TOKENS_AT_ONCE)
-    rows.append(Row("denoise", how, denoise(step), sum(parts.values()), reads, parts["self attention"]))
+    rows.append(Row("denoise", how, denoise(step, all_stay), sum(parts.values()), reads, parts["self attention"]))
     decode_tile, row = vae("decode", 1, shape, decoding=True)
     rows.append(row)
     title = f"{wanted.name} {request.width}x{request.height}, {request.num_frames} frames"
-    return Plan(title, budget, asked is not None, stream, tokens_at_once, decode_tile, encode_tile, tuple(rows))
+    chosen = asked is not None
+    return Plan(title, budget, chosen, stream, tokens_at_once, decode_tile, encode_tile, tuple(rows), all_stay=all_stay)
 
 
 def parse_tiling(text: str | tuple[int, int] | None, geometry: Geometry = WAN_2_1) -> str | tuple[int, int]:
@@ -294,4 +307,6 @@ def find_model(model: str | Path) -> tuple[Preset, Checkpoint | None]:
         if preset is not None:
             return preset, None
     checkpoint = open_checkpoint(resolve(model))
-    return find_preset(checkpoint.model) if checkpoint.model else preset_for(config_of(checkpoint)), checkpoint
+    if checkpoint.model:
+        return find_preset(checkpoint.model), checkpoint
+    return preset_for(config_of(checkpoint), len(checkpoint.of_kind("transformer"))), checkpoint

@@ -57,6 +57,7 @@ class Plan:
         decode_tile, encode_tile: the VAE's tiles (width, height) in pixels; None for whole frames.
         rows: the stages in order.
         advice: changes that would make it fit, if it does not.
+        all_stay: whether, where networks stay loaded from one video to the next, all of several experts do.
     """
 
     title: str
@@ -68,6 +69,7 @@ class Plan:
     encode_tile: tuple[int, int] | None
     rows: tuple[Row, ...]
     advice: tuple[str, ...] = ()
+    all_stay: bool = True
 
     @property
     def peak(self) -> int:

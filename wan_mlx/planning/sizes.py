@@ -15,7 +15,7 @@ from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerC
 from ..models.quantized_linear import Packing
 from ..models.rope import row_order
 from ..models.transformer import BLOCK_LISTS
-from ..presets import Preset
+from ..presets import EXPERTS, Preset
 from ..weights.checkpoint import Checkpoint
 from ..weights.configs import shapes_of
 from ..weights.load import config_of, open_network, parse_dtype
@@ -198,7 +198,9 @@ def _published(preset: Preset, quantize: str | None) -> Iterator[Found]:
         shapes = shapes_of(config)
         packings = {} if plain or quantize is None else plan_quantization(kind, quantize, shapes).packings
         stored = {name: itemsize * math.prod(shape) for name, shape in shapes.items()}
-        yield PartSizes(kind, kind, config, packings), stored
+        names = EXPERTS if kind == "transformer" and preset.experts == 2 else (kind,)
+        for name in names:
+            yield PartSizes(name, kind, config, packings), stored
     yield PartSizes("vae", "vae", preset.vae), {}
     if preset.transformer.has_image_branch:
         yield PartSizes("image_encoder", "image_encoder", ImageEncoderConfig()), {}

@@ -268,7 +268,7 @@ def _card(name: str, config: Mapping[str, Any], nbytes: int) -> str:
     )
     tags = {"t2v": "text-to-video", "ti2v": "text-to-video", "i2v": "image-to-video", "flf2v": "image-to-video"}
     tag = tags.get(kind, "video-to-video")
-    family = "Wan2.2" if kind == "ti2v" else "Wan2.1"
+    family = "Wan2.2" if kind == "ti2v" or EXPERTS[0] in config else "Wan2.1"
     base = f"base_model: {model.repo}\n" if model and model.repo else ""
     return f"""---
 library_name: mlx

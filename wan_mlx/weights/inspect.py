@@ -14,9 +14,10 @@ from ..errors import WeightsError
 from ..events import Listener, unheard
 from ..files.base import BLOCKS, FP8, MICROSCALED
 from ..files.sentencepiece import read_tokenizer
+from ..hub.names import expert_named
 from ..models.configs import TransformerConfig
 from ..other_models import of_name
-from ..presets import NETWORKS, PRESETS, TASK_NAMES
+from ..presets import EXPERTS, NETWORKS, PRESETS, TASK_NAMES
 from ..storage import gigabytes
 from .check_sums import faults_of
 from .checkpoint import look_at
@@ -64,7 +65,8 @@ def inspect_source(
             config = network_config(weights, part.config)
             sizes = WORDS[part.kind].format(c=config)
             if isinstance(config, TransformerConfig):
-                rows.append(("model", _model_of(config, found.model)))
+                model = "model", _model_of(config, found.model, len(found.of_kind("transformer")))
+                rows += [model] * (model not in rows)
         except WeightsError as error:
             faults, sound = [f"cannot be loaded: {error}"], False
         networks.append((part.label, f"{_relative(weights.path, found.path)}: {sizes}"))
@@ -73,6 +75,10 @@ def inspect_source(
     for name in dict.fromkeys(path.name for path in (found.path, *found.files.values())):
         if sound and (other := of_name(name, known=True)):
             rows.append(("note", f"by its name {name} is {other.name}, which has the shapes of a model of Wan2.1"))
+    for part in found.of_kind("transformer"):
+        if part.name not in EXPERTS and (expert := expert_named(part.file)):
+            expert = expert.replace("_", " ")
+            rows.append(("note", f"by its name {part.file.name} is the {expert} expert of a model of two"))
     rows += [("not used", other) for other in found.others]
     damaged = faults_of(dict.fromkeys(found.files.values()), listener)
     rows += [("damaged", fault) for fault in damaged]
@@ -96,11 +102,13 @@ def _contents(weights: ComponentWeights) -> Iterator[str]:
         yield f"quantised: {quantization}"
 
 
-def _model_of(config: TransformerConfig, recorded: str | None) -> str:
+def _model_of(config: TransformerConfig, recorded: str | None, experts: int) -> str:
     kind = TASK_NAMES[config.model_type]
     if recorded:
         return f"{kind}, {recorded}"
-    same = [preset.name for preset in PRESETS.values() if preset.transformer == config]
+    same = [preset.name for preset in PRESETS.values() if (preset.transformer, preset.experts) == (config, experts)]
+    if not same and experts == 1:
+        same = [f"one expert of {preset.name}" for preset in PRESETS.values() if preset.transformer == config]
     if same:
         return f"{kind}, {' or '.join(same)}" + (" (their weights have the same shapes)" if len(same) > 1 else "")
     return f"{kind}, of no released size"
