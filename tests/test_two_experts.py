@@ -354,7 +354,7 @@ class TestBadInput:
 
     def test_a_clip(self, pair, capsys):
         assert main(["--model", str(pair), *QUICK, "--image-encoder", "nano-i2v"]) in (1, 2)
-        assert "image_encoder was given to a t2v model that reads no images with it" in capsys.readouterr().err
+        assert "image_encoder was given to a t2v model, which reads no images with it" in capsys.readouterr().err
 
 
 class TestNames:
