@@ -248,7 +248,7 @@ def compare_all(cases: list[Case], before: Path, after: Path, kept: Path, work: 
         shutil.rmtree(places.inputs, ignore_errors=True)
         write_inputs(places.inputs, before)
         written.write_text(ours)
-    below = {name: version(name) for name in ("mlx", "numpy", "pillow", "imageio-ffmpeg")}
+    below = {name: version(name) for name in ("mlx", "numpy", "pillow", "av")}
     machine = {"system": platform.system(), "processor": platform.machine(), "python": platform.python_version()}
     common = [digest(before / "wan_mlx"), digest(places.inputs), below, machine]
     rows = []

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 
 SCRIPT = """
 import select, signal, sys
@@ -30,7 +29,7 @@ elif where == "saving":  # with a file half done
     storage.flush = held(storage.flush, number)
 elif where == "frame":  # in the middle of decoding latent frame `number`
     opened.to_uint8 = held(opened.to_uint8, number)
-elif where == "ffmpeg":  # with ffmpeg running
+elif where == "encoding":  # in the thread that writes the video
     media.VideoWriter.write = held(media.VideoWriter.write, number)
 sys.exit(generate.main(sys.argv[3:]))
 """
@@ -83,16 +82,6 @@ def processes_naming(text: str) -> list[str]:
     """Command lines of running processes that contain ``text``."""
     listing = subprocess.run(["ps", "-axww", "-o", "command"], capture_output=True, text=True).stdout
     return [line for line in listing.splitlines() if text in line and "-axww" not in line]
-
-
-def wait_for_the_end_of(text: str) -> bool:
-    """Whether no process names ``text`` within ten seconds: ffmpeg ends by itself once who fed it was killed."""
-    deadline = time.monotonic() + 10
-    while processes_naming(text):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def run(*arguments: str) -> tuple[int, str]:

@@ -127,7 +127,7 @@ def quick(monkeypatch):
     def with_checks(*checks):
         monkeypatch.setattr(selftest, "all_checks", lambda: iter(checks))
 
-    monkeypatch.setattr(selftest, "ffmpeg", lambda: Check("ffmpeg", "ok", "writes"))
+    monkeypatch.setattr(selftest, "videos", lambda: Check("videos", "ok", "writes"))
     monkeypatch.setattr(choose, "available_memory", lambda: 64 * 10**9)
     monkeypatch.setattr(speed, "measure_rates", lambda *_, **__: speed.Rates(10e12, 20e12, 5e12))
     monkeypatch.setattr(measure, "rates", lambda: RATES)
@@ -136,11 +136,11 @@ def quick(monkeypatch):
     return with_checks
 
 
-def test_rates_do_not_wait_for_ffmpeg(quick, capsys, monkeypatch):
+def test_rates_do_not_wait_for_videos(quick, capsys, monkeypatch):
     quick(Check("one", "ok", "fine"))
-    monkeypatch.setattr(selftest, "ffmpeg", lambda: Check("ffmpeg", "fail", "is missing", "install it"))
+    monkeypatch.setattr(selftest, "videos", lambda: Check("videos", "fail", "is missing", "install it"))
     assert doctor.main([]) == 1
-    assert re.search("denoise: 10 TFLOP/s.*1 of 2 checks failed: ffmpeg. First: install it",
+    assert re.search("denoise: 10 TFLOP/s.*1 of 2 checks failed: videos. First: install it",
                      capsys.readouterr().out, re.DOTALL)  # fmt: skip
 
 
@@ -340,7 +340,7 @@ def test_surroundings(monkeypatch):
     assert found["MLX's version"].status == "ok" and {"a GPU", "memory", "disk for models"} < set(found)
     monkeypatch.setattr(selftest, "OLDEST_MLX", (99, 0, 0))
     assert next(selftest.surroundings()).status == "fail"
-    assert selftest.ffmpeg().status == "ok"
+    assert selftest.videos().status == "ok"
 
 
 @pytest.mark.parametrize("words", [["doctor", "--foo"], ["doctor", "x"], ["models", "--foo"]])

@@ -182,6 +182,17 @@ def test_an_animation_cut_anywhere_is_refused_if_it_cannot_be_read(tmp_path):
     assert refused > 50
 
 
+def test_what_comes_after_damage_is_read(tmp_path, caplog):
+    noise = np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3), np.uint8)
+    write_video(tmp_path / "a.mp4", noise, "-c:v", "libx264", "-g", "5", "-pix_fmt", "yuv420p")
+    damaged = bytearray((tmp_path / "a.mp4").read_bytes())
+    damaged[len(damaged) // 3 : len(damaged) // 3 + 9000] = bytes(9000)
+    (tmp_path / "b.mp4").write_bytes(damaged)
+    whole, clip = open_video(tmp_path / "a.mp4"), open_video(tmp_path / "b.mp4")
+    assert "b.mp4 is damaged" in caplog.text and 10 <= clip.num_frames < 20
+    assert np.array_equal(frames_of(clip)[-5:], frames_of(whole)[-5:])
+
+
 def test_damage_in_the_middle_is_logged(tmp_path, caplog):
     noise = np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), np.uint8)
     write_video(tmp_path / "a.avi", noise, "-c:v", "mpeg4", "-q:v", "2")
@@ -240,6 +251,44 @@ def test_grey_video_and_ten_bits(tmp_path):
     assert np.abs(frames_of(open_video(tmp_path / "a.mkv")).astype(int) - grey).max() <= 2
     write_video(tmp_path / "b.mkv", film(3), "-c:v", "ffv1", "-pix_fmt", "yuv444p10le")
     assert np.abs(frames_of(open_video(tmp_path / "b.mkv")).astype(int) - film(3)).max() <= 3
+
+
+HDR = ("-colorspace", "bt2020nc", "-color_primaries", "bt2020", "-color_trc", "smpte2084")
+
+
+@pytest.mark.parametrize(
+    "name, codec",
+    [("a.mp4", ("libx264", "yuv420p")), ("b.mkv", ("ffv1", "yuv410p")), ("c.mov", ("prores_ks", "yuv422p10le")),
+     ("d.mp4", ("libx265", "yuv420p10le", *HDR)), ("e.nut", ("rawvideo", "nv12")), ("f.avi", ("mjpeg", "yuvj420p"))],
+)  # fmt: skip
+@pytest.mark.parametrize("turn", [(), ("90",), ("180",), ("270", "-display_hflip"), ("0", "-display_vflip")], ids=str)
+def test_pixels_are_those_of_ffmpegs_program(tmp_path, name, codec, turn):
+    if turn and not name.endswith(".mp4"):
+        return  # other files hold no display matrix
+    frames = film(3).repeat(3, 1)[:, :50].repeat(2, 2)  # a 10-bit H.265 of fewer pixels is none
+    encoder, pixels, *more = codec
+    write_video(tmp_path / name, frames, "-c:v", encoder, "-pix_fmt", pixels, *more)
+    if turn:
+        (tmp_path / name).rename(tmp_path / "flat.mp4")
+        ffmpeg("-display_rotation", *turn, "-i", tmp_path / "flat.mp4", "-c", "copy", tmp_path / name)
+    ffmpeg("-i", tmp_path / name, "-f", "rawvideo", "-pix_fmt", "rgb24", tmp_path / "rgb")
+    clip = open_video(tmp_path / name)
+    want = np.fromfile(tmp_path / "rgb", np.uint8).reshape(3, clip.height, clip.width, 3)
+    assert np.array_equal(frames_of(clip), want)
+
+
+def test_a_cover_is_no_video(tmp_path):
+    write_video(tmp_path / "plain.mp4", film(3), "-c:v", "libx264rgb", "-qp", "0")
+    Image.fromarray(film(1)[0, ::-1]).save(tmp_path / "cover.png")
+    both = ["-i", tmp_path / "cover.png", "-i", tmp_path / "plain.mp4", "-map", "0", "-map", "1", "-c", "copy"]
+    ffmpeg(*both, "-disposition:v:0", "attached_pic", tmp_path / "a.mp4")
+    assert np.array_equal(frames_of(open_video(tmp_path / "a.mp4")), film(3))
+
+
+def test_a_recording_after_another_goes_on(tmp_path):
+    write_video(tmp_path / "one.ts", film(5)[:, :, :32], "-c:v", "libx264", "-pix_fmt", "yuv420p")
+    (tmp_path / "two.ts").write_bytes((tmp_path / "one.ts").read_bytes() * 2)
+    np.testing.assert_allclose(open_video(tmp_path / "two.ts").times[:, 1], np.arange(1, 11) / 16, atol=1e-3)
 
 
 def test_path_that_ffmpeg_might_take_for_something_else(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     if good:
         show("     measuring this machine ...")
     tflops, said = measure.all_rates(look) if good else ({}, [])
-    look([selftest.ffmpeg()])
+    look([selftest.videos()])
     for name, rate in tflops.items():
         show(f"     {name}: {rate:.3g} TFLOP/s")
     makes = measure.makes(tflops)

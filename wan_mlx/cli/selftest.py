@@ -34,7 +34,7 @@ from ..presets import BUNDLED
 from ..storage import fingerprint, free_space
 
 OLDEST_MLX = (0, 32, 4)
-PACKAGES = ("mlx", "mlx-lm", "numpy", "huggingface-hub", "sentencepiece", "imageio-ffmpeg", "pillow")
+PACKAGES = ("mlx", "mlx-lm", "numpy", "huggingface-hub", "sentencepiece", "imageio", "av", "pillow")
 LITTLE_MEMORY, LITTLE_FREE, LITTLE_DISK = 8e9, 5e9, 40e9
 # max |a - b| / max |b|: wide enough for Winograd, and for CUDA's TF32, far below anything seen in a video. With TF32
 # that a Mac's user has turned on Winograd's is up to 1.4e-2 on an M5 (computed with MLX's matrices).
@@ -161,7 +161,7 @@ def surroundings() -> Iterator[Check]:
     yield Check.of("disk for models", free >= LITTLE_DISK, f"{free / 1e9:.0f} GB free for {folder}", advice, "warn")
 
 
-def ffmpeg() -> Check:
+def videos() -> Check:
     """Whether a video can be written and read back."""
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +169,7 @@ def ffmpeg() -> Check:
             good, said = read_settings(path) == {"prompt": "猫"}, "a video can be written and read back"
     except Exception as error:
         good, said = False, f"{type(error).__name__}: {error}"
-    return Check.of("ffmpeg", good, said, "pip install --force-reinstall imageio-ffmpeg")
+    return Check.of("videos", good, said, "pip install --force-reinstall av imageio")
 
 
 def operations() -> Iterator[Check]:

@@ -3,19 +3,17 @@
 As in the official code transparency is dropped, not blended (``convert("RGB")``). Unlike there an image is rotated by
 its EXIF orientation or display matrix, and 16-bit greyscale is scaled to 8 bits instead of clipped.
 
-Pillow and imageio-ffmpeg's program are called without imageio, which gives no times of frames (`at_rate` needs them for
-videos without a constant rate), and clips 16-bit greyscale. A received file obeys nobody: both get closed lists of
-formats, and limits that are checked before anything is decoded.
+Pillow and PyAV are called without imageio, which hands on no closed list of formats, ends at the first damaged part of
+a video, and clips 16-bit greyscale. A received file obeys nobody: both get such lists, limits that are checked before
+anything is decoded, and no other file.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-import subprocess
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -23,12 +21,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import imageio_ffmpeg
+import av
+import av.filter
 import mlx.core as mx
 import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..errors import WanError
 from ..geometry import WAN_2_1, Geometry
 from ..types import Source
 
@@ -37,11 +37,20 @@ log = logging.getLogger(__name__)
 # Pillow's formats; of others, EPS starts Ghostscript.
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 ANIMATIONS = ("PNG", "WEBP", "GIF", "AVIF")
-# ffmpeg's formats; of others, playlists such as ffconcat and HLS read other files.
+# FFmpeg's formats; of others, playlists such as ffconcat and HLS read other files.
 VIDEOS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,mxf,nut,ivf,yuv4mpegpipe,h264,hevc,av1,obu,dv,m4v"
+# Of FFmpeg's three hundred decoders those that people's videos need; sound and subtitles are never decoded.
+CODECS = (
+    "h264,hevc,vvc,av1,libdav1d,vp8,vp9,libvpx,libvpx-vp9,mpeg1video,mpeg2video,mpegvideo,mpeg4,msmpeg4v1,msmpeg4v2,"
+    "msmpeg4,wmv1,wmv2,wmv3,vc1,h261,h263,h263i,h263p,flv,theora,vp3,vp6,vp6f,mjpeg,prores,dnxhd,cfhd,dvvideo,hap,"
+    "ffv1,ffvhuff,huffyuv,utvideo,magicyuv,rawvideo,v210,v308,v410,r210,qtrle,png,jpeg2000,svq1,svq3,cinepak,rpza"
+)
 MOST_PIXELS = 2**26  # of a picture or frame: 8192x8192
 MOST_FRAMES = 200_000  # of a video: nearly two hours
+CLOSED = {"format_whitelist": VIDEOS, "codec_whitelist": CODECS, "protocol_whitelist": "none",
+          "max_pixels": str(MOST_PIXELS)}  # fmt: skip
 STILL_SECONDS = 0.1  # default for a frame without a duration, as in browsers
+FAULTS = (av.FFmpegError, OSError)  # the file's own error, if FFmpeg looks for something before its beginning
 EXPECTED = "a path, a PIL image or a numpy uint8 array"
 
 
@@ -106,7 +115,7 @@ def open_video(source: Source | None, fps: int = 16) -> Clip:
         return _open_animation(path)
     except ValueError as error:
         if isinstance(error.__cause__, UnidentifiedImageError):
-            return _open_with_ffmpeg(path)
+            return _open_with_av(path)
         raise
 
 
@@ -187,11 +196,18 @@ def open_picture(path: Path, formats: tuple[str, ...] = PICTURES) -> Image.Image
     """
     with _pillow(str(path)):
         image = Image.open(path, formats=formats)
-    if image.width * image.height > MOST_PIXELS:
+    try:
+        _check_size(path, image.width, image.height)
+    except ValueError:
         image.close()
-        raise ValueError(f"{path} has {image.width}x{image.height} pixels, expected at most {MOST_PIXELS} "
-                         "(8192x8192); make it smaller")  # fmt: skip
+        raise
     return image
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{path} has {width}x{height} pixels, expected at most {MOST_PIXELS} (8192x8192); make it "
+                         "smaller")  # fmt: skip
 
 
 @contextmanager
@@ -270,71 +286,104 @@ def _times(seconds: Sequence[float]) -> np.ndarray:
     return np.stack([ends - seconds, ends], axis=1).astype(np.float32)
 
 
-def _open_with_ffmpeg(path: Path) -> Clip:
+def _open_with_av(path: Path) -> Clip:
     """Decode the whole file once for the time of every frame; some files' headers give a wrong rate."""
-    command = [*_ffmpeg_input(path), "-frames:v", str(MOST_FRAMES + 1), "-f", "framecrc", "-"]
-    with start_ffmpeg(*command, stderr=subprocess.PIPE) as process:
-        listing, said = (output.decode("utf-8", "replace") for output in process.communicate())
-    frames = re.findall(r"^0, *-?\d+, *(-?\d+), *(\d+),", listing, re.MULTILINE)
-    if process.returncode or not frames:
-        raise ValueError(f"{path} cannot be read as a video: {_first_line(said) or 'no frames in it'}")
-    if len(frames) > MOST_FRAMES:
+    starts, end, faults = list[float](), 0.0, set[str]()
+    height = width = 0
+    for frame in islice(_decoded(path, faults), MOST_FRAMES + 1):
+        if not starts:
+            height, width, _ = _converted(frame, _to_rgb(frame)).shape
+        starts.append(end if frame.time is None else frame.time)
+        end = starts[-1] + float(frame.duration * (frame.time_base or 0))
+    said = ", ".join(sorted(faults))
+    if not starts:
+        raise ValueError(f"{path} cannot be read as a video: {said or 'no frames in it'}")
+    if len(starts) > MOST_FRAMES:
         raise ValueError(f"{path} has more than {MOST_FRAMES} frames, expected no more; cut it")
     if said:
-        log.warning("%s is damaged, %d frames can be read: %s", path, len(frames), _first_line(said))
-    tick = re.search(r"^#tb 0: (\d+/\d+)", listing, re.MULTILINE)
-    size = re.search(r"^#dimensions 0: (\d+)x(\d+)", listing, re.MULTILINE)
-    assert tick and size, "framecrc says both of every stream"
-    unit, width, height = Fraction(tick[1]), int(size[1]), int(size[2])
-    ticks = np.array(frames, dtype=np.int64)
-    starts, duration = ticks[:, 0], ticks[-1, 1] or (ticks[-1, 0] - ticks[0, 0]) // max(1, len(ticks) - 1) or 1
+        log.warning("%s is damaged, %d frames can be read: %s", path, len(starts), said)
     # A frame lasts until the next one: durations stored in a file may leave gaps.
-    times = np.stack([starts, np.append(starts[1:], starts[-1] + duration)], axis=1) * float(unit)
-    return Clip(str(path), height, width, times.astype(np.float32), partial(_decode, path, height, width))
+    seconds = np.diff(starts, append=end)
+    usual = np.median(seconds[seconds > 0]) if (seconds > 0).any() else STILL_SECONDS
+    seconds[seconds < 0] = usual  # a recording was appended, whose clock begins again
+    seconds[-1] = seconds[-1] or usual
+    return Clip(str(path), height, width, _times(seconds.tolist()), partial(_read_with_av, path))
 
 
-def _decode(path: Path, height: int, width: int, indices: Sequence[int]) -> Iterator[np.ndarray]:
-    size, read = height * width * 3, 0
-    with start_ffmpeg(*_ffmpeg_input(path), "-pix_fmt", "rgb24", "-f", "rawvideo", "-") as process:
-        assert process.stdout is not None
-        try:
-            for index in indices:
-                while read <= index:
-                    pixels = process.stdout.read(size)
-                    if len(pixels) < size:
-                        raise ValueError(f"{path} ends before frame {index}; was it changed while being read?")
-                    read += 1
-                yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
-        finally:
-            process.kill()
+def _read_with_av(path: Path, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    number, graph = -1, None
+    with closing(_decoded(path, set())) as frames:
+        for index in indices:
+            if number < index:
+                frame = next(islice(frames, index - number - 1, None), None)
+                if frame is None:
+                    raise ValueError(f"{path} ends before frame {index}; was it changed while being read?")
+                graph, number = graph or _to_rgb(frame), index
+                pixels = _converted(frame, graph)
+            yield pixels
 
 
-def _first_line(said: str) -> str:
-    """ffmpeg's first message, without the names of its components."""
-    return re.sub(r"^(\[.*?\] )*", "", said.strip().split("\n")[0])
+def _decoded(path: Path, faults: set[str]) -> Generator[av.VideoFrame, None, None]:
+    """The frames of the first video that is no cover picture, as they are stored.
+
+    Damaged parts, at which imageio's reader ends, are passed over; what is wrong with them is added to ``faults``.
+    """
+    with open_container(path) as container:
+        video = next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
+        if video is None:
+            return
+        decoder = video.codec_context
+        if decoder is None or decoder.name not in CODECS.split(","):
+            found = "unknown" if decoder is None else decoder.name
+            raise ValueError(f"{path} cannot be read as a video: its codec is {found}; convert it to H.264")
+        _check_size(path, decoder.width, decoder.height)
+        decoder.options, decoder.thread_type = CLOSED, "AUTO"
+        packets = container.demux(video)
+        while True:
+            try:
+                frames = next(packets).decode()
+            except StopIteration:
+                return
+            except FAULTS as error:
+                faults.add(str(error.strerror))
+                continue
+            faults.update("frames are incomplete" for frame in frames if frame.is_corrupt)
+            yield from frames
 
 
-def _ffmpeg_input(path: Path) -> list[str]:
-    """The start of a command that outputs every frame of the first video (not a cover image) exactly once."""
-    closed = ["-protocol_whitelist", "file", "-format_whitelist", VIDEOS, "-max_pixels", str(MOST_PIXELS)]
-    return [*closed, "-i", file_url(path), "-map", "0:V:0", "-fps_mode", "passthrough"]
-
-
-def file_url(path: Path) -> str:
-    """Keeps ffmpeg from parsing a leading dash as an option, or a colon as a protocol."""
-    return f"file:{path.absolute()}"
-
-
-def start_ffmpeg(*arguments: str | bytes, **streams: Any) -> subprocess.Popen:
-    """imageio-ffmpeg's program at work; unless ``streams`` say otherwise, only its output is read.
+@contextmanager
+def open_container(path: Path) -> Iterator[InputContainer]:
+    """A video's file. Nothing that it says makes FFmpeg open another.
 
     Raises:
-        WanError: it cannot be started.
+        ValueError: it is in no such format, or damaged.
     """
-    silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
-        program = imageio_ffmpeg.get_ffmpeg_exe()
-        return subprocess.Popen([program, "-v", "error", *arguments], **silent | streams)
-    except (OSError, RuntimeError) as error:
-        raise WanError(f"ffmpeg cannot be started ({error}); install imageio-ffmpeg again, or name another in "
-                       "IMAGEIO_FFMPEG_EXE") from error  # fmt: skip
+        with path.open("rb") as file, av.open(file, "r", options=CLOSED) as container:
+            yield container
+    except FAULTS as error:
+        raise ValueError(f"{path} cannot be read as a video: {error.strerror}; expected a whole file in one of the "
+                         f"formats {VIDEOS}") from error  # fmt: skip
+
+
+def _to_rgb(first: av.VideoFrame) -> av.filter.Graph:
+    """Filters that turn frames upright, and into RGB of the first one's size.
+
+    Unlike ``VideoFrame.reformat`` they see where a frame's colour samples lie.
+    """
+    stored: Any = first.side_data.get("DISPLAYMATRIX")  # x' = ax + cy, y' = bx + dy
+    a, b, _, c, d = (1, 0, 0, 0, 1) if stored is None else np.frombuffer(stored, np.int32)[:5].tolist()
+    turned = abs(b) > abs(a)
+    filters = [("transpose", "cclock_flip")] * turned + [("hflip", "")] * ((c if turned else a) < 0)
+    filters += [("vflip", "")] * ((b if turned else d) < 0) + [("scale", ""), ("format", "rgb24"), ("buffersink", "")]
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=first.width, height=first.height, format=first.format, time_base=first.time_base or Fraction(1, 1000)
+    )
+    graph.link_nodes(source, *(graph.add(name, arguments) for name, arguments in filters)).configure()
+    return graph
+
+
+def _converted(frame: av.VideoFrame, graph: av.filter.Graph) -> np.ndarray:
+    graph.vpush(frame)
+    return graph.vpull().to_ndarray()

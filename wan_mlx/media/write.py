@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
-import subprocess
-import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
+import imageio.v3 as imageio
 import mlx.core as mx
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ..errors import SamplingError, WanError, nearest
 from ..storage import parse_json, publish
-from .read import file_url, open_picture, start_ffmpeg
+from .read import open_container, open_picture
 
 ENDINGS = (".mp4", ".gif", ".webp", ".png", ".npz")
 MAX_FPS = 240
 STRIP_FRAMES = 8
-X264_CRF = 10  # equals quality=8 of the official code's imageio
-X264_PRESET = "faster"  # half the time of x264's default, 10 % fewer bytes, and 0.1 dB
-X264_THREADS = 8  # the default is 1.5 per core and is stored in the file: other bytes on another machine
+X264 = {
+    "crf": "10",  # equals quality=8 of the official code's imageio
+    "preset": "faster",  # half the time of x264's default, 10 % fewer bytes, and 0.1 dB
+    "threads": "8",  # the default is 1.5 per core and is stored in the file: other bytes on another machine
+    "colorspace": "smpte170m",  # FFmpeg's default matrix: from 720 lines up players guess another one
+}
 EXIF_DESCRIPTION = 0x010E
-# The comment is one argument of ffmpeg's command line; Linux allows 128 KiB each.
-MP4_SETTINGS_LIMIT = 100_000
 NPZ_SETTINGS_LIMIT = 10_000_000  # bytes that are read of a received file
 
 
@@ -126,9 +126,10 @@ class VideoWriter:
         self.settings = settings
         if not 0 < fps <= MAX_FPS:
             raise ValueError(f"fps is {fps}, expected a number above 0 and up to {MAX_FPS}, such as 16")
-        text = settings_text(settings)
-        if self._ending == ".mp4":
-            _check_mp4(size, text)
+        settings_text(settings)
+        if self._ending == ".mp4" and (size[0] % 2 or size[1] % 2):
+            even = f"{size[0] - size[0] % 2}x{size[1] - size[1] % 2}"
+            raise ValueError(f"size is {size[0]}x{size[1]}, expected even numbers for .mp4; nearest: {even}")
 
     def __enter__(self) -> VideoWriter:
         # On the file system of the target, so that the final move is atomic.
@@ -137,7 +138,7 @@ class VideoWriter:
         self._frames: list[np.ndarray] = []
         self._count = 0
         is_mp4 = self._ending == ".mp4"
-        self._ffmpeg = _FFmpeg(self._temporary, self.fps, self.size, self._text) if is_mp4 else None
+        self._mp4 = _Mp4(self._temporary, self.fps, self.size, self._text) if is_mp4 else None
         return self
 
     def write(self, frames: np.ndarray) -> None:
@@ -145,13 +146,13 @@ class VideoWriter:
 
         Raises:
             ValueError: another dtype or shape.
-            WanError: ffmpeg stopped; says why.
+            WanError: the file cannot be written; says why.
         """
         width, height = self.size
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (height, width, 3):
             raise ValueError(f"frames are {frames.dtype} {frames.shape}, expected uint8 (n, {height}, {width}, 3)")
-        if self._ffmpeg is not None:
-            self._ffmpeg.write(frames)
+        if self._mp4 is not None:
+            self._mp4.write(frames)
         else:
             self._frames.append(frames.copy())
         self._count += len(frames)
@@ -162,8 +163,8 @@ class VideoWriter:
                 return
             if self._count == 0:
                 raise ValueError(f"no frames were written to {self.path}, expected at least 1")
-            if self._ffmpeg is not None:
-                self._ffmpeg.finish()
+            if self._mp4 is not None:
+                self._mp4.finish()
             else:
                 frames = np.concatenate(self._frames)
                 SAVERS[self._ending](self._temporary, frames, self.fps, self._text, self.latents)
@@ -176,8 +177,8 @@ class VideoWriter:
             publish(self._temporary, self.path)
         finally:
             self._frames = []
-            if self._ffmpeg is not None:
-                self._ffmpeg.close()
+            if self._mp4 is not None:
+                self._mp4.close()
             self._temporary.unlink(missing_ok=True)
 
 
@@ -250,86 +251,62 @@ def settings_text(settings: dict[str, Any], indent: int | None = None) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _check_mp4(size: tuple[int, int], text: str) -> None:
-    if size[0] % 2 or size[1] % 2:
-        even = f"{size[0] - size[0] % 2}x{size[1] - size[1] % 2}"
-        raise ValueError(f"size is {size[0]}x{size[1]}, expected even numbers for .mp4; nearest: {even}")
-    length = len(text.encode("utf-8"))
-    if length > MP4_SETTINGS_LIMIT:
-        raise ValueError(f"the settings are {length} bytes, expected at most {MP4_SETTINGS_LIMIT} for .mp4; "
-                         "shorten the prompt, or write .webp or .npz")  # fmt: skip
-
-
-class _FFmpeg:
-    """imageio-ffmpeg's program, fed by a pipe; imageio's own writer neither notices errors nor waits for the end."""
+class _Mp4:
+    """H.264 by PyAV; imageio's writer passes its encoder no options, hence no quality."""
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int], text: str):
-        command: list[str | bytes] = [
-            "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}",
-            "-r", str(Fraction(fps).limit_denominator(10_000)), "-i", "-",
-            "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(X264_CRF), "-preset", X264_PRESET,
-            "-threads", str(X264_THREADS),
-            # ffmpeg's default matrix, stated explicitly: from 720 lines up players guess another one.
-            "-colorspace", "smpte170m", "-movflags", "+faststart",  # the index before the pictures
-            "-metadata", b"comment=" + text.encode("utf-8"), file_url(path),
-        ]  # fmt: skip
-        self.path = path
-        self.errors = tempfile.TemporaryFile()
-        try:
-            # In its own session, so that Ctrl-C does not reach it: close() ends it.
-            streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": self.errors}
-            self.process = start_ffmpeg(*command, **streams, start_new_session=True)
-        except BaseException:
-            self.errors.close()
-            raise
-        assert self.process.stdin is not None
-        self.pipe = self.process.stdin
+        self._folder = path.absolute().parent
+        self._file = av.open(str(path.absolute()), "w", format="mp4", options={"movflags": "+faststart"})
+        self._file.metadata["comment"] = text
+        self._video = self._file.add_stream("libx264", Fraction(fps).limit_denominator(10_000), options=X264)
+        self._video.width, self._video.height, self._video.pix_fmt = *size, "yuv420p"
 
     def write(self, frames: np.ndarray) -> None:
-        try:
-            self.pipe.write(np.ascontiguousarray(frames).data)
-        except OSError as error:
-            self._fail(error)
+        with self._telling():
+            for frame in frames:
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                self._file.mux(self._video.encode(picture))
 
     def finish(self) -> None:
-        try:
-            self.pipe.close()
-        except OSError as error:
-            self._fail(error)
-        if self.process.wait() != 0:
-            self._fail(None)
-
-    def _fail(self, error: OSError | None) -> None:
-        self.process.wait()
-        self.errors.seek(0)
-        said = " ".join(self.errors.read().decode("utf-8", "replace").split())
-        reason = said or f"it ended with status {self.process.returncode}"
-        raise WanError(f"ffmpeg could not write a video into {self.path.absolute().parent}: {reason}") from error
+        with self._telling():
+            self._file.mux(self._video.encode(None))
+            self._file.close()
 
     def close(self) -> None:
-        self.process.kill()
-        with suppress(OSError):
-            self.pipe.close()
-        self.process.wait()
-        self.errors.close()
+        with suppress(av.FFmpegError):
+            self._file.close()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except av.FFmpegError as error:
+            raise WanError(f"no video can be written into {self._folder}: {error.strerror}") from error
 
 
 def _save_animation(path: Path, frames: np.ndarray, fps: float, text: str, latents: np.ndarray | None) -> None:
-    unit, about = 10, {"comment": text.encode("utf-8")}  # GIF counts hundredths of a second
+    about: dict[str, Any] = {"comment": text.encode("utf-8")}
+    unit = 10  # GIF counts hundredths of a second
     if path.suffix == ".webp":
         exif = Image.Exif()
         exif[EXIF_DESCRIPTION] = text.encode("utf-8")
         unit, about = 1, {"exif": exif, "quality": 90}
     # Of the ends, whose rounding errors do not accumulate.
     durations = np.diff(np.rint(np.arange(len(frames) + 1) * 1000 / (fps * unit)).astype(int) * unit).tolist()
-    first, *rest = (Image.fromarray(frame) for frame in frames)
-    first.save(path, save_all=True, append_images=rest, loop=0, duration=durations, **about)
+    _save_picture(path, frames, save_all=True, loop=0, duration=durations, **about)
 
 
 def _save_png(path: Path, frames: np.ndarray, fps: float, text: str, latents: np.ndarray | None) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_itxt("settings", text)
-    contact_sheet(frames, STRIP_FRAMES, STRIP_FRAMES, STRIP_FRAMES * frames.shape[2]).save(path, pnginfo=info)
+    sheet = np.asarray(contact_sheet(frames, STRIP_FRAMES, STRIP_FRAMES, STRIP_FRAMES * frames.shape[2]))
+    _save_picture(path, sheet[None], pnginfo=info)
+
+
+def _save_picture(path: Path, frames: np.ndarray, **how: Any) -> None:
+    """By Pillow, through imageio. It gets a file, since of a path it makes more, such as the inside of an archive."""
+    with path.open("wb") as file:
+        imageio.imwrite(file, frames, plugin="pillow", extension=path.suffix, is_batch=True, **how)
 
 
 def _save_npz(path: Path, frames: np.ndarray, fps: float, text: str, latents: np.ndarray | None) -> None:
@@ -340,13 +317,8 @@ def _save_npz(path: Path, frames: np.ndarray, fps: float, text: str, latents: np
 
 
 def _read_mp4(path: Path) -> str:
-    command = ["-protocol_whitelist", "file", "-f", "mov", "-i", file_url(path), "-f", "ffmetadata", "-"]
-    with start_ffmpeg(*command, stderr=subprocess.PIPE) as process:
-        text, said = (output.decode("utf-8", "replace") for output in process.communicate())
-    match = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", text, re.MULTILINE | re.DOTALL)
-    if match is None:
-        raise ValueError(" ".join(said.split()) or "no comment")
-    return re.sub(r"\\(.)", r"\1", match[1], flags=re.DOTALL)
+    with open_container(path) as container:
+        return container.metadata["comment"]
 
 
 def _read_picture(path: Path) -> str:

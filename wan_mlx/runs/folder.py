@@ -341,17 +341,14 @@ class RunFolder:
 
     def delete(self) -> None:
         """Remove the folder, last of all the record, which says whether the video is finished."""
-        for _ in range(3):  # an ffmpeg whose process was killed may write a file yet before it sees that
-            self._clear()
-            (self.path / "lock").unlink(missing_ok=True)
-            try:
-                self.path.rmdir()
-                return
-            except FileNotFoundError:
-                return
-            except OSError as error:
-                kept = error
-        log.warning("%s stays: %s", self.path, kept.strerror)  # the rest of its files are somebody else's
+        self._clear()
+        (self.path / "lock").unlink(missing_ok=True)
+        try:
+            self.path.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log.warning("%s stays: %s", self.path, error.strerror)  # the rest of its files are somebody else's
 
     def _clear(self) -> None:
         """Delete the files of the run that is recorded, and no others."""

@@ -200,7 +200,6 @@ class _Encoding(ExitStack):
         self.statistics = FrameStatistics()
         self._begun = False
         self._encoded = 0  # chunks of the store
-        self._adding = Behind(self.enter_context(ThreadPoolExecutor(1, "wan_mlx-frames")))
 
     def add(self, frames: np.ndarray) -> None:
         """Keep frames and encode them in another thread, after those before; raises their exception."""
@@ -221,7 +220,8 @@ class _Encoding(ExitStack):
         self.writer.settings = self.writer.settings | state.notes
         self.writer.latents = latents_to_numpy(state.state["latents"][:, state.conditioning.trim_latents :])
         self.writer.when_whole = self.folder.mark_finished
-        self.enter_context(self.writer)  # left before the thread, which may wait for ffmpeg to take frames
+        self.enter_context(self.writer)  # left after the thread that writes
+        self._adding = Behind(self.enter_context(ThreadPoolExecutor(1, "wan_mlx-frames")))
         self._begun = True
 
     def _follow(self, check: Callable[[], None] | None = None) -> None:
@@ -235,8 +235,8 @@ class _Encoding(ExitStack):
 
     def finish(self, check: Callable[[], None]) -> str | None:
         """No more frames come: encode the rest, as `_follow`. Returns a complaint about the video, if there is one."""
-        self._adding.settle()
         self._begin()
+        self._adding.settle()
         self._follow(check)
         assert self.writer.latents is not None
         return self.statistics.complaint() or latents_complaint(self.writer.latents)
