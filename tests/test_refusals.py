@@ -251,7 +251,7 @@ class TestTerminal:
         Path("d.json").write_text(json.dumps({"stopped_after": ESCAPES, "solver": "none"}))
         assert main(["--model", "nano", "--prompt", "x", "--config", "d.json"]) == 2
         said = "".join(capsys.readouterr())
-        assert all(line.isprintable() for line in said.splitlines()) and len(said.splitlines()) == 6
+        assert all(line.isprintable() for line in said.splitlines()) and len(said.splitlines()) == 7
 
     def test_programs_get_ascii(self, capsys):
         assert main([*NANO, "--prompt", f"猫{ESCAPES}", "--json"]) == 0
