@@ -192,9 +192,9 @@ class RequestOptions(TypedDict, total=False):
         limits=Limits(1, 1000),
     )]
     guidance_scale: Annotated[float | tuple[float, float] | None, Option(
-        "--guidance --sample_guide_scale G", "guidance scale, 1 is off; for a model of two experts also LOW,HIGH: the "
-        "low-noise expert's, then the high-noise one's, such as 3,4", SAMPLE,
-        more="Off takes half the time. The order is the official one; Diffusers has the high-noise one's first",
+        "--guidance --sample_guide_scale G", "guidance scale, 1 is off; of two experts LOW,HIGH, such as 3,4", SAMPLE,
+        more="Off takes half the time. LOW is the low-noise expert's, HIGH the high-noise one's: the order is the "
+        "official one; Diffusers has the high-noise one's first",
         parse=parse_guidance, limits=Limits(),
     )]
     shift: Annotated[float | None, Option(
