@@ -68,7 +68,8 @@ class TestTheWordWithoutAFlag:
 
     def test_a_picture_is_for_nano_i2v(self, capsys):
         Image.new("RGB", (64, 64)).save("first.png")
-        assert "nano-i2v" in dry(capsys, "it moves right", "--image", "first.png")
+        said = dry(capsys, "it moves right", "--image", "first.png")
+        assert "nano-i2v (bundled, " in said and "assets" not in said
 
     @pytest.mark.parametrize("word", ["猫", "cat", "-p plan", "generate plan", "plan of a house"])
     def test_is_a_prompt(self, capsys, word):
@@ -186,6 +187,11 @@ class TestSizes:
 
 
 class TestSeveralVideos:
+    def test_their_seeds_are_told(self, capsys):
+        assert ", seeds 5, 3\n" in dry(capsys, "a red circle", "--seeds", "5,3")
+        assert ", seeds 7, 8\n" in dry(capsys, "a red circle", "--num-videos", "2", "-s", "7")
+        assert ", seed 7\n" in dry(capsys, "a red circle", "-s", "7")
+
     @pytest.mark.parametrize("given, seeds", [("--seeds 5,3", [5, 3]), ("--num-videos 2 -s 7", [7, 8])])
     def test_of_one_load_are_those_made_alone(self, flags, monkeypatch, given, seeds):
         flags = flags[: flags.index("--seed")] + flags[flags.index("--seed") + 2 :]
@@ -278,10 +284,13 @@ class TestHelp:
             assert main([*shlex.split(command)[1:], *(["--dry-run"] if "plan" not in command else [])]) == 0, command
 
     @pytest.mark.parametrize("name", COMMANDS)
-    def test_of_each_command(self, capsys, name):
+    def test_of_each_command(self, capsys, monkeypatch, name):
+        monkeypatch.setenv("COLUMNS", "80")
         assert main(["help", name]) == 0
         said = capsys.readouterr().out
         assert said.startswith("usage: wan-mlx") and len(said.splitlines()) <= 60
+        assert name in ("generate", "help") or said.startswith(f"usage: wan-mlx {name} ")
+        assert max(map(len, said.splitlines())) <= 80
 
     def test_nothing_given(self, capsys):
         assert main([]) == 2 and "usage: wan-mlx" in capsys.readouterr().out

@@ -129,3 +129,6 @@ def test_other_files(tmp_path, capsys):
     (tmp_path / "x.png").write_bytes(b"no picture")
     assert main(["info", str(tmp_path / "x.png")]) == 2
     assert main(["info", str(tmp_path / "nowhere.safetensors")]) == 2
+    capsys.readouterr()
+    assert main(["info", "nowhere.mp4"]) == 2
+    assert capsys.readouterr().err == "error: file nowhere.mp4 does not exist\n"

@@ -117,7 +117,8 @@ class TestSource:
 
     def test_of_other_commands(self, monkeypatch, capsys):
         monkeypatch.setenv("WAN_MLX_SOURCE", "github")
-        assert main(["inspect", "nano"]) == 2 and "WAN_MLX_SOURCE" in capsys.readouterr().err
+        for command in ("inspect", "info"):
+            assert main([command, "nano"]) == 2 and "WAN_MLX_SOURCE" in capsys.readouterr().err, command
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The command line beside making videos: JSON events, replayed settings, the list of models, completion, colours."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -122,13 +123,20 @@ def test_config_that_cannot_be_replayed(tmp_path, capsys, text, said):
     assert said in capsys.readouterr().err
 
 
-def test_models(capsys):
+def test_models(capsys, monkeypatch):
     assert main(["models", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert list(rows) == list(PRESETS) and rows["nano"]["here"]
     assert 1.4e9 < rows["t2v-1.3B"]["parameters"] < 1.5e9 and 14e9 < rows["t2v-14B"]["parameters"] < 14.5e9
-    assert main(["models"]) == 0
-    assert "Wan-AI/Wan2.1-VACE-14B" in capsys.readouterr().out
+    for columns, is_wide in ((80, False), (120, True)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert main(["models"]) == 0
+        said = capsys.readouterr().out
+        assert ("Wan-AI/Wan2.1-VACE-14B" in said) == is_wide
+        for line in said.splitlines():
+            assert len(line) + len(re.findall("[\u3000-\uffef]", line)) <= columns, line  # twice as wide
+            assert line.lstrip()[:1] not in ("、", "，", "；"), line
+        assert "  text or image to video 1280x704 " in said
 
 
 def completed(script: str, *words: str) -> list[str]:
@@ -144,6 +152,7 @@ def test_bash_completion(capsys):
     assert completed(script, "wan-mlx", "--sol") == ["--solver"]
     assert completed(script, "wan-mlx", "mo") == ["models"]
     assert completed(script, "wan-mlx", "convert", "--vae-d") == ["--vae-dtype"]
+    assert completed(script, "wan-mlx", "convert", "--source", "m") == ["modelscope"]
     assert completed(script, "wan-mlx", "plan", "--mem") == ["--memory"]
     assert completed(script, "wan-mlx", "plan", "vace") == ["vace-1.3B", "vace-14B"]
     assert completed(script, "wan-mlx", "completion", "z") == ["zsh"]

@@ -71,8 +71,8 @@ COMMANDS = {
 
 EXAMPLES = """\
 examples:
-  wan-mlx "a red circle moves right"                  nano's video, without a download
-  wan-mlx plan t2v-1.3B                               does it fit, and how long will it take?
+  wan-mlx "a red circle moves right"             nano's video, no download
+  wan-mlx plan t2v-1.3B                          does it fit, and how fast?
   wan-mlx -m t2v-1.3B -p "a cat boxing" -o cat.mp4
   wan-mlx -m nano-i2v --image first.png "it moves right"
   wan-mlx resume cat.mp4

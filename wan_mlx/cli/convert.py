@@ -26,16 +26,18 @@ DESCRIPTION = """Convert a published checkpoint into one MLX folder: give SOURCE
 
 With --inspect, describe SOURCE instead.
 """
-
-
+ABOUT_INSPECT = "What a model's files hold, and whether they are whole."
 OF_WRITING = ("overwrite", "dtype", "vae_dtype", "quantize", "model")  # options without a meaning for --inspect
 
 
-def build_parser() -> Parser:
+def build_parser(inspects: bool = False) -> Parser:
+    """``inspects``: its help is that of `wan-mlx inspect`."""
     parser = Parser(prog="wan-mlx convert", description=DESCRIPTION)
     parser.register("type", None, _filled)  # of every argument without a type
-    parser.add_argument("source", help="what --model takes: a folder or file, a preset such as t2v-1.3B, a hub id")
-    parser.add_argument("out", nargs="?", help="folder to write; must not exist")
+    parser.add_argument(
+        "checkpoint", metavar="SOURCE", help="what --model takes: a folder or file, a preset such as t2v-1.3B, a hub id"
+    )
+    parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write; must not exist")
     parser.add_argument(
         "--inspect", action="store_true", help="describe SOURCE, compare its check sums, and write nothing"
     )
@@ -54,17 +56,22 @@ def build_parser() -> Parser:
         parser.add_argument(
             f"--{part.replace('_', '-')}", metavar="PATH", help="taken instead of SOURCE's own"
         )
-    parser.add_argument("--source", dest="hub", help="hub: huggingface (default) or modelscope")
+    parser.add_argument("--source", metavar="HUB", help=named("source").described)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    if inspects:
+        parser.prog, parser.description = "wan-mlx inspect", ABOUT_INSPECT
+        for action in parser._actions:
+            if action.dest in (*OF_WRITING, "inspect", "out"):
+                action.help = argparse.SUPPRESS
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Run the command line and return its exit code."""
-    parser = build_parser()
+    parser = build_parser(inspects=argv[:1] == ["--inspect"])
     args = parser.parse_args(argv)
     parts = {part: getattr(args, part) for part in GIVEN_APART if getattr(args, part) is not None}
-    args.hub = args.hub or named("source").left_out()
+    args.source = args.source or named("source").left_out()
     listener: Listener = unheard if args.quiet else ProgressBars()
     if args.inspect == (args.out is not None):
         raise UsageError("give SOURCE and OUT, the folder to write; or --inspect and SOURCE alone")
@@ -72,7 +79,7 @@ def main(argv: list[str]) -> int:
         if args.inspect and getattr(args, name) != parser.get_default(name):
             raise UsageError(f"--{name.replace('_', '-')} has no effect with --inspect; leave it out")
     if args.inspect:
-        return inspect(args.source, parts, args.hub, listener)
+        return inspect(args.checkpoint, parts, args.source, listener)
     try:
         with awake():
             folder = convert_source(args, parts, listener)
@@ -93,20 +100,20 @@ def _filled(text: str) -> str:
 def convert_source(args: argparse.Namespace, parts: dict[str, str], listener: Listener) -> Path:
     """Fetch and convert the named files; returns the folder that is written."""
     check_target(args.out, args.overwrite, args.model)  # before a download of 69 GB
-    places = Places(args.source, parts)
+    places = Places(args.checkpoint, parts)
     check_here(*places.here())
-    for download in places.downloads(args.hub):
+    for download in places.downloads(args.source):
         if download.missing:
             write(f"download  {download}", to="stderr")
-    here = places.fetch(args.hub, listener)
+    here = places.fetch(args.source, listener)
     checkpoint = open_checkpoint(here.model, here.parts)
-    location = None if Path(args.source).expanduser().exists() else parse_location(args.source)
+    location = None if Path(args.checkpoint).expanduser().exists() else parse_location(args.checkpoint)
     return convert(
         checkpoint,
         args.out,
         args.dtype,
         args.vae_dtype,
-        args.model or checkpoint.model or getattr(preset_of(args.source), "name", None),
+        args.model or checkpoint.model or getattr(preset_of(args.checkpoint), "name", None),
         counted(listener, "converting"),
         named("quantize").meaning(args.quantize),
         args.overwrite,

@@ -21,7 +21,7 @@ from .flags import Parser
 if TYPE_CHECKING:
     from .selftest import Check
 
-DESCRIPTION = "Whether this machine computes correctly, how fast, what it can make, and how to mend it if not."
+DESCRIPTION = "Whether this machine computes correctly, how fast, and what it can make."
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 # Around the block to share; docs/make_times.py looks for them.
 BEGIN, END = "--- wan_mlx doctor ---", "--- end ---"

@@ -21,7 +21,7 @@ from ..storage import parse_json
 
 USAGE = '''wan-mlx "what the video should show" [flags]
        wan-mlx COMMAND [flags]'''
-ABOUT = "Makes videos with the open Wan models, on Apple silicon or any other MLX backend."
+ABOUT = "Makes videos with the open Wan models, on Apple silicon or another MLX backend."
 ABOUT_GROUP = {options.SAMPLE: "Defaults are the model's own: see the table below."}
 WIDEST = 100  # columns of a page of help
 

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     for job in jobs:
         if not (is_series(args) and RunFolder(job.output).is_unfinished):
             job.check_output()
-    describe(pipe, request, say, *(job.output for job in [*made, *jobs]))
+    describe(pipe, request, say, {job.output: job.request.seed for job in [*made, *jobs]})
     tell_watching(pipe, jobs[0].previews if jobs else None, say)
     experts = [part.file for part in pipe.checkpoint.of_kind("transformer")]
     loras = [path for own in loras_of(pipe).values() for path, _ in own]
@@ -132,7 +132,7 @@ def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, in
         job = Job(pipe, request, output, overwrite=args.overwrite or record["overwrite"])
         seen = record["preview"] or {}
         watch([job], args.preview or seen.get("path"), given.get("preview_every", seen.get("every", 1)))
-        describe(pipe, request, say, output)
+        describe(pipe, request, say, {output: request.seed})
         tell_watching(pipe, job.previews, say)
         say.note(f"goes on   {folder.steps_done} of {request.steps_made} steps are done")
         return 0 if args.dry_run else make(job, say, interrupts, folder)

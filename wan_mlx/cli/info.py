@@ -9,6 +9,7 @@ from ..errors import UsageError
 from ..events import Listener, unheard
 from ..hub.resolve import keys_of, resolve, survey
 from ..media.write import ENDINGS, read_settings
+from ..options import named
 from ..progress_bars import ProgressBars
 from ..weights.load import open_network
 from ..weights.lora import file_of
@@ -25,7 +26,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="wan-mlx info", description=description)
     parser.add_argument("file", help="a LoRA or its folder; a video, picture or .npz of ours; or what --model takes")
     parser.add_argument("--model", help="a transformer or whole model: how much of it a LoRA changes")
-    parser.add_argument("--source", default="huggingface", help="hub: huggingface (default) or modelscope")
+    parser.add_argument("--source", metavar="HUB", help=named("source").described)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
@@ -33,7 +34,10 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Print what is known; 1 if the file cannot be used."""
     args = build_parser().parse_args(argv)
+    args.source = args.source or named("source").left_out()
     listener: Listener = unheard if args.quiet else ProgressBars()
+    if not Path(args.file).exists() and Path(args.file).suffix.lower() in ENDINGS:
+        raise UsageError(f"file {args.file} does not exist")
     path = found_at(args.file, args.source, listener)
     is_adapter = path.exists() and is_lora(path)
     if args.model and not is_adapter:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import textwrap
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +17,13 @@ from ..presets import PRESETS, TASK_NAMES, Preset
 from ..storage import gigabytes, size_of_folder
 from .flags import Parser
 from .terminal import write
+
+NARROW, WIDE = 80, 112  # columns of a terminal: of every text; from which on there is room for repositories
+ABOUT_WEIGHTS = (
+    "GB: of the transformer in bfloat16, as loaded; of two, one is in memory at a time. The text encoder (11.4 GB in "
+    "bfloat16) is streamed from disk and never in memory as a whole. What a model downloads: --model NAME --prompt x "
+    "--dry-run"
+)
 
 
 def row_of(preset: Preset) -> dict[str, Any]:
@@ -63,28 +72,39 @@ def main(argv: list[str]) -> int:
         for line in json.dumps(rows, indent=1).splitlines():
             write(line)
         return 0
-    write(f"{'--model':<16}{'task':<22}{'size':<10}{'frames':>6}{'weights':>14}{'in q4':>13}  {'here':<14}repository")
+    is_wide = shutil.get_terminal_size((WIDE, 24)).columns >= WIDE
+    write(f"{'--model':<15}{'task':<23}{'size':<9}frames{'GB':>9}{'in q4':>9}  {'here':<14}"
+          f"{'repository' * is_wide}".rstrip())  # fmt: skip
     for row in rows:
         size, on_disk = "x".join(map(str, row["size"])), row["bytes_on_disk"]
         here = ("yes" if row["here"] else "part" if on_disk else "no") + f", {gigabytes(on_disk)}" * bool(on_disk)
         times = "2 x " * (row["experts"] == 2)
-        weights, packed = (f"{times}{row[key] / 1e9:.2f} GB" for key in ("bytes_bfloat16", "bytes_q4"))
+        weights, packed = (f"{times}{row[key] / 1e9:.3g}" for key in ("bytes_bfloat16", "bytes_q4"))
         repository = row["repositories"][0] if row["repositories"] else "bundled"
-        write(f"{row['name']:<16}{TASK_NAMES[row['task']]:<22}{size:<10}{row['frames']:>6}{weights:>14}{packed:>13}  "
-              f"{here:<14}{repository}")  # fmt: skip
+        write(f"{row['name']:<15}{TASK_NAMES[row['task']]:<23}{size:<9}{row['frames']:>6}{weights:>9}{packed:>9}  "
+              f"{here:<14}{repository * is_wide}".rstrip())  # fmt: skip
     write("")
     for folder in model_folders():
         list_folder(folder)
-    write("weights: of the transformer in bfloat16, as loaded; of two, one is in memory at a time. The text encoder")
-    write("(11.4 GB in bfloat16) is streamed from disk and never in memory as a whole. What a model downloads: --model")
-    write("NAME --prompt x --dry-run")
+    for line in textwrap.wrap(ABOUT_WEIGHTS, NARROW):
+        write(line)
     for vocabulary, names in groupby((row for row in rows if row["vocabulary"]), key=lambda row: row["vocabulary"]):
         write("")
         write(f"{' and '.join(row['name'] for row in names)} know these words:")
         for language in vocabulary:
-            for line in textwrap.wrap(language, 100 if language.isascii() else 50):  # Chinese is twice as wide
+            for line in lines_of(language):
                 write(f"  {line}")
     return 0
+
+
+def lines_of(text: str) -> list[str]:
+    """A text in lines of a narrow terminal; none of Chinese, whose letters are twice as wide, begins with a comma."""
+    if text.isascii():
+        return textwrap.wrap(text, NARROW - 2)
+    lines = [""]
+    for piece in re.findall("[^、，；]+[、，；]?", text):
+        lines = [*lines[:-1], lines[-1] + piece] if 2 * len(lines[-1] + piece) <= NARROW - 2 else [*lines, piece]
+    return lines
 
 
 def list_folder(folder: Path) -> None:

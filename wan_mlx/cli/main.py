@@ -77,7 +77,8 @@ def show_help(words: list[str]) -> int:
     if len(words) > 1 or name not in COMMANDS:
         raise UsageError(f"help {' '.join(words)}: expected one of {', '.join(COMMANDS)}")
     if module := COMMANDS[name].module:
-        page = importlib.import_module(module, __package__).build_parser().format_help()
+        of_inspect = {"inspects": True} if name == "inspect" else {}
+        page = importlib.import_module(module, __package__).build_parser(**of_inspect).format_help()
     else:
         page = help_page("generate" if name == "help" else name)
     for line in page.splitlines():

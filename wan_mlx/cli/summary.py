@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import options
 from ..caching import make_cache
-from ..errors import WanError
+from ..errors import WanError, some
 from ..files.open import open_weights
 from ..hub.names import expert_named
 from ..hub.resolve import Places
@@ -56,7 +56,8 @@ def tell_downloads(model: Mapping[str, Any], say: Terminal) -> bool:
     return bool(missing)
 
 
-def describe(pipe: OpenedModel, request: Request, say: Terminal, *outputs: Path) -> None:
+def describe(pipe: OpenedModel, request: Request, say: Terminal, outputs: Mapping[Path, int]) -> None:
+    """``outputs``: each file → its seed."""
     guidance = "off" if request.passes == 1 else options.guidance_text(request.guidance_scale)
     packed = "".join(f", {component.replace('_', ' ')} {mode}" for component, mode in pipe.quantized.items())
     path, name, defaults = pipe.checkpoint.path, pipe.preset.name, f"{pipe.preset.name} defaults"
@@ -71,7 +72,7 @@ def describe(pipe: OpenedModel, request: Request, say: Terminal, *outputs: Path)
     say.note(f"prompt    {request.prompt}")
     say.note(f"video     {request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps")
     say.note(f"sampling  {request.solver}, {request.steps} steps, shift {request.shift:g}, guidance {guidance}, "
-             f"seed {request.seed}")  # fmt: skip
+             f"seed{'s' * (len(outputs) > 1)} {some([*map(str, outputs.values())])}")  # fmt: skip
     for line in extras(request, pipe.preset.name, pipe.switch(request)):
         say.note(line)
     if request.video is not None:
@@ -134,11 +135,11 @@ def tell_watching(pipe: OpenedModel, previews: PreviewFiles | None, say: Termina
 
 def origins(pipe: OpenedModel) -> list[str]:
     """Parts that were given apart, and which other defaults would suit the same weights."""
-    base = pipe.checkpoint.path
+    base, package = pipe.checkpoint.path, BUNDLED["nano"].parent
     lines = [
         f"{part.replace('_', ' ')} from {file}"
         for part, file in pipe.checkpoint.files.items()
-        if file != base and base not in file.parents
+        if file != base and base not in file.parents and package not in file.parents
     ]
     if pipe.guessed_preset:
         for other in of_same_shapes(pipe.preset):
