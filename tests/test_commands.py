@@ -92,6 +92,7 @@ class TestTheWordWithoutAFlag:
             (["a cat", "--prompt", "a dog"], "'a cat' stands without a flag, and --prompt is given"),
             (["plan", "t2v-14B", "-m", "nano"], "'t2v-14B' stands without a flag, and --model is given"),
             (["a cat", "--lora", "x.safetensors", "0.8"], "--lora x.safetensors:0.8"),
+            (["--lora", "x.safetensors", "0.8", "a cat"], "--lora x.safetensors:0.8"),
             (["generate"], "--prompt is missing"),
             (["plan"], "--model is missing"),
             (["help", "genrate"], "expected one of generate, plan"),
@@ -291,6 +292,12 @@ class TestHelp:
         assert said.startswith("usage: wan-mlx") and len(said.splitlines()) <= 60
         assert name in ("generate", "help") or said.startswith(f"usage: wan-mlx {name} ")
         assert max(map(len, said.splitlines())) <= 80
+
+    def test_of_every_flag_in_a_narrow_terminal(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit):
+            main(["--help-all"])
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
     def test_nothing_given(self, capsys):
         assert main([]) == 2 and "usage: wan-mlx" in capsys.readouterr().out

@@ -57,6 +57,13 @@ class TestFolders:
         said = capsys.readouterr().err
         assert "diffusion_models/wan.safetensors" in said and "unet/deep/wan.gguf" in said and said.count("\n") == 1
 
+    def test_the_nearest_name_in_them_is_told(self, comfy, capsys):
+        for given, near in ((["--lora", "styles:0.8"], "styles: no such file; nearest: style\n"),
+                            (["--model", "Wan21_mine"], "Wan21_mine does not exist; nearest: Wan2.1-mine;"),
+                            (["--model", "nano", "--vae", "wan_21_vae"], "nearest: wan_2.1_vae\n")):  # fmt: skip
+            assert main([*given, "--prompt", "a cat", "--dry-run"]) != 0
+            assert near in capsys.readouterr().err
+
     def test_without_the_variable_nothing_is(self, comfy, monkeypatch):
         for value in ("", os.pathsep, "/nowhere"):
             monkeypatch.setenv("WAN_MLX_MODELS", value)

@@ -136,7 +136,7 @@ def as_flags(name: str, argv: list[str], is_said: bool) -> list[str]:
     word, option = words[0], options.keyed(command.takes)
     place = next(place for place, other in enumerate(placed) if other is word)
     for flag, file, after in zip(argv, argv[1:], placed[2:], strict=False):
-        if flag == "--lora" and after is words[-1] and re.fullmatch(r"-?[\d.]+", after):
+        if flag == "--lora" and any(after is word for word in words) and re.fullmatch(r"-?[\d.]+", after):
             raise UsageError(f"a LoRA's strength is given behind a colon: --lora {shlex.quote(file)}:{after}")
     if len(words) > 1:
         whole = shlex.quote(" ".join(words))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -87,7 +88,8 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         add_help=False,
     )
-    unused = " ".join(option.flags[0] for option in options.flags() if option.no_effect)
+    words = " ".join(option.flags[0] for option in options.flags() if option.no_effect)
+    unused = textwrap.fill(words, 76, break_on_hyphens=False)
     about = {**ABOUT_GROUP, options.OFFICIAL: unused}
     groups = {title: parser.add_argument_group(title, about.get(title)) for title in options.GROUPS}
     for option in options.flags():

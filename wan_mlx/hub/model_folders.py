@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
-from ..errors import some
+from ..errors import nearest, some
 from .names import ADAPTER_CONFIG, WEIGHT_ENDINGS
 
 VARIABLE = "WAN_MLX_MODELS"
@@ -56,3 +56,12 @@ def find_model(name: str) -> Path | None:
         raise ValueError(f"{name} may be one of {len(found)} files in {VARIABLE}: {some([*map(str, found)])}; give "
                          "more of its path")  # fmt: skip
     return found[0] if found else None
+
+
+def nearest_model(name: str | Path) -> str:
+    """The end of a message: "; nearest: ", and the name in the folders that is spelled nearly so; "" where none is."""
+    return nearest(_named(Path(name)), [_named(path) for folder in model_folders() for path in models_in(folder)])
+
+
+def _named(path: Path) -> str:
+    return path.stem if path.suffix in WEIGHT_ENDINGS else path.name

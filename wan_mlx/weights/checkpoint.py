@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import UnsupportedModel, WeightsError, nearest, some
 from ..files.open import ENDINGS, ShardedFile, format_of, open_weights
 from ..files.sentencepiece import EMBEDDED, MAX_TOKENIZER_BYTES, find_tokenizer, has_tokenizer
+from ..hub.model_folders import nearest_model
 from ..hub.names import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES, one_or_two
 from ..models.configs import NUM_TRAIN_TIMESTEPS
 from ..other_models import ADVICE, of_entries
@@ -525,7 +526,7 @@ def _existing(given: str | Path, kind: str) -> Path:
     is_file, released = path.suffix in ENDINGS, [*PRESETS] if kind == "model" and len(path.parts) == 1 else []
     here = [path.parent / name for name in _names(path.parent)]
     here = [entry for entry in here if entry.suffix in ENDINGS or (entry.is_dir() and not is_file)]
-    near = nearest(path, released) or nearest(path, map(str, here), stems=True)
+    near = nearest(path, released) or nearest(path, map(str, here), stems=True) or nearest_model(path)
     listed = "; `wan-mlx models` lists those that have a name" if released and not is_file else ""
     raise ValueError(f"{kind} {'file ' * is_file}{path} does not exist{near}{listed}")
 

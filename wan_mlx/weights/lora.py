@@ -23,7 +23,7 @@ from ..errors import UnsupportedModel, WeightsError, some
 from ..files.base import WeightsFile
 from ..files.open import open_weights
 from ..files.scaled import fold
-from ..hub.model_folders import find_model
+from ..hub.model_folders import find_model, nearest_model
 from ..hub.names import WEIGHT_ENDINGS, parse_location
 from ..models.configs import TransformerConfig
 from ..options import LORAS
@@ -169,6 +169,8 @@ def file_of(path: Path) -> Path:
         if path.suffix not in WEIGHT_ENDINGS and not path.parent.is_dir() and parse_location(str(path)):
             hint = f"of a repository give one file: {path}:NAME.safetensors"
             raise WeightsError(f"{path}: no such file or folder; {hint}")
+        if not path.exists() and (near := nearest_model(path)):
+            raise WeightsError(f"{path}: no such file{near}")
         return path
     named = [[path / f"{stem}{ending}" for stem in FOLDER_STEMS] for ending in (".safetensors", ".bin")]
     safe, pickled = ([file for file in files if file.is_file()] for files in named)
