@@ -20,13 +20,16 @@ from wan_mlx.caching import (
     resolve_cache,
 )
 from wan_mlx.caching.residual import MAGCACHE, TEACACHE
+from wan_mlx.cli.summary import extras
 from wan_mlx.denoise import denoise
 from wan_mlx.guidance import Guidance
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
+from wan_mlx.pipeline import WanPipeline
 from wan_mlx.presets import PRESETS
 from wan_mlx.schedulers import SOLVERS
+from wan_mlx.types import Conditioning
 
 STEPS = 14
 walk, latents = partial(sampling.walk, steps=STEPS), partial(sampling.latents, steps=STEPS)
@@ -165,6 +168,7 @@ PUBLISHED = [
     ("i2v-14B-480P", 40, "magcache:0.12:4", 34),
     ("i2v-14B-480P", 40, "magcache:0.24:6", 30),
     ("i2v-14B-720P", 40, "magcache:0.24:6", 28),
+    ("ti2v-5B", 50, "magcache", 50),
 ]
 
 
@@ -174,6 +178,41 @@ def test_magcache_computes_as_many_forwards_as_published(model, preset, steps, t
     cache = make_cache(resolved, steps, preset)
     walk(model, cache, steps=steps)
     assert cache.computed == computed == make_cache(resolved, steps, preset).planned(2)
+
+
+def test_ti2v_has_ratios_for_runs_with_and_without_an_image():
+    text, image = (make_cache("magcache:0.06:2:0.2", 50, "ti2v-5B", 0, None, given) for given in (False, True))
+    assert (text.ratios[COND][1], text.ratios[UNCOND][-1]) == (0.99505, 0.97015)
+    assert (image.ratios[COND][1], image.ratios[UNCOND][-1]) == (0.99512, 0.96616)
+    assert (text.planned(2), image.planned(2)) == (50, 52)
+
+
+def test_a_run_with_an_image_takes_the_ratios_for_it(monkeypatch):
+    never, always = [0.0] * 18, [1.0] * 18
+    values = dict(threshold=0.5, most_skips=2, retention=0.2, ratios=never, ratios_with_image=always)
+    monkeypatch.setitem(MAGCACHE, "nano-i2v", values)
+    pipe = WanPipeline.from_pretrained("nano-i2v", dtype="float32", progress=False)
+    request = pipe.request("a red circle", image=np.zeros((16, 16, 3), np.uint8), size=(16, 16), num_frames=1,
+                           steps=10, cache="magcache")  # fmt: skip
+    assert extras(request, "nano-i2v")[0].endswith(", 8 of 20 forwards")
+    assert pipe.run(request).video().settings["forwards"] == [8, 20]
+
+
+@pytest.mark.parametrize("name", ["magcache", "easycache"])
+def test_a_given_first_frame_stays_and_threshold_0_is_off(model, name):
+    """Wan2.2 TI2V with an image: of its tokens there are two kinds, those at time 0 too."""
+    noise, texts = random_array(1, 1, 2, *GRID[2:]), (conditioning().context, conditioning().negative_context)
+    given = Conditioning(noise, *texts, first_latents=noise[:, :1] * 0.5)
+
+    def run(cache):
+        steps = denoise(always(model, Guidance(SCALE)), given, SOLVERS["unipc"](STEPS, SHIFT), cache)
+        return np.array(list(steps)[-1].latents)
+
+    whole, cache = run(None), CACHES[name]()
+    assert np.array_equal(run(CACHES[name](threshold=0.0)), whole)
+    cached = run(cache)
+    assert STEPS // 2 < cache.computed < 2 * STEPS - 4 and not np.array_equal(cached, whole)
+    assert np.array_equal(cached[:, :1], np.array(given.first_latents))
 
 
 def test_planned_forwards_of_one_pass_and_of_a_cache_that_decides_on_the_way(model):
@@ -324,7 +363,13 @@ def test_a_pass_that_was_not_made_before_is_computed(model, name):
 def test_every_2_1_model_with_magcache_has_teacache_too():
     released = {name: preset for name, preset in PRESETS.items() if preset.repo and preset.task != "flf2v"}
     assert TEACACHE.keys() == {name for name, preset in released.items() if "Wan2.1" in preset.repo}
-    assert MAGCACHE.keys() == TEACACHE.keys() | {name for name, preset in released.items() if preset.experts == 2}
+    assert MAGCACHE.keys() == released.keys()
+
+
+@pytest.mark.parametrize("name", MAGCACHE)
+def test_magcache_has_a_ratio_for_each_forward_but_the_first_two(name):
+    lists = [values for key, values in MAGCACHE[name].items() if key.startswith("ratios")]
+    assert {len(values) for values in lists} == {2 * PRESETS[name].sampling.steps - 2}
 
 
 class TestChoice:

@@ -69,11 +69,13 @@ def resolve_cache(text: str | None, steps: int, model: str, config: TransformerC
     return ":".join(map(str, [name, *values]))
 
 
-def make_cache(resolved: str, steps: int, model: str, left_out: int = 0, switch: int | None = None) -> StepCache:
+def make_cache(
+    resolved: str, steps: int, model: str, left_out: int = 0, switch: int | None = None, with_image: bool = False
+) -> StepCache:
     """A fresh cache, from the result of `resolve_cache` for the same steps and preset.
 
     ``left_out``: number of steps skipped at the start of the grid, because the run starts from a video. ``switch``: the
-    step at which another expert takes over.
+    step at which another expert takes over. ``with_image``: the run starts from one, for which constants may differ.
     """
     name, *words = resolved.split(":")
     values: list[Any] = [setting.read(word) for setting, word in zip(SETTINGS[name], words, strict=True)]
@@ -84,7 +86,10 @@ def make_cache(resolved: str, steps: int, model: str, left_out: int = 0, switch:
         threshold, most_skips, retention = values
         constants = MAGCACHE[model]
         whole_first = constants.get("whole_first", False)
-        return MagCache(steps, threshold, most_skips, retention, constants["ratios"], left_out, switch, whole_first)
+        ratios = constants["ratios"]
+        if with_image:
+            ratios = constants.get("ratios_with_image", ratios)
+        return MagCache(steps, threshold, most_skips, retention, ratios, left_out, switch, whole_first)
     return EasyCache(steps, values[0], values[1], switch) if name == "easycache" else StepCache(steps, switch)
 
 

@@ -3,6 +3,7 @@
 The published constants are rows of ``assets/step_caches.json``. TeaCache's are ali-vilab's (``TeaCache4Wan2.1``),
 MagCache's Zehong-Ma's (``MagCache4Wan2.1``, ``MagCache4Wan2.2``). VACE 1.3B and 14B have TeaCache's of the
 text-to-video models, because VACE's blocks accompany one that was not trained further: the signal is the same.
+TI2V-5B has two lists of MagCache's, the second for runs that start from an image.
 """
 
 from __future__ import annotations

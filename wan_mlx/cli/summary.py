@@ -153,7 +153,8 @@ def extras(request: Request, model: str, switch: int | None = None) -> list[str]
     if request.recipe:
         lines.append(f"          by the recipe {request.recipe}")
     if request.cache != "none":
-        cache = make_cache(request.cache, request.steps_made, model, request.begin, switch)
+        start = request.begin, switch, request.image is not None
+        cache = make_cache(request.cache, request.steps_made, model, *start)
         planned = cache.planned(request.passes)
         plain = request.guidance_range == (0.0, 1.0) and request.cfg_zero is None
         known = f", {planned} of {request.passes * request.steps_made} forwards" if planned and plain else ""

@@ -219,7 +219,8 @@ class Run:
             serving(float(scheduler.timesteps[first]))
             yield
             switch = self.pipe.switch(request)
-            cache = make_cache(request.cache, request.steps_made, self.pipe.preset.name, request.begin, switch)
+            start = request.begin, switch, request.image is not None
+            cache = make_cache(request.cache, request.steps_made, self.pipe.preset.name, *start)
             steps = denoise(serving, conditioning, scheduler, cache, first, reached.state, self.pipe.wider_dtype)
             with closing(counted(self._tell, "denoising")(steps, total=total, initial=first)) as steps:
                 for step in steps:
