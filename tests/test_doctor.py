@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ import wan_mlx
 from wan_mlx.cli import doctor, macos, measure, selftest
 from wan_mlx.cli.main import main
 from wan_mlx.cli.selftest import Check
-from wan_mlx.models import chips, execution
+from wan_mlx.models import chips, execution, kernels
 from wan_mlx.models.configs import VAEConfig
 from wan_mlx.models.quantized_linear import Packing
 from wan_mlx.planning import choose, speed
@@ -44,6 +45,53 @@ def test_each_packing_is_compared_with_the_original_and_with_the_cpu(monkeypatch
     monkeypatch.setattr(Packing, "unpack", lambda *given: right(*given) * next(calls))
     error, allowed, fault = selftest.quantised(mode)
     assert error > 0.05 > allowed and not fault
+
+
+def off_by(share):
+    """One value that differs by this share of the largest."""
+
+    def breaking(function):
+        def broken(*args, **options):
+            y = function(*args, **options)
+            return y + (mx.arange(y.size).reshape(y.shape) == 0) * share * mx.abs(y).max()
+
+        return broken
+
+    return breaking
+
+
+@pytest.mark.parametrize(
+    "system, tf32, share, status",
+    [
+        ("Darwin", "1", 1.4e-2, "ok"),  # what Winograd's products have in TF32
+        ("Darwin", "2", 1.4e-2, "ok"),  # as MLX reads it
+        ("Darwin", "1", 5e-2, "fail"),
+        ("Darwin", "0", 1.4e-2, "fail"),
+        ("Darwin", "", 1.4e-2, "fail"),
+        ("Darwin", "0", 2e-3, "ok"),
+        ("Linux", "1", 1.4e-2, "fail"),  # where nothing is computed by Winograd in TF32
+    ],
+)
+def test_float32_may_be_less_exact_where_a_macs_user_has_turned_tf32_on(monkeypatch, system, tf32, share, status):
+    """In convolutions; and with it an operation is judged when it is made, not when doctor is imported."""
+    importlib.import_module("huggingface_hub.hf_api")  # it asks for the platform when it is imported
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setenv("MLX_ENABLE_TF32", tf32)
+    monkeypatch.setattr(mx, "conv2d", off_by(share)(mx.conv2d))
+    found = selftest._guarded("it", selftest.convolution, 32, 12, 16)
+    assert found.status == status, found.said
+    assert selftest.matmul(96, 64, mx.bfloat16)[1] == 4e-2 and selftest.matmul(96, 64, mx.float16)[1] == 1e-2
+    wide = system == "Darwin" and tf32 in ("1", "2")
+    assert {selftest.attention(300, mx.float32)[1], selftest.matmul(96, 64, mx.float32)[1]} == {3e-2 if wide else 5e-3}
+
+
+@pytest.mark.parametrize("fused", kernels.KERNELS, ids=lambda fused: fused.__name__)
+def test_tf32_changes_nothing_for_kernels(fused):
+    """Neither they nor what they are compared with multiply matrices, so their tolerance is the same with it."""
+    results = kernels.listed(fused.plain(*kernels.trial(fused, mx.float32, 256, 23)))
+    graph = StringIO()
+    mx.export_to_dot(graph, *results)
+    assert "label" in graph.getvalue() and not re.search("matmul|addmm|conv|gemm", graph.getvalue(), re.IGNORECASE)
 
 
 def zeros_below(function):
@@ -277,6 +325,7 @@ def test_a_mac_that_is_well(mac):
         ("neural accelerators", "warn", "macOS is 26.1",
          {"gpu": "applegpu_g17d", "version": "26.1", "wheel": "macosx_26_0_arm64"}),
         ("float32", "warn", "unset MLX_ENABLE_TF32", {"tf32": "1"}),
+        ("float32", "warn", "unset MLX_ENABLE_TF32", {"tf32": "2"}),
         ("sleep", "warn", "Low Power Mode", {"low": 1}),
         ("sleep", "warn", "Low Power Mode", {"low": "0\n powermode 1"}),
         ("sleep", "warn", "on its battery, 40% full", {"percent": 40}),

@@ -51,6 +51,12 @@ def show_notification(title: str, text: str) -> bool:
         return False
 
 
+def tf32_is_on() -> bool:
+    """Whether the environment has MLX round float32 to TF32 where the GPU can: read as MLX does, by C's atoi."""
+    number = re.match(r"\s*[+-]?\d+", os.environ.get("MLX_ENABLE_TF32", "1"))
+    return number is not None and int(number[0]) != 0
+
+
 def battery() -> int | None:
     """Percent left in the battery that the Mac runs on; None on mains power, or where it is not known."""
     said = _said_by("pmset", "-g", "batt")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from collections.abc import Iterator
 
 import mlx.core as mx
 
-from ..mac import battery, can_stay_awake
+from ..mac import battery, can_stay_awake, tf32_is_on
 from .selftest import Check, answer, macos_version, wheel_tag
 
 OLDEST_MACOS = (14, 0)  # MLX's wheels need it
@@ -51,7 +50,7 @@ def accelerators() -> Iterator[Check]:
 
 def float32() -> Check:
     """Whether float32 is multiplied as such."""
-    good = os.environ.get("MLX_ENABLE_TF32") == "0"
+    good = not tf32_is_on()
     advice = "an M5 rounds float32 to TF32 in products and convolutions: unset MLX_ENABLE_TF32, wan_mlx turns it off"
     return Check.of("float32", good, "as such" if good else "TF32 is on", advice, "warn")
 

@@ -25,6 +25,7 @@ import numpy as np
 from huggingface_hub import constants
 
 from .. import __version__
+from ..mac import tf32_is_on
 from ..media.write import read_settings, save_video
 from ..models import kernels
 from ..models.quantized_linear import MODE_NAMES, Packing
@@ -36,10 +37,11 @@ from ..storage import fingerprint, free_space
 OLDEST_MLX = (0, 32, 4)
 PACKAGES = ("mlx", "mlx-lm", "numpy", "huggingface-hub", "sentencepiece", "imageio", "av", "pillow")
 LITTLE_MEMORY, LITTLE_FREE, LITTLE_DISK = 8e9, 5e9, 40e9
-# max |a - b| / max |b|: wide enough for Winograd, and for CUDA's TF32, far below anything seen in a video. With TF32
-# that a Mac's user has turned on Winograd's is up to 1.4e-2 on an M5 (computed with MLX's matrices).
-TOLERANCE = {mx.float32: 3e-2 if os.environ.get("MLX_ENABLE_TF32") == "1" else 5e-3, mx.bfloat16: 4e-2,
-             mx.float16: 1e-2}  # fmt: skip
+# max |a - b| / max |b|: wide enough for Winograd, and for CUDA's TF32, far below anything seen in a video.
+TOLERANCE = {mx.float32: 5e-3, mx.bfloat16: 4e-2, mx.float16: 1e-2}
+# Of float32 where a Mac's user has turned TF32 on: Winograd's is then up to 1.4e-2 on an M5 (computed with MLX's
+# matrices).
+TF32_TOLERANCE = 3e-2
 # The same for weights that are packed and unpacked, about half as much again as on a CPU.
 OF_PACKING = {"q8": 0.01, "q6": 0.03, "q5": 0.06, "q4": 0.12, "q3": 0.25, "mxfp8": 0.08, "mxfp4": 0.25, "nvfp4": 0.18}
 SOFTMAX_SPREAD = 3.0  # standard deviation of the scores: some keys stand out among tens of thousands
@@ -189,6 +191,12 @@ def operations() -> Iterator[Check]:
         yield _guarded(f"{mode} weights", quantised, mode)
 
 
+def tolerance(dtype: mx.Dtype) -> float:
+    """The relative error that an operation may have here."""
+    wide = dtype == mx.float32 and platform.system() == "Darwin" and tf32_is_on()
+    return TF32_TOLERANCE if wide else TOLERANCE[dtype]
+
+
 def _guarded(name: str, check: Callable[..., tuple[float, float, str]], *args) -> Check:
     """The check's outcome as a `Check`, whatever it runs into."""
     try:
@@ -229,7 +237,7 @@ def convolution(channels: int, height: int, width: int) -> tuple[float, float, s
             windows = np.lib.stride_tricks.sliding_window_view(pixels[top : top + 8, left : left + 8], (3, 3), (0, 1))
             want = np.einsum("yxckl,oklc->yxo", windows, weights, optimize=True)
             worst = max(worst, _relative(got[top : top + 6, left : left + 6], want))
-    return worst, TOLERANCE[mx.float32], ""
+    return worst, tolerance(mx.float32), ""
 
 
 def quantised(mode: str) -> tuple[float, float, str]:
@@ -242,8 +250,8 @@ def quantised(mode: str) -> tuple[float, float, str]:
     with mx.stream(mx.cpu):
         want = _numpy(packing.unpack(packed, mx.float32))
     others = max(_relative(_numpy(back), want), _relative(_numpy(x @ back.T), _numpy(x) @ want.T))
-    if not others <= TOLERANCE[mx.float32]:
-        return others, TOLERANCE[mx.float32], ""
+    if not others <= tolerance(mx.float32):
+        return others, tolerance(mx.float32), ""
     return _relative(_numpy(back), _numpy(w)), OF_PACKING[mode], ""
 
 
@@ -308,7 +316,7 @@ def _numpy(x: mx.array) -> np.ndarray:
 def _compare(got: mx.array, want: np.ndarray, dtype: mx.Dtype) -> tuple[float, float, str]:
     """Relative error, the allowed one, and a fault other than an error's size."""
     fault = _fault(got, axes=(-1,))
-    return _relative(_numpy(got), want), TOLERANCE[dtype], fault
+    return _relative(_numpy(got), want), tolerance(dtype), fault
 
 
 def _relative(got: np.ndarray, want: np.ndarray) -> float:
