@@ -220,7 +220,7 @@ def homes(tmp_path_factory, pico):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """The doctor measures nothing and no language model is there: `test_doctor` and `test_prompt_extend` show both."""
-    monkeypatch.setattr(Extension, "__call__", lambda extension, requests, tell: requests)
+    monkeypatch.setattr(Extension, "__call__", lambda extension, preset, requests, tell: requests)
     monkeypatch.setattr(measure, "all_rates", lambda look: ({}, []))
     monkeypatch.setattr(selftest, "operations", lambda: iter(()))
     monkeypatch.setattr(selftest, "nano", lambda dtype: selftest.Check(f"nano, {dtype}", "ok", ""))

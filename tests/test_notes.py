@@ -96,7 +96,7 @@ def test_the_count_is_a_note_not_a_choice(command, pipe, monkeypatch):
 
 
 def test_a_prompt_that_was_written_out(command, capsys, monkeypatch):
-    monkeypatch.setattr(Extension, "__call__", lambda self, requests, tell: [
+    monkeypatch.setattr(Extension, "__call__", lambda self, preset, requests, tell: [
         replace(request, prompt=LONG, original_prompt="a", extended_by="b") for request in requests
     ])  # fmt: skip
     assert main([*command[0], "--prompt", "a", "--extend-prompt"]) in (0, 3)

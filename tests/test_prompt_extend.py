@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -23,9 +24,11 @@ from wan_mlx.cli.jobs import extension_of
 from wan_mlx.cli.main import main
 from wan_mlx.errors import UsageError, WanError
 from wan_mlx.media.write import read_settings
+from wan_mlx.presets import PRESETS
 from wan_mlx.prompts import extend as prompt_extend
 from wan_mlx.prompts.extend import Extension, PromptExtender, Sampler, complaint_of, extend_prompt, language_of, tidy
-from wan_mlx.prompts.instructions import INSTRUCTIONS
+from wan_mlx.prompts.instructions import INSTRUCTIONS, PICTURE_ALONE, kind_of
+from wan_mlx.request_builder import build_request
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -132,6 +135,8 @@ def test_instructions_suit_the_task(folder, monkeypatch):
     for prompt, task, language, kind, wanted in [
         ("a cat boxing", "t2v", None, "text", "en"), ("猫在打拳", "vace", None, "text", "zh"),
         ("a cat boxing", "i2v", "zh", "image", "zh"), ("猫", "flf2v", "en", "transition", "en"),
+        ("a cat boxing", "t2v-A14B", None, "cinematic text", "en"), ("猫", "ti2v", None, "cinematic text", "zh"),
+        ("a cat boxing", "t2v-14B", None, "text", "en"),
     ]:  # fmt: skip
         extend_prompt(prompt, folder, language, task=task)
         assert told[-1] == (
@@ -141,10 +146,56 @@ def test_instructions_suit_the_task(folder, monkeypatch):
 
 
 def test_instructions_are_there_for_each_kind_and_language():
-    assert set(prompt_extend.KINDS.values()) == set(INSTRUCTIONS)
+    given = (("a", False), ("a", True), ("", True))
+    cases = [(preset, *case) for preset in PRESETS.values() for case in given if case[0] or preset.cinematic]
+    assert {kind_of(*case) for case in cases} == set(INSTRUCTIONS)
+    assert PICTURE_ALONE.keys() == INSTRUCTIONS["image alone"].keys()
     for texts in INSTRUCTIONS.values():
         assert language_of(texts["zh"]) == "zh" and language_of(texts["en"]) == "en"
         assert len(texts["zh"]) > 200 and len(texts["en"]) > 600
+
+
+@pytest.mark.parametrize(
+    "model, prompt, with_image, kind",
+    [
+        ("t2v-A14B", "a", False, "cinematic text"),
+        ("i2v-A14B", "a", True, "cinematic image"),
+        ("i2v-A14B", " ", True, "image alone"),
+        ("ti2v-5B", "a", False, "cinematic text"),
+        ("ti2v-5B", "a", True, "cinematic image"),
+        ("ti2v-5B", "", True, "image alone"),
+    ],
+)
+def test_wan2_2_has_instructions_of_its_own(model, prompt, with_image, kind):
+    preset = PRESETS[model]
+    assert kind_of(preset, prompt, with_image) == kind
+
+
+@pytest.mark.parametrize("kind, language, words", [
+    ("cinematic text", "en", ["time", "light", "tone", "lens", "framing", "angle"]),
+    ("cinematic text", "zh", ["时间", "光线", "色调", "镜头", "构图", "角度"]),
+])  # fmt: skip
+def test_cinematic_terms(kind, language, words):
+    assert all(word in INSTRUCTIONS[kind][language] for word in words)
+
+
+@pytest.mark.parametrize("model, with_image", [("t2v-A14B", False), ("ti2v-5B", False), ("i2v-14B-480P", True)])
+def test_an_empty_prompt_needs_a_picture_and_wan2_2(model, with_image):
+    picture = np.zeros((16, 16, 3), np.uint8) if with_image else None
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        extend_prompt("", "nowhere", task=model, image=picture)
+    preset = PRESETS[model]
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        build_request(preset, preset.transformer, preset.geometry, "", preset.experts, image=picture)
+
+
+@pytest.mark.parametrize("model", ["i2v-A14B", "ti2v-5B"])
+def test_a_request_with_a_picture_alone(model):
+    preset, picture = PRESETS[model], np.zeros((32, 32, 3), np.uint8)
+    request = build_request(preset, preset.transformer, preset.geometry, "", preset.experts, image=picture)
+    assert request.prompt == ""
+    with pytest.raises(ValueError, match="have a prompt written out of the picture by extending it"):
+        prompt_extend.extend_requests(preset, [request], False, False)
 
 
 def test_an_endless_answer_leaves_the_prompt(endless, monkeypatch, caplog):
@@ -393,6 +444,53 @@ def test_a_text_model_is_not_shown_the_picture(vision, folder):
     picture = np.zeros((16, 16, 3), np.uint8)
     assert extend_prompt("a", folder, task="i2v", image=picture).complaint is None
     assert not hasattr(vision, "pictures")
+
+
+@pytest.mark.parametrize("language, wanted", [(None, "en"), ("zh", "zh")])
+def test_a_prompt_is_written_out_of_the_picture_alone(vision, language, wanted):
+    picture = np.zeros((16, 16, 3), np.uint8)
+    extended = extend_prompt("", vision.folder, language, task="i2v-A14B", image=picture)
+    assert (extended.prompt, extended.original, extended.complaint) == ("a red circle moves", "", None)
+    assert [message["content"] for message in vision.messages] == [
+        INSTRUCTIONS["image alone"][wanted], PICTURE_ALONE[wanted]]  # fmt: skip
+    assert len(vision.pictures) == 1
+
+
+def test_a_picture_alone_needs_a_model_that_sees(vision, folder, monkeypatch):
+    picture = np.zeros((16, 16, 3), np.uint8)
+    with pytest.raises(WanError, match="the prompt is empty, and .* does not see pictures; .*such as mlx-community"):
+        extend_prompt("", folder, task="ti2v", image=picture)
+    monkeypatch.setitem(sys.modules, "mlx_vlm", None)
+    monkeypatch.setattr(prompt_extend, "_folder_of", None)  # nothing is downloaded before
+    with pytest.raises(ImportError, match=r"needs mlx-vlm: pip install 'wan-mlx\[vlm\]'; or give a prompt"):
+        extend_prompt("", task="ti2v", image=picture)
+
+
+@pytest.fixture
+def cinematic(monkeypatch, tmp_path):
+    """Flags of a model that takes a picture alone, and makes a still of it in seconds."""
+    monkeypatch.setitem(PRESETS, "nano-i2v", replace(PRESETS["nano-i2v"], cinematic=True))
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    return ["--model", "nano-i2v", "--prompt", "", "--image", str(tmp_path / "red.png"), "--size", "16x16", "--frames",
+            "1", "--steps", "1", "--seed", "3", "--output", str(tmp_path / "a.png")]  # fmt: skip
+
+
+def test_command_line_with_a_picture_alone(vision, cinematic, capsys):
+    assert main(cinematic) == 2
+    assert "the prompt is empty; say what the video should show, or have" in capsys.readouterr().err
+    assert main([*cinematic, "--extend-prompt", "--extend-model", str(vision.folder)]) == 0
+    assert "written out by sees from the picture alone\n" in capsys.readouterr().err
+    settings = read_settings(cinematic[-1])
+    assert (settings["prompt"], settings["original_prompt"]) == ("a red circle moves", "")
+    assert vision.messages[0]["content"] == INSTRUCTIONS["image alone"]["en"]
+
+
+def test_a_picture_alone_of_which_nothing_was_written(vision, cinematic, capsys):
+    vision.reason = "length"
+    assert main([*cinematic, "--extend-prompt", "--extend-model", str(vision.folder)]) == 1
+    said = capsys.readouterr().err
+    assert "no prompt was written: " in said and "the prompt is empty, and none was written out of the picture" in said
+    assert not Path(cinematic[-1]).exists()
 
 
 def test_missing_mlx_vlm_names_the_extra(vision, monkeypatch, caplog):

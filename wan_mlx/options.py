@@ -365,7 +365,9 @@ COMMAND_OPTIONS = [
     ),
     Option(
         "--extend-prompt", "by a language model on this machine, before anything else is loaded", EXTEND,
-        more="It writes the detailed kind of prompt that Wan was trained on, which is shown and kept in the file",
+        more="It writes the detailed kind of prompt that Wan was trained on, of Wan2.2 in a film crew's words, which "
+        "is shown and kept in the file. With I2V-A14B, and TI2V-5B and an image, the prompt may be `\"\"`: it is then "
+        "written out of the picture by a model that sees",
     ),
     Option(
         "--extend-model --prompt_extend_model MODEL",

@@ -181,7 +181,8 @@ class WanPipeline(OpenedModel):
                 there and the video is the estimate of that step, `Step.denoised`; its settings then say
                 ``stopped_after``.
             extend_prompt: have the prompt written out in detail first, in its own language: True for the default
-                language model, or one that mlx-lm runs (`wan_mlx.prompts.extend`).
+                language model, or one that mlx-lm runs (`wan_mlx.prompts.extend`). Of Wan2.2's models with an image the
+                prompt may then be empty.
             options: as for `request`.
 
         Raises:
@@ -190,11 +191,13 @@ class WanPipeline(OpenedModel):
         """
         options = {**spelled(REQUEST, locals()), **other}
         if isinstance(prompt, str):
-            (request,) = extend_requests([self.request(prompt, **options)], extend_prompt, self.caffeinate)
+            asked = [self.request(prompt, **options)]
+            (request,) = extend_requests(self.preset, asked, extend_prompt, self.caffeinate)
             return self.run(request).video(callback)
         if not isinstance(prompt, Sequence) or not prompt:
             raise ValueError(f"the prompt is {prompt!r}, expected a text, or a list of texts for a list of videos")
-        requests = extend_requests([self.request(text, **options) for text in prompt], extend_prompt, self.caffeinate)
+        asked = [self.request(text, **options) for text in prompt]
+        requests = extend_requests(self.preset, asked, extend_prompt, self.caffeinate)
         with self.keep_loaded():
             texts = [text for made in requests for text in (made.prompt, made.negative_prompt)[: made.passes]]
             self.encode_text(list(dict.fromkeys(texts)))
@@ -224,7 +227,7 @@ class WanPipeline(OpenedModel):
             SamplingError: the latents stopped being finite.
         """
         first = self.request(prompt, **{"num_frames": 1, **ours(REQUEST, cast(dict[str, Any], options))})
-        requests = extend_requests(first.series(num_images), extend_prompt, self.caffeinate)
+        requests = extend_requests(self.preset, first.series(num_images), extend_prompt, self.caffeinate)
         with self.keep_loaded():
             return [self.run(request).video(callback) for request in requests]
 

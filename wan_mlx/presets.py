@@ -51,6 +51,7 @@ class Preset:
     one's (a mere name is one in `COMFYUI_TRANSFORMERS`), ``gguf`` the repository of its GGUF quantisations; "" where
     none is known. ``vocabulary``: of a model that knows few words, these, in English and in Chinese. ``boundary``: of a
     model of two experts, the share of the 1000 timesteps from which on, itself included, the high-noise one serves.
+    ``cinematic``: trained on captions in a film crew's words, which can also be written out of its first frame alone.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Preset:
     gguf: str = ""
     vocabulary: tuple[str, ...] = ()
     boundary: float | None = None
+    cinematic: bool = False
 
     @property
     def experts(self) -> int:
@@ -189,18 +191,19 @@ _RELEASED = (
     ),
     Preset(
         "t2v-A14B", "t2v", "Wan-AI/Wan2.2-T2V-A14B", _T2V_14B, 14_288_491_584, _720P,
-        sampling=Sampling(steps=40, shift=12.0, guidance_scale=(3.0, 4.0)), boundary=0.875,
+        sampling=Sampling(steps=40, shift=12.0, guidance_scale=(3.0, 4.0)), boundary=0.875, cinematic=True,
         diffusers="Wan-AI/Wan2.2-T2V-A14B-Diffusers", gguf="QuantStack/Wan2.2-T2V-A14B-GGUF",
         comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors",
     ),
     Preset(
         "i2v-A14B", "i2v", "Wan-AI/Wan2.2-I2V-A14B", _I2V_A14B, 14_288_901_184, _720P,
-        sampling=Sampling(steps=40, shift=5.0, guidance_scale=3.5), boundary=0.9,
+        sampling=Sampling(steps=40, shift=5.0, guidance_scale=3.5), boundary=0.9, cinematic=True,
         diffusers="Wan-AI/Wan2.2-I2V-A14B-Diffusers", gguf="QuantStack/Wan2.2-I2V-A14B-GGUF",
         comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_i2v_high_noise_14B_fp16.safetensors",
     ),
     Preset(
         "ti2v-5B", "ti2v", "Wan-AI/Wan2.2-TI2V-5B", _TI2V_5B, 4_999_787_712, (1280, 704), 121, 24, vae=VAE22Config(),
+        cinematic=True,
         diffusers="Wan-AI/Wan2.2-TI2V-5B-Diffusers", gguf="QuantStack/Wan2.2-TI2V-5B-GGUF",
         comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_ti2v_5B_fp16.safetensors",
     ),

@@ -31,7 +31,7 @@ def build_request(
         preset: whose defaults are taken.
         config: the transformer's sizes.
         geometry: of the model's latents and tokens.
-        prompt: not empty.
+        prompt: may be empty only where it can be written out of a picture.
         experts: the number of the model's transformers.
         given: of `options.RequestOptions`; None is as if it were left out.
 
@@ -62,7 +62,7 @@ def build_request(
         values[name] = tuple(values[name])
     values["guidance_scale"] = _guidance(values["guidance_scale"], experts)
     request = Request(**values, geometry=geometry)
-    check_request(request)
+    check_request(request, may_be_empty=preset.cinematic and request.image is not None)
     check_guidance(request, config.num_layers)
     request = replace(request, cache=resolve_cache(request.cache, request.steps_made, preset.name, config))
     return fit_sources(request, preset)
@@ -96,9 +96,9 @@ def _guidance(scale: float | Sequence[float], experts: int) -> float | tuple[flo
     return low, high
 
 
-def check_request(request: Request) -> None:
-    """Raise ValueError, with the nearest valid choice, if a value cannot be used."""
-    if not (request.prompt or "").strip():
+def check_request(request: Request, may_be_empty: bool = False) -> None:
+    """Raise ValueError, with the nearest valid choice, if a value cannot be used; ``may_be_empty``: the prompt."""
+    if not (request.prompt or "").strip() and not may_be_empty:
         raise ValueError("the prompt is empty; say what the video should show")
     request.geometry.check_size(request.width, request.height)
     request.geometry.check_frames(request.num_frames)

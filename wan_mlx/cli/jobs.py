@@ -17,7 +17,7 @@ from ..errors import Stopped, UsageError, resume_command
 from ..media.preview import PreviewFiles
 from ..pipeline import WanPipeline
 from ..presets import GIVEN_APART
-from ..prompts.extend import Extension
+from ..prompts.extend import Extension, check_prompt
 from ..runs.folder import RunFolder
 from ..runs.job import Job
 from ..types import Request
@@ -90,7 +90,10 @@ def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:
         raise UsageError(f"--task t2i-14B makes stills, but --frames is {args.num_frames}; nearest: 1")
     if still and args.num_frames is None:
         asked["num_frames"] = 1
-    return pipe.request(**asked)
+    request = pipe.request(**asked)
+    if extension_of(args) is None:
+        check_prompt(request)
+    return request
 
 
 def jobs_from(pipe: WanPipeline, args: argparse.Namespace, request: Request, output: Path) -> list[Job]:
@@ -138,14 +141,15 @@ def default_output(request: Request) -> Path:
 
 
 def extend(extension: Extension, jobs: Sequence[Job], say: Terminal) -> None:
-    """Have the prompts of the jobs written out, and print them."""
+    """Have the prompts of the jobs, which are of one model, written out, and print them."""
     say.note(f"extend    the prompt by {extension.model or 'the default language model'}")
-    requests = extension([job.request for job in jobs], partial(say.note, important=True))
+    requests = extension(jobs[0].pipe.preset, [job.request for job in jobs], partial(say.note, important=True))
     for job, request in zip(jobs, requests, strict=True):
         job.request = request
         if request.original_prompt is not None:
             say.note(f"prompt    {request.prompt}")
-            say.note(f"          written out by {request.extended_by} from: {request.original_prompt}")
+            source = f": {request.original_prompt}" if request.original_prompt.strip() else " the picture alone"
+            say.note(f"          written out by {request.extended_by} from{source}")
 
 
 def make(

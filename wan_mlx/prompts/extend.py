@@ -20,13 +20,14 @@ from typing import Any, cast
 import mlx.core as mx
 from PIL import Image
 
-from ..errors import WanError
+from ..errors import WanError, nearest
 from ..hub.resolve import cache_for
 from ..mac import awake
 from ..media.read import read_image
+from ..presets import PRESETS, Preset
 from ..storage import parse_json
 from ..types import Request, Source
-from .instructions import INSTRUCTIONS, LANGUAGES
+from .instructions import INSTRUCTIONS, LANGUAGES, PICTURE_ALONE, kind_of
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,8 @@ SHORT_NAMES = {
 MAX_TOKENS = 512  # umT5's limit
 TEMPERATURE, TOP_P = 0.7, 0.8  # Qwen2.5's own recommendation
 LONGEST_SIDE = 768  # of images that the model sees
-# Task → instructions for its prompts.
-KINDS = {"t2v": "text", "ti2v": "text", "vace": "text", "i2v": "image", "flf2v": "transition"}
+# What `extend_prompt` takes as a task: one, which is that of its first model, or a model's name.
+TASKS = {preset.task: preset for preset in reversed(PRESETS.values())} | PRESETS
 CHINESE = re.compile(r"[\u3400-\u9fff]")
 THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 QUOTES = (('"', '"'), ("“", "”"), ("'", "'"), ("「", "」"))
@@ -80,18 +81,28 @@ class PromptExtender:
             code's short names (`SHORT_NAMES`); None for the default.
         language: "zh" or "en"; None for the prompt's own: Chinese if it has Chinese characters, else English.
         pictures: whether prompts come with images; the default model is then a vision model.
+        alone: whether an image comes without a prompt, so that the model has to see it.
 
     Raises:
         ValueError: an unknown language.
-        WanError: the model cannot be loaded, or does not follow instructions.
+        WanError: the model cannot be loaded, does not follow instructions, or does not see what it has to.
         ImportError: it needs mlx-vlm, which is not installed.
     """
 
-    def __init__(self, model: str | Path | None = None, language: str | None = None, pictures: bool = False):
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        language: str | None = None,
+        pictures: bool = False,
+        alone: bool = False,
+    ):
         if language is not None and language not in LANGUAGES:
             raise ValueError(f"language is {language!r}, expected one of {', '.join(LANGUAGES)}")
+        if alone and not _has_vlm():
+            raise ImportError("the prompt is empty, and writing one out of the picture needs mlx-vlm: "
+                              "pip install 'wan-mlx[vlm]'; or give a prompt")  # fmt: skip
         self.model = choose_model(model, pictures)
-        self.language, self.pictures, self.shows = language, pictures, False
+        self.language, self.pictures, self.alone, self.shows = language, pictures, alone, False
         self._generate: Generate | None = None
 
     def __enter__(self) -> PromptExtender:
@@ -101,6 +112,9 @@ class PromptExtender:
             self.shows = sees and self.pictures
             if self.shows and not _has_vlm():
                 raise ImportError(f"{self.model} needs mlx-vlm to see the picture: pip install 'wan-mlx[vlm]'")
+            if self.alone and not self.shows:
+                raise WanError(f"the prompt is empty, and {self.model} does not see pictures; give a prompt, or a "
+                               f"model that does, such as {DEFAULT_VISION_MODEL}")  # fmt: skip
             with same_random_state():  # mlx-lm draws random weights before it reads the real ones
                 self._generate = _vision_model(folder) if self.shows else _text_model(folder)
         except (WanError, ImportError):
@@ -118,15 +132,16 @@ class PromptExtender:
         """Extend a prompt.
 
         Args:
-            prompt: the user's.
-            kind: of instructions: "text", "image" or "transition".
+            prompt: the user's; may be empty for "image alone".
+            kind: of instructions, a key of `INSTRUCTIONS`.
             seed: the same seed gives the same words.
             pictures: first image of the video (and last), for a vision model.
         """
         if self._generate is None:
             raise ValueError("the model of prompt extension is not loaded; use PromptExtender in a with block")
-        instructions = INSTRUCTIONS[kind][self.language or language_of(prompt)]
-        messages = [{"role": "system", "content": instructions}, {"role": "user", "content": prompt}]
+        language = self.language or language_of(prompt)
+        said = prompt if prompt.strip() else PICTURE_ALONE[language]
+        messages = [{"role": "system", "content": INSTRUCTIONS[kind][language]}, {"role": "user", "content": said}]
         shown = [_small(picture) for picture in pictures] if self.shows else []
         with same_random_state():
             words, ended = self._generate(messages, Sampler(seed), shown)
@@ -177,23 +192,25 @@ def extend_prompt(
     """Extend a short prompt with a local language model, which is freed again.
 
     Args:
-        prompt: describes the video.
+        prompt: describes the video; of Wan2.2's models with an image it may be empty.
         model: as for `PromptExtender`.
         language: "zh", "en", or None for the prompt's own.
         seed: the same seed gives the same words.
-        task: "t2v", "ti2v", "vace", "i2v" or "flf2v".
+        task: "t2v", "vace", "i2v", "flf2v" or "ti2v"; or a model's name, such as "t2v-A14B": Wan2.2 wants other
+            prompts.
         image, last_image: the task's images, for a vision model (extra ``vlm``).
 
     Raises:
-        ValueError: an unknown language or task.
-        WanError: the model cannot be loaded.
+        ValueError: an unknown language or task, or an empty prompt that cannot be written out of an image.
+        WanError: the model cannot be loaded, or does not see the image that is all it has.
         ImportError: it needs mlx-vlm, which is not installed.
     """
-    if task not in KINDS:
-        raise ValueError(f"unknown task {task!r}, expected one of {', '.join(KINDS)}")
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}, expected one of {', '.join(TASKS)}{nearest(task, TASKS)}")
+    kind = kind_of(TASKS[task], prompt, image is not None)
     pictures = [picture for picture in (image, last_image) if picture is not None]
-    with PromptExtender(model, language, bool(pictures)) as extender:
-        return _told(extender(prompt, KINDS[task], seed, pictures))
+    with PromptExtender(model, language, bool(pictures), kind == "image alone") as extender:
+        return _told(extender(prompt, kind, seed, pictures))
 
 
 @dataclass(frozen=True)
@@ -207,16 +224,20 @@ class Extension:
     language: str | None = None
     caffeinate: bool = True
 
-    def __call__(self, requests: Sequence[Request], tell: Callable[[str], None] = log.warning) -> list[Request]:
-        """The requests with longer prompts, each by its own seed; one model is loaded once and freed.
+    def __call__(
+        self, preset: Preset, requests: Sequence[Request], tell: Callable[[str], None] = log.warning
+    ) -> list[Request]:
+        """Requests of one model with longer prompts, each by its own seed; the language model is loaded once and freed.
 
         A request whose prompt stays is unchanged; ``tell`` gets the reason.
         """
         pictures = [[p for p in (request.image, request.last_image) if p is not None] for request in requests]
+        kinds = [kind_of(preset, request.prompt, request.image is not None) for request in requests]
+        needed = any(pictures), "image alone" in kinds
         done = []
-        with awake(self.caffeinate), PromptExtender(self.model, self.language, any(pictures)) as extender:
-            for request, shown in zip(requests, pictures, strict=True):
-                extended = _told(extender(request.prompt, KINDS[request.task], request.seed, shown), tell)
+        with awake(self.caffeinate), PromptExtender(self.model, self.language, *needed) as extender:
+            for request, kind, shown in zip(requests, kinds, pictures, strict=True):
+                extended = _told(extender(request.prompt, kind, request.seed, shown), tell)
                 if extended.complaint is None:
                     request = replace(
                         request,
@@ -235,16 +256,32 @@ class Extension:
         return {**settings, "prompt": settings["original_prompt"], "original_prompt": None, "extended_by": None}
 
 
-def extend_requests(requests: list[Request], extend_prompt: bool | str | Path, caffeinate: bool) -> list[Request]:
-    """The requests, their prompts extended if asked for."""
+def extend_requests(
+    preset: Preset, requests: list[Request], extend_prompt: bool | str | Path, caffeinate: bool
+) -> list[Request]:
+    """The requests of one model, their prompts extended if asked for.
+
+    Raises:
+        ValueError: a prompt is empty, and not to be extended.
+    """
     if not extend_prompt:
+        for request in requests:
+            check_prompt(request)
         return requests
-    return Extension(None if extend_prompt is True else str(extend_prompt), caffeinate=caffeinate)(requests)
+    return Extension(None if extend_prompt is True else str(extend_prompt), caffeinate=caffeinate)(preset, requests)
+
+
+def check_prompt(request: Request) -> None:
+    """Raise ValueError if the prompt is empty, which it may be only where it is yet to be written out of a picture."""
+    if not request.prompt.strip():
+        raise ValueError("the prompt is empty; say what the video should show, or have a prompt written out of the "
+                         "picture by extending it")  # fmt: skip
 
 
 def _told(extended: Extended, tell: Callable[[str], None] = log.warning) -> Extended:
     if extended.complaint:
-        tell(f"the prompt stays as it is: {extended.model}'s answer {extended.complaint}")
+        stays = "the prompt stays as it is" if extended.prompt.strip() else "no prompt was written"
+        tell(f"{stays}: {extended.model}'s answer {extended.complaint}")
     return extended
 
 

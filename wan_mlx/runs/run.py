@@ -17,7 +17,7 @@ import numpy as np
 from .. import mac
 from ..caching import make_cache
 from ..denoise import denoise, step_of, with_condition, without_references
-from ..errors import BusyError, Stopped, gpu_failures_told
+from ..errors import BusyError, Stopped, WanError, gpu_failures_told
 from ..events import (
     Conditioned,
     Decoded,
@@ -68,9 +68,12 @@ class Run:
 
     Raises:
         MemoryPlanError: it does not fit.
+        WanError: there is no prompt, because none could be written out of the picture.
     """
 
     def __init__(self, pipe: OpenedModel, request: Request, resume: RunState | None = None):
+        if not request.prompt.strip():
+            raise WanError("the prompt is empty, and none was written out of the picture; give one")
         self.pipe, self.request = pipe, request
         plan = pipe.plan(request)
         plan.check()
