@@ -162,9 +162,9 @@ def test_also_while_a_prompt_is_extended(pipe, caffeinate, monkeypatch):
 
     monkeypatch.setattr(extend, "PromptExtender", Stands)
     requests = [pipe.request("a red circle", **SMALL)]
-    extend.extend_requests(requests, True, pipe.caffeinate)
+    extend.extend_requests(pipe.preset, requests, True, pipe.caffeinate)
     assert seen == [True] and not caffeinate()[0]
-    extend.extend_requests(requests, True, False)
+    extend.extend_requests(pipe.preset, requests, True, False)
     assert seen == [True, False]
 
 
