@@ -88,7 +88,7 @@ def test_several_in_python(pipe, monkeypatch):
         assert image.frames.shape == (1, 32, 48, 3) and np.array_equal(image.frames, alone.frames)
         assert np.array_equal(image.latents, alone.latents) and image.settings == alone.settings
     html = images[0]._repr_html_()
-    assert '<img style="max-width:100%" src="data:image/png;base64,' in html and "a dog" in html
+    assert "<img " in html and 'src="data:image/png;base64,' in html and "a dog" in html
 
 
 @pytest.mark.parametrize("ending", ["png", "webp", "npz"])
