@@ -15,6 +15,7 @@ import wan_mlx
 from docs import make_signatures
 from wan_mlx import hints, options
 from wan_mlx.option import MODEL, REQUEST
+from wan_mlx.other_words import meaning
 from wan_mlx.pipeline import WanPipeline
 
 SMALL = dict(width=16, height=16, num_frames=5, steps=1, seed=3)
@@ -90,7 +91,10 @@ class TestOtherNames:
     @pytest.mark.parametrize(
         "given, says",
         [({"stepz": 3}, "'stepz'; nearest: steps"),
-         ({"cfg": 5}, "'cfg'; here that is guidance"), ({"zzzz": 1}, "'zzzz'$")],
+         ({"cfg": 5}, "'cfg'; here that is guidance"), ({"zzzz": 1}, "'zzzz'$"),
+         ({"end_image": "a.png"}, "'end_image'; here that is last_image$"),
+         ({"tile_size": 3}, "'tile_size'; vae_tiling is one of WanPipeline.from_pretrained$"),
+         ({"memory": "8GB"}, "'memory'; memory is one of WanPipeline.from_pretrained$")],
     )
     def test_that_nobody_knows(self, pipe, given, says):
         with pytest.raises(TypeError, match=f"a request has no option {says}"):
@@ -106,6 +110,8 @@ class TestOtherNames:
         assert not (set(hints.KEYWORDS) | set(hints.SAME)) & names
         assert not set(hints.ATTRIBUTES) & set(dir(WanPipeline))
         assert set(hints.SAME_NAMES.values()) <= set(wan_mlx.__all__)
+        for word, name in hints.SAME.items():  # the table of words for errors and pages says the same
+            assert meaning(word) in options.named(name).flags, word
 
     @pytest.mark.parametrize("name", hints.KEYWORDS)
     def test_a_keyword_without_meaning_says_what_to_write(self, pipe, name):

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import options
-from .option import Option
-from .other_words import suggestion
+from .option import MODEL, REQUEST, Option
+from .other_words import meaning, suggestion
 
 # Keywords of Diffusers' that mean the same as ours.
 SAME = {
@@ -121,7 +121,8 @@ def ours(face: str, given: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"{name} is not known here: {KEYWORDS[name]}")
         option = known.get(SAME.get(name, "")) or spelled.get(name)
         if option is None:
-            raise TypeError(f"a {face} has no option {name!r}{suggestion(name, [*known, *spelled])}")
+            near = _elsewhere(face, name) or suggestion(name, [*known, *spelled])
+            raise TypeError(f"a {face} has no option {name!r}{near}")
         for ours, own in _values(option, value):
             if found.get(ours) not in (None, known[ours].default):
                 raise TypeError(f"{name} is {ours} by another name, and both are given; leave one out")
@@ -129,6 +130,17 @@ def ours(face: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("dtype") is not None:
         found["dtype"] = str(found["dtype"]).rpartition(".")[2]  # torch.bfloat16, mlx.core.bfloat16
     return found
+
+
+def _elsewhere(face: str, name: str) -> str:
+    """The end of an error about an option that belongs into the other call: of `from_pretrained`, or of a pipeline."""
+    other, call = (MODEL, "WanPipeline.from_pretrained") if face == REQUEST else (REQUEST, "a pipeline's call")
+    ours = next((word for word in (name, _bare(meaning(name))) if word in {own.name for own in options.of(other)}), "")
+    return f"; {ours} is one of {call}" if ours else ""
+
+
+def _bare(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
 
 
 def _spelled(face: str) -> dict[str, Option]:

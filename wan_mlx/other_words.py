@@ -45,6 +45,7 @@ WORDS = (
     Word("--memory", "lowvram, reserve_vram", "enable_model_cpu_offload"),
     Word("--vae-tiling", "tile_size (VAEDecodeTiled)", "enable_tiling (vae)"),
     Word("--cache", "easycache (EasyCache)", "enable_cache"),
+    Word("--boundary", "", "boundary_ratio"),
     Word("--slg", "skip_layers (SkipLayerGuidanceDiT)", "skip_layer_config"),
     Word("--cfg-zero", "CFGZeroStar", "zero_init_steps"),
     Word("--output", "filename_prefix (SaveVideo)", "export_to_video"),
@@ -54,12 +55,17 @@ WORDS = (
 
 def suggestion(given: str, known: Collection[str]) -> str:
     """The end of an error about an unknown name of an option: its name here, or the ``known`` one that is nearest."""
-    word = given.strip("-").lower().replace("-", "_")
-    ours = _meanings().get(word, "")
-    ours = ours if given.startswith("-") else ours.lstrip("-")
+    flag = meaning(given)
+    name = flag.lstrip("-").replace("-", "_")
+    ours = flag if given.startswith("-") else name
     if ours in known:
         return f"; here that is {ours}"
-    return nearest(given, known)
+    return "" if flag and name != given else nearest(given, known)  # what is spelled nearly so means something else
+
+
+def meaning(given: str) -> str:
+    """The flag that a word of another program stands for; "" for any other word."""
+    return _meanings().get(given.strip("-").lower().replace("-", "_"), "")
 
 
 def _meanings() -> dict[str, str]:

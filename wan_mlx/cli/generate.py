@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, options
-from ..errors import UsageError
+from ..errors import UsageError, size
 from ..events import Finished
 from ..media.write import check_output
 from ..planning.choose import plan
@@ -152,7 +152,7 @@ def show_plan(args: argparse.Namespace, say: Terminal) -> int:
     planned = partial(plan, args.model, num_frames=frames, **{name: getattr(args, name) for name in same})
     found = planned()
     if found.fits:
-        say.note(f"it fits in {found.peak / 2**30:.2f} GiB; to tell the time, its parts are timed for some seconds ...")
+        say.note(f"it fits in {size(found.peak)}; to tell the time, its parts are timed for some seconds ...")
         found = planned(measure=True)
     for line in str(found).splitlines():
         (say.note if say.as_json else write)(line)
