@@ -493,6 +493,19 @@ def test_a_picture_alone_of_which_nothing_was_written(vision, cinematic, capsys)
     assert not Path(cinematic[-1]).exists()
 
 
+def test_a_batch_goes_on_without_the_line_for_which_nothing_was_written(vision, cinematic, tmp_path):
+    vision.reason = "length"
+    rest = {"image": str(tmp_path / "red.png"), "extend_prompt": True, "extend_model": str(vision.folder)}
+    entries = [{"prompt": prompt, "output": str(tmp_path / f"{i}.png"), **rest} for i, prompt in enumerate(("", "b"))]
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("\n".join(map(json.dumps, entries)))
+    command = without(without(without(cinematic, "--prompt"), "--output"), "--image")
+    assert main([*command, "--prompts", str(lines)]) == 1
+    first, second = map(json.loads, (tmp_path / "lines.report.jsonl").read_text().splitlines())
+    assert first["status"] == "failed" and first["error"].startswith("the prompt is empty, and none was written")
+    assert second["status"] in ("done", "suspect") and read_settings(second["output"])["prompt"] == "b"
+
+
 def test_missing_mlx_vlm_names_the_extra(vision, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "mlx_vlm", None)
     with pytest.raises(ImportError, match=r"needs mlx-vlm to see the picture: pip install 'wan-mlx\[vlm\]'"):
