@@ -76,7 +76,7 @@ def test_models_of_the_same_shapes_are_all_named():
     weights = ComponentWeights(HeaderOnly(official_transformer(PRESETS["i2v-14B-480P"].transformer)))
     config = network_config(weights, {})
     assert WORDS["transformer"].format(c=config) == "40 layers of 5120, 40 heads"
-    assert "image to video, i2v-14B-480P or i2v-14B-720P" in _model_of(config, None)
+    assert "image to video, i2v-14B-480P or i2v-14B-720P" in _model_of(config, None, 1)
 
 
 def test_a_damaged_network_is_reported_and_fails(capsys, states, tmp_path):
