@@ -17,12 +17,14 @@ from wan_mlx.cli.main import main
 from wan_mlx.errors import WeightsError
 from wan_mlx.guidance import Guidance
 from wan_mlx.hub.names import expert_named, needed_files
-from wan_mlx.planning import choose
+from wan_mlx.planning import choose, speed
 from wan_mlx.planning.sizes import sizes_of
 from wan_mlx.presets import EXPERTS, NEGATIVE_PROMPT, PRESETS, find_preset
 from wan_mlx.recipes import scheduler_for
 from wan_mlx.request_builder import build_request
+from wan_mlx.runs.record import check_same
 from wan_mlx.weights.checkpoint import open_checkpoint
+from wan_mlx.weights.lora import open_loras
 
 T2V, I2V = PRESETS["t2v-A14B"], PRESETS["i2v-A14B"]
 T2V_14B, I2V_A14B = T2V.transformer, I2V.transformer
@@ -170,6 +172,7 @@ class TestRuns:
             ["--model", low, "--high-noise", high, *apart],
             ["--model", pair, "--high-noise", high, "--low-noise", low],
             ["--model", "nano", "--high-noise", high, "--low-noise", low, *apart],
+            ["--high-noise", high, "--low-noise", low, *apart],
         ]
         for number, way in enumerate(ways):
             path = tmp_path / f"{number}.npz"
@@ -200,6 +203,11 @@ class TestRuns:
             assert main(["--resume", str(output), "--quiet"]) == 0
             assert np.array_equal(made(output), whole)
 
+    def test_other_guidance_is_told_as_it_is_given(self):
+        record = {"model": {}, "asked": {"guidance_scale": [3.0, 4.0], "size": [32, 16]}, "request": {}}
+        with pytest.raises(ValueError, match="--guidance is 3.0,4.0, 5.0,4.0 was given; --size is 32x16, 16x16 was"):
+            check_same({"guidance_scale": (5.0, 4.0), "size": (16, 16)}, record, ())
+
     def test_quantisation_of_each(self, pair):
         pipe = opened(pair, quantize_high="q8", quantize_low="q4")
         assert pipe.quantized == {"high_noise": "q8", "low_noise": "q4"}
@@ -215,6 +223,20 @@ class TestCaches:
         resolved = resolve_cache("magcache", 40, preset.name, preset.transformer)
         switch = int((scheduler_for(request).timesteps >= 1000 * preset.boundary).sum())
         assert make_cache(resolved, 40, preset.name, switch=switch).planned(2) == computed
+
+    def test_magcache_of_the_5b(self):
+        """50 of 100 by its authors' constants; with a picture they are others."""
+        preset = PRESETS["ti2v-5B"]
+        resolved = resolve_cache("magcache", 50, preset.name, preset.transformer)
+        text, picture = (make_cache(resolved, 50, preset.name, of_picture=given) for given in (False, True))
+        assert resolved == "magcache:0.06:2:0.2" and text.planned(2) == 50
+        assert text.ratios[0][1] == 0.99505 and picture.ratios[0][1] == 0.99512
+
+    def test_every_cache_starts_afresh(self):
+        """TeaCache, too, which may be asked for with another model's constants and a boundary."""
+        for name in ("teacache", "magcache", "easycache"):
+            resolved = resolve_cache(name, 40, "t2v-14B", T2V_14B)
+            assert make_cache(resolved, 40, "t2v-14B", switch=26).starts_at(26)
 
     def test_teacache_has_no_constants(self):
         with pytest.raises(ValueError, match="teacache has no published constants for t2v-A14B"):
@@ -276,6 +298,12 @@ class TestLoras:
     def test_for_a_model_of_one_transformer(self, pico, tmp_path):
         with pytest.raises(ValueError, match="one transformer, and loras of one of two experts was given"):
             opened(pico, loras_low=str(lora(tmp_path / "a.safetensors")))
+
+    def test_of_a_model_with_clip(self, tmp_path):
+        """I2V-A14B is an image-to-video model, and has no such layers all the same."""
+        file = lora(tmp_path / "a.safetensors", "diffusion_model.blocks.0.cross_attn.k_img", width=5120)
+        with pytest.raises(WeightsError, match="it was made for a model that reads pictures by CLIP"):
+            open_loras([(file, 1.0)], I2V_A14B)
 
     def test_of_another_shape(self, pair, tmp_path, capsys):
         file = lora(tmp_path / "a.safetensors", "diffusion_model.blocks.0.self_attn.q", width=5120)
@@ -399,6 +427,12 @@ class TestHub:
         with pytest.raises(WeightsError, match=r"lacks low_noise_model/diffusion.* \(low_noise\)"):
             needed_files([*self.of("high_noise_model"), *self.OFFICIAL], "a/b")
 
+    def test_the_vae_that_is_named_is_the_model_s(self, tmp_path, capsys):
+        for preset, vae in (("t2v-14B", "wan_2.1_vae"), ("ti2v-5B", "wan2.2_vae")):
+            file = header_only(tmp_path / f"{preset}.safetensors", official(PRESETS[preset].transformer))
+            line = said(capsys, "--model", file, "--prompt", "a", "--quiet")
+            assert f"split_files/vae/{vae}.safetensors" in line and line.count("split_files/vae") == 1
+
     def test_one_may_be_given_apart(self):
         experts = self.of("high_noise_model", "low_noise_model")
         assert needed_files([*experts, *self.OFFICIAL], "a/b", ["low_noise"]) == self.of("low_noise_model")
@@ -419,6 +453,13 @@ def test_a_diffusers_folder_records_the_boundary(tmp_path):
         (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "boundary_ratio": value}))
         with pytest.raises(WeightsError, match="model_index.json has the boundary .*, expected a number between"):
             open_checkpoint(tmp_path)
+
+
+def test_an_mlx_video_folder_of_one_transformer_records_none(tmp_path):
+    config = {"model_version": "2.1", "dual_model": False, "boundary": 0.0, "vae_z_dim": 16, "t5_num_buckets": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="no file of a Wan2.1 network in it"):
+        open_checkpoint(tmp_path)
 
 
 def test_parts_of_a_pair(pair):
@@ -447,10 +488,50 @@ class TestPlans:
         row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("t2v-A14B"))
         assert "2 x 28.58 GB" in row and "2 x 8.04 GB" in row and "Wan-AI/Wan2.2-T2V-A14B" in row
 
+    def test_quantisation_of_each(self, capsys):
+        """In bits: the largest expert decides, and what is read is of both."""
+        both, one = (choose.plan("t2v-A14B", 832, 480, memory="100GB", quantize_low="q4", quantize_high=high)
+                     for high in ("q4", None))  # fmt: skip
+        alike = choose.plan("t2v-A14B", 832, 480, memory="100GB", quantize="q4")
+        plain = choose.plan("t2v-A14B", 832, 480, memory="100GB")
+        rows = ({row.stage: row for row in plan.rows}["denoise"] for plan in (both, alike, one, plain))
+        peaks = [row.peak for row in rows]
+        assert peaks[0] == peaks[1] < peaks[2] == peaks[3]
+        with pytest.raises(ValueError, match="t2v-14B has one transformer, and the quantisation of one of two experts"):
+            choose.plan("t2v-14B", quantize_low="q4")
+        assert main(["plan", "t2v-14B", "--quantize-high", "q4"]) == 2
+
+    def test_of_a_pair_of_files(self, pair, monkeypatch, capsys):
+        """The flags of the run, as they are: parts given apart, and quantisation of one."""
+        high, low = str(pair / "high_noise.safetensors"), str(pair / "low_noise.safetensors")
+        apart = ["--text-encoder", str(pair), "--vae", str(pair), "--tokenizer", str(pair)]
+        size = ["--size", "16x16", "--frames", "1"]
+        monkeypatch.setattr("wan_mlx.planning.speed.measure_rates", lambda *args: speed.Rates(1e12, 1e12, 1e12, 1e12))
+        got = []
+        for way in (["--model", high, "--low-noise", low, *apart], ["--high-noise", high, "--low-noise", low, *apart],
+                    ["--model", str(pair), "--quantize-low", "q8", "--quantize-high", "q8"]):  # fmt: skip
+            assert main(["plan", *way, *size]) == 0
+            got.append(capsys.readouterr().out.splitlines()[1:])
+        assert got[0] == got[1] != got[2]
+        assert main(["plan", "t2v-A14B", "--low-noise", low, *size]) == 2
+        assert "t2v-A14B is not on this machine, and the plan of a model whose parts are given apart" in \
+            capsys.readouterr().err
+        assert choose.find_model("t2v-14B", {"vae": "owner/name:vae.safetensors"}) == (PRESETS["t2v-14B"], None)
+
     def test_of_a_local_pair(self, pair):
         assert choose.plan(pair, 16, 16, 1, memory="2GB").fits
         preset, checkpoint = choose.find_model(pair)
         assert preset.name == "nano" and checkpoint.has_experts
+
+
+def test_info_of_a_lora_beside_a_pair(pair, tmp_path, capsys):
+    """Beside the expert that its name speaks of, else the high-noise one."""
+    seen = []
+    for name in ("style", "style_high_noise", "style_low_noise"):
+        assert main(["info", str(lora(tmp_path / f"{name}.safetensors")), "--model", str(pair), "--quiet"]) == 0
+        seen.append(capsys.readouterr().out)
+    assert [("high" if "the high noise expert of" in said else "low") for said in seen] == ["high", "high", "low"]
+    assert "the low noise expert of" in seen[2]
 
 
 def test_inspect(pair, capsys, tmp_path):

@@ -137,6 +137,7 @@ COMFYUI_PARTS = {
     "image_encoder": f"{_COMFYUI}/clip_vision/clip_vision_h.safetensors",
     "tokenizer": "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/spiece.model",
 }
+COMFYUI_VAE_22 = f"{_COMFYUI_22}/vae/wan2.2_vae.safetensors"  # TI2V-5B's
 
 # A model's parts, as flags and files name them.
 NETWORKS = ("transformer", "text_encoder", "vae", "image_encoder")

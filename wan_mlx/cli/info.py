@@ -7,10 +7,13 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..events import Listener, unheard
+from ..hub.names import expert_named
 from ..hub.resolve import keys_of, resolve, survey
 from ..media.write import ENDINGS, read_settings
 from ..options import named
+from ..presets import EXPERTS
 from ..progress_bars import ProgressBars
+from ..weights.checkpoint import Part, look_at
 from ..weights.load import open_network
 from ..weights.lora import file_of
 from ..weights.lora_config import are_of_adapter
@@ -48,11 +51,21 @@ def main(argv: list[str]) -> int:
         return convert.inspect(args.file, {}, args.source, listener)
     base = None
     if args.model:
-        base = open_network(resolve(args.model, args.source, listener, ["transformer"]), "transformer")
+        base = open_network(transformer_for(path, args.model, args.source, listener), "transformer")
     found = inspect_lora(path, base, listener)
     for line in (*found.lines(), *recipe_notes([file_of(path)], None)):
         write(line)
     return 0 if found.is_sound else 1
+
+
+def transformer_for(lora: Path, model: str, source: str, listener: Listener) -> Part:
+    """The transformer of a model; of two experts the one that a LoRA's name speaks of, else the high-noise one."""
+    expert = expert_named(file_of(lora)) or EXPERTS[0]
+    found = look_at(resolve(model, source, listener, [expert]))
+    part = next((part for part in found.parts if part.name == expert), found.part("transformer"))
+    if found.has_experts:
+        write(f"{'beside':<15}the {part.label} expert of {model}")
+    return part
 
 
 def found_at(name: str, source: str, listener: Listener) -> Path:

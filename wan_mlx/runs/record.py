@@ -119,7 +119,7 @@ def check_same(given: Mapping[str, Any], record: Mapping[str, Any], free: Collec
         if before is None and value is not None:  # it was left to the model
             before = _value_in(record["request"], name)
         if name not in free and value != before:
-            differences.append(f"{flags.get(name, name)} is {_said(before)}, {_said(value)} was given")
+            differences.append(f"{flags.get(name, name)} is {_said(name, before)}, {_said(name, value)} was given")
     if differences:
         raise ValueError(
             f"the run has other settings: {'; '.join(differences)}; leave them out to go on with it, or start anew "
@@ -206,8 +206,9 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
 
 
-def _said(value: Any) -> str:
-    return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else f"{value}"
+def _said(name: str, value: Any) -> str:
+    several = isinstance(value, tuple | list)
+    return ("x" if name in ("size", "vae_tiling") else ",").join(map(str, value)) if several else f"{value}"
 
 
 def _machine() -> dict[str, str]:

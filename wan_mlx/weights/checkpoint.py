@@ -22,7 +22,7 @@ from ..hub.model_folders import nearest_model
 from ..hub.names import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES, one_or_two
 from ..models.configs import NUM_TRAIN_TIMESTEPS
 from ..other_models import ADVICE, of_entries
-from ..presets import COMFYUI_PARTS, EXPERTS, MODULE, NETWORKS, PARTS, PRESETS
+from ..presets import COMFYUI_PARTS, COMFYUI_VAE_22, EXPERTS, MODULE, NETWORKS, PARTS, PRESETS
 from ..storage import fingerprint, parse_json
 from .component import ComponentWeights, kinds_in, open_component
 from .configs import network_config
@@ -509,10 +509,18 @@ def _incomplete(found: Checkpoint, missing: list[str]) -> str:
         holds = found.others[0] if found.others else f"it holds {_listing(found.path)}"
         return f"{found.path} is not a complete Wan2.1 folder: missing {lacking}; {holds}"
     flags = " ".join(f"{_flag(part)} FILE" for part in missing)
-    published = ", ".join(COMFYUI_PARTS[part] for part in missing if part in COMFYUI_PARTS)
+    files = COMFYUI_PARTS | {"vae": COMFYUI_VAE_22} * any(map(_is_ti2v, found.parts))
+    published = ", ".join(files[part] for part in missing if part in files)
     hint = f" (published: {published})" if published else ""
     others = "".join(f"; {other}" for other in found.others[:1])
     return f"{found.path} holds {some([*found.files])}; missing {some(missing)}: add {flags}{hint}{others}"
+
+
+def _is_ti2v(part: Part) -> bool:
+    """Whether it is TI2V-5B's transformer, which has another VAE."""
+    with suppress(WeightsError):
+        return part.kind == "transformer" and network_config(part.open(), part.config).model_type == "ti2v"
+    return False
 
 
 def _flag(part: str) -> str:

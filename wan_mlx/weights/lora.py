@@ -281,7 +281,7 @@ def _unknown(file: WeightsFile, unknown: list[str], shapes: Mapping[str, Any]) -
     if any(key.endswith("self_attn.q.weight") or key.endswith("attn1.to_q.weight") for key in unknown):
         hint = "; whole weights: give a transformer as --model or --transformer"
     elif any("_img" in key or "img_emb" in key for key in unknown) and not any("_img" in name for name in shapes):
-        hint = "; it was made for an image-to-video model, and this is none"
+        hint = "; it was made for a model that reads pictures by CLIP (Wan2.1's I2V), and this one does not"
     elif any("vace" in key for key in unknown):
         hint = "; it was made for a VACE model with other layers, or this is none"
     else:
