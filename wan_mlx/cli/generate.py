@@ -16,6 +16,7 @@ from ..events import Finished
 from ..media.write import check_output
 from ..planning.choose import plan
 from ..planning.machine import mlx_version
+from ..presets import GIVEN_APART
 from ..request_builder import size_of
 from ..runs.folder import ENDING, RunFolder
 from ..runs.job import Job
@@ -41,7 +42,7 @@ from .terminal import FAILURE, Terminal, write
 
 def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     """Carry out the flags; returns the exit code."""
-    is_chosen = args.model is not None
+    is_chosen = args.model is not None or args.high_noise is not None
     check_flags(args)
     if args.plan:
         return show_plan(args, say)
@@ -147,9 +148,11 @@ def show_version() -> int:
 def show_plan(args: argparse.Namespace, say: Terminal) -> int:
     """``--plan``: print it; 1 if it does not fit."""
     still = args.num_frames is None and args.preset == "t2i-14B"
-    same = ("width", "height", "size", "steps", "memory", "dtype", "quantize", "guidance_scale", "vae_tiling")
+    same = ("width", "height", "size", "steps", "memory", "dtype", "quantize", "guidance_scale", "vae_tiling",
+            "quantize_high", "quantize_low")  # fmt: skip
     frames = 1 if still else args.num_frames
-    planned = partial(plan, args.model, num_frames=frames, **{name: getattr(args, name) for name in same})
+    parts = {part: getattr(args, part) for part in GIVEN_APART}
+    planned = partial(plan, args.model, num_frames=frames, parts=parts, **{name: getattr(args, name) for name in same})
     found = planned()
     if found.fits:
         say.note(f"it fits in {size(found.peak)}; to tell the time, its parts are timed for some seconds ...")

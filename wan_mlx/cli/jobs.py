@@ -30,7 +30,10 @@ SERIES = ("seeds", "num_videos", "num_images")  # keys of the options that ask f
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse missing flags, incomplete ones, and those without effect; a model that is left out is nano."""
+    """Refuse missing flags, incomplete ones, and those without effect; a model that is left out is nano, or the two
+    experts that are given."""
+    if args.model is None and args.high_noise and args.low_noise:
+        args.model, args.high_noise = args.high_noise, None
     if args.model is None:
         if args.plan or args.preset or any(getattr(args, part) for part in GIVEN_APART):
             raise UsageError("--model is missing: a preset, a folder, a file or a hub id, as in --model t2v-1.3B; "

@@ -7,7 +7,7 @@ The budget is for MLX; Python, its packages and the finished frames take about a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..lasting import computes
 from ..models.execution import TOKENS_AT_ONCE
 from ..models.vae_tiling import SMALLEST_TILE
 from ..options import named
-from ..presets import PRESETS, Preset, find_preset, preset_for
+from ..presets import EXPERTS, PRESETS, Preset, find_preset, preset_for
 from ..request_builder import size_of
 from ..types import Request
 from ..weights.checkpoint import Checkpoint, open_checkpoint
@@ -82,6 +82,9 @@ def plan(
     quantize: str | int | None = None,
     guidance_scale: float | tuple[float, float] | None = None,
     vae_tiling: str | tuple[int, int] | None = None,
+    quantize_high: str | int | None = None,
+    quantize_low: str | int | None = None,
+    parts: Mapping[str, str | Path | None] | None = None,
     measure: bool = False,
 ) -> Plan:
     """Plan a video in a memory budget: whether it fits, and how. Downloads nothing and reads no weights.
@@ -91,7 +94,9 @@ def plan(
         width, height, num_frames, steps, guidance_scale: None takes the model's defaults.
         size: instead of width and height, as for a call of a pipeline: "16:9", "480p", "832x480".
         memory: the limit for MLX, such as "8GB"; None or "auto" takes this machine's free memory.
-        dtype, quantize, vae_tiling: as for `WanPipeline.from_pretrained`.
+        dtype, quantize, vae_tiling, quantize_high, quantize_low: as for `WanPipeline.from_pretrained`.
+        parts: name in `presets.GIVEN_APART` → a file or folder used in place of the part of ``model``, both on this
+            machine.
         measure: give times too, if it fits: parts of the networks are timed for some seconds (`planning.speed`).
 
     Returns:
@@ -99,11 +104,13 @@ def plan(
 
     Raises:
         ValueError: an argument is wrong, or the model is on a hub and not one of `PRESETS`.
+        WeightsError: a local model is not whole, or its parts are not of one model.
     """
     parse_memory(memory), parse_tiling(vae_tiling)
     quantize = named("quantize").meaning(quantize)
-    preset, checkpoint = find_model(model)
-    sizes = lru_cache(partial(sizes_of, checkpoint or preset, dtype))
+    own = tuple(named("quantize").meaning(mode) for mode in (quantize_high, quantize_low))
+    preset, checkpoint = find_model(model, parts)
+    sizes = lru_cache(partial(sizes_of, checkpoint or preset, dtype, own=own))
     geometry = sizes(quantize).geometry
     width, height = size_of(preset, geometry, named("size").meaning(size), width, height)
     frames = preset.num_frames if num_frames is None else num_frames
@@ -294,19 +301,25 @@ def _advice(plan: Plan, wanted: Wanted, sizes: Callable[[str | None], Networks])
         yield f"--memory {least / FILL / 1e9 + 0.05:.1f}GB"
 
 
-def find_model(model: str | Path) -> tuple[Preset, Checkpoint | None]:
-    """The preset of ``model`` and, if the model is local, its `Checkpoint`.
+def find_model(
+    model: str | Path, parts: Mapping[str, str | Path | None] | None = None
+) -> tuple[Preset, Checkpoint | None]:
+    """The preset of ``model`` and, if the model is local, its `Checkpoint`; ``parts``: as `plan` takes them.
 
     Raises:
-        ValueError: the model is on a hub, and its sizes are not known.
+        ValueError: the model is on a hub, and its sizes are not known; or parts are given, and not all is here.
     """
-    if not is_cached(model):
-        preset = PRESETS.get(str(model)) or preset_of(model)
-        if preset is None and not Path(model).expanduser().exists():
-            raise ValueError(f"the sizes of {model} are not known before it is here; known: {', '.join(PRESETS)}")
+    given = {name: place for name, place in (parts or {}).items() if place is not None}
+    if away := [place for place in (model, *given.values()) if not is_cached(place)]:
+        preset = None if {*EXPERTS} & {*given} else PRESETS.get(str(model)) or preset_of(model)
         if preset is not None:
             return preset, None
-    checkpoint = open_checkpoint(resolve(model))
+        if given:
+            raise ValueError(f"{away[0]} is not on this machine, and the plan of a model whose parts are given apart "
+                             "is made from their files")  # fmt: skip
+        if not Path(model).expanduser().exists():
+            raise ValueError(f"the sizes of {model} are not known before it is here; known: {', '.join(PRESETS)}")
+    checkpoint = open_checkpoint(resolve(model), {name: resolve(place) for name, place in given.items()})
     if checkpoint.model:
         return find_preset(checkpoint.model), checkpoint
     return preset_for(config_of(checkpoint), len(checkpoint.of_kind("transformer"))), checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
@@ -166,21 +166,31 @@ class Networks:
         return geometry_of(self.transformer, self.vae)
 
 
-def sizes_of(model: Preset | Checkpoint, dtype: str | mx.Dtype, quantize: str | None = None) -> Networks:
+def sizes_of(
+    model: Preset | Checkpoint, dtype: str | mx.Dtype, quantize: str | None = None, own: Sequence[str | None] = ()
+) -> Networks:
     """Sizes of a released or local model; reads no weights.
 
     Args:
         model: for a released one, the bytes are those of the official files.
         dtype, quantize: as for `WanPipeline.from_pretrained`.
+        own: the high-noise and the low-noise expert's quantisation, where that is another.
 
     Raises:
-        ValueError: ``dtype`` or ``quantize`` is unknown, or does not suit the model.
+        ValueError: ``dtype`` or ``quantize`` is unknown, or does not suit the model; it has no experts.
     """
     dtype = parse_dtype(dtype)
-    check_mode(quantize)
+    for mode in (quantize, *own):
+        check_mode(mode)
+    if any(own):
+        if isinstance(model, Preset) and model.experts == 1:
+            raise ValueError(f"{model.name} has one transformer, and the quantisation of one of two experts was given; "
+                             "give it without high or low")  # fmt: skip
+        model = model if isinstance(model, Preset) else model.with_experts(quantize=(own[0], own[1]))
     count: dict[str, Callable[..., WeightBytes]] = {"transformer": weight_bytes, "text_encoder": text_weight_bytes}
     parts = []
-    for part, stored in _published(model, quantize) if isinstance(model, Preset) else _opened(model, dtype, quantize):
+    found = _published(model, quantize, own) if isinstance(model, Preset) else _opened(model, dtype, quantize)
+    for part, stored in found:
         if part.kind in count:
             part = replace(part, weights=count[part.kind](part.config, dtype, part.packings, stored))
         parts.append(part)
@@ -191,15 +201,17 @@ def sizes_of(model: Preset | Checkpoint, dtype: str | mx.Dtype, quantize: str | 
 Found = tuple[PartSizes, Mapping[str, int]]
 
 
-def _published(preset: Preset, quantize: str | None) -> Iterator[Found]:
+def _published(preset: Preset, quantize: str | None, own: Sequence[str | None]) -> Iterator[Found]:
     """Transformers are published in float32, text encoders in bfloat16."""
-    plain = quantize in (None, EXPAND, NEAREST)
+    modes = dict(zip(EXPERTS, own, strict=False))
     for kind, config, itemsize in (("transformer", preset.transformer, 4), ("text_encoder", preset.text_encoder, 2)):
         shapes = shapes_of(config)
-        packings = {} if plain or quantize is None else plan_quantization(kind, quantize, shapes).packings
         stored = {name: itemsize * math.prod(shape) for name, shape in shapes.items()}
         names = EXPERTS if kind == "transformer" and preset.experts == 2 else (kind,)
         for name in names:
+            mode = modes.get(name) or quantize
+            plain = mode is None or mode in (EXPAND, NEAREST)
+            packings = {} if plain else plan_quantization(kind, mode, shapes).packings
             yield PartSizes(name, kind, config, packings), stored
     yield PartSizes("vae", "vae", preset.vae), {}
     if preset.transformer.has_image_branch:
