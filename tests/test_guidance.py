@@ -169,6 +169,7 @@ class TestWrongUse:
 
 def test_default_zero_steps():
     assert [zero_steps_of(task) for task in ("t2v", "vace", "i2v", "flf2v")] == [2, 2, 1, 1]
+    assert [zero_steps_of("ti2v", of_picture) for of_picture in (False, True)] == [2, 1]
 
 
 def test_of_request_takes_every_option():

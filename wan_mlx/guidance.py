@@ -70,10 +70,10 @@ class Guidance:
         return uncond + self.scale * (cond - uncond)
 
 
-def zero_steps_of(task: str) -> int:
+def zero_steps_of(task: str, of_picture: bool = False) -> int:
     """Default number of zero first steps in CFG-Zero*; the authors' scripts use two for Wan's text to video, and one
-    where the first frame is given."""
-    return 1 if task in ("i2v", "flf2v") else 2
+    where the first frame is given: by ``of_picture`` to a task that can do without."""
+    return 1 if of_picture or task in ("i2v", "flf2v") else 2
 
 
 def check_guidance(request: Request, num_layers: int) -> None:

@@ -57,7 +57,8 @@ def build_request(
     if values["seed"] is None or values["seed"] < 0:
         values["seed"] = secrets.randbelow(MAX_RANDOM_SEED)
     if isinstance(values["cfg_zero"], bool):
-        values["cfg_zero"] = zero_steps_of(values["task"]) if values["cfg_zero"] else None
+        zero_steps = zero_steps_of(values["task"], values["image"] is not None)
+        values["cfg_zero"] = zero_steps if values["cfg_zero"] else None
     for name in ("src_ref_images", "guidance_range", "skip_layers", "skip_range"):
         values[name] = tuple(values[name])
     values["guidance_scale"] = _guidance(values["guidance_scale"], experts)
