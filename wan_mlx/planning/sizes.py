@@ -210,8 +210,8 @@ def _published(preset: Preset, quantize: str | None, own: Sequence[str | None]) 
         names = EXPERTS if kind == "transformer" and preset.experts == 2 else (kind,)
         for name in names:
             mode = modes.get(name) or quantize
-            plain = mode is None or mode in (EXPAND, NEAREST)
-            packings = {} if plain else plan_quantization(kind, mode, shapes).packings
+            mode = None if mode in (EXPAND, NEAREST) else mode
+            packings = {} if mode is None else plan_quantization(kind, mode, shapes).packings
             yield PartSizes(name, kind, config, packings), stored
     yield PartSizes("vae", "vae", preset.vae), {}
     if preset.transformer.has_image_branch:

@@ -509,7 +509,7 @@ def _incomplete(found: Checkpoint, missing: list[str]) -> str:
         holds = found.others[0] if found.others else f"it holds {_listing(found.path)}"
         return f"{found.path} is not a complete Wan2.1 folder: missing {lacking}; {holds}"
     flags = " ".join(f"{_flag(part)} FILE" for part in missing)
-    files = COMFYUI_PARTS | {"vae": COMFYUI_VAE_22} * any(map(_is_ti2v, found.parts))
+    files = {**COMFYUI_PARTS, "vae": COMFYUI_VAE_22} if any(map(_is_ti2v, found.parts)) else COMFYUI_PARTS
     published = ", ".join(files[part] for part in missing if part in files)
     hint = f" (published: {published})" if published else ""
     others = "".join(f"; {other}" for other in found.others[:1])
