@@ -224,14 +224,6 @@ class TestCaches:
         switch = int((scheduler_for(request).timesteps >= 1000 * preset.boundary).sum())
         assert make_cache(resolved, 40, preset.name, switch=switch).planned(2) == computed
 
-    def test_magcache_of_the_5b(self):
-        """50 of 100 by its authors' constants; with a picture they are others."""
-        preset = PRESETS["ti2v-5B"]
-        resolved = resolve_cache("magcache", 50, preset.name, preset.transformer)
-        text, picture = (make_cache(resolved, 50, preset.name, of_picture=given) for given in (False, True))
-        assert resolved == "magcache:0.06:2:0.2" and text.planned(2) == 50
-        assert text.ratios[0][1] == 0.99505 and picture.ratios[0][1] == 0.99512
-
     def test_every_cache_starts_afresh(self):
         """TeaCache, too, which may be asked for with another model's constants and a boundary."""
         for name in ("teacache", "magcache", "easycache"):

@@ -81,7 +81,7 @@ def make_cache(
     values: list[Any] = [setting.read(word) for setting, word in zip(SETTINGS[name], words, strict=True)]
     if name == "teacache":
         threshold, mode = values
-        return TeaCache(steps, threshold, mode, TEACACHE[model][mode])
+        return TeaCache(steps, threshold, mode, TEACACHE[model][mode], switch)
     if name == "magcache":
         threshold, most_skips, retention = values
         constants = MAGCACHE[model]

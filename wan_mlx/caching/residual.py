@@ -73,10 +73,13 @@ class TeaCache(ResidualCache):
             projection, and computes the first five. The published one is the better in the authors' measurements.
         coefficients: of the mode's polynomial, from the change of the signal to that of the blocks' output, highest
             power first.
+        switch: as of every `StepCache`.
     """
 
-    def __init__(self, steps: int, threshold: float, mode: str, coefficients: Sequence[float]):
-        super().__init__(steps, threshold)
+    def __init__(
+        self, steps: int, threshold: float, mode: str, coefficients: Sequence[float], switch: int | None = None
+    ):
+        super().__init__(steps, threshold, switch)
         self.mode, self.coefficients = mode, coefficients
         self.always = range(RET_HEAD) if mode == "ret" else (0, steps - 1)
 
