@@ -376,8 +376,9 @@ def _look_at_folder(folder: Path, given: Collection[str]) -> Checkpoint:
 
 def _boundary(folder: Path, config: Mapping[str, Any], index: Mapping[str, Any]) -> float | None:
     """The boundary of two experts that a folder's config.json or model_index.json records."""
-    for file, value in (("config.json", config.get("boundary")), ("model_index.json", index.get("boundary_ratio"))):
-        if value is None or value == 0:  # mlx-video's, of one transformer
+    own = None if config.get("dual_model") is False else config.get("boundary")  # mlx-video's, 0 of one transformer
+    for file, value in (("config.json", own), ("model_index.json", index.get("boundary_ratio"))):
+        if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
             raise WeightsError(f"{folder / file} has the boundary {reprlib.repr(value)}, expected a number between 0 "
