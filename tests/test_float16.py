@@ -100,7 +100,7 @@ def test_an_overflow_is_told_with_the_way_out(pico, monkeypatch, tmp_path, capsy
             opened_in("float16", pico)("a red circle", **SMALL)
         with pytest.raises(SamplingError, match="try --dtype float32"):
             opened_in("bfloat16", pico)("a red circle", **SMALL)
-    assert f"--resume {output} --dtype bfloat16" in said and "float16 ends at 65504" in said
+    assert f"wan-mlx resume {output} --dtype bfloat16" in said and "float16 ends at 65504" in said
     assert main(["--resume", output, "--dtype", "bfloat16", "--quiet"]) in (0, 3)
     assert read_settings(output)["dtype"] == "float16, bfloat16 from step 2"
 

@@ -265,8 +265,8 @@ def test_where_it_lies(monkeypatch, tmp_path):
     assert cache_folder() == Path.home() / ".cache/wan_mlx"
 
 
-def test_a_whole_run_from_kept_prompts_is_the_same(no_encoder):
+def test_a_whole_run_from_kept_prompts_is_the_same(monkeypatch):
     small = dict(width=32, height=32, num_frames=1, steps=1, seed=3)
     first = pipe()(TEXTS[0], **small)
-    no_encoder()
+    monkeypatch.setattr(opened, "load_text_encoder", None)
     assert np.array_equal(pipe()(TEXTS[0], **small).frames, first.frames)

@@ -50,8 +50,8 @@ def files(tmp_path_factory):
         ("vace", "--src_video nine.mkv --src_mask eight.mkv", "mask eight.mkv has 8 frames, expected 9 as its video"),
         # missing
         ("i2v", "", "image to video needs an image: give it with --image FILE"),
-        ("flf2v", "--first_frame fine.png", "needs both images, the last one was not given"),
-        ("flf2v", "--last_frame fine.png", "needs both images, the first one was not given"),
+        ("flf2v", "--first_frame fine.png", "needs both images: give the other with --last-image FILE"),
+        ("flf2v", "--last_frame fine.png", "needs both images: give the other with --image FILE"),
         ("vace", "", "VACE needs a source video, a mask or reference images, none was given"),
         # for another model
         ("t2v", "--image fine.png", "image was given to a t2v model, which takes video, src_mask; it is for i2v"),

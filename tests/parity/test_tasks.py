@@ -384,10 +384,10 @@ def test_one_text_without_guidance(task):
 @pytest.mark.parametrize(
     "task, num_frames, sources, message",
     [
-        ("i2v", 5, {}, "needs an image, none was given"),
+        ("i2v", 5, {}, "needs an image: give it with --image FILE"),
         ("i2v", 5, {"image": "nowhere.png"}, "image nowhere.png does not exist"),
-        ("flf2v", 5, {"image": noise_image(8, 8)}, "both images, the last one was not given"),
-        ("flf2v", 5, {"last_image": noise_image(8, 8)}, "both images, the first one was not given"),
+        ("flf2v", 5, {"image": noise_image(8, 8)}, "both images: give the other with --last-image FILE"),
+        ("flf2v", 5, {"last_image": noise_image(8, 8)}, "both images: give the other with --image FILE"),
         ("flf2v", 1, {"image": noise_image(8, 8), "last_image": noise_image(8, 8)}, "frames is 1, .* nearest: 5"),
         ("vace", 5, {}, "needs a source video, a mask or reference images"),
         ("vace", 9, {"src_video": noise_video(6, 16, 16)}, "has 6 frames, expected at least 9; .* frames: 5"),

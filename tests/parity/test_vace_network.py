@@ -159,7 +159,7 @@ def test_wrong_shape_is_named():
 @pytest.fixture
 def diffusers_folder(reference, tmp_path) -> Path:
     """Of this model only the transformer is real."""
-    for names in DIFFUSERS_FILES.values():
+    for names in (names for part, names in DIFFUSERS_FILES.items() if part != "low_noise"):
         (tmp_path / names[-1]).parent.mkdir(exist_ok=True)
         (tmp_path / names[-1]).touch()
     reference.save_pretrained(tmp_path / "transformer")
