@@ -214,7 +214,7 @@ def test_refused(pipe, options, message):
 
 def test_refused_where_it_has_no_meaning():
     pipe = wan_mlx.WanPipeline.from_pretrained("nano-i2v", progress=False)
-    with pytest.raises(ValueError, match="src_mask was given to a i2v model, which takes image; it is for t2v, ti2v, vace"):
+    with pytest.raises(ValueError, match="src_mask was given to a i2v model, .* it is for t2v, ti2v, vace"):
         pipe.request("a", image=source()[0], src_mask=some())
 
 

@@ -475,7 +475,8 @@ class TestPlans:
         assert "encode images" not in [row.stage for row in choose.plan("i2v-A14B", memory="64GB").rows]
         assert "encode images" in [row.stage for row in choose.plan("i2v-14B-720P", memory="64GB").rows]
 
-    def test_list_of_models(self, capsys):
+    def test_list_of_models(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "120")
         assert main(["models"]) == 0
         row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("t2v-A14B"))
         assert "2 x 28.6" in row and "2 x 8.04" in row and "Wan-AI/Wan2.2-T2V-A14B" in row
