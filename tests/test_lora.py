@@ -358,7 +358,7 @@ GOOD = {"blocks.0.self_attn.q.lora_A.weight": A, "blocks.0.self_attn.q.lora_B.we
             {"blocks.7.self_attn.q.lora_A.weight": A},
             r"1 keys match nothing .*: blocks.7.self_attn.q.lora_A.weight; was",
         ),
-        ({"blocks.0.cross_attn.k_img.lora_A.weight": A}, r"k_img.*; it was made for an image-to-video model"),
+        ({"blocks.0.cross_attn.k_img.lora_A.weight": A}, r"k_img.*; it was made for a model .* by CLIP"),
         ({"vace_blocks.0.after_proj.lora_A.weight": A}, r"; it was made for a VACE model"),
         ({"blocks.0.self_attn.q.dora_scale": A}, r"dora_scale \(4, 128\) are not the norms of"),
         ({"blocks.0.self_attn.q.lokr_w1": A}, r"blocks.0.self_attn.q.weight has only .*lokr_w1"),
