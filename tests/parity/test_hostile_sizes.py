@@ -10,8 +10,9 @@ from test_full_size_keys import HeaderOnly
 
 from wan_mlx.errors import WeightsError
 from wan_mlx.models import configs
-from wan_mlx.weights.checkpoint import MAX_CONFIG_BYTES, open_checkpoint
+from wan_mlx.weights.checkpoint import open_checkpoint
 from wan_mlx.weights.component import ComponentWeights
+from wan_mlx.weights.config_files import MAX_CONFIG_BYTES
 from wan_mlx.weights.configs import network_config
 
 COMPONENTS = {

@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import WanError, WeightsError
 from ..events import Listener, Progress, unheard
 from ..storage import parse_json, sha256, shards_of, whole_file
-from .checkpoint import MLX_FORMAT, read_config
+from .config_files import MLX_FORMAT, read_config
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -21,10 +20,10 @@ from ..files.sentencepiece import EMBEDDED, MAX_TOKENIZER_BYTES, find_tokenizer,
 from ..hub.model_folders import nearest_model
 from ..hub.names import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES, one_or_two
 from ..models.configs import NUM_TRAIN_TIMESTEPS
-from ..other_models import ADVICE, of_entries
 from ..presets import COMFYUI_PARTS, COMFYUI_VAE_22, EXPERTS, MODULE, NETWORKS, PARTS, PRESETS
 from ..storage import fingerprint, parse_json
 from .component import ComponentWeights, kinds_in, open_component
+from .config_files import MLX_FORMAT, boundary_of, check_pipeline, read_config
 from .configs import network_config
 from .mlx_video import MLX_VIDEO, MLX_VIDEO_FILES, is_mlx_video, metadata_of
 
@@ -46,12 +45,8 @@ DIFFUSERS_NAMES = {
         "layer_norm_eps": "eps",
     },
 }
-# Diffusers' pipelines for Wan's networks begin with these; SkyReels V2 has the same.
-PIPELINES = ("Wan", "SkyReelsV2")
 # Layout of a folder → the names of its files.
 FOLDERS = {"mlx": MLX_FILES, "diffusers": DIFFUSERS_FILES, "official": OFFICIAL_FILES}
-MLX_FORMAT, MLX_VERSION = "wan_mlx", 1
-MAX_CONFIG_BYTES = 4_000_000
 # Kind of part → its size and the transformer's that must be the same, and words for it.
 FITS = {
     "text_encoder": ("dim", "text_dim", "a text encoder {} wide"),
@@ -352,7 +347,7 @@ def find_part(place: Path, name: str) -> Part:
 def _look_at_folder(folder: Path, given: Collection[str]) -> Checkpoint:
     """The model in a folder, where parts of the kinds ``given`` may be missing."""
     config = read_config(folder / "config.json")
-    boundary = _boundary(folder, config, check_pipeline(folder))
+    boundary = boundary_of(folder, config, check_pipeline(folder))
     if {*EXPERTS} <= {*given}:
         given = [*given, "transformer"]
     if config.get("format") == MLX_FORMAT:
@@ -372,29 +367,6 @@ def _look_at_folder(folder: Path, given: Collection[str]) -> Checkpoint:
     model = config.get("model") if layout == "mlx" else None
     found = Checkpoint(folder, parts, model, layout, boundary=boundary)
     return found if all(kind in given for kind in found.missing()) else _search(found, given)
-
-
-def _boundary(folder: Path, config: Mapping[str, Any], index: Mapping[str, Any]) -> float | None:
-    """The boundary of two experts that a folder's config.json or model_index.json records."""
-    own = None if config.get("dual_model") is False else config.get("boundary")  # mlx-video's, 0 of one transformer
-    for file, value in (("config.json", own), ("model_index.json", index.get("boundary_ratio"))):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-            raise WeightsError(f"{folder / file} has the boundary {reprlib.repr(value)}, expected a number between 0 "
-                               "and 1")  # fmt: skip
-        return float(value)
-    return None
-
-
-def check_pipeline(folder: Path) -> dict[str, Any]:
-    """The model_index.json of a folder, empty if there is none; WeightsError if it is another pipeline's than Wan's."""
-    index = folder / "model_index.json"
-    entries = read_config(index)
-    pipeline = str(entries.get("_class_name", "Wan"))
-    if not pipeline.startswith(PIPELINES):
-        raise UnsupportedModel(f"{index}: this is a {pipeline[:80]!r}, which is not supported; {ADVICE['transformer']}")
-    return entries
 
 
 def _mlx_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
@@ -551,48 +523,3 @@ def _listing(folder: Path) -> str:
 def _find(folder: Path, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, Path]:
     present = {part: [folder / name for name in names if (folder / name).is_file()] for part, names in wanted.items()}
     return {part: files[0] for part, files in present.items() if files}
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A config.json, empty if there is none; WeightsError if no MLX folder of this version has such entries."""
-    if not path.is_file():
-        return {}
-    try:
-        if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
-            raise WeightsError(f"{path} is {size:,} bytes, expected a configuration of at most {MAX_CONFIG_BYTES:,}")
-        config = parse_json(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise WeightsError(f"{path} is not readable JSON: {str(error)[:200]}") from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"{path} holds a {type(config).__name__}, expected a JSON object")
-    if other := of_entries(config):
-        raise other.refusal(path)
-    if config.get("format") == MLX_FORMAT:
-        _check_mlx(path, config)
-    _check_quantization(path, config.get("quantization_config"))
-    return config
-
-
-def _check_quantization(path: Path, entry: Any) -> None:
-    """Diffusers' and transformers' entry must name a method whose files can be read; `files.scaled` reads them."""
-    entry = entry if isinstance(entry, dict) else {"quant_method": 0}
-    method, dtype = entry.get("quant_method"), entry.get("weights_dtype", entry.get("weights"))
-    if method not in (0, "quanto", "torchao", "gguf") or (method == "quanto" and dtype not in ("int8", "float8")):
-        what = str(method) if method != "quanto" else f"quanto {dtype}"
-        raise WeightsError(
-            f"{path} says that its weights are quantised by {what[:80]!r}, which is not supported; expected quanto or "
-            "torchao, int8 or float8 (or give the bf16, fp16 or GGUF weights)"
-        )
-
-
-def _check_mlx(path: Path, config: dict[str, Any]) -> None:
-    version = config.get("version", MLX_VERSION)
-    if version != MLX_VERSION:
-        newer = type(version) is int and version > MLX_VERSION
-        why = "it was made by a newer wan_mlx: update this one" if newer else f"expected {MLX_VERSION}"
-        raise WeightsError(f"{path} says version = {reprlib.repr(version)}; {why}")
-    objects = {name: (dict, "an object") for name in (*NETWORKS, *EXPERTS, "files")}
-    wanted = {**objects, "model": (str, "a preset's name"), "quantization": (str | dict, "a mode for all or for each")}
-    for name, (kind, words) in wanted.items():
-        if not isinstance(config.get(name), kind | None):
-            raise WeightsError(f"{path} says {name} = {reprlib.repr(config[name])}, expected {words}")
