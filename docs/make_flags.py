@@ -11,7 +11,7 @@ from wan_mlx.other_words import WORDS
 
 PAGE, CHINESE = Path(__file__).with_name("flags.md"), Path(__file__).parent / "zh/flags.md"
 # Flag, `stamp` of the English text that was translated, and the Chinese text, with tabs between them.
-TRANSLATED = CHINESE.with_suffix(".tsv")
+TRANSLATED = Path(options.__file__).parent / "assets/flags.zh.tsv"
 
 
 def translations() -> dict[str, tuple[str, str]]:

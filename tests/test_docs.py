@@ -373,7 +373,7 @@ def test_the_tables_of_flags_are_current():
 
 
 def test_every_flag_has_a_text_in_chinese_of_the_newest_one_in_english():
-    """In docs/zh/flags.tsv: translate the English text anew, and put its stamp, which is shown here, before it."""
+    """In wan_mlx/assets/flags.zh.tsv: translate the English text anew, and put its stamp, shown here, before it."""
     found, flags = make_flags.translations(), {option.flags[0]: option for option in options.flags()}
     assert found.keys() == flags.keys()
     stale = {flag: (make_flags.stamp(option), make_flags.english(option)) for flag, option in flags.items()

@@ -57,6 +57,7 @@ STARTS_FAST = {
 LATE_PACKAGES = {
     ("files.gguf", "gguf"): "an extra",
     ("generate", "cli.main"): "Ctrl-C is made harmless before it",
+    ("cli.serve", "server.serving"): "an extra",
     ("files.sentencepiece", "sentencepiece"): "protobuf's classes, only for a tokenizer that is rebuilt",
     ("hub.modelscope", "modelscope"): "an extra",
     ("prompts.extend", "mlx_lm"): "takes seconds; only prompt extension needs it",
@@ -68,6 +69,8 @@ LATE_PACKAGES = {
     ("mac", "fcntl"): "not on Windows",
     ("progress_bars", "rich"): "start-up: only a terminal needs it",
     ("runs.folder", "fcntl"): "not on Windows",
+    ("runs.queue", "fcntl"): "not on Windows",
+    ("server.library", "send2trash"): "start-up: only deleting needs it",
     ("storage", "fcntl"): "not on Windows",
 }
 
