@@ -29,6 +29,7 @@ from wan_mlx.errors import WeightsError
 from wan_mlx.files.base import TensorInfo
 from wan_mlx.files.open import open_weights
 from wan_mlx.files.pth import read_index
+from wan_mlx.files.safetensors import load_arrays, save_arrays
 
 # --- safetensors
 
@@ -373,3 +374,22 @@ def test_tensors_of_an_untyped_storage(pth):
     assert file.read("x").tolist() == DATA.view(np.uint16)[3::2].tolist()
     refusal(pth(mapping(x=call("torch._utils", "_rebuild_tensor_v3", *args, name("torch", "FloatStorage")))))
     refusal(pth(mapping(x=tensor(untyped))))
+
+
+def test_saved_arrays_come_back_and_equal_ones_are_equal_files(tmp_path):
+    arrays = {
+        "b": mx.arange(6).reshape(2, 3).astype(mx.bfloat16), "a": mx.array(2.5), "c": mx.zeros((0, 3), mx.uint32),
+    }  # fmt: skip
+    metadata = {str(number): "ü\n" for number in range(9)}  # the library draws their order anew
+    for file in ("one", "two"):
+        save_arrays(tmp_path / file, arrays, metadata)
+    loaded, said = load_arrays(tmp_path / "one")
+    assert said == metadata and {key: array.dtype for key, array in loaded.items()} == {
+        key: array.dtype for key, array in arrays.items()
+    }
+    assert all(mx.array_equal(loaded[key], array) for key, array in arrays.items())
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "one").stat().st_mode == (tmp_path / "plain").stat().st_mode, "readable as any other file"
+    with pytest.raises(OSError, match="No such file"):
+        save_arrays(tmp_path / "nowhere" / "one", arrays, metadata)

@@ -1,16 +1,20 @@
 """Safetensors files (https://github.com/huggingface/safetensors, "Format"), every number of the header checked.
 
-MLX loads the tensors; each time it opens the file, its header is compared with the one checked here.
+MLX loads the tensors, the library writes them. Each time MLX opens a file, its header is compared with the one checked.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 import mlx.core as mx
+import numpy as np
+from safetensors import SafetensorError, TensorSpec, serialize_file
 
 from ..errors import WeightsError
 from ..storage import parse_json
@@ -82,6 +86,37 @@ def load_arrays(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     _read_header(path)
     loaded = mx.load(str(path), format="safetensors", return_metadata=True)
     return cast(tuple[dict[str, mx.array], dict[str, str]], loaded)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: dict[str, str]) -> None:
+    """Write contiguous arrays out of the memory that holds them; the library sorts them by dtype, then by name.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with mx.stream(mx.cpu):
+        data = {key: np.array(array.flatten().view(mx.uint8), copy=False) for key, array in arrays.items()}
+    specs = {
+        key: TensorSpec(
+            dtype=str(array.dtype).rpartition(".")[2], shape=array.shape, data_ptr=data[key].ctypes.data,
+            data_len=data[key].nbytes,
+        )
+        for key, array in arrays.items()
+    }  # fmt: skip
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        serialize_file(specs, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    path.chmod(mode)  # the library makes another file, for its owner alone, and gives it the name
+    with path.open("r+b") as file:  # it writes metadata in an order drawn anew; equal weights are to be equal files
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        file.seek(8)
+        file.write(text)
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, int]]:

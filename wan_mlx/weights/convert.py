@@ -1,4 +1,4 @@
-"""Converts any loadable checkpoint to one MLX folder: our names, our layout, blocks in order of use.
+"""Converts any loadable checkpoint to one MLX folder: our names, our layout, a block never in two files.
 
 The folder: config.json (sizes, dtypes, source, SHA-256 of every file), each network as one safetensors file or as
 shards with an index, tokenizer.model, and README.md with commands to run it.
@@ -15,19 +15,19 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from .. import __version__
 from ..errors import WeightsError, some
+from ..files.safetensors import save_arrays
 from ..files.sentencepiece import read_tokenizer
 from ..hub.names import MLX_FILES
 from ..presets import EXPERTS, NETWORKS, PRESETS
-from ..storage import MARKER, fingerprint, free_space, gigabytes, new_folder, parse_json
+from ..storage import MARKER, fingerprint, free_space, gigabytes, new_folder, parse_json, sha256
 from .checkpoint import Checkpoint, open_checkpoint
 from .component import MLX_LAYOUT, SAFETENSORS_NAMES, beside
 from .config_files import MLX_FORMAT, MLX_VERSION
@@ -38,7 +38,7 @@ from .quantize import QUANTIZED
 # Key → shape and dtype of a tensor to be written.
 Specs = dict[str, tuple[tuple[int, ...], mx.Dtype]]
 
-SHARD_BYTES = 4 * 10**9
+SHARD_BYTES = 2 * 10**9  # a shard is in memory as it is written; umT5's embedding alone has 2.1 GB
 # Files of a converted folder beside those that its config.json lists.
 CONVERTED = ("config.json", "README.md", *(names[0] for names in MLX_FILES.values()), MARKER, ".DS_Store")
 BLOCK = re.compile(r"(vace_blocks|blocks)\.(\d+)\.")
@@ -207,32 +207,16 @@ class Network:
         return digests
 
     def _write_shard(self, path: Path, names: list[str], steps: Iterator[str]) -> str:
-        """Write one safetensors file tensor by tensor, so that an 11 GB text encoder needs little memory.
-
-        The safetensors package and MLX need all tensors of a file at once, and sort them by name.
-        """
+        """Write one file, whose tensors are all in memory meanwhile; returns its SHA-256."""
         metadata = {"layout": MLX_LAYOUT, "component": self.parameters.component}
         if self.parameters.quantization.packings:
             metadata |= self.parameters.quantization.to_metadata()
-        header: dict[str, Any] = {"__metadata__": metadata}
-        offset = 0
-        for name in names:
-            for key, (shape, dtype) in self.kept[name].items():
-                end = offset + math.prod(shape) * dtype.size
-                header[key] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": (offset, end)}
-                offset = end
-        encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 8)  # data start at a multiple of eight bytes
-        digest = hashlib.sha256()
-        head: list[bytes | memoryview] = [len(encoded).to_bytes(8, "little"), encoded]
-        with open(path, "wb") as file:
-            for data in chain(head, self._values(names, steps)):
-                file.write(data)
-                digest.update(data)
-        return digest.hexdigest()
+        save_arrays(path, dict(self._arrays(names, steps)), metadata)
+        mx.clear_cache()
+        return sha256(path)
 
-    def _values(self, names: list[str], steps: Iterator[str]) -> Iterator[memoryview]:
-        """The bytes of each tensor of ``names``, read, changed and cast one at a time."""
+    def _arrays(self, names: list[str], steps: Iterator[str]) -> Iterator[tuple[str, mx.array]]:
+        """The tensors of ``names``, read, changed and cast one at a time."""
         for name in names:
             next(steps)
             with mx.stream(mx.cpu):
@@ -240,7 +224,9 @@ class Network:
             arrays = dict(self.parameters.finish(started))
             for key, (_, dtype) in self.kept[name].items():
                 with mx.stream(mx.cpu):
-                    yield np.array(arrays.pop(key).astype(dtype).flatten().view(mx.uint8)).data
+                    array = mx.contiguous(arrays.pop(key).astype(dtype))
+                    mx.eval(array)  # so that what it was made of is freed
+                yield key, array
 
 
 def _kept(parameters: Parameters, name: str) -> Specs:
