@@ -80,7 +80,12 @@ class TestTheWordWithoutAFlag:
         "argv, said",
         [
             (["genrate"], "nearest: wan-mlx generate"),
+            (["plna"], "nearest: wan-mlx plan"),
             (["recipe"], "nearest: wan-mlx recipes"),
+            (["a.avi"], "nearest: wan-mlx --video a.avi"),
+            (["notes.pages"], "looks like no prompt, but like a file's name; as a prompt: wan-mlx -p notes.pages"),
+            (["serve"], "'serve' is a command of later versions; those of this one: wan-mlx help"),
+            (["train", "data", "--rank", "8"], "'train' is a command of later versions"),
             (["--quiet", "models"], "nearest: wan-mlx models"),
             (["t2v-14B"], "nearest: wan-mlx plan t2v-14B"),
             (["Wan-AI/Wan2.1-T2V-1.3B"], "nearest: wan-mlx plan Wan-AI/Wan2.1-T2V-1.3B"),

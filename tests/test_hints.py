@@ -49,8 +49,10 @@ SHOWN = {
     "wan-mlx \"a cat\"": "'a cat' --dry-run",
     "wan-mlx --prompts {}": "--prompts many.txt --dry-run",
     "wan-mlx --image {} \"what it should show\"": "--image first.png 'what it should show' --dry-run",
+    "wan-mlx --video {} \"what it should show\"": "--video clip.mp4 'what it should show' --dry-run",
     "wan-mlx --model ./{}{} --prompt \"what it should show\" --output out.mp4":
         "--model ./nano.folder --prompt 'what it should show' --output out.mp4 --dry-run",
+    "wan-mlx help": "help",
     "wan-mlx resume {}": "resume made.mp4",
     "wan-mlx resume cat.mp4": "resume made.mp4",
     "wan-mlx resume FILE": "resume made.mp4",
@@ -63,7 +65,8 @@ def here(tmp_path, monkeypatch, pico):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(speed, "measure_rates", lambda *_: speed.Rates(1e12, 1e12, 1e12, 1e12))
     shutil.copytree(pico, "nano.folder")
-    shutil.copy(ROOT / "examples/sources/first.png", tmp_path)
+    for name in ("first.png", "clip.mp4"):
+        shutil.copy(ROOT / "examples/sources" / name, tmp_path)
     Path("many.txt").write_text("a red circle\na blue square\n")
     Path("many.jsonl").write_text('{"prompt": "a red circle"}\n')
     Path("made.mp4").write_bytes(b"video")

@@ -17,7 +17,8 @@ from ..hub.names import HUB_ID, WEIGHT_ENDINGS
 from ..presets import PRESETS
 from .flags import ABOUT, USAGE, Parser, arguments_of, build_parser
 
-NEAR = 0.82  # of difflib's ratios, from which on a word is taken for a command that is misspelled
+NEAR = 0.75  # of difflib's ratios, from which on a word is taken for a command that is misspelled
+TO_COME = ("serve", "queue", "train", "mcp")  # planned commands, which nobody means as a prompt
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ Every flag: wan-mlx --help-all. Of a command: wan-mlx help COMMAND."""
 MEANT = {
     (".jsonl", ".txt"): "wan-mlx --prompts {}",
     (".png", ".jpg", ".jpeg"): 'wan-mlx --image {} "what it should show"',
+    (".avi", ".mov", ".mkv", ".m4v", ".webm"): 'wan-mlx --video {} "what it should show"',
     (".mp4", ".webp", ".gif", ".npz", *WEIGHT_ENDINGS): "wan-mlx info {}",
     (".wan",): "wan-mlx resume {}",
 }
@@ -131,6 +133,9 @@ def as_flags(name: str, argv: list[str], is_said: bool) -> list[str]:
     placed = [_Word(word) for word in argv]  # equal words are told apart
     given, unknown = build_parser().parse_known_args(placed)
     words = [word for word in unknown if not _is_flag(word)]
+    if not is_said and words and words[0] in TO_COME:
+        raise UsageError(f"{words[0]!r} is a command of later versions; those of this one: wan-mlx help; as a prompt: "
+                         f"wan-mlx -p {words[0]}")  # fmt: skip
     if not words or len(words) < len(unknown):  # an unknown flag: the parser says so, later
         return [*command.flags, *argv]
     word, option = words[0], options.keyed(command.takes)
@@ -177,5 +182,6 @@ def _check_prompt(word: str) -> None:
         meant = next((text.format(quoted) for endings, text in MEANT.items() if path.suffix.lower() in endings), "")
         if word in PRESETS or path.is_dir() or (not meant and HUB_ID.fullmatch(word)):
             meant = f'wan-mlx plan {quoted}, or wan-mlx -m {quoted} "what the video should show"'
-    if meant:
-        raise UsageError(f"{word!r} looks like no prompt; nearest: {meant}; as a prompt: wan-mlx -p {quoted}")
+    if meant or re.fullmatch(r"\.[A-Za-z]\w{1,9}", path.suffix):
+        nearest = f"; nearest: {meant}" if meant else ", but like a file's name"
+        raise UsageError(f"{word!r} looks like no prompt{nearest}; as a prompt: wan-mlx -p {quoted}")
