@@ -54,7 +54,7 @@ def words(chinese: bool) -> str:
     """Other programs' words for our flags."""
     lines = ["| 这里 | ComfyUI | Diffusers |" if chinese else "| here | ComfyUI | Diffusers |", "|---|---|---|"]
     for ours, *others in WORDS:
-        cells = [re.sub(r"(\w+)(?=[^()]*(?:\(|$))", r"`\1`", text) for text in others]
+        cells = [re.sub(r"(\w+)(?=[^()]*(?:\(|$))", r"`\1`", text.replace("=", "")) for text in others]
         lines.append(f"| `{ours}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

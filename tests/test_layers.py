@@ -25,7 +25,7 @@ LAYERS = [
     "files",
     "cuda",
     "models",
-    "presets options hints other_models other_words",
+    "presets options other_models other_words",
     "hub",
     "weights",
     "media",

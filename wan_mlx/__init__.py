@@ -99,11 +99,11 @@ def __getattr__(name: str) -> Any:
 
 def _of_diffusers(name: str) -> Any:
     """What Diffusers calls so, or an error that says what to write; other names are not there."""
-    hints = importlib.import_module(".hints", __name__)
-    if name in hints.SAME_NAMES:
-        return __getattr__(hints.SAME_NAMES[name])
-    if name in hints.NAMES:  # not AttributeError, of which `from wan_mlx import name` would leave the words out
-        raise ImportError(f"wan_mlx has no {name}: {hints.NAMES[name]}")
+    words = importlib.import_module(".other_words", __name__)
+    if name in words.SAME_NAMES:
+        return __getattr__(words.SAME_NAMES[name])
+    if name in words.NAMES:  # not AttributeError, of which `from wan_mlx import name` would leave the words out
+        raise ImportError(f"wan_mlx has no {name}: {words.NAMES[name]}")
     raise AttributeError(f"module 'wan_mlx' has no attribute {name!r}")
 
 

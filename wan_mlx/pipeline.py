@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from .hints import ATTRIBUTES, ours
 from .hub.resolve import Places, resolve
 from .lasting import computes
 from .mac import awake
@@ -14,6 +13,7 @@ from .media.video import Video
 from .opened import OpenedModel
 from .option import MODEL, REQUEST
 from .options import PROMPT, RequestOptions, filled, named, of, told
+from .other_words import ATTRIBUTES, ours
 from .planning.choose import parse_tiling
 from .planning.machine import parse_memory
 from .presets import GIVEN_APART, find_preset
