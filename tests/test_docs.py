@@ -34,7 +34,6 @@ from wan_mlx.models.chips import CHIPS
 from wan_mlx.models.configs import ImageEncoderConfig, TransformerConfig, VAE22Config
 from wan_mlx.models.networks import new_transformer
 from wan_mlx.other_models import ADVICE
-from wan_mlx.planning import choose as memory
 from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning import speed as timing
 from wan_mlx.presets import BUNDLED, EXPERTS, PRESETS
@@ -416,7 +415,7 @@ def test_the_memory_table_agrees_with_plans(monkeypatch):
         name, size = presets[row.lower()], (int(width), int(height))
 
         def plan(room, quantize=None, name=name, size=size):
-            return memory.plan(name, *size, 81, memory=room, quantize=quantize)
+            return wan_mlx.plan(name, *size, 81, memory=room, quantize=quantize)
 
         streamed = next(row.peak for row in plan("24GB").rows if row.stage == "denoise")
         decode = peaks.vae(configs.VAEConfig(), (21, size[1] // 8, size[0] // 8), None, decoding=True)

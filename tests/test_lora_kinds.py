@@ -11,6 +11,7 @@ from arrays import relative_error
 from test_lora import ALPHA, GOOD, MODULES, A, B, base, inputs, parameters, random, refused, save
 
 from wan_mlx.errors import WeightsError
+from wan_mlx.models.layers import SIDE_KEYS
 from wan_mlx.weights.load import load_transformer
 from wan_mlx.weights.lora import open_loras
 from wan_mlx.weights.lora_changes import merged
@@ -130,6 +131,11 @@ def test_several_compose_in_their_order_merged_and_beside(base, tmp_path, name):
     plain = beside(*inputs())
     set_loras(beside, loras)
     assert mx.array_equal(streamed(*inputs()), beside(*inputs()))  # in its second pass, too
+    if len(loras) == 1:  # plans count what is beside
+        held = [layer[key] for layer in beside.modules() for key in SIDE_KEYS if key in layer and key != "lora_order"]
+        values = sum(array.size for found in held for array in (found if isinstance(found, list) else [found]))
+        changes = [change for found in open_loras(loras, beside.config).values() for change in found]
+        assert values == sum(change.values_beside() for change in changes)
     assert relative_error(plain, merged(*inputs())) > 0.01
     set_loras(beside)
     assert mx.array_equal(beside(*inputs()), plain)

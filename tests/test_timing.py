@@ -21,6 +21,7 @@ from wan_mlx.planning.sizes import sizes_of
 from wan_mlx.planning.speed import Rates
 from wan_mlx.presets import BUNDLED, PRESETS
 from wan_mlx.types import Request
+from wan_mlx.weights.checkpoint import open_checkpoint
 from wan_mlx.weights.load import parameters_of
 
 # Seconds: of a block, for any number of tokens and for 32, and of what is outside the blocks.
@@ -63,7 +64,7 @@ def times(plan: memory.Plan, rates: Rates) -> dict[str, float]:
 
 def test_seconds_from_rates():
     """What is streamed takes as long as the slower of reading and computing; what is resident, both."""
-    plan = memory.plan("i2v-14B-480P", 832, 480, 81, steps=2, guidance_scale=1, memory="100GB")
+    plan = wan_mlx.plan("i2v-14B-480P", 832, 480, 81, steps=2, guidance_scale=1, memory="100GB")
     rows = {row.stage: row for row in plan.rows}
     attention = 2 * 4.0 * 32760**2 * 5120 * 40
     assert rows["denoise"].attention == pytest.approx(attention)
@@ -198,7 +199,7 @@ def test_packed_weights_are_timed_packed():
 
 
 def test_reading_is_of_weights_as_they_are_loaded(clock, monkeypatch):
-    checkpoint = memory.find_model(BUNDLED["nano"])[1]
+    checkpoint = open_checkpoint(BUNDLED["nano"])
     parameters = parameters_of(checkpoint, mx.float32)
     assert timing.reading_rate(parameters) is None  # 12 MB
     monkeypatch.setattr(timing, "READ_BYTES", 3_000_000)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # the names of __getattr__, for editors and type checkers
     from .media.video import Video as Video
     from .media.video import export_to_video as export_to_video
     from .pipeline import WanPipeline as WanPipeline
-    from .planning.choose import plan as plan
+    from .pipeline import plan as plan
     from .planning.plan import Plan as Plan
     from .presets import PRESETS as PRESETS
     from .prompts.extend import PromptExtender as PromptExtender
@@ -71,7 +71,7 @@ _PUBLIC = {
     "Step": "types",
     "Video": "media.video",
     "export_to_video": "media.video",
-    "plan": "planning.choose",
+    "plan": "pipeline",
     "Plan": "planning.plan",
     "MemoryPlanError": "errors",
     "WanError": "errors",

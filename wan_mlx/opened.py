@@ -25,7 +25,7 @@ from .mac import awake
 from .media.preview import Previewer, latent_map, tiny_autoencoder, tiny_preview
 from .media.write import to_uint8
 from .models import vae_tiling as tiling
-from .models.configs import geometry_of
+from .models.configs import TransformerConfig, geometry_of
 from .models.execution import Execution, encode_images
 from .models.text_encoder import pad_context
 from .models.tokenizer import CHINESE, Tokenizer, most_tokens
@@ -35,7 +35,7 @@ from .options import filled, named
 from .planning.choose import Wanted, parse_tiling, plan_video
 from .planning.machine import mlx_version
 from .planning.plan import Plan
-from .planning.sizes import sizes_of
+from .planning.sizes import Networks, sizes_of
 from .presets import EXPERTS, MODULE, Preset, find_preset, preset_for
 from .progress_bars import progress_of
 from .prompts.cache import PromptCache
@@ -56,7 +56,6 @@ from .weights.load import (
     load_vae,
     modes_of,
     parameters_of,
-    parse_dtype,
     text_dtype,
 )
 from .weights.lora import describe_lora, in_lists, lora_lists
@@ -94,6 +93,19 @@ def with_experts(
     return checkpoint.with_experts(loras=own) if any(own) else checkpoint
 
 
+def check_task(path: Path, config: TransformerConfig, preset: Preset, given: Mapping[str, Any]) -> None:
+    """Raise ValueError if a model, found at ``path``, is not one for the task of ``preset``, or reads no images and was
+    ``given`` an encoder for them."""
+    if preset.task != config.model_type:
+        raise ValueError(
+            f"{path} holds a {config.model_type} model, but the task {preset.name} needs a {preset.task} model"
+        )
+    if preset.task not in TASKS:
+        raise ValueError(f"{preset.task} models are not supported yet; supported: {', '.join(TASKS)}")
+    if given["image_encoder"] and not config.has_image_branch:
+        raise ValueError(f"image_encoder was given to a {preset.task} model, which reads no images with it")
+
+
 class OpenedModel:
     """A Wan model, opened but not resident.
 
@@ -103,7 +115,6 @@ class OpenedModel:
         config: sizes of the transformer, from its weights.
         quantized: mode in which the transformer and the text encoder are packed, for those that are.
         loras: path and strength of each LoRA in use; `set_loras` changes them.
-        sizes: quantisation → the sizes of its networks (`Networks`), as plans need them.
         opened_with: the options that it was opened with, as `from_pretrained` takes them.
         taehv: the file of TAEHV's weights, if it is used; ``draft`` tells whether for the video itself.
         listener: hears the `Progress` of all work: progress bars, if wanted; during a run, the run.
@@ -123,7 +134,6 @@ class OpenedModel:
         named("boundary").check(given["boundary"])
         self.checkpoint = checkpoint = with_experts(checkpoint, self.preset, given, loras)
         self.dtype, self.quantize, self.memory = given["dtype"], given["quantize"], given["memory"]
-        self.sizes = lru_cache(partial(sizes_of, checkpoint, parse_dtype(self.dtype)))
         self.vae_tiling = parse_tiling(given["vae_tiling"])
         self.quantized = modes_of(checkpoint, self.quantize)
         self.prompt_cache: bool = given["prompt_cache"]
@@ -141,15 +151,7 @@ class OpenedModel:
         self._kept: dict[str, Any] | None = None  # within `keep_loaded`: the networks and texts that stay
         self.plan_at_work: Plan | None = None
         self.running = threading.Lock()  # held by the run that is under way
-        if self.preset.task != self.config.model_type:
-            raise ValueError(
-                f"{checkpoint.path} holds a {self.config.model_type} model, "
-                f"but the task {self.preset.name} needs a {self.preset.task} model"
-            )
-        if self.preset.task not in TASKS:
-            raise ValueError(f"{self.preset.task} models are not supported yet; supported: {', '.join(TASKS)}")
-        if given["image_encoder"] and not self.reads_images:
-            raise ValueError(f"image_encoder was given to a {self.preset.task} model, which reads no images with it")
+        check_task(checkpoint.path, self.config, self.preset, given)
 
     def __repr__(self) -> str:
         loras = f"{len(self.loras)} LoRA{'s' * (len(self.loras) > 1)}" if self.loras else ""
@@ -199,15 +201,20 @@ class OpenedModel:
         return geometry_of(self.config, config_of(self.checkpoint, "vae"))
 
     @computes
-    def plan(self, request: Request, measure: bool = False) -> Plan:
+    def plan(self, request: Request, measure: bool = False, kept: bool = False) -> Plan:
         """How a request keeps within the memory there is: which parts are resident, streamed or tiled, and the peaks.
 
         Args:
             measure: times too, for which parts of the networks are timed for some seconds.
+            kept: as within `keep_loaded`.
         """
-        kept = self._kept is not None
+        kept = kept or self._kept is not None
         wanted = Wanted(self.preset.name, request, self.quantize, self.memory, self.vae_tiling, kept)
-        return plan_video(wanted, self.sizes, measure, partial(parameters_of, self.checkpoint))
+        return plan_video(wanted, lru_cache(self.sizes), measure, partial(parameters_of, self.checkpoint))
+
+    def sizes(self, quantize: str | None = None) -> Networks:
+        """The sizes of its networks, the transformer and the text encoder packed so."""
+        return sizes_of(self.checkpoint, self.dtype, quantize, loras=self.loras, merge=self._merge_loras)
 
     def settings(self, request: Request) -> dict[str, Any]:
         """Everything needed to make the video again, as embedded in its file."""

@@ -172,6 +172,14 @@ def ours(face: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def of_faces(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keywords, under any of their names, of `from_pretrained` and of a call; unknown ones are of the call."""
+    names = {option.name for option in options.of(MODEL)}
+    names |= {*_spelled(MODEL), *(theirs for theirs, same in SAME.items() if same in names)}
+    of_model = {name: value for name, value in given.items() if name in names}
+    return of_model, {name: value for name, value in given.items() if name not in names}
+
+
 def _elsewhere(face: str, name: str) -> str:
     """The end of an error about an option that belongs into the other call: of `from_pretrained`, or of a pipeline."""
     other, call = (MODEL, "WanPipeline.from_pretrained") if face == REQUEST else (REQUEST, "a pipeline's call")

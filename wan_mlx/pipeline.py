@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from .hub.resolve import Places, resolve
+from .geometry import Geometry
+from .hub.names import parse_location
+from .hub.resolve import Places, preset_of, resolve
 from .lasting import computes
 from .mac import awake
 from .media.video import Video
-from .opened import OpenedModel
+from .models.configs import TransformerConfig
+from .opened import OpenedModel, check_task, with_experts
 from .option import MODEL, REQUEST
 from .options import PROMPT, RequestOptions, filled, named, of, told
-from .other_words import ATTRIBUTES, ours
-from .planning.choose import parse_tiling
+from .other_words import ATTRIBUTES, of_faces, ours
+from .planning.choose import Wanted, parse_tiling, plan_video
 from .planning.machine import parse_memory
-from .presets import GIVEN_APART, find_preset
+from .planning.plan import Plan
+from .planning.sizes import not_here, sizes_of
+from .presets import GIVEN_APART, MODULE, PRESETS, Preset, find_preset
 from .progress_bars import ProgressBars, progress_of
 from .prompts.extend import extend_requests
 from .request_builder import build_request
 from .runs.run import Output, Run
 from .types import LoraChoices, Request, RunState, Source, Step
-from .weights.checkpoint import check_here, open_checkpoint
+from .weights.checkpoint import Checkpoint, check_here, check_sizes, find_part, joined, open_checkpoint
+from .weights.load import parse_dtype
 from .weights.lora import in_lists, lora_lists
 from .weights.quantize import check_mode
 
@@ -36,6 +44,27 @@ IN_ORDER = ("dtype", "quantize", "memory", "preset", "progress")
 def spelled(face: str, given: dict[str, Any]) -> dict[str, Any]:
     """Of a function's arguments those that are options of ``face``."""
     return {option.name: given[option.name] for option in of(face) if option is not PROMPT and option.name in given}
+
+
+def checked(model: str | Path, given: dict[str, Any]) -> tuple[dict[str, Any], Places]:
+    """All options of a model, and the places that they name; what can be wrong before a download is checked.
+
+    Raises:
+        TypeError, ValueError: an option is wrong.
+    """
+    if not isinstance(model, str | Path):
+        raise ValueError(f"the model is {model!r}, expected a name such as \"nano\", or a path")
+    given = filled(MODEL, ours(MODEL, {"model": model, **given}))
+    parse_memory(given["memory"])
+    parse_dtype(given["dtype"])
+    for mode in ("quantize", "quantize_high", "quantize_low"):
+        check_mode(given[mode])
+    named("boundary").check(given["boundary"])
+    parse_tiling(given["vae_tiling"])
+    if given["preset"]:
+        find_preset(given["preset"])
+    parts = {part: given[part] for part in GIVEN_APART if given[part] is not None}
+    return given, Places(model, parts, [lora for loras in lora_lists(given).values() for lora in loras])
 
 
 class WanPipeline(OpenedModel):
@@ -89,20 +118,9 @@ class WanPipeline(OpenedModel):
             ValueError: an option is wrong, or the model's task is not supported.
             WeightsError: the folder is incomplete, a file is of another kind, or the download failed.
         """
-        if not isinstance(model, str | Path):
-            raise ValueError(f"the model is {model!r}, expected a name such as \"nano\", or a path")
-        given = filled(MODEL, ours(MODEL, {**spelled(MODEL, locals()), **other}))
-        parse_memory(given["memory"])
-        for mode in ("quantize", "quantize_high", "quantize_low"):
-            check_mode(given[mode])
-        named("boundary").check(given["boundary"])
-        parse_tiling(given["vae_tiling"])  # before a download
-        if given["preset"]:
-            find_preset(given["preset"])
+        given, places = checked(model, {**spelled(MODEL, locals()), **other})
         loras = lora_lists(given)
         source, listener = given["source"], progress_of(given["progress"])
-        parts = {part: given[part] for part in GIVEN_APART if given[part] is not None}
-        places = Places(model, parts, [lora for one in loras.values() for lora in one])
         check_here(*places.here())
         try:
             with awake(given["caffeinate"]):
@@ -269,3 +287,88 @@ class WanPipeline(OpenedModel):
     def __getattr__(self, name: str) -> Any:
         hint = ATTRIBUTES.get(name)
         raise AttributeError(f"a {type(self).__name__} has no {name!r}" + f": {hint}" * bool(hint))
+
+
+@computes
+def plan(
+    model: str | Path,
+    width: int | None = None,
+    height: int | None = None,
+    num_frames: int | None = None,
+    steps: int | None = None,
+    memory: str | int | None = None,
+    *,
+    measure: bool = False,
+    kept: bool = False,
+    **options: Any,
+) -> Plan:
+    """Plan a video in a memory budget: how it would be made with these options, and whether it fits.
+
+    Downloads nothing and reads no weights. Of a released model that is not on this machine the published sizes are
+    taken; of its parts and LoRAs, those that are here.
+
+    Args:
+        model: as for `WanPipeline.from_pretrained`.
+        width, height, num_frames, steps: None takes the model's defaults.
+        memory: the limit for MLX, such as "8GB"; None or "auto" takes this machine's free memory.
+        measure: give times too, if it fits: parts of the networks are timed for some seconds (`planning.speed`).
+        kept: as within `keep_loaded`, for several videos.
+        options: any others of `WanPipeline.from_pretrained`, and of a call but the prompt: quantize="q8", loras=…,
+            image=…, size="480p", recipe="lightx2v-4step". A task's pictures and videos may be left out all together.
+
+    Returns:
+        The `Plan`; print it for a table. `Plan.fits` says whether it fits, `Plan.advice` which changes would help.
+
+    Raises:
+        TypeError, ValueError: an option is wrong, or the model is on a hub and not one of `PRESETS`.
+        WeightsError: a local model is not whole, its parts are not of one model, or a LoRA does not suit it.
+    """
+    sizes = dict(width=width, height=height, num_frames=num_frames, steps=steps, memory=memory)
+    of_model, of_request = of_faces({**options, **{name: value for name, value in sizes.items() if value is not None}})
+    given, places = checked(model, of_model)
+    asked = ours(REQUEST, of_request)
+    path, parts, found_loras = places.on_machine()
+    row = [(place or Path(), strength) for place, (_, strength) in zip(found_loras, places.loras, strict=True)]
+    lists = in_lists(row, like=lora_lists(given)).items()
+    loras = {name: [lora for lora in own if lora[0] != Path()] for name, own in lists}
+    given |= {**loras, "progress": False, "taehv": None, "draft": False}  # the last two have no part in it
+    released = None if path else PRESETS.get(str(model)) or preset_of(model)
+    if released is not None and MODULE not in parts:
+        found = _plan_of_released(released, parts, given, asked, measure, kept)
+    else:
+        for place, here in zip([model, *places.parts.values()], [path, *parts.values()], strict=True):
+            if here is None and parse_location(place) is not None:
+                raise ValueError(f"the sizes of {place} are not known before it is here; known: {', '.join(PRESETS)}")
+        pipe = WanPipeline(open_checkpoint(path or model, {**places.parts, **parts}), **given)
+        found = pipe.plan(_asked_of(pipe.preset, pipe.config, pipe.geometry, pipe.checkpoint, asked), measure, kept)
+    without = [str(lora) for place, (lora, _) in zip(found_loras, places.loras, strict=True) if place is None]
+    return replace(found, without=tuple(without))
+
+
+def _plan_of_released(
+    released: Preset, parts: Mapping[str, Path | None], given: dict[str, Any], asked: dict[str, Any], measure: bool,
+    kept: bool,
+) -> Plan:  # fmt: skip
+    """The plan of a model that is not on this machine, with those of its ``parts`` that are."""
+    preset = find_preset(given["preset"]) if given["preset"] else released
+    apart = {name: find_part(place, name) for name, place in parts.items() if place is not None}
+    checkpoint = not_here(released)
+    checkpoint = replace(checkpoint, parts=tuple(joined(checkpoint.parts, apart)))
+    checkpoint = with_experts(checkpoint, preset, given, lora_lists(given))
+    sizes = lru_cache(partial(sizes_of, checkpoint, given["dtype"], released=released, loras=given["loras"]))
+    nets = sizes(given["quantize"])
+    check_task(checkpoint.path, nets.transformer, preset, given)
+    configs = {part.name: part.config for part in nets.parts}
+    check_sizes([(part, configs[part.name]) for part in checkpoint.parts if part.name in configs])
+    request = _asked_of(preset, nets.transformer, nets.geometry, checkpoint, asked)
+    tiling = parse_tiling(given["vae_tiling"])
+    wanted = Wanted(preset.name, request, given["quantize"], given["memory"], tiling, kept)
+    return plan_video(wanted, sizes, measure)
+
+
+def _asked_of(
+    preset: Preset, config: TransformerConfig, geometry: Geometry, checkpoint: Checkpoint, asked: dict[str, Any]
+) -> Request:
+    """The request of a plan, whose text does not matter."""
+    experts = len(checkpoint.of_kind("transformer"))
+    return build_request(preset, config, geometry, "a video", experts, planned=True, **asked)

@@ -23,7 +23,13 @@ DEFAULT_STRENGTH = 0.7  # of video to video
 
 
 def build_request(
-    preset: Preset, config: TransformerConfig, geometry: Geometry, prompt: str, experts: int = 1, **given: Any
+    preset: Preset,
+    config: TransformerConfig,
+    geometry: Geometry,
+    prompt: str,
+    experts: int = 1,
+    planned: bool = False,
+    **given: Any,
 ) -> Request:
     """Fill in the preset's defaults and check every value.
 
@@ -33,6 +39,7 @@ def build_request(
         geometry: of the model's latents and tokens.
         prompt: may be empty only where it can be written out of a picture.
         experts: the number of the model's transformers.
+        planned: for a plan, where all sources may be missing.
         given: of `options.RequestOptions`; None is as if it were left out.
 
     Raises:
@@ -66,7 +73,7 @@ def build_request(
     check_request(request, may_be_empty=preset.cinematic and request.image is not None)
     check_guidance(request, config.num_layers)
     request = replace(request, cache=resolve_cache(request.cache, request.steps_made, preset.name, config))
-    return fit_sources(request, preset)
+    return fit_sources(request, preset, planned)
 
 
 def size_of(

@@ -109,6 +109,11 @@ class Request:
         sources = [*(getattr(self, name) for name in SOURCE_FIELDS), *self.src_ref_images]
         return [Path(source) for source in sources if isinstance(source, str | Path)]
 
+    @property
+    def has_sources(self) -> bool:
+        """Whether it has a picture or video of any kind."""
+        return bool(self.src_ref_images) or any(getattr(self, name) is not None for name in SOURCE_FIELDS)
+
     def series(self, count: int, name: str = "num_images") -> list[Request]:
         """``count`` of this request, with the seeds from its own on, each as it would be asked for alone.
 

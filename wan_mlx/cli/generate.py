@@ -14,9 +14,8 @@ from .. import __version__, options
 from ..errors import UsageError, size
 from ..events import Finished
 from ..media.write import check_output
-from ..planning.choose import plan
+from ..pipeline import plan
 from ..planning.machine import mlx_version
-from ..presets import GIVEN_APART
 from ..request_builder import size_of
 from ..runs.folder import ENDING, RunFolder
 from ..runs.job import Job
@@ -24,6 +23,7 @@ from ..runs.record import check_identity, check_same, model_of, request_of, seed
 from .flags import free_on_resume, keywords
 from .interrupt import Interrupts
 from .jobs import (
+    asked_of,
     check_flags,
     check_needs,
     default_output,
@@ -147,12 +147,8 @@ def show_version() -> int:
 
 def show_plan(args: argparse.Namespace, say: Terminal) -> int:
     """``--plan``: print it; 1 if it does not fit."""
-    still = args.num_frames is None and args.preset == "t2i-14B"
-    same = ("width", "height", "size", "steps", "memory", "dtype", "quantize", "guidance_scale", "vae_tiling",
-            "quantize_high", "quantize_low")  # fmt: skip
-    frames = 1 if still else args.num_frames
-    parts = {part: getattr(args, part) for part in GIVEN_APART}
-    planned = partial(plan, args.model, num_frames=frames, parts=parts, **{name: getattr(args, name) for name in same})
+    options_given = {**keywords(args, options.MODEL), **asked_of(args)}
+    planned = partial(plan, **options_given, kept=is_series(args))
     found = planned()
     if found.fits:
         say.note(f"it fits in {size(found.peak)}; to tell the time, its parts are timed for some seconds ...")

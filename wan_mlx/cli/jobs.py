@@ -54,7 +54,6 @@ def is_series(args: argparse.Namespace) -> bool:
     return any(getattr(args, key) is not None for key in SERIES)
 
 
-
 def check_needs(args: argparse.Namespace, there: Collection[str] = ()) -> None:
     """Refuse flags that have no effect without another; ``there``: keys of those that the run had from its start."""
     names = options.flag_names()
@@ -86,14 +85,20 @@ def open_model(model: Mapping[str, Any], say: Terminal) -> WanPipeline:
     return WanPipeline.from_pretrained(**{**model, "progress": say})
 
 
-def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:
+def asked_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the request that flags come to, but the prompt."""
     asked = keywords(args, options.REQUEST)
+    del asked["prompt"]
     still = args.preset == "t2i-14B" or (args.num_images or 1) > 1
     if args.preset == "t2i-14B" and args.num_frames not in (None, 1):
         raise UsageError(f"--task t2i-14B makes stills, but --frames is {args.num_frames}; nearest: 1")
     if still and args.num_frames is None:
         asked["num_frames"] = 1
-    request = pipe.request(**asked)
+    return asked
+
+
+def request_from(pipe: WanPipeline, args: argparse.Namespace) -> Request:
+    request = pipe.request(args.prompt, **asked_of(args))
     if extension_of(args) is None:
         check_prompt(request)
     return request

@@ -21,9 +21,9 @@ from ..models.layers import Linear
 from ..models.quantized_linear import Packing, QuantizedLinear
 from ..models.vae import VAE
 from ..models.vae_execution import VAEExecution
+from ..pipeline import plan
 from ..planning import peak_memory as peaks
 from ..planning import speed
-from ..planning.choose import plan
 from ..planning.machine import available_memory
 from ..planning.plan import GIB
 from ..planning.sizes import sizes_of

@@ -164,6 +164,12 @@ class Places:
         """The places of the model and of the separate parts; None for each that is not on this machine."""
         return _here(self.model), {part: _here(place) for part, place in self.parts.items()}
 
+    def on_machine(self) -> tuple[Path | None, dict[str, Path | None], list[Path | None]]:
+        """As `here`, and of the LoRAs; what is whole in the cache is here, too."""
+        model, *others = (_on_machine(place, parts) for place, parts in self._named()[: 1 + len(self.parts)])
+        loras = [lora if isinstance(lora, Path) else _on_machine(lora) for lora in map(_lora_name, self.loras)]
+        return model, dict(zip(self.parts, others, strict=True)), loras
+
     def downloads(self, source: str = "huggingface") -> list[Download]:
         """The downloads that `fetch` would make, one for each repository; see `survey`."""
         found = [survey(place, source, parts) for place, parts in self._named()]
@@ -261,7 +267,12 @@ def _has_home(cache: Path) -> bool:
 
 def is_cached(model: str | Path) -> bool:
     """Whether ``model`` (a preset's name, a repository …) opens without a download."""
-    return _here(model) is not None or cached(model) is not None
+    return _on_machine(model) is not None
+
+
+def _on_machine(model: str | Path, parts: Collection[str] = PARTS) -> Path | None:
+    """Where ``model`` lies, or in the cache all that is needed of it; does not use the network."""
+    return _here(model) or cached(model, parts)
 
 
 def folders_of(repo: str) -> list[Path]:

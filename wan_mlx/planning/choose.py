@@ -7,32 +7,28 @@ The budget is for MLX; Python, its packages and the finished frames take about a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 from typing import TypeVar
 
 import mlx.core as mx
 
+from ..caching import make_cache
 from ..geometry import WAN_2_1, Geometry
-from ..hub.resolve import is_cached, preset_of, resolve
-from ..lasting import computes
+from ..guidance import Guidance
 from ..models.execution import TOKENS_AT_ONCE
 from ..models.vae_tiling import SMALLEST_TILE
-from ..options import named
-from ..presets import EXPERTS, PRESETS, Preset, find_preset, preset_for
-from ..request_builder import size_of
+from ..recipes import scheduler_for
+from ..tasks import TASKS
 from ..types import Request
-from ..weights.checkpoint import Checkpoint, open_checkpoint
-from ..weights.load import config_of, parameters_of
 from ..weights.parameters import Parameters
 from . import flops as work
 from . import peak_memory as peaks
 from . import speed
 from .machine import available_memory, parse_memory
 from .plan import FILL, Plan, Row
-from .sizes import Networks, WeightBytes, sizes_of
+from .sizes import Networks, PartSizes, WeightBytes
 
 T = TypeVar("T")
 # Choices to try, from the fastest to the smallest: transformer resident or streamed, and the number of tokens at once.
@@ -66,64 +62,6 @@ class Wanted:
         """(t, h, w) of the latents to denoise; each reference image is one more latent frame."""
         t, h, w = self.request.latent_shape
         return t + len(self.request.src_ref_images), h, w
-
-
-@computes
-def plan(
-    model: str | Path,
-    width: int | None = None,
-    height: int | None = None,
-    num_frames: int | None = None,
-    steps: int | None = None,
-    memory: str | int | None = None,
-    *,
-    size: str | tuple[int, int] | None = None,
-    dtype: str = "bfloat16",
-    quantize: str | int | None = None,
-    guidance_scale: float | tuple[float, float] | None = None,
-    vae_tiling: str | tuple[int, int] | None = None,
-    quantize_high: str | int | None = None,
-    quantize_low: str | int | None = None,
-    parts: Mapping[str, str | Path | None] | None = None,
-    measure: bool = False,
-) -> Plan:
-    """Plan a video in a memory budget: whether it fits, and how. Downloads nothing and reads no weights.
-
-    Args:
-        model: a preset's name, a published model's hub id, or a local model (whose own sizes are used).
-        width, height, num_frames, steps, guidance_scale: None takes the model's defaults.
-        size: instead of width and height, as for a call of a pipeline: "16:9", "480p", "832x480".
-        memory: the limit for MLX, such as "8GB"; None or "auto" takes this machine's free memory.
-        dtype, quantize, vae_tiling, quantize_high, quantize_low: as for `WanPipeline.from_pretrained`.
-        parts: name in `presets.GIVEN_APART` → a file or folder used in place of the part of ``model``, both on this
-            machine.
-        measure: give times too, if it fits: parts of the networks are timed for some seconds (`planning.speed`).
-
-    Returns:
-        The `Plan`; print it for a table. `Plan.fits` says whether it fits, `Plan.advice` which changes would help.
-
-    Raises:
-        ValueError: an argument is wrong, or the model is on a hub and not one of `PRESETS`.
-        WeightsError: a local model is not whole, or its parts are not of one model.
-    """
-    parse_memory(memory), parse_tiling(vae_tiling)
-    quantize = named("quantize").meaning(quantize)
-    own = tuple(named("quantize").meaning(mode) for mode in (quantize_high, quantize_low))
-    preset, checkpoint = find_model(model, parts)
-    sizes = lru_cache(partial(sizes_of, checkpoint or preset, dtype, own=own))
-    geometry = sizes(quantize).geometry
-    width, height = size_of(preset, geometry, named("size").meaning(size), width, height)
-    frames = preset.num_frames if num_frames is None else num_frames
-    geometry.check_size(width, height)
-    geometry.check_frames(frames)
-    defaults = preset.sampling_for(width, height)
-    steps = defaults.steps if steps is None else steps
-    named("steps").check(steps)
-    guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    sampling = (steps, guidance, defaults.shift, "unipc")
-    request = Request("", "", width, height, frames, *sampling, seed=0, geometry=geometry)
-    wanted = Wanted(preset.name, request, quantize, memory, vae_tiling)
-    return plan_video(wanted, sizes, measure, None if checkpoint is None else partial(parameters_of, checkpoint))
 
 
 def plan_video(
@@ -177,44 +115,63 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     stream, tokens_at_once = step
     held = stays(stream, all_stay)
 
-    def vae(stage: str, videos: int, shape: tuple[int, int, int], decoding: bool) -> tuple[tuple[int, int] | None, Row]:
-        """The tile, and the stage."""
+    def vae(stage: str, videos: list[tuple[int, int, int]], decoding: bool) -> tuple[tuple[int, int] | None, Row]:
+        """The tile, and the stage, of latents of these shapes."""
+        longest = max(videos)
 
         def peak(tile: tuple[int, int] | None) -> int:
-            return peaks.vae(nets.vae, shape, tile, decoding) + held
+            return peaks.vae(nets.vae, longest, tile, decoding) + held
 
         tiling = parse_tiling(wanted.vae_tiling, nets.geometry)
-        tiles = tile_choices(shape, nets.geometry) if isinstance(tiling, str) else [tiling]
+        tiles = tile_choices(longest, nets.geometry) if isinstance(tiling, str) else [tiling]
         tile = _first_within(FILL * budget, tiles[:1] if tiling == "off" else tiles, peak)
-        flop = videos * work.vae_flop(nets.vae, shape, decoding) * peaks.tile_work(nets.vae, shape, tile, decoding)
+        flop = sum(work.vae_flop(nets.vae, shape, decoding) * peaks.tile_work(nets.vae, shape, tile, decoding)
+                   for shape in videos)  # fmt: skip
         how = "whole frames" if tile is None else f"tiles of {tile[0]}x{tile[1]}"
         return tile, Row(stage, how, peak(tile), flop, vae_weights)
 
     rows = [Row("encode text", "streamed", peaks.encode_text(nets, TEXT_TOKENS) + held,
-                2 * work.text_flop(nets.text_encoder.config, TEXT_TOKENS),
+                request.passes * work.text_flop(nets.text_encoder.config, TEXT_TOKENS),
                 nets.text_encoder.weights.stored_blocks)]  # fmt: skip
     if c.has_image_branch:
         images = work.image_tokens(c) // work.IMAGE_TOKENS
         rows.append(Row("encode images", "resident", peaks.encode_images(nets) + held,
                         images * work.image_flop(nets.image_encoder), peaks.encode_images(nets) // 2))  # fmt: skip
-    videos = 1 if request.video is not None else {"t2v": 0, "ti2v": 0, "vace": 2}.get(c.model_type, 1)
-    encoded = shape
-    if c.model_type == "ti2v" and request.image is not None:
-        videos, encoded = 1, (1, *shape[1:])
-    encode_tile, row = vae("encode video", videos, encoded, decoding=False)
-    rows += [row] if videos else []
-    forwards = request.steps_made * request.passes
-    parts = {name: forwards * flop for name, flop in work.forward_parts(c, nets.geometry.seq_len(shape)).items()}
-    times = -(-forwards // len(experts)) if stream else 1
-    reads = sum(weights.stored_outside + times * weights.stored_blocks for weights in experts)
+    encoded = [nets.geometry.latent_shape(request.width, request.height, frames)
+               for frames in TASKS[c.model_type].encodes(request)]  # fmt: skip
+    encode_tile, row = vae("encode video", encoded or [shape], decoding=False)
+    rows += [row] if encoded else []
+    forwards = forwards_of(request, nets.experts, wanted.name)
+    forward = work.forward_parts(c, nets.geometry.seq_len(shape))
+    parts = {name: sum(forwards) * flop for name, flop in forward.items()}
+    reads = sum(weights.stored_outside + (times if stream else 1) * weights.stored_blocks
+                for weights, times in zip(experts, forwards, strict=True) if times)  # fmt: skip
     how = "streamed" if stream else "resident"
     how += f", {tokens_at_once} tokens" * (tokens_at_once != TOKENS_AT_ONCE)
     rows.append(Row("denoise", how, denoise(step, all_stay), sum(parts.values()), reads, parts["self attention"]))
-    decode_tile, row = vae("decode", 1, shape, decoding=True)
+    decode_tile, row = vae("decode", [request.latent_shape], decoding=True)
     rows.append(row)
     title = f"{wanted.name} {request.width}x{request.height}, {request.num_frames} frames"
     chosen = asked is not None
     return Plan(title, budget, chosen, stream, tokens_at_once, decode_tile, encode_tile, tuple(rows), all_stay=all_stay)
+
+
+def forwards_of(request: Request, experts: Sequence[PartSizes], model: str) -> list[int]:
+    """How many forwards each of a model's transformers makes.
+
+    Of a step cache as many as are known beforehand. ``model``: the preset's name.
+    """
+    timesteps = [float(timestep) for timestep in scheduler_for(request).timesteps]
+    total, made, spans = len(timesteps), [0] * len(experts), [expert.timesteps for expert in experts]
+    at_work = [next(place for place, (first, end) in enumerate(spans) if first <= timestep < end)
+               for timestep in timesteps]  # fmt: skip
+    for index, place in enumerate(at_work):
+        made[place] += len(Guidance.of(request, experts[place].name).passes(index, total))
+    switch = next((index for index, place in enumerate(at_work) if place != at_work[0]), None)
+    cache = make_cache(request.cache, total, model, request.begin, switch, request.image is not None)
+    known = cache.planned(request.passes)
+    share = 1.0 if known is None else known / (request.passes * total)
+    return [round(share * count) for count in made]
 
 
 def parse_tiling(text: str | tuple[int, int] | None, geometry: Geometry = WAN_2_1) -> str | tuple[int, int]:
@@ -299,27 +256,3 @@ def _advice(plan: Plan, wanted: Wanted, sizes: Callable[[str | None], Networks])
     if plan.chosen:
         least = choose(sizes(wanted.quantize), replace(wanted, memory=10**8)).peak
         yield f"--memory {least / FILL / 1e9 + 0.05:.1f}GB"
-
-
-def find_model(
-    model: str | Path, parts: Mapping[str, str | Path | None] | None = None
-) -> tuple[Preset, Checkpoint | None]:
-    """The preset of ``model`` and, if the model is local, its `Checkpoint`; ``parts``: as `plan` takes them.
-
-    Raises:
-        ValueError: the model is on a hub, and its sizes are not known; or parts are given, and not all is here.
-    """
-    given = {name: place for name, place in (parts or {}).items() if place is not None}
-    if away := [place for place in (model, *given.values()) if not is_cached(place)]:
-        preset = None if {*EXPERTS} & {*given} else PRESETS.get(str(model)) or preset_of(model)
-        if preset is not None:
-            return preset, None
-        if given:
-            raise ValueError(f"{away[0]} is not on this machine, and the plan of a model whose parts are given apart "
-                             "is made from their files")  # fmt: skip
-        if not Path(model).expanduser().exists():
-            raise ValueError(f"the sizes of {model} are not known before it is here; known: {', '.join(PRESETS)}")
-    checkpoint = open_checkpoint(resolve(model), {name: resolve(place) for name, place in given.items()})
-    if checkpoint.model:
-        return find_preset(checkpoint.model), checkpoint
-    return preset_for(config_of(checkpoint), len(checkpoint.of_kind("transformer"))), checkpoint

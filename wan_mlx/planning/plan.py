@@ -57,6 +57,7 @@ class Plan:
         decode_tile, encode_tile: the VAE's tiles (width, height) in pixels; None for whole frames.
         rows: the stages in order.
         advice: changes that would make it fit, if it does not.
+        without: LoRAs that are not on this machine, which it leaves out.
         all_stay: whether, where networks stay loaded from one video to the next, all of several experts do.
     """
 
@@ -70,6 +71,7 @@ class Plan:
     rows: tuple[Row, ...]
     advice: tuple[str, ...] = ()
     all_stay: bool = True
+    without: tuple[str, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -161,10 +163,12 @@ class Plan:
         return table
 
     def _verdict(self) -> list[str]:
+        without = [f"{lora} is not on this machine, so that it is not counted" for lora in self.without]
         if not self.fits:
-            return [f"it does not fit; what would: {'; '.join(self.advice) or 'nothing'}"]
+            return [*without, f"it does not fit; what would: {'; '.join(self.advice) or 'nothing'}"]
         hopeless = self.seconds is not None and self.seconds > HOPELESS and mx.default_device() == mx.cpu
-        return ["it fits", *["but a real model needs a GPU: this machine computes on its CPU"] * hopeless]
+        slow = ["but a real model needs a GPU: this machine computes on its CPU"] * hopeless
+        return [*without, "it fits", *slow]
 
 
 @contextmanager

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,10 +16,11 @@ from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerC
 from ..models.quantized_linear import Packing
 from ..models.rope import row_order
 from ..models.transformer import BLOCK_LISTS
-from ..presets import EXPERTS, Preset
-from ..weights.checkpoint import Checkpoint
+from ..presets import EXPERTS, PARTS, Preset
+from ..weights.checkpoint import Checkpoint, Part
 from ..weights.configs import shapes_of
-from ..weights.load import config_of, open_network, parse_dtype
+from ..weights.load import open_network, parse_dtype
+from ..weights.lora import Loras, open_loras
 from ..weights.parameters import Parameters, dtype_of
 from ..weights.prefetch import most_in_flight
 from ..weights.quantize import EXPAND, NEAREST, QUANTIZED, check_mode, plan_quantization
@@ -51,17 +53,26 @@ Tensors = list[tuple[int, int, bool, bool]]
 
 
 def weight_bytes(
-    config: TransformerConfig, dtype: mx.Dtype, packings: Mapping[str, Packing], stored: Mapping[str, int]
+    config: TransformerConfig,
+    dtype: mx.Dtype,
+    packings: Mapping[str, Packing],
+    stored: Mapping[str, int],
+    loras: Loras | None = None,
+    merge: bool = True,
 ) -> WeightBytes:
-    """Bytes of a transformer.
+    """Bytes of a transformer, and of what LoRAs keep beside its weights.
 
     Args:
         config: its sizes.
         dtype: of weights that are neither quantised nor kept in float32.
         packings: of its quantised weights, by name.
         stored: bytes of each tensor in its file, by name.
+        loras, merge: LoRAs that apply to it; as `load_transformer` has them, they are merged but in blocks that are
+            streamed, and in quantised matrices.
     """
     blocks: dict[str, Tensors] = defaultdict(list)
+    beside: dict[str, int] = defaultdict(int)  # of LoRAs in a block
+    stays: dict[str, int] = defaultdict(int)  # and of those what is beside the weights of a resident one, too
     unpacked = 0
     for name, shape in shapes_of(config).items():
         if name in packings:
@@ -73,6 +84,9 @@ def weight_bytes(
         anew = resized or row_order(name, config.dim, config.head_dim) is not None
         block = ".".join(name.split(".")[:2]) if name.split(".")[0] in BLOCK_LISTS else "outside"
         blocks[block].append((size, stored[name], anew, resized and name in packings))
+        values = sum(change.values_beside() for change in (loras or {}).get(name, ()))
+        beside[block] += values * dtype.size
+        stays[block] += values * dtype.size * (name in packings or not merge)
 
     def in_flight(block: Tensors) -> int:
         changed = [read for _, read, anew, packed in block if anew and not packed]
@@ -87,9 +101,16 @@ def weight_bytes(
         return sum(read for _, read, *_ in block)
 
     outside = blocks.pop("outside")
-    kept = [kept_of(block) for block in blocks.values()]
-    return WeightBytes(kept_of(outside), sum(kept), max(kept), read_of(outside), sum(map(read_of, blocks.values())),
-                       unpacked, max(map(in_flight, blocks.values())))  # fmt: skip
+    kept = {name: kept_of(block) for name, block in blocks.items()}
+    return WeightBytes(
+        outside=kept_of(outside) + beside["outside"],
+        blocks=sum(kept[name] + stays[name] for name in blocks),
+        largest=max(kept[name] + beside[name] for name in blocks),
+        stored_outside=read_of(outside),
+        stored_blocks=sum(map(read_of, blocks.values())),
+        unpacked=unpacked,
+        in_flight=max(map(in_flight, blocks.values())),
+    )
 
 
 def text_weight_bytes(
@@ -114,6 +135,7 @@ class PartSizes:
         config: its sizes, such as a `TransformerConfig`.
         packings: of its quantised matrices, by name.
         weights: their bytes, for networks made of blocks; zeros for the others.
+        timesteps: as of a `Part`.
     """
 
     name: str
@@ -121,6 +143,7 @@ class PartSizes:
     config: Any
     packings: Mapping[str, Packing] = field(default_factory=dict)
     weights: WeightBytes = WeightBytes()
+    timesteps: tuple[float, float] = (0.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -167,65 +190,68 @@ class Networks:
 
 
 def sizes_of(
-    model: Preset | Checkpoint, dtype: str | mx.Dtype, quantize: str | None = None, own: Sequence[str | None] = ()
+    model: Preset | Checkpoint,
+    dtype: str | mx.Dtype,
+    quantize: str | None = None,
+    released: Preset | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
+    merge: bool = True,
 ) -> Networks:
     """Sizes of a released or local model; reads no weights.
 
     Args:
         model: for a released one, the bytes are those of the official files.
         dtype, quantize: as for `WanPipeline.from_pretrained`.
-        own: the high-noise and the low-noise expert's quantisation, where that is another.
+        released: the model whose sizes are those of parts that are not here (`not_here`).
+        loras, merge: LoRAs of all transformers; as `load_transformer` takes them.
 
     Raises:
-        ValueError: ``dtype`` or ``quantize`` is unknown, or does not suit the model; it has no experts.
+        ValueError: ``dtype`` or ``quantize`` is unknown, or does not suit the model.
+        WeightsError: a LoRA does not suit it.
     """
     dtype = parse_dtype(dtype)
-    for mode in (quantize, *own):
-        check_mode(mode)
-    if any(own):
-        if isinstance(model, Preset) and model.experts == 1:
-            raise ValueError(f"{model.name} has one transformer, and the quantisation of one of two experts was given; "
-                             "give it without high or low")  # fmt: skip
-        model = model if isinstance(model, Preset) else model.with_experts(quantize=(own[0], own[1]))
-    count: dict[str, Callable[..., WeightBytes]] = {"transformer": weight_bytes, "text_encoder": text_weight_bytes}
-    parts = []
-    found = _published(model, quantize, own) if isinstance(model, Preset) else _opened(model, dtype, quantize)
-    for part, stored in found:
-        if part.kind in count:
-            part = replace(part, weights=count[part.kind](part.config, dtype, part.packings, stored))
-        parts.append(part)
-    return Networks(tuple(parts), dtype)
+    check_mode(quantize)
+    checkpoint, released = (not_here(model), model) if isinstance(model, Preset) else (model, released)
+    kinds, found = ["transformer", "text_encoder", "vae"], list[PartSizes]()
+    for kind in [*kinds, "image_encoder"]:
+        if kind in kinds or found[0].config.has_image_branch:
+            parts = checkpoint.of_kind(kind) or [checkpoint.part(kind)]
+            found += [_of_part(part, dtype, quantize, released, (*loras, *part.loras), merge) for part in parts]
+    return Networks(tuple(found), dtype)
 
 
-# A part, and the bytes of each tensor in its file.
-Found = tuple[PartSizes, Mapping[str, int]]
+def not_here(preset: Preset) -> Checkpoint:
+    """A released model without files: of its parts, whose path is its name, only the sizes are known (`sizes_of`)."""
+    names, place = EXPERTS if preset.experts == 2 else ("transformer",), Path(preset.name)
+    others = [Part(kind, kind, place) for kind in PARTS if kind != "transformer"]
+    return Checkpoint(place, (*(Part(name, "transformer", place) for name in names), *others))
 
 
-def _published(preset: Preset, quantize: str | None, own: Sequence[str | None]) -> Iterator[Found]:
-    """Transformers are published in float32, text encoders in bfloat16."""
-    modes = dict(zip(EXPERTS, own, strict=False))
-    for kind, config, itemsize in (("transformer", preset.transformer, 4), ("text_encoder", preset.text_encoder, 2)):
-        shapes = shapes_of(config)
-        stored = {name: itemsize * math.prod(shape) for name, shape in shapes.items()}
-        names = EXPERTS if kind == "transformer" and preset.experts == 2 else (kind,)
-        for name in names:
-            mode = modes.get(name) or quantize
-            mode = None if mode in (EXPAND, NEAREST) else mode
-            packings = {} if mode is None else plan_quantization(kind, mode, shapes).packings
-            yield PartSizes(name, kind, config, packings), stored
-    yield PartSizes("vae", "vae", preset.vae), {}
-    if preset.transformer.has_image_branch:
-        yield PartSizes("image_encoder", "image_encoder", ImageEncoderConfig()), {}
-
-
-def _opened(checkpoint: Checkpoint, dtype: mx.Dtype, quantize: str | None) -> Iterator[Found]:
-    kinds = ["transformer", "text_encoder", "vae"]
-    if config_of(checkpoint).has_image_branch:
-        kinds.append("image_encoder")
-    for part in (part for kind in kinds for part in checkpoint.of_kind(kind) or [checkpoint.part(kind)]):
-        weights, config = open_network(part, part.kind)
-        packings: Mapping[str, Packing] = {}
-        if part.kind in QUANTIZED:
-            packings = Parameters(weights, dtype, part.quantize or quantize).quantization.packings
-        stored = {name: weights.stored_bytes(name) for name in weights.sources}
-        yield PartSizes(part.name, part.kind, config, packings), stored
+def _of_part(
+    part: Part,
+    dtype: mx.Dtype,
+    quantize: str | None,
+    released: Preset | None,
+    loras: Sequence[tuple[Path, float]],
+    merge: bool,
+) -> PartSizes:
+    kind, mode = part.kind, part.quantize or quantize
+    packings: Mapping[str, Packing] = {}
+    if released is not None and part.file == Path(released.name):
+        config: Any = ImageEncoderConfig() if kind == "image_encoder" else getattr(released, kind)
+        itemsize = 4 if kind == "transformer" else 2  # as they are published
+        stored = {name: itemsize * math.prod(shape) for name, shape in shapes_of(config).items()}
+        if kind in QUANTIZED and mode not in (None, EXPAND, NEAREST):
+            packings = plan_quantization(kind, mode, shapes_of(config)).packings
+    else:
+        opened, config = open_network(part, kind)
+        stored = {name: opened.stored_bytes(name) for name in opened.sources}
+        if kind in QUANTIZED:
+            packings = Parameters(opened, dtype, mode).quantization.packings
+    weights = WeightBytes()
+    if kind == "transformer":
+        changes = open_loras(loras, config) if loras else None
+        weights = weight_bytes(config, dtype, packings, stored, changes, merge)
+    elif kind == "text_encoder":
+        weights = text_weight_bytes(config, dtype, packings, stored)
+    return PartSizes(part.name, kind, config, packings, weights, part.timesteps)

@@ -22,6 +22,7 @@ class Task:
         condition: Request and encoders → Conditioning.
         takes: the sources, and their scales, that it accepts; others are refused.
         fit: Request → the same with size and length taken from its sources.
+        encodes: Request → the number of frames of each video that ``condition`` has encoded, for plans.
 
     ``condition`` and ``fit`` raise ValueError if a source is missing, cannot be read or does not suit the request.
     """
@@ -29,19 +30,24 @@ class Task:
     condition: Callable[[Request, Encoders], Conditioning]
     takes: tuple[str, ...]
     fit: Callable[[Request], Request]
+    encodes: Callable[[Request], list[int]] = t2v.encodes
 
 
 TASKS: dict[str, Task] = {
     "t2v": Task(t2v.condition, ("video", "src_mask"), t2v.fit),
-    "i2v": Task(i2v.condition, ("image",), i2v.fit),
-    "flf2v": Task(i2v.condition, ("image", "last_image"), i2v.fit_first_and_last),
-    "ti2v": Task(ti2v.condition, ("image", "video", "src_mask"), ti2v.fit),
-    "vace": Task(vace.condition, ("src_video", "src_mask", "src_ref_images", "context_scale"), vace.fit),
+    "i2v": Task(i2v.condition, ("image",), i2v.fit, i2v.encodes),
+    "flf2v": Task(i2v.condition, ("image", "last_image"), i2v.fit_first_and_last, i2v.encodes),
+    "ti2v": Task(ti2v.condition, ("image", "video", "src_mask"), ti2v.fit, ti2v.encodes),
+    "vace": Task(vace.condition, ("src_video", "src_mask", "src_ref_images", "context_scale"), vace.fit, vace.encodes),
 }
 
 
-def fit_sources(request: Request, preset: Preset) -> Request:
-    """The request with size and length taken from its sources; ``preset``: of the model that is asked.
+def fit_sources(request: Request, preset: Preset, planned: bool = False) -> Request:
+    """The request with size and length taken from its sources.
+
+    Args:
+        preset: of the model that is asked.
+        planned: for a plan, where all sources may be missing.
 
     Raises:
         ValueError: a source is missing, cannot be read, or does not belong to this task.
@@ -57,6 +63,8 @@ def fit_sources(request: Request, preset: Preset) -> Request:
                 f"{name} was given to a {request.task} model, which takes {', '.join(task.takes)}; it is for "
                 f"{', '.join(users)}: use --model {model_for(users, preset).name}"
             )
+    if planned and not request.has_sources:
+        return request
     fitted = task.fit(request)
     if request.fit != "official" and not fitted.source_sizes:
         raise ValueError(f"fit is {request.fit}, but there is no picture or video to fit; give one, or leave it out")

@@ -85,6 +85,11 @@ def condition(request: Request, encoders: Encoders) -> Conditioning:
     return replace(base, condition=mx.concatenate([mask, latents], axis=-1), image_features=features)
 
 
+def encodes(request: Request) -> list[int]:
+    """Lengths of the videos that are encoded: the images stand in one of the whole length."""
+    return [request.num_frames]
+
+
 def _mask(num_frames: int, known: Container[int], temporal: int) -> mx.array:
     """float32 (t, 1, 1, temporal): 1 where a frame is given. A latent frame's channels are its frames; the first frame
     is repeated ``temporal`` times."""

@@ -58,10 +58,19 @@ def condition(request: Request, encoders: Encoders, extra_latents: int = 0) -> C
     )
 
 
+def encodes(request: Request) -> list[int]:
+    """Lengths of the videos that are encoded."""
+    return [request.num_frames] if _reads_video(request) else []
+
+
+def _reads_video(request: Request) -> bool:
+    """At full strength nothing of a video without a mask remains, so it is not read; VACE has a mask of its own."""
+    return request.video is not None and (request.begin > 0 or request.src_mask is not None)
+
+
 def _source(request: Request, encoders: Encoders) -> tuple[mx.array | None, mx.array | None]:
     """The video's latents, and where it is made anew: `Conditioning.source_latents` and ``remade``."""
-    # At full strength nothing of a video without a mask remains, so it is not read; VACE has a mask of its own.
-    if request.video is None or (request.begin == 0 and request.src_mask is None):
+    if request.video is None or not _reads_video(request):
         return None, None
     clip = open_video(request.video, request.fps)
     numbers = at_rate(clip, request.fps, request.num_frames)

@@ -57,6 +57,11 @@ def fit(request: Request) -> Request:
     return replace(request, width=width, height=height)
 
 
+def encodes(request: Request) -> list[int]:
+    """Lengths of the videos that are encoded: the image alone, or the video to start from."""
+    return t2v.encodes(request) if request.image is None else [1]
+
+
 def condition(request: Request, encoders: Encoders) -> Conditioning:
     """Texts and noise as for text to video, and the latents of the first frame, if it is given."""
     base = t2v.condition(request, encoders)

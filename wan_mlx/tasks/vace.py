@@ -106,6 +106,13 @@ def condition(request: Request, encoders: Encoders) -> Conditioning:
     )
 
 
+def encodes(request: Request) -> list[int]:
+    """Lengths of the videos that are encoded: what stays and what changes of a source, or grey for both, and each
+    reference image; before any source is known, as with a video."""
+    areas = 1 if request.has_sources and request.src_video is None else 2
+    return [request.num_frames] * areas + [1] * len(request.src_ref_images)
+
+
 def read_source(request: Request) -> tuple[np.ndarray, np.ndarray]:
     """The source video uint8 (T, H, W, 3) and its mask uint8 (T, H, W), white if missing, as `condition` uses them.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -213,7 +213,11 @@ def check_here(model: Path | None, parts: Mapping[str, Path | None]) -> None:
 def check_fit(parts: Iterable[Part]) -> None:
     """Raise WeightsError if one is no whole network of Wan, or makes what a transformer among them cannot take, or is
     one of two experts without the other."""
-    sizes = [(part, network_config(part.open(), part.config)) for part in parts if part.kind in NETWORKS]
+    check_sizes([(part, network_config(part.open(), part.config)) for part in parts if part.kind in NETWORKS])
+
+
+def check_sizes(sizes: Sequence[tuple[Part, Any]]) -> None:
+    """`check_fit` of parts with their sizes."""
     for transformer, config in sizes:
         if transformer.kind != "transformer":
             continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import mlx.core as mx
@@ -226,6 +227,21 @@ class Change:
         ratio, strength = magnitude / self.norms, self.strength if "dora_scale" in self.keys else 1.0
         state.scale((1 - strength) + strength * ratio)
         state.terms += [term.scaled(strength * ratio) for term in terms]
+
+    def values_beside(self) -> int:
+        """How many values a linear layer keeps of it beside its own: see `Changed.beside`; reads nothing."""
+        shapes = {role: self.file.tensors[key].shape for role, key in self.keys.items()}
+        outputs, inputs = self.shape[0], prod(self.shape[1:])
+        kind, found = kind_of(self.keys), 0
+        if kind == "LoRA":
+            found = shapes["down"][0] * (outputs + inputs)
+        elif kind == "LoHa":
+            found = min(shapes[LOHA[1]][0] * shapes[LOHA[3]][0] * (outputs + inputs), outputs * inputs)
+        elif kind == "LoKr" and not {*MAGNITUDES} & shapes.keys():  # which would scale its rows, one by one
+            left = prod(shapes["lokr_w1"]) if "lokr_w1" in shapes else shapes[W1[0]][0] * shapes[W1[1]][1]
+            found = left + outputs * inputs // left
+        found += outputs * inputs * (kind == "LoKr" and not found or bool({"diff", "whole"} & shapes.keys()))
+        return found + sum(prod(shapes[role]) for role in MAGNITUDES if role in shapes)
 
     def terms(self) -> list[Term]:
         """What is added, with its strength; that of LyCORIS' DoRA counts later (`apply`)."""
