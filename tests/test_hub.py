@@ -335,7 +335,7 @@ def test_a_full_disk_is_one_line(server, one_file, monkeypatch):
         (lambda s: s.forbidden.add(REPO), "forbidden .*403.*token"),
         (lambda s: s.gated.add(REPO), "gated: accept its licence on http.*HF_TOKEN"),
         (lambda s: s.lost.add(BIG), "lacks .* a file that its listing names"),
-        (lambda s: s.repos[REPO].pop(BIG), "no whole Wan2.1 model .official layout.: it lacks models_t5.*text_encoder"),
+        (lambda s: s.repos[REPO].pop(BIG), "no whole Wan model .official layout.: it lacks models_t5.*text_encoder"),
         (lambda s: s.repos.pop(REPO), "was not found on .*401."),
         (lambda s: s.close(), "out of reach"),
     ],

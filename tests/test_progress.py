@@ -102,6 +102,27 @@ class TestTimeLeft:
         assert left.seconds() == pytest.approx(3 * 4 + 30 / (DECODE_SHARE * 100 / 40))
         assert self.left(plan, now, first=10, rate=5e12).seconds() == pytest.approx(30 / (DECODE_SHARE * 5))
 
+    def test_experts_are_loaded_one_by_one(self, plan, now):
+        """The plan's bytes are of both: half of them before the first step, half at the switch, where that is ahead."""
+        left, rest = self.left(plan, now, rate=5e12, switch=4), 10 * 2 + 30 / (DECODE_SHARE * 5)
+        left(StageStarted("load high noise"))
+        assert left.seconds() == pytest.approx(2 * 1.5e9 / READING + rest)
+        now[0] += 7
+        left(StageEnded("load high noise", 7.0, 0))
+        left(StageStarted("denoise"))
+        assert left.seconds() == pytest.approx(7 + rest)  # as long as the first one took
+        left(stepped(3, 10, 4.0))
+        decode = 30 / (DECODE_SHARE * 100 / 40)
+        assert left.seconds() == pytest.approx(6 * 4 + 7 + decode)
+        left(StageStarted("load low noise"))
+        now[0] += 2
+        assert left.seconds() == pytest.approx(5 + 6 * 4 + decode)
+        left(StageEnded("load low noise", 7.0, 0))
+        left(StageStarted("denoise"))
+        assert left.seconds() == pytest.approx(6 * 4 + decode)
+        behind = self.left(plan, now, first=6, rate=5e12, switch=4)
+        assert behind.seconds() == pytest.approx(1.5e9 / READING + 4 * 2 + 30 / (DECODE_SHARE * 5))
+
     def test_sampling_that_ends_early(self, plan, now):
         left = self.left(plan, now)
         left(stepped(3, 10, 2.0))

@@ -1,4 +1,4 @@
-"""The Wan2.1 video models on Apple silicon, in MLX.
+"""The Wan2.1 and Wan2.2 video models on Apple silicon, in MLX.
 
     import wan_mlx
 

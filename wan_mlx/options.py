@@ -142,16 +142,17 @@ class RequestOptions(TypedDict, total=False):
     )]
     size: Annotated[str | tuple[int, int] | None, Option(
         "--size WxH", "832x480; or 16:9 9:16 1:1, 480p 720p (default: the model's)", WHAT,
-        more="Multiples of 16 up to 16384; `832*480` is taken too. 480p is 832x480, 720p 1280x720, or what is allowed "
-        "next to it; a ratio has at most "
+        more="Multiples of 16 (TI2V-5B: of 32) up to 16384; `832*480` is taken too. 480p is 832x480, 720p 1280x720, "
+        "or what is allowed next to it; a ratio has at most "
         "as many pixels as the model's own size: see below. Where a source sets the proportions, it is the area",
         examples=SIZES, parse=parse_size, text="{}x{}".format, instead_of=("width", "height"),
     )]
     width: Annotated[int | None, Option("--width N", "pixels, with --height", WHAT, instead_of=("size",))]
     height: Annotated[int | None, Option("--height N", "pixels, with --width", WHAT, instead_of=("size",))]
     num_frames: Annotated[int | None, Option(
-        "--frames --frame_num N", "4n+1 (default 81: five seconds)", WHAT,
-        more="Up to 100001; 1 is a picture; a shorter source makes it fewer",
+        "--frames --frame_num N", "4n+1 (default: the model's, five seconds of most)", WHAT,
+        more="That is 81 at 16 a second, of TI2V-5B 121 at 24; up to 100001; 1 is a picture; a shorter source makes it "
+        "fewer",
     )]
     image: Annotated["Source | None", Option(
         "--image --first_frame FILE", "first frame (i2v, flf2v, ti2v)", SOURCES, place="file",
@@ -160,8 +161,8 @@ class RequestOptions(TypedDict, total=False):
         "--last-image --last_frame FILE", "last frame (flf2v)", SOURCES, place="file",
     )]
     video: Annotated["Source | None", Option(
-        "--video FILE", "video to start from instead of noise (t2v)", SOURCES,
-        more="Read at 16 frames a second and cut to the size", place="file",
+        "--video FILE", "video to start from instead of noise (t2v, ti2v)", SOURCES,
+        more="Read at the model's frames a second (16; TI2V-5B: 24) and cut to the size", place="file",
     )]
     strength: Annotated[float | None, Option(
         "--strength S", "0 keeps that video, 1 replaces it (default 0.7)", SOURCES, more="The last S × steps are made",
@@ -171,7 +172,7 @@ class RequestOptions(TypedDict, total=False):
         "--src_video FILE", "video to edit or follow (vace)", SOURCES, place="file",
     )]
     src_mask: Annotated["Source | None", Option(
-        "--mask --src_mask FILE", "what to make anew in --src_video (vace) or --video (t2v), white", SOURCES,
+        "--mask --src_mask FILE", "what to make anew in --src_video (vace) or --video (t2v, ti2v), white", SOURCES,
         more="A picture for the whole video, or a video of as many frames. What is black in --video stays: its latents "
         "are locked", place="file",
     )]
@@ -188,7 +189,8 @@ class RequestOptions(TypedDict, total=False):
         "--context-scale S", "strength of the source (vace; default 1)", SOURCES, default=1.0, limits=Limits(),
     )]
     steps: Annotated[int | None, Option(
-        "--steps --sample_steps N", "sampling steps", SAMPLE, more="Default 50; 40 for I2V; 12 for nano; at most 1000",
+        "--steps --sample_steps N", "sampling steps", SAMPLE,
+        more="Default 50; 40 for I2V and A14B; 12 for nano; at most 1000",
         limits=Limits(1, 1000),
     )]
     guidance_scale: Annotated[float | tuple[float, float] | None, Option(
@@ -266,7 +268,7 @@ class ModelOptions(TypedDict, total=False):
         choices=("huggingface", "modelscope"), variable="WAN_MLX_SOURCE", free=True,
     )]
     preset: Annotated[str | None, Option(
-        "--task NAME", "take the sampling defaults of this official task, such as t2v-1.3B", WEIGHTS,
+        "--task NAME", "take the sampling defaults of this official task, such as t2v-1.3B or ti2v-5B", WEIGHTS,
         more="`t2i-14B` makes stills", examples=(*PRESETS, "t2i-14B"),
     )]
     dtype: Annotated[str, Option(
@@ -393,7 +395,8 @@ COMMAND_OPTIONS = [
     ),
     Option(
         "--plan", "the same as wan-mlx plan: print each stage's memory and time, and stop", RUN,
-        more="Exit code 1 if it does not fit", alone=True,
+        more="Of the run that the other flags ask for; pictures and videos may be left out. Exit code 1 if it does not "
+        "fit", alone=True,
     ),
     Option("--dry-run", "say what would run or be downloaded, and stop", RUN, alone=True),
     Option(

@@ -1,6 +1,6 @@
 """Models that are known and not supported, as data: the marks by which their files and folders show themselves.
 
-A file is known by its header alone: by keys, or, where a transformer has Wan2.1's keys, by its sizes. So a model that
+A file is known by its header alone: by keys, or, where a transformer has Wan's keys, by its sizes. So a model that
 cannot run is named before anything large is read or fetched. Each row says where its marks were read; a row is dropped
 when its model is supported.
 """
@@ -21,7 +21,7 @@ ADVICE = {
     "TI2V-5B",
     "addition": "of additions to a model only LoRAs are supported",
     "text_encoder": "Wan's is umT5-XXL, such as umt5_xxl_fp16.safetensors",
-    "vae": "take Wan2.1's, such as wan_2.1_vae.safetensors",
+    "vae": "take Wan2.1's, wan_2.1_vae.safetensors, or for TI2V-5B Wan2.2's, wan2.2_vae.safetensors",
     "image_encoder": "Wan2.1's is CLIP ViT-H/14, such as clip_vision_h.safetensors",
 }
 # Where marks were read.
@@ -52,7 +52,7 @@ class OtherModel:
         kind: of its file, a key of `ADVICE`.
         source: where the marks were read, keys of `SOURCES`.
         keys: for each naming scheme the keys that mark it, separated by spaces; one with "!" is absent.
-        sizes: of a network with Wan2.1's keys: field of its configuration → value.
+        sizes: of a network with Wan's keys: field of its configuration → value.
         entries: entry of config.json or model_index.json → pattern of its value; each alone is a mark.
         lora: pattern found in the modules of a LoRA for it, their dots written as underscores.
         names: pattern found in the names of its repositories and files, for hints where nothing else tells.
@@ -84,7 +84,7 @@ def of_keys(keys: Iterable[str]) -> OtherModel | None:
 
 
 def of_sizes(kind: str, sizes: Mapping[str, Any]) -> OtherModel | None:
-    """The model that a network of a ``kind``, with Wan2.1's keys and these sizes, is of."""
+    """The model that a network of a ``kind``, with Wan's keys and these sizes, is of."""
     return _first(lambda other: other.kind == kind and other.sizes and other.sizes.items() <= sizes.items())
 
 

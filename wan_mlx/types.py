@@ -3,9 +3,9 @@
 Glossary, used throughout the package:
 
     B            batch; always 1 on the sampling path (guidance is two passes, not a batch of two)
-    T, H, W      pixels: ``num_frames``, ``height``, ``width``; of Wan2.1 4n+1, and multiples of 16
-    t, h, w      latents, as many as the model's `Geometry` says: of Wan2.1 (T-1)/4+1, H/8, W/8
-    C            latent channels (16 for every Wan2.1 model)
+    T, H, W      pixels: ``num_frames``, ``height``, ``width``; 4n+1, and multiples of 16 (TI2V-5B: of 32)
+    t, h, w      latents, as many as the model's `Geometry` says: (T-1)/4+1, H/8, W/8 (TI2V-5B: H/16, W/16)
+    C            latent channels: 16 (TI2V-5B: 48)
     L            tokens: ``seq_len`` = t * h/2 * w/2, one per 1x2x2 patch of latents
     D            width of the transformer ("dim")
 

@@ -147,5 +147,5 @@ def test_what_is_refused(states, folder, tmp_path):
         load_transformer(packed)
     del config["quantization"]
     (packed / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match="40 of 110 keys that Wan2.1 does not have: blocks.0.cross_attn.k.biases"):
+    with pytest.raises(WeightsError, match="40 of 110 keys that Wan does not have: blocks.0.cross_attn.k.biases"):
         load_transformer(packed)

@@ -54,7 +54,8 @@ COMMANDS = {
     "plan": Command(
         "what a video would need in memory and time; nothing is downloaded",
         takes="model", flags=("--plan",),
-        usual=("size", "num_frames", "steps", "guidance_scale", "quantize", "dtype", "memory", "vae_tiling"),
+        usual=("size", "num_frames", "image", "loras", "quantize", "dtype", "steps", "guidance_scale", "recipe",
+               "cache", "memory", "vae_tiling"),
     ),
     "resume": Command(
         "go on with a run that was cut; without a name: the list of them",

@@ -145,7 +145,7 @@ def needed_files(names: Iterable[str], repo: str, parts: Collection[str] = PARTS
     elif _transformers(OFFICIAL_FILES, names):
         layout, files = "official", OFFICIAL_FILES
     else:
-        raise WeightsError(f"{repo} is no whole Wan2.1 model{_known_as(repo)}; {weights_in(names, repo)}")
+        raise WeightsError(f"{repo} is no whole Wan model{_known_as(repo)}; {weights_in(names, repo)}")
     needed, missing = [name for name in CONFIGS if name in names], []
     two = EXPERTS if set(EXPERTS).intersection(_transformers(files, names)) else ()
     for component in _each(parts, two):
@@ -159,7 +159,7 @@ def needed_files(names: Iterable[str], repo: str, parts: Collection[str] = PARTS
             missing.append(f"{' or '.join(candidates)} ({component})")
     if missing:
         lacking = f"({layout} layout){_known_as(repo)}: it lacks {'; '.join(missing)}"
-        raise WeightsError(f"{repo} is no whole Wan2.1 model {lacking}")
+        raise WeightsError(f"{repo} is no whole Wan model {lacking}")
     return needed
 
 

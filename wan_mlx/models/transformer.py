@@ -1,4 +1,4 @@
-"""The Wan2.1 diffusion transformer: (latents, timestep, context) → velocity.
+"""The diffusion transformer of Wan: (latents, timestep, context) → velocity.
 
 Follows the official ``wan/modules/model.py``. Parameter names are the official checkpoint's. Wide arrays keep the
 weights' dtype; the time path, modulation, norms' statistics, the patch embedding and the head are float32.
@@ -183,7 +183,7 @@ BlocksHook = Callable[[mx.array, ForwardPass, Callable[[mx.array], mx.array]], m
 
 
 class Transformer(nn.Module):
-    """The diffusion transformer of every Wan2.1 model; VACE adds blocks around it (`wan_mlx.models.vace`)."""
+    """The diffusion transformer of every model here; VACE adds blocks around it (`wan_mlx.models.vace`)."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()

@@ -117,7 +117,8 @@ def check_same(given: Mapping[str, Any], record: Mapping[str, Any], free: Collec
     for name, value in normal(given).items():
         before = stored.get(name)
         if before is None and value is not None:  # it was left to the model
-            before = _value_in(record["request"], name)
+            own = _value_in(record["request"], name)
+            before = record["settings"].get(name) if own is None else own
         if name not in free and value != before:
             differences.append(f"{flags.get(name, name)} is {_said(name, before)}, {_said(name, value)} was given")
     if differences:

@@ -88,7 +88,8 @@ class Run:
         self._happened: deque[Event] = deque()
         self._begun = self._finishing = False
         self._stopping = ""  # why
-        self._left = TimeLeft(self.plan, request.steps_made, resume.steps if resume else 0, chips.likely_rate())
+        first, switch = resume.steps if resume else 0, pipe.switch(request)
+        self._left = TimeLeft(self.plan, request.steps_made, first, chips.likely_rate(), switch)
         self._eta_at = 0.0
 
     def listen(self, listener: Listener) -> Run:

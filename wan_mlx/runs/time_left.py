@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from ..events import Decoded, Event, StageStarted, Stepped
+from ..events import Decoded, Event, StageEnded, StageStarted, Stepped
 from ..planning.plan import Plan
 
 ORDER = ("conditioning", "load", "denoise", "decode")  # first words of the stages' names
@@ -23,12 +23,13 @@ class TimeLeft:
     Args:
         plan: of the run.
         steps: how many are made, ``first`` of them before this run, which then goes on after them.
+        switch: the step at which another expert takes over, which is loaded then; None if none does.
         rate: FLOP per second of denoising, if it is known about how fast the machine is.
         clock: seconds.
     """
 
     def __init__(
-        self, plan: Plan, steps: int, first: int = 0, rate: float | None = None,
+        self, plan: Plan, steps: int, first: int = 0, rate: float | None = None, switch: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):  # fmt: skip
         self._rows, self._streamed = {row.stage: row for row in plan.rows}, plan.stream
@@ -37,15 +38,22 @@ class TimeLeft:
         self._began = clock()  # the stage, or the step, that is at work
         self._seconds: list[float] = []  # of the steps of this run
         self._decoded = 0.0  # share of the frames
+        self._transformers = 1 if switch is None else 2  # whose bytes the plan counts
+        self._later_loads = int(switch is not None and first < switch)  # in the midst of denoising
+        self._load: float | None = None  # seconds that the first took
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StageStarted):
+            if event.name.startswith("load") and self._reached == ORDER.index("denoise"):
+                self._later_loads = 0
             self._reached, self._began = ORDER.index(event.name.split()[0]), self._clock()
         elif isinstance(event, Stepped) and event.step.seconds:  # not one that an earlier run made
             self._done, self._began = event.step.index + 1, self._clock()
             self._seconds.append(event.step.seconds)
         elif isinstance(event, Decoded):
             self._decoded = event.done / event.total
+        elif isinstance(event, StageEnded) and event.name.startswith("load"):
+            self._load = event.seconds
 
     def seconds(self) -> float | None:
         """To the last frame; None as long as that is not known."""
@@ -59,14 +67,16 @@ class TimeLeft:
             return spent * (1 - self._decoded) / self._decoded
         if stage == "denoise":
             left, step = self._steps - self._done, self.step_seconds()
-            return 0.0 if not left else None if step is None else max((left - 1) * step, left * step - spent)
+            if not left or step is None:
+                return 0.0 if not left else None
+            return max((left - 1) * step, left * step - spent) + self._later_loads * self._load_seconds()
         whole = self._whole(stage)
         return None if whole is None else max(0.0, whole - spent)
 
     def _whole(self, stage: str) -> float | None:
         """Seconds that a stage takes in all."""
         if stage == "load":
-            return 0.0 if self._streamed else self._rows["denoise"].reads / READING
+            return self._load_seconds()
         begin = "encode" if stage == "conditioning" else stage
         rows = [row for name, row in self._rows.items() if name.startswith(begin)]
         if all(row.seconds is not None for row in rows):
@@ -78,6 +88,12 @@ class TimeLeft:
         if stage == "decode":
             return flop / (DECODE_SHARE * rate)
         return max(flop / rate, sum(row.reads for row in rows) / READING)
+
+    def _load_seconds(self) -> float:
+        """Of one transformer: as long as the one before took."""
+        if self._load is not None:
+            return self._load
+        return 0.0 if self._streamed else self._rows["denoise"].reads / self._transformers / READING
 
     def step_seconds(self) -> float | None:
         """Of one step: the mean of recent ones, the first of which compiles kernels; before that, as planned."""

@@ -258,7 +258,8 @@ def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = No
         file = find_part(_existing(module, "VACE module"), MODULE).file
         named |= {n: _with_module(part, file) for n, part in named.items() if part.kind == "transformer"}
     check_experts(parts_found := tuple(named.values()))
-    return replace(found, parts=parts_found)
+    found = replace(found, parts=parts_found)
+    return found if found.has_experts else replace(found, boundary=None)  # one transformer was given instead
 
 
 def joined(parts: Iterable[Part], given: Mapping[str, Part]) -> list[Part]:
@@ -339,8 +340,9 @@ def find_part(place: Path, name: str) -> Part:
     if own := [part for part in found.parts if part.name == name]:
         return own[0]
     if len(found.of_kind(kind)) > 1:
-        raise WeightsError(f"{place} holds two experts, not one transformer; give it as {_flag(EXPERTS[0])} and "
-                           f"{_flag(EXPERTS[1])}, or as --model")  # fmt: skip
+        files = " or ".join(str(part.file) for part in found.of_kind(kind))
+        raise WeightsError(f"{place} holds two experts, not one transformer; give the file of one of them, {files}, or "
+                           "the folder as a whole model")  # fmt: skip
     if not found.of_kind(kind):
         for file in _weight_files(place):
             kinds_in(file)  # says why, if it is refused
@@ -430,14 +432,14 @@ def _search(known: Checkpoint, given: Collection[str]) -> Checkpoint:
     if not parts and not given:
         refused = others + refused
         why = f"of its files, {refused[0]}" if refused else f"it holds {_listing(folder)}"
-        raise WeightsError(f"{folder} is not a complete Wan2.1 folder: no file of a Wan2.1 network in it; {why}")
+        raise WeightsError(f"{folder} is not a complete Wan folder: no file of a Wan network in it; {why}")
     if "tokenizer" not in parts and (tokenizer := find_tokenizer(folder)):
         parts["tokenizer"] = _part("tokenizer", tokenizer)
     return replace(known, parts=tuple(parts.values()), others=tuple(others))
 
 
 def _is_whole(weights: ComponentWeights) -> bool:
-    """Whether a file is a network of Wan2.1, and not of another model with more tensors of such names."""
+    """Whether a file is a network of Wan, and not of another model with more tensors of such names."""
     try:
         network_config(weights, _part(weights.component, weights.path).config)
     except WeightsError:
@@ -484,7 +486,7 @@ def _incomplete(found: Checkpoint, missing: list[str]) -> str:
     if found.layout in FOLDERS:
         lacking = "; ".join(f"{' or '.join(FOLDERS[found.layout][part])} ({part})" for part in missing)
         holds = found.others[0] if found.others else f"it holds {_listing(found.path)}"
-        return f"{found.path} is not a complete Wan2.1 folder: missing {lacking}; {holds}"
+        return f"{found.path} is not a complete Wan folder: missing {lacking}; {holds}"
     flags = " ".join(f"{_flag(part)} FILE" for part in missing)
     files = {**COMFYUI_PARTS, "vae": COMFYUI_VAE_22} if any(map(_is_ti2v, found.parts)) else COMFYUI_PARTS
     published = ", ".join(files[part] for part in missing if part in files)

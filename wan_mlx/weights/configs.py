@@ -156,7 +156,7 @@ def _reads_a_picture(weights: ComponentWeights, patch: int) -> bool:
 
 
 def _check_channels(path: Path, sizes: Mapping[str, Any]) -> None:
-    """Raise WeightsError if no Wan2.1 model reads so many channels: the latents', or with an image twice and a mask."""
+    """Raise WeightsError if no model here reads so many channels: the latents', or with an image twice and a mask."""
     kind, channels, latents = sizes["model_type"], sizes["in_dim"], sizes["out_dim"]
     expected = 2 * latents + 4 if kind in ("i2v", "flf2v") else latents
     if channels == expected:
@@ -164,8 +164,8 @@ def _check_channels(path: Path, sizes: Mapping[str, Any]) -> None:
     if other := of_sizes("transformer", sizes):
         raise other.refusal(path)
     raise WeightsError(
-        f"{path}: this is a transformer of another model than Wan2.1: as {TASK_NAMES[kind]} of {latents} latent "
-        f"channels it would read {expected}, and it reads {channels}"
+        f"{path}: this is a transformer of another model than Wan2.1's and Wan2.2's: as {TASK_NAMES[kind]} of "
+        f"{latents} latent channels it would read {expected}, and it reads {channels}"
     )
 
 

@@ -74,7 +74,7 @@ def inspect_source(
     rows += networks
     for name in dict.fromkeys(path.name for path in (found.path, *found.files.values())):
         if sound and (other := of_name(name, known=True)):
-            rows.append(("note", f"by its name {name} is {other.name}, which has the shapes of a model of Wan2.1"))
+            rows.append(("note", f"by its name {name} is {other.name}, which has the shapes of a model of Wan"))
     for part in found.of_kind("transformer"):
         if part.name not in EXPERTS and (expert := expert_named(part.file)):
             expert = expert.replace("_", " ")

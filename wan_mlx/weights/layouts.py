@@ -1,4 +1,4 @@
-"""Tensor names of published Wan2.1 checkpoints, as data: a table of names for each layout → the official names.
+"""Tensor names of published Wan checkpoints, as data: a table of names for each layout → the official names.
 
 A canonical name is the official module's own parameter name, without the prefix in some files. In the other layouts
 every key must be in the table; official keys keep their names, and whoever loads the network compares them with its
@@ -170,7 +170,7 @@ def canonical_keys(layout: Layout, keys: Iterable[str]) -> dict[str, str | tuple
         missing += [part for part in parts if part not in originals and part not in missing]
     if unknown:
         raise WeightsError(
-            f"{layout} with {len(unknown)} of {len(originals)} keys that Wan2.1 does not have: {some(unknown)}"
+            f"{layout} with {len(unknown)} of {len(originals)} keys that Wan does not have: {some(unknown)}"
         )
     if missing:
         raise WeightsError(f"{layout} without {some(missing)}, though it has the tensors that belong with them")

@@ -114,7 +114,7 @@ def load_transformer(
         merge: merge LoRAs into the weights. They stay unmerged with False, or if weights are quantised or streamed.
 
     Raises:
-        WeightsError: the file is not a whole Wan2.1 transformer, or a LoRA does not suit it.
+        WeightsError: the file is not a whole transformer of Wan, or a LoRA does not suit it.
         ValueError: an unknown dtype or mode, or the weights are already quantised in another mode.
     """
     weights, config = open_network(path, "transformer")
