@@ -66,6 +66,7 @@ COMMANDS = {
     "convert": Command("a checkpoint into one MLX folder, packed if wanted", ".convert"),
     "inspect": Command("what a model's files hold, and whether they are whole", ".convert"),
     "info": Command("a LoRA, a video made here, or a model, described", ".info"),
+    "serve": Command("a page in the browser, and an API, over a queue that survives", ".serve"),
     "doctor": Command("whether this machine computes correctly, and how fast", ".doctor"),
     "completion": Command("a script that completes commands and flags, for bash, zsh or fish", ".completion"),
     "help": Command("this page; or a command's, as in wan-mlx help plan"),

@@ -10,9 +10,13 @@ from .terminal import write
 
 PORT = 8190
 NEEDED = {"serve": ("fastapi", "uvicorn", "python_multipart", "send2trash"), "mcp": ("mcp",)}
-DESCRIPTION = "Open a page in the browser on which videos are made, and an API for programs, over one queue."
+DESCRIPTION = """\
+Open a page in the browser on which videos are made, and an API for programs,
+over one queue."""
 EPILOG = """\
-Only this machine can reach it. With another --host it needs a token, which is printed; WAN_MLX_TOKEN sets one.
+Only this machine can reach it. With another --host it needs a token, which is
+printed; WAN_MLX_TOKEN sets one.
+
 examples:
   wan-mlx serve
   wan-mlx serve --model t2v-1.3B --library ~/Movies/wan

@@ -41,7 +41,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, place REAL NOT NULL, state TEXT NOT NULL, wish TEXT NOT NULL DEFAULT '',
     options TEXT NOT NULL, output TEXT NOT NULL UNIQUE, about TEXT NOT NULL, created REAL NOT NULL,
     started REAL, ended REAL, error TEXT, code TEXT, suspect TEXT, seconds REAL NOT NULL DEFAULT 0,
-    peak INTEGER NOT NULL DEFAULT 0, resumed INTEGER NOT NULL DEFAULT 0
+    peak INTEGER NOT NULL DEFAULT 0, resumed INTEGER NOT NULL DEFAULT 0,
+    step_seconds REAL
 )
 """
 
@@ -63,6 +64,7 @@ class Queued:
         suspect: what is wrong with the video that was made, if it looks wrong.
         seconds, peak: spent in making it, over all goes; the most bytes that MLX held.
         resumed: how often it went on after its process had died.
+        step_seconds: of a sampling step, on average.
     """
 
     id: str
@@ -81,6 +83,7 @@ class Queued:
     seconds: float = 0.0
     peak: int = 0
     resumed: int = 0
+    step_seconds: float | None = None
 
     @property
     def is_over(self) -> bool:

@@ -75,8 +75,8 @@ def checked(given: Mapping[str, Any], preset: Preset | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in given.items():
         option = options.named(name)
-        value = _from_text(option, value)
         try:
+            value = _from_text(option, value)
             args = parsed({name: value})
             value_given = getattr(args, option.key, None)
             if option.of == REQUEST and option.limits and value_given is not None and not option.sets:
@@ -113,6 +113,8 @@ def _from_text(option: Any, value: Any) -> Any:
             return word == "true"
         if option.repeats:
             return [line for line in value.split("\n") if line.strip()]
+        if option.parse is None and {*option.kinds} & {int, float} and not {*option.kinds} & {bool, str}:
+            return option.read(value)
     return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -12,8 +11,6 @@ from .objects import page_of
 from .refused import Refused
 from .studio import Studio
 from .videos import file_of, poster_of
-
-UPLOAD_ID = re.compile(r"upload_[0-9a-f]{24}")
 
 
 def gallery_routes(studio: Studio) -> APIRouter:
@@ -68,21 +65,19 @@ def gallery_routes(studio: Studio) -> APIRouter:
             file = form.get("file")
             if file is None or isinstance(file, str):
                 raise Refused(400, "file is missing: send it as the field file of multipart/form-data", param="file")
-            return JSONResponse(await studio.keep_upload(file), 201)
+            return JSONResponse(await studio.uploads.keep(file), 201)
 
-    def kept(id: str) -> None:
-        if not UPLOAD_ID.fullmatch(id) or not studio.has_upload(id):
-            raise Refused(404, f"there is no upload {id[:100]!r}")
+    @routes.get("/v1/uploads/{id}", summary="What was sent")
+    async def upload_details(id: str) -> dict[str, Any]:
+        return studio.uploads.about(id)
 
     @routes.get("/v1/uploads/{id}/preview", summary="A small picture of it")
     async def upload_preview(id: str) -> Response:
-        kept(id)
         return FileResponse(await studio.upload_poster(id), media_type="image/webp")
 
     @routes.delete("/v1/uploads/{id}", summary="Forget it")
     async def forget(id: str) -> dict[str, Any]:
-        kept(id)
-        studio.delete_upload(id)
+        studio.uploads.delete(id)
         return {"id": id, "object": "upload.deleted", "deleted": True}
 
     return routes

@@ -120,6 +120,7 @@ def plain(value: Any, folder: Path) -> Any:
         return [plain(entry, folder) for entry in value]
     if not isinstance(value, str) or "/" not in value:
         return value
+    value = re.sub(rf"(?:{re.escape(str(folder))}/)?{re.escape(FOLDER)}/uploads/(upload_[0-9a-f]+)\.\w+", r"\1", value)
     home = home_folder()
     for known in filter(None, (folder, Path(sys.prefix), home)):
         if len(known.parts) > 1:

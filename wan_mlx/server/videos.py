@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
@@ -23,6 +21,7 @@ BODY = {
         "content": {kind: {"schema": request_schema()} for kind in ("application/json", "multipart/form-data")},
     }
 }
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 MOST_AT_ONCE = 100
 NO_STORE = {"cache-control": "no-store"}
 
@@ -35,15 +34,16 @@ def job_of(studio: Studio, id: str) -> Queued:
         raise Refused(404, f"there is no video {id[:100]!r}") from None
 
 
-async def fields_of(request: Request, studio: Studio) -> dict[str, Any]:
-    """The fields of a JSON or multipart request; files of it are kept as uploads, and are named by them."""
+async def fields_of(request: Request, studio: Studio, kept: list[str]) -> dict[str, Any]:
+    """The fields of a JSON or multipart request; files of it are kept as uploads, which are named, and in ``kept``."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
+    if kind in FORMS:
         async with request.form(max_files=16, max_fields=200) as form:
             found: dict[str, Any] = {}
             for name, value in form.multi_items():
                 if not isinstance(value, str):
-                    value = (await studio.keep_upload(value))["id"]
+                    value = (await studio.uploads.keep(value))["id"]
+                    kept.append(value)
                 name = name.removesuffix("[]")
                 if name in found:
                     found[name] = [*(found[name] if isinstance(found[name], list) else [found[name]]), value]
@@ -72,7 +72,13 @@ def video_routes(studio: Studio) -> APIRouter:
 
     @routes.post("/v1/videos", summary="Ask for a video", openapi_extra=BODY)
     async def create(request: Request) -> dict[str, Any]:
-        return studio.video(await studio.submit(await fields_of(request, studio)))
+        kept: list[str] = []
+        try:
+            return studio.video(await studio.submit(await fields_of(request, studio, kept), kept))
+        except BaseException:
+            for id in kept:
+                studio.uploads.delete(id)
+            raise
 
     @routes.get("/v1/videos", summary="The videos that were asked for")
     async def listing(
@@ -159,7 +165,7 @@ def video_routes(studio: Studio) -> APIRouter:
         changes = json_object(await request.body() or b"{}")
         job = job_of(studio, id)
         fields = {**job.options, "seed": None, **changes}
-        return studio.video(await studio.submit(fields, known=job.options))
+        return studio.video(await studio.submit(fields, [], known=job.options))
 
     @routes.delete("/v1/videos/{id}", summary="Take it out of the queue; its file goes to the Trash")
     async def delete(id: str) -> dict[str, Any]:
@@ -193,7 +199,3 @@ async def poster_of(studio: Studio, name: str) -> Response:
         raise Refused(404, f"there is no file {name[:100]!r} in the library") from None
     headers = {"cache-control": "private, no-cache"}
     return FileResponse(await studio.poster(path), media_type="image/webp", headers=headers)
-
-
-def as_line(event: Mapping[str, Any]) -> str:
-    return json.dumps(event, ensure_ascii=False)
