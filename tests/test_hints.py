@@ -53,6 +53,9 @@ SHOWN = {
     "wan-mlx --model ./{}{} --prompt \"what it should show\" --output out.mp4":
         "--model ./nano.folder --prompt 'what it should show' --output out.mp4 --dry-run",
     "wan-mlx help": "help",
+    "wan-mlx serve": "serve --help",  # tests/test_serve.py runs it
+    "wan-mlx serve --model t2v-1.3B --library ~/Movies/wan": "serve --help",
+    "wan-mlx serve --host 0.0.0.0 --no-browser": "serve --help",
     "wan-mlx resume {}": "resume made.mp4",
     "wan-mlx resume cat.mp4": "resume made.mp4",
     "wan-mlx resume FILE": "resume made.mp4",

@@ -18,7 +18,7 @@ from ..presets import PRESETS
 from .flags import ABOUT, USAGE, Parser, arguments_of, build_parser
 
 NEAR = 0.75  # of difflib's ratios, from which on a word is taken for a command that is misspelled
-TO_COME = ("serve", "queue", "train", "mcp")  # planned commands, which nobody means as a prompt
+TO_COME = ("queue", "train", "mcp")  # planned commands, which nobody means as a prompt
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,8 @@ COMMANDS = {
         "make a video or pictures; the word itself may be left out",
         takes="prompt",
         usual=(
-            "prompt", "negative_prompt", "size", "num_frames", "num_videos", "output", "prompts", "image", "video",
-            "model", "loras", "quantize", "seed", "steps", "guidance_scale", "cache", "memory", "config", "dry_run",
-            "quiet", "preview",
+            "prompt", "size", "num_frames", "num_videos", "output", "prompts", "image", "video", "model", "loras",
+            "quantize", "seed", "steps", "guidance_scale", "cache", "memory", "dry_run", "preview",
         ),
     ),
     "plan": Command(

@@ -36,7 +36,7 @@ def build_parser() -> Parser:
 def check_packages(command: str) -> None:
     """Raise ImportError, in one line that says how to install them, if packages of the command's extra are missing."""
     if missing := [name for name in NEEDED[command] if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"wan-mlx {command} needs {', '.join(missing)}: pip install 'wan-mlx[{command}]'")
+        raise ImportError(f"`{command}` needs {', '.join(missing)}: pip install 'wan-mlx[{command}]'")
 
 
 def main(argv: list[str]) -> int:

@@ -23,17 +23,17 @@ from .. import options
 from ..cli.config_file import as_options, obeyed
 from ..cli.flags import arguments as as_arguments
 from ..cli.flags import build_parser, given_flags, keywords
-from ..cli.jobs import check_flags, extension_of
+from ..cli.jobs import asked_of, check_flags, extension_of
 from ..cli.terminal import explain, write
 from ..errors import MemoryPlanError, UsageError, WanError
 from ..hub.resolve import is_cached, preset_of
 from ..media.read import open_picture, open_video, read_image
 from ..media.write import read_settings
 from ..models import chips
-from ..planning.choose import plan
+from ..pipeline import plan
 from ..planning.machine import available_memory
 from ..planning.plan import Plan, Row
-from ..presets import BUNDLED, GIVEN_APART, PRESETS, find_preset
+from ..presets import BUNDLED, PRESETS, find_preset
 from ..request_builder import build_request, size_of
 from ..runs.folder import RunFolder
 from ..runs.time_left import TimeLeft
@@ -42,8 +42,6 @@ from .child import follow
 POSTER = 320  # pixels of its longer side
 PICTURE_ENDINGS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tiff",
                    "AVIF": ".avif", "PPM": ".ppm"}  # fmt: skip
-PLANNED = ("width", "height", "size", "num_frames", "steps", "memory", "dtype", "quantize", "guidance_scale",
-           "vae_tiling", "quantize_high", "quantize_low")  # fmt: skip
 Answer = Any
 
 
@@ -90,7 +88,8 @@ def plan_of(given: Mapping[str, Any], known: Mapping[str, Any] | None = None, me
         "seconds": seconds, "seconds_known_by": how if seconds is not None else None,
         "here": is_cached(given["model"]),
         "stages": [{"stage": row.stage, "how": row.how, "peak_bytes": row.peak} for row in found.rows],
-        "advice": [_advice(text) for text in found.advice], "error": None,
+        "advice": [_advice(text) for text in found.advice], "notes": [f"without {name}, which is not here yet"
+                                                                      for name in found.without], "error": None,
     }  # fmt: skip
 
 
@@ -108,8 +107,7 @@ def planned(given: Mapping[str, Any]) -> Plan:
 def _planned_in(text: str, memory: int) -> Plan:
     """The plan of a request's options, as JSON; ``memory``: that is free, roughly, so that it is planned anew."""
     args = build_parser().parse_args(as_arguments(json.loads(text)))
-    parts = {part: getattr(args, part) for part in GIVEN_APART}
-    return plan(args.model, parts=parts, **{name: getattr(args, name) for name in PLANNED})
+    return plan(**keywords(args, options.MODEL), **asked_of(args))
 
 
 def video_of(given: Mapping[str, Any]) -> dict[str, int]:

@@ -126,7 +126,10 @@ class Foreman:
             if line and line["event"] not in ("ready", "stopping"):
                 watch.hear(line)
                 self.live[job.id] = watch.live
-                self._told(job.id, line)
+                if line["event"] == "result":
+                    watch.last = line
+                else:
+                    self._told(job.id, line)
             wish = self._wish(job.id)
             if wish != told_wish and wish:
                 if wish == "delete":
@@ -170,7 +173,7 @@ class Foreman:
             changes = {"error": line["error"]} if line["error"] != "interrupted" else {}
         else:
             state, changes = FAILED, {"error": line["error"], "code": line["code"]}
-            self._told(watch.job.id, {"event": "error", "message": line["error"], "code": 1})
+            watch.last = {"event": "error", "message": line["error"], "code": 1}
         self._close(watch, state, changes)
 
     def _close(self, watch: Watch, state: str, changes: dict[str, Any]) -> None:
@@ -192,6 +195,8 @@ class Foreman:
             self.live.pop(id, None)
         else:
             self._tell_state(id)
+            if watch.last is not None:
+                self._told(id, watch.last)
         self._say("idle")
 
     def _died(self, watch: Watch, how: str) -> None:
@@ -205,10 +210,10 @@ class Foreman:
         if wish:
             return self._close(watch, ENDED[wish], {})
         if deaths[-MOST_DEATHS:] == [deaths[-1]] * MOST_DEATHS:
-            line = (f"the process that makes it ended {MOST_DEATHS} times after step {deaths[-1]} ({how}); resume it "
+            said = (f"the process that makes it ended {MOST_DEATHS} times after step {deaths[-1]} ({how}); resume it "
                     "to try once more")  # fmt: skip
-            self._told(id, {"event": "error", "message": line, "code": 1})
-            return self._close(watch, FAILED, {"error": line, "code": "worker_died"})
+            watch.last = {"event": "error", "message": said, "code": 1}
+            return self._close(watch, FAILED, {"error": said, "code": "worker_died"})
         self.queue.note(id, **watch.spent())
         self.queue.put_back(id)
         self._tell_state(id)
@@ -238,11 +243,13 @@ class Watch:
 
     Attributes:
         live: stage, step, steps, eta_seconds, active_bytes; size, frames and seed, once they are known.
+        last: the last event, which is told when the queue knows of the end, too.
     """
 
     def __init__(self, job: Queued):
         self.job = job
         self.live: dict[str, Any] = {"stage": None}
+        self.last: Mapping[str, Any] | None = None
         self._peak, self._seconds = job.peak, 0.0
         self._steps: list[float] = []
 

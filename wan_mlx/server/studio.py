@@ -24,7 +24,7 @@ from .foreman import Foreman
 from .library import Library, plain
 from .objects import as_video, shown_options
 from .refused import Refused
-from .uploads import KINDS, MOST_BYTES, Uploads
+from .uploads import KINDS, MOST_BYTES, Uploads, is_here
 
 ALL = ""  # the channel of everything, for the page
 OFTEN = 0.25  # seconds between two tellings of how far a video is, on that channel
@@ -237,9 +237,13 @@ class Studio:
         Raises:
             Refused: a field is wrong.
         """
-        files = {"image": "x.png"} if given.get("image") or given.get("input_reference") else {}
-        without = {name: value for name, value in given.items() if not self.is_source(name)}
-        found = fields.options_of({**without, **files}, self.default_model, needs_prompt=False)
+        wanted = dict(given)
+        sources = {name: wanted.pop(name) for name in given if self.is_source(name) and given[name]}
+        if sources and all(map(is_here, sources.values())):
+            wanted |= await self.uploads.sources_in(sources, [])
+        if (sources.get("image") or sources.get("input_reference")) and not wanted.get("model"):
+            wanted["model"] = "nano-i2v" if self.default_model == "nano" else self.default_model
+        found = fields.options_of(wanted, self.default_model, needs_prompt=False)
         model, measures = found["model"], self.foreman.state == "idle"
         return await self.desk.ask("plan_of", given=found, known=self.known(model), measures=measures)
 

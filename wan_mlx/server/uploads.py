@@ -31,6 +31,12 @@ KINDS = {"image": ["image/png", "image/jpeg", "image/webp", "image/gif", "image/
          "video": ["video/mp4", "video/quicktime", "video/webm", "video/x-matroska", "video/x-msvideo"]}  # fmt: skip
 
 
+def is_here(source: Any) -> bool:
+    """Whether a source is a file as it is: neither a frame to be taken out of one, nor sent with the request."""
+    several = source if isinstance(source, list) else [source]
+    return all(isinstance(one, str) and "#" not in one and bool(SOURCE.fullmatch(one)) for one in several)
+
+
 class Uploads:
     """The uploads of a library."""
 

@@ -128,7 +128,7 @@ def video_routes(studio: Studio) -> APIRouter:
             raise Refused(404, f"{id} has no preview yet; the first comes with its first step", "not_ready")
         return FileResponse(path, headers=NO_STORE)
 
-    @routes.get("/v1/videos/{id}/events", summary="Its events, as wan-mlx --json says them, as server-sent events")
+    @routes.get("/v1/videos/{id}/events", summary="Its events, those of --json, as server-sent events")
     async def events(id: str, last_event_id: Annotated[str, Header()] = "") -> StreamingResponse:
         job_of(studio, id)
         return stream(studio, id, last_event_id)
