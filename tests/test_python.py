@@ -17,6 +17,7 @@ from wan_mlx import options
 from wan_mlx import other_words as hints
 from wan_mlx.option import MODEL, REQUEST
 from wan_mlx.pipeline import WanPipeline
+from wan_mlx.types import RunState
 
 SMALL = dict(width=16, height=16, num_frames=5, steps=1, seed=3)
 
@@ -183,7 +184,9 @@ class TestShown:
         assert repr(pipe) == "WanPipeline(nano, t2v, float32)"
         packed = WanPipeline.from_pretrained("nano", quantize="q8", progress=False)
         assert repr(packed) == "WanPipeline(nano, t2v, bfloat16, q8)"
-        step = next(output for output in pipe.stages(pipe.request("a", **SMALL)) if isinstance(output, wan_mlx.Step))
+        conditioning, step, *_ = pipe.stages(pipe.request("a", **SMALL))
+        shown = "Conditioning(noise (1, 2, 2, 2, 16), context (1, 512, 128), negative_context (1, 512, 128))"
+        assert repr(conditioning) == shown and repr(RunState(conditioning, 3)) == f"RunState(3 steps, {shown})"
         assert re.fullmatch(r"Step\(1 of 1, sigma 1.000, \d\.\d s\)", repr(step))
 
     def test_plans(self, pipe):

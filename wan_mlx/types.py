@@ -157,7 +157,7 @@ class Request:
         return self.steps - self.steps_made
 
 
-@dataclass
+@dataclass(repr=False)
 class Conditioning:
     """The result of a task, for the sampling loop.
 
@@ -187,6 +187,9 @@ class Conditioning:
     vace_context: mx.array | None = None
     context_scale: float = 1.0
     trim_latents: int = 0
+
+    def __repr__(self) -> str:
+        return f"Conditioning({', '.join(f'{name} {array.shape}' for name, array in self.arrays().items())})"
 
     def arrays(self) -> dict[str, mx.array]:
         """The fields that hold an array, by name."""
@@ -247,7 +250,7 @@ class Step:
         return self.previewer(self.denoised)
 
 
-@dataclass
+@dataclass(repr=False)
 class RunState:
     """How far a run has come: its conditioning, how many steps are done, and `Step.state` of the last of them.
 
@@ -259,3 +262,6 @@ class RunState:
     state: dict[str, mx.array] = field(default_factory=dict)
     how: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"RunState({self.steps} steps, {self.conditioning})"

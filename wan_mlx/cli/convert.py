@@ -22,10 +22,7 @@ from ..weights.inspect import inspect_source
 from .flags import Parser
 from .terminal import write
 
-DESCRIPTION = """Convert a published checkpoint into one MLX folder: give SOURCE and OUT.
-
-With --inspect, describe SOURCE instead.
-"""
+DESCRIPTION = "Convert a published checkpoint into one MLX folder.\n\nTo describe one: wan-mlx inspect."
 ABOUT_INSPECT = "What a model's files hold, and whether they are whole."
 OF_WRITING = ("overwrite", "dtype", "vae_dtype", "quantize", "model")  # options without a meaning for --inspect
 
@@ -38,9 +35,7 @@ def build_parser(inspects: bool = False) -> Parser:
         "checkpoint", metavar="SOURCE", help="what --model takes: a folder or file, a preset such as t2v-1.3B, a hub id"
     )
     parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write; must not exist")
-    parser.add_argument(
-        "--inspect", action="store_true", help="describe SOURCE, compare its check sums, and write nothing"
-    )
+    parser.add_argument("--inspect", action="store_true", help=argparse.SUPPRESS)  # for it there is a command
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is an MLX folder and no more")
     parser.add_argument("--dtype", default="bfloat16", help="of transformer and text encoder (default bfloat16)")
     parser.add_argument("--vae-dtype", default="float32", help="of the VAE (default float32)")
@@ -74,7 +69,7 @@ def main(argv: list[str]) -> int:
     args.source = args.source or named("source").left_out()
     listener: Listener = unheard if args.quiet else ProgressBars()
     if args.inspect == (args.out is not None):
-        raise UsageError("give SOURCE and OUT, the folder to write; or --inspect and SOURCE alone")
+        raise UsageError("give SOURCE and OUT, the folder to write; to describe one: wan-mlx inspect")
     for name in OF_WRITING:
         if args.inspect and getattr(args, name) != parser.get_default(name):
             raise UsageError(f"--{name.replace('_', '-')} has no effect with --inspect; leave it out")
