@@ -582,3 +582,18 @@ class TestKeptLoaded:
         with pipe.keep_loaded():
             first, second = (pipe("a red circle", **options).latents for _ in range(2))
         assert names == ["high_noise", "low_noise"] * 2 and np.array_equal(first, second)
+
+    @pytest.mark.parametrize("later, stay", [(dict(all_stay=False), 1), (dict(stream=True), 0), ({}, 2)])
+    def test_a_larger_video_after_a_smaller_one(self, pair, whole, monkeypatch, later, stay):
+        """What its plan does not count is gone before anything is encoded."""
+        pipe, plan, changes = opened(pair), wan_mlx.opened.plan_video, {}
+        monkeypatch.setattr("wan_mlx.opened.plan_video", lambda *args: replace(plan(*args), **changes))
+        request = pipe.request("a red circle", width=16, height=16, num_frames=1, steps=5, seed=3, shift=3.0)
+        with pipe.keep_loaded():
+            pipe.run(request).video()
+            changes = later
+            events = iter(pipe.run(request))
+            next(events)
+            assert len({*EXPERTS}.intersection(pipe._kept)) == stay
+            *_, last = (event.step for event in events if hasattr(event, "step"))
+            assert np.array_equal(np.array(last.latents[0].transpose(3, 0, 1, 2)), whole)

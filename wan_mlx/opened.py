@@ -347,6 +347,15 @@ class OpenedModel:
             model.tokens_at_once = plan.tokens_at_once
         return model
 
+    def drop_beyond(self, plan: Plan) -> None:
+        """Within `keep_loaded`, drop the transformers that an earlier video's plan kept and this one does not count."""
+        parts = [part.name for part in self.checkpoint.of_kind("transformer") if part.name in (self._kept or ())]
+        for place, name in enumerate(parts):
+            assert self._kept is not None, "there are none without"
+            is_streamed = self._kept[name].blocks is not None
+            if (place and not plan.all_stay) or is_streamed != plan.stream:
+                del self._kept[name]
+
     def load_vae(self) -> VAEExecution:
         """The VAE: loaded now, or kept since it was."""
 

@@ -317,6 +317,7 @@ class Run:
         if listener not in self._listeners:  # a command line's is both
             self._listeners.insert(0, listener)
         self.pipe.listener, self.pipe.plan_at_work = self._tell, self.plan
+        self.pipe.drop_beyond(self.plan)
         try:
             yield
         finally:
