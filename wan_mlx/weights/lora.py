@@ -123,7 +123,7 @@ def normalise_loras(loras: Iterable[LoraChoice] | LoraChoice | None) -> list[tup
         ValueError: an entry is not a path, or not (path, strength) with a finite strength.
     """
     found = []
-    if loras is not None and not isinstance(loras, Iterable):
+    if loras is not None and not isinstance(loras, Path | Iterable):
         raise ValueError(f"loras is {loras!r}, expected a path, (path, strength), or a list of them")
     for entry in [loras] if isinstance(loras, str | Path) else loras or ():
         try:
