@@ -20,7 +20,8 @@ def run(capsys, *extra):
         (["--cfg-zero", "0"], ["CFG-Zero*, 0 first steps"]),
         (["--cfg-zero", "--slg", "2,3"], ["CFG-Zero*, 2 first", "layers 2, 3 skipped from 0.1 to 1"]),
         (["--slg", "2:0.2-0.7"], ["layers 2 skipped from 0.2 to 0.7"]),
-        (["--recipe", "causvid", "--steps", "6"], ["unipc, 6 steps, shift 8, guidance off", "recipe causvid"]),
+        (["--recipe", "causvid", "--steps", "6"], ["unipc, 6 steps, shift 7, guidance off", "recipe causvid"]),
+        (["--phases", "900:3:0,0:1"], ["timesteps 1000 to 900: 3 steps, guidance 3, without LoRAs", "0: 9 steps"]),
         (["--solver", "dmd"], ["dmd, 12 steps"]),
     ],
 )

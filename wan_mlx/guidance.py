@@ -13,6 +13,7 @@ import mlx.core as mx
 from .caching import COND, UNCOND, StepCache
 from .lasting import lasting_thread
 from .presets import EXPERTS
+from .recipes import phase_of
 from .types import Conditioning, Request
 
 T = TypeVar("T")
@@ -42,11 +43,12 @@ class Guidance:
     skip_range: tuple[float, float] = (0.1, 1.0)
 
     @classmethod
-    def of(cls, request: Request, expert: str = "") -> Guidance:
-        """The guidance of a request while an expert, a name in `presets.EXPERTS`, is at work."""
+    def of(cls, request: Request, expert: str = "", timestep: float = 0.0) -> Guidance:
+        """The guidance of a request at a timestep, while an expert, a name in `presets.EXPERTS`, is at work."""
         low, high = request.guidance_scales
+        scale, phase = high if expert == EXPERTS[0] else low, phase_of(request, timestep)
         return cls(
-            scale=high if expert == EXPERTS[0] else low,
+            scale=scale if phase is None or phase.guidance is None else phase.guidance,
             range=request.guidance_range,
             cfg_zero=request.cfg_zero,
             skip_layers=request.skip_layers,

@@ -39,7 +39,7 @@ from .planning.sizes import Networks, sizes_of
 from .presets import EXPERTS, MODULE, Preset, find_preset, preset_for
 from .progress_bars import progress_of
 from .prompts.cache import PromptCache
-from .recipes import scheduler_for
+from .recipes import phase_of, timesteps_of
 from .storage import cache_folder, sha256
 from .tasks import TASKS
 from .tasks import notes as canvas_notes
@@ -60,6 +60,8 @@ from .weights.load import (
 )
 from .weights.lora import describe_lora, in_lists, lora_lists
 from .weights.set_loras import set_loras
+
+CHANGING = " with changing LoRAs"  # a network kept loaded for requests whose phases change them
 
 
 def with_experts(
@@ -312,17 +314,43 @@ class OpenedModel:
             folder = None
         check_once(self.checkpoint.files.values(), folder, self.listener)
 
-    def expert(self, timestep: float) -> Part:
-        """The transformer that serves a timestep."""
-        return next(part for part in self.checkpoint.of_kind("transformer") if part.serves(timestep))
+    def expert(self, timestep: float, request: Request | None = None) -> Part:
+        """The transformer that serves a timestep: by its boundary, unless the phases of a request say otherwise."""
+        phase = request and phase_of(request, timestep)
+        parts = self.checkpoint.of_kind("transformer")
+        if phase and phase.expert:
+            return next(part for part in parts if part.name == phase.expert)
+        return next(part for part in parts if part.serves(timestep))
 
     def switch(self, request: Request) -> int | None:
         """The step of a request at which another expert takes over; None if none does."""
-        experts = [self.expert(float(timestep)) for timestep in scheduler_for(request).timesteps]
+        experts = [self.expert(timestep, request) for timestep in timesteps_of(request)]
         return next((index for index, expert in enumerate(experts) if expert is not experts[0]), None)
 
-    def load_expert(self, part: Part) -> Execution:
-        """A transformer: loaded now, or kept since it was."""
+    def loras_at(self, request: Request, timestep: float) -> list[tuple[Path, float]]:
+        """The LoRAs of the transformer that serves a timestep, with the strengths that they have in its phase; none at
+        strength 0.
+
+        Raises:
+            ValueError: the phase has strengths for another number of LoRAs.
+        """
+        own, phase = self.expert(timestep, request).loras, phase_of(request, timestep)
+        loras = [*self.loras, *own]
+        factors = phase.factors(len(own), len(self.loras)) if phase else [1.0] * len(loras)
+        found = [(path, strength * factor) for (path, strength), factor in zip(loras, factors, strict=True)]
+        return [lora for lora in found if lora[1]]
+
+    def changes_loras(self, request: Request, part: Part) -> bool:
+        """Whether a transformer's LoRAs change in the course of a request."""
+        served = [timestep for timestep in timesteps_of(request) if self.expert(timestep, request) is part]
+        loras = [self.loras_at(request, timestep) for timestep in served]
+        return any(one != loras[0] for one in loras)
+
+    def load_expert(self, part: Part, loras: Sequence[tuple[Path, float]] | None = None) -> Execution:
+        """A transformer: loaded now, or kept since it was.
+
+        ``loras``: to begin with, where they change later; None for the model's own.
+        """
         plan = self.plan_at_work
 
         def load() -> Execution:
@@ -333,16 +361,22 @@ class OpenedModel:
                     counted(self.listener, f"loading {part.label}"),
                     part.quantize or self.quantize,
                     stream=plan is not None and plan.stream,
-                    loras=[*self.loras, *part.loras],
-                    merge=self._merge_loras,
+                    loras=[*self.loras, *part.loras] if loras is None else loras,
+                    merge=self._merge_loras and loras is None,
                 )
             return model if isinstance(model, Execution) else Execution(model)
 
+        names = {False: part.name, True: part.name + CHANGING}
+        if self._kept is not None:
+            self._kept.pop(names[loras is None], None)
         if plan is not None and not plan.all_stay and self._kept is not None:
             for other in self.checkpoint.of_kind("transformer"):
                 if other is not part:
                     self._kept.pop(other.name, None)
-        model: Execution = self._kept_or(part.name, load)
+                    self._kept.pop(other.name + CHANGING, None)
+        model: Execution = self._kept_or(names[loras is not None], load)
+        if loras is not None:
+            set_loras(model, loras)
         if plan is not None:
             model.tokens_at_once = plan.tokens_at_once
         return model

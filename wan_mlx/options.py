@@ -40,7 +40,10 @@ GROUPS = (WHAT, EXTEND, SOURCES, WEIGHTS, SAMPLE, GUIDE, RUN, SAY, WATCH, OFFICI
 # Those that hold LoRAs: for every transformer, for the high-noise expert, for the low-noise one.
 LORAS = ("loras", "loras_high", "loras_low")
 SOLVERS = ("unipc", "dpm++", "euler", "dmd")
-RECIPES = ("lightx2v-4step", "fastwan-3step", "causvid", "rcm")
+RECIPES = (
+    "lightx2v-4step", "lightx2v-8step", "lightx2v-3phase", "lightx2v-3phase-i2v", "fastwan-5B", "fastwan-3step",
+    "causvid-1.3B", "causvid", "accvid", "fusionix", "turbowan-i2v", "rcm", "fun-reward",
+)  # fmt: skip
 ONE_GPU = "there is one GPU"
 FITS = ("official", "crop", "pad")
 SIZES = ("16:9", "9:16", "1:1", *LANDSCAPE)
@@ -216,8 +219,14 @@ class RequestOptions(TypedDict, total=False):
     )]
     recipe: Annotated[str | None, Option(
         "--recipe NAME",
-        "for distilled models and LoRAs; sets steps, noise levels, solver, shift and guidance: {choices}", GUIDE,
-        more="Another value beside it is refused", choices=RECIPES,
+        "for distilled models and LoRAs; sets steps, noise levels, solver, shift, guidance, phases: {choices}", GUIDE,
+        more="Another value beside it is refused. `wan-mlx recipes` tells what each is for", choices=RECIPES,
+    )]
+    phases: Annotated[str | None, Option(
+        "--phases LIST", "guidance, strengths of LoRAs and the expert for parts of the run, such as "
+        "965:3.5:0,800:1,0:1", GUIDE,
+        more="Each is FROM:GUIDANCE:LORA:EXPERT, of which the last three may be left out: down to which timestep it "
+        "goes, its guidance, what it multiplies the strengths of LoRAs by, and high or low. See below",
     )]
     guidance_range: Annotated[tuple[float, float], Option(
         "--guidance-range A-B", "guidance only in this part of the steps, such as 0-0.6 (default 0-1)", GUIDE,

@@ -182,6 +182,7 @@ class WanPipeline(OpenedModel):
         seed: int | None = None,
         cache: str | None = "none",
         recipe: str | None = None,
+        phases: str | None = None,
         guidance_range: tuple[float, float] = (0.0, 1.0),
         cfg_zero: bool | int | None = None,
         skip_layers: Sequence[int] = (),

@@ -13,12 +13,14 @@ from .geometry import Geometry
 from .guidance import check_guidance, zero_steps_of
 from .models.configs import TransformerConfig
 from .option import REQUEST
+from .phases import check_steps, read_phases
 from .presets import Preset
-from .recipes import RECIPES
+from .recipes import RECIPES, timesteps_of
 from .tasks import fit_sources
 from .types import Request
 
 MAX_RANDOM_SEED = 2**31
+OF_RECIPE = ("steps", "guidance_scale", "shift", "solver", "phases")  # options that a recipe sets
 DEFAULT_STRENGTH = 0.7  # of video to video
 
 
@@ -52,7 +54,8 @@ def build_request(
     given = {name: values[name] for name, value in given.items() if value is not None}
     if recipe := given.get("recipe"):
         options.named("recipe").check(recipe)
-        bound = {name: given.get(name) for name in ("steps", "guidance_scale", "shift", "solver")}
+        RECIPES[recipe].check_model(preset)
+        bound = {name: given.get(name) for name in OF_RECIPE}
         given |= RECIPES[recipe].fill(**bound)
     values |= {name: getattr(preset, name) for name in ("negative_prompt", "num_frames", "fps", "task")}
     sides = [given.pop(name, None) for name in ("size", "width", "height")]
@@ -69,9 +72,11 @@ def build_request(
     for name in ("src_ref_images", "guidance_range", "skip_layers", "skip_range"):
         values[name] = tuple(values[name])
     values["guidance_scale"] = _guidance(values["guidance_scale"], experts)
+    values["phases"] = ",".join(map(str, read_phases(values["phases"]))) or None
     request = Request(**values, geometry=geometry)
     check_request(request, may_be_empty=preset.cinematic and request.image is not None)
     check_guidance(request, config.num_layers)
+    check_phases(request, experts)
     request = replace(request, cache=resolve_cache(request.cache, request.steps_made, preset.name, config))
     return fit_sources(request, preset, planned)
 
@@ -102,6 +107,18 @@ def _guidance(scale: float | Sequence[float], experts: int) -> float | tuple[flo
         raise ValueError(f"guidance_scale is {low:g},{high:g}, but this model has one transformer, not a low-noise and "
                          f"a high-noise expert; expected one number, such as {low:g}")  # fmt: skip
     return low, high
+
+
+def check_phases(request: Request, experts: int) -> None:
+    """Raise ValueError if the phases do not suit the steps or the model's number of transformers."""
+    phases = read_phases(request.phases)
+    if experts == 1 and any(phase.expert for phase in phases):
+        raise ValueError(f"the phases {request.phases} name an expert, but this model has one transformer; leave "
+                         "high and low out, or choose a model of two (t2v-A14B, i2v-A14B)")  # fmt: skip
+    check_steps(phases, timesteps_of(request) if phases else ())
+    if request.cache not in ("none", None) and len({phase.loras for phase in phases}) > 1:
+        raise ValueError(f"the phases {request.phases} change the LoRAs, and what the cache {request.cache} keeps is "
+                         "of those before; leave one of the two out")  # fmt: skip
 
 
 def check_request(request: Request, may_be_empty: bool = False) -> None:

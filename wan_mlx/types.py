@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from .errors import duration
 from .geometry import WAN_2_1, Geometry
+from .phases import read_phases
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -58,9 +59,10 @@ class Request:
     Most fields are options of a call, which `options.RequestOptions` explains. Sizes are as the model's ``geometry``
     allows, ``seed`` is >= 0; ``cfg_zero`` is the number of CFG-Zero*'s first steps without motion, None for ordinary
     guidance; of a model of two experts ``guidance_scale`` may be two, the low-noise and the high-noise one's, in the
-    official order. Sources are None where the task has no use for them. ``original_prompt`` is the user's own where
-    ``prompt`` was written out by the language model ``extended_by``. ``source_sizes`` are the (width, height) of the
-    sources that are brought to the video's size, by their fields' names.
+    official order, where the ``phases`` have none of their own (`phases.read_phases`). Sources are None where the
+    task has no use for them. ``original_prompt`` is the user's own where ``prompt`` was written out by the language
+    model ``extended_by``. ``source_sizes`` are the (width, height) of the sources that are brought to the video's
+    size, by their fields' names.
     """
 
     prompt: str
@@ -87,6 +89,7 @@ class Request:
     skip_layers: tuple[int, ...] = ()
     skip_range: tuple[float, float] = (0.1, 1.0)
     recipe: str | None = None
+    phases: str | None = None
     video: Source | None = None
     strength: float = 1.0
     fit: str = "official"
@@ -149,7 +152,9 @@ class Request:
     @property
     def passes(self) -> int:
         """Forwards of a step with guidance all along: two, or one if it is off."""
-        return 1 if self.guidance_scales == (1, 1) else 2
+        scales = {phase.guidance for phase in read_phases(self.phases)} or {None}
+        own = {*self.guidance_scales} if None in scales else set()
+        return 1 if scales - {None} | own == {1} else 2
 
     @property
     def begin(self) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -13,10 +14,12 @@ from test_schedulers import fake_model
 import wan_mlx
 from wan_mlx.caching import StepCache
 from wan_mlx.cli.main import main
-from wan_mlx.cli.summary import recipe_notes, suggest_recipe
+from wan_mlx.cli.summary import recipe_notes, strength_notes, suggest_recipe
 from wan_mlx.denoise import denoise
 from wan_mlx.guidance import Guidance
 from wan_mlx.noise import latent_noise
+from wan_mlx.phases import phase_at, read_phases
+from wan_mlx.presets import PRESETS
 from wan_mlx.recipes import RECIPES, scheduler_for
 from wan_mlx.schedulers import SOLVERS, Grid
 from wan_mlx.types import Conditioning, Request
@@ -25,7 +28,7 @@ SHAPE, SEED, BOUND = (16, 3, 4, 5), 42, 1e-5
 
 
 def request(recipe: str, steps: int | None = None) -> Request:
-    filled = RECIPES[recipe].fill(steps=steps, guidance_scale=None, shift=None, solver=None)
+    filled = RECIPES[recipe].fill(steps=steps, guidance_scale=None, shift=None, solver=None, phases=None)
     return Request("a", "", 40, 32, 9, seed=SEED, recipe=recipe, **filled)
 
 
@@ -76,14 +79,67 @@ def compare(recipe, loop, steps=None):
         assert relative_error(a, b) <= BOUND, f"after step {index}"
 
 
-def test_lightx2v():
-    """1000 even levels, shifted by 5 in float32 as LightX2V does, of which four are walked; Euler."""
+# What is published, where it is: the timesteps that the model is told, to the digits that are given.
+PUBLISHED = {
+    "lightx2v-4step": [1000.0000, 937.5001, 833.3333, 625.0000],
+    "lightx2v-8step": [1000, 972.2, 937.5, 892.9, 833.3, 750, 625, 416.7],
+    "fastwan-5B": [1000, 940, 846],
+    "fastwan-3step": [1000, 757, 522],
+    "causvid-1.3B": [1000, 934, 862, 756, 603, 410, 250, 140],
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_published_timesteps(recipe):
+    scheduler = scheduler_for(request(recipe))
+    digits = [len(f"{t}".partition(".")[2].rstrip("0")) for t in PUBLISHED[recipe]]
+    assert [round(float(t), n) for t, n in zip(scheduler.timesteps, digits, strict=True)] == pytest.approx(
+        PUBLISHED[recipe], abs=1.1e-4
+    )
+    assert np.allclose(scheduler.sigmas[:-1], np.array(PUBLISHED[recipe]) / 1000, atol=1e-3)
+
+
+@pytest.mark.parametrize("recipe, steps", [("lightx2v-4step", 4), ("lightx2v-8step", 8)])
+def test_lightx2v(recipe, steps):
+    """1000 even levels, shifted by 5 in float32 as LightX2V does, of which some are walked; Euler."""
     levels = torch.linspace(1.0, 0.0, 1001)[:-1]
     levels = 5 * levels / (1 + 4 * levels)
-    sigmas = [levels[1000 - place].item() for place in (1000, 750, 500, 250)]
-    assert np.allclose(sigmas, [1.0, 0.9375, 0.8333, 0.625], atol=1e-4)
+    sigmas = [levels[1000 * place // steps].item() for place in range(steps)]
     timesteps = [1000 * sigma for sigma in sigmas]
-    compare("lightx2v-4step", (theirs(euler, [*sigmas, 0.0], timesteps), timesteps))
+    compare(recipe, (theirs(euler, [*sigmas, 0.0], timesteps), timesteps))
+
+
+@pytest.mark.parametrize("recipe, shift", [("lightx2v-3phase", 3.0), ("lightx2v-3phase-i2v", 5.0)])
+def test_three_phases(recipe, shift):
+    """Wan2GP's Euler: timesteps from 1000 to 1, shifted; the last one goes to 0. A step has guidance, then three."""
+    timesteps = torch.linspace(1000, 1, 8, dtype=torch.float32).double() / 1000
+    sigmas = (shift * timesteps / (1 + (shift - 1) * timesteps)).tolist()
+    told = [1000 * sigma for sigma in sigmas]
+    compare(recipe, (theirs(euler, [*sigmas, 0.0], told), told))
+    phases = read_phases(RECIPES[recipe].phases)
+    assert [sum(phase_at(phases, t) is phase for t in told) for phase in phases] == [1, 3, 4]
+    assert [phase.guidance for phase in phases] == [3.5, 1, 1]
+    assert [(*phase.loras, phase.expert) for phase in phases] == [
+        (0, "high_noise"), (1, "high_noise"), (1, "low_noise"),
+    ]  # fmt: skip
+
+
+def test_fastwan_5b():
+    """FastVideo's warped levels: places among the 1000 that its scheduler makes for 1000 steps at shift 5."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    grid = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    grid.set_timesteps(1000)
+    places = [1000 - place for place in (1000, 757, 522)]
+    sigmas, timesteps = grid.sigmas[places].tolist(), grid.timesteps[places].tolist()
+    compare("fastwan-5B", (theirs(renoise, [*sigmas, 0.0], timesteps), timesteps))
+
+
+def test_causvid_1_3b():
+    """Wan2GP's solver causvid: CausVid's own timesteps, as many as steps, as sigmas divided by 1000; Euler."""
+    timesteps = [1000, 934, 862, 756, 603, 410, 250, 140]
+    sigmas = [timestep / 1000 for timestep in timesteps]
+    compare("causvid-1.3B", (theirs(euler, [*sigmas, 0.0], timesteps), timesteps))
 
 
 def test_fastwan():
@@ -97,23 +153,33 @@ def test_fastwan():
     compare("fastwan-3step", (theirs(renoise, [*sigmas, 0.0], timesteps), timesteps))
 
 
+@pytest.mark.parametrize("recipe, greatest", [("rcm", 80), ("turbowan-i2v", 200)])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_rcm(steps):
+def test_rcm(recipe, greatest, steps):
     """TrigFlow's angles turned into noise levels in float64; the start is scaled to the first."""
-    angles = torch.tensor([math.atan(80), *[1.5, 1.4, 1.0][: steps - 1], 0], dtype=torch.float64)
+    angles = torch.tensor([math.atan(greatest), *[1.5, 1.4, 1.0][: steps - 1], 0], dtype=torch.float64)
     sigmas = (torch.sin(angles) / (torch.cos(angles) + torch.sin(angles))).tolist()
     timesteps = [1000 * sigma for sigma in sigmas[:-1]]
     states = theirs(renoise, sigmas, timesteps, start=lambda x, sigmas: x * sigmas[0])
-    compare("rcm", (states, timesteps), steps)
+    compare(recipe, (states, timesteps), steps)
 
 
-def test_causvid_is_unipc_on_its_own_grid():
-    scheduler = scheduler_for(request("causvid", 12))
-    assert type(scheduler).__name__ == "UniPC" and len(scheduler.timesteps) == 12
-    assert np.array_equal(scheduler.sigmas, SOLVERS["unipc"](12, 8.0).sigmas)
+def test_turbowan_changes_experts_after_two_steps():
+    assert [t >= 900 for t in scheduler_for(request("turbowan-i2v")).timesteps] == [True, True, False, False]
 
 
-@pytest.mark.parametrize("recipe", ["fastwan-3step", "rcm"])
+@pytest.mark.parametrize("recipe, steps, shift, strength", [
+    ("causvid", 12, 7.0, 0.3), ("causvid", 8, 7.0, 0.5), ("causvid", 4, 7.0, 0.9), ("accvid", 50, 5.0, 1.0),
+    ("fusionix", 10, 2.0, 1.0), ("fun-reward", 8, 3.0, 1.0),
+])  # fmt: skip
+def test_unipc_on_its_own_grid(recipe, steps, shift, strength):
+    scheduler = scheduler_for(request(recipe, steps))
+    assert type(scheduler).__name__ == "UniPC" and len(scheduler.timesteps) == steps
+    assert np.array_equal(scheduler.sigmas, SOLVERS["unipc"](steps, shift).sigmas)
+    assert RECIPES[recipe].strength(steps) == strength
+
+
+@pytest.mark.parametrize("recipe", ["fastwan-5B", "rcm"])
 def test_resumed_draws_the_same_noise(recipe):
     """A run that goes on at any step ends as the run without a break: the noise depends on seed and step alone."""
     want, _ = ours(recipe)
@@ -152,11 +218,12 @@ class TestWrongUse:
             (dict(steps=8), "steps is 8, but the recipe lightx2v-4step is made for 4; leave one of the two out"),
             (dict(shift=3.0), "shift is 3.0, but the recipe .* made for 5.0"),
             (dict(guidance_scale=5.0), "guidance_scale is 5.0, but the recipe .* made for 1.0"),
+            (dict(phases="800,0"), "phases is 800,0, but the recipe .* made for one phase"),
             (dict(solver="unipc"), "solver is unipc, but the recipe .* made for euler"),
         ],
     )
     def test_options_that_contradict_the_recipe_are_refused(self, given, says):
-        nothing = dict(steps=None, guidance_scale=None, shift=None, solver=None)
+        nothing = dict(steps=None, guidance_scale=None, shift=None, solver=None, phases=None)
         with pytest.raises(ValueError, match=says):
             RECIPES["lightx2v-4step"].fill(**nothing | given)
         assert RECIPES["lightx2v-4step"].fill(**nothing | dict(steps=4, shift=5.0))["solver"] == "euler"
@@ -173,7 +240,19 @@ SUGGESTED = {
     "Wan2.1-T2V-14B-StepDistill-CfgDistill": "lightx2v-4step",
     "FastVideo/FastWan2.1-T2V-1.3B-Diffusers": "fastwan-3step",
     "Wan21_CausVid_14B_T2V_lora_rank32.safetensors": "causvid",
-    "Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32.safetensors": "causvid",
+    "Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32.safetensors": "causvid-1.3B",
+    "wan2.2_t2v_A14b_high_noise_lora_rank64_lightx2v_4step_1217.safetensors": "lightx2v-4step",
+    "wan2.2_i2v_A14b_low_noise_lightx2v_4step_720p_260412.safetensors": "lightx2v-4step",
+    "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1/high_noise_model.safetensors": "lightx2v-4step",
+    "Wan2_2_5B_FastWanFullAttn_lora_rank_128_bf16.safetensors": "fastwan-5B",
+    "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers": "fastwan-5B",
+    "Wan21_AccVid_I2V_480P_14B_lora_rank32_fp16.safetensors": "accvid",
+    "Wan2.1_I2V_14B_FusionX_LoRA.safetensors": "fusionix",
+    "Wan14BT2VFusioniX": "fusionix",
+    "TurboWan2.2-I2V-A14B-high-720P.pth": "turbowan-i2v",
+    "TurboWan2.1-T2V-1.3B-480P.pth": "rcm",
+    "Wan2.2-Fun-A14B-InP-high-noise-HPS2.1.safetensors": "fun-reward",
+    "Wan2.2-Fun-A14B-InP/high_noise_model": None,
     "rCM_Wan2.1_T2V_1.3B_480p.pt": "rcm",
     "Wan-AI/Wan2.1-T2V-1.3B": None,
     "Wan2.1-T2V-14B/diffusion_pytorch_model-00001-of-00006.safetensors": None,
@@ -198,8 +277,24 @@ def test_suggestion_by_metadata():
 def test_a_suggestion_is_a_line_and_no_more():
     notes = recipe_notes(["a/Wan21_CausVid_lora.safetensors", "b/CausVid"], None)
     assert len(notes) == 1
-    assert all(word in notes[0] for word in ("--recipe causvid", "9 steps", "unipc", "shift 8", "strength 0.5"))
+    assert all(word in notes[0] for word in ("--recipe causvid", "12 steps", "unipc", "shift 7", "strength 0.3"))
     assert recipe_notes(["CausVid.safetensors"], "causvid") == []
+    assert "strength 0.5" in recipe_notes(["CausVid.safetensors"], None, steps=8)[0]
+    assert recipe_notes(["a_lightx2v_4step.safetensors"], "lightx2v-3phase") == []
+
+
+def test_a_suggestion_is_for_the_model():
+    """The same name is of another recipe where the model is another one."""
+    small, large = (PRESETS[name] for name in ("t2v-1.3B", "t2v-14B"))
+    assert suggest_recipe("CausVid_1_3B.safetensors", preset=small).name == "causvid-1.3B"
+    assert suggest_recipe("CausVid_1_3B.safetensors", preset=large).name == "causvid"
+
+
+def test_another_strength_is_told():
+    asked, lora = request("causvid", 8), Path("CausVid.safetensors")
+    assert list(strength_notes([(lora, 0.5), (Path("style.safetensors"), 1.0)], asked, PRESETS["t2v-14B"])) == []
+    (note,) = strength_notes([(lora, 1.0)], asked, PRESETS["t2v-14B"])
+    assert "CausVid.safetensors is given at 1; " in note and note.endswith("0.5 in 8 steps")
 
 
 def test_notes_read_the_metadata_of_a_file(tmp_path):

@@ -19,7 +19,7 @@ from .flags import arguments
 log = logging.getLogger(__name__)
 
 # Options that a recipe sets, and notes on a run that are no options.
-OF_RECIPE = ("steps", "guidance_scale", "shift", "solver")
+OF_RECIPE = ("steps", "guidance_scale", "shift", "solver", "phases")
 NOTES = ("checkpoint", "fps", "versions", "forwards", "tokens", "quantized", "original_prompt", "extended_by",
          "source_sha256")  # fmt: skip
 IN_MEMORY = re.compile(r", sha256 [0-9a-f]{64}$")  # as `types.describe_source` ends

@@ -36,7 +36,16 @@ from .jobs import (
     request_from,
     watch,
 )
-from .summary import describe, loras_of, names_differ, recipe_notes, tell_downloads, tell_notes, tell_watching
+from .summary import (
+    describe,
+    loras_of,
+    names_differ,
+    recipe_notes,
+    strength_notes,
+    tell_downloads,
+    tell_notes,
+    tell_watching,
+)
 from .terminal import FAILURE, Terminal, write
 
 
@@ -70,7 +79,9 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     experts = [part.file for part in pipe.checkpoint.of_kind("transformer")]
     loras = [path for own in loras_of(pipe).values() for path, _ in own]
     distilled = [pipe.checkpoint.path, *experts, *loras]
-    for line in recipe_notes(distilled, request.recipe):
+    for line in recipe_notes(distilled, request.recipe, pipe.preset, args.steps):
+        say.note(f"          {line}")
+    for line in strength_notes([lora for own in loras_of(pipe).values() for lora in own], request, pipe.preset):
         say.note(f"          {line}")
     for line in names_differ(pipe):
         say.note(f"          {line}")

@@ -19,8 +19,9 @@ from ..mac import can_stay_awake
 from ..media.preview import PreviewFiles
 from ..opened import OpenedModel
 from ..other_models import of_name
-from ..presets import BUNDLED, EXPERTS, GIVEN_APART, of_same_shapes
-from ..recipes import RECIPES, Recipe
+from ..phases import phase_at, read_phases
+from ..presets import BUNDLED, EXPERTS, GIVEN_APART, Preset, of_same_shapes
+from ..recipes import RECIPES, Recipe, recipes_of, timesteps_of
 from ..types import Request
 from ..weights.checkpoint import check_here
 from ..weights.lora import lora_lists
@@ -152,6 +153,7 @@ def extras(request: Request, model: str, switch: int | None = None) -> list[str]
     lines = []
     if request.recipe:
         lines.append(f"          by the recipe {request.recipe}")
+    lines += [f"          {line}" for line in phase_lines(request)]
     if request.cache != "none":
         start = request.begin, switch, request.image is not None
         cache = make_cache(request.cache, request.steps_made, model, *start)
@@ -169,30 +171,62 @@ def extras(request: Request, model: str, switch: int | None = None) -> list[str]
     return lines
 
 
-def suggest_recipe(path: str | Path, metadata: Mapping[str, Any] | None = None) -> Recipe | None:
+def phase_lines(request: Request) -> Iterator[str]:
+    """A line for each phase."""
+    above, phases = 1000.0, read_phases(request.phases)
+    for phase in phases:
+        steps = [timestep for timestep in timesteps_of(request) if phase_at(phases, timestep) is phase]
+        guidance = "" if phase.guidance is None else f", guidance {phase.guidance:g}" if phase.guidance != 1 else \
+            ", guidance off"  # fmt: skip
+        factors = "/".join(f"{factor:g}" for factor in phase.loras)
+        loras = "" if factors == "1" else ", without LoRAs" if factors == "0" else f", LoRAs times {factors}"
+        expert = f", the {_words(phase.expert)} expert" if phase.expert else ""
+        yield f"timesteps {above:g} to {phase.down_to:g}: {len(steps)} steps{guidance}{loras}{expert}"
+        above = phase.down_to
+
+
+def suggest_recipe(
+    path: str | Path, metadata: Mapping[str, Any] | None = None, preset: Preset | None = None
+) -> Recipe | None:
     """Guess a checkpoint's or LoRA's recipe from its name, its folder's, or its safetensors metadata.
 
-    Only for a hint to the user: never applied.
+    Only for a hint to the user: never applied. ``preset``: the model that it is used with.
     """
     path = Path(path)
     said = [value for value in (metadata or {}).values() if isinstance(value, str) and len(value) <= LONGEST_HINT]
     text = re.sub(r"[-_.\s]+", "_", " ".join([path.parent.name, path.name, *said]).lower())
-    return next((recipe for recipe in RECIPES.values() if re.search(recipe.hints, text)), None)
+    return next(iter(recipes_of(text, preset)), None)
 
 
-def recipe_notes(paths: Iterable[str | Path], chosen: str | None) -> list[str]:
+def recipe_notes(
+    paths: Iterable[str | Path], chosen: str | None, preset: Preset | None = None, steps: int | None = None
+) -> list[str]:
     """A hint for each recipe that these checkpoints and LoRAs seem to need and that was not chosen."""
-    notes, said = [], {chosen}
+    notes, said = [], set[str]()
     for path in paths:
-        recipe = suggest_recipe(path, _metadata(Path(path)))
-        if recipe and recipe.name not in said:
-            said.add(recipe.name)
-            strength = f", LoRA strength {recipe.strength:g}" if recipe.strength != 1 else ""
-            notes.append(
-                f"{Path(path).name} looks distilled: --recipe {recipe.name} samples it as published ({recipe.steps} "
-                f"steps, {recipe.solver}, shift {recipe.shift:g}, guidance off{strength})"
-            )
+        recipe = suggest_recipe(path, _metadata(Path(path)), preset)
+        # lightx2v-8step is for the files of lightx2v-4step, too.
+        if recipe is None or recipe.name in said or (chosen and chosen.split("-")[0] == recipe.name.split("-")[0]):
+            continue
+        said.add(recipe.name)
+        at = recipe.strength(steps or recipe.steps)
+        notes.append(
+            f"{Path(path).name} looks distilled: --recipe {recipe.name} samples it as published ({recipe.steps} "
+            f"steps, {recipe.solver}, shift {recipe.shift:g}, guidance off{f', LoRA strength {at:g}' * (at != 1)})"
+        )
     return notes
+
+
+def strength_notes(loras: Iterable[tuple[Path, float]], request: Request, preset: Preset) -> Iterator[str]:
+    """A line for each LoRA of the recipe that is used, and is given at another strength than published."""
+    if request.recipe is None:
+        return
+    recipe = RECIPES[request.recipe]
+    published = recipe.strength(request.steps)
+    for path, strength in loras:
+        found = suggest_recipe(path, _metadata(path), preset)
+        if found and found.name == recipe.name and strength != published:
+            yield f"{path.name} is given at {strength:g}; {recipe.source}: {published:g} in {request.steps} steps"
 
 
 def _metadata(path: Path) -> Mapping[str, str]:

@@ -19,7 +19,7 @@ from ..geometry import WAN_2_1, Geometry
 from ..guidance import Guidance
 from ..models.execution import TOKENS_AT_ONCE
 from ..models.vae_tiling import SMALLEST_TILE
-from ..recipes import scheduler_for
+from ..recipes import phase_of, timesteps_of
 from ..tasks import TASKS
 from ..types import Request
 from ..weights.parameters import Parameters
@@ -161,17 +161,24 @@ def forwards_of(request: Request, experts: Sequence[PartSizes], model: str) -> l
 
     Of a step cache as many as are known beforehand. ``model``: the preset's name.
     """
-    timesteps = [float(timestep) for timestep in scheduler_for(request).timesteps]
-    total, made, spans = len(timesteps), [0] * len(experts), [expert.timesteps for expert in experts]
-    at_work = [next(place for place, (first, end) in enumerate(spans) if first <= timestep < end)
-               for timestep in timesteps]  # fmt: skip
-    for index, place in enumerate(at_work):
-        made[place] += len(Guidance.of(request, experts[place].name).passes(index, total))
+    timesteps = timesteps_of(request)
+    total, made = len(timesteps), [0] * len(experts)
+    at_work = [_at_work(request, experts, timestep) for timestep in timesteps]
+    for index, (place, timestep) in enumerate(zip(at_work, timesteps, strict=True)):
+        made[place] += len(Guidance.of(request, experts[place].name, timestep).passes(index, total))
     switch = next((index for index, place in enumerate(at_work) if place != at_work[0]), None)
     cache = make_cache(request.cache, total, model, request.begin, switch, request.image is not None)
     known = cache.planned(request.passes)
     share = 1.0 if known is None else known / (request.passes * total)
     return [round(share * count) for count in made]
+
+
+def _at_work(request: Request, experts: Sequence[PartSizes], timestep: float) -> int:
+    """Which of the transformers serves a timestep: by its boundary, unless the request's phases say otherwise."""
+    phase = phase_of(request, timestep)
+    if phase is not None and phase.expert:
+        return [expert.name for expert in experts].index(phase.expert)
+    return next(place for place, expert in enumerate(experts) if expert.timesteps[0] <= timestep < expert.timesteps[1])
 
 
 def parse_tiling(text: str | tuple[int, int] | None, geometry: Geometry = WAN_2_1) -> str | tuple[int, int]:

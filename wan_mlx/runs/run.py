@@ -7,8 +7,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -36,15 +37,27 @@ from ..lasting import computes, yields_computed
 from ..media.video import Video
 from ..media.write import latents_to_numpy
 from ..models import chips
+from ..models.execution import Execution
 from ..opened import OpenedModel
 from ..planning.plan import Plan, limited_memory
 from ..recipes import scheduler_for
 from ..tasks import TASKS
 from ..types import Conditioning, Request, RunState, Step
 from ..weights.checkpoint import Part
+from ..weights.set_loras import set_loras
 from .time_left import TimeLeft
 
 log = logging.getLogger(__name__)
+
+@dataclass
+class Loaded:
+    """A transformer at work: its part, the network, how a step calls it, and its LoRAs if they change later."""
+
+    part: Part
+    network: Execution
+    model: Model
+    loras: list[tuple[Path, float]] | None
+
 
 ETA_EVERY = 0.5  # seconds, beside those of steps, frames and stages
 # The outputs of `Run.outputs`: the conditioning, then each step, then decoded frames uint8 (n, H, W, 3).
@@ -83,7 +96,7 @@ class Run:
         self.forwards: tuple[int, int] | None = None
         self.stopped_after: int | None = None
         self._resume = resume
-        self._expert: tuple[Part, Model] | None = None  # the transformer that is there, and its part
+        self._expert: Loaded | None = None  # the transformer that is there
         self._listeners: list[Listener] = []
         self._happened: deque[Event] = deque()
         self._begun = self._finishing = False
@@ -240,16 +253,21 @@ class Run:
     def _serving(self, stage: ExitStack, conditioning: Conditioning, timestep: float) -> tuple[Model, Guidance]:
         """The transformer that serves a timestep, loaded when the one before it is gone; ``stage`` is that of sampling.
         """
-        part = self.pipe.expert(timestep)
-        if self._expert is None or self._expert[0] is not part:
+        part = self.pipe.expert(timestep, self.request)
+        changing = self.pipe.changes_loras(self.request, part)
+        loras = self.pipe.loras_at(self.request, timestep) if changing else None
+        if self._expert is None or self._expert.part is not part:
             self._expert = None
             stage.close()
             with self._stage(f"load {part.label}"):
-                model = self.pipe.load_expert(part)
-                self._expert = part, with_condition(model, conditioning)
+                network = self.pipe.load_expert(part, loras)
+                self._expert = Loaded(part, network, with_condition(network, conditioning), loras)
             stage.callback(setattr, self, "_expert", None)
             stage.enter_context(self._stage("denoise"))
-        return self._expert[1], Guidance.of(self.request, part.name)
+        elif loras is not None and loras != self._expert.loras:
+            set_loras(self._expert.network, loras)
+            self._expert.loras = loras
+        return self._expert.model, Guidance.of(self.request, part.name, timestep)
 
     def _step(self, step: Step, trim: int) -> mx.array:
         """Tell a step, without the references that it has; returns its latents."""

@@ -51,9 +51,18 @@ class Grid:
         return cls(np.array([*sigmas, 0.0], dtype=np.float32), np.array(timesteps, dtype=np.float64))
 
     @classmethod
-    def shifted(cls, places: Sequence[int], shift: float) -> Grid:
+    def shifted(cls, places: Sequence[float], shift: float) -> Grid:
         """``places``: positions on 1000 even levels before the shift; timesteps are the shifted levels, not rounded."""
         sigmas = _shift(np.array(places) / NUM_TRAIN_TIMESTEPS, shift)
+        return cls.of(sigmas, sigmas * NUM_TRAIN_TIMESTEPS)
+
+    @classmethod
+    def warped(cls, places: Sequence[int], shift: float) -> Grid:
+        """``places``: positions on 1000 levels that go evenly from 1 to the last of the shifted ones, and are shifted
+        then, as Diffusers' ``FlowMatchEulerDiscreteScheduler.set_timesteps(1000)`` makes them."""
+        last = _shift(1 / NUM_TRAIN_TIMESTEPS, shift)
+        levels = _shift(np.linspace(1.0, last, NUM_TRAIN_TIMESTEPS), shift)
+        sigmas = levels[NUM_TRAIN_TIMESTEPS - np.array(places)]
         return cls.of(sigmas, sigmas * NUM_TRAIN_TIMESTEPS)
 
     @classmethod
