@@ -3,10 +3,10 @@
     python benchmarks/step_caches.py nano --calibrate
     python benchmarks/step_caches.py FOLDER --json step_caches.json
 
-The model stays loaded; each cache makes the same videos (prompts times seeds) as the run without one. The number of
-forwards of MagCache, and with it the time, does not depend on the weights, so a folder of random ones
-(``random_checkpoint.py``) tells its speed at real sizes; of the others it tells what looking costs when nothing can be
-left out. PSNR means something only for a trained model.
+The model stays loaded; each cache makes the same videos (prompts times seeds) as the run without one. ``steps=14`` is
+no cache, but a run of so many steps. The number of forwards of MagCache and Spectrum, and with it the time, does not
+depend on the weights, so a folder of random ones (``random_checkpoint.py``) tells their speed at real sizes; of the
+others it tells what looking costs when nothing can be left out. PSNR means something only for a trained model.
 
 TeaCache and MagCache need constants, which are published for Wan-AI's models alone. ``--calibrate`` measures them for
 any other model, by one run that computes everything, and prints them as ``assets/step_caches.json`` has them.
@@ -28,8 +28,10 @@ import numpy as np
 
 CANDIDATES = (
     "teacache:0.05", "teacache:0.08", "teacache:0.1", "teacache:0.2", "magcache", "magcache:0.12:4", "magcache:0.24:6",
-    "easycache:0.05", "easycache:0.1", "easycache:0.2",
+    "easycache:0.05", "easycache:0.1", "easycache:0.2", "spectrum:2:0.25", "spectrum", "spectrum:2:3",
+    "spectrum:2:0.75:hidden", "steps=25", "steps=14", "steps=10",
 )  # fmt: skip
+FEWER = "steps="
 PROMPTS = ("a red circle moves right on a blue background", "a yellow star spins on a grey background")
 
 
@@ -96,6 +98,9 @@ def available(pipe: WanPipeline, options: dict) -> list[str]:
     """The candidates that this model and number of steps allow, each once."""
     found, reasons = {}, set()
     for cache in CANDIDATES:
+        if cache.startswith(FEWER):
+            found[cache] = cache
+            continue
         try:
             found.setdefault(pipe.request(PROMPTS[0], cache=cache, **options).cache, cache)
         except ValueError as error:
@@ -108,6 +113,8 @@ def available(pipe: WanPipeline, options: dict) -> list[str]:
 def runs(pipe: WanPipeline, cache: str, prompts: list[str], seeds: range, options: dict) -> dict:
     """Frames, and totals over prompts and seeds."""
     frames, seconds, computed, asked = [], 0.0, 0, 0
+    if cache.startswith(FEWER):
+        cache, options = "none", {**options, "steps": int(cache.removeprefix(FEWER))}
     for prompt in prompts:
         for seed in seeds:
             video = pipe(prompt, seed=seed, cache=cache, **options)
@@ -148,7 +155,7 @@ def main() -> None:
             got = runs(pipe, cache, prompts, seeds, options)
             full = full or got
             row = {
-                "cache": pipe.request(prompts[0], cache=cache, **options).cache,
+                "cache": cache if "=" in cache else pipe.request(prompts[0], cache=cache, **options).cache,
                 "computed": got["computed"],
                 "forwards": got["forwards"],
                 "seconds": got["seconds"],

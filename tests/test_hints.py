@@ -37,6 +37,7 @@ SHOWN = {
     "wan-mlx {}": "plan nano",
     "wan-mlx {} {}": "generate 'a red circle' --dry-run",
     "wan-mlx plan": "plan nano",
+    "wan-mlx recipes": "recipes",
     "wan-mlx plan {}": "plan nano",
     "wan-mlx plan t2v-1.3B": "plan nano",
     "wan-mlx -m {} \"what the video should show\"": "-m nano 'what the video should show' --dry-run",

@@ -14,6 +14,7 @@ from wan_mlx.caching import (
     UNCOND,
     EasyCache,
     MagCache,
+    Spectrum,
     StepCache,
     TeaCache,
     make_cache,
@@ -39,6 +40,8 @@ CACHES = {
     "teacache": lambda **change: TeaCache(STEPS, **{**TEA, **change}),
     "magcache": lambda **change: MagCache(STEPS, **{**MAG, **change}),
     "easycache": lambda **change: EasyCache(STEPS, **{"threshold": 0.5, "first": 3, **change}),
+    "spectrum": lambda threshold=2.0, **change: Spectrum(STEPS, threshold, 0.75, "outputs", **change),
+    "spectrum hidden": lambda threshold=2.0, **change: Spectrum(STEPS, threshold, 0.75, "hidden", **change),
 }
 
 
@@ -345,6 +348,75 @@ class TestAgainstAPlainStatement:
         assert np.array_equal(np.array(steps[-1].latents), np.array(x))
 
 
+    @pytest.mark.parametrize("place", ["outputs", "hidden"])
+    def test_spectrum(self, model, place):
+        """In float64: polynomials by least squares with a ridge, and the line through the last two, half and half."""
+        scheduler, x = SOLVERS["unipc"](STEPS, SHIFT), conditioning().noise
+        want, known, cached, window = [], {}, 0, 2.0
+        for index, timestep in enumerate(scheduler.timesteps.tolist()):
+            tokens, this_pass = model.enter(x, float(timestep), conditioning().context, None)
+            compute = index < 5 or (cached + 1) % int(window) == 0
+            window += 0.75 * (compute and index >= 5)
+            cached = 0 if compute else cached + 1
+            want.append(compute)
+            if compute:
+                after = model.run_blocks(tokens, this_pass)
+                found = np.array(after if place == "hidden" else model.leave(after, this_pass)).astype(np.float64)
+                known[index] = found
+            else:
+                times, values = np.array([*known]), np.stack([value.ravel() for value in known.values()])
+                forecast = 0.5 * chebyshev(times, values, index) + 0.5 * line(times, values, index)
+                found = forecast.reshape(found.shape)
+            array = mx.array(found.astype(np.float32))
+            x = scheduler.step(index, model.leave(array, this_pass) if place == "hidden" else array, x)
+        got, near = self.run(model, CACHES["spectrum hidden" if place == "hidden" else "spectrum"]())
+        assert got == want and sum(want) == 8
+        assert np.abs(near - np.array(x)).max() < 1e-5 * np.abs(near).max()
+
+
+def chebyshev(times, values, wanted, steps=STEPS, ridge=0.1):
+    """T_0 to T_4 by their recurrence, time in [-1, 1] over all steps; coefficients by Cholesky, as the authors do."""
+
+    def design(t):
+        tau = (np.asarray(t, np.float64) - steps / 2) / (steps / 2)
+        columns = [np.ones_like(tau), tau]
+        for _ in range(3):
+            columns.append(2 * tau * columns[-1] - columns[-2])
+        return np.stack(columns, axis=-1)
+
+    lower = np.linalg.cholesky(design(times).T @ design(times) + ridge * np.eye(5))
+    coefficients = np.linalg.solve(lower.T, np.linalg.solve(lower, design(times).T @ values))
+    return design(wanted) @ coefficients
+
+
+def line(times, values, wanted):
+    return values[-1] + (wanted - times[-1]) / (times[-1] - times[-2]) * (values[-1] - values[-2])
+
+
+@pytest.mark.parametrize("steps, computed", [
+    (50, (27, 18, 14, 10)), (40, (22, 16, 13, 9)), (30, (17, 14, 11, 8)), (20, (12, 11, 9, 8)),
+])  # fmt: skip
+def test_spectrum_computes_as_many_forwards_as_published(steps, computed):
+    for growth, count in zip((0, 0.25, 0.75, 3), computed, strict=True):
+        resolved = resolve_cache(f"spectrum:2:{growth}", steps, "nano", PRESETS["nano"].transformer)
+        cache = make_cache(resolved, steps, "nano")
+        assert (cache.planned(1), cache.planned(2)) == (count, 2 * count)
+
+
+def test_spectrum_keeps_what_the_plan_says(model):
+    """Its history at the end, and afresh after another expert has taken over."""
+    for place, each in (("outputs", 4 * 256), ("hidden", 4 * 4 * SIZES["dim"])):
+        cache = Spectrum(STEPS, 2.0, 0.75, place)
+        walk(model, cache)
+        held = sum(array.nbytes for branch in cache.branches for array in branch.arrays.values())
+        assert held == cache.kept_bytes(2, 4 * 256, 4 * 4 * SIZES["dim"]) == cache.planned(2) * each
+        assert cache.computed == cache.planned(2)
+    divided = Spectrum(STEPS, 2.0, 0.75, "outputs", switch=7)
+    computed = [step.forwards for step in walk(model, divided)]
+    assert computed[7:12] == 5 * [2] and divided.planned(2) == divided.computed == sum(computed)
+    assert {*divided.branches[COND].arrays} <= {f"{index:04d}" for index in range(7, STEPS)}
+
+
 def test_easycache_lets_the_prompt_decide_for_both(model):
     cache = CACHES["easycache"]()
     for step in walk(model, cache):
@@ -389,6 +461,8 @@ class TestChoice:
             ("magcache:0:4:0.5", "magcache:0.0:4:0.5"),
             ("easycache", "easycache:0.05:10"),
             ("easycache:0.1:5", "easycache:0.1:5"),
+            ("spectrum", "spectrum:2.0:0.75:outputs"),
+            ("spectrum:3:0.25:hidden", "spectrum:3.0:0.25:hidden"),
         ],
     )
     def test_missing_settings_take_defaults(self, text, full):
@@ -421,7 +495,7 @@ class TestChoice:
         with pytest.raises(ValueError, match=says):
             self.resolve(text)
 
-    @pytest.mark.parametrize("name", CACHES)
+    @pytest.mark.parametrize("name", [name for name in CACHES if " " not in name])
     def test_few_steps_are_refused(self, name):
         with pytest.raises(ValueError, match=f"{name} makes no sense with 9 steps, expected at least 10"):
             self.resolve(name, steps=9)
@@ -430,7 +504,7 @@ class TestChoice:
     @pytest.mark.parametrize("name", ["teacache", "magcache"])
     def test_models_without_constants_are_refused(self, name):
         for preset in ("nano", "flf2v-14B-720P"):
-            with pytest.raises(ValueError, match=f"no published constants for {preset}.*easycache needs none"):
+            with pytest.raises(ValueError, match=f"no published constants for {preset}.*easycache and spectrum need none"):
                 self.resolve(name, preset=preset)
         with pytest.raises(ValueError, match=r"for t2v-1.3B \(dim 1536, 30 layers\), not for .* \(dim 32, 3 layers\)"):
             self.resolve(name, config=TransformerConfig(**SIZES, num_layers=3))
@@ -440,7 +514,7 @@ class TestChoice:
         assert MAGCACHE["vace-14B"]["ratios"] == MAGCACHE["t2v-14B"]["ratios"] != MAGCACHE["t2v-1.3B"]["ratios"]
 
 
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("name", [name for name in CACHES if "spectrum" not in name])
 def test_no_more_is_kept_than_a_residual_for_each_pass(model, name):
     """Of tokens; EasyCache's are of latents, of which it keeps three more."""
     most = 4 * int(np.prod(GRID)) * (2 + 3) if name == "easycache" else 4 * 2 * 4 * SIZES["dim"]

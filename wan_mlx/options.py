@@ -47,7 +47,7 @@ RECIPES = (
 ONE_GPU = "there is one GPU"
 FITS = ("official", "crop", "pad")
 SIZES = ("16:9", "9:16", "1:1", *LANDSCAPE)
-CACHES = ("none", "teacache", "magcache", "easycache")
+CACHES = ("none", "teacache", "magcache", "easycache", "spectrum")
 # Flags of the official generate.py for models that are not supported.
 OTHER_TASKS = {
     "Wan2.2 Animate-14B": ("--src_root_path DIR", "--refert_num N", "--replace_flag", "--use_relighting_lora"),
@@ -214,7 +214,7 @@ class RequestOptions(TypedDict, total=False):
         more="A negative one is drawn, too", limits=Limits(0, 2**64 - 1), instead_of=("seeds",),
     )]
     cache: Annotated[str | None, Option(
-        "--cache NAME", "step cache: {choices}; each takes a threshold after a colon (easycache:0.05)", GUIDE,
+        "--cache NAME", "step cache: {choices}; each takes settings after colons (easycache:0.05)", GUIDE,
         more="See below", default="none", examples=CACHES,
     )]
     recipe: Annotated[str | None, Option(

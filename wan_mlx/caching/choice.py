@@ -13,9 +13,10 @@ from ..presets import PRESETS
 from .easycache import EasyCache
 from .protocol import StepCache
 from .residual import MAGCACHE, TEACACHE, MagCache, TeaCache
+from .spectrum import HIDDEN, OUTPUTS, Spectrum
 
-FORMS = "none, teacache[:THRESHOLD[:plain|ret]], magcache[:THRESHOLD[:MOST_SKIPS[:RETENTION]]] or "\
-        "easycache[:THRESHOLD[:FIRST_STEPS]]"  # fmt: skip
+FORMS = "none, teacache[:THRESHOLD[:plain|ret]], magcache[:THRESHOLD[:MOST_SKIPS[:RETENTION]]], "\
+        "easycache[:THRESHOLD[:FIRST_STEPS]] or spectrum[:WINDOW[:GROWTH[:outputs|hidden]]]"  # fmt: skip
 # A cache needs steps that resemble each other; with fewer than these they do not (Wan2GP#659).
 FEWEST_STEPS = 10
 EASYCACHE_THRESHOLD = 0.05
@@ -25,12 +26,17 @@ THRESHOLD = Option("NUMBER", "0 is off", name="threshold", type=float, limits=Li
 RETENTION = Option("SHARE", "of the steps", name="retention", type=float, limits=Limits(0, 1))
 COUNT = Option("NUMBER", "of steps", name="count of steps", type=int, limits=Limits(1))
 MODE = Option("", "signal that decides", name="mode", choices=("plain", "ret"))
+WINDOW = Option("NUMBER", "of steps, 0 is off", name="window", type=float, limits=Limits(0))
+GROWTH = Option("NUMBER", "of the window", name="growth", type=float, limits=Limits(0))
+PLACE = Option("", "what is forecast", name="place", choices=(OUTPUTS, HIDDEN))
+SPECTRUM: list[float | str] = [2.0, 0.75, OUTPUTS]
 # The settings of each cache, as the form of its text, its constants and its class have them in order.
 SETTINGS: dict[str, tuple[Option, ...]] = {
     "none": (),
     "teacache": (THRESHOLD, MODE),
     "magcache": (THRESHOLD, COUNT, RETENTION),
     "easycache": (THRESHOLD, COUNT),
+    "spectrum": (WINDOW, GROWTH, PLACE),
 }
 
 
@@ -90,6 +96,8 @@ def make_cache(
         if with_image:
             ratios = constants.get("ratios_with_image", ratios)
         return MagCache(steps, threshold, most_skips, retention, ratios, left_out, switch, whole_first)
+    if name == "spectrum":
+        return Spectrum(steps, values[0], values[1], values[2], switch)
     return EasyCache(steps, values[0], values[1], switch) if name == "easycache" else StepCache(steps, switch)
 
 
@@ -97,12 +105,14 @@ def _defaults(name: str, steps: int, model: str, config: TransformerConfig) -> l
     """The value of each setting that is not given."""
     if name == "easycache":
         return [EASYCACHE_THRESHOLD, min(EASYCACHE_FIRST, math.ceil(steps / 4))]
+    if name == "spectrum":
+        return [*SPECTRUM]
     table = TEACACHE if name == "teacache" else MAGCACHE
     if model not in table:
         raise ValueError(f"{name} has no published constants for {model}, only for {', '.join(table)}; "
-                         "easycache needs none")  # fmt: skip
+                         "easycache and spectrum need none")  # fmt: skip
     published, sizes = PRESETS[model].transformer, "dim {0.dim}, {0.num_layers} layers"
     if (config.dim, config.num_layers) != (published.dim, published.num_layers):
         raise ValueError(f"{name} has constants for {model} ({sizes.format(published)}), not for this model "
-                         f"({sizes.format(config)}); easycache needs none")  # fmt: skip
+                         f"({sizes.format(config)}); easycache and spectrum need none")  # fmt: skip
     return list(table[model].values())[: len(SETTINGS[name])]

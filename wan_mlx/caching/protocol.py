@@ -66,6 +66,13 @@ class StepCache:
         the cache decides on the way."""
         return None
 
+    def kept_bytes(self, passes: int, latents: int, tokens: int) -> int:
+        """The most that it keeps from step to step, of a run that makes so many passes a step.
+
+        ``latents``, ``tokens``: bytes of latents in float32, and of tokens in the transformer's dtype.
+        """
+        return 0
+
     def velocity(self, branch: int, forward: Forward) -> mx.array:
         """The velocity of one pass, float32 (1, t, h, w, C), by ``forward`` or without it."""
         self.branches[branch].computed += 1
