@@ -19,9 +19,10 @@ import json
 from pathlib import Path
 
 from speed import machine
-from wan_mlx import WanPipeline, run
+from wan_mlx import WanPipeline
 from wan_mlx.caching import COND
 from wan_mlx.caching.residual import MAGCACHE, TEACACHE, ResidualCache
+from wan_mlx.runs import run
 
 import mlx.core as mx
 import numpy as np

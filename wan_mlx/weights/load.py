@@ -26,6 +26,7 @@ from .checkpoint import Checkpoint, Part, find_part
 from .component import ComponentWeights, only_zeros, open_component
 from .configs import network_config
 from .lora import normalise_loras, open_loras
+from .lora_scale import check_sizes
 from .parameters import Parameters
 from .quantize import QUANTIZED
 from .set_loras import set_loras
@@ -80,11 +81,12 @@ def modes_of(checkpoint: Checkpoint, quantize: str | None) -> dict[str, str]:
 
 
 def check_loras(checkpoint: Checkpoint, loras: Iterable[LoraChoice]) -> None:
-    """Raise WeightsError, before reading weights, if a LoRA does not suit a transformer of ``checkpoint``: one of
+    """Raise WeightsError, before weights are loaded, if a LoRA does not suit a transformer of ``checkpoint``: one of
     ``loras``, which apply to all of them, or its own."""
     for part in checkpoint.of_kind("transformer"):
         if chosen := [*normalise_loras(loras), *part.loras]:
-            open_loras(chosen, open_network(part, "transformer")[1])
+            weights, config = open_network(part, "transformer")
+            check_sizes(open_loras(chosen, config), weights.read)
 
 
 def load_transformer(

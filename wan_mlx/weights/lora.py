@@ -36,6 +36,7 @@ from .configs import shapes_of
 from .layouts import LAYOUTS, pattern
 from .lora_changes import LOHA, MAGNITUDES, W1, W2, Change, kind_of
 from .lora_config import PEFT_STEM, AdapterConfig, adapter_config, are_of_adapter, check_keys_of_kinds, refused
+from .lora_scale import RAW_ALPHA, RAW_RANK, is_raw_lightning, tell_raw_lightning
 
 log = logging.getLogger(__name__)
 
@@ -231,16 +232,19 @@ def _open(
         raise UnsupportedModel(f"{file.path}: this LoRA was made for {made_for}")
     if unknown:
         raise WeightsError(_unknown(file, unknown, shapes))
+    is_raw = is_raw_lightning(file, changes)
     for name, change in changes.items():
         # The scale of a bias's up is that of the weight's factors.
         weight = changes.get(name.removesuffix("bias") + "weight", change) if "up_bias" in change.keys else change
         _check(name, change, "down" in weight.keys)
         if kind_of(weight.keys):
-            change.scale = _scale(weight, config)
+            change.scale = RAW_ALPHA / RAW_RANK if is_raw else _scale(weight, config)
     if config.is_dora and not any("magnitude" in change.keys for change in changes.values()):
         raise WeightsError(f"{file.path}: a DoRA by its configuration, but without magnitudes; save it again")
     if not changes:
         raise WeightsError(f"{file.path}: no LoRA keys for the transformer among its {len(file.tensors)} tensors")
+    if is_raw:
+        tell_raw_lightning(file.path)
     if unused:
         _report_unused(file.path, len(unused), unused[0])
     return changes
