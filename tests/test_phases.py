@@ -12,6 +12,7 @@ from wan_mlx.guidance import Guidance
 from wan_mlx.noise import latent_noise
 from wan_mlx.phases import Phase, phase_at, read_phases
 from wan_mlx.planning.choose import forwards_of
+from wan_mlx.planning.sizes import not_here, sizes_of
 from wan_mlx.presets import PRESETS
 from wan_mlx.recipes import RECIPES, timesteps_of
 from wan_mlx.request_builder import build_request
@@ -86,9 +87,14 @@ class TestRequests:
         assert request(phases="800,0", guidance_scale=1.0).passes == 1
 
     def test_the_plan_counts_forwards(self):
-        assert forwards_of(request(recipe="lightx2v-3phase")) == 9
-        assert forwards_of(request(recipe="lightx2v-4step")) == 4
-        assert forwards_of(request(phases="800:1,0")) == 40 + sum(t < 800 for t in timesteps_of(request()))
+        preset = PRESETS["t2v-A14B"]
+        experts = sizes_of(not_here(preset).divided(preset.boundary), "bfloat16", released=preset).experts
+        low = sum(t < 800 for t in timesteps_of(request()))
+        for given, want in (
+            (dict(recipe="lightx2v-3phase"), [5, 4]), (dict(recipe="lightx2v-4step"), [2, 2]),
+            (dict(phases="800:1:1:high,0::1:low"), [40 - low, 2 * low]),
+        ):  # fmt: skip
+            assert forwards_of(request(**given), experts, preset.name) == want
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,9 @@ class EasyCache(StepCache):
         super().__init__(steps, switch)
         self.threshold, self.first = threshold, first
 
+    def kept_bytes(self, passes: int, latents: int, tokens: int) -> int:
+        return (passes + 3) * latents  # an offset for each pass; three more for that with the prompt
+
     def begin_step(self, index: int, latents: mx.array, passes: Sequence[int]) -> None:
         super().begin_step(index, latents, passes)
         # Decided before the passes, because they may run at once.

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from ..caching import make_cache
+from ..caching import StepCache, make_cache
 from ..geometry import WAN_2_1, Geometry
 from ..guidance import Guidance
 from ..models.execution import TOKENS_AT_ONCE
@@ -94,6 +94,7 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     asked = parse_memory(wanted.memory)
     budget = available_memory() if asked is None else asked
     request, shape = wanted.request, wanted.latent_shape
+    cache = cache_of(request, nets.experts, wanted.name)
     c, experts, vae_weights = nets.transformer, [e.weights for e in nets.experts], peaks.vae_weights(nets.vae)
 
     def stays(stream: bool, all_stay: bool) -> int:
@@ -102,7 +103,7 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
 
     def denoise(step: tuple[bool, int], all_stay: bool = True) -> int:
         kept = wanted.kept * (stays(step[0], all_stay) - _loaded(nets.weights, step[0]) + vae_weights)
-        return peaks.denoise(nets, shape, *step, request.cache != "none") + kept
+        return peaks.denoise(nets, shape, *step, cache, request.passes == 2) + kept
 
     def denoise_alone(step: tuple[bool, int]) -> int:
         return denoise(step, all_stay=False)
@@ -163,14 +164,19 @@ def forwards_of(request: Request, experts: Sequence[PartSizes], model: str) -> l
     """
     timesteps = timesteps_of(request)
     total, made = len(timesteps), [0] * len(experts)
-    at_work = [_at_work(request, experts, timestep) for timestep in timesteps]
-    for index, (place, timestep) in enumerate(zip(at_work, timesteps, strict=True)):
+    for index, timestep in enumerate(timesteps):
+        place = _at_work(request, experts, timestep)
         made[place] += len(Guidance.of(request, experts[place].name, timestep).passes(index, total))
-    switch = next((index for index, place in enumerate(at_work) if place != at_work[0]), None)
-    cache = make_cache(request.cache, total, model, request.begin, switch, request.image is not None)
-    known = cache.planned(request.passes)
+    known = cache_of(request, experts, model).planned(request.passes)
     share = 1.0 if known is None else known / (request.passes * total)
     return [round(share * count) for count in made]
+
+
+def cache_of(request: Request, experts: Sequence[PartSizes], model: str) -> StepCache:
+    """The step cache of a run; ``model``: the preset's name."""
+    at_work = [_at_work(request, experts, timestep) for timestep in timesteps_of(request)]
+    switch = next((index for index, place in enumerate(at_work) if place != at_work[0]), None)
+    return make_cache(request.cache, len(at_work), model, request.begin, switch, request.image is not None)
 
 
 def _at_work(request: Request, experts: Sequence[PartSizes], timestep: float) -> int:

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
+from ..caching import StepCache
 from ..models.configs import VAE22Config, VAEConfig
 from ..models.execution import (
     FEED_FORWARD_TOKENS,
@@ -81,7 +82,12 @@ def encode_images(nets: Networks) -> int:
 
 
 def denoise(
-    nets: Networks, latent_shape: tuple[int, int, int], stream: bool, tokens_at_once: int, step_cache: bool = False
+    nets: Networks,
+    latent_shape: tuple[int, int, int],
+    stream: bool,
+    tokens_at_once: int,
+    cache: StepCache | None = None,
+    guided: bool = True,
 ) -> int:
     """Weights, and the arrays of one forward; two passes run one after the other, on the CPU at once."""
     c, w = nets.transformer, nets.weights
@@ -107,9 +113,10 @@ def denoise(
     if not has_fused_kernel(nets.dtype, c.head_dim):
         alive += 3 * 4 * min(UNFUSED_SCORES, c.num_heads * tokens**2)
     passes = 2 if on_cpu() and not stream else 1
-    kept = 3 * wide if step_cache else 0  # a residual for each pass, and the tokens that it is added to
+    each = 4 * math.prod(latent_shape) * c.out_dim
+    kept = cache.kept_bytes(1 + guided, each, wide) if cache else 0
     tables = tokens * c.head_dim // 2 * 3 * 4
-    latents = LATENTS_ALIVE * 4 * math.prod(latent_shape) * c.out_dim
+    latents = LATENTS_ALIVE * each
     context = 2 * c.text_len * c.text_dim * nets.dtype.size
     weights = w.outside + 2 * w.largest + w.in_flight if stream else w.all
     return weights + 2 * w.unpacked + round(passes * alive) + kept + tables + latents + context + overhead()
