@@ -84,12 +84,12 @@ class TestTheRunsOwn:
         said = []
         for flags in (["nano-i2v", "--image", sources["image"]], ["nano-i2v"],
                       ["i2v-14B-480P", "--task", "i2v-14B"], ["t2v-14B", "--task", "t2i-14B"],
-                      ["t2v-1.3B", "--recipe", "causvid", "--num-videos", "3"]):  # fmt: skip
+                      ["t2v-1.3B", "--recipe", "causvid-1.3B", "--num-videos", "3"]):  # fmt: skip
             assert main(["plan", *flags, "--memory", "64GB"]) == 0
             said.append(capsys.readouterr().out)
         assert "nano-i2v 176x80, 17 frames" in said[0] and "nano-i2v 128x128, 17 frames" in said[1]
         assert "i2v-14B-720P 1280x720, 81 frames" in said[2] and "t2v-14B 1280x720, 1 frames" in said[3]
-        kept = wan_mlx.plan("t2v-1.3B", memory="64GB", recipe="causvid", kept=True)
+        kept = wan_mlx.plan("t2v-1.3B", memory="64GB", recipe="causvid-1.3B", kept=True)
         assert f"{kept.peak / GIB:.2f} GiB" in said[4]
         assert main(["plan", "t2v-A14B", "--image", sources["image"]]) == 2
         assert "image was given to a t2v model" in capsys.readouterr().err
