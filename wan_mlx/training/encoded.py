@@ -1,0 +1,115 @@
+"""Clips and captions encoded once and kept on disk: VAE and text encoder are gone before training begins.
+
+Each file's name is a hash of everything that its contents depend on, so that a changed picture, caption or VAE is
+encoded anew, and an interrupted encoding goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..events import Listener, counted, unheard
+from ..files.safetensors import load_arrays
+from ..media.read import in_chunks, to_float
+from ..opened import OpenedModel
+from ..request_builder import build_request
+from ..storage import fingerprint, whole_file
+from ..tasks import TASKS
+from ..types import Encoders
+from .dataset import TrainingClip
+
+FORMAT = 1
+# What `Conditioning` has that a model is given beside latents and text, and its names among the network's arguments.
+CONDITIONS = ("condition", "image_features")
+
+
+class Encoded:
+    """Latents, conditions and texts of a data set, read from ``folder`` when a step asks for them."""
+
+    def __init__(self, opened: OpenedModel, folder: Path):
+        self.opened, self.folder = opened, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        vae, text = opened.checkpoint.part("vae"), opened.checkpoint.part("text_encoder")
+        self._vae = [FORMAT, fingerprint(vae.file), opened.preset.task]
+        self._text = [FORMAT, fingerprint(text.file), text.quantize or opened.quantize, opened.dtype]
+
+    def prepare(self, clips: Sequence[TrainingClip], captions: Iterable[str], listener: Listener = unheard) -> None:
+        """Encode what is not on disk yet."""
+        texts = [text for text in dict.fromkeys(captions) if not self._place("text", self._text, text).exists()]
+        # Few at a time: the encoder's weights are read once for all of them, their results are kept in memory.
+        for start in range(0, len(texts), 64):
+            some = texts[start : start + 64]
+            for text, context in zip(some, self.opened.encode_text(some), strict=True):
+                rows = np.flatnonzero(np.abs(np.array(context[0].astype(mx.float32))).max(axis=1))
+                self._write("text", self._text, text, {"context": context[:, : int(rows[-1]) + 1 if len(rows) else 1]})
+        new = [clip for clip in clips if not self._place("clip", self._vae, _about(clip)).exists()]
+        for clip in counted(listener, "encoding clips")(new):
+            self._write("clip", self._vae, _about(clip), self._encode(clip))
+
+    def text(self, caption: str) -> mx.array:
+        """(1, text_len, text_dim), zero-padded."""
+        context = self._read("text", self._text, caption)["context"]
+        missing = self.opened.config.text_len - context.shape[1]
+        return mx.pad(context, [(0, 0), (0, missing), (0, 0)])
+
+    def clip(self, clip: TrainingClip) -> tuple[mx.array, dict[str, Any]]:
+        """Clean latents, float32 (1, t, h, w, C), and the model's other inputs by name."""
+        arrays = self._read("clip", self._vae, _about(clip))
+        latents = arrays.pop("latents")
+        return latents, arrays
+
+    def _encode(self, clip: TrainingClip) -> dict[str, mx.array]:
+        opened, frames = self.opened, list(clip.read())
+        (latents,) = opened.encode_videos([in_chunks((to_float(frame) for frame in frames), opened.geometry)])
+        found = {"latents": latents.astype(mx.float32)}
+        if opened.preset.task in ("i2v", "flf2v"):
+            conditioning = TASKS[opened.preset.task].condition(self._request(clip, frames), _NoTexts(opened))
+            found |= {name: array for name in CONDITIONS if (array := getattr(conditioning, name)) is not None}
+        mx.eval(found)
+        mx.synchronize()
+        return found
+
+    def _request(self, clip: TrainingClip, frames: list[np.ndarray]) -> Any:
+        last = {"last_image": frames[-1]} if self.opened.preset.task == "flf2v" else {}
+        opened = self.opened
+        request = build_request(
+            opened.preset, opened.config, opened.geometry, "", width=clip.width, height=clip.height,
+            num_frames=len(frames), image=frames[0], fit="crop", seed=0, **last,
+        )  # fmt: skip
+        return replace(request, guidance_scale=1.0)
+
+    def _place(self, kind: str, settings: Any, about: Any) -> Path:
+        told = json.dumps([settings, about], sort_keys=True, default=str)
+        return self.folder / f"{kind}-{hashlib.sha256(told.encode()).hexdigest()[:32]}.safetensors"
+
+    def _write(self, kind: str, settings: Any, about: Any, arrays: dict[str, mx.array]) -> None:
+        with whole_file(self._place(kind, settings, about)) as temporary:
+            mx.save_safetensors(str(temporary), arrays)
+
+    def _read(self, kind: str, settings: Any, about: Any) -> dict[str, mx.array]:
+        return load_arrays(self._place(kind, settings, about))[0]
+
+
+class _NoTexts:
+    """Encoders of a model, for conditions alone: texts are not encoded."""
+
+    def __init__(self, opened: Encoders):
+        self._opened = opened
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._opened, name)
+
+    def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
+        return [mx.zeros((1, 1, 1)) for _ in texts]
+
+
+def _about(clip: TrainingClip) -> list[Any]:
+    return [fingerprint(clip.path), clip.frames, clip.width, clip.height]

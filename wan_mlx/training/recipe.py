@@ -1,0 +1,180 @@
+"""How a LoRA is trained: the settings of a run, checked, and all its chance as functions of (seed, step).
+
+Because nothing draws from a running generator, a run that goes on from a kept state is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from ..errors import nearest
+from ..option import Limits
+from .factors import TARGETS
+
+ORDER, NOISE, TIMESTEPS, CAPTIONS, RANKS = range(5)  # what chance is drawn for
+SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps after the warm-up → share of the rate
+    "constant": lambda share: 1.0,
+    "linear": lambda share: 1.0 - share,
+    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
+}
+OPTIMIZERS = ("adamw", "adam", "lion", "adafactor", "sgd")
+
+
+def _uniform(u: np.ndarray, shift: float) -> np.ndarray:
+    return u
+
+
+def _sigmoid(u: np.ndarray, shift: float) -> np.ndarray:
+    """Sigmoid of a normal number: the quantile function of the normal, by bisection of the error function."""
+    return 1 / (1 + np.exp(-_normal_quantile(u)))
+
+
+def _shifted(u: np.ndarray, shift: float) -> np.ndarray:
+    sigma = _sigmoid(u, shift)
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def _uniform_shifted(u: np.ndarray, shift: float) -> np.ndarray:
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def _normal_quantile(u: np.ndarray) -> np.ndarray:
+    low, high = np.full_like(u, -8.0), np.full_like(u, 8.0)
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = (1 + erf(middle / math.sqrt(2))) / 2 < u
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return (low + high) / 2
+
+
+# Names of other trainers: uniform numbers → noise levels sigma in (0, 1).
+TIMESTEP_SAMPLING = {
+    "uniform": _uniform, "sigmoid": _sigmoid, "shift": _shifted, "uniform-shift": _uniform_shifted,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a training run.
+
+    Attributes:
+        rank: of the factors.
+        alpha: the layers add ``alpha / rank`` times their factors' product; None: the rank.
+        targets: which layers (`factors.TARGETS`).
+        steps: optimiser steps.
+        learning_rate: after the warm-up, before ``schedule`` lowers it.
+        schedule: "constant", "linear" or "cosine".
+        warmup: steps in which the rate rises from 0.
+        optimizer: one of `OPTIMIZERS`; moments are float32.
+        weight_decay: of adamw, adafactor and lion.
+        clip: the largest norm of all gradients together; 0: any.
+        batch, accumulate: their product is the number of clips of a step.
+        timesteps: how noise levels are drawn (`TIMESTEP_SAMPLING`); those of one step are spread evenly.
+        shift: of "shift" and "uniform-shift".
+        caption_dropout: the share of clips that are trained without their caption.
+        dropout: the share of a factor's ranks that a step leaves out.
+        seed: of all chance.
+        save_every: steps between kept states and checkpoints.
+        sample_every: steps between sample videos.
+    """
+
+    rank: int = 32
+    alpha: float | None = None
+    targets: str = "all"
+    steps: int = 1500
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    warmup: int = 20
+    optimizer: str = "adamw"
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    batch: int = 1
+    accumulate: int = 1
+    timesteps: str = "shift"
+    shift: float = 3.0
+    caption_dropout: float = 0.05
+    dropout: float = 0.0
+    seed: int = 0
+    save_every: int = 250
+    sample_every: int = 250
+
+    # What may change when a run goes on: the rest would make it another run.
+    FREE = ("steps", "save_every", "sample_every")
+
+    def __post_init__(self):
+        for name, limits in LIMITS.items():
+            value = getattr(self, name)
+            whole = isinstance(getattr(type(self), name), int)
+            if isinstance(value, bool) or (whole and not isinstance(value, int)) or value not in limits:
+                kind = "a whole number, " if whole else ""
+                raise ValueError(f"{name.replace('_', ' ')} is {value!r}, expected {kind}{limits}")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                shown = ", ".join(choices)
+                raise ValueError(f"{name} is {value!r}, expected one of {shown}{nearest(str(value), choices)}")
+
+    @property
+    def scale(self) -> float:
+        return (self.rank if self.alpha is None else self.alpha) / self.rank
+
+    @property
+    def clips(self) -> int:
+        """Clips of one step."""
+        return self.batch * self.accumulate
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Lines about settings, of those that may not change, that another run's ``as_json`` has otherwise."""
+        own = self.as_json()
+        return [
+            f"{name} is {own[name]!r}, it was started with {other.get(name)!r}"
+            for name in (field.name for field in fields(self))
+            if name not in self.FREE and own[name] != other.get(name)
+        ]
+
+    # Chance
+
+    def chance(self, what: int, *place: int) -> np.random.Generator:
+        """A generator for one purpose at one place, such as a step and the number of its clip."""
+        return np.random.default_rng([self.seed, what, *place])
+
+    def order(self, step: int, count: int) -> list[int]:
+        """Numbers of the step's clips, of ``count``: all of them, in a drawn order, before one comes again."""
+        places = range(step * self.clips, (step + 1) * self.clips)
+        rounds = {place // count: None for place in places}
+        shuffled = {one: self.chance(ORDER, one).permutation(count) for one in rounds}
+        return [int(shuffled[place // count][place % count]) for place in places]
+
+    def sigmas(self, step: int) -> list[float]:
+        """Noise levels of the step's clips, spread evenly over all levels, in drawn order."""
+        chance = self.chance(TIMESTEPS, step)
+        u = (np.arange(self.clips) + chance.uniform(size=self.clips)) / self.clips
+        levels = TIMESTEP_SAMPLING[self.timesteps](chance.permutation(u).clip(1e-6, 1 - 1e-6), self.shift)
+        return levels.tolist()
+
+    def without_caption(self, step: int) -> list[bool]:
+        return (self.chance(CAPTIONS, step).uniform(size=self.clips) < self.caption_dropout).tolist()
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        share = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * SCHEDULES[self.schedule](min(1.0, share))
+
+
+LIMITS = {
+    "rank": Limits(1, 1024), "steps": Limits(1, 1_000_000), "learning_rate": Limits(0, 1, above=True),
+    "warmup": Limits(0, 1_000_000), "weight_decay": Limits(0, 1), "clip": Limits(0), "batch": Limits(1, 1024),
+    "accumulate": Limits(1, 1024), "shift": Limits(0, 100, above=True), "caption_dropout": Limits(0, 1),
+    "dropout": Limits(0, 1, below=True), "seed": Limits(0, 2**63 - 1), "save_every": Limits(1), "sample_every": Limits(1),
+}  # fmt: skip
+CHOICES = {"schedule": tuple(SCHEDULES), "optimizer": OPTIMIZERS, "timesteps": tuple(TIMESTEP_SAMPLING), "targets": tuple(TARGETS)}
