@@ -289,6 +289,14 @@ class OpenedModel:
             self._kept = None
             mx.clear_cache()
 
+    @contextmanager
+    def keeping(self, part: Part, model: Execution) -> Iterator[None]:
+        """Within this block `keep_loaded` holds, and the network of ``part`` is ``model``, which is loaded already."""
+        with self.keep_loaded():
+            assert self._kept is not None
+            self._kept[part.name] = model
+            yield
+
     def _kept_or(self, name: str, load: Callable[[], Any]) -> Any:
         """The object kept under this name, or the result of ``load``, which is kept within `keep_loaded`."""
         if self._kept is None:

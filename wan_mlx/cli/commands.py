@@ -61,6 +61,7 @@ COMMANDS = {
         takes="resume", usual=("dtype", "memory", "preview", "dry_run"),
     ),
     "models": Command("released models, and what is on this machine", ".list_models"),
+    "train": Command("a LoRA from pictures and videos with captions", ".train"),
     "recipes": Command("how distilled models and LoRAs are sampled", ".list_recipes"),
     "convert": Command("a checkpoint into one MLX folder, packed if wanted", ".convert"),
     "inspect": Command("what a model's files hold, and whether they are whole", ".convert"),

@@ -70,7 +70,7 @@ def loss(model: Execution, factors: Factors, samples: Sequence[Sample], scale: f
     ways = [_enter(model, sample) for sample in samples]
     for _ in _forward(model, factors, ways, scale):
         pass
-    return [_loss(model, way, way.x).item() for way in ways]
+    return [number(_loss(model, way, way.x)) for way in ways]
 
 
 def loss_and_gradients(
@@ -88,9 +88,9 @@ def loss_and_gradients(
     inputs = list(_forward(model, factors, ways, scale))
     losses = []
     for way in ways:
-        value, way.x = mx.value_and_grad(lambda x, way=way: _loss(model, way, x))(way.x)  # type: ignore[misc]
+        value, way.x = mx.value_and_grad(lambda x, way=way: _loss(model, way, x))(way.x)
         mx.eval(value, way.x)
-        losses.append(value.item())
+        losses.append(number(value))
     gradients: Factors = {}
     for place, block in _blocks(model, reversed(model.model.block_order())):
         own, kept = of_block(factors, place), inputs.pop()
@@ -100,6 +100,11 @@ def loss_and_gradients(
         gradients |= {f"{place}.{name}": array / len(samples) for name, array in sums.items()}
         mx.eval(gradients, [way.x for way in ways])
     return losses, gradients
+
+
+def number(array: mx.array) -> float:
+    """The only value of an array, once it is computed."""
+    return float(array.item())  # type: ignore[arg-type]
 
 
 def _enter(model: Execution, sample: Sample) -> _Way:
@@ -134,9 +139,7 @@ def _forward(model: Execution, factors: Factors, ways: Sequence[_Way], scale: fl
         yield before
 
 
-def _block_gradients(
-    block: Block, own: Factors, scale: float, x: mx.array, way: _Way, sums: Factors
-) -> mx.array:
+def _block_gradients(block: Block, own: Factors, scale: float, x: mx.array, way: _Way, sums: Factors) -> mx.array:
     """The gradient for a block's input ``x`` (1, L, D), where ``way.x`` is that for its result; adds to ``sums``
     the gradients for its factors."""
     this_pass, gradient = way.this_pass, way.x
@@ -149,7 +152,9 @@ def _block_gradients(
 
     def pairs_of(**own: mx.array) -> list[mx.array]:
         with placed(block, own, scale, x.dtype):
-            return [one for pair in block.cross_attn.keys_values(this_pass.context, this_pass.image_context) for one in pair]
+            return [
+                one for pair in block.cross_attn.keys_values(this_pass.context, this_pass.image_context) for one in pair
+            ]
 
     own_before, own_pairs, own_after = (parts(own, layers) for layers in (BEFORE, PAIRS, AFTER))
     pairs = pairs_of(**own_pairs)
@@ -166,7 +171,9 @@ def _block_gradients(
         for start in range(first, last, TOKENS_AT_ONCE):
             some = slice(start, min(start + TOKENS_AT_ONCE, last))
 
-            def after(x: mx.array, attended: mx.array, *pairs: mx.array, m: Any = modulation, **own: mx.array) -> mx.array:
+            def after(
+                x: mx.array, attended: mx.array, *pairs: mx.array, m: Any = modulation, **own: mx.array
+            ) -> mx.array:
                 with placed(block, own, scale, x.dtype):
                     return block.after_attention(_paired(pairs), x, attended, m)
 
@@ -176,7 +183,9 @@ def _block_gradients(
             for_pairs = [total + one.astype(mx.float32) for total, one in zip(for_pairs, found[2:], strict=True)]
             mx.eval(pieces, for_attended, for_pairs, sums)
     del gradient
-    _pullback(pairs_of, [], own_pairs, [total.astype(one.dtype) for total, one in zip(for_pairs, pairs, strict=True)], sums)
+    _pullback(
+        pairs_of, [], own_pairs, [total.astype(one.dtype) for total, one in zip(for_pairs, pairs, strict=True)], sums
+    )
 
     heads = attention_gradients(q, k, v, attended, mx.concatenate(for_attended, axis=1))
     del q, k, v, attended, for_attended
@@ -208,7 +217,9 @@ def _pullback(
     return found[: len(arrays)]
 
 
-def attention_gradients(q: mx.array, k: mx.array, v: mx.array, attended: mx.array, gradient: mx.array) -> list[mx.array]:
+def attention_gradients(
+    q: mx.array, k: mx.array, v: mx.array, attended: mx.array, gradient: mx.array
+) -> list[mx.array]:
     """Gradients for queries, keys and values (B, L, heads, head_dim) of `attention`, whose result ``attended``
     (B, L, heads * head_dim) has ``gradient``.
 

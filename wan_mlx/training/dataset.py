@@ -27,7 +27,8 @@ SMALL = 0.5  # of the trained width and height: a file below it is enlarged too 
 
 # Keys of musubi-tuner's files that are read, with its defaults; of others a line is said.
 KEYS: dict[str, Any] = {
-    "resolution": None, "caption_extension": ".txt", "num_repeats": 1, "enable_bucket": False, "bucket_no_upscale": False,
+    "resolution": None, "caption_extension": ".txt", "num_repeats": 1, "enable_bucket": False,
+    "bucket_no_upscale": False,
     "image_directory": None, "video_directory": None, "image_jsonl_file": None, "video_jsonl_file": None,
     "target_frames": None, "frame_extraction": "head", "frame_stride": 1, "frame_sample": 1, "max_frames": 129,
     "source_fps": None,
@@ -107,7 +108,9 @@ class DataSet:
         kind = "no such file or folder" if not path.exists() else "neither a folder nor a .toml file"
         raise UsageError(f"{path}: {kind}; expected a folder of pictures and videos with captions, or a .toml file")
 
-    def clips(self, geometry: Geometry, fps: float, size: tuple[int, int], frames: int, trigger: str = "") -> list[TrainingClip]:
+    def clips(
+        self, geometry: Geometry, fps: float, size: tuple[int, int], frames: int, trigger: str = ""
+    ) -> list[TrainingClip]:
         """The clips to train, each once (``repeats`` says how often it comes).
 
         Args:
@@ -146,23 +149,33 @@ class DataSet:
         wanted = source.frames or (1 if still else frames,)
         for part in _extract(numbers, wanted, source, geometry):
             yield TrainingClip(path, text, tuple(part), width, height, source.repeats)
-        lost = min(max(wanted), len(numbers)) - geometry.num_frames(geometry.latent_frames(min(max(wanted), len(numbers))))
+        taken = min(max(wanted), len(numbers))
+        lost = taken - geometry.num_frames(geometry.latent_frames(taken))
         if not still and lost and source.frames is None:
-            self.notes.append(f"cut: {path.name} has {len(numbers)} frames at {fps:g} a second; its last {lost} are left out, since lengths are {geometry.temporal}n+1")
+            self.notes.append(
+                f"cut: {path.name} has {len(numbers)} frames at {fps:g} a second; its last {lost} are left out, since "
+                f"lengths are {geometry.temporal}n+1"
+            )
 
     def _tell_of(self, found: list[TrainingClip], captions: Counter[str]) -> None:
         if found and len(found) < FEW_CLIPS:
             self.notes.append(f"few: {len(found)} clips; from about {FEW_CLIPS} on a LoRA learns more than one of them")
         text, count = captions.most_common(1)[0] if captions else ("", 0)
         if count > 1 and count == captions.total():
-            self.notes.append(f"alike: all captions are {text[:60]!r}; what differs between clips should be said in words")
-        for (width, height, length), number in sorted(Counter((c.width, c.height, len(c.frames)) for c in found).items()):
+            self.notes.append(
+                f"alike: all captions are {text[:60]!r}; what differs between clips should be said in words"
+            )
+        for (width, height, length), number in sorted(
+            Counter((c.width, c.height, len(c.frames)) for c in found).items()
+        ):
             if number == 1 and len(found) >= FEW_CLIPS:
                 self.notes.append(f"alone: one clip has {width}x{height}, {length} frames; others have another size")
 
 
 def _files_in(folder: Path, endings: tuple[str, ...] = PICTURES + VIDEOS, caption: str = ".txt") -> tuple:
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and not path.name.startswith("."))
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in endings and not path.name.startswith(".")
+    )
     return tuple((path, _text(path.with_suffix(caption))) for path in files)
 
 
@@ -212,7 +225,9 @@ def _extract(numbers: list[int], wanted: Iterable[int], source: Source, geometry
             "head": [0],
             "chunk": range(0, room + 1, length),
             "slide": range(0, room + 1, source.stride),
-            "uniform": [round(room * i / max(1, source.sample - 1)) for i in range(source.sample)] if source.sample > 1 else [0],
+            "uniform": [round(room * i / max(1, source.sample - 1)) for i in range(source.sample)]
+            if source.sample > 1
+            else [0],
         }[source.extraction]
         for start in starts:
             yield numbers[start : start + length]
@@ -241,13 +256,16 @@ def _source_of(path: Path, told: dict[str, Any], notes: list[str]) -> Source:
         if key not in NOT_READ:
             raise UsageError(f"{path}: {key} is no key that is read{nearest(key, KEYS)}")
         notes.append(f"not read: {key} of {path.name}: {NOT_READ[key]}")
-    places = [key for key in ("image_directory", "video_directory", "image_jsonl_file", "video_jsonl_file") if told[key]]
+    places = [
+        key for key in ("image_directory", "video_directory", "image_jsonl_file", "video_jsonl_file") if told[key]
+    ]
     if len(places) != 1:
         raise UsageError(f"{path}: a [[datasets]] names {' and '.join(places) or 'no files'}, expected one of "
                          "image_directory, video_directory, image_jsonl_file, video_jsonl_file")  # fmt: skip
     if told["frame_extraction"] not in EXTRACTIONS:
         name = told["frame_extraction"]
-        raise UsageError(f"{path}: frame_extraction is {name!r}, expected one of {', '.join(EXTRACTIONS)}{nearest(str(name), EXTRACTIONS)}")
+        expected = f"{', '.join(EXTRACTIONS)}{nearest(str(name), EXTRACTIONS)}"
+        raise UsageError(f"{path}: frame_extraction is {name!r}, expected one of {expected}")
     key, is_video = places[0], places[0].startswith("video")
     place = path.parent / str(told[key])
     size = told["resolution"]
@@ -255,9 +273,9 @@ def _source_of(path: Path, told: dict[str, Any], notes: list[str]) -> Source:
         size = [size, size]
     if size is not None and not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) for n in size)):
         raise UsageError(f"{path}: resolution is {size!r}, expected [width, height] in pixels")
-    frames = told["target_frames"]
+    frames, endings = told["target_frames"], VIDEOS if is_video else PICTURES
     return Source(
-        files=_listed(place) if key.endswith("file") else _listing(place, VIDEOS if is_video else PICTURES, told["caption_extension"]),
+        files=_listed(place) if key.endswith("file") else _listing(place, endings, told["caption_extension"]),
         size=tuple(size) if size else None,
         frames=tuple(frames) if frames and is_video else None,
         repeats=told["num_repeats"],
@@ -290,6 +308,8 @@ def _listed(path: Path) -> tuple:
             row = parse_json(line)
             place = row.get("video_path") or row["image_path"]
         except (ValueError, KeyError, AttributeError) as error:
-            raise UsageError(f"{path}, line {number}: expected an object with image_path or video_path ({error})") from error
+            raise UsageError(
+                f"{path}, line {number}: expected an object with image_path or video_path ({error})"
+            ) from error
         found.append((path.parent / place, row.get("caption")))
     return tuple(found)

@@ -78,11 +78,13 @@ class Encoded:
         return found
 
     def _request(self, clip: TrainingClip, frames: list[np.ndarray]) -> Any:
-        last = {"last_image": frames[-1]} if self.opened.preset.task == "flf2v" else {}
         opened = self.opened
+        images: dict[str, Any] = {"image": frames[0]}
+        if opened.preset.task == "flf2v":
+            images["last_image"] = frames[-1]
         request = build_request(
-            opened.preset, opened.config, opened.geometry, "", width=clip.width, height=clip.height,
-            num_frames=len(frames), image=frames[0], fit="crop", seed=0, **last,
+            opened.preset, opened.config, opened.geometry, "a clip", width=clip.width, height=clip.height,
+            num_frames=len(frames), fit="crop", seed=0, **images,
         )  # fmt: skip
         return replace(request, guidance_scale=1.0)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ..errors import nearest
 from ..models.configs import TransformerConfig
@@ -96,4 +95,4 @@ def parts(own: Mapping[str, mx.array], layers: Sequence[str]) -> Factors:
 
 def count(factors: Mapping[str, mx.array]) -> int:
     """How many numbers are trained."""
-    return sum(array.size for _, array in tree_flatten(dict(factors)))
+    return sum(array.size for array in factors.values())

@@ -17,12 +17,14 @@ import mlx.optimizers as optim
 import numpy as np
 
 from ..errors import UsageError, WanError
-from ..events import Listener, Note, unheard
+from ..events import Listener, counted, unheard
 from ..lasting import yields_computed
 from ..models.execution import Execution
-from ..opened import OpenedModel
+from ..pipeline import WanPipeline
 from ..storage import append, parse_json, whole_file
-from .backward import Sample, loss, loss_and_gradients
+from ..weights.load import load_transformer
+from ..weights.set_loras import set_loras
+from .backward import Sample, loss, loss_and_gradients, number
 from .dataset import TrainingClip
 from .encoded import Encoded
 from .factors import Factors, layer_shapes, new_factors
@@ -69,11 +71,16 @@ class Training:
 
     ``folder`` gets ``NAME.safetensors`` (the LoRA, NAME being the folder's), ``checkpoints/``, ``state/``, ``cache/``,
     ``samples/``, ``log.jsonl``, ``losses.png`` and ``recipe.json``.
+
+    Attributes:
+        stream: read the model's blocks from disk in each pass, forward and backward.
+        sample_prompts: prompts of which each gets a video in ``samples/`` every ``sample_every`` steps.
+        newest: the newest file of the LoRA that this run wrote.
     """
 
     def __init__(
         self,
-        opened: OpenedModel,
+        opened: WanPipeline,
         clips: Sequence[TrainingClip],
         recipe: Recipe,
         folder: str | Path,
@@ -99,6 +106,9 @@ class Training:
         self.factors: Factors = {}
         self.losses: list[float] = []
         self.validations: list[tuple[int, float]] = []
+        self.stream = False
+        self.sample_prompts: list[str] = []
+        self.newest: Path | None = None
         self._asked_to_stop, self._kept_at = False, 0
 
     @property
@@ -122,9 +132,15 @@ class Training:
         encoded = Encoded(self.opened, self.folder / "cache")
         captions = ["", *(clip.caption for clip in (*self.clips, *self.held_out))]
         encoded.prepare([*self.clips, *self.held_out], captions, self.listener)
-        self.opened.plan_at_work = None
+        if self.sample_prompts:
+            encoded.prepare([], [*self.sample_prompts, self.opened.preset.negative_prompt], self.listener)
         (part,) = self.opened.checkpoint.of_kind("transformer")
-        model = self.opened.load_expert(part)
+        model = load_transformer(
+            part, self.opened.dtype, counted(self.listener, "loading transformer"),
+            part.quantize or self.opened.quantize, stream=self.stream, loras=[*self.opened.loras, *part.loras],
+            merge=not self.sample_prompts,
+        )  # fmt: skip
+        model = model if isinstance(model, Execution) else Execution(model)
         optimizer = make_optimizer(self.recipe)
         step, self.factors, moments = begun or (0, new_factors(self.shapes, self.recipe.rank, self.recipe.seed), None)
         optimizer.init(self.factors)
@@ -141,17 +157,18 @@ class Training:
             losses, gradients = loss_and_gradients(model, kept_ranks(self.factors), samples, self.recipe.scale)
             gradients = nn.average_gradients(kept_ranks(gradients))
             if self.recipe.clip:
-                gradients, norm = optim.clip_grad_norm(gradients, self.recipe.clip)
+                gradients, total = optim.clip_grad_norm(gradients, self.recipe.clip)
             else:
-                norm = mx.sqrt(sum((array**2).sum() for array in gradients.values()))
-            self._check(step, losses, norm.item(), names, samples)
+                total = mx.sqrt(mx.stack([(array**2).sum() for array in gradients.values()]).sum())
+            norm = number(total)
+            self._check(step, losses, norm, names, samples)
             optimizer.learning_rate = mx.array(self.recipe.rate(step))
             self.factors = optimizer.apply_gradients(gradients, self.factors)
             mx.eval(self.factors, optimizer.state)
             step += 1
             value = float(np.mean(losses))
             self.losses.append(value)
-            yield self._ended(step, value, norm.item(), time.perf_counter() - started, model, encoded, optimizer)
+            yield self._ended(step, value, norm, time.perf_counter() - started, model, encoded, optimizer)
         if step > self._kept_at:  # asked to stop while the step's event was heard
             self._keep(step, optimizer)
 
@@ -162,7 +179,9 @@ class Training:
         if path.exists():
             before = parse_json(path.read_text())
             if not resume:
-                raise UsageError(f"{self.folder} holds a training run; --resume goes on with it, --output names another folder")
+                raise UsageError(
+                    f"{self.folder} holds a training run; --resume goes on with it, --output names another folder"
+                )
             lines = self.recipe.differences(before["recipe"])
             lines += [f"the {name} is another one" for name in ("model", "data") if before.get(name) != told[name]]
             if lines:
@@ -176,7 +195,10 @@ class Training:
 
     def data_sum(self) -> str:
         """A hash of the clips and captions."""
-        rows = [(clip.path.name, clip.path.stat().st_size, clip.caption, clip.frames, clip.width, clip.height) for clip in (*self.clips, *self.held_out)]
+        rows = [
+            (clip.path.name, clip.path.stat().st_size, clip.caption, clip.frames, clip.width, clip.height)
+            for clip in (*self.clips, *self.held_out)
+        ]
         return sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def _samples(self, encoded: Encoded, step: int) -> tuple[list[Sample], list[str]]:
@@ -187,12 +209,20 @@ class Training:
         chosen = range(group.rank(), self.recipe.clips, group.size())
         clips = [self.clips[order[number]] for number in chosen]
         samples = [
-            self._sample(encoded, clip, sigmas[number], "" if bare[number] else clip.caption, self.recipe.chance(NOISE, step, number))
+            self._sample(
+                encoded,
+                clip,
+                sigmas[number],
+                "" if bare[number] else clip.caption,
+                self.recipe.chance(NOISE, step, number),
+            )
             for number, clip in zip(chosen, clips, strict=True)
         ]
         return samples, [clip.path.name for clip in clips]
 
-    def _sample(self, encoded: Encoded, clip: TrainingClip, sigma: float, caption: str, chance: np.random.Generator) -> Sample:
+    def _sample(
+        self, encoded: Encoded, clip: TrainingClip, sigma: float, caption: str, chance: np.random.Generator
+    ) -> Sample:
         latents, conditions = encoded.clip(clip)
         noise = mx.array(chance.standard_normal(latents.shape, np.float32))
         noisy = (1 - sigma) * latents + sigma * noise
@@ -205,9 +235,13 @@ class Training:
             return lambda arrays: arrays
         stay = self.recipe.chance(RANKS, step).uniform(size=rank) >= share
         mask = mx.array(stay / (1 - share), mx.float32)[:, None]
-        return lambda arrays: {name: array * mask if name.endswith(".down") else array for name, array in arrays.items()}
+        return lambda arrays: {
+            name: array * mask if name.endswith(".down") else array for name, array in arrays.items()
+        }
 
-    def _check(self, step: int, losses: Sequence[float], norm: float, names: Sequence[str], samples: Sequence[Sample]) -> None:
+    def _check(
+        self, step: int, losses: Sequence[float], norm: float, names: Sequence[str], samples: Sequence[Sample]
+    ) -> None:
         if all(map(math.isfinite, losses)) and math.isfinite(norm):
             return
         number = next((i for i, one in enumerate(losses) if not math.isfinite(one)), 0)
@@ -232,12 +266,22 @@ class Training:
         """What happens after a step: the log, and where it is time the state, the file and the validation."""
         recipe, is_last = self.recipe, step == self.recipe.steps
         done = TrainStep(step, recipe.steps, value, norm, recipe.rate(step - 1), seconds)
-        if is_last or self._asked_to_stop or step % recipe.save_every == 0:
+        samples = bool(self.sample_prompts) and (is_last or step % recipe.sample_every == 0)
+        if is_last or self._asked_to_stop or samples or step % recipe.save_every == 0:
             if self.held_out:
-                done = replace(done, validation=self._validate(model, encoded))
-                self.validations.append((step, done.validation))
+                held_out = self._validate(model, encoded)
+                self.validations.append((step, held_out))
+                done = replace(done, validation=held_out)
             done = replace(done, kept=self._keep(step, optimizer))
-        row = {"step": step, "loss": round(value, 6), "norm": round(norm, 6), "rate": done.rate, "seconds": round(seconds, 3)}
+        if samples:
+            self._show(step, model)
+        row = {
+            "step": step,
+            "loss": round(value, 6),
+            "norm": round(norm, 6),
+            "rate": done.rate,
+            "seconds": round(seconds, 3),
+        }
         if done.validation is not None:
             row["validation"] = round(done.validation, 6)
         append(self.folder / LOG, (json.dumps(row) + "\n").encode())
@@ -250,10 +294,26 @@ class Training:
         plot_losses(self.folder / "losses.png", self.losses, self.validations)
         return self._write(step)
 
+    def _show(self, step: int, model: Execution) -> None:
+        """Make a video of every sample prompt with the LoRA as it is, by the model that is trained."""
+        (part,), folder = self.opened.checkpoint.of_kind("transformer"), self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        before = [*self.opened.loras, *part.loras]
+        set_loras(model, [*before, str(self.newest)])
+        try:
+            with self.opened.keeping(part, model):
+                for number, prompt in enumerate(self.sample_prompts, start=1):
+                    video = self.opened(prompt, seed=self.recipe.seed)
+                    video.save(folder / f"step-{step:06d}-{number}.mp4")
+        finally:
+            set_loras(model, before)
+
     def _write(self, step: int) -> Path:
         is_last = step == self.recipe.steps
         if is_last and not any(mx.any(array).item() for name, array in self.factors.items() if name.endswith(".up")):
-            raise TrainingError("the LoRA changes nothing: its factors are still zero; give more steps or a higher rate")
+            raise TrainingError(
+                "the LoRA changes nothing: its factors are still zero; give more steps or a higher rate"
+            )
         path = self.path if is_last else self.folder / "checkpoints" / f"{self.path.stem}-{step:06d}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         recipe = self.recipe
@@ -261,10 +321,14 @@ class Training:
             "ss_network_dim": str(recipe.rank), "ss_network_alpha": str(recipe.rank), "ss_steps": str(step),
             "ss_seed": str(recipe.seed), "ss_base_model_version": self.opened.preset.name,
             "modelspec.architecture": f"{self.opened.preset.name}/lora", "modelspec.title": self.path.stem,
-            "modelspec.trigger_phrase": self.trigger, "modelspec.usage_hint": self.trigger and f"write {self.trigger} in the prompt",
+            "modelspec.trigger_phrase": self.trigger,
+            "modelspec.usage_hint": self.trigger and f"write {self.trigger} in the prompt",
             "wan_mlx.recipe": json.dumps(recipe.as_json()), "wan_mlx.data": self.data_sum(),
         }  # fmt: skip
-        write_lora(path, self.factors, recipe.scale, self.opened.config, {name: text for name, text in about.items() if text})
+        self.newest = path
+        write_lora(
+            path, self.factors, recipe.scale, self.opened.config, {name: text for name, text in about.items() if text}
+        )
         return path
 
     def _read_log(self, step: int) -> None:
@@ -281,11 +345,12 @@ class Training:
 
 
 def make_optimizer(recipe: Recipe) -> optim.Optimizer:
-    decay = {"weight_decay": recipe.weight_decay}
-    return {
-        "adamw": lambda: optim.AdamW(recipe.learning_rate, bias_correction=True, **decay),
-        "adam": lambda: optim.Adam(recipe.learning_rate, bias_correction=True),
-        "lion": lambda: optim.Lion(recipe.learning_rate, **decay),
-        "adafactor": lambda: optim.Adafactor(recipe.learning_rate, relative_step=False, scale_parameter=False, **decay),
-        "sgd": lambda: optim.SGD(recipe.learning_rate, momentum=0.9),
-    }[recipe.optimizer]()
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    makers: dict[str, Callable[[], optim.Optimizer]] = {
+        "adamw": lambda: optim.AdamW(rate, weight_decay=decay, bias_correction=True),
+        "adam": lambda: optim.Adam(rate, bias_correction=True),
+        "lion": lambda: optim.Lion(rate, weight_decay=decay),
+        "adafactor": lambda: optim.Adafactor(rate, weight_decay=decay, relative_step=False, scale_parameter=False),
+        "sgd": lambda: optim.SGD(rate, momentum=0.9),
+    }
+    return makers[recipe.optimizer]()

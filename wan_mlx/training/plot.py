@@ -32,7 +32,9 @@ def plot_losses(path: Path, losses: Sequence[float], validation: Sequence[tuple[
         return across, SIZE[1] - MARGIN - min(1.0, loss / highest) * (SIZE[1] - 2 * MARGIN)
 
     def line(points: Sequence[tuple[float, float]], colour: tuple[int, int, int], width: int) -> None:
-        draw.line([at(*point) for point in points], colour, width) if len(points) > 1 else draw.point(at(*points[0]), colour)
+        draw.line([at(*point) for point in points], colour, width) if len(points) > 1 else draw.point(
+            at(*points[0]), colour
+        )
 
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         left, height = at(0, share * highest)
@@ -42,6 +44,10 @@ def plot_losses(path: Path, losses: Sequence[float], validation: Sequence[tuple[
     line(list(enumerate(mean)), MEAN, 3)
     if validation:
         line([(step - 1, loss) for step, loss in validation], VALIDATION, 2)
-    draw.text((MARGIN, SIZE[1] - MARGIN + 12), f"loss of {len(losses)} steps; light: each, blue: mean of {window}, orange: validation", "black")
+    draw.text(
+        (MARGIN, SIZE[1] - MARGIN + 12),
+        f"loss of {len(losses)} steps; light: each, blue: mean of {window}, orange: validation",
+        "black",
+    )
     with whole_file(path) as temporary:
         image.save(temporary, "PNG")

@@ -175,6 +175,12 @@ LIMITS = {
     "rank": Limits(1, 1024), "steps": Limits(1, 1_000_000), "learning_rate": Limits(0, 1, above=True),
     "warmup": Limits(0, 1_000_000), "weight_decay": Limits(0, 1), "clip": Limits(0), "batch": Limits(1, 1024),
     "accumulate": Limits(1, 1024), "shift": Limits(0, 100, above=True), "caption_dropout": Limits(0, 1),
-    "dropout": Limits(0, 1, below=True), "seed": Limits(0, 2**63 - 1), "save_every": Limits(1), "sample_every": Limits(1),
+    "dropout": Limits(0, 1, below=True), "seed": Limits(0, 2**63 - 1), "save_every": Limits(1),
+    "sample_every": Limits(1),
 }  # fmt: skip
-CHOICES = {"schedule": tuple(SCHEDULES), "optimizer": OPTIMIZERS, "timesteps": tuple(TIMESTEP_SAMPLING), "targets": tuple(TARGETS)}
+CHOICES = {
+    "schedule": tuple(SCHEDULES),
+    "optimizer": OPTIMIZERS,
+    "timesteps": tuple(TIMESTEP_SAMPLING),
+    "targets": tuple(TARGETS),
+}

@@ -23,7 +23,7 @@ def save_state(folder: Path, step: int, factors: Factors, optimizer: Mapping[str
     """Keep the state after ``step`` steps; older ones but the one before are removed."""
     arrays = {f"factors/{name}": array for name, array in factors.items()}
     # Names of factors have dots, which `tree_flatten` uses itself.
-    arrays |= {f"optimizer/{name}": array for name, array in tree_flatten(_slashed(optimizer))}
+    arrays |= {f"optimizer/{name}": array for name, array in dict(tree_flatten(_slashed(optimizer))).items()}
     mx.eval(arrays)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:07d}.safetensors"
@@ -44,9 +44,8 @@ def newest_state(folder: Path) -> tuple[int, Factors, dict[str, Any]] | None:
             continue
         if metadata.get("sha256") != digest(arrays):
             continue
-        factors = {name.removeprefix("factors/"): array for name, array in arrays.items() if name.startswith("factors/")}
-        rest = [(name.removeprefix("optimizer/"), array) for name, array in arrays.items() if name.startswith("optimizer/")]
-        return step, factors, _dotted(tree_unflatten(rest))
+        owned = {owner: _of(arrays, f"{owner}/") for owner in ("factors", "optimizer")}
+        return step, owned["factors"], _dotted(tree_unflatten(list(owned["optimizer"].items())))
     return None
 
 
@@ -56,9 +55,17 @@ def states_in(folder: Path) -> list[tuple[int, Path]]:
     return [(int(match[1]), path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
 
 
+def _of(arrays: Mapping[str, mx.array], prefix: str) -> dict[str, mx.array]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
 def _slashed(tree: Any) -> Any:
-    return {name.replace(".", "/"): _slashed(value) for name, value in tree.items()} if isinstance(tree, Mapping) else tree
+    return {name.replace(".", "/"): _slashed(value) for name, value in tree.items()} if _is_tree(tree) else tree
 
 
 def _dotted(tree: Any) -> Any:
-    return {name.replace("/", "."): _dotted(value) for name, value in tree.items()} if isinstance(tree, Mapping) else tree
+    return {name.replace("/", "."): _dotted(value) for name, value in tree.items()} if _is_tree(tree) else tree
+
+
+def _is_tree(value: Any) -> bool:
+    return isinstance(value, Mapping)

@@ -1,0 +1,215 @@
+"""``wan-mlx train DATA``: a LoRA trained from pictures and videos with captions."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, duration, size
+from ..events import Listener, unheard
+from ..opened import OpenedModel
+from ..options import keyed, named, parse_mode, parse_size
+from ..pipeline import WanPipeline
+from ..planning.machine import available_memory, parse_memory
+from ..progress_bars import ProgressBars
+from ..storage import parse_json
+from ..training.dataset import DataSet, TrainingClip
+from ..training.estimate import TrainingPlan, plan_training
+from ..training.factors import TARGETS
+from ..training.loop import RECIPE, Training, TrainStep
+from ..training.recipe import OPTIMIZERS, SCHEDULES, TIMESTEP_SAMPLING, Recipe
+from .flags import Parser
+from .interrupt import Interrupts
+from .terminal import write
+
+DESCRIPTION = "Train a LoRA from pictures and videos: DATA is a folder, or a .toml file in musubi-tuner's terms."
+EPILOG = """\
+A caption is a text file of the same name beside each picture or video: a.mp4, a.txt.
+OUT gets OUT.safetensors (the LoRA), checkpoints/, state/ (to resume from), log.jsonl, losses.png, recipe.json.
+examples:
+  wan-mlx train clips --model nano --output zorb --steps 150 --learning-rate 2e-3 --rank 8
+  wan-mlx train clips --model t2v-1.3B --output style --size 480x272 --frames 33 --trigger mystyle
+  wan-mlx train clips --model t2v-1.3B --output style --plan
+  wan-mlx train clips --model t2v-1.3B --output style --resume"""
+ABOUT = {
+    "rank": "of the LoRA", "alpha": "the LoRA's strength is alpha / rank (the rank)", "targets": f"layers: {', '.join(TARGETS)}",
+    "steps": "optimiser steps", "learning_rate": "after the warm-up", "schedule": ", ".join(SCHEDULES),
+    "warmup": "steps in which the rate rises", "optimizer": ", ".join(OPTIMIZERS), "weight_decay": "of adamw, lion, adafactor",
+    "clip": "largest norm of the gradients; 0: any", "batch": "clips of a step", "accumulate": "times as many clips of a step",
+    "timesteps": f"how noise levels are drawn: {', '.join(TIMESTEP_SAMPLING)}", "shift": "of the noise levels",
+    "caption_dropout": "share of clips without their caption", "dropout": "share of ranks that a step leaves out",
+    "seed": "of all chance", "save_every": "steps between kept states", "sample_every": "steps between sample videos",
+}  # fmt: skip
+# Names that users of other trainers type.
+ALSO = {
+    "rank": ["--network_dim"], "alpha": ["--network_alpha"], "learning_rate": ["--learning_rate", "--lr"],
+    "steps": ["--max_train_steps"], "clip": ["--max_grad_norm"], "timesteps": ["--timestep_sampling"],
+    "shift": ["--discrete_flow_shift"], "save_every": ["--save_every_n_steps"], "sample_every": ["--sample_every_n_steps"],
+}  # fmt: skip
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="wan-mlx train", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument(
+        "data", metavar="DATA", type=Path, help="folder of pictures, videos and captions, or a .toml file"
+    )
+    parser.add_argument("-m", "--model", metavar="NAME", default="nano", help="what --model of a video takes (nano)")
+    parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="new folder for the LoRA")
+    parser.add_argument("--size", metavar="WxH", type=parse_size, help="area of the clips (the model's own size)")
+    parser.add_argument("--frames", metavar="N", type=int, help="longest length of the clips (the model's own)")
+    parser.add_argument("--trigger", metavar="WORD", default="", help="put in front of captions that lack it")
+    parser.add_argument(
+        "--validate", metavar="SHARE", type=_share, default=0.0, help="share of files held out, such as 10%%"
+    )
+    for field in fields(Recipe):
+        kind = float if field.name == "alpha" else type(field.default)
+        default = "" if field.default is None else f" ({field.default})"
+        flag = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(flag, *ALSO.get(field.name, ()), dest=field.name, type=kind, default=field.default,
+                            metavar="NAME" if kind is str else "N", help=ABOUT[field.name] + default)  # fmt: skip
+    parser.add_argument(
+        "-q", "--quantize", metavar="MODE", type=parse_mode, help="of the model that is trained beside: q8, q4, ..."
+    )
+    parser.add_argument("--dtype", metavar="NAME", default="bfloat16", help=named("dtype").described)
+    parser.add_argument("--memory", metavar="SIZE", help=named("memory").described)
+    parser.add_argument(
+        "--sample-prompts", metavar="FILE", type=Path, help="a prompt a line, of each a video now and then"
+    )
+    parser.add_argument("--plan", action="store_true", help="say what it would need, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check the data, and stop")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
+    parser.add_argument("--source", metavar="HUB", help=named("source").described)
+    parser.add_argument("--quiet", action="store_true", help="print only the LoRA's file and errors")
+    parser.add_argument("--debug", action="store_true", help=keyed("debug").described)
+    return parser
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; expected 10%, or 0.1")
+    return share
+
+
+def main(argv: list[str]) -> int:
+    """Train, or say what it would need."""
+    args = build_parser().parse_args(argv)
+    recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
+    memory = parse_memory(args.memory)
+    data = DataSet.open(args.data)
+    prompts = _prompts(args.sample_prompts)
+    if not (args.plan or args.dry_run):
+        _check_output(args.output, args.resume)
+    listener: Listener = unheard if args.quiet else ProgressBars()
+    pipe = WanPipeline.from_pretrained(
+        args.model, dtype=args.dtype, quantize=args.quantize, memory=args.memory, source=args.source, progress=listener  # type: ignore[arg-type]
+    )  # fmt: skip
+    width, height = _size(pipe, args.size)
+    frames = args.frames or pipe.preset.num_frames
+    pipe.geometry.check_size(width, height)
+    pipe.geometry.check_frames(frames)
+    clips = data.clips(pipe.geometry, pipe.preset.fps, (width, height), frames, args.trigger)
+    trained, held_out = _held_out(clips, args.validate, recipe)
+    plan = plan_training(pipe.sizes(args.quantize), clips, recipe, memory or available_memory())
+    if not args.quiet or args.plan or args.dry_run:
+        _tell(data, trained, held_out, plan, recipe)
+    if args.dry_run or args.plan:
+        return 0 if plan.fits else 1
+    if not plan.fits:
+        raise UsageError(f"it needs about {size(plan.peak)}, and {size(plan.budget)} are free to use; shorter or smaller "
+                         "clips (--frames, --size), a lower --rank, or -q q8 need less")  # fmt: skip
+    training = Training(pipe, trained, recipe, args.output, held_out, args.trigger, listener)
+    training.stream = plan.stream
+    training.sample_prompts = prompts
+    return _train(training, args)
+
+
+def _train(training: Training, args: argparse.Namespace) -> int:
+    began, kept = time.monotonic(), None
+    with Interrupts() as interrupts, interrupts.stopping(_Stoppable(training)):  # type: ignore[arg-type]
+        for done in training.run(resume=args.resume):
+            kept = done.kept or kept
+            if not args.quiet:
+                write(_line(done, began))
+    if interrupts.asked and not training.path.exists():
+        write(f"stopped; to go on: the same command with --resume. The LoRA as it is: {training.newest}")
+        return 130
+    write(training.path if args.quiet else f"{training.path}: use it with --lora {training.path}")
+    return 0
+
+
+class _Stoppable:
+    """A training as `Interrupts` stops it: after the step that is under way."""
+
+    stops_soon = True
+
+    def __init__(self, training: Training):
+        self.stop = training.stop
+
+
+def _line(done: TrainStep, began: float) -> str:
+    left = done.seconds * (done.total - done.step)
+    words = [f"step {done.step} of {done.total}", f"loss {done.loss:.4f}", f"{done.seconds:.1f} s"]
+    if done.validation is not None:
+        words.append(f"held out {done.validation:.4f}")
+    if done.step < done.total:
+        words.append(f"about {duration(left)} left")
+    return ", ".join(words)
+
+
+def _check_output(out: Path, resume: bool) -> None:
+    """Raise UsageError where a run would be overwritten, or there is none to go on with; before anything is read."""
+    if (out / RECIPE).exists() and not resume:
+        told = parse_json((out / RECIPE).read_text()).get("model")
+        raise UsageError(
+            f"{out} holds a training run of {told}; --resume goes on with it, another --output begins a new one"
+        )
+    if resume and not (out / RECIPE).exists():
+        raise UsageError(f"{out} holds no training run to resume")
+
+
+def _prompts(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    if not path.is_file():
+        raise UsageError(f"--sample-prompts {path}: no such file; expected a text file, a prompt a line")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _size(pipe: OpenedModel, given: Any) -> tuple[int, int]:
+    if given is None:
+        return pipe.preset.size
+    return pipe.geometry.named_size(given, pipe.preset.size) if isinstance(given, str) else given
+
+
+def _held_out(clips: list[TrainingClip], share: float, recipe: Recipe) -> tuple[list[TrainingClip], list[TrainingClip]]:
+    """The clips, divided by their files into those to train and those to hold out."""
+    files = list(dict.fromkeys(clip.path for clip in clips))
+    count = math.ceil(len(files) * share)
+    if share and count >= len(files):
+        raise UsageError(
+            f"--validate holds {count} of {len(files)} files out, so that none is trained; give a smaller share"
+        )
+    drawn = {files[i] for i in recipe.chance(len(files)).permutation(len(files))[:count]}
+    return [clip for clip in clips if clip.path not in drawn], [clip for clip in clips if clip.path in drawn]
+
+
+def _tell(
+    data: DataSet, trained: list[TrainingClip], held_out: list[TrainingClip], plan: TrainingPlan, recipe: Recipe
+) -> None:
+    for note in data.notes:
+        write(note, "note: ")
+    sizes = sorted({(clip.width, clip.height, len(clip.frames)) for clip in trained})
+    shown = ", ".join(f"{width}x{height}, {frames} frame{'s' * (frames > 1)}" for width, height, frames in sizes[:4])
+    write(f"{len(trained)} clips to train, {len(held_out)} held out: {shown}{', ...' * (len(sizes) > 4)}")
+    how = "blocks streamed from disk" if plan.stream else "blocks resident"
+    fits = "" if plan.fits else f", more than the {size(plan.budget)} that are free to use"
+    write(f"{plan.trained / 1e6:.1f} million numbers trained; about {size(plan.peak)} ({how}; an estimate){fits}; "
+          f"{plan.flop / 1e12:.3g} TFLOP a step, {recipe.steps} steps")  # fmt: skip
