@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from ..errors import UsageError, duration, size
 from ..events import Listener, unheard
-from ..opened import OpenedModel
+from ..geometry import Geometry
 from ..options import keyed, named, parse_mode, parse_size
 from ..pipeline import WanPipeline
 from ..planning.machine import available_memory, parse_memory
+from ..planning.sizes import Networks, sizes_of
+from ..presets import PRESETS, Preset
 from ..progress_bars import ProgressBars
 from ..storage import parse_json
+from ..training import clips_of
 from ..training.dataset import DataSet, TrainingClip
 from ..training.estimate import TrainingPlan, plan_training
 from ..training.factors import TARGETS
@@ -36,20 +37,38 @@ examples:
   wan-mlx train clips --model t2v-1.3B --output style --plan
   wan-mlx train clips --model t2v-1.3B --output style --resume"""
 ABOUT = {
-    "rank": "of the LoRA", "alpha": "the LoRA's strength is alpha / rank (the rank)", "targets": f"layers: {', '.join(TARGETS)}",
-    "steps": "optimiser steps", "learning_rate": "after the warm-up", "schedule": ", ".join(SCHEDULES),
-    "warmup": "steps in which the rate rises", "optimizer": ", ".join(OPTIMIZERS), "weight_decay": "of adamw, lion, adafactor",
-    "clip": "largest norm of the gradients; 0: any", "batch": "clips of a step", "accumulate": "times as many clips of a step",
-    "timesteps": f"how noise levels are drawn: {', '.join(TIMESTEP_SAMPLING)}", "shift": "of the noise levels",
-    "caption_dropout": "share of clips without their caption", "dropout": "share of ranks that a step leaves out",
-    "seed": "of all chance", "save_every": "steps between kept states", "sample_every": "steps between sample videos",
-}  # fmt: skip
+    "rank": "of the LoRA",
+    "alpha": "the LoRA counts alpha / rank times (the rank)",
+    "targets": f"layers: {', '.join(TARGETS)}",
+    "steps": "optimiser steps",
+    "learning_rate": "after the warm-up",
+    "schedule": ", ".join(SCHEDULES),
+    "warmup": "steps in which the rate rises",
+    "optimizer": ", ".join(OPTIMIZERS),
+    "weight_decay": "of adamw, lion and adafactor",
+    "clip": "largest norm of the gradients; 0: any",
+    "batch": "clips of a step",
+    "accumulate": "times as many clips of a step",
+    "timesteps": f"how noise levels are drawn: {', '.join(TIMESTEP_SAMPLING)}",
+    "shift": "of the noise levels",
+    "caption_dropout": "share of clips without their caption",
+    "dropout": "share of ranks that a step leaves out",
+    "seed": "of all chance",
+    "save_every": "steps between kept states",
+    "sample_every": "steps between sample videos",
+}
 # Names that users of other trainers type.
 ALSO = {
-    "rank": ["--network_dim"], "alpha": ["--network_alpha"], "learning_rate": ["--learning_rate", "--lr"],
-    "steps": ["--max_train_steps"], "clip": ["--max_grad_norm"], "timesteps": ["--timestep_sampling"],
-    "shift": ["--discrete_flow_shift"], "save_every": ["--save_every_n_steps"], "sample_every": ["--sample_every_n_steps"],
-}  # fmt: skip
+    "rank": ["--network_dim"],
+    "alpha": ["--network_alpha"],
+    "learning_rate": ["--learning_rate", "--lr"],
+    "steps": ["--max_train_steps"],
+    "clip": ["--max_grad_norm"],
+    "timesteps": ["--timestep_sampling"],
+    "shift": ["--discrete_flow_shift"],
+    "save_every": ["--save_every_n_steps"],
+    "sample_every": ["--sample_every_n_steps"],
+}
 
 
 def build_parser() -> Parser:
@@ -108,27 +127,46 @@ def main(argv: list[str]) -> int:
     if not (args.plan or args.dry_run):
         _check_output(args.output, args.resume)
     listener: Listener = unheard if args.quiet else ProgressBars()
+    if (args.plan or args.dry_run) and args.model in PRESETS:  # before anything is downloaded
+        preset = PRESETS[args.model]
+        return _look(args, data, recipe, preset, preset.geometry, sizes_of(preset, args.dtype, args.quantize))
     pipe = WanPipeline.from_pretrained(
         args.model, dtype=args.dtype, quantize=args.quantize, memory=args.memory, source=args.source, progress=listener  # type: ignore[arg-type]
     )  # fmt: skip
-    width, height = _size(pipe, args.size)
-    frames = args.frames or pipe.preset.num_frames
-    pipe.geometry.check_size(width, height)
-    pipe.geometry.check_frames(frames)
-    clips = data.clips(pipe.geometry, pipe.preset.fps, (width, height), frames, args.trigger)
-    trained, held_out = _held_out(clips, args.validate, recipe)
-    plan = plan_training(pipe.sizes(args.quantize), clips, recipe, memory or available_memory())
-    if not args.quiet or args.plan or args.dry_run:
+    nets = pipe.sizes(args.quantize)
+    if args.plan or args.dry_run:
+        return _look(args, data, recipe, pipe.preset, pipe.geometry, nets)
+    trained, held_out = _divided(args, data, recipe, pipe.preset, pipe.geometry)
+    plan = plan_training(nets, [*trained, *held_out], recipe, memory or available_memory())
+    if not args.quiet:
         _tell(data, trained, held_out, plan, recipe)
-    if args.dry_run or args.plan:
-        return 0 if plan.fits else 1
     if not plan.fits:
-        raise UsageError(f"it needs about {size(plan.peak)}, and {size(plan.budget)} are free to use; shorter or smaller "
-                         "clips (--frames, --size), a lower --rank, or -q q8 need less")  # fmt: skip
+        raise UsageError(
+            f"it needs about {size(plan.peak)}, and {size(plan.budget)} are free to use; shorter or smaller clips "
+            "(--frames, --size), a lower --rank, or -q q8 need less"
+        )
     training = Training(pipe, trained, recipe, args.output, held_out, args.trigger, listener)
     training.stream = plan.stream
     training.sample_prompts = prompts
     return _train(training, args)
+
+
+def _look(
+    args: argparse.Namespace, data: DataSet, recipe: Recipe, preset: Preset, geometry: Geometry, nets: Networks
+) -> int:
+    """``--plan`` and ``--dry-run``."""
+    trained, held_out = _divided(args, data, recipe, preset, geometry)
+    plan = plan_training(nets, [*trained, *held_out], recipe, parse_memory(args.memory) or available_memory())
+    _tell(data, trained, held_out, plan, recipe)
+    return 0 if plan.fits else 1
+
+
+def _divided(
+    args: argparse.Namespace, data: DataSet, recipe: Recipe, preset: Preset, geometry: Geometry
+) -> tuple[list[TrainingClip], list[TrainingClip]]:
+    """The clips to train, and those to hold out."""
+    given = geometry.named_size(args.size, preset.size) if isinstance(args.size, str) else args.size
+    return clips_of(data, recipe, preset, geometry, given, args.frames, args.trigger, args.validate)
 
 
 def _train(training: Training, args: argparse.Namespace) -> int:
@@ -181,24 +219,6 @@ def _prompts(path: Path | None) -> list[str]:
     if not path.is_file():
         raise UsageError(f"--sample-prompts {path}: no such file; expected a text file, a prompt a line")
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def _size(pipe: OpenedModel, given: Any) -> tuple[int, int]:
-    if given is None:
-        return pipe.preset.size
-    return pipe.geometry.named_size(given, pipe.preset.size) if isinstance(given, str) else given
-
-
-def _held_out(clips: list[TrainingClip], share: float, recipe: Recipe) -> tuple[list[TrainingClip], list[TrainingClip]]:
-    """The clips, divided by their files into those to train and those to hold out."""
-    files = list(dict.fromkeys(clip.path for clip in clips))
-    count = math.ceil(len(files) * share)
-    if share and count >= len(files):
-        raise UsageError(
-            f"--validate holds {count} of {len(files)} files out, so that none is trained; give a smaller share"
-        )
-    drawn = {files[i] for i in recipe.chance(len(files)).permutation(len(files))[:count]}
-    return [clip for clip in clips if clip.path not in drawn], [clip for clip in clips if clip.path in drawn]
 
 
 def _tell(

@@ -1,1 +1,89 @@
 """LoRA training: the data set, the loss and its gradients block by block, the loop, and the file that it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..geometry import Geometry
+from ..lasting import computes
+from ..pipeline import WanPipeline
+from ..planning.machine import available_memory, parse_memory
+from ..presets import Preset
+from .dataset import DataSet, TrainingClip, hold_out
+from .estimate import plan_training
+from .loop import Training, TrainingError, TrainStep
+from .recipe import HELD_OUT, Recipe
+
+__all__ = ["DataSet", "Recipe", "TrainStep", "Training", "TrainingError", "clips_of", "train"]
+
+
+@computes
+def train(
+    data: str | Path,
+    model: str | Path | WanPipeline = "nano",
+    output: str | Path = "lora",
+    *,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
+    trigger: str = "",
+    validate: float = 0.0,
+    resume: bool = False,
+    callback: Callable[[TrainStep], Any] | None = None,
+    memory: str | None = None,
+    **recipe: Any,
+) -> Path:
+    """Train a LoRA and return its file.
+
+    Args:
+        data: a folder of pictures and videos with captions, or a .toml file (`DataSet.open`).
+        model: a pipeline, or what `WanPipeline.from_pretrained` takes.
+        output: a new folder (`Training`), which gets the LoRA under its own name.
+        size, frames: (width, height) whose area the clips have, and their longest length; None: the model's own.
+        trigger: a word that is put in front of captions that lack it.
+        validate: the share of files that are held out, for the validation's loss.
+        resume: go on with the run in ``output``, bit for bit.
+        callback: called with each `TrainStep`; if it returns False, training stops there, and can be resumed.
+        memory: as for a pipeline: where the model's blocks do not fit in it, they are streamed from disk.
+        recipe: fields of `Recipe`, such as ``rank=16, steps=500, learning_rate=2e-4``.
+
+    Raises:
+        UsageError, ValueError: an argument or the data set is wrong.
+        TrainingError: a loss is not finite; what was kept is whole.
+    """
+    chosen = Recipe(**recipe)
+    opened = DataSet.open(data)
+    pipe = model if isinstance(model, WanPipeline) else WanPipeline.from_pretrained(model, memory=memory)
+    trained, held_out = clips_of(opened, chosen, pipe.preset, pipe.geometry, size, frames, trigger, validate)
+    training = Training(pipe, trained, chosen, output, held_out, trigger, pipe.listener)
+    budget = parse_memory(pipe.memory if memory is None else memory) or available_memory()
+    training.stream = plan_training(pipe.sizes(pipe.quantize), [*trained, *held_out], chosen, budget).stream
+    for step in training.run(resume):
+        if callback is not None and callback(step) is False:
+            training.stop()
+    return training.path if training.path.exists() or training.newest is None else training.newest
+
+
+def clips_of(
+    data: DataSet,
+    recipe: Recipe,
+    preset: Preset,
+    geometry: Geometry,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
+    trigger: str = "",
+    validate: float = 0.0,
+) -> tuple[list[TrainingClip], list[TrainingClip]]:
+    """The clips to train, and those to hold out; arguments as of `train`.
+
+    Raises:
+        ValueError: the model makes no such size or length.
+        UsageError: no clip is left.
+    """
+    width, height = size or preset.size
+    length = frames or preset.num_frames
+    geometry.check_size(width, height)
+    geometry.check_frames(length)
+    clips = data.clips(geometry, preset.fps, (width, height), length, trigger)
+    return hold_out(clips, validate, recipe.chance(HELD_OUT))

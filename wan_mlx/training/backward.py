@@ -97,7 +97,8 @@ def loss_and_gradients(
         sums: Factors = {}
         for way, x in zip(ways, kept, strict=True):
             way.x = _block_gradients(block, own, scale, x, way, sums)
-        gradients |= {f"{place}.{name}": array / len(samples) for name, array in sums.items()}
+        # Contiguous, as factors read from a file are: products of transposed arrays round otherwise.
+        gradients |= {f"{place}.{name}": mx.contiguous(array / len(samples)) for name, array in sums.items()}
         mx.eval(gradients, [way.x for way in ways])
     return losses, gradients
 

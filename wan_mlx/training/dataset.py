@@ -172,6 +172,20 @@ class DataSet:
                 self.notes.append(f"alone: one clip has {width}x{height}, {length} frames; others have another size")
 
 
+def hold_out(
+    clips: list[TrainingClip], share: float, chance: np.random.Generator
+) -> tuple[list[TrainingClip], list[TrainingClip]]:
+    """The clips of most files, and those of a drawn ``share`` of them, at least of one if it is above 0."""
+    files = list(dict.fromkeys(clip.path for clip in clips))
+    count = math.ceil(len(files) * share)
+    if share and count >= len(files):
+        raise UsageError(
+            f"{share:.0%} held out are {count} of {len(files)} files, so that none is trained; give a smaller share"
+        )
+    drawn = {files[i] for i in chance.permutation(len(files))[:count]}
+    return [clip for clip in clips if clip.path not in drawn], [clip for clip in clips if clip.path in drawn]
+
+
 def _files_in(folder: Path, endings: tuple[str, ...] = PICTURES + VIDEOS, caption: str = ".txt") -> tuple:
     files = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in endings and not path.name.startswith(".")

@@ -35,6 +35,7 @@ from .states import newest_state, save_state
 
 SUPPORTED = ("t2v", "i2v", "flf2v", "ti2v")
 VALIDATION_SIGMAS = (0.2, 0.5, 0.8)
+VALIDATION = 2**31  # in the place of a step, for the noise of held-out clips
 RECIPE, LOG = "recipe.json", "log.jsonl"
 
 
@@ -254,9 +255,9 @@ class Training:
     def _validate(self, model: Execution, encoded: Encoded) -> float:
         """The mean loss of the held-out clips, at fixed noise and levels."""
         found = []
-        for number, clip in enumerate(self.held_out):
+        for place, clip in enumerate(self.held_out):
             samples = [
-                self._sample(encoded, clip, sigma, clip.caption, self.recipe.chance(NOISE, -1 % 2**31, number, i))
+                self._sample(encoded, clip, sigma, clip.caption, self.recipe.chance(NOISE, VALIDATION, place, i))
                 for i, sigma in enumerate(VALIDATION_SIGMAS)
             ]
             found += loss(model, self.factors, samples, self.recipe.scale)

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
-from safetensors.numpy import save_file
 
+from ..files.safetensors import save_arrays
 from ..models.configs import TransformerConfig
 from ..models.rope import row_order
 from ..storage import whole_file
@@ -32,6 +31,6 @@ def write_lora(
             order = row_order(f"{layer}.weight", config.dim, config.head_dim)
             if order is not None:  # the published order of the rows
                 array = array[mx.argsort(order)]
-        arrays[f"{PREFIX}{layer}.lora_{'A' if which == 'down' else 'B'}.weight"] = np.array(array)
+        arrays[f"{PREFIX}{layer}.lora_{'A' if which == 'down' else 'B'}.weight"] = array
     with whole_file(path) as temporary:
-        save_file(arrays, temporary, dict(about))
+        save_arrays(temporary, arrays, dict(about))

@@ -16,7 +16,7 @@ from ..errors import nearest
 from ..option import Limits
 from .factors import TARGETS
 
-ORDER, NOISE, TIMESTEPS, CAPTIONS, RANKS = range(5)  # what chance is drawn for
+ORDER, NOISE, TIMESTEPS, CAPTIONS, RANKS, HELD_OUT = range(6)  # what chance is drawn for
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps after the warm-up → share of the rate
     "constant": lambda share: 1.0,
     "linear": lambda share: 1.0 - share,

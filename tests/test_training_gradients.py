@@ -1,0 +1,128 @@
+"""A LoRA's gradients block by block: as of the whole loss, streamed as resident, and in pieces as at once."""
+
+from contextlib import ExitStack
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from arrays import random_array, randomized, relative_error
+
+from wan_mlx.models.attention import attention
+from wan_mlx.models.configs import TransformerConfig
+from wan_mlx.models.execution import Execution
+from wan_mlx.models.transformer import Transformer
+from wan_mlx.training import backward
+from wan_mlx.training.backward import Sample, attention_gradients, loss, loss_and_gradients
+from wan_mlx.training.factors import layer_shapes, new_factors, of_block, placed
+from wan_mlx.weights.load import load_transformer
+
+SIZES = dict(dim=32, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=4)
+CONFIGS = {
+    "t2v": TransformerConfig("t2v", **SIZES),
+    "i2v": TransformerConfig("i2v", **SIZES, in_dim=36, image_dim=12),
+    "ti2v": TransformerConfig("ti2v", **SIZES),
+}
+SCALE = 0.5
+
+
+def samples(config: TransformerConfig, count: int = 2) -> list[Sample]:
+    found = []
+    for seed in range(0, 10 * count, 10):
+        shape = (1, 2, 4, 6 - 2 * (seed > 0), 16)
+        given = {}
+        if config.has_image_branch:
+            given = {
+                "condition": random_array(seed + 4, *shape[:-1], 20),
+                "image_features": random_array(seed + 5, 1, 257, 12),
+            }
+        if config.model_type == "ti2v":
+            given = {"clean_frames": 1}
+        context = random_array(seed + 2, 1, config.text_len, config.text_dim)
+        found.append(
+            Sample(random_array(seed + 1, *shape), 300.0 + seed * 20, context, random_array(seed + 3, *shape), given)
+        )
+    return found
+
+
+def factors_of(config: TransformerConfig):
+    """Factors as after some steps: `up` is not zero."""
+    found = new_factors(layer_shapes(config), rank=3, seed=1)
+    return {
+        name: 0.2 * random_array(i, *array.shape) if name.endswith("up") else array
+        for i, (name, array) in enumerate(found.items())
+    }
+
+
+@pytest.fixture
+def in_small_pieces(monkeypatch):
+    monkeypatch.setattr(backward, "TOKENS_AT_ONCE", 5)
+    monkeypatch.setattr(backward, "SCORES_AT_ONCE", 40)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_gradients_by_blocks_are_those_of_the_whole_loss(kind, in_small_pieces):
+    config = CONFIGS[kind]
+    model, factors, step = randomized(Transformer(config)), factors_of(config), samples(config)
+
+    def whole(factors):
+        with ExitStack() as stack:
+            for i in range(config.num_layers):
+                place = f"blocks.{i}"
+                stack.enter_context(placed(model.block(place), of_block(factors, place), SCALE, mx.float32))
+            outs = [model(s.latents, s.timestep, s.context, **s.conditions) - s.target for s in step]
+            return sum((error**2).mean() for error in outs) / len(step)
+
+    want_loss, want = mx.value_and_grad(whole)(factors)
+    losses, got = loss_and_gradients(Execution(model), factors, step, SCALE)
+    assert np.mean(losses) == pytest.approx(want_loss.item(), rel=1e-5)
+    assert losses == pytest.approx(loss(Execution(model), factors, step, SCALE), rel=1e-6)
+    assert got.keys() == want.keys() == factors.keys()
+    for name in factors:
+        assert relative_error(got[name], want[name]) <= 1e-5, name
+
+
+def test_nothing_stays_in_the_layers():
+    config = CONFIGS["t2v"]
+    model = randomized(Transformer(config))
+    before = model(*(getattr(samples(config)[0], name) for name in ("latents", "timestep", "context")))
+    loss_and_gradients(Execution(model), factors_of(config), samples(config), SCALE)
+    after = model(*(getattr(samples(config)[0], name) for name in ("latents", "timestep", "context")))
+    assert mx.array_equal(before, after)
+
+
+def test_streamed_blocks_give_the_same_bits():
+    config = CONFIGS["t2v"]
+    model, factors, step = randomized(Transformer(config)), factors_of(config), samples(config)
+    order = []
+
+    def blocks(places):
+        order.append(places)
+        yield from map(model.block, places)
+
+    want = loss_and_gradients(Execution(model), factors, step, SCALE)
+    got = loss_and_gradients(Execution(model, blocks), factors, step, SCALE)
+    assert want[0] == got[0]
+    assert all(mx.array_equal(want[1][name], got[1][name]) for name in factors)
+    # One reading each way for all samples of the step.
+    assert order == [["blocks.0", "blocks.1"], ["blocks.1", "blocks.0"]]
+
+
+def test_a_quantised_base_passes_gradients_on(pico):
+    plain, quantised = (Execution(load_transformer(pico, "float32", quantize=mode)) for mode in (None, "q8"))
+    config = plain.model.config
+    factors, step = factors_of(config), samples(config, 1)
+    want = loss_and_gradients(plain, factors, step, SCALE)[1]
+    got = loss_and_gradients(quantised, factors, step, SCALE)[1]
+    worst = max(relative_error(got[name], want[name]) for name in factors)
+    assert 0 < worst < 0.1
+
+
+@pytest.mark.parametrize("at_once", [1 << 25, 60, 7])
+def test_gradients_of_attention_are_those_of_mlx(at_once, monkeypatch):
+    monkeypatch.setattr(backward, "SCORES_AT_ONCE", at_once)
+    q, k, v = random_array(1, 2, 5, 3, 8), random_array(2, 2, 7, 3, 8), random_array(3, 2, 7, 3, 8)
+    gradient = random_array(4, 2, 5, 24)
+    (attended,), want = mx.vjp(attention, [q, k, v], [gradient])
+    got = attention_gradients(q, k, v, attended, gradient)
+    for one, other in zip(got, want, strict=True):
+        assert relative_error(one, other) <= 1e-5
