@@ -8,7 +8,7 @@ import pytest
 from test_layers import imports
 
 # A package whose import has another name.
-DISTRIBUTIONS = {"PIL": "pillow"}
+DISTRIBUTIONS = {"PIL": "pillow", "starlette": "fastapi"}  # FastAPI is made of Starlette
 # Declared and not imported here: (package) → reason.
 BEHIND_OTHERS = {"protobuf": "sentencepiece's classes of a model are made by it, and sentencepiece does not declare it"}
 OF_DEVELOPERS = {"test", "tools", "dev"}

@@ -38,6 +38,7 @@ from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning import speed as timing
 from wan_mlx.presets import BUNDLED, EXPERTS, PRESETS
 from wan_mlx.prompts.extend import Extension
+from wan_mlx.training import Training
 from wan_mlx.weights.component import parameter_shapes
 from wan_mlx.weights.configs import shapes_of
 
@@ -203,6 +204,9 @@ def homes(tmp_path_factory, pico):
             shutil.copy(sources / source, home / name)
         lines = next(block.text for block in blocks() if block.language == "json" and "a cat boxing" in block.text)
         (home / "cats.jsonl").write_text(lines)
+        (home / "clips").mkdir()  # to train on
+        shutil.copy(sources / "first.png", home / "clips/a.png")
+        (home / "clips/a.txt").write_text("a red circle")
         for name in ("style", "motion", "causvid", "lightx2v"):
             big = "t2v-14B" if name == "lightx2v" else "t2v-1.3B"
             small = replace(PRESETS[big].transformer, dim=128)
@@ -253,6 +257,8 @@ def run(words: tuple[str, ...], home: Path, monkeypatch, dry: bool) -> int | Non
     assert program in ("wan-mlx", "wan_mlx.generate"), program
     if rest[0] in ("convert", "inspect", "info"):
         return None if dry else main(with_folders(rest, home))
+    if rest[0] == "train":
+        return None if dry else main([*rest, "--dry-run", "--memory", "24GB"])
     only_shows = {"plan", "--plan", "-h", "--help", "--help-all", "--version", "help"} & {*rest}
     if getattr(COMMANDS_OF_OURS.get(rest[0]), "module", "") or only_shows or rest == ["resume"]:
         return None if dry else main(rest)
@@ -318,7 +324,7 @@ def counted(begin, made):
 
 
 def test_the_pages_are_read():
-    assert len(PAGES) == 17 and len(COMMANDS) > 40
+    assert len(PAGES) == 18 and len(COMMANDS) > 40
     assert {block.language for block in blocks()} <= {"sh", "python", "json", ""}
     zh, en = ([b.text for b in blocks() if b.page == page] for page in ("README.zh-CN.md", "README.md"))
     assert len(zh) == len(en) and [len(text.splitlines()) for text in zh] == [len(text.splitlines()) for text in en]
@@ -327,6 +333,7 @@ def test_the_pages_are_read():
 @pytest.mark.parametrize("page", PAGES)
 def test_python_runs(page, homes, monkeypatch):
     monkeypatch.chdir(homes[True])
+    monkeypatch.setattr(Training, "run", lambda training, resume=False: iter(()))  # `test_training` trains
     names = {}
     for block in blocks():
         if block.page == page and block.language == "python":

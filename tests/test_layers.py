@@ -72,6 +72,7 @@ LATE_PACKAGES = {
     ("runs.queue", "fcntl"): "not on Windows",
     ("server.library", "send2trash"): "start-up: only deleting needs it",
     ("storage", "fcntl"): "not on Windows",
+    ("training.dataset", "tomllib"): "of Python 3.11",
 }
 
 

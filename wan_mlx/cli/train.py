@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import UsageError, duration, size
 from ..events import Listener, unheard
 from ..geometry import Geometry
-from ..options import keyed, named, parse_mode, parse_size
+from ..options import named, parse_mode, parse_size
 from ..pipeline import WanPipeline
 from ..planning.machine import available_memory, parse_memory
 from ..planning.sizes import Networks, sizes_of
@@ -27,15 +27,14 @@ from .flags import Parser
 from .interrupt import Interrupts
 from .terminal import write
 
-DESCRIPTION = "Train a LoRA from pictures and videos: DATA is a folder, or a .toml file in musubi-tuner's terms."
+DESCRIPTION = "Train a LoRA from pictures and videos with captions."
 EPILOG = """\
-A caption is a text file of the same name beside each picture or video: a.mp4, a.txt.
-OUT gets OUT.safetensors (the LoRA), checkpoints/, state/ (to resume from), log.jsonl, losses.png, recipe.json.
+A caption is a text file beside each picture or video: a.mp4, a.txt. OUT gets
+OUT.safetensors (the LoRA), checkpoints/, state/ (to resume from), log.jsonl.
 examples:
-  wan-mlx train clips --model nano --output zorb --steps 150 --learning-rate 2e-3 --rank 8
-  wan-mlx train clips --model t2v-1.3B --output style --size 480x272 --frames 33 --trigger mystyle
-  wan-mlx train clips --model t2v-1.3B --output style --plan
-  wan-mlx train clips --model t2v-1.3B --output style --resume"""
+  wan-mlx train clips -o zorb --steps 150 --lr 2e-3 --rank 8
+  wan-mlx train clips -m t2v-1.3B -o style --size 480x272 --frames 33
+  wan-mlx train clips -m t2v-1.3B -o style --resume"""
 ABOUT = {
     "rank": "of the LoRA",
     "alpha": "the LoRA counts alpha / rank times (the rank)",
@@ -72,7 +71,9 @@ ALSO = {
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="wan-mlx train", description=DESCRIPTION, epilog=EPILOG)
+    parser = Parser(
+        prog="wan-mlx train", usage="wan-mlx train DATA --output OUT [flags]", description=DESCRIPTION, epilog=EPILOG
+    )
     parser.add_argument(
         "data", metavar="DATA", type=Path, help="folder of pictures, videos and captions, or a .toml file"
     )
@@ -103,7 +104,7 @@ def build_parser() -> Parser:
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
     parser.add_argument("--source", metavar="HUB", help=named("source").described)
     parser.add_argument("--quiet", action="store_true", help="print only the LoRA's file and errors")
-    parser.add_argument("--debug", action="store_true", help=keyed("debug").described)
+    parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
