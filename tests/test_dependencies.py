@@ -10,7 +10,11 @@ from test_layers import imports
 # A package whose import has another name.
 DISTRIBUTIONS = {"PIL": "pillow", "starlette": "fastapi"}  # FastAPI is made of Starlette
 # Declared and not imported here: (package) → reason.
-BEHIND_OTHERS = {"protobuf": "sentencepiece's classes of a model are made by it, and sentencepiece does not declare it"}
+BEHIND_OTHERS = {
+    "protobuf": "sentencepiece's classes of a model are made by it, and sentencepiece does not declare it",
+    "python-multipart": "FastAPI reads forms with it, and does not declare it",
+    "mcp": "wan-mlx mcp is under way",
+}
 OF_DEVELOPERS = {"test", "tools", "dev"}
 
 
