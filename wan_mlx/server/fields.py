@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..errors import UsageError, nearest
 from ..hub.model_folders import find_model
 from ..hub.names import parse_location
 from ..hub.resolve import preset_of
-from ..option import REQUEST
+from ..option import REQUEST, Option
 from ..presets import BUNDLED, PRESETS, Preset, find_preset
 from .refused import Refused
 from .schema import FIELDS, QUALITIES, SOURCES_OF, qualities_of, served
@@ -43,10 +44,13 @@ def options_of(fields: Mapping[str, Any], default_model: str, needs_prompt: bool
             if name in given:
                 raise Refused(400, f"{other} and {name} are both given, and are the same; leave one out", param=other)
             given[name] = given.pop(other)
+    own = {name: given.pop(name) for name in FIELDS if name in given}
+    given = {name: checked(known[name], value) for name, value in given.items()}
     if not given.get("model"):
         given["model"] = "nano-i2v" if default_model == "nano" and given.get("image") else default_model
     check_names(given)
     preset = preset_called(given)
+    given |= own
     _fill_quality(given, preset)
     _fill_length(given, preset)
     if (low := given.pop("guidance_scale_2", None)) is not None:
@@ -54,46 +58,44 @@ def options_of(fields: Mapping[str, Any], default_model: str, needs_prompt: bool
         if high is None:
             raise Refused(400, "guidance_scale_2 is given without guidance_scale, the high-noise expert's",
                           param="guidance_scale_2")  # fmt: skip
-        given["guidance_scale"] = f"{low},{high}"
+        given["guidance_scale"] = checked(known["guidance_scale"], f"{low},{high}")
     if not needs_prompt:
         given.setdefault("prompt", "x")
-    prompt = given.get("prompt")
-    if not isinstance(prompt, str):
+    if "prompt" not in given:
         raise Refused(400, "prompt is missing: say what the video should show", param="prompt")
-    for name, value in given.items():
-        if isinstance(value, str) and len(value) > LONGEST_TEXT:
-            raise Refused(400, f"{name} has {len(value):,} characters, expected at most {LONGEST_TEXT:,}", param=name)
-    return checked(given, preset)
-
-
-def checked(given: Mapping[str, Any], preset: Preset | None) -> dict[str, Any]:
-    """The options, each of which suits; a prompt may be empty only if it is written out of a picture.
-
-    Raises:
-        Refused: one does not.
-    """
-    found: dict[str, Any] = {}
-    for name, value in given.items():
-        option = options.named(name)
-        try:
-            value = _from_text(option, value)
-            args = parsed({name: value})
-            value_given = getattr(args, option.key, None)
-            if option.of == REQUEST and option.limits and value_given is not None and not option.sets:
-                option.check(value_given)
-        except (UsageError, ValueError) as error:
-            raise Refused(400, f"{re.sub(r'^argument [^:]*: ', f'{name}: ', str(error))}", param=name) from error
-        found[name] = value
     if preset is not None:
-        _check_sizes(found, preset)
-        _check_sources(found, preset)
-    if not found["prompt"].strip() and not (found.get("extend_prompt") and found.get("image")):
+        _check_sizes(given, preset)
+        _check_sources(given, preset)
+    if not given["prompt"].strip() and not (given.get("extend_prompt") and given.get("image")):
         raise Refused(400, "prompt is empty; say what the video should show", param="prompt")
     try:
-        parsed(found)
+        parsed(given)
     except UsageError as error:
         raise Refused(400, str(error)) from error
-    return found
+    return given
+
+
+def checked(option: Option, value: Any) -> Any:
+    """The value of an option, of its type.
+
+    Raises:
+        Refused: it is of another, or beyond the limits.
+    """
+    name = option.name
+    try:
+        value = _from_text(option, value)
+        if isinstance(value, str) and len(value) > LONGEST_TEXT:
+            raise ValueError(f"it has {len(value):,} characters, expected at most {LONGEST_TEXT:,}")
+        args = parsed({name: value})
+        given = getattr(args, option.key, None)
+        if option.of == REQUEST and option.limits and given is not None and not option.sets:
+            option.check(given)
+    except (UsageError, ValueError) as error:
+        raise Refused(400, re.sub(r"^argument [^:]*: ", f"{name}: ", str(error)), param=name) from error
+    return value
+
+
+_parser = cache(build_parser)  # to build it takes longer than all else
 
 
 def parsed(given: Mapping[str, Any]) -> argparse.Namespace:
@@ -102,10 +104,10 @@ def parsed(given: Mapping[str, Any]) -> argparse.Namespace:
     Raises:
         UsageError: a value is wrong, or two do not go together.
     """
-    return build_parser().parse_args(arguments(given))
+    return _parser().parse_args(arguments(given))
 
 
-def _from_text(option: Any, value: Any) -> Any:
+def _from_text(option: Option, value: Any) -> Any:
     """A form's text as the option's type has it; what does not suit is left for the parser, which says so."""
     if isinstance(value, str):
         word = value.strip().lower()
@@ -160,8 +162,8 @@ def _fill_quality(given: dict[str, Any], preset: Preset | None) -> None:
     quality = given.pop("quality", None)
     if quality is None:
         return
-    if quality not in QUALITIES:
-        raise Refused(400, f"quality is {quality!r}, expected {', '.join(QUALITIES)}"
+    if not isinstance(quality, str) or quality not in QUALITIES:
+        raise Refused(400, f"quality is {str(quality)[:100]!r}, expected {', '.join(QUALITIES)}"
                            f"{nearest(quality, QUALITIES)}", param="quality")  # fmt: skip
     if preset is not None and not given.get("steps") and not given.get("recipe"):
         given |= qualities_of(preset.name)[quality]

@@ -72,3 +72,7 @@ def answer_with_errors(app: FastAPI) -> None:
     @app.exception_handler(WanError)
     async def failed(request: Request, error: WanError) -> JSONResponse:
         return reply(500, error)
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        return reply(500, f"{type(error).__name__}: a fault of wan_mlx's own; the server's terminal says more")
