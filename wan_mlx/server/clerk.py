@@ -23,14 +23,14 @@ from .. import options
 from ..cli.config_file import as_options, obeyed
 from ..cli.flags import arguments as as_arguments
 from ..cli.flags import build_parser, given_flags, keywords
-from ..cli.jobs import asked_of, check_flags, extension_of
+from ..cli.jobs import asked_of, check_flags, check_needs, extension_of
 from ..cli.terminal import explain, write
 from ..errors import MemoryPlanError, UsageError, WanError
 from ..hub.resolve import is_cached, preset_of
 from ..media.read import open_picture, open_video, read_image
 from ..media.write import read_settings
 from ..models import chips
-from ..pipeline import plan
+from ..pipeline import checked, plan
 from ..planning.machine import available_memory
 from ..planning.plan import Plan, Row
 from ..presets import BUNDLED, PRESETS, find_preset
@@ -59,10 +59,16 @@ def check(given: Mapping[str, Any]) -> Answer:
     """
     args = build_parser().parse_args(as_arguments(given))
     check_flags(args)
+    check_needs(args, ["preview"])
     extension_of(args)
+    model = keywords(args, options.MODEL)
+    checked(model.pop("model"), model)
+    if args.draft and not args.taehv:
+        raise UsageError("draft needs TAEHV's weights; give them as taehv, or leave it out")
     preset = PRESETS.get(args.model)
     if preset is None or args.preset:
         return {}  # its files would tell
+    planned(given)
     asked = keywords(args, options.REQUEST)
     request = build_request(preset, preset.transformer, preset.geometry, experts=preset.experts, **asked)
     return {"size": [request.width, request.height], "num_frames": request.num_frames, "fps": request.fps,
