@@ -87,9 +87,11 @@ class TestCommand:
         monkeypatch.setenv("WAN_MLX_TOKEN", "of-my-own-choice")
         from wan_mlx.server.serving import Serving
 
-        address = Serving("0.0.0.0", 0, tmp_path, "nano").address
-        assert re.fullmatch(r"http://127.0.0.1:\d+/\?token=of-my-own-choice", address)
-        assert Serving("127.0.0.1", 0, tmp_path, "nano").token is None
+        beyond, here = Serving("0.0.0.0", 0, tmp_path, "nano"), Serving("127.0.0.1", 0, tmp_path, "nano")
+        assert re.fullmatch(r"http://127.0.0.1:\d+/\?token=of-my-own-choice", beyond.address)
+        assert here.token is None and "token" not in here.address
+        beyond.close()
+        here.close()
 
 
 def test_ctrl_c_ends_it(tmp_path):

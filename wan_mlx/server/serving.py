@@ -49,6 +49,10 @@ class Serving:
         query = f"?token={self.token}" if self.token else ""
         self.address = f"http://{name}:{self._socket.getsockname()[1]}/{query}"
 
+    def close(self) -> None:
+        """Listen no more."""
+        self._socket.close()
+
     def run(self, opens_browser: bool = False) -> int:
         """Serve until a signal comes; returns the exit code."""
         app = make_app(Studio(self.library, self.model), names_of(self.host), self.token)
