@@ -15,7 +15,7 @@ BEHIND_OTHERS = {
     "python-multipart": "FastAPI reads forms with it, and does not declare it",
     "mcp": "wan-mlx mcp is under way",
 }
-OF_DEVELOPERS = {"test", "tools", "dev"}
+OF_DEVELOPERS = {"test", "tools", "browser", "dev"}
 
 
 def names(requirements: list[str]) -> set[str]:
