@@ -50,6 +50,7 @@ OF_ROOT = {"__version__", "check_backend"}
 STARTS_FAST = {
     "cli.main": "--help, completion and a wrong flag answer without MLX",
     "cli.list_models": "the table answers without MLX; deleting a converted folder needs to know them",
+    "cli.queue": "lists without MLX; what is added is checked, and what is removed is a run's",
     "cli.config_file": "main reads --config before it needs MLX",
     "cli.doctor": "says why MLX, or a package, cannot be imported",
 }

@@ -20,7 +20,7 @@ def queue(tmp_path):
 
 @pytest.fixture
 def three(queue):
-    return [queue.add({"prompt": name}, f"{name}.mp4").id for name in "abc"]
+    return [queue.add({"prompt": name, "seed": 5}, f"{name}.mp4").id for name in "abc"]
 
 
 def order(queue) -> str:
@@ -32,7 +32,7 @@ class TestQueue:
         queue.take()
         again = Queue(queue.library)
         assert [job.state for job in again.all()] == [RUNNING, QUEUED, QUEUED]
-        assert again.get(three[1]).options == {"prompt": "b"}
+        assert again.get(three[1]).options == {"prompt": "b", "seed": 5}
         with again.working():  # the one that ran was cut
             assert [job.state for job in again.all()] == [QUEUED] * 3
             assert again.get(three[0]).resumed == 1 and again.take().id == three[0]
@@ -69,6 +69,10 @@ class TestQueue:
         assert not queue.delete(three[1]) and queue.get(three[1]).wish == "delete"
         with pytest.raises(KeyError):
             queue.get(three[0])
+
+    @pytest.mark.parametrize("seed", [None, -1])
+    def test_a_seed_that_is_left_out_is_drawn_once(self, queue, seed):
+        assert queue.add({"seed": seed}, "a.mp4").options["seed"] >= 0
 
     def test_two_jobs_cannot_have_one_output(self, queue, three):
         with pytest.raises(ValueError, match="output a.mp4 is that of another job"):

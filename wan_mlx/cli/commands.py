@@ -18,7 +18,7 @@ from ..presets import PRESETS
 from .flags import ABOUT, USAGE, Parser, arguments_of, build_parser
 
 NEAR = 0.75  # of difflib's ratios, from which on a word is taken for a command that is misspelled
-TO_COME = ("queue", "train", "mcp")  # planned commands, which nobody means as a prompt
+TO_COME = ("train", "mcp")  # planned commands, which nobody means as a prompt
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ COMMANDS = {
     "inspect": Command("what a model's files hold, and whether they are whole", ".convert"),
     "info": Command("a LoRA, a video made here, or a model, described", ".info"),
     "serve": Command("a page in the browser, and an API, over a queue that survives", ".serve"),
+    "queue": Command("the same queue on the command line: add, run, order, stop", ".queue"),
     "doctor": Command("whether this machine computes correctly, and how fast", ".doctor"),
     "completion": Command("a script that completes commands and flags, for bash, zsh or fish", ".completion"),
     "help": Command("this page; or a command's, as in wan-mlx help plan"),

@@ -26,6 +26,7 @@ from ..errors import BusyError, WanError
 FOLDER = ".wan_mlx-queue"  # in the library
 PRIVATE = 0o700
 VERSION = 1
+MAX_SEED = 2**31  # of those that are drawn
 PATIENCE = 10.0  # seconds for which another process's change is waited for
 
 QUEUED, RUNNING, PAUSED, DONE, FAILED, STOPPED = STATES = ("queued", "running", "paused", "done", "failed", "stopped")
@@ -187,11 +188,14 @@ class Queue:
     # Changes that anybody makes
 
     def add(self, options: Mapping[str, Any], output: str, about: Mapping[str, Any] | None = None) -> Queued:
-        """Put a job at the end.
+        """Put a job at the end; a seed that is to be drawn is drawn here, so that the same video is made however often
+        it is cut.
 
         Raises:
             ValueError: another one has this output.
         """
+        seed = options.get("seed")
+        options = {**options, "seed": secrets.randbelow(MAX_SEED) if seed is None or seed < 0 else seed}
         job = Queued(f"video_{secrets.token_hex(12)}", 0.0, QUEUED, "", options, output, about or {}, time.time())
         with self._change():
             if self.of_output(output):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -30,7 +29,6 @@ ALL = ""  # the channel of everything, for the page
 OFTEN = 0.25  # seconds between two tellings of how far a video is, on that channel
 SOON = 0.2  # seconds between two looks at pictures that are waited for
 MOST_PICTURES = 10
-MAX_SEED = 2**31
 
 
 class Studio:
@@ -152,8 +150,6 @@ class Studio:
         except Refused as error:
             param = next((name for name in found if str(error).startswith(name)), None)
             raise Refused(error.status, plain(str(error), self.library.folder), error.code, param) from None
-        if found.get("seed") is None or int(found["seed"]) < 0:
-            found["seed"] = secrets.randbelow(MAX_SEED)  # so that the same video is made, however often it is cut
         ending = ".png" if about.get("num_frames") == 1 else ".mp4"
         name = self.library.new_name(found["prompt"], ending)
         job = self.queue.add(found, name, about)
