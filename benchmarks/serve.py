@@ -1,8 +1,8 @@
 """``python benchmarks/serve.py kills|clients``: what the server bears.
 
 kills: a queue of three, the server killed (kill -9) at 20 random moments; every video must have the bytes of an
-undisturbed run. clients: 50 clients ask for a video's status once a second, and 10 listen to its events, while nano runs:
-how much slower the run is, in turns with runs that nobody asks for, and how long an answer takes.
+undisturbed run. clients: 50 clients ask for a video's status once a second, and 10 listen to its events, while nano
+runs: how much slower the run is, in turns with runs that nobody asks for, and how long an answer takes.
 """
 
 from __future__ import annotations

@@ -54,6 +54,10 @@ SHOWN = {
     "wan-mlx --model ./{}{} --prompt \"what it should show\" --output out.mp4":
         "--model ./nano.folder --prompt 'what it should show' --output out.mp4 --dry-run",
     "wan-mlx help": "help",
+    "wan-mlx queue": "queue --library lib",  # tests/test_serve.py runs them
+    "wan-mlx queue add \"a red circle moves right\" --seed 7": "queue --help",
+    "wan-mlx queue run": "queue run --library lib",
+    "wan-mlx queue stop 1f3a9c": "queue --help",
     "wan-mlx serve": "serve --help",  # tests/test_serve.py runs it
     "wan-mlx serve --model t2v-1.3B --library ~/Movies/wan": "serve --help",
     "wan-mlx serve --host 0.0.0.0 --no-browser": "serve --help",

@@ -1,19 +1,28 @@
 """The server as its users have it: processes, real videos, kill -9, and the clients of other programs."""
 
 import importlib.util
+import json
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import openai
 import pytest
+from fake_children import Children, make
 from paused_process import processes_naming
 from served import Served
 
+from wan_mlx.cli import queue
 from wan_mlx.cli.main import main
+from wan_mlx.runs.queue import Queue
+from wan_mlx.server.foreman import Foreman
 
+ROOT = Path(__file__).parent.parent
 # As small as a video can be.
 TINY = {"size": "32x32", "num_frames": 1, "steps": 2, "dtype": "float32"}
 
@@ -94,6 +103,88 @@ class TestCommand:
         here.close()
 
 
-def test_ctrl_c_ends_it(tmp_path):
-    server = Served(tmp_path)
+def of_docs(language: str, address: str) -> list[str]:
+    """The page's blocks, for this server, with videos as small as can be."""
+    text = (ROOT / "docs/serve.md").read_text(encoding="utf-8").replace("http://127.0.0.1:8190", address.rstrip("/"))
+    text = re.sub("""((?:num_frames|steps)"?[=:] ?)1[27]""", r"\g<1>1", text.replace("128x128", "32x32"))
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_what_the_page_shows(tmp_path, monkeypatch):
+    """Its lines of curl and of Python, as they stand; then Ctrl-C ends the server."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "examples/sources/first.png", tmp_path)
+    server = Served(tmp_path / "library")
+    lines = [line for block in of_docs("sh", server.address) for line in block.splitlines() if line.startswith("curl")]
+    assert len(lines) >= 7
+    for line in lines:
+        done = subprocess.run(shlex.split(line), capture_output=True, text=True)
+        answer = json.loads(done.stdout or (tmp_path / "video.json").read_text())
+        assert done.returncode == 0 and "error" not in answer or answer["error"] is None, (line, answer)
+    (block,) = of_docs("python", server.address)
+    for id in [video["id"] for video in server.client.get("/v1/queue").json()["data"]]:
+        server.client.delete(f"/v1/videos/{id}")
+    exec(block, {})
+    assert (tmp_path / "circle.mp4").read_bytes()[1:4] == b"PNG"  # of one frame
     assert server.end(signal.SIGINT).strip() == "interrupted" and server.process.returncode == 130
+
+
+class TestQueueCommand:
+    """``wan-mlx queue``, with workers that are none."""
+
+    @pytest.fixture(autouse=True)
+    def here(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(queue, "work_off", self.worked_off)
+
+    @staticmethod
+    def worked_off(jobs, told):
+        foreman = Foreman(jobs, told, Children(make), until_empty=True)
+        foreman.start()
+        foreman.join()
+
+    def said(self, capsys, command: str, code: int = 0) -> str:
+        assert main(["queue", *shlex.split(command), "--library", "lib"]) == code
+        return "".join(capsys.readouterr())
+
+    def test_from_the_first_job_to_the_last(self, capsys):
+        assert "nothing is in the queue" in self.said(capsys, "")
+        shutil.copy(ROOT / "examples/sources/first.png", "first.png")
+        self.said(capsys, "add 'a circle' --seed 7 --size 64x64")
+        small = "--size 64x64 --frames 5 --guidance-range 0-0.6"
+        self.said(capsys, f"add 'it moves' --image first.png -o moves.mp4 {small}")
+        first, second = json.loads(self.said(capsys, "--json"))
+        made = f"{Path.cwd()}/lib/moves.mp4"
+        assert (first["model"], second["model"], second["output"]) == ("nano", "nano-i2v", made)
+        a, b = (row["id"].removeprefix("video_")[:6] for row in (first, second))
+        assert self.said(capsys, f"move {a}").split()[0] == b
+        assert "paused" in self.said(capsys, f"pause {a}")
+        said = self.said(capsys, "run")
+        assert "step      2 of 2" in said and made in said.splitlines()
+        assert [row["state"] for row in json.loads(self.said(capsys, "--json"))] == ["paused", "done"]
+        self.said(capsys, f"rm {b}")
+        assert Path("lib/moves.mp4").exists() and b not in self.said(capsys, "list")
+        image = Queue(Path("lib")).get(first["id"]).options
+        assert image["seed"] == 7
+
+    def test_files_are_named_from_everywhere(self, capsys):
+        shutil.copy(ROOT / "examples/sources/first.png", "first.png")
+        self.said(capsys, "add x --image first.png --size 64x64")
+        (job,) = Queue(Path("lib")).all()
+        assert job.options["image"] == str(Path("first.png").absolute())
+
+    @pytest.mark.parametrize(
+        "command, line",
+        [
+            ("add 'a' --size 33x32", "width is 33, expected a positive multiple of 16; nearest: 32"),
+            ("add 'a' --seeds 1,2", "--seeds does not go with queue add"),
+            ("add 'a' -o ../a.mp4", "expected a file's name"),
+            ("rm zz", "no jobs have an id that begins with 'zz'"),
+            ("stop", "queue stop: expected the id of a job"),
+            ("list x", "queue list takes no id"),
+            ("list --before x", "--before goes with move"),
+            ("fly", "invalid choice: 'fly'"),
+        ],
+    )
+    def test_wrong_usage(self, capsys, command, line):
+        assert line in self.said(capsys, command, 2)
