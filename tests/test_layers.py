@@ -36,7 +36,7 @@ LAYERS = [
     "request_builder",
     "planning",
     "prompts",
-    "opened",
+    "opened smoothing",
     "runs",
     "pipeline",
     "cli server training",

@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # the names of __getattr__, for editors and type checkers
     from .prompts.extend import PromptExtender as PromptExtender
     from .prompts.extend import extend_prompt as extend_prompt
     from .runs.run import Run as Run
+    from .smoothing import smooth as smooth
     from .types import Conditioning as Conditioning
     from .types import Request as Request
     from .types import Step as Step
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # the names of __getattr__, for editors and type checkers
     from .weights.load import load_text_encoder as load_text_encoder
     from .weights.load import load_transformer as load_transformer
     from .weights.load import load_vae as load_vae
+    from .weights.rife import load_rife as load_rife
     from .weights.taehv import load_taehv as load_taehv
 
 __version__ = "0.1.0"
@@ -82,6 +84,8 @@ _PUBLIC = {
     "load_vae": "weights.load",
     "load_image_encoder": "weights.load",
     "load_taehv": "weights.taehv",
+    "load_rife": "weights.rife",
+    "smooth": "smoothing",
     "extend_prompt": "prompts.extend",
     "PromptExtender": "prompts.extend",
 }

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .geometry import Geometry
 from .hub.resolve import Places, preset_of
 from .lasting import computes
 from .mac import awake
+from .media.interpolate import Between, even_moments, interpolate
 from .media.preview import Previewer, latent_map, tiny_autoencoder, tiny_preview
 from .media.write import to_uint8
 from .models import vae_tiling as tiling
@@ -59,6 +61,7 @@ from .weights.load import (
     text_dtype,
 )
 from .weights.lora import describe_lora, in_lists, lora_lists
+from .weights.rife import find_rife, load_rife
 from .weights.set_loras import set_loras
 
 CHANGING = " with changing LoRAs"  # a network kept loaded for requests whose phases change them
@@ -150,6 +153,7 @@ class OpenedModel:
         self._merge_loras = True
         self.taehv, self.draft = given["taehv"] and Path(given["taehv"]), given["draft"]
         self._tiny = tiny_autoencoder(checkpoint, self.taehv, self.draft)
+        self._interpolators: dict[str, Path] = {}
         self._kept: dict[str, Any] | None = None  # within `keep_loaded`: the networks and texts that stay
         self.plan_at_work: Plan | None = None
         self.running = threading.Lock()  # held by the run that is under way
@@ -460,6 +464,24 @@ class OpenedModel:
         vae, tile = self.load_vae(), self.tile_of("decode_tile")
         for frames in decode(vae, latents, tile, finish, counted(self.listener, "decoding")):
             yield frames[0]
+
+    def interpolator(self, name: str) -> Path:
+        """The file of RIFE's weights that a request's ``interpolate`` names; downloaded if it is not here."""
+        if name not in self._interpolators:
+            self._interpolators[name] = find_rife(name, self.opened_with["source"], self.listener)
+        return self._interpolators[name]
+
+    def check_interpolation(self, request: Request) -> None:
+        """Raise WeightsError if a request needs RIFE, and its weights cannot be had or used."""
+        if request.interpolate:
+            load_rife(self.interpolator(request.interpolate))
+
+    def smoothed(self, request: Request, chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """Frames uint8 (n, H, W, 3) of the model → those of the file."""
+        if not request.interpolate:
+            return chunks
+        between = Between(load_rife(self.interpolator(request.interpolate)))
+        return interpolate(chunks, even_moments(Fraction(request.model_fps), Fraction(request.fps)), between)
 
     def tile_of(self, which: str) -> tuple[int, int] | None:
         """The VAE's largest tile (width, height) in pixels, or None for whole frames; ``which``: a field of the plan.

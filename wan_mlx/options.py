@@ -157,6 +157,16 @@ class RequestOptions(TypedDict, total=False):
         more="That is 81 at 16 a second, of TI2V-5B 121 at 24; up to 100001; 1 is a picture; a shorter source makes it "
         "fewer",
     )]
+    fps: Annotated[int | None, Option(
+        "--fps N", "frames a second of the file; more than the model's (16; TI2V-5B 24): RIFE adds those between", WHAT,
+        more="81 frames at 16 become 161 at 32. `--interpolate rife` is then asked for, too",
+        limits=Limits(1, 240),
+    )]
+    interpolate: Annotated[str | Path | None, Option(
+        "--interpolate NAME", "rife: frames between the model's, twice as many without --fps; or a file of its weights",
+        WHAT, more="The weights (RIFE 4.25, 23 MB) are downloaded; also `owner/name:file`. See below",
+        examples=("rife",), place="name",
+    )]
     image: Annotated["Source | None", Option(
         "--image --first_frame FILE", "first frame (i2v, flf2v, ti2v)", SOURCES, place="file",
     )]

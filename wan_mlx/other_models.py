@@ -259,6 +259,11 @@ OTHER_MODELS = (
         "TAEHV, which --taehv takes for previews and drafts", "vae", "taehv",
         keys=("encoder.0.weight decoder.1.weight decoder.3.conv.0.weight",),
     ),
+    OtherModel(
+        "RIFE, which --interpolate takes", "addition", "hzwer/Practical-RIFE",
+        keys=("block0.conv0.0.0.weight encode.cnn0.weight", "block0.conv0.0.conv.weight encode.cnn0.weight",
+              "module.block0.conv0.0.0.weight module.encode.cnn0.weight"),
+    ),
     # Other families.
     OtherModel(
         "HunyuanVideo", "transformer", "comfy, diffusers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from . import options
@@ -57,7 +58,8 @@ def build_request(
         RECIPES[recipe].check_model(preset)
         bound = {name: given.get(name) for name in OF_RECIPE}
         given |= RECIPES[recipe].fill(**bound)
-    values |= {name: getattr(preset, name) for name in ("negative_prompt", "num_frames", "fps", "task")}
+    values |= {name: getattr(preset, name) for name in ("negative_prompt", "num_frames", "task")}
+    values["model_fps"] = preset.fps
     sides = [given.pop(name, None) for name in ("size", "width", "height")]
     values["width"], values["height"] = size_of(preset, geometry, *sides)
     del values["size"]
@@ -71,6 +73,7 @@ def build_request(
         values["cfg_zero"] = zero_steps if values["cfg_zero"] else None
     for name in ("src_ref_images", "guidance_range", "skip_layers", "skip_range"):
         values[name] = tuple(values[name])
+    values["fps"], values["interpolate"] = _rate(preset.fps, values["fps"], values["interpolate"])
     values["guidance_scale"] = _guidance(values["guidance_scale"], experts)
     values["phases"] = ",".join(map(str, read_phases(values["phases"]))) or None
     request = Request(**values, geometry=geometry)
@@ -78,7 +81,27 @@ def build_request(
     check_guidance(request, config.num_layers)
     check_phases(request, experts)
     request = replace(request, cache=resolve_cache(request.cache, request.steps_made, preset.name, config))
-    return fit_sources(request, preset, planned)
+    request = fit_sources(request, preset, planned)
+    if request.interpolate and request.num_frames == 1:
+        raise ValueError("one frame has none between; leave out fps and interpolate, or make a video")
+    return request
+
+
+def _rate(model_fps: int, fps: int | None, interpolate: str | Path | None) -> tuple[int, str | None]:
+    """The file's frames a second, and what makes those that the model does not, if there are such.
+
+    Raises:
+        ValueError: fewer are asked for than the model makes, or none beside them are to be made.
+    """
+    options.named("fps").check(fps)
+    fps = fps or model_fps * (2 if interpolate else 1)
+    if fps < model_fps:
+        raise ValueError(f"fps is {fps}, but the model makes {model_fps} frames a second, and none is left out; "
+                         f"nearest: {model_fps}")  # fmt: skip
+    if fps == model_fps and interpolate:
+        raise ValueError(f"fps is {fps}, the model's own, so that interpolate adds nothing; leave out one "
+                         f"of the two; nearest: {2 * fps}")  # fmt: skip
+    return fps, str(interpolate or "rife") if fps > model_fps else None
 
 
 def size_of(

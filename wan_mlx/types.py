@@ -59,8 +59,9 @@ class Request:
     Most fields are options of a call, which `options.RequestOptions` explains. Sizes are as the model's ``geometry``
     allows, ``seed`` is >= 0; ``cfg_zero`` is the number of CFG-Zero*'s first steps without motion, None for ordinary
     guidance; of a model of two experts ``guidance_scale`` may be two, the low-noise and the high-noise one's, in the
-    official order, where the ``phases`` have none of their own (`phases.read_phases`). Sources are None where the
-    task has no use for them. ``original_prompt`` is the user's own where ``prompt`` was written out by the language
+    official order, where the ``phases`` have none of their own (`phases.read_phases`). The file has ``fps`` frames a
+    second: the model makes ``model_fps``, and what ``interpolate`` names makes those between. Sources are None where
+    the task has no use for them. ``original_prompt`` is the user's own where ``prompt`` was written out by the language
     model ``extended_by``. ``source_sizes`` are the (width, height) of the sources that are brought to the video's
     size, by their fields' names.
     """
@@ -93,6 +94,8 @@ class Request:
     video: Source | None = None
     strength: float = 1.0
     fit: str = "official"
+    interpolate: str | None = None
+    model_fps: int = 16
     original_prompt: str | None = None
     extended_by: str | None = None
     geometry: Geometry = WAN_2_1
@@ -102,7 +105,7 @@ class Request:
         """All but ``geometry`` and ``source_sizes``, as JSON takes it: sources as `describe_source` has them."""
         return {
             **{field: value for field, value in vars(self).items() if field not in ("geometry", "source_sizes")},
-            **{field: describe_source(getattr(self, field), name) for field in SOURCE_FIELDS},
+            **{field: describe_source(getattr(self, field), name) for field in (*SOURCE_FIELDS, "interpolate")},
             "src_ref_images": [describe_source(source, name) for source in self.src_ref_images],
         }
 
@@ -137,6 +140,11 @@ class Request:
     def latent_shape(self) -> tuple[int, int, int]:
         """``(t, h, w)`` of the latents."""
         return self.geometry.latent_shape(self.width, self.height, self.num_frames)
+
+    @property
+    def frames_written(self) -> int:
+        """How many frames the file has: those of the model, and those between them."""
+        return (self.num_frames - 1) * self.fps // self.model_fps + 1
 
     @property
     def steps_made(self) -> int:

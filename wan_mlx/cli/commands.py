@@ -53,7 +53,7 @@ COMMANDS = {
     "plan": Command(
         "what a video would need in memory and time; nothing is downloaded",
         takes="model", flags=("--plan",),
-        usual=("size", "num_frames", "image", "loras", "quantize", "dtype", "steps", "guidance_scale", "recipe",
+        usual=("size", "num_frames", "fps", "image", "loras", "quantize", "dtype", "steps", "guidance_scale", "recipe",
                "cache", "memory", "vae_tiling"),
     ),
     "resume": Command(
@@ -63,6 +63,7 @@ COMMANDS = {
     "models": Command("released models, and what is on this machine", ".list_models"),
     "train": Command("a LoRA from pictures and videos with captions", ".train"),
     "recipes": Command("how distilled models and LoRAs are sampled", ".list_recipes"),
+    "smooth": Command("a video with more frames a second, those between by RIFE", ".smooth"),
     "convert": Command("a checkpoint into one MLX folder, packed if wanted", ".convert"),
     "inspect": Command("what a model's files hold, and whether they are whole", ".convert"),
     "info": Command("a LoRA, a video made here, or a model, described", ".info"),

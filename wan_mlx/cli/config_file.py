@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 # Options that a recipe sets, and notes on a run that are no options.
 OF_RECIPE = ("steps", "guidance_scale", "shift", "solver", "phases")
-NOTES = ("checkpoint", "fps", "versions", "forwards", "tokens", "quantized", "original_prompt", "extended_by",
+NOTES = ("checkpoint", "model_fps", "versions", "forwards", "tokens", "quantized", "original_prompt", "extended_by",
          "source_sha256")  # fmt: skip
 IN_MEMORY = re.compile(r", sha256 [0-9a-f]{64}$")  # as `types.describe_source` ends
 
@@ -103,6 +103,8 @@ def _are_loras(value: Any) -> bool:
 def as_options(settings: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """A video's settings as options. A setting that is not ours passes as it is: it may be a flag."""
     bound = OF_RECIPE if settings.get("recipe") else ()
+    if "versions" in settings and not settings.get("interpolate"):  # a video's own rate is the model's
+        bound = (*bound, "fps")
     found = {name: value for name, value in settings.items() if name not in (*NOTES, *bound)}
     if found.get("task") in [preset.task for preset in PRESETS.values()]:  # of the model; the flag names a preset
         del found["task"]

@@ -71,7 +71,10 @@ def describe(pipe: OpenedModel, request: Request, say: Terminal, outputs: Mappin
         for path, strength in loras:
             say.note(f"lora      {path} at {strength:g}{f', {owner}' * (owner != '')}")
     say.note(f"prompt    {request.prompt}")
-    say.note(f"video     {request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps")
+    say.note(f"video     {request.width}x{request.height}, {request.num_frames} frames at {request.model_fps} fps")
+    if request.interpolate:
+        made = request.frames_written
+        say.note(f"smooth    {made} frames at {request.fps} fps, those between by {request.interpolate}")
     say.note(f"sampling  {request.solver}, {request.steps} steps, shift {request.shift:g}, guidance {guidance}, "
              f"seed{'s' * (len(outputs) > 1)} {some([*map(str, outputs.values())])}")  # fmt: skip
     for line in extras(request, pipe.preset.name, pipe.switch(request)):

@@ -72,7 +72,7 @@ def disk_needed(request: Request, latent_channels: int) -> int:
     """Most bytes that a run needs on disk, its output included."""
     t, h, w = request.latent_shape
     latents = 4 * t * h * w * latent_channels
-    frames = request.num_frames * request.height * request.width * 3
+    frames = request.frames_written * request.height * request.width * 3
     # Three steps of five arrays (two stored, one being written), conditioning of up to eight, frames, and the file.
     return (15 + 8) * latents + 2 * frames
 

@@ -137,7 +137,7 @@ class PreviewFiles:
         started = time.perf_counter()
         frames = step.preview()
         about = {"preview": {"step": step.index + 1, "steps": step.total}, "prompt": request.prompt}
-        fps = request.fps * len(frames) / request.num_frames
+        fps = request.model_fps * len(frames) / request.num_frames
         try:
             save_video(self.path, enlarge(frames), fps, about)
             save_video(self.sheet, sheet_of(frames)[None], 1, about)

@@ -14,8 +14,11 @@ import numpy as np
 from PIL.Image import Image
 
 from ..errors import WanError, duration
-from ..events import StageEnded
-from ..progress_bars import notebook
+from ..events import Listener, Progress, StageEnded
+from ..lasting import computes
+from ..progress_bars import notebook, progress_of
+from ..weights.rife import NAME, find_rife, load_rife
+from .interpolate import Between, asked_fps, even_moments, frames_at, interpolate, near_rate, told_in
 from .write import contact_sheet, save_video, settings_text
 
 LEAST_WIDTH = 256  # of a player; a smaller video is enlarged, its pixels as they are
@@ -35,7 +38,7 @@ class Video:
 
     frames: Any
     latents: Any
-    fps: int = 16
+    fps: float = 16
     settings: dict[str, Any] = field(default_factory=dict)
     stages: list[StageEnded] = field(default_factory=list)
 
@@ -81,6 +84,39 @@ class Video:
             ValueError: unknown ending, or the file exists and ``overwrite`` is False.
         """
         return save_video(path, self.frames, self.fps, self.settings, self.latents, overwrite=overwrite)
+
+    @computes
+    def smooth(
+        self,
+        fps: float | None = None,
+        times: int | None = None,
+        weights: str | Path = NAME,
+        progress: bool | Listener = True,
+    ) -> Video:
+        """The same video with frames between its own, which RIFE makes; over a cut between scenes nothing is blended.
+
+        Args:
+            fps: frames per second that it is to have.
+            times: or how many times its own; without either, 2.
+            weights: "rife" for RIFE 4.25, which is downloaded (23 MB); or a file of it, or one on a hub.
+            progress: show how far it is; or a function, which then hears of it.
+
+        Raises:
+            ValueError: it has one frame, or the rate is not above its own.
+            WeightsError: the weights cannot be had or used.
+        """
+        if len(self) < 2:
+            raise ValueError("the video has one frame, which has none to move to; expected 2 or more")
+        rate = near_rate(self.fps)
+        asked, listener = asked_fps(rate, fps, times, "the video"), progress_of(progress)
+        between, frames = Between(load_rife(find_rife(weights, listener=listener))), []
+        total = frames_at(len(self), rate, asked)
+        chunks = (frame[None] for frame in self.frames)
+        for made in interpolate(chunks, even_moments(rate, asked), between):
+            frames.append(made)
+            listener(Progress("smoothing", sum(map(len, frames)), total))
+        settings = told_in(self.settings, asked, Path(weights).name)
+        return replace(self, frames=np.concatenate(frames), fps=settings["fps"], settings=settings)
 
     def grid(self, columns: int = 4, count: int = 12, width: int = 1280) -> Image:
         """A contact sheet: frames at equal distances, row by row, the first and the last among them.

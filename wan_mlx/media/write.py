@@ -20,6 +20,7 @@ from PIL import Image, PngImagePlugin
 from ..errors import SamplingError, WanError, nearest
 from ..storage import parse_json, publish
 from .read import open_container, open_picture
+from .sound import CopiedSound
 
 ENDINGS = (".mp4", ".gif", ".webp", ".png", ".npz")
 MAX_FPS = 240
@@ -100,6 +101,7 @@ class VideoWriter:
         settings: any JSON value, as it is when the block begins; `read_settings` reads it back from the file.
         overwrite: replace an existing file.
         folder: of the unfinished file, on the same file system; None: beside ``path``.
+        sound: a file whose sound an ``.mp4`` is to have, too; one that `media.sound.fits_mp4`.
 
     Attributes:
         latents: set it before the block ends to store it in an ``.npz``.
@@ -117,9 +119,10 @@ class VideoWriter:
         settings: dict[str, Any],
         overwrite: bool = False,
         folder: Path | None = None,
+        sound: Path | None = None,
     ):
         self.path, self.fps, self.size, self.overwrite = check_output(path, overwrite), fps, size, overwrite
-        self.folder = self.path.parent if folder is None else folder
+        self.folder, self._sound = self.path.parent if folder is None else folder, sound
         self.latents: np.ndarray | None = None
         self.when_whole: Callable[[Path], None] | None = None
         self._ending = self.path.suffix.lower()
@@ -138,7 +141,7 @@ class VideoWriter:
         self._frames: list[np.ndarray] = []
         self._count = 0
         is_mp4 = self._ending == ".mp4"
-        self._mp4 = _Mp4(self._temporary, self.fps, self.size, self._text) if is_mp4 else None
+        self._mp4 = _Mp4(self._temporary, self.fps, self.size, self._text, self._sound) if is_mp4 else None
         return self
 
     def write(self, frames: np.ndarray) -> None:
@@ -254,27 +257,35 @@ def settings_text(settings: dict[str, Any], indent: int | None = None) -> str:
 class _Mp4:
     """H.264 by PyAV; imageio's writer passes its encoder no options, hence no quality."""
 
-    def __init__(self, path: Path, fps: float, size: tuple[int, int], text: str):
-        self._folder = path.absolute().parent
+    def __init__(self, path: Path, fps: float, size: tuple[int, int], text: str, sound: Path | None = None):
+        self._folder, self._fps, self._count = path.absolute().parent, fps, 0
         self._file = av.open(str(path.absolute()), "w", format="mp4", options={"movflags": "+faststart"})
         self._file.metadata["comment"] = text
         self._video = self._file.add_stream("libx264", Fraction(fps).limit_denominator(10_000), options=X264)
         self._video.width, self._video.height, self._video.pix_fmt = *size, "yuv420p"
+        self._sound = CopiedSound(sound, self._file) if sound else None
 
     def write(self, frames: np.ndarray) -> None:
         with self._telling():
             for frame in frames:
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
                 self._file.mux(self._video.encode(picture))
+                self._count += 1
+                if self._sound is not None:
+                    self._sound.copy(self._count / self._fps)
 
     def finish(self) -> None:
         with self._telling():
             self._file.mux(self._video.encode(None))
+            if self._sound is not None:
+                self._sound.copy(float("inf"))
             self._file.close()
 
     def close(self) -> None:
         with suppress(av.FFmpegError):
             self._file.close()
+        if self._sound is not None:
+            self._sound.close()
 
     @contextmanager
     def _telling(self) -> Iterator[None]:

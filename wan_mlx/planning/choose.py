@@ -116,12 +116,16 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     stream, tokens_at_once = step
     held = stays(stream, all_stay)
 
+    # Frames between those that are decoded come as they do, with the VAE still there.
+    added = request.frames_written - request.num_frames
+    between = peaks.rife(request.width, request.height) if added else 0
+
     def vae(stage: str, videos: list[tuple[int, int, int]], decoding: bool) -> tuple[tuple[int, int] | None, Row]:
         """The tile, and the stage, of latents of these shapes."""
         longest = max(videos)
 
         def peak(tile: tuple[int, int] | None) -> int:
-            return peaks.vae(nets.vae, longest, tile, decoding) + held
+            return peaks.vae(nets.vae, longest, tile, decoding) + held + between * decoding
 
         tiling = parse_tiling(wanted.vae_tiling, nets.geometry)
         tiles = tile_choices(longest, nets.geometry) if isinstance(tiling, str) else [tiling]
@@ -151,6 +155,9 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     how += f", {tokens_at_once} tokens" * (tokens_at_once != TOKENS_AT_ONCE)
     rows.append(Row("denoise", how, denoise(step, all_stay), sum(parts.values()), reads, parts["self attention"]))
     decode_tile, row = vae("decode", [request.latent_shape], decoding=True)
+    if added:
+        flop = row.flop + added * work.rife_flop(request.width, request.height)
+        row = replace(row, how=f"{row.how}, {request.fps} fps", flop=flop)
     rows.append(row)
     title = f"{wanted.name} {request.width}x{request.height}, {request.num_frames} frames"
     chosen = asked is not None

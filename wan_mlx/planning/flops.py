@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from ..models.rife import FEATURES, FLOW, MASK, STATE, RIFEConfig, padded
 
 IMAGE_TOKENS = 257  # CLIP's tokens for each image
 
@@ -38,6 +39,16 @@ def image_flop(config: ImageEncoderConfig) -> float:
     linear = (8.0 + 4.0 * config.mlp_ratio) * d**2
     patches = 2.0 * tokens * 3 * config.patch_size**2 * d
     return patches + (config.num_layers - 1) * (tokens * linear + 4.0 * tokens**2 * d)
+
+
+def rife_flop(width: int, height: int, config: RIFEConfig = RIFEConfig()) -> float:  # noqa: B008 - frozen
+    """FLOP of one frame between two, of their size as RIFE pads it."""
+    pixels, head = padded(height) * padded(width), config.head
+    flop = 2 * (2 * 9 * (3 * head + 2 * head**2) / 4 + 2 * 16 * head * FEATURES / 4)
+    for block, (dim, scale) in enumerate(zip(config.widths, config.scales, strict=True)):
+        convolutions = 9 * (config.inputs(block) * dim / 2 / 4 + dim**2 / 2 / 16 + config.depth * dim**2 / 16)
+        flop += 2 * (convolutions + 16 * dim * 4 * (FLOW + MASK + STATE) / 16) / scale**2
+    return pixels * flop
 
 
 def stages(config: VAEConfig, decoding: bool) -> list[tuple[int, int, int]]:

@@ -31,6 +31,7 @@ from ..models.execution import (
     has_fused_kernel,
 )
 from ..models.networks import new_network
+from ..models.rife import CHANNELS_ALIVE, RIFE, padded
 from ..models.vae_execution import (
     DECODE_FRAMES,
     DEFERRED,
@@ -177,6 +178,12 @@ def _along(config: VAEConfig, length: int, largest: int, decoding: bool) -> tupl
         for which in (0, 1)
     )
     return inputs, outputs
+
+
+def rife(width: int, height: int) -> int:
+    """RIFE's weights, and the arrays of one frame between two."""
+    weights = sum(math.prod(shape) for shape in parameter_shapes(RIFE()).values())
+    return ITEMSIZE * (weights + CHANNELS_ALIVE * padded(width) * padded(height))
 
 
 def winograd_scratch(frames: int, height: int, width: int, into: int, out: int) -> int:

@@ -145,7 +145,7 @@ class Job:
         writer = VideoWriter(self.output, request.fps, size, settings, self.overwrite, folder.path)
         store = folder.open_frames(request.height, request.width)
         with _Encoding(writer, folder, store) as encoding:
-            if store.count < request.num_frames or not folder.is_sampled:
+            if store.count < request.frames_written or not folder.is_sampled:
                 try:
                     self._sample(folder, store, encoding, listener)
                 except SamplingError:

@@ -55,7 +55,7 @@ def make_record(
         "overwrite": overwrite,
         "preview": previews and {"path": _absolute(str(previews.path)), "every": previews.every},
         "settings": pipe.settings(request),
-        "weights": {name: storage.fingerprint(path) for name, path in _weights(pipe).items()},
+        "weights": {name: storage.fingerprint(path) for name, path in _weights(pipe, request.interpolate).items()},
         "sources": {_absolute(str(path)): storage.fingerprint(path) for path in sources},
         "machine": _machine(),
     }
@@ -77,7 +77,8 @@ def seed_of_made(
         return None
     if extension:
         made = extension.undone(made)
-    made = {option.name: option.default for option in options.of(REQUEST)} | made  # which an older video lacks
+    lacking = {option.name: option.default for option in options.of(REQUEST)} | {"model_fps": made.get("fps")}
+    made = lacking | made  # which an older video lacks
     asked = json.loads(json.dumps(pipe.settings(request)))
     free = {*NOT_COMPARED, *(("seed",) if any_seed else ())}
     same = all(made.get(name) == value for name, value in asked.items() if name not in free)
@@ -148,12 +149,12 @@ def check_identity(record: Mapping[str, Any], pipe: OpenedModel, folder: RunFold
     Raises:
         WanError: weights or sources that are still needed are not those that the run was begun with.
     """
-    encoded = folder.is_unfinished
+    encoded, weights = folder.is_unfinished, _weights(pipe, record["request"].get("interpolate"))
     kinds = ENCODERS * encoded + ("transformer",) * folder.is_sampled
     done = {part.name for part in pipe.checkpoint.parts if part.kind in kinds}
     if "transformer" in kinds:
-        done |= {name for name in _weights(pipe) if name.startswith(("lora", MODULE))}
-    needed = [(path, record["weights"].get(name)) for name, path in _weights(pipe).items() if name not in done]
+        done |= {name for name in weights if name.startswith(("lora", MODULE))}
+    needed = [(path, record["weights"].get(name)) for name, path in weights.items() if name not in done]
     if not encoded:
         needed += [(Path(name), known) for name, known in record["sources"].items()]
     for path, known in needed:
@@ -165,11 +166,13 @@ def check_identity(record: Mapping[str, Any], pipe: OpenedModel, folder: RunFold
             yield f"the run was begun with {name} {record['machine'][name]}, this is {value}: last bits may differ"
 
 
-def _weights(pipe: OpenedModel) -> dict[str, Path]:
+def _weights(pipe: OpenedModel, interpolate: str | None) -> dict[str, Path]:
     """Every file that the run reads weights from."""
+    between = {"interpolate": pipe.interpolator(interpolate)} if interpolate else {}
     draft = {"taehv": pipe.taehv} if pipe.draft and pipe.taehv else {}
     loras = [*pipe.loras, *(lora for part in pipe.checkpoint.parts for lora in part.loras)]
-    return {**pipe.checkpoint.files, **{f"lora {i}": path for i, (path, _) in enumerate(loras)}, **draft}
+    indexed = {f"lora {i}": path for i, (path, _) in enumerate(loras)}
+    return {**pipe.checkpoint.files, **indexed, **draft, **between}
 
 
 def normal(given: Mapping[str, Any]) -> dict[str, Any]:

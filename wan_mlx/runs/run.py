@@ -202,6 +202,7 @@ class Run:
 
     def _stages(self) -> Iterator[None]:
         self.pipe.check_files()  # a damaged file is not for after an hour's work to find
+        self.pipe.check_interpolation(self.request)
         reached = yield from self._condition()
         latents = yield from self._sample(reached)
         del reached
@@ -285,10 +286,10 @@ class Run:
         done = 0
         with self._stage("decode"):
             yield
-            for frames in self.pipe.decode(latents):
+            for frames in self.pipe.smoothed(self.request, self.pipe.decode(latents)):
                 mx.synchronize()  # only now a failed command buffer is sure to show
                 done += len(frames)
-                self._tell(Decoded(frames, done, self.request.num_frames))
+                self._tell(Decoded(frames, done, self.request.frames_written))
                 del frames
                 yield
 

@@ -35,10 +35,10 @@ def fit(request: Request) -> Request:
         )
     if request.begin and request.cfg_zero is not None:
         raise ValueError("cfg_zero leaves the first steps from noise at zero; a run from a video does not make them")
-    clip, geometry = open_video(request.video, request.fps), request.geometry
+    clip, geometry = open_video(request.video, request.model_fps), request.geometry
     if request.src_mask is not None:
         _open_mask(request, clip)
-    num_frames = geometry.num_frames(geometry.latent_frames(len(at_rate(clip, request.fps, request.num_frames))))
+    num_frames = geometry.num_frames(geometry.latent_frames(len(at_rate(clip, request.model_fps, request.num_frames))))
     return replace(request, num_frames=num_frames, source_sizes={"video": (clip.width, clip.height)})
 
 
@@ -72,8 +72,8 @@ def _source(request: Request, encoders: Encoders) -> tuple[mx.array | None, mx.a
     """The video's latents, and where it is made anew: `Conditioning.source_latents` and ``remade``."""
     if request.video is None or not _reads_video(request):
         return None, None
-    clip = open_video(request.video, request.fps)
-    numbers = at_rate(clip, request.fps, request.num_frames)
+    clip = open_video(request.video, request.model_fps)
+    numbers = at_rate(clip, request.model_fps, request.num_frames)
     remade = None if request.src_mask is None else _remade(request, _open_mask(request, clip), numbers)
     frames = (to_float(drawn(frame, request)) for frame in clip.read(numbers))
     (latents,) = encoders.encode_videos([in_chunks(frames, request.geometry)])
@@ -81,7 +81,7 @@ def _source(request: Request, encoders: Encoders) -> tuple[mx.array | None, mx.a
 
 
 def _open_mask(request: Request, video: Clip) -> Clip:
-    mask = open_video(request.src_mask, request.fps)
+    mask = open_video(request.src_mask, request.model_fps)
     check_mask(mask, video)
     if abs(mask.width * video.height / (mask.height * video.width) - 1) > OFF:
         raise ValueError(f"mask {mask.name} is of {mask.width}x{mask.height} pixels, expected {video.width}x"
