@@ -18,6 +18,7 @@ import pytest
 from crafted import header_only
 from mlx.utils import tree_flatten
 from PIL import Image
+from rife_files import save_tiny
 from tiny_mlx_model import random_vae
 
 import wan_mlx
@@ -220,10 +221,17 @@ def homes(tmp_path_factory, pico):
     return homes
 
 
+@pytest.fixture(scope="module")
+def rife(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("rife") / "model.safetensors")
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """The doctor measures nothing and no language model is there: `test_doctor` and `test_prompt_extend` show both."""
+def quick(monkeypatch, rife):
+    """RIFE is tiny and here; the doctor measures nothing and no language model is there: `test_doctor` and
+    `test_prompt_extend` show both."""
     monkeypatch.setattr(Extension, "__call__", lambda extension, preset, requests, tell: requests)
+    monkeypatch.setattr("wan_mlx.weights.rife.resolve", lambda *_: rife)
     monkeypatch.setattr(measure, "all_rates", lambda look: ({}, []))
     monkeypatch.setattr(selftest, "operations", lambda: iter(()))
     monkeypatch.setattr(selftest, "nano", lambda dtype: selftest.Check(f"nano, {dtype}", "ok", ""))

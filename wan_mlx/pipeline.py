@@ -166,6 +166,8 @@ class WanPipeline(OpenedModel):
         width: int | None = None,
         height: int | None = None,
         num_frames: int | None = None,
+        fps: int | None = None,
+        interpolate: str | Path | None = None,
         image: Source | None = None,
         last_image: Source | None = None,
         video: Source | None = None,
