@@ -21,6 +21,7 @@ from wan_mlx.planning.speed import random_weights
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 
 def moving_noise(count: int, height: int, width: int) -> np.ndarray:
@@ -42,16 +43,17 @@ def main() -> None:
     rate, fps = Fraction(16), Fraction(32)
     between(frames[0], frames[1], 0.5)  # compiles kernels
     mx.clear_cache()
+    held, weights = mx.get_active_memory(), sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     mx.reset_peak_memory()
     started = time.perf_counter()
     made = sum(len(chunk) for chunk in interpolate((frame[None] for frame in frames), even_moments(rate, fps), between))
     seconds = time.perf_counter() - started
     assert made == frames_at(args.frames, rate, fps) and not between.cuts
     added = made - args.frames
-    flop = rife_flop(width, height)
+    flop, peak = rife_flop(width, height), mx.get_peak_memory() - held + weights
     print(f"{args.frames} -> {made} frames at {args.size} on {mx.default_device()}: {seconds:.2f} s, "
           f"{1000 * seconds / added:.1f} ms and {flop / 1e9:.1f} GFLOP a frame, {added * flop / seconds / 1e12:.2f} "
-          f"TFLOP/s; peak {mx.get_peak_memory() / 2**20:.0f} MiB, planned {rife(width, height) / 2**20:.0f} MiB")
+          f"TFLOP/s; peak {peak / 2**20:.0f} MiB, planned {rife(width, height) / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":
