@@ -16,6 +16,7 @@ from rife_files import save_tiny
 
 import wan_mlx
 from wan_mlx import smoothing
+from wan_mlx.cli.config_file import as_options
 from wan_mlx.cli.main import main
 from wan_mlx.errors import MemoryPlanError
 from wan_mlx.media import interpolate as streams
@@ -25,7 +26,10 @@ from wan_mlx.media.write import read_settings, save_video
 from wan_mlx.models.rife import RIFE
 from wan_mlx.planning import peak_memory
 from wan_mlx.planning.flops import rife_flop
+from wan_mlx.presets import BUNDLED
 from wan_mlx.weights.rife import DEFAULT, load_rife
+
+BUNDLED_VAE = BUNDLED["nano"] / "vae.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +213,21 @@ def test_the_peak_is_as_planned():
     assert peak_memory.rife(180, 100) == pytest.approx(needed, rel=0.1)
 
 
+def test_weights_that_are_none_stop_a_run_before_its_first_step(flags, here, capsys):
+    Path("other.safetensors").write_bytes(BUNDLED_VAE.read_bytes())
+    assert main([*flags, "--interpolate", "other.safetensors", "--output", "a.mp4", "--json"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "other.safetensors: is no RIFE 4.25" in lines[-1]["message"]
+    assert not {"step", "stage_started"} & {line["event"] for line in lines}
+
+
+def test_a_configuration_keeps_a_rate_that_was_asked_for():
+    made = {"prompt": "x", "versions": {}, "fps": 40, "model_fps": 16, "interpolate": "rife"}
+    assert as_options(made, Path("a.mp4"), {}) == {"prompt": "x", "fps": 40, "interpolate": "rife"}
+    assert as_options({**made, "interpolate": None}, Path("a.mp4"), {}) == {"prompt": "x", "interpolate": None}
+    assert as_options({"prompt": "x", "fps": 40}, Path("a.json"), {}) == {"prompt": "x", "fps": 40}
+
+
 @pytest.mark.parametrize("given, said", [
     (["--fps", "12"], "fps is 12, but the model makes 16 frames a second, and none is left out; nearest: 16"),
     (["--fps", "16", "--interpolate", "rife"], "interpolate adds nothing; leave out one of the two; nearest: 32"),
@@ -326,11 +345,12 @@ def test_a_frame_too_large_for_the_memory_is_refused(here, monkeypatch):
         wan_mlx.smooth("in.mp4", weights="rife.safetensors", progress=False)
 
 
-def test_an_interruption_leaves_nothing_behind(here):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_nothing_behind(here, signum):
     save_video("in.mp4", clip(9), 16, {})
     running = PausedProcess("encoding", 3, "smooth", "in.mp4", "--weights", "rife.safetensors")
-    running.process.send_signal(signal.SIGINT)
-    assert running.finish()[0] == 130
+    running.process.send_signal(signum)
+    assert running.finish()[0] == 128 + signum
     assert sorted(path.name for path in here.iterdir()) == ["in.mp4", "rife.safetensors"]
 
 

@@ -92,7 +92,6 @@ def smooth_file(
     rate = even or near_rate(clip.num_frames / float(clip.times[-1, 1]))
     asked = asked_fps(rate, fps, times, str(path))
     place = path.with_name(f"{path.stem}_{float(asked):.4g}fps.mp4") if output is None else Path(output)
-    check_output(place, overwrite)
     if place_of(place) == place_of(path):
         raise ValueError(f"output {place} is the video itself; choose another name")
     check_memory(clip)
