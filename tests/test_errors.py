@@ -58,7 +58,7 @@ def test_only_what_is_spelled_nearly_so_is_suggested(given, choices, near):
         (["--memory", "8"], "such as 8GB; nearest: 8GB"),
         (["--dtype", "fp16"], "nearest: float16"),
         (["--dtype", "bf16"], "nearest: bfloat16"),
-        (["--cache", "none-at-all"], "easycache[:THRESHOLD[:FIRST_STEPS]]"),
+        (["--cache", "none-at-all"], "spectrum[:WINDOW[:GROWTH[:outputs|hidden]]]"),
         (["--image", "a.png"], ": use --model nano-i2v"),
         (["--last-image", "a.png"], "it is for flf2v: use --model flf2v-14B-720P"),
     ],

@@ -6,6 +6,7 @@
     video = pipe("a red circle moves right on a blue background", seed=42)
     video.save("circle.mp4")                                   # .gif .webp .png .npz; a notebook shows `video` itself
     video.grid()                                               # a contact sheet
+    video.smooth(fps=32)                                       # frames between, by RIFE
     print(wan_mlx.plan("t2v-14B", memory="16GB"))              # whether it fits, before a download
 
 A `Request` is the user's wish; `WanPipeline.request` fills in the model's defaults. `WanPipeline.run` makes a

@@ -6,6 +6,7 @@ Over a scene cut nothing is blended: the frame before it stays until the cut's o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from functools import lru_cache
@@ -63,18 +64,23 @@ def even_rate(times: np.ndarray) -> Fraction | None:
     if len(times) < 2 or times[-1] <= times[0]:
         return None
     times = times.astype(np.float64) - float(times[0])
-    rate = near_rate((len(times) - 1) / times[-1])
-    off = np.abs(times * float(rate) - np.arange(len(times)))
-    return rate if off.max() <= ON_RATE else None
+    measured = (len(times) - 1) / times[-1]
+    for rate in (*_usual(measured), Fraction(measured).limit_denominator(10_000)):
+        if np.abs(times * float(rate) - np.arange(len(times))).max() <= ON_RATE:
+            return rate
+    return None
 
 
 def near_rate(fps: float) -> Fraction:
     """The rate that is meant by a rounded number: 29.97 is 30000/1001, 24 is 24, 15.0001 is 15."""
-    whole = round(fps)
-    for rate in (Fraction(whole), Fraction(1000 * whole, 1001)):
-        if rate and abs(float(rate) / fps - 1) < 2e-4:
-            return rate
-    return Fraction(fps).limit_denominator(10_000)
+    close = (rate for rate in _usual(fps) if abs(float(rate) / fps - 1) < 2e-4)
+    return next(close, Fraction(fps).limit_denominator(10_000))
+
+
+def _usual(fps: float) -> list[Fraction]:
+    """The rates that cameras and films have next to a number, nearest first."""
+    rates = [Fraction(round(fps)), Fraction(1000 * round(fps), 1001)]
+    return sorted((rate for rate in rates if rate), key=lambda rate: abs(float(rate) - fps))
 
 
 def asked_fps(rate: Fraction, fps: float | None, times: int | None, name: str) -> Fraction:
@@ -87,6 +93,8 @@ def asked_fps(rate: Fraction, fps: float | None, times: int | None, name: str) -
         raise ValueError("fps and times are both given; leave out one of the two")
     if times is not None and (times < 2 or times != int(times)):
         raise ValueError(f"times is {times}, expected a whole number from 2 on; nearest: {max(2, round(times))}")
+    if fps is not None and not math.isfinite(fps):
+        raise ValueError(f"fps is {fps}, expected a number above {float(rate):.4g}; nearest: {float(2 * rate):.4g}")
     asked = rate * int(times or 2) if fps is None else near_rate(fps) if fps > 0 else Fraction(0)
     if asked <= rate:
         raise ValueError(f"fps is {fps:g}, and {name} has {float(rate):.4g} already: frames are only added; nearest: "
