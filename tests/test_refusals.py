@@ -170,7 +170,7 @@ class TestConfig:
 
     @pytest.mark.parametrize("checkpoint", [[], {}, 5])
     def test_notes_of_another_type_mean_nothing(self, checkpoint):
-        Path("c.json").write_text(json.dumps({"checkpoint": checkpoint, "fps": "x", "stopped_after": {}}))
+        Path("c.json").write_text(json.dumps({"checkpoint": checkpoint, "model_fps": "x", "stopped_after": {}}))
         assert main([*NANO, "--config", "c.json"]) == 0
 
     @pytest.mark.parametrize(

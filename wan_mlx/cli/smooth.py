@@ -12,7 +12,8 @@ from .terminal import Terminal
 
 DESCRIPTION = """Write a video with more frames a second: RIFE makes those between its own.
 
-The sound stays, where the new file can hold it. Over a cut between scenes nothing is blended."""
+The sound stays, where the new file can hold it. Over a cut between scenes
+nothing is blended."""
 
 
 def build_parser() -> Parser:
