@@ -158,6 +158,10 @@ class TestWhatIsEncoded:
     def test_sources_that_lack_one(self, sources):
         with pytest.raises(ValueError, match="first and last frame to video needs both images"):
             wan_mlx.plan("flf2v-14B-720P", image=sources["image"])
+        with pytest.raises(ValueError, match="image was given to a t2v model.*: use --model i2v-A14B"):
+            wan_mlx.plan("t2v-A14B", image=sources["image"])
+        with pytest.raises(ValueError, match="image_encoder was given to a i2v model, which reads no images with it"):
+            wan_mlx.plan("i2v-A14B", image=sources["image"], image_encoder="nano-i2v")  # Wan2.2's reads no CLIP
         with pytest.raises(ValueError, match="a mask says what to make anew"):
             wan_mlx.plan("t2v-14B", src_mask=sources["image"])
         with pytest.raises(TypeError, match="a request has no option 'lora_scale'"):
@@ -183,7 +187,7 @@ class TestLoras:
     def test_one_that_does_not_fit(self, style):
         with pytest.raises(WeightsError, match="do not fit blocks.0.ffn.0.weight"):
             wan_mlx.plan("t2v-1.3B", loras=style)
-        with pytest.raises(ValueError, match="of one of two experts was given"):
+        with pytest.raises(ValueError, match="loras_high or loras_low was given, which is for one of two"):
             wan_mlx.plan("t2v-14B", loras={"high": style})
 
     def test_one_that_is_not_here_is_left_out_and_told(self, style):

@@ -293,7 +293,7 @@ class TestLoras:
             opened(pair, loras=loras)
 
     def test_for_a_model_of_one_transformer(self, pico, tmp_path):
-        with pytest.raises(ValueError, match="one transformer, and loras of one of two experts was given"):
+        with pytest.raises(ValueError, match="loras_high or loras_low was given, which is for one of"):
             opened(pico, loras_low=str(lora(tmp_path / "a.safetensors")))
 
     def test_of_a_model_with_clip(self, tmp_path):
@@ -355,12 +355,21 @@ class TestBadInput:
         assert main(["--model", str(pair), "--low-noise", str(copy), *QUICK]) == 1
         assert "are equal; a model of two experts has two that differ" in capsys.readouterr().err
 
+    def test_other_kinds_of_values(self, pair):
+        with pytest.raises(ValueError, match="boundary is 'a', expected number"):
+            opened(pair, boundary="a")
+        with pytest.raises(ValueError, match=r"guidance is \(3, 4, 5\), expected number or array of 2"):
+            opened(pair).request("a", guidance_scale=(3, 4, 5))
+
     def test_of_two_models(self, capsys, tmp_path):
         first = header_only(tmp_path / "first.safetensors", official(T2V_14B))
         second = header_only(tmp_path / "second.safetensors", of(I2V_A14B))
         pair = ["--model", first, "--low-noise", second, "--vae", "owner/name:v"]
         line = said(capsys, *pair, "--prompt", "a", "--quiet")
         assert "are not the two experts of one model: their sizes differ, model_type t2v and i2v, in_dim 16" in line
+        other = header_only(tmp_path / "other.safetensors", official(PRESETS["ti2v-5B"].transformer))
+        line = said(capsys, "--model", first, "--low-noise", other, "--vae", "owner/name:v", "--prompt", "a", "--quiet")
+        assert "are not the two experts of one model" in line
 
     def test_two_experts_as_one_transformer(self, pair):
         for one in (lambda: open_checkpoint(pair, {"transformer": pair}), lambda: wan_mlx.load_transformer(pair)):
@@ -503,7 +512,7 @@ class TestPlans:
         rows = ({row.stage: row for row in plan.rows}["denoise"] for plan in (both, alike, one, plain))
         peaks = [row.peak for row in rows]
         assert peaks[0] == peaks[1] < peaks[2] == pytest.approx(peaks[3], rel=0.02)
-        with pytest.raises(ValueError, match="t2v-14B has one transformer, and quantize of one of two experts"):
+        with pytest.raises(ValueError, match="t2v-14B has one transformer, and quantize_high or quantize_low"):
             wan_mlx.plan("t2v-14B", quantize_low="q4")
         assert main(["plan", "t2v-14B", "--quantize-high", "q4"]) == 2
 

@@ -219,7 +219,7 @@ class Option:
     def check_type(self, value: Any) -> None:
         """Raise ValueError if ``value`` is of another type; of sources and LoRAs those tell who read them."""
         if not isinstance(self.type, ForwardRef) and not self.suits(value):
-            kinds = " or ".join(str(_schema_of(kind)["type"]) for kind in self.kinds)
+            kinds = " or ".join(map(_in_words, self.kinds))
             raise ValueError(f"{self.label} is {value!r}, expected {kinds}")
 
     def schema(self) -> dict[str, Any]:
@@ -253,6 +253,11 @@ def _suits(value: Any, kind: Any) -> bool:
         return right and all(_suits(item, items[0]) for item in value)
     plain = {int: Integral, float: Real, bool: bool}.get(kind, kind)
     return isinstance(value, plain) and (kind is bool or not isinstance(value, bool))
+
+
+def _in_words(kind: Any) -> str:
+    found = _schema_of(kind)
+    return f"{found['type']} of {found['maxItems']}" if "maxItems" in found else str(found["type"])
 
 
 def _schema_of(kind: Any) -> dict[str, Any]:

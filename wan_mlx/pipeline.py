@@ -59,7 +59,9 @@ def checked(model: str | Path, given: dict[str, Any]) -> tuple[dict[str, Any], P
     parse_dtype(given["dtype"])
     for mode in ("quantize", "quantize_high", "quantize_low"):
         check_mode(given[mode])
-    named("boundary").check(given["boundary"])
+    for name in ("boundary", "stop_below"):
+        named(name).check_type(given[name])
+        named(name).check(given[name])
     parse_tiling(given["vae_tiling"])
     if given["preset"]:
         find_preset(given["preset"])

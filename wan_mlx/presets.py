@@ -243,8 +243,8 @@ def preset_for(config: TransformerConfig, experts: int = 1) -> Preset:
 def model_for(tasks: Collection[str], like: Preset) -> Preset:
     """The released model for one of ``tasks`` that is most like another: bundled as it is, and of about its size."""
 
-    def difference(preset: Preset) -> tuple[bool, float, bool]:
-        ratio = math.log(preset.parameters / like.parameters)
-        return bool(preset.repo) != bool(like.repo), round(abs(ratio)), preset.size != like.size
+    def difference(preset: Preset) -> tuple[bool, float, bool, bool]:
+        ratio, others = math.log(preset.parameters / like.parameters), preset.experts != like.experts
+        return bool(preset.repo) != bool(like.repo), round(abs(ratio)), others, preset.size != like.size
 
     return min((preset for preset in PRESETS.values() if preset.task in tasks), key=difference)

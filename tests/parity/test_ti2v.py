@@ -6,7 +6,15 @@ import numpy as np
 import official_checkpoints as checkpoints
 import published
 import pytest
-from oracles import official, official_frames, official_text, torch, unmasked_attention
+from oracles import (
+    official,
+    official_frames,
+    official_text,
+    randomize,
+    relative_error,
+    torch,
+    unmasked_attention,
+)
 from PIL import Image
 from test_tasks import noise_image
 from test_vae import scale
@@ -144,6 +152,32 @@ def test_every_published_form_is_the_same_model(models, tmp_path):
         assert pipe.preset.name == "ti2v-5B" and pipe.geometry == GEOMETRY
         made[name] = pipe(PROMPT, width=64, height=32, num_frames=5, steps=2, seed=1, image=FIRST).latents
         assert np.array_equal(made[name], made["official"]), name
+
+
+def test_packed_files(models, tmp_path):
+    """ComfyUI's scaled fp8, and a quantised GGUF, which stays packed: each is the model of the values that it stores.
+    """
+    folder = models("ti2v")[1]
+    sizes = dict(dim=128, ffn_dim=96, num_heads=1, num_layers=1, freq_dim=32, text_dim=checkpoints.TEXT["dim"])
+    model = official("modules.model").WanModel(model_type="ti2v", **sizes, in_dim=48, out_dim=48)
+    randomize(model.eval().requires_grad_(False), 5)
+    state = model.state_dict()
+    stored, of_fp8 = published.scaled_fp8(state, "marker")
+    published.comfyui_file(fp8 := tmp_path / "fp8.safetensors", stored)
+    of_gguf = published.gguf_file(gguf := tmp_path / "q8.gguf", state, "Q8_0")
+    made = {}
+    for file, values in ((fp8, of_fp8), (gguf, of_gguf)):
+        published.comfyui_file(plain := tmp_path / f"{file.stem}_plain.safetensors", values)
+        packed: dict[str, str] = {}
+        for one in (file, plain):
+            pipe = WanPipeline.from_pretrained(one, **OPEN, text_encoder=folder, tokenizer=folder, vae=folder)
+            packed = packed or pipe.quantized
+            assert pipe.preset.name == "ti2v-5B"
+            given = dict(width=64, height=32, num_frames=5, steps=2, seed=1, image=FIRST)
+            made[one] = pipe(PROMPT, **given).latents
+        assert relative_error(made[file], made[plain]) < 1e-5, file
+        assert packed == ({"transformer": "q8-g32"} if file == gguf else {}) and not pipe.quantized
+    assert relative_error(made[fp8], made[gguf]) > 1e-3
 
 
 @pytest.mark.parametrize("option, words", [

@@ -331,11 +331,12 @@ def _inputs(config: TransformerConfig, tokens: int, dtype: mx.Dtype) -> tuple[mx
     latents = random_array((*shape, config.out_dim), 1.0, mx.float32)
     context = random_array((1, config.text_len, config.text_dim), 1.0, dtype)
     more: dict[str, Any] = {}
+    if config.in_dim > config.out_dim:
+        more["condition"] = random_array((*shape, config.in_dim - config.out_dim), 1.0, mx.float32)
     if config.has_image_branch:
         images = (work.image_tokens(config) // work.IMAGE_TOKENS, work.IMAGE_TOKENS, config.image_dim or 0)
-        more = {"condition": random_array((*shape, config.in_dim - config.out_dim), 1.0, mx.float32),
-                "image_features": random_array(images, 1.0, mx.float32)}  # fmt: skip
-    elif config.model_type == "vace":
+        more["image_features"] = random_array(images, 1.0, mx.float32)
+    if config.model_type == "vace":
         more = {"vace_context": random_array((*shape, config.vace_in_dim), 1.0, mx.float32)}
     return latents, context, more
 

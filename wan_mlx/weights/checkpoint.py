@@ -14,6 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
+
 from ..errors import UnsupportedModel, WeightsError, nearest, some
 from ..files.open import ENDINGS, ShardedFile, format_of, open_weights
 from ..files.sentencepiece import EMBEDDED, MAX_TOKENIZER_BYTES, find_tokenizer, has_tokenizer
@@ -125,8 +128,9 @@ class Checkpoint:
             ValueError: it has one transformer.
         """
         if not self.has_experts:
-            raise ValueError(f"{self.path} has one transformer, and {' and '.join(fields)} of one of two experts was "
-                             "given; give it without high or low")  # fmt: skip
+            of_two = " and ".join(f"{name}_high or {name}_low" for name in fields)
+            raise ValueError(f"{self.path} has one transformer, and {of_two} was given, which is for one of two "
+                             f"experts; give {' and '.join(fields)}")  # fmt: skip
         changed = [
             replace(part, **{name: values[EXPERTS.index(part.name)] for name, values in fields.items()})
             if part.name in EXPERTS else part
@@ -206,8 +210,8 @@ def check_here(model: Path | None, parts: Mapping[str, Path | None]) -> None:
     if model is not None:
         whole = _look_at_folder(model, parts) if model.is_dir() else look_at(model)
         found = tuple(part for part in joined(whole.parts, given) if part.name in given or part.kind not in parts)
-    check_fit(found)
     check_experts(found)
+    check_fit(found)
 
 
 def check_fit(parts: Iterable[Part]) -> None:
@@ -295,9 +299,19 @@ def check_experts(parts: Iterable[Part]) -> None:
         what = ", ".join(f"{name} {sizes[name]} and {others[name]}" for name in differing)
         raise WeightsError(f"{first.file} and {second.file} are not the two experts of one model: their sizes differ, "
                            f"{what}")  # fmt: skip
-    if all(fingerprint(first.file)[key] == fingerprint(second.file)[key] for key in ("size", "sha256")):
+    if _are_equal(first, second):
         raise WeightsError(f"{first.file} and {second.file} are equal; a model of two experts has two that differ: one "
                            "of them is a copy of the other")  # fmt: skip
+
+
+def _are_equal(first: Part, second: Part) -> bool:
+    """Whether two files are copies, by samples: of their bytes, and if those are equal the first row of each matrix."""
+    if any(fingerprint(first.file)[key] != fingerprint(second.file)[key] for key in ("size", "sha256")):
+        return False
+    one, other = first.open(), second.open()
+    matrices = (name for name, shape in one.shapes.items() if len(shape) == 2 and len(one.sources[name]) == 1)
+    row = np.zeros(1, int)
+    return all(mx.array_equal(one.rows(name, row), other.rows(name, row)).item() for name in matrices)
 
 
 def _with_module(part: Part, module: Path) -> Part:
