@@ -265,7 +265,7 @@ def run(words: tuple[str, ...], home: Path, monkeypatch, dry: bool) -> int | Non
     assert program in ("wan-mlx", "wan_mlx.generate"), program
     if rest[0] in ("convert", "inspect", "info"):
         return None if dry else main(with_folders(rest, home))
-    if rest[0] in ("serve", "queue"):  # test_serve.py runs them
+    if rest[0] in ("serve", "queue", "mcp"):  # test_serve.py and test_mcp.py run them
         return None if dry else main([rest[0], "--help"])
     if rest[0] == "train":
         return None if dry else main([*rest, "--dry-run", "--memory", "24GB"])

@@ -58,6 +58,7 @@ STARTS_FAST = {
 LATE_PACKAGES = {
     ("files.gguf", "gguf"): "an extra",
     ("generate", "cli.main"): "Ctrl-C is made harmless before it",
+    ("cli.mcp", "server.tools"): "an extra",
     ("cli.serve", "server.serving"): "an extra",
     ("files.sentencepiece", "sentencepiece"): "protobuf's classes, only for a tokenizer that is rebuilt",
     ("hub.modelscope", "modelscope"): "an extra",

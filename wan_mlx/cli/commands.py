@@ -18,7 +18,7 @@ from ..presets import PRESETS
 from .flags import ABOUT, USAGE, Parser, arguments_of, build_parser
 
 NEAR = 0.75  # of difflib's ratios, from which on a word is taken for a command that is misspelled
-TO_COME = ("train", "mcp")  # planned commands, which nobody means as a prompt
+TO_COME: tuple[str, ...] = ()  # planned commands, which nobody means as a prompt
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ COMMANDS = {
         "make a video or pictures; the word itself may be left out",
         takes="prompt",
         usual=(
-            "prompt", "size", "num_frames", "num_videos", "output", "prompts", "image", "video", "model", "loras",
+            "prompt", "size", "num_frames", "output", "prompts", "image", "video", "model", "loras",
             "quantize", "seed", "steps", "guidance_scale", "cache", "memory", "dry_run", "preview",
         ),
     ),
@@ -69,6 +69,7 @@ COMMANDS = {
     "info": Command("a LoRA, a video made here, or a model, described", ".info"),
     "serve": Command("a page in the browser, and an API, over a queue that survives", ".serve"),
     "queue": Command("the same queue on the command line: add, run, order, stop", ".queue"),
+    "mcp": Command("the queue as tools for agents (Model Context Protocol)", ".mcp"),
     "doctor": Command("whether this machine computes correctly, and how fast", ".doctor"),
     "completion": Command("a script that completes commands and flags, for bash, zsh or fish", ".completion"),
     "help": Command("this page; or a command's, as in wan-mlx help plan"),

@@ -9,7 +9,8 @@ from .flags import Parser
 from .terminal import write
 
 PORT = 8190
-NEEDED = {"serve": ("fastapi", "uvicorn", "python_multipart", "send2trash"), "mcp": ("mcp",)}
+OF_SERVE = ("fastapi", "uvicorn", "python_multipart", "send2trash")
+NEEDED = {"serve": OF_SERVE, "mcp": (*OF_SERVE, "mcp")}
 DESCRIPTION = """\
 Open a page in the browser on which videos are made, and an API for programs,
 over one queue."""

@@ -57,7 +57,7 @@ class Desk:
         with self._lock:
             number, clerk = next(self._numbers), self._there()
             self._open[number] = future
-            clerk.send({"ask": number, "what": what, **question})
+        clerk.send({"ask": number, "what": what, **question})
         return future
 
     async def ask(self, what: str, **question: Any) -> Any:
