@@ -13,7 +13,6 @@ DISTRIBUTIONS = {"PIL": "pillow", "starlette": "fastapi"}  # FastAPI is made of 
 BEHIND_OTHERS = {
     "protobuf": "sentencepiece's classes of a model are made by it, and sentencepiece does not declare it",
     "python-multipart": "FastAPI reads forms with it, and does not declare it",
-    "mcp": "wan-mlx mcp is under way",
 }
 OF_DEVELOPERS = {"test", "tools", "browser", "dev"}
 
