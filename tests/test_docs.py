@@ -279,6 +279,8 @@ def run(words: tuple[str, ...], home: Path, monkeypatch, dry: bool) -> int | Non
         rest += ["--model", str(home / "models/t2v-1.3B")]
     if dry:
         return main([*rest, "--dry-run", "--overwrite"])
+    if not {*FOLDERS, "--config"} & {*flags}:  # nano, which is tiny here
+        rest += ["--model", str(home / "models/nano")]
     return main([*rest, *shlex.split(SMALL), *smaller(flags)])
 
 

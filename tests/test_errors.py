@@ -50,6 +50,7 @@ def test_only_what_is_spelled_nearly_so_is_suggested(given, choices, near):
     "flags, end",
     [
         (["--sise", "64x64"], "unknown argument --sise 64x64; nearest: --size"),
+        (["a cat", "--sise", "64x64"], "unknown argument --sise 64x64; nearest: --size"),
         (["--zzzzz"], "unknown argument --zzzzz"),
         (["--cfg", "3"], "unknown argument --cfg 3; here that is --guidance"),
         (["--denoise=0.7"], "unknown argument --denoise=0.7; here that is --strength"),

@@ -67,7 +67,8 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
+        if unknown:  # a prompt before an unknown flag is not what is wrong
+            unknown = unknown[next((n for n, word in enumerate(unknown) if word.startswith("-")), 0) :]
             near = suggestion(unknown[0].split("=")[0], self._option_string_actions)
             self.error(f"unknown argument {' '.join(unknown)}{near}")
         for action in self._actions:
