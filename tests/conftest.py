@@ -7,6 +7,10 @@ import json
 import os
 from itertools import count
 
+# Before PyTorch and numpy: tests run in two processes on two cores, where more threads wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# isort: split
 import pytest
 
 import wan_mlx  # noqa: F401  before mlx, so that on a Mac float32 means float32
