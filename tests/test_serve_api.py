@@ -372,3 +372,30 @@ def test_other_malformed_requests(client):
         assert 400 <= answer.status_code < 500 and answer.json()["error"]["message"], (method, path)
 
 
+
+
+def test_downloads_are_paused_and_go_on(client, studio, workers):
+    """By ending their process, which keeps what has arrived."""
+
+    def fetches(order, child):
+        pass
+
+    workers.answers["fetcher"] = fetches
+    begun = client.post("/v1/models/download", json={"model": "t2v-1.3B"})
+    assert begun.status_code == 202 and begun.json()["download"]["state"] == "downloading"
+    download = studio.downloads["t2v-1.3B"]
+    download._child.say({"event": "download", "repo": "Wan-AI/x", "file": "a", "bytes": 5, "total": 20})
+    paused = client.post("/v1/models/pause", json={"model": "t2v-1.3B"}).json()["download"]
+    assert (paused["state"], paused["bytes"], paused["total"]) == ("paused", 5, 20)
+    first = download._child
+    assert not first.is_alive
+    client.post("/v1/models/download", json={"model": "t2v-1.3B"})
+    assert download._child is not first and download.state == "downloading"
+    download._child.say({"event": "error", "message": "no room", "code": 1})
+    download._child.die("exit code 1")
+    rows = {row["id"]: row for row in client.get("/v1/models").json()["data"]}
+    assert (rows["t2v-1.3B"]["download"]["state"], rows["t2v-1.3B"]["download"]["error"]) == ("failed", "no room")
+    client.post("/v1/models/download", json={"model": "t2v-1.3B"})
+    download._child.die("exit code 0")
+    assert download.state == "done"
+    assert client.post("/v1/models/download", json={"model": "/etc"}).json()["error"]["code"] == "unknown_model"

@@ -26,7 +26,7 @@ from ..cli.flags import build_parser, given_flags, keywords
 from ..cli.jobs import asked_of, check_flags, check_needs, extension_of
 from ..cli.terminal import explain, write
 from ..errors import MemoryPlanError, UsageError, WanError
-from ..hub.resolve import is_cached, preset_of
+from ..hub.resolve import Places, is_cached, preset_of
 from ..media.read import open_picture, open_video, read_image
 from ..media.write import read_settings
 from ..models import chips
@@ -152,6 +152,17 @@ def _measured_rate(model: str) -> float:
 
 def denoising(found: Plan) -> Row:
     return next(row for row in found.rows if row.stage == "denoise")
+
+
+def download_size(model: str) -> Answer:
+    """What a model's files have in bytes, and how many are here; the hub is asked.
+
+    Raises:
+        WeightsError: it cannot be reached.
+    """
+    found = Places(model).downloads(options.named("source").left_out())
+    return {"model": model, "bytes": sum(one.total for one in found), "bytes_here": sum(one.cached for one in found),
+            "free_disk_bytes": min((one.free for one in found), default=None)}  # fmt: skip
 
 
 def fits(models: list[str]) -> Answer:
@@ -284,7 +295,7 @@ def forget(output: str) -> Answer:
 
 ANSWERS: dict[str, Callable[..., Answer]] = {
     function.__name__: function
-    for function in (facts, check, plan_of, fits, look, describe, poster, frame, forget)
+    for function in (facts, check, plan_of, download_size, fits, look, describe, poster, frame, forget)
 }  # fmt: skip
 
 

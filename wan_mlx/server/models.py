@@ -41,6 +41,10 @@ def model_routes(studio: Studio) -> APIRouter:
     async def download(request: Request) -> JSONResponse:
         return JSONResponse(await studio.download(asked(await request.body())), 202)
 
+    @routes.post("/v1/models/size", summary="What a model's download has in bytes; the hub is asked")
+    async def size(request: Request) -> dict[str, Any]:
+        return await studio.desk.ask("download_size", model=asked(await request.body()))
+
     @routes.post("/v1/models/pause", summary="Pause a download; what has arrived is kept")
     async def pause(request: Request) -> dict[str, Any]:
         return await studio.pause_download(asked(await request.body()))

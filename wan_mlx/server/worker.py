@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -21,7 +22,16 @@ from .. import options
 from ..cli.flags import arguments, build_parser, free_on_resume, keywords
 from ..cli.jobs import check_flags, extend, extension_of, jobs_from, open_model, request_from
 from ..cli.terminal import Terminal, explain, write
-from ..errors import GPUError, MemoryPlanError, SamplingError, Stopped, UsageError, WeightsError, is_out_of_memory
+from ..errors import (
+    BusyError,
+    GPUError,
+    MemoryPlanError,
+    SamplingError,
+    Stopped,
+    UsageError,
+    WeightsError,
+    is_out_of_memory,
+)
 from ..events import Event, Finished
 from ..pipeline import WanPipeline
 from ..planning.choose import Wanted, plan_video
@@ -34,6 +44,7 @@ from .child import follow
 IDLE = 120.0  # seconds after which a model that nobody asks for is let go
 CODES = {MemoryPlanError: "does_not_fit", SamplingError: "not_finite", GPUError: "gpu", WeightsError: "weights",
          UsageError: "invalid_value", ValueError: "invalid_value"}  # fmt: skip
+PATIENCE = 30.0  # seconds for which another process may hold a run's folder
 # Of a plan: what decides how fast a run is, and its last bits.
 PIECES = ("stream", "tokens_at_once", "decode_tile", "encode_tile")
 
@@ -112,7 +123,14 @@ class Worker:
             extend(extension, [job], self.say)
         self._keep_if_free(pipe, request)
         self._job = job
-        return job.make(self.say, free_on_resume())
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return job.make(self.say, free_on_resume())
+            except BusyError:  # the worker of a server that was killed just now is about to end
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.2)
 
     def _opened(self, model: dict[str, Any]) -> WanPipeline:
         """The model that these options open: the one that is there, if they are the same."""
