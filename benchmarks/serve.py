@@ -20,7 +20,7 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from served import Served
 
-KILLS, CLIENTS, LISTENERS, TURNS = 20, 50, 10, 3
+KILLS, CLIENTS, LISTENERS, TURNS = 20, 50, 10, 2
 TINY = {"size": "32x32", "num_frames": 5, "steps": 4, "dtype": "float32"}
 ASKED = [{"prompt": "a red circle", "seed": 1, **TINY}, {"prompt": "a blue square", "seed": 2, **TINY},
          {"prompt": "it moves", "seed": 3, **TINY, "model": "nano-i2v"}]  # fmt: skip

@@ -50,10 +50,11 @@ ABOUT_SOURCES = (
 )
 
 
-def served() -> list[Option]:
+@cache
+def served() -> tuple[Option, ...]:
     """The options that a request over HTTP may have."""
     taken = [option for option in options.OPTIONS if option.of in (REQUEST, MODEL) and option.name not in NOT_HERE]
-    return [*taken, *(option for option in options.of(COMMAND) if option.name in EXTENDING)]
+    return (*taken, *(option for option in options.of(COMMAND) if option.name in EXTENDING))
 
 
 def request_schema() -> dict[str, Any]:
