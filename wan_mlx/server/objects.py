@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..option import Option
-from ..runs.queue import DONE, FAILED, FOLDER, PAUSED, QUEUED, RUNNING, STOPPED, Queued
+from ..runs.queue import DONE, FAILED, PAUSED, QUEUED, RUNNING, STOPPED, Queued
 from .library import plain
 from .schema import served
 
@@ -79,11 +79,6 @@ def _shown(option: Option, value: Any) -> Any:
             return found[1]
         return f"library:{path.name}" if len(path.parts) == 1 else path.name
     return path.name if path.is_absolute() else value
-
-
-def source_path(name: str) -> str:
-    """Where an upload lies, seen from the library."""
-    return f"{FOLDER}/uploads/{name}"
 
 
 def page_of(rows: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
