@@ -3,9 +3,10 @@
     python benchmarks/memory_table.py [--folder DIR] [--json memory_table.json]
     python benchmarks/memory_table.py --against memory_table.json
 
-Writes networks of the released models' sizes with random weights (bfloat16, 47 GB in all), and measures single
+Writes networks of the released models' sizes with random weights (bfloat16, 118 GB in all), and measures single
 forwards, decodes and encodes, then short whole runs with ``--memory`` as a user gives it. The pictures are noise; bytes
-and seconds are real, though files just written are read from the system's cache. ``--tiny`` shrinks the networks.
+and seconds are real, though files just written are read from the system's cache. ``--only 5B A14B`` measures, and
+writes, what has one of these words. ``--tiny`` shrinks the networks.
 ``--against`` measures nothing: it predicts again what a GPU took that was measured before.
 """
 
@@ -16,6 +17,7 @@ import json
 import math
 import platform
 import re
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,13 +26,13 @@ from pathlib import Path
 
 import wan_mlx
 from wan_mlx import cuda
-from wan_mlx.geometry import WAN_2_1
+from wan_mlx.events import StageEnded, Stepped
+from wan_mlx.geometry import Geometry
 from wan_mlx.models import vae_tiling as tiling
-from wan_mlx.models.configs import TextEncoderConfig, VAEConfig
+from wan_mlx.models.configs import TextEncoderConfig, VAE22Config, VAEConfig
 from wan_mlx.models.execution import Execution
-from wan_mlx.models.networks import new_transformer
+from wan_mlx.models.networks import new_network, new_transformer
 from wan_mlx.models.text_encoder import TextEncoder
-from wan_mlx.models.vae import VAE
 from wan_mlx.models.vae_execution import VAEExecution
 from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning.choose import TEXT_TOKENS
@@ -57,16 +59,26 @@ FORWARDS = [
     ("t2v-14B", 832, 480, 81, True, None, 2048),
     ("t2v-14B", 832, 480, 81, True, None, 1024),
     ("t2v-14B", 1280, 720, 81, True, None, 8192),
+    ("ti2v-5B", 1280, 704, 121, False, None, 32768),
+    ("ti2v-5B", 1280, 704, 121, False, None, 8192),
+    ("ti2v-5B", 1280, 704, 121, False, "q8", 32768),
+    ("ti2v-5B", 1280, 704, 121, True, None, 32768),
+    ("ti2v-5B", 1280, 704, 121, True, None, 2048),
+    ("t2v-A14B", 832, 480, 81, False, "q8", 32768),
+    ("t2v-A14B", 832, 480, 81, True, None, 8192),
 ]
-# VAE: decode or encode, width, height, frames, tile.
+# VAE: decode or encode, whose, width, height, frames, tile.
 VIDEOS = [
-    ("decode", 832, 480, 81, None),
-    ("decode", 832, 480, 81, (416, 240)),
-    ("decode", 1280, 720, 81, (432, 360)),
-    ("decode", 1280, 720, 81, (256, 240)),
-    ("encode", 832, 480, 81, None),
-    ("encode", 832, 480, 81, (416, 240)),
-    ("encode", 1280, 720, 81, (432, 360)),
+    ("decode", "t2v-1.3B", 832, 480, 81, None),
+    ("decode", "t2v-1.3B", 832, 480, 81, (416, 240)),
+    ("decode", "t2v-1.3B", 1280, 720, 81, (432, 360)),
+    ("decode", "t2v-1.3B", 1280, 720, 81, (256, 240)),
+    ("encode", "t2v-1.3B", 832, 480, 81, None),
+    ("encode", "t2v-1.3B", 832, 480, 81, (416, 240)),
+    ("encode", "t2v-1.3B", 1280, 720, 81, (432, 360)),
+    ("decode", "ti2v-5B", 1280, 704, 25, (320, 256)),
+    ("encode", "ti2v-5B", 1280, 704, 25, None),
+    ("encode", "ti2v-5B", 1280, 704, 25, (432, 352)),
 ]
 # Whole runs: model, width, height, frames, --memory, steps, guidance.
 RUNS = [
@@ -75,6 +87,10 @@ RUNS = [
     ("t2v-1.3B", 832, 480, 81, "3GB", 2, 5.0),
     ("t2v-14B", 832, 480, 81, "6GiB", 1, 1.0),
     ("t2v-14B", 1280, 720, 81, "10GiB", 1, 1.0),
+    ("ti2v-5B", 1280, 704, 121, "6GiB", 2, 5.0),
+    ("ti2v-5B", 1280, 704, 121, None, 2, 5.0),
+    ("t2v-A14B", 832, 480, 81, "6GiB", 4, (3.0, 4.0)),  # three steps of the high-noise expert, one of the other
+    ("t2v-A14B", 832, 480, 81, None, 4, (3.0, 4.0)),
 ]
 PROMPT = "a red circle moves right on a blue background"
 DTYPES = {mx.bfloat16: "BF16", mx.float32: "F32"}
@@ -88,15 +104,15 @@ def tiny(preset: Preset) -> Preset:
         preset,
         transformer=replace(preset.transformer, **small, **layers),
         text_encoder=TextEncoderConfig(256384, 256, 256, 512, 4, 3),
-        vae=VAEConfig(dim=8),
+        vae=VAE22Config(dim=8, decoder_dim=16) if isinstance(preset.vae, VAE22Config) else VAEConfig(dim=8),
     )
 
 
-def write(path: Path, shapes: dict[str, tuple[int, ...]], dtype: mx.Dtype) -> Path:
+def write(path: Path, shapes: dict[str, tuple[int, ...]], dtype: mx.Dtype, seed: int = 0) -> Path:
     """A safetensors file as ``weights_convert.py`` names things, of one random pattern over and over."""
     if path.exists():
         return path
-    values = mx.array(np.random.default_rng(0).normal(size=16_000_001).astype(np.float32) * 0.02).astype(dtype)
+    values = mx.array(np.random.default_rng(seed).normal(size=16_000_001).astype(np.float32) * 0.02).astype(dtype)
     pattern = np.array(values.view(mx.uint16 if dtype == mx.bfloat16 else mx.uint32)).tobytes()
     header, end = {"__metadata__": {"layout": "mlx"}}, 0
     for name, shape in shapes.items():
@@ -123,11 +139,12 @@ class Bench:
     def file(self, part: str, model: str = "t2v-1.3B") -> Path:
         """The weights of a network."""
         preset = self.presets[model]
-        if part == "transformer":
-            shapes = parameter_shapes(new_transformer(preset.transformer))
-            return write(self.folder / f"{model}.safetensors", shapes, mx.bfloat16)
+        if part in ("transformer", "low_noise"):
+            shapes, low = parameter_shapes(new_transformer(preset.transformer)), part == "low_noise"
+            return write(self.folder / f"{model}{'-low' * low}.safetensors", shapes, mx.bfloat16, seed=low)
         if part == "vae":
-            return write(self.folder / "vae.safetensors", parameter_shapes(VAE(preset.vae)), mx.float32)
+            name = "vae22" if isinstance(preset.vae, VAE22Config) else "vae"
+            return write(self.folder / f"{name}.safetensors", parameter_shapes(new_network(preset.vae)), mx.float32)
         shapes = parameter_shapes(TextEncoder(preset.text_encoder))
         return write(self.folder / "text_encoder.safetensors", shapes, mx.bfloat16)
 
@@ -136,9 +153,9 @@ class Bench:
         nets = sizes_of(preset, "bfloat16", quantize)
         shapes = parameter_shapes(new_transformer(preset.transformer))
         stored = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
-        (transformer,) = nets.experts
-        weights = weight_bytes(preset.transformer, mx.bfloat16, transformer.packings, stored)
-        return replace(nets, parts=(replace(transformer, weights=weights), *nets.parts[1:]))
+        weights = weight_bytes(preset.transformer, mx.bfloat16, nets.experts[0].packings, stored)
+        parts = [replace(p, weights=weights) if p.kind == "transformer" else p for p in nets.parts]
+        return replace(nets, parts=tuple(parts))
 
     def row(self, what: str, predicted: int, measured: int, seconds: float, **more) -> None:
         row = {"what": what, "predicted_gib": predicted / GIB, "measured_gib": measured / GIB,
@@ -197,9 +214,10 @@ class Bench:
         transformer.blocks = blocks
         return seconds
 
-    def video(self, direction, width, height, frames, tile) -> None:
+    def video(self, direction, model, width, height, frames, tile) -> None:
         """One decode or encode in float32."""
-        vae, shape = VAEExecution(load_vae(self.file("vae"))), WAN_2_1.latent_shape(width, height, frames)
+        geometry = self.presets[model].geometry
+        vae, shape = VAEExecution(load_vae(self.file("vae", model))), geometry.latent_shape(width, height, frames)
         config = vae.vae.config
         if direction == "decode":
             latents = mx.random.normal((1, *shape, config.z_dim), key=mx.random.key(0))
@@ -211,19 +229,22 @@ class Bench:
         else:
 
             def run() -> None:
-                mx.eval(tiling.encode(vae, grey(width, height, frames), tile))
+                mx.eval(tiling.encode(vae, grey(geometry, width, height, frames), tile))
 
         peak, seconds = measured(run, warm_up=False)
         predicted = peaks.vae(config, shape, tile, direction == "decode")
         how = "whole" if tile is None else f"tiles of {tile[0]}x{tile[1]}"
-        self.row(f"{direction} {width}x{height}x{frames} {how}", predicted, peak, seconds)
+        of_wan22 = ", ti2v-5B" * isinstance(config, VAE22Config)
+        self.row(f"{direction} {width}x{height}x{frames} {how}{of_wan22}", predicted, peak, seconds)
 
     def run(self, model, width, height, frames, memory, steps, guidance) -> None:
         """A whole run, stage by stage as its plan has them; seconds too, predicted right before it."""
-        tokenizer = BUNDLED["nano"] / "tokenizer.model"
+        tokenizer, preset = BUNDLED["nano"] / "tokenizer.model", PRESETS[model]
+        low_noise = self.file("low_noise", model) if preset.experts == 2 else None
         pipe = wan_mlx.WanPipeline.from_pretrained(
             self.file("transformer", model), preset=model, memory=memory, progress=False, prompt_cache=False,
-            text_encoder=self.file("text_encoder"), vae=self.file("vae"), tokenizer=tokenizer,
+            text_encoder=self.file("text_encoder"), vae=self.file("vae", model), tokenizer=tokenizer,
+            low_noise=low_noise,
         )  # fmt: skip
         request = pipe.request(
             PROMPT, width=width, height=height, num_frames=frames, steps=steps, guidance_scale=guidance, seed=0
@@ -231,23 +252,42 @@ class Bench:
         plan = pipe.plan(request, measure=True)
         print(plan, flush=True)
         run = pipe.run(request)
-        for _ in run:
-            pass
+        steps = [event.step for event in run if isinstance(event, Stepped)]
         planned = {row.stage: row for row in plan.rows}
         names = {"conditioning": "encode text", "denoise": "denoise", "decode": "decode"}
         title = f"run {model} {width}x{height}x{frames} --memory {memory or 'auto'}"
-        loading = sum(report.seconds for report in run.reports if report.name == "load transformer")
-        for report in run.reports:
+        for report in merged(run.reports):
             if report.name in names:
-                row = planned[names[report.name]]
-                seconds = report.seconds + loading * (report.name == "denoise")
+                row, seconds = planned[names[report.name]], report.seconds
                 pieces = f", {plan.tokens_at_once} tokens at once"
                 how = row.how + pieces * (report.name == "denoise" and pieces not in row.how)
                 self.row(f"{title}: {row.stage}, {how}", row.peak, report.peak_bytes, seconds,
                          **foreseen(row.seconds, seconds))  # fmt: skip
         whole = max(report.peak_bytes for report in run.reports)
         seconds = sum(report.seconds for report in run.reports)
-        self.row(f"{title}: whole", plan.peak, whole, seconds, **foreseen(plan.seconds, seconds))
+        switch = switching(pipe.switch(request), [step.seconds for step in steps], preset.sampling.steps)
+        self.row(f"{title}: whole", plan.peak, whole, seconds, **foreseen(plan.seconds, seconds), **switch)
+
+
+def merged(reports: list[StageEnded]) -> list[StageEnded]:
+    """Each stage once: denoising with the loading of transformers, and over all experts."""
+    found: dict[str, StageEnded] = {}
+    for report in reports:
+        name = "denoise" if report.name.startswith("load ") else report.name
+        before = found.get(name, replace(report, seconds=0, peak_bytes=0))
+        peak = max(before.peak_bytes, report.peak_bytes)
+        found[name] = replace(report, name=name, seconds=before.seconds + report.seconds, peak_bytes=peak)
+    return list(found.values())
+
+
+def switching(at: int | None, seconds: list[float], steps: int) -> dict[str, float]:
+    """Columns of a run of two experts: what the first step of the second one takes more than the others, and the share
+    of that in a run of ``steps`` steps. The very first step, which loads the first expert, is left out."""
+    if at is None:
+        return {}
+    each = statistics.median(seconds[1:at] + seconds[at + 1 :])
+    cost = seconds[at] - each
+    return {"a_step": each, "the_switch": cost, "percent_of_all": 100 * cost / (steps * each + cost)}
 
 
 def foreseen(predicted: float | None, seconds: float) -> dict[str, float]:
@@ -272,13 +312,15 @@ def against(rows: list[dict], bench: Bench) -> list[dict]:
 def predict(what: str, how: str, bench: Bench) -> float:
     """Bytes of what a row's description says."""
     width, height, frames = map(int, re.search(r"(\d+)x(\d+)x(\d+)", what).groups())
-    shape = WAN_2_1.latent_shape(width, height, frames)
+    model, mode = re.search(r"\w+-\w*[.\w]*B\b", what), re.search(r" (q\d)\b", what)
+    model = model[0] if model else "t2v-1.3B"
+    shape = bench.presets[model].geometry.latent_shape(width, height, frames)
     if "encode text" in what:
         return peaks.encode_text(bench.networks("t2v-1.3B"), TEXT_TOKENS)
     if direction := re.match("decode|encode", how):
         tile = re.search(r"tiles of (\d+)x(\d+)", how)
-        return peaks.vae(VAEConfig(), shape, tile and (int(tile[1]), int(tile[2])), direction[0] == "decode")
-    model, mode = re.search(r"\S+-\S*B", what)[0], re.search(r" (q\d)\b", what)
+        sides = tile and (int(tile[1]), int(tile[2]))
+        return peaks.vae(bench.presets[model].vae, shape, sides, direction[0] == "decode")
     pieces = re.search(r"(\d+) tokens", how)
     nets = bench.networks(model, mode and mode[1])
     return peaks.denoise(nets, shape, "streamed" in how, int(pieces[1]) if pieces else 8192)
@@ -315,9 +357,9 @@ def machine() -> dict[str, str]:
     return {"backend": str(mx.default_device()), "system": platform.platform(), "mlx": mx.__version__} | info
 
 
-def grey(width: int, height: int, frames: int) -> Iterator[mx.array]:
+def grey(geometry: Geometry, width: int, height: int, frames: int) -> Iterator[mx.array]:
     """A video in the chunks that the VAE takes."""
-    for count in (1, *[WAN_2_1.temporal] * (WAN_2_1.latent_frames(frames) - 1)):
+    for count in (1, *[geometry.temporal] * (geometry.latent_frames(frames) - 1)):
         yield mx.zeros((1, count, height, width, 3))
 
 

@@ -3,6 +3,7 @@
     python benchmarks/speed.py                                       # T2V-1.3B, 832x480, 81 frames
     python benchmarks/speed.py --model t2v-14B --items forward
     python benchmarks/speed.py --against diffusers --json speed.json
+    python benchmarks/speed.py --before TREE                         # in turns with an earlier wan_mlx, a whole tree
     python benchmarks/speed.py --items text run --checkpoint FOLDER  # FOLDER: see random_checkpoint.py
 
 Weights are random, so nothing is downloaded. Every network gets a process of its own (`speed_worker.py`), and PyTorch's
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -36,12 +38,18 @@ def forward_flop(name: str, size: tuple[int, int], frames: int) -> float:
 
 
 class Worker:
-    """A process that holds one network and measures it when told to."""
+    """A process that holds one network and measures it when told to.
+
+    ``engine``: "wan_mlx", "diffusers", or the folder of an earlier wan_mlx, which its own worker measures.
+    """
 
     def __init__(self, engine: str, case: dict):
-        command = [sys.executable, str(HERE / "speed_worker.py"), engine, json.dumps(case)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.said("ready")
+        earlier = engine not in ("wan_mlx", "diffusers")
+        script = (Path(engine) / "benchmarks" if earlier else HERE) / "speed_worker.py"
+        path = os.pathsep.join(filter(None, [engine, os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, str(script), "wan_mlx" if earlier else engine, json.dumps(case)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env={**os.environ, "PYTHONPATH": path} if earlier else None)  # fmt: skip
 
     def said(self, key: str):
         for line in self.process.stdout:
@@ -61,7 +69,9 @@ class Worker:
 
 def measure(case: dict, engines: list[str], rounds: int) -> list[dict]:
     """Best seconds and highest peak of each engine, which take turns."""
-    workers = {engine: Worker(engine, case) for engine in engines}
+    workers = {engine: Worker(engine, case) for engine in engines}  # they get ready side by side
+    for worker in workers.values():
+        worker.said("ready")
     results = {engine: [] for engine in engines}
     for _ in range(rounds):
         for engine, worker in workers.items():
@@ -106,7 +116,7 @@ def show(rows: list[dict]) -> None:
     for row in rows:
         label = " ".join(str(row[k]) for k in ("item", "model", "dtype", "quantize") if row.get(k))
         rate = row["flop"] / row["seconds"] if row["flop"] else None
-        text = f"{label:<34}{row['engine']:<11}{row['seconds']:>9.3f}{row['peak_gib']:>10.2f}"
+        text = f"{label:<34}{Path(row['engine']).name:<11}{row['seconds']:>9.3f}{row['peak_gib']:>10.2f}"
         text += f"{rate / 1e12:>9.1f}" if rate else ""
         for name, width in (("matmul", 11), ("attention", 14)):
             text += f"{rate / rates[name]:>{width}.0%}" if rate and name in rates else ""
@@ -142,6 +152,7 @@ def main() -> None:
     parser.add_argument("--quantize", nargs="*", default=[], help="also time the forward packed so, such as q8 q4")
     parser.add_argument("--vae-dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--against", choices=["diffusers"])
+    parser.add_argument("--before", metavar="TREE", help="an earlier wan_mlx's whole folder, to take turns with, too")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--checkpoint", type=Path, help="model folder for the items text and run")
     parser.add_argument("--steps", type=int, default=50, help="of the item run")
@@ -149,9 +160,13 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for case in cases(args):
-        against = args.against and case["item"] in AGAINST and not case.get("quantize")
-        rows += measure(case, ["wan_mlx", args.against] if against else ["wan_mlx"], args.rounds)
-        show(rows[-2 if against else -1 :])
+        engines = ["wan_mlx"]
+        if args.before and case["item"] in AGAINST:
+            engines.append(args.before)
+        if args.against and case["item"] in AGAINST and not case.get("quantize"):
+            engines.append(args.against)
+        rows += measure(case, engines, args.rounds)
+        show(rows[-len(engines) :])
         if args.json:  # after every case, so that what is cut short has not been for nothing
             args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
     show(rows)
