@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -258,8 +258,8 @@ def quantised(mode: str) -> tuple[float, float, str]:
 def nano(dtype: str) -> Check:
     """The bundled model from prompt to frames, against the stored ones.
 
-    In float32 by MLX's operations alone, so that where only bfloat16 is wrong wan_mlx's kernels may be why; CUDA
-    compiles for some 15 seconds less.
+    In float32 by MLX's operations alone, so that where only bfloat16 is wrong wan_mlx's kernels may be why; and CUDA
+    compiles less.
     """
     name = f"nano's video, {dtype}"
     advice = (
@@ -271,12 +271,24 @@ def nano(dtype: str) -> Check:
         if str(stored["weights"]) != _nano_weights():
             advice = "reinstall wan_mlx; if you retrained nano, run `wan-mlx doctor --store-reference`"
             return Check(name, "fail", "the stored frames are of other weights of nano", advice)
-        with kernels.turned_off() if dtype == "float32" else nullcontext():
+        with operations_alone() if dtype == "float32" else nullcontext():
             worst = float(np.abs(nano_means(dtype) - stored["means"].astype(np.float32)).max())
     except Exception as failure:
         return Check(name, "fail", f"{type(failure).__name__}: {failure}", advice)
     said = f"differs by at most {worst:.1f} of 255 levels, {NANO_TOLERANCE[dtype]:g} allowed"
     return Check.of(name, worst <= NANO_TOLERANCE[dtype], said, advice)
+
+
+@contextmanager
+def operations_alone() -> Iterator[None]:
+    """Within this block no kernel is compiled: MLX's operations run one by one."""
+    with kernels.turned_off():
+        mx.disable_compile()
+        try:
+            yield
+        finally:
+            if "MLX_DISABLE_COMPILE" not in os.environ:
+                mx.enable_compile()
 
 
 def nano_means(dtype: str) -> np.ndarray:
