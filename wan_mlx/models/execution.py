@@ -221,10 +221,11 @@ def queries_keys_values(
 TOKENS_ALIVE_IN_PIECES, TOKENS_ALIVE_AT_JOIN = 3.0, 3.5
 # For each of the two pieces in flight: arrays as wide as tokens, and as wide as the feed-forward.
 PIECE_TOKENS, PIECE_WIDE = 4.0, 0.75
-# Where all tokens, or large pieces, are computed at once, and short work is not waited for: arrays as wide as tokens
-# with resident blocks (the next begins before all is freed) and with streamed ones; and as wide as the feed-forward
-# for a piece. Measured on an H200: 13.3 to 14.2 in all for 1.3B, 10.3 for a streamed 14B.
-TOKENS_ALIVE_WHOLE, TOKENS_ALIVE_WHOLE_STREAMED, WHOLE_WIDE = 11.4, 9.1, 1.7
+# Where all tokens, or large pieces, are computed at once, and short work is not waited for: arrays as wide as tokens,
+# and as wide as the feed-forward for a piece; and bytes that are freed late with resident blocks, of which the next
+# begins at once. Measured on an H200, in all: 10.3 arrays for a streamed 14B, 10.9 for 5B, 11.0 for 5B resident, and
+# 13.3 to 14.2 for 1.3B, whose arrays are smaller.
+TOKENS_ALIVE_WHOLE, WHOLE_WIDE, WHOLE_RESIDENT = 9.1, 1.7, 230_000_000
 
 
 def _before_attention(block: Block, x: mx.array, m: Modulation) -> mx.array:

@@ -33,9 +33,9 @@ MOST_NOT_MADE = 4
 DEFERRED, DEFERRED_AHEAD = 100_000_000, 400_000_000
 # For `wan_mlx.planning.peak_memory`: frames of a stage alive at once beside its caches, for each frame of a piece; and
 # once more for pieces of several frames, which are joined to the two before them while new cache frames are made
-# beside the old ones. Measured on an H200, without deferred frees. A frame has the wider of the stage's two widths:
-# Wan2.2's decoder narrows after it resamples. Wan2.2's were measured on a CPU alone.
-DECODE_FRAMES, ENCODE_FRAMES, JOINED_FRAMES = 6.0, 8.0, 9.0
+# beside the old ones. Measured on an H200, without deferred frees. Of a stage's frames two are as wide as those it is
+# given: Wan2.2's decoder narrows after it resamples.
+DECODE_FRAMES, ENCODE_FRAMES, JOINED_FRAMES, GIVEN_FRAMES = 6.0, 8.0, 9.0, 2.0
 # More where convolutions are matmuls over unfolded neighbourhoods, for three taps: on the CPU.
 UNFOLDED_DECODE, UNFOLDED_ENCODE = 29.4, 27.0
 

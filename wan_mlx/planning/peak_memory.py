@@ -25,8 +25,8 @@ from ..models.execution import (
     TOKENS_ALIVE_OPERATIONS,
     TOKENS_ALIVE_SETTLED,
     TOKENS_ALIVE_WHOLE,
-    TOKENS_ALIVE_WHOLE_STREAMED,
     UNFUSED_SCORES,
+    WHOLE_RESIDENT,
     WHOLE_WIDE,
     has_fused_kernel,
 )
@@ -36,6 +36,7 @@ from ..models.vae_execution import (
     DECODE_FRAMES,
     DEFERRED,
     ENCODE_FRAMES,
+    GIVEN_FRAMES,
     JOINED_FRAMES,
     UNFOLDED_DECODE,
     UNFOLDED_ENCODE,
@@ -97,11 +98,10 @@ def denoise(
     attending = TOKENS_ALIVE_SETTLED if tokens_at_once <= FEW_TOKENS else TOKENS_ALIVE
     attending += TOKENS_ALIVE_OPERATIONS * on_cpu()
     if tokens_at_once > FEED_FORWARD_TOKENS:
-        beside = TOKENS_ALIVE_WHOLE_STREAMED if stream else TOKENS_ALIVE_WHOLE
         piece = min(tokens, tokens_at_once) / tokens
-        beside = TOKENS_ALIVE_AT_JOIN * (piece < 1) + beside * piece
+        beside = TOKENS_ALIVE_AT_JOIN * (piece < 1) + TOKENS_ALIVE_WHOLE * piece
         fed = min(tokens, FEED_FORWARD_TOKENS) * c.ffn_dim * nets.dtype.size
-        alive = max(attending * wide, beside * wide + WHOLE_WIDE * fed)
+        alive = max(attending * wide, beside * wide + WHOLE_WIDE * fed) + WHOLE_RESIDENT * (not stream)
     else:
         last_two = min(tokens, (tokens % tokens_at_once or tokens_at_once) + tokens_at_once)
         alive = max(
@@ -120,7 +120,7 @@ def denoise(
     latents = LATENTS_ALIVE * each
     context = 2 * c.text_len * c.text_dim * nets.dtype.size
     weights = w.outside + 2 * w.largest + w.in_flight if stream else w.all
-    return weights + 2 * w.unpacked + round(passes * alive) + kept + tables + latents + context + overhead()
+    return weights + passes * w.unpacked + round(passes * alive) + kept + tables + latents + context + overhead()
 
 
 def _pieces(nets: Networks, tokens: int) -> float:
@@ -214,16 +214,17 @@ def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> i
     caches, peak, held = 0, 0, 0
     blocks = config.num_res_blocks + decoding
     each, unfolded = (DECODE_FRAMES, UNFOLDED_DECODE) if decoding else (ENCODE_FRAMES, UNFOLDED_ENCODE)
-    each += unfolded * on_cpu()
     late = DEFERRED if decoding and not on_cpu() else 0
     temporal = config.temporal_downsample[::-1] if decoding else config.temporal_downsample
     frames = 1 if t == 1 or decoding else 2 ** sum(temporal)
     for stage, (into, width, _) in enumerate(stages(config, decoding)):
         caches += 2 * given[stage] * (into + (2 * blocks - 1) * width)
-        frame = given[stage] * max(into, width) * ITEMSIZE
-        count = max(1, min(frames, VALUES_AT_ONCE // (given[stage] * max(into, width))))
+        wide = max(into, width)
+        frame = given[stage] * wide * ITEMSIZE
+        count = max(1, min(frames, VALUES_AT_ONCE // (given[stage] * wide)))
+        alive = (each - GIVEN_FRAMES) * width / wide + GIVEN_FRAMES + unfolded * on_cpu()
         scratch = max(winograd_scratch(count, *sizes[stage], c, width) for c in (into, width)) if on_metal() else 0
-        peak = max(peak, (each * count + (JOINED_FRAMES if count > 1 else 0)) * frame + scratch + late + held)
+        peak = max(peak, (alive * count + (JOINED_FRAMES if count > 1 else 0)) * frame + scratch + late + held)
         if stage == len(given) - 1:
             caches += 2 * given[stage] * width * decoding
             break
