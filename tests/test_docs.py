@@ -432,12 +432,14 @@ def test_the_memory_table_agrees_with_plans(monkeypatch):
     assert len(rows) >= 5 and rows == memory_table("docs/zh/choosing-a-model.md")
     for row, width, height, told in rows:
         name, size = presets[row.lower()], (int(width), int(height))
+        preset = PRESETS[name]
 
         def plan(room, quantize=None, name=name, size=size):
-            return wan_mlx.plan(name, *size, 81, memory=room, quantize=quantize)
+            return wan_mlx.plan(name, *size, memory=room, quantize=quantize)
 
         streamed = next(row.peak for row in plan("24GB").rows if row.stage == "denoise")
-        decode = peaks.vae(configs.VAEConfig(), (21, size[1] // 8, size[0] // 8), None, decoding=True)
+        shape = preset.geometry.latent_shape(*size, preset.num_frames)
+        decode = peaks.vae(preset.vae, shape, None, decoding=True)
         want = [plan("200GB").peak, plan("200GB", "q8").peak, plan("200GB", "q4").peak, max(decode, streamed),
                 plan("100MB").peak]  # fmt: skip
         got = [float(number.removesuffix(" GiB")) * 2**30 for number in told.split(" | ")]

@@ -150,6 +150,25 @@ def test_the_stored_frames_are_of_this_nano():
     assert selftest.NANO_REFERENCE.stat().st_size < 10_000
 
 
+@pytest.mark.parametrize("before", ["on", "off"])
+def test_in_float32_operations_run_one_by_one(monkeypatch, before):
+    """So that CUDA compiles nothing for that video; afterwards all is as before."""
+    traced = []
+    function = mx.compile(lambda x: traced.append(x) or x + 1)
+    if before == "off":
+        monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+        mx.disable_compile()
+    try:
+        with selftest.operations_alone():
+            assert kernels.off()
+            function(mx.array(1)), function(mx.array(1))
+        assert len(traced) == 2 and not kernels.off()
+        function(mx.array(1)), function(mx.array(1))
+        assert len(traced) == (3 if before == "on" else 4)
+    finally:
+        mx.enable_compile()
+
+
 def test_nano_is_compared(monkeypatch):
     with np.load(selftest.NANO_REFERENCE) as stored:
         means = stored["means"].astype(np.float32)
