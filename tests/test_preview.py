@@ -256,7 +256,7 @@ def test_a_preview_that_cannot_be_written_is_no_reason_to_stop(pico, flags, tmp_
         (["--preview", "a.webp"], "a.webp would be written over a.png"),
         (["--preview", "live.webp", "--preview-every", "0"], "expected at least 1"),
         (["--preview", "mine.webp"], "mine.png exists and is no preview"),
-        (["--draft"], "draft needs TAEHV's weights"),
+        (["--tiny-vae"], "tiny_vae is TAEHV, which is for the latents of Wan's VAEs"),
     ],
 )
 def test_refused_before_any_work(pico, flags, tmp_path, capsys, monkeypatch, more, said):
@@ -300,7 +300,7 @@ def test_sheet():
 
 
 def test_taehv_makes_previews_and_drafts(wan_space, taehv, flags, tmp_path, capsys):
-    pipe = wan_mlx.WanPipeline.from_pretrained(wan_space, dtype="float32", progress=False, taehv=taehv, draft=True)
+    pipe = wan_mlx.WanPipeline.from_pretrained(wan_space, dtype="float32", progress=False, taehv=taehv, tiny_vae=True)
     options = dict(width=16, height=32, num_frames=5, steps=1, seed=1)
     steps = []
     video = pipe("a red circle", **options, callback=steps.append)
@@ -308,20 +308,20 @@ def test_taehv_makes_previews_and_drafts(wan_space, taehv, flags, tmp_path, caps
     latents = mx.array(np.moveaxis(video.latents, 0, -1)[None])
     wanted = np.concatenate([preview.to_uint8(frames[0]) for frames in tiny.decode(latents)])
     assert video.frames.shape == (5, 32, 16, 3) and np.array_equal(video.frames, wanted)
-    assert video.settings["draft"] == "taew2_1.safetensors"
+    assert video.settings["tiny_vae"] == "taew2_1.safetensors"
     small = [preview.to_uint8(frames[0]) for frames in tiny.decode(latents, small=True)]
     assert np.array_equal(steps[0].preview(), np.concatenate(small))
     plain = wan_mlx.WanPipeline.from_pretrained(wan_space, dtype="float32", progress=False)
     assert not np.array_equal(plain("a red circle", **options).frames, video.frames)
-    assert "draft" not in plain.settings(plain.request("x"))
+    assert not {"draft", "tiny_vae"} & {*plain.settings(plain.request("x"))}
 
 
 def test_a_draft_goes_on_as_a_draft(wan_space, taehv, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copy(taehv, "tae.safetensors")
-    flags = [*talking(flags), "--model", str(wan_space), "--taehv", "tae.safetensors", "--draft", "--output"]
+    flags = [*talking(flags), "--model", str(wan_space), "--taehv", "tae.safetensors", "--tiny-vae", "--output"]
     assert main([*flags, "whole.mp4"]) == 0
-    assert "draft     decoded by tae.safetensors instead of the VAE" in capsys.readouterr().err
+    assert "decoding  by tae.safetensors instead of the VAE" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(TAEHV, "decode", lambda *_, **__: (_ for _ in ()).throw(OSError("cut")))
         assert main([*flags, "cut.mp4"]) == 1
@@ -346,9 +346,9 @@ def test_taehv_of_a_hub(wan_space, taehv, tmp_path, monkeypatch):
     repos = {"some/Autoencoders": {"taew2_1.safetensors": taehv.read_bytes(), "other.pth": b"no"}}
     with serving(repos, monkeypatch, tmp_path) as hub:
         name = "some/Autoencoders:taew2_1.safetensors"
-        pipe = wan_mlx.WanPipeline.from_pretrained(wan_space, progress=False, taehv=name, draft=True)
+        pipe = wan_mlx.WanPipeline.from_pretrained(wan_space, progress=False, taehv=name, tiny_vae=True)
         assert hub.got() == {"taew2_1.safetensors": 1}
-    assert pipe.settings(pipe.request("x"))["draft"] == "taew2_1.safetensors"
+    assert pipe.settings(pipe.request("x"))["tiny_vae"] == "taew2_1.safetensors"
     with pytest.raises(wan_mlx.WeightsError, match="none.pth"):
         wan_mlx.WanPipeline.from_pretrained(wan_space, taehv=tmp_path / "none.pth")
 

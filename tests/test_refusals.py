@@ -74,7 +74,7 @@ class TestValues:
             (["--preview-every", "2"], "--preview-every has no effect without --preview"),
             (["--report", "r.jsonl"], "--report has no effect without --prompts"),
             (["--extend-model", "some/model"], "--extend-model has no effect without --extend-prompt"),
-            (["--taehv", "taew2_1.pth"], "--taehv has no effect without --preview or --draft"),
+            (["--taehv", "taew2_1.pth"], "--taehv has no effect without --preview or --tiny-vae or --draft"),
             (["--resume", "a.mp4", "--plan"], "--plan does not go with --resume"),
             (["--context-scale", "2"], "context_scale was given to a t2v model"),
             (["--image-encoder", "nano-i2v"], "image_encoder was given"),

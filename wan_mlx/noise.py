@@ -36,14 +36,28 @@ def normal(shape: Sequence[int], seed: int, earlier: int = 0) -> np.ndarray:
     return values.reshape(shape)
 
 
-def latent_noise(latent_shape: tuple[int, int, int], channels: int, seed: int, earlier: int = 0) -> mx.array:
+def latent_noise(
+    latent_shape: tuple[int, int, int], channels: int, seed: int, earlier: int = 0, of: tuple[int, int] | None = None
+) -> mx.array:
     """Noise to start from or to add later, float32 (1, t, h, w, C).
 
     Drawn as PyTorch draws (C, t, h, w), so a seed gives the same video in both. ``latent_shape`` is (t, h, w) and
-    ``channels`` C; ``seed`` and ``earlier`` are as for `normal`.
+    ``channels`` C; ``seed`` and ``earlier`` are as for `normal`. ``of``: (h, w) of a larger video, of whose noise this
+    is the coarse part (`pooled`).
     """
-    noise = normal((channels, *latent_shape), seed, earlier)
+    t, h, w = latent_shape
+    noise = normal((channels, t, *(of or (h, w))), seed, earlier)
+    noise = pooled(noise, h, w) if of else noise
     return mx.array(np.ascontiguousarray(np.moveaxis(noise, 0, -1)))[None]
+
+
+def pooled(noise: np.ndarray, h: int, w: int) -> np.ndarray:
+    """Noise (C, t, H, W) at half the size or less, (C, t, h, w): twice the mean of every 2 by 2 values of its middle,
+    which is normal noise again, and low frequencies are those of the whole."""
+    *_, height, width = noise.shape
+    top, left = (height - 2 * h) // 2, (width - 2 * w) // 2
+    middle = noise[..., top : top + 2 * h, left : left + 2 * w]
+    return middle.reshape(*noise.shape[:2], h, 2, w, 2).mean(axis=(3, 5), dtype=np.float64).astype(np.float32) * 2
 
 
 def _uniform24(draws: np.random.RandomState, n: int) -> np.ndarray:

@@ -121,7 +121,8 @@ class OpenedModel:
         quantized: mode in which the transformer and the text encoder are packed, for those that are.
         loras: path and strength of each LoRA in use; `set_loras` changes them.
         opened_with: the options that it was opened with, as `from_pretrained` takes them.
-        taehv: the file of TAEHV's weights, if it is used; ``draft`` tells whether for the video itself.
+        taehv: the file of TAEHV's weights, if it is used; ``tiny_vae`` tells whether for the video itself.
+        draft: whether what it makes are drafts.
         listener: hears the `Progress` of all work: progress bars, if wanted; during a run, the run.
         plan_at_work: the memory plan of the run that is under way.
     """
@@ -152,7 +153,8 @@ class OpenedModel:
         check_loras(checkpoint, self.loras)
         self._merge_loras = True
         self.taehv, self.draft = given["taehv"] and Path(given["taehv"]), given["draft"]
-        self._tiny = tiny_autoencoder(checkpoint, self.taehv, self.draft)
+        self._tiny = tiny_autoencoder(checkpoint, self.taehv, given["tiny_vae"])
+        self.tiny_vae: bool = self._tiny is not None and (given["tiny_vae"] or given["draft"])
         self._interpolators: dict[str, Path] = {}
         self._kept: dict[str, Any] | None = None  # within `keep_loaded`: the networks and texts that stay
         self.plan_at_work: Plan | None = None
@@ -215,7 +217,9 @@ class OpenedModel:
             kept: as within `keep_loaded`.
         """
         kept = kept or self._kept is not None
-        wanted = Wanted(self.preset.name, request, self.quantize, self.memory, self.vae_tiling, kept)
+        wanted = Wanted(
+            self.preset.name, request, self.quantize, self.memory, self.vae_tiling, kept, self.tiny_vae
+        )
         return plan_video(wanted, lru_cache(self.sizes), measure, partial(parameters_of, self.checkpoint))
 
     def sizes(self, quantize: str | None = None) -> Networks:
@@ -238,7 +242,8 @@ class OpenedModel:
             },
             MODULE: module and module.name,
             **{name: Path(given).name for name in EXPERTS if (given := self.opened_with[name])},
-            "draft": self.draft and self.taehv and self.taehv.name,
+            "draft": self.draft,
+            "tiny_vae": self.tiny_vae and self.taehv and self.taehv.name,
             "tokens": self.cut_texts(request),
             # A name alone does not tell files apart.
             "source_sha256": [sha256(path) for path in request.source_files if path.is_file()],
@@ -455,8 +460,8 @@ class OpenedModel:
         """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time."""
         still = latents.shape[1] == 1  # the official code rounds stills and truncates videos
         finish = partial(to_uint8, rounding=still)
-        if self.draft and self._tiny:
-            progress = counted(self.listener, "decoding a draft")
+        if self.tiny_vae and self._tiny:
+            progress = counted(self.listener, "decoding by TAEHV")
             for frames in progress(self._tiny.decode(latents), total=latents.shape[1]):
                 yield finish(frames[0])
             return

@@ -348,9 +348,15 @@ class ModelOptions(TypedDict, total=False):
     taehv: Annotated[str | Path | None, Option(
         "--taehv FILE", "weights of the tiny autoencoder TAEHV, for finer previews: taew2_1.pth (TI2V-5B: "
         "taew2_2.pth), or on the hub lightx2v/Autoencoders:taew2_1.safetensors", WATCH, place="name",
-        needs=("preview", "draft"), free=True,
+        needs=("preview", "tiny_vae", "draft"), free=True,
     )]
-    draft: Annotated[bool, Option("--draft", "decode the video with TAEHV, too: fast, less fine", WATCH)]
+    tiny_vae: Annotated[bool, Option("--tiny-vae", "decode the video with TAEHV, too: fast, less fine", WATCH)]
+    draft: Annotated[bool, Option(
+        "--draft", "a look at the idea, in a tenth of the time: half as wide and high, a quarter of the steps, decoded "
+        "with TAEHV", WATCH,
+        more="All other flags, --size and --steps too, are those of the video that it is a draft of, and so is its "
+        "noise at low frequencies. --from-draft makes that video. TAEHV is fetched where --taehv does not name it",
+    )]
     progress: Annotated[bool, Option(
         "", "show how far downloads and runs are; or a function, which then hears of them", default=True,
     )]
@@ -421,6 +427,11 @@ COMMAND_OPTIONS = [
     Option(
         "--config FILE", "the settings of an earlier video, or of a .json file", RUN,
         more="Flags beside it win", place="file", alone=True,
+    ),
+    Option(
+        "--from-draft FILE", "make the video that FILE is a draft of", RUN,
+        more="With its settings and seed, at its full size and number of steps. Flags beside it win", place="file",
+        alone=True,
     ),
     Option(
         "--no-notify", "no notification when a run of minutes ends", RUN,

@@ -13,6 +13,7 @@ from .hub.names import parse_location
 from .hub.resolve import Places, preset_of, resolve
 from .lasting import computes
 from .mac import awake
+from .media.preview import published_taehv
 from .media.video import Video
 from .models.configs import TransformerConfig
 from .opened import OpenedModel, check_task, with_experts
@@ -105,6 +106,7 @@ class WanPipeline(OpenedModel):
         stop_below: int | None = None,
         prompt_cache: bool = True,
         taehv: str | Path | None = None,
+        tiny_vae: bool = False,
         draft: bool = False,
         **other: Any,
     ) -> WanPipeline:
@@ -132,7 +134,11 @@ class WanPipeline(OpenedModel):
             if isinstance(listener, ProgressBars):  # of a download that was cut
                 listener.close()
         found = {**in_lists(here.loras, like=loras), "taehv": taehv, "progress": listener}
-        opened = cls(open_checkpoint(here.model, here.parts), **{**given, **found})
+        checkpoint = open_checkpoint(here.model, here.parts)
+        if taehv is None and (given["draft"] or given["tiny_vae"]) and (published := published_taehv(checkpoint)):
+            with awake(given["caffeinate"]):
+                found["taehv"] = resolve(published, source, listener)
+        opened = cls(checkpoint, **{**given, **found})
         opened.opened_with |= {**loras, "taehv": given["taehv"]}
         return opened
 
@@ -263,7 +269,7 @@ class WanPipeline(OpenedModel):
         """
         given = ours(REQUEST, cast(dict[str, Any], options))
         experts = len(self.checkpoint.of_kind("transformer"))
-        return build_request(self.preset, self.config, self.geometry, prompt, experts, **given)
+        return build_request(self.preset, self.config, self.geometry, prompt, experts, draft=self.draft, **given)
 
     def run(self, request: Request, resume: RunState | None = None) -> Run:
         """One request on its way to a video: iterate over the `Run` for its events.
@@ -336,16 +342,19 @@ def plan(
     row = [(place or Path(), strength) for place, (_, strength) in zip(found_loras, places.loras, strict=True)]
     lists = in_lists(row, like=lora_lists(given)).items()
     loras = {name: [lora for lora in own if lora[0] != Path()] for name, own in lists}
-    given |= {**loras, "progress": False, "taehv": None, "draft": False}  # the last two have no part in it
+    tiny, draft = given["tiny_vae"] or given["draft"], given["draft"]
+    given |= {**loras, "progress": False, "taehv": None, "tiny_vae": False}  # its weights need not be here
     released = None if path else PRESETS.get(str(model)) or preset_of(model)
     if released is not None and MODULE not in parts:
-        found = _plan_of_released(released, parts, given, asked, measure, kept)
+        found = _plan_of_released(released, parts, {**given, "tiny_vae": tiny}, asked, measure, kept)
     else:
         for place, here in zip([model, *places.parts.values()], [path, *parts.values()], strict=True):
             if here is None and parse_location(place) is not None:
                 raise ValueError(f"the sizes of {place} are not known before it is here; known: {', '.join(PRESETS)}")
         pipe = WanPipeline(open_checkpoint(path or model, {**places.parts, **parts}), **given)
-        found = pipe.plan(_asked_of(pipe.preset, pipe.config, pipe.geometry, pipe.checkpoint, asked), measure, kept)
+        pipe.tiny_vae = tiny and published_taehv(pipe.checkpoint) is not None
+        request = _asked_of(pipe.preset, pipe.config, pipe.geometry, pipe.checkpoint, asked, draft)
+        found = pipe.plan(request, measure, kept)
     without = [str(lora) for place, (lora, _) in zip(found_loras, places.loras, strict=True) if place is None]
     return replace(found, without=tuple(without))
 
@@ -365,15 +374,16 @@ def _plan_of_released(
     check_task(checkpoint.path, nets.transformer, preset, given)
     configs = {part.name: part.config for part in nets.parts}
     check_sizes([(part, configs[part.name]) for part in checkpoint.parts if part.name in configs])
-    request = _asked_of(preset, nets.transformer, nets.geometry, checkpoint, asked)
+    request = _asked_of(preset, nets.transformer, nets.geometry, checkpoint, asked, given["draft"])
     tiling = parse_tiling(given["vae_tiling"])
-    wanted = Wanted(preset.name, request, given["quantize"], given["memory"], tiling, kept)
+    wanted = Wanted(preset.name, request, given["quantize"], given["memory"], tiling, kept, given["tiny_vae"])
     return plan_video(wanted, sizes, measure)
 
 
 def _asked_of(
-    preset: Preset, config: TransformerConfig, geometry: Geometry, checkpoint: Checkpoint, asked: dict[str, Any]
-) -> Request:
+    preset: Preset, config: TransformerConfig, geometry: Geometry, checkpoint: Checkpoint, asked: dict[str, Any],
+    draft: bool,
+) -> Request:  # fmt: skip
     """The request of a plan, whose text does not matter."""
     experts = len(checkpoint.of_kind("transformer"))
-    return build_request(preset, config, geometry, "a video", experts, planned=True, **asked)
+    return build_request(preset, config, geometry, "a video", experts, planned=True, draft=draft, **asked)

@@ -230,7 +230,8 @@ RECIPES: dict[str, Recipe] = {
 def scheduler_for(request: Request) -> Scheduler:
     """The solver of a request, on its sigma grid."""
     steps, grid = request.steps, RECIPES[request.recipe].grid if request.recipe else None
-    return SOLVERS[request.solver](steps, request.shift, grid and grid(steps), request.seed, request.begin)
+    solver = SOLVERS[request.solver]
+    return solver(steps, request.shift, grid and grid(steps), request.seed, request.begin, request.noise_size)
 
 
 def timesteps_of(request: Request) -> list[float]:

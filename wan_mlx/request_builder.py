@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from .tasks import fit_sources
 from .types import Request
 
 MAX_RANDOM_SEED = 2**31
+FEWEST_OF_DRAFT = 8  # steps, if the video has as many
 OF_RECIPE = ("steps", "guidance_scale", "shift", "solver", "phases")  # options that a recipe sets
 DEFAULT_STRENGTH = 0.7  # of video to video
 
@@ -32,6 +34,7 @@ def build_request(
     prompt: str,
     experts: int = 1,
     planned: bool = False,
+    draft: bool = False,
     **given: Any,
 ) -> Request:
     """Fill in the preset's defaults and check every value.
@@ -43,6 +46,7 @@ def build_request(
         prompt: may be empty only where it can be written out of a picture.
         experts: the number of the model's transformers.
         planned: for a plan, where all sources may be missing.
+        draft: for a draft: half as wide and high, in a quarter of the steps.
         given: of `options.RequestOptions`; None is as if it were left out.
 
     Raises:
@@ -77,6 +81,9 @@ def build_request(
     values["guidance_scale"] = _guidance(values["guidance_scale"], experts)
     values["phases"] = ",".join(map(str, read_phases(values["phases"]))) or None
     request = Request(**values, geometry=geometry)
+    full_steps = request.steps
+    if draft and request.recipe is None:
+        request = replace(request, steps=min(full_steps, max(FEWEST_OF_DRAFT, math.ceil(full_steps / 4))))
     check_request(request, may_be_empty=preset.cinematic and request.image is not None)
     check_guidance(request, config.num_layers)
     check_phases(request, experts)
@@ -84,7 +91,7 @@ def build_request(
     request = fit_sources(request, preset, planned)
     if request.interpolate and request.num_frames == 1:
         raise ValueError("one frame has none between; leave out fps and interpolate, or make a video")
-    return request
+    return halved(request, full_steps) if draft else request
 
 
 def _rate(model_fps: int, fps: int | None, interpolate: str | Path | None) -> tuple[int, str | None]:
@@ -102,6 +109,20 @@ def _rate(model_fps: int, fps: int | None, interpolate: str | Path | None) -> tu
         raise ValueError(f"fps is {fps}, the model's own, so that interpolate adds nothing; leave out one "
                          f"of the two; nearest: {2 * fps}")  # fmt: skip
     return fps, str(interpolate or "rife") if fps > model_fps else None
+
+
+def halved(request: Request, steps: int) -> Request:
+    """The draft of a video of so many ``steps``: of half its width and height, or a little less where that is no size.
+
+    Raises:
+        ValueError: nothing would be left.
+    """
+    width, height, side = request.width, request.height, request.geometry.side
+    half = width // 2 // side * side, height // 2 // side * side
+    if not all(half):
+        raise ValueError(f"a draft is half as wide and high as its video, which is {width}x{height}, expected at least "
+                         f"{2 * side}x{2 * side}")  # fmt: skip
+    return replace(request, width=half[0], height=half[1], draft_of=(width, height, steps))
 
 
 def size_of(

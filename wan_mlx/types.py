@@ -63,7 +63,7 @@ class Request:
     second: the model makes ``model_fps``, and what ``interpolate`` names makes those between. Sources are None where
     the task has no use for them. ``original_prompt`` is the user's own where ``prompt`` was written out by the language
     model ``extended_by``. ``source_sizes`` are the (width, height) of the sources that are brought to the video's
-    size, by their fields' names.
+    size, by their fields' names. ``draft_of``: of a draft the width, height and steps of the video that it is for.
     """
 
     prompt: str
@@ -98,6 +98,7 @@ class Request:
     model_fps: int = 16
     original_prompt: str | None = None
     extended_by: str | None = None
+    draft_of: tuple[int, int, int] | None = None
     geometry: Geometry = WAN_2_1
     source_sizes: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False)
 
@@ -145,6 +146,13 @@ class Request:
     def frames_written(self) -> int:
         """How many frames the file has: those of the model, and those between them."""
         return (self.num_frames - 1) * self.fps // self.model_fps + 1
+
+    @property
+    def noise_size(self) -> tuple[int, int] | None:
+        """(h, w) of the latents whose noise a draft's is the coarse part of; None of others."""
+        if self.draft_of is None:
+            return None
+        return self.geometry.latent_shape(*self.draft_of[:2], self.num_frames)[1:]
 
     @property
     def steps_made(self) -> int:

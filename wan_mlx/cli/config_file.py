@@ -22,28 +22,47 @@ log = logging.getLogger(__name__)
 OF_RECIPE = ("steps", "guidance_scale", "shift", "solver", "phases")
 NOTES = ("checkpoint", "model_fps", "versions", "forwards", "tokens", "quantized", "original_prompt", "extended_by",
          "source_sha256")  # fmt: skip
+PUBLISHED_TAEHV = ("taew2_1.safetensors", "taew2_2.safetensors")  # which are fetched where none is given
 IN_MEMORY = re.compile(r", sha256 [0-9a-f]{64}$")  # as `types.describe_source` ends
 
 
-def config_arguments(path: Path, given: Mapping[str, Any]) -> list[str]:
+def config_arguments(path: Path, given: Mapping[str, Any], from_draft: bool = False) -> list[str]:
     """The settings of ``path`` as arguments, to be put before those of the command line.
 
     Args:
         path: a video, picture or .npz of ours, or a JSON object of settings or flags.
         given: the flags that the command line gives.
+        from_draft: it is a draft, and the settings are to be of the video that it is for.
 
     Raises:
         UsageError: it cannot be read, or holds a key that no flag sets; names the nearest.
         ValueError: a video without settings.
     """
-    is_video = path.suffix.lower() != ".json"
+    is_video = from_draft or path.suffix.lower() != ".json"
     settings = _settings_of(path) if is_video else _read_json(path)
     if is_video and "prompt" not in settings:  # other programs write JSON into files, too
         raise UsageError(f"--config {path}: it was not made by wan_mlx; give the settings as flags, or in a .json file")
+    flag = "--from-draft" if from_draft else "--config"
+    if from_draft and not settings.get("draft_of"):
+        raise UsageError(f"{flag} {path}: it is no draft; --config {path} takes its settings as they are")
     try:
+        settings = of_draft(settings, full=from_draft)
         return arguments(as_options(obeyed(settings, given) if is_video else settings, path, given))
     except UsageError as error:
-        raise UsageError(f"--config {path}: {error}") from error
+        raise UsageError(f"{flag} {path}: {error}") from error
+
+
+def of_draft(settings: Mapping[str, Any], full: bool) -> dict[str, Any]:
+    """A draft's settings as they were asked for: with the size and steps of the video that it is for, and, unless that
+    is wanted in ``full``, ``draft``."""
+    found = dict(settings)
+    if of := found.pop("draft_of", None):
+        found["width"], found["height"], found["steps"] = of
+        tiny = found.pop("tiny_vae", None)
+        found.pop("draft", None)
+        if not full:
+            found |= {"draft": True} | ({"tiny_vae": tiny} if tiny else {})
+    return found
 
 
 def _settings_of(path: Path) -> dict[str, Any]:
@@ -131,10 +150,13 @@ def as_options(settings: Mapping[str, Any], path: Path, given: Mapping[str, Any]
                 names = ", ".join(f"{lora['file']} at {lora['strength']}" for lora in loras)
                 flag = options.named(key).flags[0]
                 raise UsageError(f"it was made with {names}; give it with {flag} FILE:STRENGTH")
-    if isinstance(draft := found.get("draft"), str):
-        if "taehv" not in given:
-            raise UsageError(f"it is a draft by {draft}; give that with --taehv")
-        found["draft"] = True
+    if isinstance(of_earlier := found.get("draft"), str):  # of earlier versions: decoded by this file
+        found["tiny_vae"] = of_earlier
+        del found["draft"]
+    if isinstance(tiny := found.get("tiny_vae"), str):
+        if "taehv" not in given and tiny not in PUBLISHED_TAEHV:
+            raise UsageError(f"it was decoded by {tiny}; give that with --taehv")
+        found["tiny_vae"] = True
     return found
 
 

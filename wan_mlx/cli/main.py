@@ -98,4 +98,8 @@ def with_stdin(argv: list[str]) -> list[str]:
 def with_config(argv: list[str]) -> list[str]:
     """The command line with the settings of ``--config FILE`` before it, so that its own flags win."""
     given = given_flags(argv)
+    if "config" in given and "from_draft" in given:
+        raise UsageError("--config and --from-draft both take settings from a file; give one of them")
+    if "from_draft" in given:
+        return [*config_arguments(Path(given["from_draft"]), given, from_draft=True), *argv]
     return [*config_arguments(Path(given["config"]), given), *argv] if "config" in given else argv

@@ -77,6 +77,9 @@ def describe(pipe: OpenedModel, request: Request, say: Terminal, outputs: Mappin
         say.note(f"smooth    {made} frames at {request.fps} fps, those between by {request.interpolate}")
     say.note(f"sampling  {request.solver}, {request.steps} steps, shift {request.shift:g}, guidance {guidance}, "
              f"seed{'s' * (len(outputs) > 1)} {some([*map(str, outputs.values())])}")  # fmt: skip
+    if request.draft_of:
+        width, height, steps = request.draft_of
+        say.note(f"draft     of {width}x{height} in {steps} steps; --from-draft FILE makes that")
     for line in extras(request, pipe.preset.name, pipe.switch(request)):
         say.note(line)
     if request.video is not None:
@@ -133,8 +136,8 @@ def tell_watching(pipe: OpenedModel, previews: PreviewFiles | None, say: Termina
     if previews:
         often = f"every {previews.every} steps" if previews.every > 1 else "every step"
         say.note(f"preview   {previews.path}, {previews.sheet}, after {often}{' by TAEHV' if pipe.taehv else ''}")
-    if pipe.draft and pipe.taehv:
-        say.note(f"draft     decoded by {pipe.taehv.name} instead of the VAE")
+    if pipe.tiny_vae and pipe.taehv:
+        say.note(f"decoding  by {pipe.taehv.name} instead of the VAE")
 
 
 def origins(pipe: OpenedModel) -> list[str]:

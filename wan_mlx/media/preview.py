@@ -155,17 +155,27 @@ def _is_preview(path: Path) -> bool:
         return False
 
 
-def tiny_autoencoder(checkpoint: Checkpoint, path: str | Path | None, draft: bool) -> TAEHV | None:
+PUBLISHED_AT = "lightx2v/Autoencoders"
+
+
+def published_taehv(checkpoint: Checkpoint) -> str | None:
+    """The file on a hub of the TAEHV for a model's latents; None if there is none."""
+    vae = config_of(checkpoint, "vae")
+    known = {"taew2_1": VAEConfig(), "taew2_2": VAE22Config()}
+    return next((f"{PUBLISHED_AT}:{name}.safetensors" for name, of in known.items() if is_same_space(vae, of)), None)
+
+
+def tiny_autoencoder(checkpoint: Checkpoint, path: str | Path | None, needed: bool) -> TAEHV | None:
     """TAEHV, small enough to stay loaded; None without ``path``.
 
     Raises:
-        ValueError: it is not for this model's latents, or a draft needs it and there is no ``path``.
+        ValueError: it is not for this model's latents, or it is ``needed`` and there is no ``path``.
         WeightsError: the file is not TAEHV.
     """
     if path is None:
-        if draft:
-            raise ValueError("draft needs TAEHV's weights; give taew2_1.pth (of TI2V-5B taew2_2.pth) of "
-                             "github.com/madebyollin/taehv as taehv")  # fmt: skip
+        if needed:
+            raise ValueError(f"tiny_vae is TAEHV, which is for the latents of Wan's VAEs, and {checkpoint.path} has "
+                             "others; leave it out")  # fmt: skip
         return None
     found, vae = load_taehv(path), config_of(checkpoint, "vae")
     new = found.config.z_dim == VAE22Config().z_dim

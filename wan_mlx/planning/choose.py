@@ -18,6 +18,7 @@ from ..caching import StepCache, make_cache
 from ..geometry import WAN_2_1, Geometry
 from ..guidance import Guidance
 from ..models.execution import TOKENS_AT_ONCE
+from ..models.taehv import TAEHVConfig
 from ..models.vae_tiling import SMALLEST_TILE
 from ..recipes import phase_of, timesteps_of
 from ..tasks import TASKS
@@ -48,6 +49,7 @@ class Wanted:
         request: the video; its text does not matter.
         quantize, memory, vae_tiling: as for `WanPipeline.from_pretrained`.
         kept: whether transformer and VAE stay loaded from one video to the next.
+        tiny_vae: whether TAEHV decodes in the VAE's place.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Wanted:
     memory: str | int | None = None
     vae_tiling: str | tuple[int, int] | None = None
     kept: bool = False
+    tiny_vae: bool = False
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -155,6 +158,10 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     how += f", {tokens_at_once} tokens" * (tokens_at_once != TOKENS_AT_ONCE)
     rows.append(Row("denoise", how, denoise(step, all_stay), sum(parts.values()), reads, parts["self attention"]))
     decode_tile, row = vae("decode", [request.latent_shape], decoding=True)
+    if wanted.tiny_vae:
+        tiny = TAEHVConfig(z_dim=nets.vae.z_dim, patch=nets.vae.patch)
+        decode_tile, peak = None, peaks.tiny(tiny, request.latent_shape) + held
+        row = Row("decode", "by TAEHV", peak, work.tiny_flop(tiny, request.latent_shape), peaks.TINY_WEIGHTS)
     if added:
         flop = row.flop + added * work.rife_flop(request.width, request.height)
         row = replace(row, how=f"{row.how}, {request.fps} fps", flop=flop)

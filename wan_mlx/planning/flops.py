@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from ..models.rife import FEATURES, FLOW, MASK, STATE, RIFEConfig, padded
+from ..models.taehv import TAEHVConfig
 
 IMAGE_TOKENS = 257  # CLIP's tokens for each image
 
@@ -70,6 +71,20 @@ def frames_at(config: VAEConfig, latent_frames: int, stage: int, decoding: bool)
     """Number of video frames that a stage computes."""
     doublings = config.temporal_downsample[::-1][:stage] if decoding else config.temporal_downsample[stage:]
     return (latent_frames - 1) * 2 ** sum(doublings) + 1
+
+
+def tiny_flop(config: TAEHVConfig, latent_shape: tuple[int, int, int]) -> float:
+    """FLOP of decoding latents (t, h, w) by TAEHV."""
+    t, h, w = latent_shape
+    frames, pixels = t, h * w
+    flop = t * pixels * 18.0 * config.z_dim * config.widths[0]
+    for width, after, grow in zip(config.widths, config.widths[1:], config.grows, strict=False):
+        flop += frames * pixels * 3 * 72.0 * width**2  # three blocks of three convolutions, the first of two frames
+        pixels *= 4
+        flop += frames * pixels * 2.0 * grow * width**2
+        frames *= grow
+        flop += frames * pixels * 18.0 * width * after
+    return flop + frames * pixels * 18.0 * config.widths[-1] * 3 * config.patch**2
 
 
 def vae_flop(config: VAEConfig, latent_shape: tuple[int, int, int], decoding: bool) -> float:

@@ -32,6 +32,7 @@ from ..models.execution import (
 )
 from ..models.networks import new_network
 from ..models.rife import CHANNELS_ALIVE, RIFE, padded
+from ..models.taehv import TAEHVConfig
 from ..models.vae_execution import (
     DECODE_FRAMES,
     DEFERRED,
@@ -52,6 +53,10 @@ LATENTS_ALIVE = 10
 # Allocated by the GPU backend itself.
 GPU_OVERHEAD = 40_000_000
 ITEMSIZE = 4  # of the VAE, which computes in float32
+# TAEHV: arrays alive at once as large as a latent frame's frames in the last stage. Measured on a CPU, where MLX
+# unfolds what a convolution reads; elsewhere counted, not measured.
+TINY_ALIVE, TINY_ALIVE_CPU = 12, 38
+TINY_WEIGHTS = 50_000_000
 Shape = tuple[int, int, int]  # (t, h, w) of latents
 Tile = tuple[int, int] | None  # (width, height) in pixels
 
@@ -197,6 +202,12 @@ def winograd_scratch(frames: int, height: int, width: int, into: int, out: int) 
     rows, columns = math.ceil(height / 6), math.ceil(width / 6)
     padded = frames * (6 * rows + 2) * (6 * columns + 2) * into
     return 3 * ITEMSIZE * (padded + 64 * (frames * rows * columns * (into + out) + into * out))
+
+
+def tiny(config: TAEHVConfig, latent_shape: Shape) -> int:
+    """TAEHV's weights, and the arrays of one latent frame that it decodes."""
+    pixels = math.prod(latent_shape[1:]) * 4 ** (len(config.widths) - 1) * math.prod(config.grows)
+    return TINY_WEIGHTS + (TINY_ALIVE_CPU if on_cpu() else TINY_ALIVE) * pixels * config.widths[-1] * 4 + overhead()
 
 
 def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> int:

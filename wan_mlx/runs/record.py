@@ -169,10 +169,10 @@ def check_identity(record: Mapping[str, Any], pipe: OpenedModel, folder: RunFold
 def _weights(pipe: OpenedModel, interpolate: str | None) -> dict[str, Path]:
     """Every file that the run reads weights from."""
     between = {"interpolate": pipe.interpolator(interpolate)} if interpolate else {}
-    draft = {"taehv": pipe.taehv} if pipe.draft and pipe.taehv else {}
+    tiny = {"taehv": pipe.taehv} if pipe.tiny_vae and pipe.taehv else {}
     loras = [*pipe.loras, *(lora for part in pipe.checkpoint.parts for lora in part.loras)]
     indexed = {f"lora {i}": path for i, (path, _) in enumerate(loras)}
-    return {**pipe.checkpoint.files, **indexed, **draft, **between}
+    return {**pipe.checkpoint.files, **indexed, **tiny, **between}
 
 
 def normal(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class Run:
     def stops_soon(self) -> bool:
         """Whether `stop` would be heard soon: in the midst of steps or decoded frames, not while weights are read, nor
         where a video is decoded in tiles, whose frames all come at the end."""
-        whole = self.pipe.draft or self.pipe.tile_of("decode_tile") is None
+        whole = self.pipe.tiny_vae or self.pipe.tile_of("decode_tile") is None
         return self.stage == "denoise" or (self.stage == "decode" and whole)
 
     @yields_computed

@@ -96,6 +96,7 @@ class Scheduler:
         steps, shift: of the grid.
         grid: another grid, with its own steps and shift; the arguments ``steps`` and ``shift`` are then ignored.
         seed: for solvers that draw noise in each step.
+        noise_size: (h, w) of a larger video, of whose noise the drawn one is the coarse part; for a draft.
         begin: number of first steps to skip, for a sample that is already less noisy. Index 0 is then the grid's step
             ``begin``, taken at first order like every start.
 
@@ -109,12 +110,20 @@ class Scheduler:
     # name of each array that later steps need → the first step that needs it
     history_from: Mapping[str, int] = {}
 
-    def __init__(self, steps: int, shift: float, grid: Grid | None = None, seed: int = 0, begin: int = 0):
+    def __init__(
+        self,
+        steps: int,
+        shift: float,
+        grid: Grid | None = None,
+        seed: int = 0,
+        begin: int = 0,
+        noise_size: tuple[int, int] | None = None,
+    ):
         grid = grid or Grid.even(steps, shift, self.sigma_max)
         if not 0 <= begin < len(grid.timesteps):
             raise ValueError(f"sampling begins at step {begin} of {steps}, expected 0 to {steps - 1}")
         self.sigmas, self.timesteps = grid.sigmas[begin:], grid.timesteps[begin:]
-        self.seed, self.begin = seed, begin
+        self.seed, self.begin, self.noise_size = seed, begin, noise_size
         self.denoised: mx.array
         self.history: dict[str, mx.array] = {}
 

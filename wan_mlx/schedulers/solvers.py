@@ -38,7 +38,7 @@ class DMD(Scheduler):
         if sigma == 0:
             return x0
         _, frames, height, width, channels = sample.shape
-        noise = latent_noise((frames, height, width), channels, self.seed, earlier=index + 1)
+        noise = latent_noise((frames, height, width), channels, self.seed, index + 1, self.noise_size)
         return (1 - sigma) * x0 + sigma * noise
 
 

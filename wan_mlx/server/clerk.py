@@ -258,7 +258,7 @@ def wishes(made: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 def _is_place(name: str) -> bool:
     option = next((option for option in options.flags() if option.name == name), None)
-    return option is not None and bool(option.place) and name != "model" or name == "draft"
+    return option is not None and bool(option.place) and name != "model" or name in ("draft", "tiny_vae")
 
 
 def poster(source: str, output: str) -> Answer:

@@ -142,7 +142,7 @@ class Worker:
 
     def _keep_if_free(self, pipe: WanPipeline, request: Request) -> None:
         """Let the model stay loaded after this video, if that makes the video neither slower nor other."""
-        wanted = Wanted(pipe.preset.name, request, pipe.quantize, pipe.memory, pipe.vae_tiling)
+        wanted = Wanted(pipe.preset.name, request, pipe.quantize, pipe.memory, pipe.vae_tiling, tiny_vae=pipe.tiny_vae)
         alone, kept = (plan_video(replace(wanted, kept=kept), pipe.sizes) for kept in (False, True))
         is_free = kept.fits and all(getattr(kept, name) == getattr(alone, name) for name in PIECES)
         if is_free and not self._keeps:

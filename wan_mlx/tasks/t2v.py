@@ -50,7 +50,9 @@ def condition(request: Request, encoders: Encoders, extra_latents: int = 0) -> C
     t, h, w = request.latent_shape
     source_latents, remade = _source(request, encoders)
     return Conditioning(
-        noise=latent_noise((t + extra_latents, h, w), encoders.latent_channels, request.seed),
+        noise=latent_noise(
+            (t + extra_latents, h, w), encoders.latent_channels, request.seed, of=request.noise_size
+        ),
         context=context,
         negative_context=negative[0] if negative else None,
         source_latents=source_latents,
