@@ -77,9 +77,9 @@ COMMANDS: dict[str, str | tuple[str, ...]] = {
     **{f"solver {name}": f"{T2V} --solver {name}" for name in ("dpm++", "euler", "dmd")},
     "solver unipc 7 float32": f"{T2V} --steps 7 {F32}",
     "solver dpm++ 7 float32": f"{T2V} --solver dpm++ --steps 7 {F32}",
-    "recipe lightx2v-4step": f"{T2V_FREE} --recipe lightx2v-4step",
+    "recipe lightx2v-4step": f"{T2V_FREE} --task t2v-14B --recipe lightx2v-4step",
     "recipe fastwan-3step": f"{T2V_FREE} --recipe fastwan-3step",
-    "recipe causvid": f"{T2V_FREE} --recipe causvid --steps 4",
+    "recipe causvid": f"{T2V_FREE} --task t2v-14B --recipe causvid --steps 4",
     "recipe rcm float32": f"{T2V_FREE} --recipe rcm --steps 3 {F32}",
     # Guidance.
     "guidance off": f"{T2V} --guidance 1",
