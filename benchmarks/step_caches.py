@@ -1,5 +1,8 @@
 """What a step cache saves and what it costs: forwards computed, seconds, and PSNR against the run without.
 
+Seconds are those of denoising and, in brackets, those of all processor cores for whole runs, which other programs on the
+machine disturb less.
+
     python benchmarks/step_caches.py nano --calibrate
     python benchmarks/step_caches.py FOLDER --json step_caches.json
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 from speed import machine
@@ -113,7 +117,7 @@ def available(pipe: WanPipeline, options: dict) -> list[str]:
 
 def runs(pipe: WanPipeline, cache: str, prompts: list[str], seeds: range, options: dict) -> dict:
     """Frames, and totals over prompts and seeds."""
-    frames, seconds, computed, asked = [], 0.0, 0, 0
+    frames, seconds, computed, asked, begun = [], 0.0, 0, 0, time.process_time()
     if cache.startswith(FEWER):
         cache, options = "none", {**options, "steps": int(cache.removeprefix(FEWER))}
     for prompt in prompts:
@@ -124,7 +128,9 @@ def runs(pipe: WanPipeline, cache: str, prompts: list[str], seeds: range, option
             forwards = video.settings["forwards"]
             computed, asked = computed + forwards[0], asked + forwards[1]
     count = len(frames)
-    return {"frames": frames, "seconds": seconds / count, "computed": computed / count, "forwards": asked / count}
+    cores = (time.process_time() - begun) / count
+    return {"frames": frames, "seconds": seconds / count, "of_cores": cores, "computed": computed / count,
+            "forwards": asked / count}  # fmt: skip
 
 
 def main() -> None:
@@ -160,11 +166,12 @@ def main() -> None:
                 "computed": got["computed"],
                 "forwards": got["forwards"],
                 "seconds": got["seconds"],
+                "of_cores": got["of_cores"],
                 "speedup": full["seconds"] / got["seconds"],
                 "psnr": psnr(full["frames"], got["frames"]),
             }
             rows.append(row)
-            print("{cache:<26}{computed:6g} of {forwards:<6g}{seconds:9.2f} s{speedup:8.2f}x{psnr:9.2f} dB"
+            print("{cache:<26}{computed:6g} of {forwards:<6g}{seconds:9.2f} s{speedup:8.2f}x ({of_cores:.1f} s){psnr:9.2f} dB"
                   .format(**row), flush=True)  # fmt: skip
     if args.json:
         request = pipe.request(prompts[0], **options)
