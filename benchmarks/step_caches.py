@@ -1,7 +1,7 @@
 """What a step cache saves and what it costs: forwards computed, seconds, and PSNR against the run without.
 
-Seconds are those of denoising and, in brackets, those of all processor cores for whole runs, which other programs on the
-machine disturb less.
+Seconds are those of denoising and, in brackets, those of all processor cores for whole runs, which other programs on
+the machine disturb less.
 
     python benchmarks/step_caches.py nano --calibrate
     python benchmarks/step_caches.py FOLDER --json step_caches.json
@@ -171,8 +171,8 @@ def main() -> None:
                 "psnr": psnr(full["frames"], got["frames"]),
             }
             rows.append(row)
-            print("{cache:<26}{computed:6g} of {forwards:<6g}{seconds:9.2f} s{speedup:8.2f}x ({of_cores:.1f} s){psnr:9.2f} dB"
-                  .format(**row), flush=True)  # fmt: skip
+            print("{cache:<26}{computed:6g} of {forwards:<6g}{seconds:9.2f} s{speedup:8.2f}x ({of_cores:.1f} s)"
+                  "{psnr:9.2f} dB".format(**row), flush=True)  # fmt: skip
     if args.json:
         request = pipe.request(prompts[0], **options)
         size = {"width": request.width, "height": request.height, "frames": request.num_frames, "steps": request.steps}
