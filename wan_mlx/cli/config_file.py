@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 # Options that a recipe sets, and notes on a run that are no options.
 OF_RECIPE = ("steps", "guidance_scale", "shift", "solver", "phases")
 NOTES = ("checkpoint", "model_fps", "versions", "forwards", "tokens", "quantized", "original_prompt", "extended_by",
-         "source_sha256")  # fmt: skip
+         "source_sha256", "draft_of")  # fmt: skip
 PUBLISHED_TAEHV = ("taew2_1.safetensors", "taew2_2.safetensors")  # which are fetched where none is given
 IN_MEMORY = re.compile(r", sha256 [0-9a-f]{64}$")  # as `types.describe_source` ends
 
