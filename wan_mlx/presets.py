@@ -105,6 +105,7 @@ _T2V_1_3B = TransformerConfig()
 _T2V_14B = TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 _I2V_14B = replace(_T2V_14B, model_type="i2v", in_dim=36)
 _I2V_A14B = replace(_I2V_14B, image_dim=None)
+_VACE_14B = replace(_T2V_14B, model_type="vace", vace_layers=tuple(range(0, 40, 5)))
 _NANO = TransformerConfig(dim=256, ffn_dim=640, num_heads=2, num_layers=6, text_dim=128)
 _TI2V_5B = TransformerConfig("ti2v", 3072, 14336, 24, 30, in_dim=48, out_dim=48)
 _720P = (1280, 720)
@@ -186,7 +187,7 @@ _RELEASED = (
     ),
     Preset(
         "vace-14B", "vace", "Wan-AI/Wan2.1-VACE-14B",
-        replace(_T2V_14B, model_type="vace", vace_layers=tuple(range(0, 40, 5))), 17_337_592_896, _720P, **_OF_VACE,
+        _VACE_14B, 17_337_592_896, _720P, **_OF_VACE,
         diffusers="Wan-AI/Wan2.1-VACE-14B-diffusers", comfyui="wan2.1_vace_14B_fp16.safetensors",
         gguf="QuantStack/Wan2.1_14B_VACE-GGUF",
     ),
@@ -207,6 +208,13 @@ _RELEASED = (
         cinematic=True,
         diffusers="Wan-AI/Wan2.2-TI2V-5B-Diffusers", gguf="QuantStack/Wan2.2-TI2V-5B-GGUF",
         comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_ti2v_5B_fp16.safetensors",
+    ),
+    # Alibaba PAI's, made from Wan2.2; constants follow the configurations and examples of its repository VideoX-Fun.
+    Preset(
+        "vace-fun-A14B", "vace", "alibaba-pai/Wan2.2-VACE-Fun-A14B", _VACE_14B, 17_337_592_896,
+        sampling=Sampling(shift=12.0), boundary=0.875, cinematic=True,
+        diffusers="linoyts/Wan2.2-VACE-Fun-14B-diffusers", gguf="QuantStack/Wan2.2-VACE-Fun-A14B-GGUF",
+        comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_fun_vace_high_noise_14B_bf16.safetensors",
     ),
 )  # fmt: skip
 PRESETS = {preset.name: preset for preset in _RELEASED}
