@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -109,9 +110,10 @@ def with_condition(model: Model, conditioning: Conditioning) -> Model:
     """The model with the constant inputs filled in: (latents, timestep, context) → velocity."""
     if conditioning.vace_context is not None:
         return partial(model, vace_context=conditioning.vace_context, vace_scale=conditioning.context_scale)
+    given: dict[str, Any] = {name: getattr(conditioning, name) for name in ("condition", "image_features", "reference")}
     if conditioning.first_latents is not None:
-        return partial(model, clean_frames=conditioning.first_latents.shape[1])
-    return partial(model, condition=conditioning.condition, image_features=conditioning.image_features)
+        given["clean_frames"] = conditioning.first_latents.shape[1]
+    return partial(model, **given)
 
 
 def step_of(

@@ -101,14 +101,19 @@ def with_experts(
 def check_task(path: Path, config: TransformerConfig, preset: Preset, given: Mapping[str, Any]) -> None:
     """Raise ValueError if a model, found at ``path``, is not one for the task of ``preset``, or reads no images and was
     ``given`` an encoder for them."""
-    if preset.task != config.model_type:
+    if preset.transformer.kind != config.kind:
         raise ValueError(
-            f"{path} holds a {config.model_type} model, but the task {preset.name} needs a {preset.task} model"
+            f"{path} holds {_described(config)}, but the task {preset.name} needs {_described(preset.transformer)}"
         )
     if preset.task not in TASKS:
         raise ValueError(f"{preset.task} models are not supported yet; supported: {', '.join(TASKS)}")
     if given["image_encoder"] and not config.has_image_branch:
         raise ValueError(f"image_encoder was given to a {preset.task} model, which reads no images with it")
+
+
+def _described(config: TransformerConfig) -> str:
+    clip = ", with CLIP" if config.has_image_branch else ""
+    return f"a {config.model_type} model of {config.out_dim} latent channels{clip}"
 
 
 class OpenedModel:

@@ -17,8 +17,8 @@ from .errors import UnsupportedModel
 
 # Kind of file → the advice in its refusal.
 ADVICE = {
-    "transformer": "supported are Wan2.1's T2V, I2V, FLF2V and VACE models, and Wan2.2's T2V-A14B, I2V-A14B and "
-    "TI2V-5B",
+    "transformer": "supported are Wan2.1's T2V, I2V, FLF2V and VACE models, Wan2.2's T2V-A14B, I2V-A14B and TI2V-5B, "
+    "and the VACE-Fun, Fun-InP and Fun-Control made from them",
     "addition": "of additions to a model only LoRAs are supported",
     "text_encoder": "Wan's is umT5-XXL, such as umt5_xxl_fp16.safetensors",
     "vae": "take Wan2.1's, wan_2.1_vae.safetensors, or for TI2V-5B Wan2.2's, wan2.2_vae.safetensors",
@@ -38,8 +38,8 @@ SOURCES = {
     "thedenk": "TheDenk/wan2.2-controlnet, the class WanControlnet",
 }
 # Prefixes of keys, by tool.
-# In names: "fun", and what stands between it and the model's kind.
-_FUN = r"(?<![a-z])fun[-_](?:v?[\d.]+b?[-_]|a14b[-_]|vace[-_])*"
+# In names of models made from Wan2.1: "fun", and what stands between it and the model's kind.
+_FUN = r"(?<![a-z])(?<!2[._]2[-_])fun[-_](?:v?[\d.]+b?[-_]|a14b[-_]|vace[-_])*"
 _PREFIX = re.compile(r"(?:(?:model\.)?diffusion_model|model|transformer|net|vae|first_stage_model)\.")
 
 
@@ -148,18 +148,18 @@ OTHER_MODELS = (
         "a camera model of Fun (Control-Camera)", "transformer", "comfy, diffsynth",
         keys=("control_adapter.conv.weight",),
         lora="control_adapter_",
-        names=_FUN + r"(?:control[-_])?camera",
+        names=r"(?<![a-z])fun[-_](?:v?[\d.]+b?[-_]|a14b[-_])*(?:control[-_])?camera",
     ),
     OtherModel(
         "Wan-Dancer", "transformer", "comfy",
         keys=("patch_embedding_global.weight head.modulation",),
     ),
     OtherModel(
-        "a Fun-Control model", "transformer", "comfy, diffsynth",
-        keys=("ref_conv.weight head.modulation",),
-        lora="ref_conv",
+        "a Fun-Control model of Wan2.1", "transformer", "comfy, diffsynth",
+        keys=("ref_conv.weight img_emb.proj.1.weight head.modulation",),
         names=_FUN + "control",
     ),
+    OtherModel("a Fun-Control model", "transformer", "comfy, diffsynth", lora="ref_conv"),
     OtherModel(
         "Lucy Edit, made from Wan2.2 TI2V-5B", "transformer", "wan2gp",
         sizes=dict(in_dim=96, out_dim=48),
@@ -167,9 +167,6 @@ OTHER_MODELS = (
     ),
     OtherModel(  # with other channels than TI2V-5B
         "a model made from Wan2.2 TI2V-5B", "transformer", "official", sizes=dict(out_dim=48)
-    ),
-    OtherModel(
-        "Wan2.2 Fun-A14B-Control", "transformer", "diffsynth", sizes=dict(model_type="t2v", in_dim=52, out_dim=16)
     ),
     # Made from Wan2.1.
     OtherModel(
@@ -368,7 +365,7 @@ OTHER_MODELS = (
             ("ATI", "kijai", r"wan[-_.\w]*[-_]ati[-_]"),
             ("Krea Realtime", "diffsynth", r"krea[-_]realtime"),
             ("Bernini", "wan2gp", "bernini"),
-            ("Fun-InP", "diffsynth", _FUN + "inp(?![a-z])"),
+            ("Fun-InP of Wan2.1", "diffsynth", _FUN + "inp(?![a-z])"),
         )
     ),
 )  # fmt: skip

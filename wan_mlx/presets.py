@@ -22,7 +22,8 @@ NEGATIVE_PROMPT = (
 )
 # Tasks for people.
 TASK_NAMES = dict(t2v="text to video", i2v="image to video", flf2v="first and last frame", vace="editing (VACE)",
-                  ti2v="text or image to video")  # fmt: skip
+                  ti2v="text or image to video", inp="start and end frame (Fun-InP)",
+                  control="control video (Fun-Control)")  # fmt: skip
 # Models that come with the package: name → folder.
 BUNDLED = {name: Path(__file__).parent / "assets" / name for name in ("nano", "nano-i2v")}
 CAMERA_SHAKE = "镜头晃动，"
@@ -127,6 +128,8 @@ _OF_I2V: dict[str, Any] = dict(
     negative_prompt=CAMERA_SHAKE + NEGATIVE_PROMPT,
 )  # fmt: skip
 _OF_VACE: dict[str, Any] = dict(sampling=Sampling(shift=16.0))
+_OF_FUN: dict[str, Any] = dict(sampling=Sampling(guidance_scale=6.0), cinematic=True)
+_OF_FUN_5B: dict[str, Any] = dict(size=(1280, 704), num_frames=121, fps=24, vae=VAE22Config(), **_OF_FUN)
 
 # ComfyUI's single files, as names that ``--model`` takes: of each model a transformer, and these for all models.
 _COMFYUI = "Comfy-Org/Wan_2.1_ComfyUI_repackaged:split_files"
@@ -216,6 +219,29 @@ _RELEASED = (
         diffusers="linoyts/Wan2.2-VACE-Fun-14B-diffusers", gguf="QuantStack/Wan2.2-VACE-Fun-A14B-GGUF",
         comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_fun_vace_high_noise_14B_bf16.safetensors",
     ),
+    Preset(
+        "fun-A14B-InP", "inp", "alibaba-pai/Wan2.2-Fun-A14B-InP", _I2V_A14B, 14_288_901_184, boundary=0.9, **_OF_FUN,
+        gguf="QuantStack/Wan2.2-Fun-A14B-InP-GGUF",
+        comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_fun_inpaint_high_noise_14B_bf16.safetensors",
+    ),
+    Preset(
+        "fun-A14B-Control", "control", "alibaba-pai/Wan2.2-Fun-A14B-Control",
+        replace(_T2V_14B, model_type="control", in_dim=52, ref_dim=16), 14_289_561_664, boundary=0.9, **_OF_FUN,
+        gguf="QuantStack/Wan2.2-Fun-A14B-Control-GGUF",
+        comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_fun_control_high_noise_14B_bf16.safetensors",
+    ),
+    Preset(
+        "fun-5B-InP", "inp", "alibaba-pai/Wan2.2-Fun-5B-InP",
+        replace(_TI2V_5B, model_type="i2v", in_dim=100, image_dim=None), 5_000_426_688, **_OF_FUN_5B,
+        gguf="QuantStack/Wan2.2-Fun-5B-InP-GGUF",
+        comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_fun_inpaint_5B_bf16.safetensors",
+    ),
+    Preset(
+        "fun-5B-Control", "control", "alibaba-pai/Wan2.2-Fun-5B-Control",
+        replace(_TI2V_5B, model_type="control", in_dim=148, ref_dim=48), 5_001_609_408, **_OF_FUN_5B,
+        gguf="QuantStack/Wan2.2-Fun-5B-Control-GGUF",
+        comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_fun_control_5B_bf16.safetensors",
+    ),
 )  # fmt: skip
 PRESETS = {preset.name: preset for preset in _RELEASED}
 
@@ -243,7 +269,8 @@ def of_same_shapes(preset: Preset) -> list[Preset]:
 def preset_for(config: TransformerConfig, experts: int = 1) -> Preset:
     """The published model of the same kind, with as many transformers, whose width is nearest; of several, the first in
     `PRESETS`."""
-    same = [p for p in PRESETS.values() if p.repo and p.transformer.model_type == config.model_type]
+    same = [p for p in PRESETS.values() if p.repo and p.transformer.kind == config.kind]
+    same = same or [p for p in PRESETS.values() if p.repo and p.transformer.model_type == config.model_type]
     same = [p for p in same if p.experts == experts] or same
     return min(same, key=lambda preset: abs(preset.transformer.dim - config.dim))
 

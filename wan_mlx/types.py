@@ -188,9 +188,11 @@ class Conditioning:
         negative_context: likewise; None when guidance is off.
         source_latents: as ``noise``: the video to start from under this noise, if there is one.
         remade: bool (1, t or 1, h, w, 1): where that video is made anew; elsewhere it stays. None: everywhere.
-        first_latents: float32 (1, n, h, w, C), ti2v: the first latent frames, which are given and stay as they are.
-        condition: float32 (1, t, h, w, 4 + C), i2v and flf2v: a mask channel for each of a latent frame's frames, 1
-            where they are given, then latents.
+        first_latents: float32 (1, n, h, w, C), ti2v, and 5B's inp and control: the first latent frames, which are given
+            and stay as they are.
+        condition: float32 (1, t, h, w, 4 + C), i2v, flf2v and inp: a mask channel for each of a latent frame's frames,
+            1 where they are given, then latents; control: after C channels of the control video.
+        reference: float32 (1, 1, h, w, C), control: latents of the reference image.
         image_features: (N, 257, image_dim), CLIP features of the N given images.
         vace_context: float32 (1, t, h, w, 2C + 64), VACE: latents of the kept part, of the changed part, and the mask.
         context_scale: strength of VACE's hints.
@@ -204,6 +206,7 @@ class Conditioning:
     remade: mx.array | None = None
     first_latents: mx.array | None = None
     condition: mx.array | None = None
+    reference: mx.array | None = None
     image_features: mx.array | None = None
     vace_context: mx.array | None = None
     context_scale: float = 1.0

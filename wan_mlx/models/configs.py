@@ -13,8 +13,9 @@ TEXT_LEN = 512
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of the diffusion transformer. ``model_type`` is t2v, i2v, flf2v, vace or ti2v, as in config.json;
-    ``image_dim`` is the width of CLIP's features, None for Wan2.2's I2V-A14B, which reads none."""
+    """Sizes of the diffusion transformer. ``model_type`` is t2v, i2v, flf2v, vace, ti2v or control; ``image_dim`` is
+    the width of CLIP's features, None for Wan2.2's I2V-A14B, which reads none; ``ref_dim`` the channels of the latents
+    of Fun-Control's reference image, which no other model reads."""
 
     model_type: str = "t2v"
     dim: int = 1536
@@ -31,6 +32,7 @@ class TransformerConfig:
     image_dim: int | None = 1280
     vace_layers: tuple[int, ...] = ()
     vace_in_dim: int = 96
+    ref_dim: int | None = None
 
     @property
     def head_dim(self) -> int:
@@ -40,6 +42,11 @@ class TransformerConfig:
     def has_image_branch(self) -> bool:
         """Whether cross-attention also reads CLIP features (``k_img``, ``v_img``)."""
         return self.model_type in ("i2v", "flf2v") and self.image_dim is not None
+
+    @property
+    def kind(self) -> tuple[str, bool, int]:
+        """What models of one kind share, whatever their width: they take the same inputs."""
+        return self.model_type, self.has_image_branch, self.out_dim
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from .vae22 import VAE22
 
 TRANSFORMERS = {
     "t2v": Transformer, "i2v": Transformer, "flf2v": Transformer, "vace": VaceTransformer, "ti2v": Transformer,
+    "control": Transformer,
 }  # fmt: skip
 NETWORKS = {
     TextEncoderConfig: TextEncoder, VAEConfig: VAE, VAE22Config: VAE22, ImageEncoderConfig: ImageEncoder,

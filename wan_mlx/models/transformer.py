@@ -29,7 +29,7 @@ T = TypeVar("T")
 # Attributes that are lists of blocks, in all transformers.
 BLOCK_LISTS = ("blocks", "vace_blocks")
 # Parameters that stay float32 in any dtype: few bytes, and rounding them is visible.
-FLOAT32_PARAMETERS = r"(^|.*\.)(time_\w+|\w*patch_embedding|head|modulation|norm\w*|emb_pos)(\..*|$)"
+FLOAT32_PARAMETERS = r"(^|.*\.)(time_\w+|\w*patch_embedding|ref_conv|head|modulation|norm\w*|emb_pos)(\..*|$)"
 
 
 class Modulation(NamedTuple):
@@ -44,9 +44,9 @@ class Modulation(NamedTuple):
 
 
 class Clean(NamedTuple):
-    """The first tokens, where frames are given: they have no noise, so their timestep is 0."""
+    """The tokens of the first frames, where these are given: they have no noise, so their timestep is 0."""
 
-    tokens: int
+    tokens: slice  # without an end if these are the last ones
     time: mx.array  # as in `ForwardPass`, of timestep 0
     modulation: mx.array
 
@@ -101,8 +101,8 @@ class Block(nn.Module):
 
     def runs(self, modulation: mx.array, clean: Clean | None) -> Runs[Modulation]:
         """The time projection float32 (B, 6, D), and that of clean tokens → this block's modulation of each run."""
-        later = self.modulate(modulation)
-        return in_runs(later, clean and (clean.tokens, self.modulate(clean.modulation)))
+        others = self.modulate(modulation)
+        return in_runs(others, clean and (clean.tokens, self.modulate(clean.modulation)))
 
     def modulate(self, modulation: mx.array) -> Modulation:
         """The time projection float32 (B, 6, D) → this block's modulation."""
@@ -112,9 +112,13 @@ class Block(nn.Module):
         return Modulation(shift_attn, 1 + scale_attn, gate_attn, shift_ffn, 1 + scale_ffn, gate_ffn)
 
 
-def in_runs(later: T, first: tuple[int, T] | None) -> Runs[T]:
-    """All tokens, or the ``first`` so many and those after them."""
-    return [(slice(None), later)] if first is None else [(slice(first[0]), first[1]), (slice(first[0], None), later)]
+def in_runs(others: T, some: tuple[slice, T] | None) -> Runs[T]:
+    """All tokens, or ``some`` and those before and after them."""
+    if some is None:
+        return [(slice(None), others)]
+    start, stop = some[0].start, some[0].stop
+    before, after = [(slice(start), others)] * (start > 0), [(slice(stop, None), others)] * (stop is not None)
+    return [*before, some, *after]
 
 
 class Head(nn.Module):
@@ -197,6 +201,8 @@ class Transformer(nn.Module):
         self.head = Head(config)
         if config.has_image_branch:
             self.img_emb = ImageEmbedding(config)
+        if config.ref_dim is not None:
+            self.ref_conv = Linear(int(np.prod(config.patch_size)) * config.ref_dim, dim)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -235,6 +241,7 @@ class Transformer(nn.Module):
         condition: mx.array | None = None,
         image_features: mx.array | None = None,
         clean_frames: int = 0,
+        reference: mx.array | None = None,
     ) -> tuple[mx.array, ForwardPass]:
         """Everything before the blocks: tokens (B, L, D), and the values of this pass.
 
@@ -245,17 +252,25 @@ class Transformer(nn.Module):
             condition: (B, t, h, w, in_dim - out_dim), for image-conditioned models.
             image_features: CLIP features, for image-conditioned models.
             clean_frames: so many first latent frames are given, without noise: their timestep is 0 (Wan2.2 TI2V).
+            reference: (B, 1, h, w, ref_dim), for Fun-Control: latents of an image, whose tokens stand before the
+                video's as one more frame, and are left out of the velocity.
         """
-        self._check(latents, context, condition, image_features)
+        self._check(latents, context, condition, image_features, reference)
         if condition is not None:
             latents = mx.concatenate([latents, condition.astype(latents.dtype)], axis=-1)
         x, grid = self.patchify(latents, self.patch_embedding)
-        clean_tokens = clean_frames // self.config.patch_size[0] * math.prod(grid[1:])
-        time, modulation = self.times_of(timestep if clean_tokens < x.shape[1] else 0.0)
-        clean = Clean(clean_tokens, *self.times_of(0.0)) if 0 < clean_tokens < x.shape[1] else None
+        positions, first = grid, 0
+        if reference is not None:
+            before, (frames, *_) = self.patchify(reference, self.ref_conv)
+            x, positions, first = mx.concatenate([before, x], axis=1), (frames + grid[0], *grid[1:]), before.shape[1]
+        end = first + clean_frames // self.config.patch_size[0] * math.prod(grid[1:])
+        time, modulation = self.times_of(timestep if end - first < x.shape[1] else 0.0)
+        clean = None
+        if first < end and end - first < x.shape[1]:
+            clean = Clean(slice(first, end if end < x.shape[1] else None), *self.times_of(0.0))
         text = chain(context.astype(self.dtype), self.text_embedding)
         image = None if image_features is None else self.img_emb(image_features).astype(self.dtype)
-        return x, ForwardPass(grid, time, modulation, text, image, rope_table(grid, self.config.head_dim), clean)
+        return x, ForwardPass(grid, time, modulation, text, image, rope_table(positions, self.config.head_dim), clean)
 
     def times_of(self, timestep: float | Sequence[float]) -> tuple[mx.array, mx.array]:
         """The time embedding float32 (B, D) and its projection for the blocks (B, 6, D)."""
@@ -286,7 +301,7 @@ class Transformer(nn.Module):
         """A block for the parameters whose names begin with ``name``; zero until loaded."""
         return Block(config)
 
-    def _check(self, latents, context, condition, image_features):
+    def _check(self, latents, context, condition, image_features, reference):
         c = self.config
         given = latents.shape[-1] + (0 if condition is None else condition.shape[-1])
         if latents.ndim != 5 or given != c.in_dim:
@@ -299,6 +314,9 @@ class Transformer(nn.Module):
         if c.has_image_branch != (image_features is not None):
             raise ValueError(f"image features are {'missing' if image_features is None else 'not used'} "
                              f"for a {c.model_type} model")  # fmt: skip
+        expected = None if c.ref_dim is None else (len(latents), 1, *latents.shape[2:4], c.ref_dim)
+        if (given := None if reference is None else reference.shape) != expected:
+            raise ValueError(f"reference has shape {given}, expected {expected} for this {c.model_type} model")
 
     def patchify(self, latents: mx.array, embedding: Linear) -> tuple[mx.array, tuple[int, int, int]]:
         """Latents (B, t, h, w, channels) → tokens (B, L, D), one embedded patch each, and the patch grid."""
@@ -310,9 +328,10 @@ class Transformer(nn.Module):
         return embedding(x.astype(mx.float32)).astype(self.dtype), grid
 
     def unpatchify(self, x: mx.array, grid: tuple[int, int, int]) -> mx.array:
-        """Tokens (B, L, patch volume * out_dim) → (B, t, h, w, out_dim)."""
+        """Tokens (B, L, patch volume * out_dim), without those before the ``grid``'s → (B, t, h, w, out_dim)."""
         pt, ph, pw = self.config.patch_size
-        x = x.reshape(x.shape[0], *grid, pt, ph, pw, self.config.out_dim).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+        x = x[:, -math.prod(grid) :].reshape(x.shape[0], *grid, pt, ph, pw, self.config.out_dim)
+        x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
         return x.reshape(x.shape[0], grid[0] * pt, grid[1] * ph, grid[2] * pw, self.config.out_dim)
 
 

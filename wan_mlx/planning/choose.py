@@ -62,9 +62,10 @@ class Wanted:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(t, h, w) of the latents to denoise; each reference image is one more latent frame."""
+        """(t, h, w) of the latents to denoise; each reference image is one more latent frame, which Fun-Control always
+        has."""
         t, h, w = self.request.latent_shape
-        return t + len(self.request.src_ref_images), h, w
+        return t + max(len(self.request.src_ref_images), self.request.task == "control"), h, w
 
 
 def plan_video(
@@ -146,7 +147,7 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
         rows.append(Row("encode images", "resident", peaks.encode_images(nets) + held,
                         images * work.image_flop(nets.image_encoder), peaks.encode_images(nets) // 2))  # fmt: skip
     encoded = [nets.geometry.latent_shape(request.width, request.height, frames)
-               for frames in TASKS[c.model_type].encodes(request)]  # fmt: skip
+               for frames in TASKS[request.task].encodes(request)]  # fmt: skip
     encode_tile, row = vae("encode video", encoded or [shape], decoding=False)
     rows += [row] if encoded else []
     forwards = forwards_of(request, nets.experts, wanted.name)

@@ -133,7 +133,8 @@ def measure_rates(
 def transformer_rate(nets: Networks, tokens: int, at_a_time: int, tokens_at_once: int, attending: float) -> Rate:
     """Rate of a forward without self-attention, which is taken to run at ``attending`` FLOP per second."""
     whole = nets.transformer
-    model = random_transformer(replace(whole, num_layers=1, vace_layers=whole.vace_layers[:1]), nets)
+    # Tokens of a reference image are tokens like the others.
+    model = random_transformer(replace(whole, num_layers=1, vace_layers=whole.vace_layers[:1], ref_dim=None), nets)
     run = Execution(model, tokens_at_once=tokens_at_once)
 
     def forward(count: int, **hooks) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..presets import Preset, model_for
 from ..types import SOURCE_FIELDS, Conditioning, Encoders, Request
-from . import i2v, t2v, ti2v, vace
+from . import fun, i2v, t2v, ti2v, vace
 from .canvas import notes
 
 __all__ = ["TASKS", "Task", "fit_sources", "notes"]
@@ -38,6 +38,11 @@ TASKS: dict[str, Task] = {
     "i2v": Task(i2v.condition, ("image",), i2v.fit, i2v.encodes),
     "flf2v": Task(i2v.condition, ("image", "last_image"), i2v.fit_first_and_last, i2v.encodes),
     "ti2v": Task(ti2v.condition, ("image", "video", "src_mask"), ti2v.fit, ti2v.encodes),
+    "inp": Task(fun.condition_frames, ("image", "last_image"), fun.fit_frames, fun.encodes_frames),
+    "control": Task(
+        fun.condition_control, ("src_video", "src_ref_images", "image", "last_image"), fun.fit_control,
+        fun.encodes_control,
+    ),
     "vace": Task(vace.condition, ("src_video", "src_mask", "src_ref_images", "context_scale"), vace.fit, vace.encodes),
 }
 

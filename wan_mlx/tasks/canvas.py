@@ -18,6 +18,9 @@ from ..media.read import Clip, contain, cover, placed
 from ..types import Request
 
 LITTLE = 0.03  # of a side, of which nothing is said
+# Task → its sources that are stretched in the official way; the others are cropped.
+_PICTURES = ("image", "last_image", "reference_image")
+STRETCHED = {"i2v": ("image",), "flf2v": ("image",), "inp": _PICTURES, "control": _PICTURES}
 
 
 def drawn(image: np.ndarray, request: Request, beyond: Literal["constant", "edge"] = "constant") -> np.ndarray:
@@ -38,7 +41,7 @@ def notes(request: Request) -> list[str]:
             continue
         if request.fit == "pad":
             lines.append(f"{source} is padded to {size}: bars are {part:.0%} of it")
-        elif request.fit == "official" and name == "image" and request.task != "ti2v":
+        elif request.fit == "official" and name in STRETCHED.get(request.task, ()):
             how = f"{abs(wider - 1):.0%} {'wider' if wider > 1 else 'narrower'} than it is"
             lines.append(f"{source} is stretched to {size}: {how}; fit crop or pad keeps its proportions")
         else:

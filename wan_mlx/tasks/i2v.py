@@ -7,7 +7,7 @@ Follows the official ``wan/image2video.py``, with its mask for any number of fra
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 
 import mlx.core as mx
@@ -76,13 +76,22 @@ def condition(request: Request, encoders: Encoders) -> Conditioning:
     images = {number: to_float(image) for number, image in known.items()}
     pictures = mx.array(np.stack(list(images.values())))
     features = encoders.encode_images(pictures) if encoders.reads_images else None
+    resized = {number: resize_bicubic(image, request.height, request.width) for number, image in images.items()}
+    (latents,) = encoders.encode_videos([in_chunks(filled(resized, request), request.geometry)])
+    return replace(base, condition=with_mask(latents, known, request), image_features=features)
+
+
+def filled(known: Mapping[int, np.ndarray], request: Request) -> Iterator[np.ndarray]:
+    """The frames float32 (H, W, 3) of a video in which those ``known`` are given; the others are grey."""
     grey = np.zeros((request.height, request.width, 3), np.float32)
-    resized = {number: resize_bicubic(image, *grey.shape[:2]) for number, image in images.items()}
-    frames = (resized.get(number, grey) for number in range(request.num_frames))
-    (latents,) = encoders.encode_videos([in_chunks(frames, request.geometry)])
+    return (known.get(number, grey) for number in range(request.num_frames))
+
+
+def with_mask(latents: mx.array, known: Container[int], request: Request) -> mx.array:
+    """Latents (1, t, h, w, C) of such a video with the mask of its given frames before them (1, t, h, w, 4 + C)."""
     mask = _mask(request.num_frames, known, request.geometry.temporal)
     mask = mx.broadcast_to(mask, (*latents.shape[:-1], mask.shape[-1]))
-    return replace(base, condition=mx.concatenate([mask, latents], axis=-1), image_features=features)
+    return mx.concatenate([mask, latents], axis=-1)
 
 
 def encodes(request: Request) -> list[int]:

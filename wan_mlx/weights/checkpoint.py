@@ -56,6 +56,8 @@ FITS = {
     "vae": ("z_dim", "out_dim", "a VAE of {} latent channels"),
     "image_encoder": ("dim", "image_dim", "an image encoder {} wide"),
 }
+# Kinds of transformers that are released in pairs alone.
+HALVES = {("i2v", False, 16): "an image-to-video model (I2V-A14B)", ("control", False, 16): "Fun-A14B-Control"}
 # Depth and number of files of the search for weight files.
 _MAX_DEPTH, _MAX_FILES = 3, 5000
 
@@ -225,9 +227,9 @@ def check_sizes(sizes: Sequence[tuple[Part, Any]]) -> None:
     for transformer, config in sizes:
         if transformer.kind != "transformer":
             continue
-        if transformer.name not in EXPERTS and config.model_type == "i2v" and not config.has_image_branch:
+        if transformer.name not in EXPERTS and config.kind in HALVES:
             raise WeightsError(
-                f"{transformer.file} is one of the two experts of an image-to-video model (I2V-A14B); give both, as "
+                f"{transformer.file} is one of the two experts of {HALVES[config.kind]}; give both, as "
                 f"{_flag(EXPERTS[0])} FILE and {_flag(EXPERTS[1])} FILE"
             )
         for part, other in sizes:

@@ -28,6 +28,9 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in AS_STORED.items()}
 FLOATS = ("F64", "F32", "F16", "BF16", *FP8)
 MXFP8 = "mxfp8"  # stored as MLX has it
 MLX_LAYOUT = "mlx"
+# Weights of convolutions with a stride equal to the kernel, which are matrices over patches; the second is not in time.
+REFERENCE = "ref_conv.weight"
+PATCHES = ("patch_embedding.weight", REFERENCE)
 # Parts of a network → how to use them.
 ALONE = {MODULE: ": VACE's part of a transformer; give a text-to-video model, and this with --vace-module"}
 # Key in a file → its tensor.
@@ -205,8 +208,8 @@ class ComponentWeights:
             shape = (shape[0], *shape[2:], shape[1])
         if name in ("cls_embedding", "pos_embedding"):  # Hugging Face drops the axes of size 1 before them
             return (1,) * (3 - len(shape)) + shape
-        if name.endswith("patch_embedding.weight"):
-            axes = 4 if self.component == "image_encoder" else 5
+        if name.endswith(PATCHES):
+            axes = 4 if self.component == "image_encoder" or name == REFERENCE else 5
             if len(shape) != axes:
                 raise WeightsError(f"{self.path}: {name} has shape {shape}, expected {axes} axes")
             return (shape[0], math.prod(shape[1:]))  # a convolution with stride equal to its kernel is a matmul
@@ -216,12 +219,12 @@ class ComponentWeights:
         """The shape in PyTorch, after stacking several tensors if necessary."""
         shapes = [self.file.tensors[source].shape for source in self.sources[name]]
         shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
-        if self.component in ("transformer", MODULE) and name.endswith("patch_embedding.weight"):
+        if self.component in ("transformer", MODULE) and name.endswith(PATCHES):
             # GGUF has at most four axes: stable-diffusion.cpp merges the first two, others flatten more of them.
-            patch, count = TransformerConfig.patch_size, math.prod(shape)
+            patch, count = TransformerConfig.patch_size[name == REFERENCE :], math.prod(shape)
             bias = self.sources.get(beside(name, "bias"))
             out = math.prod(self.file.tensors[bias[0]].shape) if bias else 0
-            flat = (self.file.fields or self.layout.name == "mlx-video") and len(shape) < 5
+            flat = (self.file.fields or self.layout.name == "mlx-video") and len(shape) < 2 + len(patch)
             merged = shape[1:] == patch or flat
             if merged and out and count % (out * math.prod(patch)) == 0:
                 return (out, count // (out * math.prod(patch)), *patch)

@@ -23,6 +23,8 @@ from ..presets import TASK_NAMES
 from .component import ComponentWeights, check_keys, parameter_shapes
 
 LARGEST_SIZE = 2**20  # of a dimension, exclusive; umT5's vocabulary has 256,384
+# What config.json may say beside the kind that the weights show: PAI's Fun models are named by what they were made of.
+ALSO_SAID = {"vace": ("t2v",), "i2v": ("ti2v",), "control": ("t2v", "i2v", "ti2v")}
 
 
 def network_config(weights: ComponentWeights, config: Mapping[str, Any]) -> Any:
@@ -34,7 +36,10 @@ def network_config(weights: ComponentWeights, config: Mapping[str, Any]) -> Any:
     residual = weights.component == "vae" and "encoder.downsamples.0.downsamples.0.residual.2.weight" in weights.shapes
     config_class, sizes_in = (VAE22Config, _vae22_sizes) if residual else SIZES_IN[weights.component]
     said = _said(config_class, config, weights.path)
-    found = _merge(config_class, sizes_in(weights, said), said, weights.path)
+    sizes = sizes_in(weights, said)
+    if said.get("model_type") in ALSO_SAID.get(sizes.get("model_type", ""), ()):
+        del said["model_type"]
+    found = _merge(config_class, sizes, said, weights.path)
     try:
         expected = shapes_of(found)
     except ValueError as error:  # the network cannot have these sizes
@@ -124,8 +129,9 @@ def _transformer_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> di
         "vace" if "vace_patch_embedding.weight" in shapes
         else "flf2v" if "img_emb.emb_pos" in shapes
         else "i2v" if "img_emb.proj.1.weight" in shapes
-        else "ti2v" if _shape_of(weights, "head.head.weight")[0] == len(VAE22Config.mean) * patch
+        else "control" if "ref_conv.weight" in shapes
         else "i2v" if _reads_a_picture(weights, patch)  # Wan2.2's, without CLIP
+        else "ti2v" if _shape_of(weights, "head.head.weight")[0] == len(VAE22Config.mean) * patch
         else "t2v"
     )  # fmt: skip
     found = dict(
@@ -143,6 +149,8 @@ def _transformer_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> di
     if kind in ("i2v", "flf2v"):
         has_clip = "img_emb.proj.1.weight" in shapes
         found["image_dim"] = _shape_of(weights, "img_emb.proj.1.weight")[1] if has_clip else None
+    if kind == "control":
+        found["ref_dim"] = _shape_of(weights, "ref_conv.weight")[1] // patch
     if kind == "vace":
         found["vace_in_dim"] = _shape_of(weights, "vace_patch_embedding.weight")[1] // patch
         found["vace_layers"] = _vace_layers(weights, said, found["num_layers"])
@@ -156,9 +164,10 @@ def _reads_a_picture(weights: ComponentWeights, patch: int) -> bool:
 
 
 def _check_channels(path: Path, sizes: Mapping[str, Any]) -> None:
-    """Raise WeightsError if no model here reads so many channels: the latents', or with an image twice and a mask."""
+    """Raise WeightsError if no model here reads so many channels: the latents', or with an image twice and a mask, or
+    with a control video besides."""
     kind, channels, latents = sizes["model_type"], sizes["in_dim"], sizes["out_dim"]
-    expected = 2 * latents + 4 if kind in ("i2v", "flf2v") else latents
+    expected = {"i2v": 2 * latents + 4, "flf2v": 2 * latents + 4, "control": 3 * latents + 4}.get(kind, latents)
     if channels == expected:
         return
     if other := of_sizes("transformer", sizes):

@@ -31,7 +31,7 @@ from ..other_models import of_keys, of_lora
 from ..presets import MODULE, PRESETS
 from ..storage import sha256
 from ..types import LoraChoice
-from .component import FLOATS, networks_of
+from .component import FLOATS, PATCHES, networks_of
 from .configs import shapes_of
 from .layouts import LAYOUTS, pattern
 from .lora_changes import LOHA, MAGNITUDES, W1, W2, Change, kind_of
@@ -222,7 +222,7 @@ def _open(
         name, role = found
         if info.dtype not in (FLOATS if role != "alpha" else (*FLOATS, *INTEGERS)):
             raise WeightsError(f"{file.path}: {key} is {info.dtype}; expected floats")
-        in_patches = patch if name.endswith("patch_embedding.weight") else 0
+        in_patches = patch if name.endswith(PATCHES) else 0
         keys = changes.setdefault(name, Change(file, strength, shapes[name], in_patches)).keys
         if keys.setdefault(role, key) != key:
             raise WeightsError(f"{file.path}: two keys for the {role} of {name}: {keys[role]} and {key}")
