@@ -61,7 +61,7 @@ def test_only_what_is_spelled_nearly_so_is_suggested(given, choices, near):
         (["--dtype", "bf16"], "nearest: bfloat16"),
         (["--cache", "none-at-all"], "spectrum[:WINDOW[:GROWTH[:outputs|hidden]]]"),
         (["--image", "a.png"], ": use --model nano-i2v"),
-        (["--last-image", "a.png"], "it is for flf2v: use --model flf2v-14B-720P"),
+        (["--last-image", "a.png"], "it is for flf2v, inp, control: use --model fun-5B-InP"),
     ],
 )
 def test_wrong_flags(flags, end, capsys):

@@ -26,7 +26,7 @@ T2V_14B = PRESETS["t2v-14B"].transformer
 I2V_14B = PRESETS["i2v-14B-480P"].transformer
 T2V_1_3B = PRESETS["t2v-1.3B"].transformer
 OF_5B = PRESETS["ti2v-5B"].transformer
-SUPPORTED = "which is not supported; supported are Wan2.1's T2V, I2V, FLF2V and VACE models, and Wan2.2's T2V-A14B, I2V"
+SUPPORTED = "which is not supported; supported are Wan2.1's T2V, I2V, FLF2V and VACE models, Wan2.2's T2V-A14B, I2V"
 
 
 def official(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -34,6 +34,8 @@ def official(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     shapes = dict(parameter_shapes(new_transformer(config)))
     name = "patch_embedding.weight"
     shapes[name] = (config.dim, config.in_dim, *config.patch_size)
+    if config.ref_dim is not None:
+        shapes["ref_conv.weight"] = (config.dim, config.ref_dim, *config.patch_size[1:])
     return {key: (shape[0], config.vace_in_dim, *config.patch_size) if key == f"vace_{name}" else shape
             for key, shape in shapes.items()}  # fmt: skip
 
@@ -46,11 +48,10 @@ def of(config: TransformerConfig, *keys: str, without: str = "-", **sizes: int):
 
 FILES = {
     "Lucy Edit, made from Wan2.2 TI2V-5B": of(OF_5B, in_dim=96, out_dim=48),
-    "a model made from Wan2.2 TI2V-5B": of(OF_5B, in_dim=100, out_dim=48),
-    "Wan2.2 Fun-A14B-Control": of(T2V_14B, in_dim=52),
+    "a model made from Wan2.2 TI2V-5B": of(OF_5B, in_dim=104, out_dim=48),
     "Wan2.2 S2V-14B": of(T2V_14B, "casual_audio_encoder.encoder.final_linear.weight", "cond_encoder.weight"),
     "Wan2.2 Animate-14B": of(I2V_14B, "face_adapter.fuser_blocks.0.k_norm.weight", "pose_patch_embedding.weight"),
-    "a Fun-Control model": of(I2V_14B, "ref_conv.weight", "ref_conv.bias", in_dim=48),
+    "a Fun-Control model of Wan2.1": of(I2V_14B, "ref_conv.weight", "ref_conv.bias", in_dim=48),
     "a control model of Fun (Fun-Control)": of(I2V_14B, in_dim=48),
     "a camera model of Fun (Control-Camera)": of(I2V_14B, "control_adapter.conv.weight", in_dim=32),
     "HuMo": of(I2V_14B, "audio_proj.audio_proj_glob_1.layer.weight"),
@@ -115,17 +116,18 @@ def test_every_mark_is_one_row_and_none_is_a_supported_model():
             assert of_sizes(other.kind, other.sizes) is other
     for preset in PRESETS.values():
         assert of_keys(official(preset.transformer)) is None
-        if preset.task != "ti2v":  # one with other channels is made from it
+        if preset.transformer.out_dim != 48:  # one with other channels is made from TI2V-5B
             assert of_sizes("transformer", vars(preset.transformer)) is None
         assert not any(of_name(name) for name in (preset.name, preset.repo, preset.diffusers, preset.comfyui))
 
 
-@pytest.mark.parametrize("kind, in_dim", [("t2v", 32), ("i2v", 52), ("vace", 36), ("flf2v", 16)])
+@pytest.mark.parametrize("kind, in_dim", [("t2v", 32), ("i2v", 52), ("vace", 36), ("flf2v", 16), ("control", 56)])
 def test_channels_of_no_known_model(capsys, tmp_path, kind, in_dim):
     """As of VACE or a text to video model that read more than latents, which once failed at the first step."""
-    config = replace(T2V_1_3B, model_type=kind, in_dim=in_dim, vace_layers=(0, 15) if kind == "vace" else ())
+    config = replace(T2V_1_3B, model_type=kind, in_dim=in_dim, vace_layers=(0, 15) if kind == "vace" else (),
+                     ref_dim=16 if kind == "control" else None)  # fmt: skip
     line = said(capsys, "--model", header_only(tmp_path / "a.safetensors", official(config)), "--prompt", "a")
-    expected = {"i2v": 36, "flf2v": 36}.get(kind, 16)
+    expected = {"i2v": 36, "flf2v": 36, "control": 52}.get(kind, 16)
     assert f"of 16 latent channels it would read {expected}, and it reads {in_dim}" in line
 
 
@@ -202,7 +204,7 @@ class TestNames:
         "name, model",
         [
             ("wan2.2_s2v_14B_bf16", "Wan2.2 S2V"), ("Wan2.2-Animate-14B", "Wan2.2 Animate-14B"),
-            ("wan2.2_fun_control_high_noise_14B", "a Fun-Control"), ("Phantom-Wan-14B_fp16", "Phantom"),
+            ("wan2.1_fun_control_1.3B_bf16", "a Fun-Control"), ("Phantom-Wan-14B_fp16", "Phantom"),
             ("alibaba-pai/Wan2.1-Fun-14B-InP", "Fun-InP"),
             ("wan2.1_fun_inp_1.3B_bf16", "Fun-InP"), ("Wan2_1-I2V-ATI-14B_fp8", "ATI"),
             ("Wan2.1-Fun-V1.1-14B-Control-Camera", "a camera model"), ("wan2.1_fun_camera_v1.1_1.3B", "a camera model"),
@@ -217,6 +219,7 @@ class TestNames:
         "name",
         ["wan2.1_t2v_14B_lightx2v_4step", "Wan21_CausVid_14B", "nano", "umt5_xxl_fp16", "animate_24fps",
          "Wan2.2-TI2V-5B", "my_fun_style_inpaint", "fun_inpaint", "wan_movement", "phantom_menace", "latte_mocha",
+         "wan2.2_fun_control_high_noise_14B", "Wan2.2-Fun-A14B-InP", "Wan2_2-Fun-InP-5B", "Wan2.2-VACE-Fun-A14B",
          "my_ati_style"],
     )  # fmt: skip
     def test_of_others(self, name):
@@ -240,8 +243,8 @@ class TestLoras:
     @pytest.mark.parametrize(
         "module, width, made_for",
         [
-            ("diffusion_model.blocks.{}.self_attn.q", 3072, "ti2v-5B: it is 3072 wide, this transformer 256"),
-            ("transformer.blocks.{}.attn1.to_q", 3072, "ti2v-5B: it is 3072 wide, this transformer 256"),
+            ("diffusion_model.blocks.{}.self_attn.q", 3072, "ti2v-5B or fun-5B-InP or fun-5B-Control: it is 3072 wide"),
+            ("transformer.blocks.{}.attn1.to_q", 3072, "ti2v-5B or fun-5B-InP or fun-5B-Control: it is 3072 wide"),
             ("diffusion_model.blocks.{}.self_attn.k", 1536, "t2v-1.3B or vace-1.3B: it is 1536 wide"),
             ("blocks.{}.self_attn.v", 5120, "t2v-14B or i2v-14B-480P or "),
             ("lora_unet_down_blocks_{}_attentions_0_transformer_blocks_0_attn2_to_k", 640, "Stable Diffusion or SDXL,"),

@@ -17,6 +17,7 @@ from wan_mlx.cli.main import main
 from wan_mlx.errors import WeightsError
 from wan_mlx.guidance import Guidance
 from wan_mlx.hub.names import expert_named, needed_files
+from wan_mlx.models.networks import new_transformer
 from wan_mlx.planning import choose, speed
 from wan_mlx.planning.sizes import sizes_of
 from wan_mlx.presets import EXPERTS, NEGATIVE_PROMPT, PRESETS, find_preset
@@ -70,6 +71,17 @@ def whole(pair, tmp_path_factory):
 
 
 class TestPresets:
+    def test_constants_of_fun(self):
+        """Of VideoX-Fun's configurations and examples."""
+        for name, boundary, shift, guidance, length in (
+            ("vace-fun-A14B", 0.875, 12, 5, (81, 16)), ("fun-A14B-InP", 0.9, 5, 6, (81, 16)),
+            ("fun-A14B-Control", 0.9, 5, 6, (81, 16)), ("fun-5B-InP", None, 5, 6, (121, 24)),
+            ("fun-5B-Control", None, 5, 6, (121, 24)),
+        ):  # fmt: skip
+            fun = PRESETS[name]
+            assert (fun.boundary, fun.num_frames, fun.fps, fun.negative_prompt) == (boundary, *length, NEGATIVE_PROMPT)
+            assert vars(fun.sampling_for(*fun.size)) == dict(steps=50, shift=shift, guidance_scale=guidance)
+
     def test_official_constants(self):
         for preset, boundary, shift, guidance in ((T2V, 0.875, 12, (3, 4)), (I2V, 0.9, 5, 3.5)):
             sampling = preset.sampling_for(832, 480)
@@ -496,6 +508,23 @@ class TestPlans:
     def test_no_clip(self):
         assert "encode images" not in [row.stage for row in wan_mlx.plan("i2v-A14B", memory="64GB").rows]
         assert "encode images" in [row.stage for row in wan_mlx.plan("i2v-14B-720P", memory="64GB").rows]
+
+    def test_of_fun_models(self):
+        """A reference image is one more frame of tokens, the control video is encoded; of 5B likewise."""
+        for name, base, videos in (("fun-A14B-Control", "t2v-A14B", 1), ("fun-5B-Control", "ti2v-5B", 1),
+                                   ("fun-A14B-InP", "t2v-A14B", 0), ("vace-fun-A14B", "vace-14B", 2)):  # fmt: skip
+            fun, plain = ({row.stage: row for row in choose.plan(model, 832, 480, 81, 40, "40GB").rows}
+                          for model in (name, base))  # fmt: skip
+            assert ("encode video" in fun) == bool(videos) and "encode images" not in fun
+            work = fun["denoise"].flop / plain["denoise"].flop
+            assert 22 / 21 < work < 1.1 if "Control" in name else work == 1
+
+    def test_speed_can_be_measured_of_every_kind(self):
+        for preset in {preset.transformer.kind: preset for preset in PRESETS.values()}.values():
+            few = dict(dim=48, ffn_dim=16, num_heads=2, num_layers=1, vace_layers=preset.transformer.vace_layers[:1])
+            config = replace(preset.transformer, **few, ref_dim=None)
+            latents, context, more = speed._inputs(config, 2, mx.float32)
+            assert new_transformer(config)(latents, 500.0, context, **more).shape == latents.shape
 
     def test_list_of_models(self, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "120")

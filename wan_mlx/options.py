@@ -168,10 +168,10 @@ class RequestOptions(TypedDict, total=False):
         examples=("rife",), place="name",
     )]
     image: Annotated["Source | None", Option(
-        "--image --first_frame FILE", "first frame (i2v, flf2v, ti2v)", SOURCES, place="file",
+        "--image --first_frame FILE", "first frame (i2v, flf2v, ti2v, Fun)", SOURCES, place="file",
     )]
     last_image: Annotated["Source | None", Option(
-        "--last-image --last_frame FILE", "last frame (flf2v)", SOURCES, place="file",
+        "--last-image --last_frame FILE", "last frame (flf2v, Fun)", SOURCES, place="file",
     )]
     video: Annotated["Source | None", Option(
         "--video FILE", "video to start from instead of noise (t2v, ti2v)", SOURCES,
@@ -182,7 +182,7 @@ class RequestOptions(TypedDict, total=False):
         limits=Limits(0, 1, above=True),
     )]
     src_video: Annotated["Source | None", Option(
-        "--src_video FILE", "video to edit or follow (vace)", SOURCES, place="file",
+        "--src_video FILE", "video to edit or follow (vace, Fun-Control)", SOURCES, place="file",
     )]
     src_mask: Annotated["Source | None", Option(
         "--mask --src_mask FILE", "what to make anew in --src_video (vace) or --video (t2v, ti2v), white", SOURCES,
@@ -190,13 +190,13 @@ class RequestOptions(TypedDict, total=False):
         "are locked", place="file",
     )]
     src_ref_images: Annotated["Sequence[Source]", Option(
-        "--src_ref_images FILES", "pictures of what should appear, a,b,c (vace)", SOURCES, default=(),
+        "--src_ref_images FILES", "pictures of what should appear, a,b,c (vace; one: Fun-Control)", SOURCES, default=(),
         parse=lambda text: tuple(text.split(",")), place="file",
     )]
     fit: Annotated[str | None, Option(
         "--fit NAME", "how a picture or video of other proportions comes to the size: {choices}", SOURCES,
-        more="`official` takes the proportions of a picture (i2v, flf2v, ti2v) or of --src_video, and --size as the "
-        "area; `crop` cuts to exactly --size, `pad` adds black bars", default="official", choices=FITS,
+        more="`official` takes the proportions of a picture (i2v, flf2v, ti2v, Fun-InP) or of --src_video, and --size "
+        "as the area; `crop` cuts to exactly --size, `pad` adds black bars", default="official", choices=FITS,
     )]
     context_scale: Annotated[float, Option(
         "--context-scale S", "strength of the source (vace; default 1)", SOURCES, default=1.0, limits=Limits(),

@@ -39,7 +39,7 @@ SOURCES = {
 }
 # Prefixes of keys, by tool.
 # In names of models made from Wan2.1: "fun", and what stands between it and the model's kind.
-_FUN = r"(?<![a-z])(?<!2[._]2[-_])fun[-_](?:v?[\d.]+b?[-_]|a14b[-_]|vace[-_])*"
+_FUN = r"(?<![a-z])(?<!2[._]2[-_])fun[-_](?:(?!5b)v?[\d.]+b?[-_])*"
 _PREFIX = re.compile(r"(?:(?:model\.)?diffusion_model|model|transformer|net|vae|first_stage_model)\.")
 
 
@@ -159,7 +159,6 @@ OTHER_MODELS = (
         keys=("ref_conv.weight img_emb.proj.1.weight head.modulation",),
         names=_FUN + "control",
     ),
-    OtherModel("a Fun-Control model", "transformer", "comfy, diffsynth", lora="ref_conv"),
     OtherModel(
         "Lucy Edit, made from Wan2.2 TI2V-5B", "transformer", "wan2gp",
         sizes=dict(in_dim=96, out_dim=48),

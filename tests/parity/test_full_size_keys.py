@@ -64,14 +64,26 @@ def test_vae():
 
 
 @pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.repo])
-@pytest.mark.parametrize("layout", ["diffusers", "official"])
+@pytest.mark.parametrize("layout", ["diffusers", "official", "comfyui"])
 def test_every_released_transformer(name, layout):
     """Sizes from the file alone; then neither a key too many nor one too few, and every shape."""
     config = PRESETS[name].transformer
-    shapes = {"diffusers": test_layouts.diffusers_shapes, "official": test_layouts.official_transformer}[layout]
-    weights = ComponentWeights(HeaderOnly(shapes(config)))
-    assert weights.layout.name == layout and network_config(weights, {}) == config
-    check_keys(weights, parameter_shapes(new_transformer(config)))
+    if layout == "diffusers" and config.ref_dim is not None:
+        pytest.skip("Diffusers has no class of Fun-Control")
+    shapes = {"diffusers": test_layouts.diffusers_shapes}.get(layout, test_layouts.official_transformer)(config)
+    prefix = "model.diffusion_model." if layout == "comfyui" else ""  # that some of its files have
+    shapes = {prefix + key: shape for key, shape in shapes.items()}
+    for lacking in (None, f"blocks.{config.num_layers - 1}.", "patch_embedding.bias"):
+        keys = {key: shape for key, shape in shapes.items() if lacking is None or lacking not in key}
+        weights = ComponentWeights(HeaderOnly(keys))
+        assert weights.layout.name == layout.replace("comfyui", "official")
+        if lacking is None:
+            assert network_config(weights, {}) == config
+            check_keys(weights, parameter_shapes(new_transformer(config)))
+    with pytest.raises(WeightsError, match="lacks|without|missing"):
+        network_config(weights, {})
+    with pytest.raises(WeightsError, match="head.more"):
+        network_config(ComponentWeights(HeaderOnly({**shapes, "head.more": (1,)})), {})
 
 
 def test_huggingface_text_encoder():

@@ -60,6 +60,8 @@ def official_transformer(config: TransformerConfig) -> Shapes:
             shapes[f"{attention}.norm_k_img.weight"] = (dim,)
     if config.model_type == "flf2v":
         shapes["img_emb.emb_pos"] = (1, 514, width)
+    if config.ref_dim is not None:
+        shapes |= {"ref_conv.weight": (dim, config.ref_dim, 2, 2), "ref_conv.bias": (dim,)}
     if config.model_type == "vace":
         shapes |= {"vace_patch_embedding.weight": (dim, 96, 1, 2, 2), "vace_patch_embedding.bias": (dim,)}
         shapes |= linear("vace_blocks.0.before_proj", dim, dim)
@@ -237,6 +239,7 @@ CASES = {
     f"{layout} {name}": transformer_case(layout, build, preset.transformer)
     for name, preset in PRESETS.items()
     for layout, build in (("official", official_transformer), ("diffusers", diffusers_shapes))
+    if layout == "official" or preset.transformer.ref_dim is None  # Diffusers has no class of Fun-Control
 } | {
     "comfyui i2v": Case(
         "official transformer",
