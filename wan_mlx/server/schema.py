@@ -22,6 +22,7 @@ CHINESE_GROUPS = {
 }  # fmt: skip
 CHINESE_TASKS = {
     "t2v": "文生视频", "i2v": "图生视频", "flf2v": "首尾帧", "vace": "编辑（VACE）", "ti2v": "文或图生视频",
+    "inp": "首帧、尾帧（Fun-InP）", "control": "控制视频（Fun-Control）",
 }  # fmt: skip
 # Task → the sources that it takes; a test compares with `tasks.TASKS`, which needs MLX.
 SOURCES_OF = {
@@ -29,6 +30,8 @@ SOURCES_OF = {
     "i2v": ("image",),
     "flf2v": ("image", "last_image"),
     "ti2v": ("image", "video", "src_mask"),
+    "inp": ("image", "last_image"),
+    "control": ("src_video", "src_ref_images", "image", "last_image"),
     "vace": ("src_video", "src_mask", "src_ref_images"),
 }
 SIMPLE = ("prompt", "negative_prompt", "model", "size", "num_frames", "seed", "loras")  # not among the advanced ones

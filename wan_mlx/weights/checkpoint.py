@@ -178,7 +178,8 @@ class Checkpoint:
         if self.layout == "diffusers":  # config.json has the width of the image features, or None
             return part.config.get("image_dim") is not None
         if "model_type" in part.config and part.name not in EXPERTS:  # Wan2.2's is i2v, and reads none
-            return part.config["model_type"] in ("i2v", "flf2v")
+            has_clip = part.config.get("image_dim", 0) is not None  # None in a folder of ours alone
+            return part.config["model_type"] in ("i2v", "flf2v") and has_clip
         return "img_emb.proj.1.weight" in part.open().shapes
 
 

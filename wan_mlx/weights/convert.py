@@ -248,14 +248,15 @@ def _card(name: str, config: Mapping[str, Any], nbytes: int) -> str:
     transformer = next(config[name] for name in ("transformer", *EXPERTS) if name in config)
     kind = model.task if model else transformer["model_type"]
     sources = {"i2v": " --image first.png", "flf2v": " --image first.png --last-image last.png",
-               "vace": " --src_video in.mp4"}  # fmt: skip
+               "vace": " --src_video in.mp4", "control": " --src_video poses.mp4"}  # fmt: skip
     packed = config.get("quantization", {})
     precision = ", ".join(
         f"{component} {packed.get(component) or '/'.join(dtypes)}" for component, dtypes in config["dtypes"].items()
     )
-    tags = {"t2v": "text-to-video", "ti2v": "text-to-video", "i2v": "image-to-video", "flf2v": "image-to-video"}
+    tags = {"t2v": "text-to-video", "ti2v": "text-to-video", "i2v": "image-to-video", "flf2v": "image-to-video",
+            "inp": "image-to-video"}  # fmt: skip
     tag = tags.get(kind, "video-to-video")
-    family = "Wan2.2" if kind == "ti2v" or EXPERTS[0] in config else "Wan2.1"
+    family = "Wan2.2" if kind in ("ti2v", "inp", "control") or EXPERTS[0] in config else "Wan2.1"
     base = f"base_model: {model.repo}\n" if model and model.repo else ""
     return f"""---
 library_name: mlx
