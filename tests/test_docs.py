@@ -53,6 +53,7 @@ NAMES = {
     "./Wan2.1-T2V-14B": "t2v-14B", "./Wan2.1-T2V-14B-q8": "t2v-14B", "Wan-AI/Wan2.1-I2V-14B-480P": "i2v-14B-480P",
     "Wan-AI/Wan2.1-FLF2V-14B-720P": "flf2v-14B-720P", "Wan-AI/Wan2.1-VACE-1.3B": "vace-1.3B",
     "Wan-AI/Wan2.1-VACE-14B": "vace-14B", "Wan-AI/Wan2.2-TI2V-5B": "ti2v-5B",
+    "alibaba-pai/Wan2.2-Fun-5B-Control": "fun-5B-Control", "alibaba-pai/Wan2.2-Fun-5B-InP": "fun-5B-InP",
     "Wan-AI/Wan2.2-T2V-A14B": "t2v-A14B", "Wan-AI/Wan2.2-I2V-A14B": "i2v-A14B",
     "city96/Wan2.1-T2V-14B-gguf:wan2.1-t2v-14b-Q4_K_M.gguf": "t2v-14B",
     "city96/umt5-xxl-encoder-gguf:umt5-xxl-encoder-Q8_0.gguf": "t2v-14B",
@@ -153,7 +154,7 @@ def write_model(folder: Path, name: str, pico: Path, is_tiny: bool) -> None:
     folder.mkdir(parents=True)
     parts = [pico / part for part in ("vae.safetensors", "tokenizer.model")]
     config = json.loads((pico / "config.json").read_text())
-    if name == "ti2v-5B":  # it has a VAE of its own
+    if "5B" in name:  # it has a VAE of its own
         vae = random_vae(VAE22Config(dim=4, decoder_dim=4))
         arrays, config["vae"] = dict(tree_flatten(vae.parameters())), asdict(vae.config)
         mx.save_safetensors(str(folder / parts.pop(0).name), arrays, {"layout": "mlx", "component": "vae"})
@@ -294,7 +295,7 @@ def smaller(rest: list[str]) -> list[str]:
     if "--prompts" in rest or "--resume" in rest:
         return ["--dry-run"]
     flags = ["--frames", "1"] if "--num-images" in rest else []
-    if any("ti2v-5B" in word for word in rest):
+    if any("5B" in word for word in rest):
         flags += ["--size", "32x32"]
     if "--slg" in rest:  # there is one block
         flags += ["--slg", "0:0.1-0.9"]

@@ -371,30 +371,35 @@ def open_model(folder):
     return wan_mlx.WanPipeline.from_pretrained(folder, dtype="float32", progress=False)
 
 
-@pytest.mark.parametrize("kind", ["A14B-Control", "5B-InP"])
-def test_converted_and_packed(kind, sources, root, tmp_path):
-    """An MLX folder makes the same video; with experts of other forms and LoRAs of their own it makes one, too."""
-    opened = model(kind, root)
-    size, _ = written(sources, kind)
-    words = words_of(sources, "first reference control" if "Control" in kind else "last")
-    converted = tmp_path / "mlx"
-    asked = ["--model", f"fun-{kind}", "--quiet", "--dtype", "float32"]
-    assert main(["convert", str(opened[3]), str(converted), *asked]) == 0
-    begin = command(opened, size, tmp_path / "a.npz", *words)
-    assert main(begin) == 0
-    begin[begin.index(str(opened[3]))] = str(converted)
-    begin[begin.index(str(tmp_path / "a.npz"))] = str(tmp_path / "b.npz")
-    assert main(begin) == 0
-    with np.load(tmp_path / "a.npz") as one, np.load(tmp_path / "b.npz") as other:
-        assert np.array_equal(one["latents"], other["latents"])
-        before = one["latents"]
-    if "A14B" not in kind:
-        return
+def made(opened, size, output, *words: str) -> np.ndarray:
+    assert main(command(opened, size, output, *words)) == 0
+    with np.load(output) as file:
+        return file["latents"]
+
+
+def test_converted(sources, root, tmp_path):
+    """An MLX folder makes the same video, without an image encoder, whatever the kind that its config.json says."""
+    opened = model("5B-InP", root)
+    size, _ = written(sources, "5B-InP")
+    asked = ["--model", "fun-5B-InP", "--quiet", "--dtype", "float32"]
+    assert main(["convert", str(opened[3]), str(tmp_path / "mlx"), *asked]) == 0
+    words = words_of(sources, "last")
+    folders = (opened, (*opened[:3], tmp_path / "mlx"))
+    got = [made(folder, size, tmp_path / "a.npz", *words, "--overwrite") for folder in folders]
+    assert np.array_equal(*got)
+
+
+def test_each_expert_has_its_own_form_and_loras(sources, root, tmp_path):
+    opened = model("A14B-Control", root)
+    size, _ = written(sources, "A14B-Control")
     lora = {"diffusion_model.ref_conv.diff_b": torch.full((128,), 0.5),
             "diffusion_model.blocks.0.self_attn.o.lora_A.weight": torch.ones(1, 128),
             "diffusion_model.blocks.0.self_attn.o.lora_B.weight": torch.full((128, 1), 0.01)}  # fmt: skip
     save_file(lora, tmp_path / "lora.safetensors")
-    for more in (["--quantize-high", "q8"], ["--lora-low", str(tmp_path / "lora.safetensors")]):
-        assert main([*begin, *more, "--overwrite"]) == 0
-        with np.load(tmp_path / "b.npz") as changed:
-            assert 1e-5 < relative_error(changed["latents"], before) < 0.9
+    words = [*words_of(sources, "reference control"), "--overwrite"]
+    plain, *changed = (
+        made(opened, size, tmp_path / "a.npz", *words, *more)
+        for more in ([], ["--quantize-high", "q8-g32"], ["--lora-low", str(tmp_path / "lora.safetensors")])
+    )
+    for latents in changed:
+        assert 1e-5 < relative_error(latents, plain) < 0.9
