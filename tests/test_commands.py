@@ -14,7 +14,6 @@ from PIL import Image
 
 import wan_mlx
 from wan_mlx import opened
-from wan_mlx.cli import commands
 from wan_mlx.cli.commands import COMMANDS, as_flags, help_page
 from wan_mlx.cli.flags import build_parser
 from wan_mlx.cli.jobs import default_output
@@ -136,12 +135,6 @@ class TestPrompts:
         assert default_output(request) == Path("A_cat_boxing_3.mp4")
         still = build_request(preset, preset.transformer, preset.geometry, "?!", num_frames=1)
         assert default_output(still) == Path("video.png")
-
-
-@pytest.mark.parametrize("argv", [["fly"], ["fly", "data", "--rank", "8"]])
-def test_a_command_of_later_versions(capsys, monkeypatch, argv):
-    monkeypatch.setattr(commands, "TO_COME", ("fly",))
-    assert "'fly' is a command of later versions; those of this one: wan-mlx help" in refused(capsys, *argv)
 
 
 class TestSizes:

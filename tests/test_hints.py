@@ -26,6 +26,9 @@ SHOWN = {
     "wan-mlx models": "models",
     "wan-mlx doctor": "doctor --help",  # tests/test_docs.py runs it
     "wan-mlx doctor --store-reference": "doctor --help",
+    "wan-mlx train clips -o zorb --steps 150 --lr 2e-3 --rank 8": "train --help",  # tests/test_training.py trains
+    "wan-mlx train clips -m t2v-1.3B -o style --size 480x272 --frames 33": "train --help",
+    "wan-mlx train clips -m t2v-1.3B -o style --resume": "train --help",
     "wan-mlx inspect": "inspect nano.folder",
     "wan-mlx info describes it": "info nano.folder/transformer.safetensors",
     "wan-mlx info {}": "info nano.folder",
@@ -53,7 +56,6 @@ SHOWN = {
     "wan-mlx --video {} \"what it should show\"": "--video clip.mp4 'what it should show' --dry-run",
     "wan-mlx --model ./{}{} --prompt \"what it should show\" --output out.mp4":
         "--model ./nano.folder --prompt 'what it should show' --output out.mp4 --dry-run",
-    "wan-mlx help": "help",
     "wan-mlx queue": "queue --library lib",  # tests/test_serve.py runs them
     "wan-mlx queue add \"a red circle moves right\" --seed 7": "queue --help",
     "wan-mlx queue run": "queue run --library lib",

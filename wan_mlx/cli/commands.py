@@ -18,7 +18,6 @@ from ..presets import PRESETS
 from .flags import ABOUT, USAGE, Parser, arguments_of, build_parser
 
 NEAR = 0.75  # of difflib's ratios, from which on a word is taken for a command that is misspelled
-TO_COME: tuple[str, ...] = ()  # planned commands, which nobody means as a prompt
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,6 @@ def as_flags(name: str, argv: list[str], is_said: bool) -> list[str]:
     placed = [_Word(word) for word in argv]  # equal words are told apart
     given, unknown = build_parser().parse_known_args(placed)
     words = [word for word in unknown if not _is_flag(word)]
-    if not is_said and words and words[0] in TO_COME:
-        raise UsageError(f"{words[0]!r} is a command of later versions; those of this one: wan-mlx help; as a prompt: "
-                         f"wan-mlx -p {words[0]}")  # fmt: skip
     if not words or len(words) < len(unknown):  # an unknown flag: the parser says so, later
         return [*command.flags, *argv]
     word, option = words[0], options.keyed(command.takes)
