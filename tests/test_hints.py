@@ -63,6 +63,11 @@ SHOWN = {
     "wan-mlx serve": "serve --help",  # tests/test_serve.py runs it
     "wan-mlx serve --model t2v-1.3B --library ~/Movies/wan": "serve --help",
     "wan-mlx serve --host 0.0.0.0 --no-browser": "serve --help",
+    "wan-mlx train clips -o zorb --steps 150 --lr 2e-3 --rank 8":
+        "train clips -o zorb --steps 150 --lr 2e-3 --rank 8 --frames 5 --dry-run",
+    "wan-mlx train clips -m t2v-1.3B -o style --size 480x272 --frames 33":
+        "train clips -m t2v-1.3B -o style --size 480x272 --frames 33 --dry-run --memory 24GB",
+    "wan-mlx train clips -m t2v-1.3B -o style --resume": "train --help",  # tests/test_training.py resumes
     "wan-mlx resume {}": "resume made.mp4",
     "wan-mlx resume cat.mp4": "resume made.mp4",
     "wan-mlx resume FILE": "resume made.mp4",
@@ -80,6 +85,8 @@ def here(tmp_path, monkeypatch, pico):
     Path("many.txt").write_text("a red circle\na blue square\n")
     Path("many.jsonl").write_text('{"prompt": "a red circle"}\n')
     Path("made.mp4").write_bytes(b"video")
+    Path("clips").mkdir()
+    shutil.copy("first.png", "clips")
 
 
 def texts() -> Iterator[tuple[Path, str]]:
