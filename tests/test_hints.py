@@ -26,9 +26,6 @@ SHOWN = {
     "wan-mlx models": "models",
     "wan-mlx doctor": "doctor --help",  # tests/test_docs.py runs it
     "wan-mlx doctor --store-reference": "doctor --help",
-    "wan-mlx train clips -o zorb --steps 150 --lr 2e-3 --rank 8": "train --help",  # tests/test_training.py trains
-    "wan-mlx train clips -m t2v-1.3B -o style --size 480x272 --frames 33": "train --help",
-    "wan-mlx train clips -m t2v-1.3B -o style --resume": "train --help",
     "wan-mlx inspect": "inspect nano.folder",
     "wan-mlx info describes it": "info nano.folder/transformer.safetensors",
     "wan-mlx info {}": "info nano.folder",
