@@ -17,14 +17,17 @@ import torch
 import world
 from training import encode_normalised, film_strips, half, load_vae, say, then_grey, to_bytes
 
-PROMPTS, OF_TWO = 512, 128  # per size
+FOUR_STEPS = "four_steps.safetensors"
+PROMPTS, OF_TWO, IMAGES = 512, 128, 256  # per size
 AT_ONCE, DECODED = 64, 16
 
 
-def text_model(folder: Path, device):
-    """Transformer, its `ShortText` and the text encoder of ``folder``."""
+def text_model(folder: Path, device, lora: str | None = None):
+    """Transformer, its `ShortText` and the text encoder of ``folder``; ``lora``: a file there, merged."""
     encoder = models.UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).to(device).eval()
     model = models.WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    if lora:
+        models.merge_lora(model, folder / lora)
     model = model.to(device).eval()
     return model, models.use_short_text(model), encoder
 
@@ -68,6 +71,10 @@ class Reader:
         ]
         return {**table, "wrong": wrong[:24]}
 
+    def strips(self, folder: Path) -> None:
+        clips = [clip for clip in self.kept if clip is not None]
+        film_strips(folder / f"{self.name.replace(', ', '_').replace(' ', '_')}.png", clips)
+
 
 def painted(scenes, glyphs, size):
     """Batches of the scenes' clips and boxes."""
@@ -83,63 +90,64 @@ def noise_for(size, count: int, seed: int, device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def made(folder: Path, vae, workers, device, args, two: bool = False) -> dict[str, Any]:
-    """Tables of nano, per size."""
-    model, short, encoder = text_model(folder, device)
+def made(folder: Path, vae, workers, device, args, name: str = "transformer", two: bool = False) -> list[Reader]:
+    """Readers of nano's videos, per size; ``name``: "transformer", or "four_steps" with the LoRA for these."""
+    model, short, encoder = text_model(folder, device, FOUR_STEPS if name == "four_steps" else None)
     tokenizer = models.load_tokenizer(folder / "tokenizer" / "spiece.model")
     mean, std = models.latent_scale(vae, device)
-    found, readers = {}, {}
+    readers = []
     for size in world.SIZES:
         count = counted(args, OF_TWO if two else PROMPTS)
         prompts = (world.prompts_of_two if two else world.held_out_prompts)(count, size)
-        name = f"nano{', two' if two else ''}, {'x'.join(map(str, size))}"
-        readers[name] = reader = Reader(workers, name, prompts, two)
+        readers.append(reader := Reader(workers, f"nano {name}{', two' if two else ''}, {'x'.join(map(str, size))}",
+                                        prompts, two))  # fmt: skip
         for start in range(0, count, AT_ONCE):
             part = [prompt for prompt, _ in prompts[start : start + AT_ONCE]]
             ids = torch.as_tensor(models.token_rows(tokenizer, part)).long().to(device)
             noise = noise_for(size, len(part), start, device)
             with half():
-                velocity = models.guided(model, short, encoder, ids, args.guidance)
-                latents = models.sample(velocity, noise, args.sampling)
+                if name == "four_steps":
+                    latents = models.in_four(models.guided(model, short, encoder, ids, 1), noise)
+                else:
+                    velocity = models.guided(model, short, encoder, ids, args.guidance)
+                    latents = models.sample(velocity, noise, args.sampling)
                 for piece in (latents * std + mean).split(DECODED):
                     reader.add(models.decode(vae, piece).float())
-    for name, reader in readers.items():
-        found[name] = reader.table()
-        film_strips(folder / f"{name.replace(', ', '_')}.png", [clip for clip in reader.kept if clip is not None])
-    return found
+    say(f"{readers[0].name} and other sizes made")
+    return readers
 
 
 @torch.no_grad()
-def truth(vae, workers, device, args) -> dict[str, Any]:
-    """Tables of the clips as they are painted, and as the VAE gives them back."""
-    glyphs, readers = render.atlas(device, digits=False), {}
+def truth(vae, workers, device, args) -> list[Reader]:
+    """Readers of the clips as they are painted, and as the VAE gives them back."""
+    glyphs, readers = render.atlas(device, digits=False), []
     for size in world.SIZES:
         for two in (False, True):
             count = counted(args, 128 if two else 256)
             prompts = (world.prompts_of_two if two else world.held_out_prompts)(count, size)
             name = f"{', two' if two else ''}, {'x'.join(map(str, size))}"
-            readers[name] = [Reader(workers, of + name, prompts, two) for of in ("truth", "VAE")]
+            pair = [Reader(workers, of + name, prompts, two) for of in ("truth", "VAE")]
             for video, _ in painted([scene for _, scene in prompts], glyphs, size):
-                readers[name][0].add(video)
+                pair[0].add(video)
                 with half():
-                    readers[name][1].add(models.decode(vae, models.encode(vae, video)[0]).float())
-    return {reader.name: reader.table() for pair in readers.values() for reader in pair}
+                    pair[1].add(models.decode(vae, models.encode(vae, video)[0]).float())
+            readers += pair
+    return readers
 
 
 @torch.no_grad()
-def animated(folder: Path, vae, workers, device, args) -> dict[str, Any]:
-    """Tables of nano-i2v on held-out first frames and motions, and how well the first frame is kept."""
+def animated(folder: Path, vae, workers, device, args) -> list[Reader]:
+    """Readers of nano-i2v's videos on held-out first frames and motions, and how well the first frame is kept."""
     model, short, encoder = text_model(folder, device)
     image_encoder = models.CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=torch.float32)
     image_encoder = image_encoder.to(device).eval()
     tokenizer = models.load_tokenizer(folder / "tokenizer" / "spiece.model")
-    glyphs, readers = render.atlas(device, digits=False), {}
+    glyphs, readers = render.atlas(device, digits=False), []
     mean, std = models.latent_scale(vae, device)
     for size in world.SIZES:
-        count = counted(args, 256)
+        count = counted(args, IMAGES)
         prompts = world.held_out_images(count, size)
-        name = f"nano-i2v, {'x'.join(map(str, size))}"
-        readers[name] = reader = Reader(workers, name, prompts)
+        readers.append(reader := Reader(workers, f"nano-i2v, {'x'.join(map(str, size))}", prompts))
         images = torch.cat([to_bytes(video[:, :, 0]) for video, _ in painted([s for _, s in prompts], glyphs, size)])
         for start in range(0, count, AT_ONCE):
             image = images[start : start + AT_ONCE]
@@ -152,20 +160,25 @@ def animated(folder: Path, vae, workers, device, args) -> dict[str, Any]:
                 latents = models.sample(velocity, noise_for(size, len(image), start, device), args.sampling)
                 for piece, first in zip((latents * std + mean).split(DECODED), image.split(DECODED), strict=True):
                     reader.add(models.decode(vae, piece).float(), first)
-    found = {name: reader.table() for name, reader in readers.items()}
-    for name, reader in readers.items():
-        film_strips(folder / f"{name.replace(', ', '_')}.png", [clip for clip in reader.kept if clip is not None])
-    return found
+    say(f"{readers[0].name} and other sizes made")
+    return readers
 
 
-def measure_all(args, device, workers) -> dict[str, Any]:
-    """Everything there is in ``args.out``."""
-    vae, found = load_vae(args.out, device), {}
-    if "truth" in args.measure:
-        found |= truth(vae, workers, device, args)
-    if (args.out / "image_encoder").exists():
-        return found | animated(args.out, vae, workers, device, args)
-    if "nano" in args.measure:
-        found |= made(args.out, vae, workers, device, args)
-        found |= made(args.out, vae, workers, device, args, two=True)
-    return found
+def measure_all(args, device, workers, measured: set[str]) -> list[Reader]:
+    """Readers of what there is in ``args.out`` and is not ``measured``."""
+    vae, readers = load_vae(args.out, device), []
+    other = args.out.with_name(args.out.name + "-i2v")
+    there = {"truth": args.out, "i2v": other, "transformer": args.out / "transformer",
+             "four_steps": args.out / FOUR_STEPS}  # fmt: skip
+    for name in sorted(set(args.measure.split(",")) - measured):
+        if not there[name].exists():
+            continue
+        measured.add(name)
+        if name == "truth":
+            readers += truth(vae, workers, device, args)
+        elif name == "i2v":
+            readers += animated(other, vae, workers, device, args)
+        else:
+            readers += made(args.out, vae, workers, device, args, name)
+            readers += made(args.out, vae, workers, device, args, name, two=True)
+    return readers

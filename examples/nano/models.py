@@ -173,6 +173,17 @@ def new_transformer(**changes) -> WanTransformer3DModel:
     return model
 
 
+@torch.no_grad()
+def merge_lora(model: WanTransformer3DModel, path: Path) -> None:
+    """Add a LoRA, as `train_distil` writes it, to the weights."""
+    from safetensors.torch import load_file
+
+    state, weights = load_file(path), dict(model.named_parameters())
+    for name in [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]:
+        down, up = (state[f"{name}.lora_{part}.weight"].float() for part in "AB")
+        weights[f"{name.removeprefix('transformer.')}.weight"] += up @ down
+
+
 def new_i2v_transformer(start: WanTransformer3DModel) -> WanTransformer3DModel:
     """``start`` with an image branch: what it knows it begins with, the rest from scratch."""
     model = new_transformer(in_channels=36, image_dim=IMAGE_DIM, added_kv_proj_dim=256)
@@ -208,7 +219,7 @@ def encode_image(encoder: CLIPVisionModel, image: torch.Tensor) -> torch.Tensor:
 def with_mask(start: torch.Tensor) -> torch.Tensor:
     """(B, 20, t, h, w): which of a latent frame's four frames are given, then the latents ``start``."""
     mask = torch.zeros_like(start[:, :4])
-    mask[:, :, 0] = 1
+    mask[:, :, 0].fill_(1)
     return torch.cat([mask, start], 1)
 
 
@@ -245,12 +256,23 @@ def use_short_text(model: WanTransformer3DModel) -> ShortText:
 
 def encode_text(encoder: UMT5EncoderModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Context (B, SHORT_LEN, 128), zero beyond each caption, and the ``ShortText`` bias that goes with it."""
-    count = (ids != PAD).sum(1, keepdim=True)
-    place = torch.arange(SHORT_LEN, device=ids.device)
+    count = (ids != PAD).sum(1)
     rows = encoder(input_ids=ids, attention_mask=(ids != PAD).long()).last_hidden_state
-    rows = rows * (place < count)[..., None]
-    bias = torch.where(place < count, 0.0, torch.where(place == count, (TEXT_LEN - count).float().log(), -1e4))
-    return rows, bias[:, None, None]
+    rows = rows * (torch.arange(SHORT_LEN, device=ids.device) < count[:, None])[..., None]
+    return rows, padding_bias(count)
+
+
+def padding_bias(count: torch.Tensor) -> torch.Tensor:
+    """`ShortText`'s bias (B, 1, 1, SHORT_LEN) for captions of ``count`` (B,) tokens."""
+    place, count = torch.arange(SHORT_LEN, device=count.device), count[:, None]
+    bias = (TEXT_LEN - count).float().log().expand(-1, SHORT_LEN)
+    return bias.masked_fill(place < count, 0.0).masked_fill(place > count, -1e4)[:, None, None]
+
+
+def levels(steps: int) -> np.ndarray:
+    """Noise levels (steps + 1,) from 1 to 0, evenly spaced, then shifted."""
+    even = np.linspace(1, 0, steps + 1)
+    return SHIFT * even / (1 + (SHIFT - 1) * even)
 
 
 def guided(model, short: ShortText, encoder, ids, guidance: float = 3.0, given=None):
@@ -277,6 +299,15 @@ def guided(model, short: ShortText, encoder, ids, guidance: float = 3.0, given=N
         return empty_v + guidance * (v - empty_v)
 
     return velocity
+
+
+@torch.no_grad()
+def in_four(velocity, noise):
+    """Latents from ``noise`` (B, 16, t, h, w) by Euler in four steps, as the distilled transformer makes them."""
+    x, sigmas = noise.float(), levels(4)
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        x = x + float(following - sigma) * velocity(x, float(1000 * sigma))
+    return x
 
 
 @torch.no_grad()

@@ -98,7 +98,7 @@ def paint(packed: dict[str, torch.Tensor], glyphs: torch.Tensor, width: int, hei
 def _ground(packed, grid, width: int, height: int) -> torch.Tensor:
     """A softly lit backdrop with a faint weave, the same in every frame."""
     frames = packed["radius"].shape[-1]
-    p = grid[:, 0] / torch.tensor([width, height], device=grid.device) * 2 - 1
+    p = torch.stack([grid[:, 0, ..., 0] / width, grid[:, 0, ..., 1] / height], -1) * 2 - 1
     tilt = (p * packed["slope"][:, None, None]).sum(-1)
     cloth = F.grid_sample(packed["cloth"], p, mode="bicubic", padding_mode="border", align_corners=False)[:, 0]
     light = 1 + 0.07 * tilt - 0.06 * (p**2).sum(-1) + 0.02 * cloth

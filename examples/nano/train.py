@@ -19,6 +19,7 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import models
@@ -26,9 +27,10 @@ import render
 import torch
 import world
 from measure import measure_all
+from train_distil import train_distil
 from train_dit import train_dit
 from train_i2v import train_i2v
-from training import Clock, Trainer, channels_last, draw, load_vae, pick, save, say, start_from
+from training import START, Clock, Trainer, channels_last, draw, load_vae, pick, save, say, start_from
 
 WINDOW = 64  # side of the windows the VAE trains on first
 
@@ -40,7 +42,8 @@ def windows(packed, width: int, height: int, side: int) -> torch.Tensor:
     which = (torch.rand_like(packed["radius"][:, 0, 0]) < 0.5).long() * (packed["radius"][:, 1, 0] > 0)
     moment = torch.randint(frames, (b,), device=rows.device)
     corner = packed["centre"][rows, which, moment] - side / 2 + torch.randn(b, 2, device=rows.device) * side / 8
-    return corner.round().clamp(min=0).minimum(torch.tensor([width - side, height - side], device=rows.device))
+    x, y = corner.round().clamp(min=0).unbind(1)
+    return torch.stack([x.clamp(max=width - side), y.clamp(max=height - side)], 1)
 
 
 # --- stage 1: VAE ----------------------------------------------------------------------------------------------
@@ -60,7 +63,7 @@ def vae_loss(vae, video, boxes):
     return 2 * (weight * error**2).mean() + 0.5 * (weight * error.abs()).mean() + 8e-6 * kl + inside
 
 
-def train_vae(args, device, workers) -> dict:
+def train_vae(args, device, workers, begun: float, seconds: float) -> dict:
     clip_sizes = world.SIZES
     count = 16384 if args.clips is None else args.clips
     pools = [draw(workers, 1, max(count // (1 if i == 0 else 8), 16), s, device)[0] for i, s in enumerate(clip_sizes)]
@@ -72,29 +75,28 @@ def train_vae(args, device, workers) -> dict:
         part.requires_grad_(not args.keep_latents)
     if device.type == "cuda":
         channels_last(vae)
-    loss_fast = torch.compile(vae_loss, dynamic=False) if device.type == "cuda" else vae_loss
-    clock = Clock(args.seconds, args.steps)
-    rate = args.rate or (1e-3 if args.start else 1.5e-3)
-    trainer = Trainer([vae], clock, rate, 100, 0.998, weight_decay=0.0, betas=(0.9, 0.99))
-    batch, small = args.batch or 16, max((args.batch or 16) // 2, 1)
-    announced = False
-    while clock.progress() < 1:
-        # Windows around the things first: cheap steps, full of edges. Then whole clips, every sixth of another size.
-        whole = clock.progress() > (0.6 if args.start else 0.4)
-        if whole and not announced:
-            say(f"whole clips from step {clock.step}")
-            announced = True
-        other = whole and clock.step % 6 == 5
-        which = 1 + (clock.step // 6) % 3 if other else 0
+    # Compiling takes two minutes, which a short training has not.
+    fast = torch.compile(vae_loss, dynamic=False) if device.type == "cuda" and not args.keep_latents else vae_loss
+    clock = Clock(begun + seconds, args.steps)
+    trainer = Trainer([vae], clock, args.rate, 100, 0.998, weight_decay=0.0, betas=(0.9, 0.99))
+    batch, small = max(args.batch // 16, 1), max(args.batch // 32, 1)
+
+    def loss_of(which: int, whole: bool):
         width, height, _ = clip_sizes[which]
-        n = small if other else batch if whole else 4 * batch
+        n = (small if which else batch) if whole else 4 * batch
         packed = pick(pools[which], torch.randint(len(pools[which]["slope"]), (n,), device=device))
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             corner = None if whole else windows(packed, width, height, WINDOW)
             video, boxes = render.paint(packed, glyphs, width, height, corner, 0 if whole else WINDOW)
         video = video.contiguous(memory_format=torch.channels_last_3d)
         # The odd sizes run uncompiled: compiling for each would cost more than it saves.
-        trainer.step(vae_loss if other else loss_fast, vae, video, boxes.contiguous())
+        return (vae_loss if which else fast)(vae, video, boxes.contiguous())
+
+    while clock.progress() < 1:
+        # Windows around the things first: cheap steps, full of edges. Then whole clips, every third of another size.
+        whole = clock.progress() > (0.5 if args.start else 0.4)
+        which = 1 + (clock.step // 3) % 3 if whole and clock.step % 3 == 2 else 0
+        trainer.step(lambda which=which, whole=whole: loss_of(which, whole), (which, whole))
 
     (vae,) = trainer.averaged()
     if not args.keep_latents:
@@ -140,26 +142,25 @@ def reconstruction(vae, workers, glyphs, size, args) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stages", choices=STAGES, nargs="+", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and logs")
     parser.add_argument("--start", type=Path, help="go on from this folder, such as wan_mlx/assets/nano")
-    parser.add_argument("--warmup", type=int, default=300, help="steps until the highest rate")
-    parser.add_argument("--encoding", type=float, default=0.16, help="dit, i2v: share of the time to encode clips")
-    parser.add_argument("--keep-latents", action="store_true", help="vae: only the decoder is trained")
-    parser.add_argument("--keep-text", action="store_true", help="dit: the text encoder stays as it is")
-    parser.add_argument("--rate", type=float, help="highest learning rate of the transformer")
-    parser.add_argument("--seconds", type=float, help="end of training, from the start of the program")
-    parser.add_argument("--steps", type=int, help="train exactly this many steps instead")
     parser.add_argument(
-        "--batch", type=int, help="clips per step (16 whole clips for the VAE, 256 for the transformer)"
+        "--start-i2v", type=Path, help="i2v: go on from this MLX folder, such as wan_mlx/assets/nano-i2v"
     )
+    parser.add_argument("--warmup", type=int, default=300, help="steps until the highest rate")
+    parser.add_argument("--encoding", type=float, default=0.13, help="dit, i2v: share of the time to encode clips")
+    parser.add_argument("--keep-latents", action="store_true", help="vae: only the decoder is trained")
+    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--seconds", type=float, nargs="+", help="for each stage (default: vae 390, dit 360, ...)")
+    parser.add_argument("--steps", type=int, help="train exactly this many steps instead")
+    parser.add_argument("--batch", type=int, default=256, help="clips per step; the VAE takes a sixteenth")
     parser.add_argument("--clips", type=int, help="clips drawn; also makes the evaluation tiny, for a trial run")
     parser.add_argument("--prompts", type=int, help="measure: per size (default 512)")
-    parser.add_argument("--measure", default="truth,nano", help="measure: of these two (default both)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="measure")
+    parser.add_argument("--measure", default="transformer,four_steps,i2v", help="and truth (default %(default)s)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="distil, measure")
     parser.add_argument("--sampling", type=int, default=12, help="measure: steps")
     args = parser.parse_args()
-    args.seconds = args.seconds or STAGES[args.stage][1]
     args.out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("fork")  # before CUDA starts: its state does not survive a fork
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_one_thread) as workers:
@@ -169,19 +170,45 @@ def main() -> None:
         torch.backends.cudnn.benchmark = True
         torch._dynamo.config.cache_size_limit = 64
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        result = STAGES[args.stage][0](args, device, workers)
-    (args.out / f"{args.stage}.json").write_text(json.dumps(result, indent=1))
+        run(args, device, workers)
     say("done")
 
 
-# Each stage, and the seconds it takes unless told.
-STAGES = {
-    "vae": (train_vae, 390), "dit": (train_dit, 640), "i2v": (train_i2v, 640),
-    "measure": (measure_all, 0),
-}  # fmt: skip
+def run(args, device, workers) -> None:
+    """The stages one after the other; videos are read by the workers while the next stage trains."""
+    found, readers, measured, sets = {}, [], set(), None
+
+    def write() -> None:
+        (args.out / "training.json").write_text(json.dumps(found, indent=1))
+
+    for stage, seconds in zip(args.stages, args.seconds or map(SECONDS.get, args.stages), strict=True):
+        say(stage)
+        begun = time.monotonic() - START
+        if stage == "vae":
+            found[stage] = train_vae(args, device, workers, begun, seconds)
+        elif stage == "dit":
+            found[stage] = train_dit(args, device, workers, begun, seconds)
+            sets = found[stage].pop("sets")
+        elif stage == "distil":
+            found[stage] = train_distil(args, device, workers, begun, seconds, sets)
+            sets = None
+        elif stage == "i2v":
+            found[stage] = train_i2v(args, device, workers, begun, seconds)
+        else:
+            readers += measure_all(args, device, workers, measured)
+        write()
+    for reader in readers:
+        found[reader.name] = reader.table()
+        write()
+        reader.strips(args.out)
+
+
+STAGES = ("vae", "dit", "distil", "i2v", "measure")
+SECONDS = {"vae": 390, "dit": 360, "distil": 130, "i2v": 170, "measure": 0}
 
 
 def _one_thread() -> None:
+    os.nice(10)  # the process that keeps the GPU busy comes first
     torch.set_num_threads(1)
 
 

@@ -3,79 +3,27 @@
 from __future__ import annotations
 
 import models
-import numpy as np
-import render
-import torch
-import world
-from training import (
-    CAPTIONS,
-    Clock,
-    Trainer,
-    blur_words,
-    channels_last,
-    encode_clips,
-    flow_matching,
-    load_vae,
-    save,
-    say,
-    start_from,
-)
-
-NAMES = ("transformer", "image_encoder")
+from train_dit import train
+from training import Clock, channels_last, encode_clips, from_mlx, load_vae, nothing_said, save, start_from
 
 
-def train_i2v(args, device, workers) -> dict:
-    """Train transformer and image encoder; text encoder, VAE and tokenizer are those of ``args.start``."""
-    if not args.start:
-        raise SystemExit("train.py i2v: --start is missing: the MLX folder of the trained nano")
-    _, text_encoder, start = start_from(args.start, args.out)
-    tokenizer = models.load_tokenizer(args.out / "tokenizer" / "spiece.model")
-    vae = load_vae(args.out, device)
-    glyphs = render.atlas(device)
+def train_i2v(args, device, workers, begun: float, seconds: float) -> dict:
+    """Text encoder, VAE and tokenizer are nano's, and stay as they are, as does the image encoder.
+
+    ``args.start_i2v`` is an MLX folder of nano-i2v; without it transformer and image encoder begin from nano's blocks.
+    """
+    out = args.out.with_name(args.out.name + "-i2v")
+    out.mkdir(exist_ok=True)
+    _, encoder, nano = start_from(args.out, out)
+    model, image_encoder = models.new_i2v_transformer(nano), models.new_image_encoder()
+    if args.start_i2v:
+        from_mlx(model, args.start_i2v / "transformer.safetensors")
+        from_mlx(image_encoder, args.start_i2v / "image_encoder.safetensors")
+    encoder, image_encoder = (part.to(device).requires_grad_(False) for part in (encoder, image_encoder.eval()))
+    save(image_encoder, out / "image_encoder")
+    tokenizer = models.load_tokenizer(out / "tokenizer" / "spiece.model")
+    vae = load_vae(out, device)
     fast = channels_last(vae) if device.type == "cuda" else vae
-    sets = encode_clips(fast, workers, tokenizer, glyphs, args, args.encoding * args.seconds, given=True)
-
-    text_encoder = text_encoder.to(device).requires_grad_(False)
-    if (args.out / "image_encoder").exists():  # it goes on
-        model = models.WanTransformer3DModel.from_pretrained(args.out / "transformer", torch_dtype=torch.float32)
-        image_encoder = models.CLIPVisionModel.from_pretrained(args.out / "image_encoder", dtype=torch.float32)
-    else:
-        model, image_encoder = models.new_i2v_transformer(start), models.new_image_encoder()
-    model, image_encoder = model.to(device).train(), image_encoder.to(device).train()
-    short = models.use_short_text(model)
-    if device.type == "cuda":
-        model.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    clock = Clock(args.seconds, args.steps)
-    trainer = Trainer(
-        [model, image_encoder], clock, args.rate or 1e-3, args.warmup, 0.999, weight_decay=0.01, betas=(0.9, 0.99)
-    )
-
-    def keep(*averaged):
-        for module, name in zip(averaged, NAMES, strict=True):
-            save(module, args.out / name)
-        say("saved")
-
-    trainer.keep = keep
-    batch = args.batch or 256
-    chooser = np.random.default_rng(5)
-    while clock.progress() < 1:
-        which = int(chooser.choice(len(sets), p=world.SIZE_SHARE))
-        clips = sets[which]
-        index = torch.randint(len(clips.latents), (batch // 2 if which == 1 else batch,), device=device)
-        caption = blur_words(clips.ids[index, torch.randint(CAPTIONS, index.shape, device=device)].long())
-        given = models.with_mask(clips.start[index].float()), clips.image[index]
-        latents, boxes = clips.latents[index].float(), clips.boxes[index].float()
-        trainer.step(velocity_loss, model, text_encoder, image_encoder, short, latents, caption, boxes, given)
-
-    keep(*trainer.averaged())
-    say(f"{clock.step} steps")
-    return {"steps": clock.step, "log": trainer.log}
-
-
-def velocity_loss(model, text_encoder, image_encoder, short, latents, ids, boxes, given):
-    condition, image = given
-    context, short.bias = models.encode_text(text_encoder, ids)
-    features = models.encode_image(image_encoder, image)
-    return flow_matching(
-        lambda x, t: model(torch.cat([x, condition], 1), t, context, features, return_dict=False)[0], latents, boxes
-    )
+    sets = encode_clips(fast, encoder, workers, tokenizer, args, args.encoding * seconds, image_encoder)
+    clock = Clock(begun + seconds, args.steps)
+    return {"log": train(model.to(device).eval(), sets, nothing_said(encoder), args, clock, out / "transformer")}

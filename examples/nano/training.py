@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import world
 
 START = time.monotonic()
-CAPTIONS = 8  # captions kept per clip
+CAPTIONS = 4  # captions kept per clip
 SAVE_EVERY = 150  # seconds between checkpoints
 
 
@@ -36,44 +36,100 @@ class Clock:
 
 
 class Trainer:
-    """AdamW with warm-up and cosine decay over a ``Clock``, gradient clipping, bfloat16 autocast, and an average.
+    """AdamW, and Muon for the blocks' matrices, with warm-up and cosine decay over a ``Clock``, gradient clipping,
+    bfloat16 autocast, and an average.
 
-    ``keep``, if set, is called with the averaged modules every SAVE_EVERY seconds, so that a run cut short leaves some.
+    On a GPU a step is recorded once for each ``key`` and then replayed: launching thousands of small kernels from
+    Python takes longer than they do. So a loss draws all that changes from step to step on the device, itself.
+    ``gather`` is called when gradients are there. ``keep``, if set, is called with the averaged modules every SAVE_EVERY
+    seconds, so that a run cut short leaves some.
     """
 
-    def __init__(self, modules: list[torch.nn.Module], clock: Clock, rate: float, warmup: int, average: float, **adam):
-        self.clock, self.rate, self.warmup, self.average = clock, rate, warmup, average
-        self.params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    def __init__(
+        self,
+        modules: list[torch.nn.Module],
+        clock: Clock,
+        rate: float,
+        warmup: int,
+        average: float,
+        gather=None,
+        **adam,
+    ):
+        self.clock, self.rate, self.warmup, self.average, self.gather = clock, rate, warmup, average, gather
+        named = [pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad]
+        self.params = [p for _, p in named]
         self.means = [p.detach().clone() for p in self.params]
-        self.optimizer = torch.optim.AdamW(self.params, lr=rate, fused=self.params[0].is_cuda, **adam)
+        cuda = self.params[0].is_cuda
+        self.now = torch.tensor(rate, device=self.params[0].device)
+        matrices = [p for name, p in named if name.startswith("blocks.") and p.ndim == 2]
+        self.muon = Muon(matrices, self.now)
+        apart = {id(p) for p in matrices}
+        others = [p for p in self.params if id(p) not in apart]
+        self.optimizer = torch.optim.AdamW(others, lr=self.now, fused=cuda, capturable=cuda, **adam)
         self.modules, self.log, self.recent = modules, [], []
         self.keep, self.kept = None, time.monotonic()
+        self.graphs, self.seen, self.pool, self.record = {}, {}, None, cuda
 
-    def step(self, loss_of, *args) -> None:
+    def step(self, loss_of, key: object = None) -> None:
+        """One step on ``loss_of()``; one ``key``, one computation on tensors of one shape."""
         clock = self.clock
         rate = self.rate * min(1, (clock.step + 1) / self.warmup) * (0.5 + 0.5 * math.cos(math.pi * clock.progress()))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with half():
-            loss = loss_of(*args)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.now.fill_(rate)
+        loss = self._recorded(loss_of, key) if self.record and key is not None else self._plain(loss_of)
         clock.step += 1
-        torch._foreach_lerp_(self.means, self.params, 1 - min(self.average, (1 + clock.step) / (10 + clock.step)))
-        self.recent.append(loss.detach())
+        self.recent.append(loss.clone())
         if clock.step % 50 == 0 or clock.step == 5:  # also keeps the clock honest: the device is waited for
             value = float(torch.stack(self.recent).float().mean())
             self.recent.clear()
             self.log.append({"step": clock.step, "seconds": round(time.monotonic() - START, 1), "loss": value})
-            if clock.step % 250 == 0 or clock.step == 5:
+            if clock.step % 500 == 0 or clock.step in (5, 50, 100):
                 say(f"step {clock.step} loss {value:.5f} rate {rate:.1e} progress {clock.progress():.2f}")
             if not math.isfinite(value):
                 raise RuntimeError(f"loss is {value} at step {clock.step}; lower the learning rate")
             if self.keep is not None and time.monotonic() - self.kept > SAVE_EVERY:
                 self.keep(*self.averaged())
                 self.kept = time.monotonic()
+
+    def _plain(self, loss_of) -> torch.Tensor:
+        with half():
+            loss = loss_of()
+        loss.backward()
+        if self.gather is not None:
+            self.gather()
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.optimizer.step()
+        self.muon.step()
+        for p in self.params:
+            p.grad = None
+        with torch.no_grad():
+            torch._foreach_lerp_(self.means, self.params, 1 - self.average)
+        return loss.detach()
+
+    def _recorded(self, loss_of, key) -> torch.Tensor:
+        if key not in self.graphs:
+            self.seen[key] = self.seen.get(key, 0) + 1
+            if self.seen[key] <= 3:  # compiles, and makes the optimiser's state
+                aside = torch.cuda.Stream()
+                aside.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(aside):
+                    loss = self._plain(loss_of)
+                torch.cuda.current_stream().wait_stream(aside)
+                return loss
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool):
+                    loss = self._plain(loss_of)
+            except Exception as reason:
+                say(f"not recorded: {reason}")
+                self.record = False
+                torch.cuda.synchronize()
+                return self._plain(loss_of)
+            self.pool = graph.pool()
+            self.graphs[key] = graph, loss
+        graph, loss = self.graphs[key]
+        graph.replay()
+        return loss
 
     def averaged(self) -> list[torch.nn.Module]:
         """Copies of the modules with the averaged weights."""
@@ -87,9 +143,42 @@ class Trainer:
         return copies
 
 
+class Muon:
+    """Momentum, made orthogonal before it is added (Jordan et al. 2024), as large as AdamW's (Liu et al. 2025)."""
+
+    def __init__(self, params: list[torch.nn.Parameter], rate: torch.Tensor, decay: float = 0.01):
+        self.rate, self.decay, self.groups = rate, decay, {}
+        for p in params:
+            self.groups.setdefault(tuple(p.shape), []).append(p)
+        self.momenta = {shape: torch.zeros(len(group), *shape, device=group[0].device)
+                        for shape, group in self.groups.items()}  # fmt: skip
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for shape, group in self.groups.items():
+            gradient, momentum = torch.stack([p.grad for p in group]), self.momenta[shape]
+            momentum.lerp_(gradient, 0.05)
+            change = orthogonal(gradient.lerp(momentum, 0.95)).float() * (-0.2 * max(shape) ** 0.5 * self.rate)
+            torch._foreach_mul_(group, 1 - self.decay * self.rate)
+            torch._foreach_add_(group, list(change.unbind(0)))
+
+
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """(n, r, c) with all singular values near 1, by five Newton-Schulz iterations in bfloat16."""
+    x = matrices.bfloat16()
+    upright = x.shape[1] > x.shape[2]
+    x = x.mT if upright else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.mT if upright else x
+
+
 def half():
     """bfloat16 autocast on a GPU; on the CPU it would only be slower."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
+    # Without its cache: a weight first cast where no gradients are kept would stay without one.
+    return torch.autocast("cuda", torch.bfloat16, torch.cuda.is_available(), cache_enabled=False)
 
 
 def say(text: str) -> None:
@@ -141,16 +230,27 @@ def from_mlx(module: torch.nn.Module, path: Path) -> torch.nn.Module:
 
     from wan_mlx.weights.layouts import canonical_keys, recognise  # needs no MLX
 
-    stored, wanted, state = load_file(path), module.state_dict(), {}
+    stored, wanted, state = unpacked(load_file(path)), module.state_dict(), {}
     for name, key in canonical_keys(recognise(wanted), wanted).items():
-        tensor, shape = stored.pop(name), wanted[key].shape
-        if len(shape) >= 4:  # channels last there
-            tensor = tensor.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-        state[key] = tensor.reshape(shape).float()
+        tensor, keys = stored.pop(name), (key,) if isinstance(key, str) else key  # several: packed into one there
+        for key, part in zip(keys, tensor.chunk(len(keys)), strict=True):
+            shape = wanted[key].shape
+            if len(shape) >= 4:  # channels last there
+                part = part.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+            state[key] = part.reshape(shape).float()
     if stored:
         raise RuntimeError(f"{path} holds tensors that {type(module).__name__} has no place for: {sorted(stored)[:5]}")
     module.load_state_dict({**wanted, **state})
     return module
+
+
+def unpacked(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Matrices that are packed in eight bits, four in a word and 64 to a scale and a bias, as matrices."""
+    for layer in [name.removesuffix(".scales") for name in stored if name.endswith(".scales")]:
+        scales, biases = (stored.pop(f"{layer}.{part}").float()[..., None] for part in ("scales", "biases"))
+        values = stored[f"{layer}.weight"].view(torch.uint8).unflatten(-1, (-1, 64)).float()
+        stored[f"{layer}.weight"] = (values * scales + biases).flatten(-2)
+    return stored
 
 
 def start_from(folder: Path, out: Path):
@@ -204,25 +304,55 @@ def load_vae(folder: Path, device):
 
 
 class Clips(NamedTuple):
-    """Encoded clips of one size. Latents are normalised bfloat16; the last two are for image-conditioned models."""
+    """Encoded clips of one size, normalised latents, and what is said of them; the last two are for nano-i2v alone.
+
+    Text and image encoders stay as they are in these stages, so all is encoded once, in bfloat16.
+    """
 
     latents: torch.Tensor  # (N, 16, t, h, w)
-    ids: torch.Tensor  # (N, CAPTIONS, SHORT_LEN) token ids
     boxes: torch.Tensor  # bool (N, 1, t, h, w): where things are
-    image: torch.Tensor | None  # uint8 (N, 3, H, W): the first frame
+    context: torch.Tensor  # (N, CAPTIONS, SHORT_LEN, 128)
+    words: torch.Tensor  # (N, CAPTIONS): tokens of each caption
+    features: torch.Tensor | None  # (N, 257, IMAGE_DIM): of the first frame
     start: torch.Tensor | None  # (N, 16, t, h, w): latents of the first frame followed by grey
 
 
+class Batch(NamedTuple):
+    """Drawn from `Clips`; ``bias`` goes with ``context`` as `models.ShortText` says."""
+
+    latents: torch.Tensor
+    boxes: torch.Tensor
+    context: torch.Tensor
+    bias: torch.Tensor
+    features: torch.Tensor | None
+    condition: torch.Tensor | None
+
+
+def draw_batch(clips: Clips, count: int, empty: torch.Tensor) -> Batch:
+    """``count`` clips with one of their captions each, or in one of ten with none: ``empty`` (1, SHORT_LEN, 128)."""
+    device = clips.latents.device
+    index = torch.randint(len(clips.latents), (count,), device=device)
+    which = torch.randint(CAPTIONS, (count,), device=device)
+    silent = torch.rand(count, device=device) < 0.1
+    context = torch.where(silent[:, None, None], empty, clips.context[index, which].float())
+    bias = models.padding_bias(clips.words[index, which].masked_fill(silent, 1))
+    features, condition = None, None
+    if clips.start is not None:
+        features, condition = clips.features[index].float(), models.with_mask(clips.start[index].float())
+    return Batch(clips.latents[index].float(), clips.boxes[index].float(), context, bias, features, condition)
+
+
 @torch.no_grad()
-def encode_clips(vae, workers, tokenizer, glyphs, args, deadline: float, given: bool = False) -> list[Clips]:
-    """Clips of each size, as many as fit until ``deadline``, in seconds since the program began."""
-    device = glyphs.device
-    total = 40000 if args.clips is None else args.clips
-    counts = [max(int(total * share), 8) for share in world.SIZE_SHARE]
-    begun, sets = time.monotonic() - START, []
+def encode_clips(vae, encoder, workers, tokenizer, args, seconds: float, image_encoder=None) -> list[Clips]:
+    """Clips of each size, as many as ``seconds`` are enough for; with ``image_encoder`` those of nano-i2v."""
+    device = next(vae.parameters()).device
+    given, glyphs = image_encoder is not None, render.atlas(device)
+    total = 48000 if args.clips is None else args.clips
+    counts = [max(int(total * share), 2) for share in world.SIZE_SHARE]
+    begun, sets = time.monotonic(), []
     for index, (size, count) in enumerate(zip(world.SIZES, counts, strict=True)):
-        packed, captions = draw(workers, 3, count, size, device, given=given)
-        limit = begun + (deadline - begun) * sum(counts[: index + 1]) / sum(counts)
+        packed, captions = draw(workers, 5, count, size, device, given=given)
+        limit = begun + seconds * sum(counts[: index + 1]) / sum(counts)
         ids = torch.as_tensor(models.token_rows(tokenizer, captions)).view(count, CAPTIONS, -1)
         parts = []
         for start in range(0, count, 32):
@@ -231,17 +361,22 @@ def encode_clips(vae, workers, tokenizer, glyphs, args, deadline: float, given: 
             boxes = F.max_pool3d(torch.cat([boxes[:, :, :1].expand(-1, -1, 3, -1, -1), boxes], 2), (4, 8, 8)) > 0
             if given:
                 image = to_bytes(video[:, :, 0])
-                parts.append((latents, boxes, image, encode_normalised(vae, then_grey(image, size[2]))))
+                with half():
+                    features = models.encode_image(image_encoder, image).to(torch.bfloat16)
+                parts.append((latents, boxes, features, encode_normalised(vae, then_grey(image, size[2]))))
             else:
                 parts.append((latents, boxes))
             if start % 1024 == 0 and device.type == "cuda":
                 torch.cuda.synchronize()
-            if time.monotonic() - START > limit and len(parts) * 32 >= 256:
+            if time.monotonic() > limit and len(parts) * 32 >= 256:
                 break
         latents, boxes, *first = (torch.cat(column) for column in zip(*parts, strict=True))
-        sets.append(Clips(latents, ids[: len(latents)].to(device), boxes, *(first or (None, None))))
-        longest = int((ids > 0).sum(-1).max())
-        say(f"{size}: {len(latents)} of {count} clips encoded, captions of at most {longest} tokens")
+        ids = some_unknown(ids[: len(latents)].flatten(0, 1).long().to(device))
+        context = torch.cat([models.encode_text(encoder, part)[0].to(torch.bfloat16) for part in ids.split(8192)])
+        words = (ids != models.PAD).sum(1)
+        sets.append(Clips(latents, boxes, context.unflatten(0, (-1, CAPTIONS)), words.view(-1, CAPTIONS),
+                          *(first or (None, None))))  # fmt: skip
+        say(f"{size}: {len(latents)} of {count} clips encoded, captions of at most {int(words.max())} tokens")
     return sets
 
 
@@ -282,14 +417,19 @@ def flow_matching(predict, latents: torch.Tensor, boxes: torch.Tensor) -> torch.
     return (weight * error**2).mean()
 
 
-def blur_words(ids: torch.Tensor) -> torch.Tensor:
-    """Captions as trained on: one in ten is empty, and in one of eight some words become unknown."""
+def some_unknown(ids: torch.Tensor) -> torch.Tensor:
+    """Captions (N, SHORT_LEN) as trained on: in one of eight some words are unknown."""
     rows = torch.rand(len(ids), 1, device=ids.device)
     word = ids > models.UNK
-    ids = torch.where(word & (rows > 0.875) & (torch.rand(ids.shape, device=ids.device) < 0.2), models.UNK, ids)
-    empty = torch.zeros_like(ids)
-    empty[:, 0] = models.EOS
-    return torch.where(rows < 0.1, empty, ids)
+    return torch.where(word & (rows > 0.875) & (torch.rand(ids.shape, device=ids.device) < 0.2), models.UNK, ids)
+
+
+def nothing_said(encoder) -> torch.Tensor:
+    """The context (1, SHORT_LEN, 128) of an empty caption."""
+    ids = torch.full((1, models.SHORT_LEN), models.PAD, device=next(encoder.parameters()).device)
+    ids[:, 0] = models.EOS
+    with torch.no_grad():
+        return models.encode_text(encoder, ids)[0]
 
 
 def film_strips(path: Path, clips: list[np.ndarray]) -> None:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 FPS = 16
-TWO_SHARE = 0.18  # of the clips show two things
+TWO_SHARE = 0.2  # of the clips show two things
 SIZES = ((128, 128, 17), (128, 128, 33), (160, 96, 17), (96, 160, 17))  # width, height, frames
-SIZE_SHARE = (0.7, 0.1, 0.1, 0.1)
+SIZE_SHARE = (0.58, 0.14, 0.14, 0.14)
 
 COLOURS = {
     "red": (222, 40, 38),
@@ -42,13 +42,14 @@ BACKGROUNDS = {
     "yellow": (212, 178, 62),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring")
-SHAPE_SHARE = (0.2, 0.2, 0.2, 0.2, 0.1, 0.1)
+SHAPE_SHARE = (0.11, 0.15, 0.16, 0.2, 0.15, 0.23)  # what is hard to draw is drawn more often
 # Unit steps in pixels, y down; the other motions stay in place or, for "bounce", return to where they began.
 DIRECTIONS = {
     "right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1),
     "up-right": (1, -1), "up-left": (-1, -1), "down-right": (1, 1), "down-left": (-1, 1),
 }  # fmt: skip
 MOTIONS = (*DIRECTIONS, "bounce", "grow", "shrink", "spin", "still")
+MOTION_SHARE = {"spin": 3.5, "bounce": 2.0, "grow": 1.3}  # beside 1 of each other
 DIGITS = tuple(f"digit {d}" for d in range(10))
 MARGIN = 3.0  # pixels that stay free between a thing and the edge
 GLYPH_REACH = 1.25  # the glyph atlas covers [-1.25, 1.25] radii
@@ -162,14 +163,15 @@ def _held_out_combinations() -> list[tuple[str, ...]]:
 
 def _free(rng: np.random.Generator, motions: tuple[str, ...], background: str) -> Thing:
     while True:
-        thing = _thing(rng, motions, digits=0.16)
+        thing = _thing(rng, motions, digits=0.12)
         if exists(thing.colour, background) and not held_out(thing.colour, thing.kind, thing.motion, background):
             return thing
 
 
 def _thing(rng: np.random.Generator, motions: tuple[str, ...], digits: float) -> Thing:
     kind = _pick(rng, DIGITS) if rng.random() < digits else SHAPES[rng.choice(len(SHAPES), p=SHAPE_SHARE)]
-    return Thing(kind, _pick(rng, tuple(COLOURS)), _pick(rng, motions), int(rng.integers(2**31)))
+    motion = _weighted(rng, [(name, MOTION_SHARE.get(name, 1.0)) for name in motions])
+    return Thing(kind, _pick(rng, tuple(COLOURS)), motion, int(rng.integers(2**31)))
 
 
 def _pick(rng: np.random.Generator, options):
