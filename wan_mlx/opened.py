@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from .planning.choose import Wanted, parse_tiling, plan_video
 from .planning.machine import mlx_version
 from .planning.plan import Plan
 from .planning.sizes import Networks, sizes_of
-from .presets import EXPERTS, MODULE, Preset, find_preset, preset_for
+from .presets import EXPERTS, FOUR_STEPS, MODULE, Preset, find_preset, preset_for
 from .progress_bars import progress_of
 from .prompts.cache import PromptCache
 from .recipes import phase_of, timesteps_of
@@ -144,6 +145,8 @@ class OpenedModel:
         self.guessed_preset, self.preset = known is None, known or preset_for(self.config, len(experts))
         named("boundary").check(given["boundary"])
         self.checkpoint = checkpoint = with_experts(checkpoint, self.preset, given, loras)
+        if not checkpoint.of_kind("transformer")[0].file.with_name(FOUR_STEPS).exists():
+            self.preset = replace(self.preset, recipe="")
         self.dtype, self.quantize, self.memory = given["dtype"], given["quantize"], given["memory"]
         self.vae_tiling = parse_tiling(given["vae_tiling"])
         self.quantized = modes_of(checkpoint, self.quantize)
@@ -360,10 +363,14 @@ class OpenedModel:
         loras = [*self.loras, *own]
         factors = phase.factors(len(own), len(self.loras)) if phase else [1.0] * len(loras)
         found = [(path, strength * factor) for (path, strength), factor in zip(loras, factors, strict=True)]
+        if self.preset.recipe and request.recipe == self.preset.recipe:
+            found.append((self.expert(timestep, request).file.with_name(FOUR_STEPS), 1.0))
         return [lora for lora in found if lora[1]]
 
     def changes_loras(self, request: Request, part: Part) -> bool:
-        """Whether a transformer's LoRAs change in the course of a request."""
+        """Whether a transformer's LoRAs change in the course of a request, or from one request to another."""
+        if self.preset.recipe:
+            return True
         served = [timestep for timestep in timesteps_of(request) if self.expert(timestep, request) is part]
         loras = [self.loras_at(request, timestep) for timestep in served]
         return any(one != loras[0] for one in loras)

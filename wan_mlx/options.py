@@ -42,7 +42,7 @@ LORAS = ("loras", "loras_high", "loras_low")
 SOLVERS = ("unipc", "dpm++", "euler", "dmd")
 RECIPES = (
     "lightx2v-4step", "lightx2v-8step", "lightx2v-3phase", "lightx2v-3phase-i2v", "fastwan-5B", "fastwan-3step",
-    "causvid-1.3B", "causvid", "accvid", "fusionix", "turbowan-i2v", "rcm", "fun-reward",
+    "causvid-1.3B", "causvid", "accvid", "fusionix", "turbowan-i2v", "rcm", "fun-reward", "nano-4step",
 )  # fmt: skip
 ONE_GPU = "there is one GPU"
 FITS = ("official", "crop", "pad")

@@ -26,6 +26,8 @@ TASK_NAMES = dict(t2v="text to video", i2v="image to video", flf2v="first and la
                   control="control video (Fun-Control)")  # fmt: skip
 # Models that come with the package: name → folder.
 BUNDLED = {name: Path(__file__).parent / "assets" / name for name in ("nano", "nano-i2v")}
+# A LoRA beside a bundled model's weights, with which it is sampled by its preset's recipe.
+FOUR_STEPS = "four_steps.safetensors"
 CAMERA_SHAKE = "镜头晃动，"
 SCENE_CUT = "镜头切换，"
 
@@ -52,6 +54,7 @@ class Preset:
     one's (a mere name is one in `COMFYUI_TRANSFORMERS`), ``gguf`` the repository of its GGUF quantisations; "" where
     none is known. ``vocabulary``: of a model that knows few words, these, in English and in Chinese. ``boundary``: of a
     model of two experts, the share of the 1000 timesteps from which on, itself included, the high-noise one serves.
+    ``recipe``: the one by which it is sampled, with the LoRA `FOUR_STEPS`, unless something is said of how to sample.
     ``cinematic``: trained on captions in a film crew's words, which can also be written out of its first frame alone.
     """
 
@@ -73,6 +76,7 @@ class Preset:
     gguf: str = ""
     vocabulary: tuple[str, ...] = ()
     boundary: float | None = None
+    recipe: str = ""
     cinematic: bool = False
 
     @property
@@ -151,7 +155,7 @@ MODULE = "vace_module"  # VACE's part of a transformer, in a file of its own
 GIVEN_APART = (*PARTS, *EXPERTS, MODULE)
 
 _RELEASED = (
-    Preset("nano", "t2v", "", _NANO, 5_806_656, **_OF_NANO),
+    Preset("nano", "t2v", "", _NANO, 5_806_656, recipe="nano-4step", **_OF_NANO),
     Preset(
         "nano-i2v", "i2v", "", replace(_NANO, model_type="i2v", num_layers=6, in_dim=36, image_dim=80), 6_646_064,
         **_OF_NANO,

@@ -223,6 +223,14 @@ RECIPES: dict[str, Recipe] = {
             hints=r"fun_a14b_inp.*(?:hps|mps)|fun_reward", files=("alibaba-pai/Wan2.2-Fun-Reward-LoRAs",),
             source="Wan2GP, profiles/wan_2_2/Fun Inp ... Reward 2 Phases - 4 Steps.json",
         ),
+        Recipe(
+            "nano-4step", "nano's own LoRA; taken unless steps, guidance or the like are given",
+            models=("nano",),
+            solver="euler", steps=4, shift=3.0, grid=lambda steps: Grid.shifted((1000, 750, 500, 250), 3.0),
+            hints=r"nano_4step",
+            files=("four_steps.safetensors, beside nano's weights in the package",),
+            source="examples/nano/train_distil.py",
+        ),
     )
 }  # fmt: skip
 

@@ -24,6 +24,8 @@ from .types import Request
 MAX_RANDOM_SEED = 2**31
 FEWEST_OF_DRAFT = 8  # steps, if the video has as many
 OF_RECIPE = ("steps", "guidance_scale", "shift", "solver", "phases")  # options that a recipe sets
+# Where one of these is given, a model is not sampled by the recipe that its preset takes by itself.
+OF_SAMPLING = (*OF_RECIPE, "recipe", "negative_prompt", "video", "guidance_range", "cfg_zero", "skip_layers", "cache")
 DEFAULT_STRENGTH = 0.7  # of video to video
 
 
@@ -57,6 +59,9 @@ def build_request(
     for option in options.of(REQUEST):
         option.check_type(values[option.name])
     given = {name: values[name] for name, value in given.items() if value is not None}
+    usual = options.filled(REQUEST, {"prompt": prompt})
+    if preset.recipe and all(values[name] == usual[name] for name in OF_SAMPLING):
+        given["recipe"] = preset.recipe
     if recipe := given.get("recipe"):
         options.named("recipe").check(recipe)
         RECIPES[recipe].check_model(preset)
