@@ -203,7 +203,8 @@ class RequestOptions(TypedDict, total=False):
     )]
     steps: Annotated[int | None, Option(
         "--steps --sample_steps N", "sampling steps", SAMPLE,
-        more="Default 50; 40 for I2V and A14B; 12 for nano; at most 1000",
+        more="Default 50; 40 for I2V and A14B; 12 for nano-i2v. nano makes 4 by the recipe nano-4step, but if this or "
+        "another option of sampling is given: then 12. At most 1000",
         limits=Limits(1, 1000),
     )]
     guidance_scale: Annotated[float | tuple[float, float] | None, Option(

@@ -25,7 +25,7 @@ MAX_RANDOM_SEED = 2**31
 FEWEST_OF_DRAFT = 8  # steps, if the video has as many
 OF_RECIPE = ("steps", "guidance_scale", "shift", "solver", "phases")  # options that a recipe sets
 # Where one of these is given, a model is not sampled by the recipe that its preset takes by itself.
-OF_SAMPLING = (*OF_RECIPE, "recipe", "negative_prompt", "video", "guidance_range", "cfg_zero", "skip_layers", "cache")
+OF_SAMPLING = (*OF_RECIPE, "recipe", "negative_prompt", "guidance_range", "cfg_zero", "skip_layers", "cache")
 DEFAULT_STRENGTH = 0.7  # of video to video
 
 
@@ -60,7 +60,7 @@ def build_request(
         option.check_type(values[option.name])
     given = {name: values[name] for name, value in given.items() if value is not None}
     usual = options.filled(REQUEST, {"prompt": prompt})
-    if preset.recipe and all(values[name] == usual[name] for name in OF_SAMPLING):
+    if preset.recipe and "video" not in given and all(values[name] == usual[name] for name in OF_SAMPLING):
         given["recipe"] = preset.recipe
     if recipe := given.get("recipe"):
         options.named("recipe").check(recipe)

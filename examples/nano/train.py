@@ -1,15 +1,14 @@
-"""Trains the nano models: first the VAE, then text encoder and transformer together, then nano-i2v. A command each.
+"""Trains the nano models: the VAE, the transformer, a LoRA for four steps, nano-i2v. One command, stage after stage.
 
-    python examples/nano/train.py vae --out DIR [--start FOLDER]
-    python examples/nano/train.py dit --out DIR [--start FOLDER]
-    python examples/nano/train.py i2v --out DIR2 --start FOLDER
-    python examples/nano/train.py measure --out DIR
+    python examples/nano/train.py vae --out DIR --start FOLDER --keep-latents
+    python examples/nano/train.py dit distil i2v measure --out DIR --start FOLDER --start-i2v FOLDER
 
-Each stage fits itself into ``--seconds`` on whatever device there is; "measure" says what they show. DIR receives
-vae/, transformer/, text_encoder/ and tokenizer/ (i2v: image_encoder/ too) in the layout of Diffusers, weights
-rounded to bfloat16, and a JSON log per stage. FOLDER is such a DIR, or an MLX folder as
-``weights_convert.py`` makes of one, such as wan_mlx/assets/nano. With ``--steps`` the schedule counts steps instead of
-seconds and so does not depend on speed.
+Each stage fits itself into its ``--seconds`` on whatever device there is; "measure" says what the videos show of all
+that is there and was not measured yet. DIR receives vae/, transformer/, text_encoder/ and tokenizer/ in the layout of
+Diffusers, weights rounded to bfloat16, four_steps.safetensors, and a JSON log; DIR-i2v the same of nano-i2v, with its
+image_encoder/. FOLDER is such a DIR, or an MLX folder as ``weights_convert.py`` makes of one, such as
+wan_mlx/assets/nano (wan_mlx/assets/nano-i2v). With ``--steps`` the schedule counts steps instead of seconds and so does
+not depend on speed. "distil" needs "dit" before it in the same command.
 """
 
 from __future__ import annotations

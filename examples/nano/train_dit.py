@@ -23,6 +23,8 @@ from training import (
 
 def train_dit(args, device, workers, begun: float, seconds: float) -> dict:
     """Text encoder, VAE and tokenizer are those of ``args.start``, and stay as they are."""
+    if not args.start:
+        raise SystemExit("train.py dit: --start is missing: a folder with a text encoder, such as wan_mlx/assets/nano")
     _, encoder, model = start_from(args.start, args.out)
     encoder, model = encoder.to(device).requires_grad_(False), model.to(device).eval()
     tokenizer = models.load_tokenizer(args.out / "tokenizer" / "spiece.model")

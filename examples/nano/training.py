@@ -41,8 +41,8 @@ class Trainer:
 
     On a GPU a step is recorded once for each ``key`` and then replayed: launching thousands of small kernels from
     Python takes longer than they do. So a loss draws all that changes from step to step on the device, itself.
-    ``gather`` is called when gradients are there. ``keep``, if set, is called with the averaged modules every SAVE_EVERY
-    seconds, so that a run cut short leaves some.
+    ``gather`` is called when gradients are there; ``keep``, if set, with the averaged modules every SAVE_EVERY seconds,
+    so that a run cut short leaves some.
     """
 
     def __init__(

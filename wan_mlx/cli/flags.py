@@ -138,6 +138,8 @@ def defaults_table() -> str:
         sampling, size = preset.sampling_for(*preset.size), "x".join(map(str, preset.size))
         lines.append(f"  {preset.name:<16}{size:<11}{preset.num_frames:>6}{sampling.steps:>7}{sampling.shift:>7g}"
                      f"{options.guidance_text(sampling.guidance_scale):>10}")  # fmt: skip
+        if preset.recipe:
+            lines.append(f"    or, with no option of sampling, the recipe {preset.recipe}")
     return "\n".join(lines) + "\n"
 
 

@@ -17,6 +17,7 @@ from ..hub.names import parse_location
 from ..hub.resolve import preset_of
 from ..option import REQUEST, Option
 from ..presets import BUNDLED, PRESETS, Preset, find_preset
+from ..recipes import usual_steps
 from .refused import Refused
 from .schema import FIELDS, QUALITIES, SOURCES_OF, qualities_of, served
 
@@ -233,6 +234,5 @@ def about(given: Mapping[str, Any]) -> dict[str, Any]:
     if preset is None:
         return {"model": given["model"]}
     frames = int(given.get("num_frames") or preset.num_frames)
-    sampling = preset.sampling_for(*size_in(given, preset))
     return {"model": given["model"], "size": list(size_in(given, preset)), "num_frames": frames, "fps": preset.fps,
-            "steps": int(given.get("steps") or sampling.steps)}  # fmt: skip
+            "steps": int(given.get("steps") or usual_steps(preset, *size_in(given, preset)))}  # fmt: skip

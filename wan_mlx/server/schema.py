@@ -135,6 +135,7 @@ def capabilities() -> dict[str, Any]:
 
 def qualities_of(model: str) -> dict[str, dict[str, Any]]:
     """Name of a quality → the options that it stands for, of a released model."""
-    steps = PRESETS[model].sampling.steps
-    return {name: {} if share == 1 else {"steps": max(1, round(share * steps))}
+    preset = PRESETS[model]
+    steps, usual = preset.sampling.steps, 1 if preset.recipe else 0  # what is distilled is fast as it is
+    return {name: {} if share == 1 or share < usual else {"steps": max(1, round(share * steps))}
             for name, (*_, share) in QUALITIES.items()}  # fmt: skip
