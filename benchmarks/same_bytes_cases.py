@@ -51,6 +51,7 @@ F32 = "--dtype float32"
 COMMANDS: dict[str, str | tuple[str, ...]] = {
     # nano: its own size and settings, and others.
     "nano": f"{NANO} --frames 5 --steps 2",
+    "nano four steps": f"{NANO} --size 32x32 --frames 5",
     "nano small": SMALL,
     "nano small float32": f"{SMALL} {F32}",
     "nano longer": f"{NANO} --size 32x32 --frames 13 --steps 2 --seed 7 --shift 5 --negative-prompt 'a green square'",

@@ -14,7 +14,8 @@ def run(capsys, *extra):
     "arguments, says",
     [
         (["--cache", "easycache:0.1"], ["cache     easycache:0.1:3"]),
-        (["--cache", "none"], ["unipc, 12 steps"]),
+        (["--cache", "none"], ["euler, 4 steps", "guidance off", "recipe nano-4step"]),
+        (["--steps", "12"], ["unipc, 12 steps", "guidance 3"]),
         (["--guidance-range", "0.1-0.9"], ["guidance only from 0.1 to 0.9 of the steps"]),
         (["--cfg-zero"], ["CFG-Zero*, 2 first steps"]),
         (["--cfg-zero", "0"], ["CFG-Zero*, 0 first steps"]),

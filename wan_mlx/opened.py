@@ -354,7 +354,7 @@ class OpenedModel:
 
     def loras_at(self, request: Request, timestep: float) -> list[tuple[Path, float]]:
         """The LoRAs of the transformer that serves a timestep, with the strengths that they have in its phase; none at
-        strength 0.
+        strength 0. With the preset's own recipe goes its LoRA.
 
         Raises:
             ValueError: the phase has strengths for another number of LoRAs.
@@ -363,13 +363,16 @@ class OpenedModel:
         loras = [*self.loras, *own]
         factors = phase.factors(len(own), len(self.loras)) if phase else [1.0] * len(loras)
         found = [(path, strength * factor) for (path, strength), factor in zip(loras, factors, strict=True)]
-        if self.preset.recipe and request.recipe == self.preset.recipe:
+        if self._by_own_recipe(request):
             found.append((self.expert(timestep, request).file.with_name(FOUR_STEPS), 1.0))
         return [lora for lora in found if lora[1]]
 
+    def _by_own_recipe(self, request: Request) -> bool:
+        return bool(self.preset.recipe) and request.recipe == self.preset.recipe
+
     def changes_loras(self, request: Request, part: Part) -> bool:
-        """Whether a transformer's LoRAs change in the course of a request, or from one request to another."""
-        if self.preset.recipe:
+        """Whether a transformer's LoRAs change in the course of a request, or one is there for this request alone."""
+        if self._by_own_recipe(request):
             return True
         served = [timestep for timestep in timesteps_of(request) if self.expert(timestep, request) is part]
         loras = [self.loras_at(request, timestep) for timestep in served]

@@ -24,8 +24,9 @@ from .types import Request
 MAX_RANDOM_SEED = 2**31
 FEWEST_OF_DRAFT = 8  # steps, if the video has as many
 OF_RECIPE = ("steps", "guidance_scale", "shift", "solver", "phases")  # options that a recipe sets
-# Where one of these is given, a model is not sampled by the recipe that its preset takes by itself.
-OF_SAMPLING = (*OF_RECIPE, "recipe", "negative_prompt", "guidance_range", "cfg_zero", "skip_layers", "cache")
+# A preset's own recipe is taken if none of the former is given, and each of the latter is as if it were not.
+OF_SAMPLING = (*OF_RECIPE, "recipe", "negative_prompt", "video")
+OF_GUIDANCE = ("guidance_range", "cfg_zero", "skip_layers", "cache")
 DEFAULT_STRENGTH = 0.7  # of video to video
 
 
@@ -60,7 +61,8 @@ def build_request(
         option.check_type(values[option.name])
     given = {name: values[name] for name, value in given.items() if value is not None}
     usual = options.filled(REQUEST, {"prompt": prompt})
-    if preset.recipe and "video" not in given and all(values[name] == usual[name] for name in OF_SAMPLING):
+    said_how = any(name in given for name in OF_SAMPLING) or any(values[n] != usual[n] for n in OF_GUIDANCE)
+    if preset.recipe and not said_how:
         given["recipe"] = preset.recipe
     if recipe := given.get("recipe"):
         options.named("recipe").check(recipe)

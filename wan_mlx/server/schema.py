@@ -136,6 +136,8 @@ def capabilities() -> dict[str, Any]:
 def qualities_of(model: str) -> dict[str, dict[str, Any]]:
     """Name of a quality → the options that it stands for, of a released model."""
     preset = PRESETS[model]
-    steps, usual = preset.sampling.steps, 1 if preset.recipe else 0  # what is distilled is fast as it is
-    return {name: {} if share == 1 or share < usual else {"steps": max(1, round(share * steps))}
+    steps = preset.sampling.steps
+    if preset.recipe:  # it is fast as it is
+        return {name: {"steps": steps} if share == 1 else {} for name, (*_, share) in QUALITIES.items()}
+    return {name: {} if share == 1 else {"steps": max(1, round(share * steps))}
             for name, (*_, share) in QUALITIES.items()}  # fmt: skip
