@@ -80,8 +80,8 @@ def test_nano_makes_four_steps_unless_something_is_said_of_how(pipe, tmp_path):
     usual = pipe.request(PROMPT)
     assert (usual.recipe, usual.steps, usual.solver, usual.guidance_scale) == ("nano-4step", 4, "euler", 1.0)
     assert pipe.loras_at(usual, 1000.0) == [(BUNDLED["nano"] / FOUR_STEPS, 1.0)]
-    for name, value in (("steps", 12), ("guidance_scale", 3.0), ("shift", 3.0), ("cache", "easycache"), ("solver", "unipc"),
-                        ("recipe", "lightx2v-4step"), ("negative_prompt", "a star")):  # fmt: skip
+    for name, value in (("steps", 12), ("guidance_scale", 3.0), ("shift", 3.0), ("cache", "easycache"),
+                        ("solver", "unipc"), ("recipe", "lightx2v-4step"), ("negative_prompt", "a star")):  # fmt: skip
         other = pipe.request(PROMPT, **{name: value})
         assert other.recipe == (value if name == "recipe" else None) and pipe.loras_at(other, 1000.0) == [], name
     assert pipe.request(PROMPT, steps=12).guidance_scale == 3.0
