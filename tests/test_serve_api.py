@@ -240,7 +240,8 @@ class TestModels:
 
     def test_models(self, client):
         models = {row["id"]: row for row in client.get("/v1/models").json()["data"]}
-        assert models["nano"]["here"] and models["nano"]["fits"] and models["nano"]["qualities"]["best"] == {"steps": 12}
+        assert models["nano"]["here"] and models["nano"]["fits"]
+        assert models["nano"]["qualities"] == {"draft": {}, "good": {}, "best": {"steps": 12}}
         assert models["t2v-14B"]["size"] == "1280x720" and models["t2v-14B"]["peak_bytes"] > 1e9
 
     def test_plans(self, client):
