@@ -154,12 +154,12 @@ def test_bash_completion(capsys):
     assert completed(script, "wan-mlx", "convert", "--vae-d") == ["--vae-dtype"]
     assert completed(script, "wan-mlx", "convert", "--source", "m") == ["modelscope"]
     assert completed(script, "wan-mlx", "plan", "--mem") == ["--memory"]
-    assert completed(script, "wan-mlx", "plan", "vace") == ["vace-1.3B", "vace-14B"]
+    assert completed(script, "wan-mlx", "plan", "vace") == ["vace-1.3B", "vace-14B", "vace-fun-A14B"]
     assert completed(script, "wan-mlx", "completion", "z") == ["zsh"]
     assert completed(script, "wan-mlx", "help", "rec") == ["recipes"]
     assert "unipc" in completed(script, "wan-mlx", "--solver", "")
     assert completed(script, "wan-mlx", "--extend-language", "e") == ["en"]
-    assert completed(script, "wan-mlx", "--model", "vace") == ["vace-1.3B", "vace-14B"]
+    assert completed(script, "wan-mlx", "--model", "vace") == ["vace-1.3B", "vace-14B", "vace-fun-A14B"]
 
 
 @pytest.mark.parametrize("shell, line", [("zsh", "#compdef wan-mlx"), ("fish", "-l solver -l sample_solver -x")])

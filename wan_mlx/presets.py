@@ -22,8 +22,8 @@ NEGATIVE_PROMPT = (
 )
 # Tasks for people.
 TASK_NAMES = dict(t2v="text to video", i2v="image to video", flf2v="first and last frame", vace="editing (VACE)",
-                  ti2v="text or image to video", inp="start and end frame (Fun-InP)",
-                  control="control video (Fun-Control)")  # fmt: skip
+                  ti2v="text or image to video", inp="frames at both ends (Fun)",
+                  control="control video (Fun)")  # fmt: skip
 # Models that come with the package: name → folder.
 BUNDLED = {name: Path(__file__).parent / "assets" / name for name in ("nano", "nano-i2v")}
 # A LoRA beside a bundled model's weights, with which it is sampled by its preset's recipe.
