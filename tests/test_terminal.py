@@ -136,7 +136,7 @@ def test_models(capsys, monkeypatch):
         for line in said.splitlines():
             assert len(line) + len(re.findall("[\u3000-\uffef]", line)) <= columns, line  # twice as wide
             assert line.lstrip()[:1] not in ("、", "，", "；"), line
-        assert "  text or image to video 1280x704 " in said
+        assert " text, image to video 1280x704 " in said
 
 
 def completed(script: str, *words: str) -> list[str]:

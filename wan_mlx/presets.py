@@ -22,7 +22,7 @@ NEGATIVE_PROMPT = (
 )
 # Tasks for people.
 TASK_NAMES = dict(t2v="text to video", i2v="image to video", flf2v="first and last frame", vace="editing (VACE)",
-                  ti2v="text or image to video", inp="frames at both ends (Fun)",
+                  ti2v="text, image to video", inp="both ends (Fun)",
                   control="control video (Fun)")  # fmt: skip
 # Models that come with the package: name → folder.
 BUNDLED = {name: Path(__file__).parent / "assets" / name for name in ("nano", "nano-i2v")}

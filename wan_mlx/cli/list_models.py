@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
             write(line)
         return 0
     is_wide = shutil.get_terminal_size((WIDE, 24)).columns >= WIDE
-    write(f"{'--model':<15}{'task':<23}{'size':<9}frames{'GB':>9}{'in q4':>9}  {'here':<14}"
+    write(f"{'--model':<17}{'task':<21}{'size':<9}frames{'GB':>9}{'in q4':>9} {'here':<13}"
           f"{'repository' * is_wide}".rstrip())  # fmt: skip
     for row in rows:
         size, on_disk = "x".join(map(str, row["size"])), row["bytes_on_disk"]
@@ -81,8 +81,8 @@ def main(argv: list[str]) -> int:
         times = "2 x " * (row["experts"] == 2)
         weights, packed = (f"{times}{row[key] / 1e9:.3g}" for key in ("bytes_bfloat16", "bytes_q4"))
         repository = row["repositories"][0] if row["repositories"] else "bundled"
-        write(f"{row['name']:<15}{TASK_NAMES[row['task']]:<23}{size:<9}{row['frames']:>6}{weights:>9}{packed:>9}  "
-              f"{here:<14}{repository * is_wide}".rstrip())  # fmt: skip
+        write(f"{row['name']:<17}{TASK_NAMES[row['task']]:<21}{size:<9}{row['frames']:>6}{weights:>9}{packed:>9} "
+              f"{here:<13}{repository * is_wide}".rstrip())  # fmt: skip
     write("")
     for folder in model_folders():
         list_folder(folder)
