@@ -190,6 +190,26 @@ class TestTraining:
         training, steps = trained(pipe, data, tmp_path / "style", resume=True)
         assert steps[0].step == 3 and training.path.read_bytes() == straight[0].path.read_bytes()
 
+    def test_a_run_that_did_all_its_steps_writes_its_file_again(self, straight, pipe, data, tmp_path):
+        shutil.copytree(straight[0].folder, tmp_path / "style")
+        (tmp_path / "style" / "style.safetensors").unlink()
+        training, steps = trained(pipe, data, tmp_path / "style", resume=True)
+        assert not steps and training.path.read_bytes() == straight[0].path.read_bytes()
+        with pytest.raises(UsageError, match=r"steps is 3, but .* has 4 already; nearest: 4"):
+            trained(pipe, data, tmp_path / "style", Recipe(**{**RECIPE.as_json(), "steps": 3}), resume=True)
+
+    def test_what_a_state_stands_for_is_written_before_it(self, pipe, data, tmp_path, monkeypatch):
+        """A kill in between: the log has each step once, and no file of the LoRA is missing."""
+
+        def killed(*state):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("wan_mlx.training.loop.save_state", killed)
+            trained(pipe, data, tmp_path / "style", Recipe(**{**RECIPE.as_json(), "steps": 2}))
+        assert (tmp_path / "style" / "style.safetensors").exists()
+        assert len((tmp_path / "style" / "log.jsonl").read_text().splitlines()) == 2
+
     def test_the_file_gives_the_model_that_was_trained(self, straight, pipe):
         training, _ = straight
         shape = (1, 2, 4, 4, 16)

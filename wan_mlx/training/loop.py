@@ -172,6 +172,8 @@ class Training:
             yield self._ended(step, value, norm, time.perf_counter() - started, model, encoded, optimizer)
         if step > self._kept_at:  # asked to stop while the step's event was heard
             self._keep(step, optimizer)
+        elif step == self.recipe.steps and self.newest is None:  # nothing was left to train
+            self._write(step)
 
     def _begin(self, resume: bool) -> Any:
         """The state to go on from; None for a new run, whose recipe is written."""
@@ -189,10 +191,15 @@ class Training:
                 raise UsageError(f"{self.folder} was begun otherwise: {'; '.join(lines)}")
         elif self.folder.is_dir() and any(one.name != "cache" for one in self.folder.iterdir()):
             raise UsageError(f"{self.folder} exists and holds no training run; give a new folder")
+        state = newest_state(self.folder / "state")
+        if state and state[0] > self.recipe.steps:
+            raise UsageError(
+                f"steps is {self.recipe.steps}, but {self.folder} has {state[0]} already; nearest: {state[0]}"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps(told, indent=2))
-        return newest_state(self.folder / "state")
+        return state
 
     def data_sum(self) -> str:
         """A hash of the clips and captions."""
@@ -268,14 +275,11 @@ class Training:
         recipe, is_last = self.recipe, step == self.recipe.steps
         done = TrainStep(step, recipe.steps, value, norm, recipe.rate(step - 1), seconds)
         samples = bool(self.sample_prompts) and (is_last or step % recipe.sample_every == 0)
-        if is_last or self._asked_to_stop or samples or step % recipe.save_every == 0:
-            if self.held_out:
-                held_out = self._validate(model, encoded)
-                self.validations.append((step, held_out))
-                done = replace(done, validation=held_out)
-            done = replace(done, kept=self._keep(step, optimizer))
-        if samples:
-            self._show(step, model)
+        keeps = is_last or self._asked_to_stop or samples or step % recipe.save_every == 0
+        if keeps and self.held_out:
+            held_out = self._validate(model, encoded)
+            self.validations.append((step, held_out))
+            done = replace(done, validation=held_out)
         row = {
             "step": step,
             "loss": round(value, 6),
@@ -286,14 +290,19 @@ class Training:
         if done.validation is not None:
             row["validation"] = round(done.validation, 6)
         append(self.folder / LOG, (json.dumps(row) + "\n").encode())
+        if keeps:
+            done = replace(done, kept=self._keep(step, optimizer))
+        if samples:
+            self._show(step, model)
         return done
 
     def _keep(self, step: int, optimizer: optim.Optimizer) -> Path:
-        """Write state, LoRA and picture of the losses."""
+        """Write LoRA, picture of the losses and state: the last, so that a run that goes on from it has all before."""
+        path = self._write(step)
+        plot_losses(self.folder / "losses.png", self.losses, self.validations)
         save_state(self.folder / "state", step, self.factors, optimizer.state)
         self._kept_at = step
-        plot_losses(self.folder / "losses.png", self.losses, self.validations)
-        return self._write(step)
+        return path
 
     def _show(self, step: int, model: Execution) -> None:
         """Make a video of every sample prompt with the LoRA as it is, by the model that is trained."""
