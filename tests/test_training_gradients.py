@@ -90,6 +90,20 @@ def test_nothing_stays_in_the_layers():
     assert mx.array_equal(before, after)
 
 
+def test_a_lora_beside_the_weights_stays():
+    """The model's own, of which a quantised or streamed one is not merged."""
+    config = CONFIGS["t2v"]
+    model, factors, step = randomized(Transformer(config)), factors_of(config), samples(config, 1)
+    with ExitStack() as stack:
+        for place in model.block_order():
+            stack.enter_context(placed(model.block(place), of_block(factors, place), SCALE, mx.float32))
+        first = loss(Execution(model), {}, step, SCALE)
+        none = {name: 0 * array for name, array in factors.items()}
+        assert loss_and_gradients(Execution(model), none, step, SCALE)[0] == pytest.approx(first, rel=1e-6)
+        assert loss(Execution(model), {}, step, SCALE) == first
+    assert loss(Execution(model), {}, step, SCALE) != pytest.approx(first, rel=1e-3)
+
+
 def test_streamed_blocks_give_the_same_bits():
     config = CONFIGS["t2v"]
     model, factors, step = randomized(Transformer(config)), factors_of(config), samples(config)

@@ -64,22 +64,29 @@ def of_block(factors: Mapping[str, mx.array], place: str) -> Factors:
 
 @contextmanager
 def placed(block: Block, own: Mapping[str, mx.array], scale: float, dtype: mx.Dtype) -> Iterator[None]:
-    """Within this block of code the layers of a transformer's block add their factors ``own``, times ``scale``.
+    """Within this block of code the layers of a transformer's block add their factors ``own``, times ``scale``, to what
+    they are, with the LoRAs that they have beside their weights.
 
     The factors are cast where they are used: a float32 one would widen everything after it.
     """
     layers = {name.rpartition(".")[0] for name in own}
     found = {name: _layer(block, name) for name in layers}
+    before = {name: (layer.get("lora_a"), layer.get("lora_b")) for name, layer in found.items()}
     try:
         for name, layer in found.items():
+            down, up = own[f"{name}.down"].astype(dtype), (own[f"{name}.up"] * scale).astype(dtype)
+            a, b = before[name]
+            if a is not None:
+                down, up = mx.concatenate([a, down]), mx.concatenate([b, up], axis=1)
             # A module's own update would refuse new keys.
-            down, up = own[f"{name}.down"], own[f"{name}.up"] * scale
-            dict.update(layer, lora_a=down.astype(dtype), lora_b=up.astype(dtype))
+            dict.update(layer, lora_a=down, lora_b=up)
         yield
     finally:
-        for layer in found.values():
-            layer.pop("lora_a", None)
-            layer.pop("lora_b", None)
+        for name, layer in found.items():
+            for key, array in zip(("lora_a", "lora_b"), before[name], strict=True):
+                layer.pop(key, None)
+                if array is not None:
+                    dict.update(layer, {key: array})
 
 
 def _layer(block: Any, name: str) -> Any:
@@ -91,8 +98,3 @@ def _layer(block: Any, name: str) -> Any:
 def parts(own: Mapping[str, mx.array], layers: Sequence[str]) -> Factors:
     """Of a block's factors those of some ``layers``, such as "self_attn.q"."""
     return {name: array for name, array in own.items() if name.rpartition(".")[0] in layers}
-
-
-def count(factors: Mapping[str, mx.array]) -> int:
-    """How many numbers are trained."""
-    return sum(array.size for array in factors.values())
