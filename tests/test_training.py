@@ -13,6 +13,7 @@ from wan_mlx.cli.main import main
 from wan_mlx.errors import UsageError
 from wan_mlx.geometry import WAN_2_1
 from wan_mlx.models.execution import Execution
+from wan_mlx.presets import PRESETS
 from wan_mlx.training.backward import Sample, loss
 from wan_mlx.training.dataset import DataSet
 from wan_mlx.training.loop import Training, TrainingError
@@ -252,13 +253,29 @@ class TestTraining:
                 asked["path"] = path
 
         def call(self, prompt, seed):
-            asked.update(prompt=prompt, kept=list(self._kept))
+            asked.update(prompt=prompt, kept=list(self._kept), loras=self.loras)
             return Made()
 
         monkeypatch.setattr(WanPipeline, "__call__", call)
         list(training.run())
         assert asked["prompt"] == "a square" and "transformer" in asked["kept"]
         assert asked["path"] == tmp_path / "style" / "samples" / "step-000001-1.mp4"
+        assert asked["loras"] == [(training.path, 1.0)] and not pipe.loras
+
+    def test_samples_need_a_model_of_prompts_alone(self, pipe, data, tmp_path, monkeypatch):
+        training = Training(pipe, clips_of(data), RECIPE, tmp_path / "style")
+        training.sample_prompts = ["a square"]
+        monkeypatch.setattr(pipe, "preset", PRESETS["i2v-14B-480P"])
+        with pytest.raises(UsageError, match="i2v-14B-480P makes no video of a prompt alone"):
+            next(training.run())
+
+    def test_machines_share_the_clips_of_a_step_evenly(self, pipe, data, tmp_path, monkeypatch):
+        class Three:
+            size = staticmethod(lambda: 3)
+
+        monkeypatch.setattr(mx.distributed, "init", Three)
+        with pytest.raises(UsageError, match="2 clips .* which 3 machines cannot share evenly; nearest: 3"):
+            next(Training(pipe, clips_of(data), RECIPE, tmp_path / "style").run())
 
 
 class TestCommand:

@@ -177,6 +177,15 @@ class Training:
 
     def _begin(self, resume: bool) -> Any:
         """The state to go on from; None for a new run, whose recipe is written."""
+        machines = mx.distributed.init().size()
+        if self.recipe.clips % machines:
+            raise UsageError(
+                f"a step has {self.recipe.clips} clips (batch x accumulate), which {machines} machines cannot share "
+                f"evenly; nearest: {max(1, round(self.recipe.clips / machines)) * machines}"
+            )
+        if self.sample_prompts and self.opened.preset.task in ("i2v", "flf2v"):
+            raise UsageError(f"sample prompts were given, but {self.opened.preset.name} makes no video of a prompt "
+                             "alone; leave them out")  # fmt: skip
         told = {"recipe": self.recipe.as_json(), "model": self.opened.preset.name, "data": self.data_sum()}
         path = self.folder / RECIPE
         if path.exists():
@@ -308,15 +317,17 @@ class Training:
         """Make a video of every sample prompt with the LoRA as it is, by the model that is trained."""
         (part,), folder = self.opened.checkpoint.of_kind("transformer"), self.folder / "samples"
         folder.mkdir(exist_ok=True)
-        before = [*self.opened.loras, *part.loras]
-        set_loras(model, [*before, str(self.newest)])
+        own, trained = self.opened.loras, (self.newest, 1.0)
+        set_loras(model, [*own, trained, *part.loras])
+        self.opened.loras = [*own, trained]  # where the video's plan streams otherwise, the model is loaded again
         try:
             with self.opened.keeping(part, model):
                 for number, prompt in enumerate(self.sample_prompts, start=1):
                     video = self.opened(prompt, seed=self.recipe.seed)
                     video.save(folder / f"step-{step:06d}-{number}.mp4")
         finally:
-            set_loras(model, before)
+            self.opened.loras = own
+            set_loras(model, [*own, *part.loras])
 
     def _write(self, step: int) -> Path:
         is_last = step == self.recipe.steps
