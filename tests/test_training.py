@@ -14,6 +14,7 @@ from wan_mlx.errors import UsageError
 from wan_mlx.geometry import WAN_2_1
 from wan_mlx.models.execution import Execution
 from wan_mlx.presets import PRESETS
+from wan_mlx.storage import locked
 from wan_mlx.training.backward import Sample, loss
 from wan_mlx.training.dataset import DataSet
 from wan_mlx.training.loop import Training, TrainingError
@@ -234,6 +235,17 @@ class TestTraining:
             next(Training(pipe, clips_of(data), other, straight[0].folder, clips_of(data)[:1]).run(resume=True))
         with pytest.raises(UsageError, match="holds a training run; --resume goes on"):
             next(Training(pipe, clips_of(data), RECIPE, straight[0].folder).run())
+
+    def test_another_base_does_not_go_on(self, straight, pipe, data, monkeypatch):
+        monkeypatch.setattr(pipe, "quantize", "q4")
+        with pytest.raises(UsageError, match="was begun otherwise: the quantize is another one"):
+            next(Training(pipe, clips_of(data), RECIPE, straight[0].folder, clips_of(data)[:1]).run(resume=True))
+
+    def test_one_process_trains_in_a_folder(self, straight, pipe, data):
+        with locked(straight[0].folder) as alone:
+            assert alone
+            with pytest.raises(UsageError, match="another process trains in"):
+                next(Training(pipe, clips_of(data), RECIPE, straight[0].folder).run(resume=True))
 
     def test_a_loss_that_is_not_finite_ends_it(self, pipe, data, tmp_path):
         wild = Recipe(rank=2, steps=9, learning_rate=1.0, clip=0, optimizer="sgd", warmup=0, save_every=1)

@@ -239,6 +239,25 @@ def _remove_leftovers(folder: Path) -> None:
             continue
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Within this block no other process has the folder locked; False if one has. True where it cannot be locked."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # some network file systems
+            pass
+        yield True
+    finally:
+        os.close(descriptor)
+
+
 def _lock(file: IO) -> bool:
     """Lock a file until it is closed or the process ends; False where that cannot be, or another process holds it."""
     import fcntl

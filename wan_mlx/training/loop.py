@@ -19,9 +19,10 @@ import numpy as np
 from ..errors import UsageError, WanError
 from ..events import Listener, counted, unheard
 from ..lasting import yields_computed
+from ..mac import awake
 from ..models.execution import Execution
 from ..pipeline import WanPipeline
-from ..storage import append, parse_json, whole_file
+from ..storage import DRAWN, append, locked, parse_json, whole_file
 from ..weights.load import load_transformer
 from ..weights.set_loras import set_loras
 from .backward import Sample, loss, loss_and_gradients, number
@@ -104,6 +105,7 @@ class Training:
         self.clips = [clip for clip in clips for _ in range(clip.repeats)]
         self.held_out, self.listener = list(held_out), listener
         self.shapes = layer_shapes(opened.config, recipe.targets)
+        self._data = self._data_sum()
         self.factors: Factors = {}
         self.losses: list[float] = []
         self.validations: list[tuple[int, float]] = []
@@ -129,6 +131,15 @@ class Training:
             UsageError: the folder has a run and ``resume`` is False, or another recipe.
             TrainingError: a loss or gradient is not finite.
         """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"{self.folder} is a file; give a new folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder) as alone, awake(self.opened.caffeinate):
+            if not alone:
+                raise UsageError(f"another process trains in {self.folder}; wait until it ends, or give a new folder")
+            yield from self._steps(resume)
+
+    def _steps(self, resume: bool) -> Generator[TrainStep, None, None]:
         begun = self._begin(resume)
         encoded = Encoded(self.opened, self.folder / "cache")
         captions = ["", *(clip.caption for clip in (*self.clips, *self.held_out))]
@@ -186,7 +197,10 @@ class Training:
         if self.sample_prompts and self.opened.preset.task in ("i2v", "flf2v"):
             raise UsageError(f"sample prompts were given, but {self.opened.preset.name} makes no video of a prompt "
                              "alone; leave them out")  # fmt: skip
-        told = {"recipe": self.recipe.as_json(), "model": self.opened.preset.name, "data": self.data_sum()}
+        told = {
+            "recipe": self.recipe.as_json(), "model": self.opened.preset.name, "data": self._data,
+            "dtype": self.opened.dtype, "quantize": self.opened.quantize,
+        }  # fmt: skip
         path = self.folder / RECIPE
         if path.exists():
             before = parse_json(path.read_text())
@@ -195,22 +209,24 @@ class Training:
                     f"{self.folder} holds a training run; --resume goes on with it, --output names another folder"
                 )
             lines = self.recipe.differences(before["recipe"])
-            lines += [f"the {name} is another one" for name in ("model", "data") if before.get(name) != told[name]]
+            others = told.keys() - {"recipe"}
+            lines += [f"the {name} is another one" for name in sorted(others) if before.get(name) != told[name]]
             if lines:
                 raise UsageError(f"{self.folder} was begun otherwise: {'; '.join(lines)}")
-        elif self.folder.is_dir() and any(one.name != "cache" for one in self.folder.iterdir()):
+        elif self.folder.is_dir() and any(
+            one.name != "cache" and not one.name.startswith(DRAWN) for one in self.folder.iterdir()
+        ):
             raise UsageError(f"{self.folder} exists and holds no training run; give a new folder")
         state = newest_state(self.folder / "state")
         if state and state[0] > self.recipe.steps:
             raise UsageError(
                 f"steps is {self.recipe.steps}, but {self.folder} has {state[0]} already; nearest: {state[0]}"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps(told, indent=2))
         return state
 
-    def data_sum(self) -> str:
+    def _data_sum(self) -> str:
         """A hash of the clips and captions."""
         rows = [
             (clip.path.name, clip.path.stat().st_size, clip.caption, clip.frames, clip.width, clip.height)
@@ -344,7 +360,7 @@ class Training:
             "modelspec.architecture": f"{self.opened.preset.name}/lora", "modelspec.title": self.path.stem,
             "modelspec.trigger_phrase": self.trigger,
             "modelspec.usage_hint": self.trigger and f"write {self.trigger} in the prompt",
-            "wan_mlx.recipe": json.dumps(recipe.as_json()), "wan_mlx.data": self.data_sum(),
+            "wan_mlx.recipe": json.dumps(recipe.as_json()), "wan_mlx.data": self._data,
         }  # fmt: skip
         self.newest = path
         write_lora(
