@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_mlx import WanPipeline
+from wan_mlx import WanPipeline, opened
 from wan_mlx.cli.main import main
 from wan_mlx.errors import UsageError
 from wan_mlx.geometry import WAN_2_1
@@ -235,6 +235,19 @@ class TestTraining:
             next(Training(pipe, clips_of(data), other, straight[0].folder, clips_of(data)[:1]).run(resume=True))
         with pytest.raises(UsageError, match="holds a training run; --resume goes on"):
             next(Training(pipe, clips_of(data), RECIPE, straight[0].folder).run())
+
+    def test_the_data_may_go_and_a_damaged_cache_is_made_anew(self, straight, pipe, data, tmp_path, monkeypatch):
+        shutil.copytree(data, tmp_path / "data")
+        shutil.copytree(straight[0].folder / "cache", tmp_path / "style" / "cache")
+        for path in (tmp_path / "style" / "cache").iterdir():
+            path.write_bytes(path.read_bytes()[:-9])
+        loaded, real = [], opened.load_vae
+        monkeypatch.setattr(opened, "load_vae", lambda *a, **b: loaded.append(1) or real(*a, **b))
+        clips = clips_of(tmp_path / "data")
+        training = Training(pipe, clips, RECIPE, tmp_path / "style", clips[:1])
+        for _ in training.run():
+            shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        assert training.path.read_bytes() == straight[0].path.read_bytes() and loaded == [1]
 
     def test_another_base_does_not_go_on(self, straight, pipe, data, monkeypatch):
         monkeypatch.setattr(pipe, "quantize", "q4")

@@ -77,9 +77,10 @@ class TrainingClip:
     def read(self) -> Iterator[np.ndarray]:
         """Its frames, uint8 (height, width, 3): the file's, resized to cover the size and cropped to the centre."""
         numbers = sorted(set(self.frames))
-        shown = dict(zip(numbers, open_video(self.path).read(numbers), strict=True))
+        cropped = (cover(frame, self.height, self.width) for frame in open_video(self.path).read(numbers))
+        shown = dict(zip(numbers, cropped, strict=True))
         for number in self.frames:
-            yield cover(shown[number], self.height, self.width)
+            yield shown[number]
 
 
 @dataclass

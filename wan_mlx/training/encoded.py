@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..errors import WanError
 from ..events import Listener, counted, unheard
 from ..files.safetensors import load_arrays
 from ..media.read import in_chunks, to_float
@@ -40,19 +41,22 @@ class Encoded:
         vae, text = opened.checkpoint.part("vae"), opened.checkpoint.part("text_encoder")
         self._vae = [FORMAT, fingerprint(vae.file), opened.preset.task]
         self._text = [FORMAT, fingerprint(text.file), text.quantize or opened.quantize, opened.dtype]
+        self._prints: dict[Path, Any] = {}
 
     def prepare(self, clips: Sequence[TrainingClip], captions: Iterable[str], listener: Listener = unheard) -> None:
         """Encode what is not on disk yet."""
-        texts = [text for text in dict.fromkeys(captions) if not self._place("text", self._text, text).exists()]
+        texts = [text for text in dict.fromkeys(captions) if not _is_whole(self._place("text", self._text, text))]
         # Few at a time: the encoder's weights are read once for all of them, their results are kept in memory.
         for start in range(0, len(texts), 64):
             some = texts[start : start + 64]
             for text, context in zip(some, self.opened.encode_text(some), strict=True):
                 rows = np.flatnonzero(np.abs(np.array(context[0].astype(mx.float32))).max(axis=1))
                 self._write("text", self._text, text, {"context": context[:, : int(rows[-1]) + 1 if len(rows) else 1]})
-        new = [clip for clip in clips if not self._place("clip", self._vae, _about(clip)).exists()]
-        for clip in counted(listener, "encoding clips")(new):
-            self._write("clip", self._vae, _about(clip), self._encode(clip))
+        new = [clip for clip in clips if not _is_whole(self._place("clip", self._vae, self._about(clip)))]
+        if new:
+            with self.opened.keep_loaded():  # the VAE, for all of them
+                for clip in counted(listener, "encoding clips")(new):
+                    self._write("clip", self._vae, self._about(clip), self._encode(clip))
 
     def text(self, caption: str) -> mx.array:
         """(1, text_len, text_dim), zero-padded."""
@@ -62,7 +66,7 @@ class Encoded:
 
     def clip(self, clip: TrainingClip) -> tuple[mx.array, dict[str, Any]]:
         """Clean latents, float32 (1, t, h, w, C), and the model's other inputs by name."""
-        arrays = self._read("clip", self._vae, _about(clip))
+        arrays = self._read("clip", self._vae, self._about(clip))
         latents = arrays.pop("latents")
         return latents, arrays
 
@@ -87,6 +91,12 @@ class Encoded:
             num_frames=len(frames), fit="crop", seed=0, **images,
         )  # fmt: skip
         return replace(request, guidance_scale=1.0)
+
+    def _about(self, clip: TrainingClip) -> list[Any]:
+        """What a clip's latents depend on. Its file is read once, and may change or go while a run trains."""
+        if clip.path not in self._prints:
+            self._prints[clip.path] = fingerprint(clip.path)
+        return [self._prints[clip.path], clip.frames, clip.width, clip.height]
 
     def _place(self, kind: str, settings: Any, about: Any) -> Path:
         told = json.dumps([settings, about], sort_keys=True, default=str)
@@ -113,5 +123,10 @@ class _NoTexts:
         return [mx.zeros((1, 1, 1)) for _ in texts]
 
 
-def _about(clip: TrainingClip) -> list[Any]:
-    return [fingerprint(clip.path), clip.frames, clip.width, clip.height]
+def _is_whole(path: Path) -> bool:
+    """Whether a file is there, and neither cut short nor without its header; a damaged one is made anew."""
+    try:
+        load_arrays(path)
+    except (OSError, RuntimeError, ValueError, WanError):
+        return False
+    return True
