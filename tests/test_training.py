@@ -15,6 +15,7 @@ from wan_mlx.geometry import WAN_2_1
 from wan_mlx.models.execution import Execution
 from wan_mlx.presets import PRESETS
 from wan_mlx.storage import locked
+from wan_mlx.training import clips_of as training_clips
 from wan_mlx.training.backward import Sample, loss
 from wan_mlx.training.dataset import DataSet
 from wan_mlx.training.loop import Training, TrainingError
@@ -114,13 +115,32 @@ class TestDataSet:
             ('image_directory = "gone"', "gone: no such folder"),
             ('video_directory = "."\nframe_extraction = "heads"', "frame_extraction is 'heads', expected one of head"),
             ('image_directory = "."\nresolution = "big"', "resolution is 'big', expected [width, height]"),
+            ('video_directory = "."\ntarget_frames = 33', "target_frames is 33, expected lengths such as [1, 33]"),
+            ('image_directory = "."\nnum_repeats = 0', "num_repeats is 0, expected a whole number from 1 on"),
+            ('image_directory = "."\nsource_fps = "16"', "source_fps is '16', expected frames per second"),
+            ('image_directory = "."\ncaption_extension = "txt"', "caption_extension is 'txt', expected one such as"),
+            ('image_jsonl_file = "set.jsonl"', "line 2: expected an object with image_path or video_path, and caption"),
         ],
     )
     def test_a_wrong_line_is_named(self, line, words, tmp_path):
         (tmp_path / "set.toml").write_text(f"[[datasets]]\n{line}\n")
+        (tmp_path / "set.jsonl").write_text('{"image_path": "a.png", "caption": "a\u2028b"}\n{"image_path": 3}\n')
         with pytest.raises(UsageError) as refused:
             DataSet.open(tmp_path / "set.toml")
         assert words in str(refused.value)
+
+
+    def test_a_resolution_without_buckets_is_one_of_the_model(self, data, tmp_path):
+        (tmp_path / "set.toml").write_text(f'[[datasets]]\nimage_directory = "{data}"\nresolution = [40, 32]\n')
+        with pytest.raises(ValueError, match="width is 40, expected a positive multiple of 16"):
+            clips_of(tmp_path / "set.toml")
+
+    def test_stills_have_no_first_and_last_frame(self, data):
+        preset = PRESETS["flf2v-14B-720P"]
+        found = DataSet.open(data)
+        clips, _ = training_clips(found, RECIPE, preset, WAN_2_1, SIZE, FRAMES)
+        assert [clip.path.name for clip in clips] == ["c.webp"]
+        assert "left out: a.png has no last frame beside the first" in found.notes
 
 
 class TestRecipe:
@@ -149,6 +169,8 @@ class TestRecipe:
         "given, words",
         [
             (dict(rank=0), "rank is 0, expected a whole number, 1 to 1024"),
+            (dict(alpha=0), "alpha is 0, expected a number above 0"),
+            (dict(alpha="1"), "alpha is '1', expected a number"),
             (dict(learning_rate=0), "learning rate is 0, expected above 0 and up to 1"),
             (
                 dict(timesteps="shifted"),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..errors import UsageError
 from ..geometry import Geometry
 from ..lasting import computes
 from ..pipeline import WanPipeline
@@ -85,5 +86,13 @@ def clips_of(
     length = frames or preset.num_frames
     geometry.check_size(width, height)
     geometry.check_frames(length)
+    if not 0 <= validate < 1:
+        raise UsageError(f"validate is {validate!r}, expected a share from 0 to below 1, such as 0.1")
     clips = data.clips(geometry, preset.fps, (width, height), length, trigger)
+    if preset.task == "flf2v":
+        short = [clip for clip in clips if len(clip.frames) == 1]
+        data.notes += [f"left out: {clip.path.name} has no last frame beside the first" for clip in short]
+        clips = [clip for clip in clips if len(clip.frames) > 1]
+        if not clips:
+            raise UsageError(f"{preset.name} needs a first and a last frame, and no clip has both; give longer videos")
     return hold_out(clips, validate, recipe.chance(HELD_OUT))

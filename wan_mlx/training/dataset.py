@@ -34,6 +34,7 @@ KEYS: dict[str, Any] = {
     "source_fps": None,
 }  # fmt: skip
 NOT_READ = {"batch_size": "--batch says it", "cache_directory": "the output's folder has the cache"}
+COUNTS = ("num_repeats", "frame_stride", "frame_sample", "max_frames")  # from 1
 EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
 
 
@@ -206,6 +207,7 @@ def _text(path: Path) -> str | None:
 def _size_of(clip: Clip, area: tuple[int, int], geometry: Geometry, source: Source) -> tuple[int, int]:
     """The (width, height) of the clips of a file: its proportions in steps of a token, or the size itself."""
     if not source.buckets:
+        geometry.check_size(*area)
         return area
     pixels = math.prod(area)
     if source.no_upscale:
@@ -234,7 +236,7 @@ def _extract(numbers: list[int], wanted: Iterable[int], source: Source, geometry
         return
     lengths = sorted({geometry.num_frames(geometry.latent_frames(length)) for length in wanted})
     fitting = [length for length in lengths if length <= count] or [geometry.num_frames(geometry.latent_frames(count))]
-    for length in fitting if source.extraction != "head" or len(lengths) > 1 else fitting[-1:]:
+    for length in fitting:
         room = count - length
         starts = {
             "head": [0],
@@ -267,7 +269,7 @@ def _from_toml(path: Path) -> DataSet:
 
 
 def _source_of(path: Path, told: dict[str, Any], notes: list[str]) -> Source:
-    for key in told.keys() - KEYS.keys():
+    for key in sorted(told.keys() - KEYS.keys()):
         if key not in NOT_READ:
             raise UsageError(f"{path}: {key} is no key that is read{nearest(key, KEYS)}")
         notes.append(f"not read: {key} of {path.name}: {NOT_READ[key]}")
@@ -286,9 +288,19 @@ def _source_of(path: Path, told: dict[str, Any], notes: list[str]) -> Source:
     size = told["resolution"]
     if isinstance(size, int):
         size = [size, size]
-    if size is not None and not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) for n in size)):
+    if size is not None and not (isinstance(size, list) and len(size) == 2 and all(map(_is_count, size))):
         raise UsageError(f"{path}: resolution is {size!r}, expected [width, height] in pixels")
     frames, endings = told["target_frames"], VIDEOS if is_video else PICTURES
+    if frames is not None and not (isinstance(frames, list) and frames and all(map(_is_count, frames))):
+        raise UsageError(f"{path}: target_frames is {frames!r}, expected lengths such as [1, 33]")
+    for name in COUNTS:
+        if not _is_count(told[name]):
+            raise UsageError(f"{path}: {name} is {told[name]!r}, expected a whole number from 1 on")
+    rate, ending = told["source_fps"], told["caption_extension"]
+    if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
+        raise UsageError(f"{path}: source_fps is {rate!r}, expected frames per second, such as 30.0")
+    if not (isinstance(ending, str) and ending.startswith(".") and len(ending) > 1):
+        raise UsageError(f"{path}: caption_extension is {ending!r}, expected one such as '.txt'")
     return Source(
         files=_listed(place) if key.endswith("file") else _listing(place, endings, told["caption_extension"]),
         size=tuple(size) if size else None,
@@ -305,6 +317,10 @@ def _source_of(path: Path, told: dict[str, Any], notes: list[str]) -> Source:
     )  # fmt: skip
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
 def _listing(folder: Path, endings: tuple[str, ...], caption: str) -> tuple:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; expected one of {'videos' if endings is VIDEOS else 'pictures'}")
@@ -316,15 +332,18 @@ def _listed(path: Path) -> tuple:
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other ends of lines may stand in a caption
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = parse_json(line)
-            place = row.get("video_path") or row["image_path"]
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UsageError(
-                f"{path}, line {number}: expected an object with image_path or video_path ({error})"
-            ) from error
-        found.append((path.parent / place, row.get("caption")))
+            place, caption = row.get("video_path") or row["image_path"], row.get("caption")
+            found.append((path.parent / place, None if caption is None else caption.strip()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UsageError(f"{path}, line {number}: expected an object with image_path or video_path, and caption, "
+                             f"a text ({error})") from error  # fmt: skip
     return tuple(found)

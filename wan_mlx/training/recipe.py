@@ -110,6 +110,10 @@ class Recipe:
     def __post_init__(self):
         for name, limits in LIMITS.items():
             value = getattr(self, name)
+            if name == "alpha" and value is None:
+                continue
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"{name.replace('_', ' ')} is {value!r}, expected a number")
             whole = isinstance(getattr(type(self), name), int)
             if isinstance(value, bool) or (whole and not isinstance(value, int)) or value not in limits:
                 kind = "a whole number, " if whole else ""
@@ -172,7 +176,8 @@ class Recipe:
 
 
 LIMITS = {
-    "rank": Limits(1, 1024), "steps": Limits(1, 1_000_000), "learning_rate": Limits(0, 1, above=True),
+    "rank": Limits(1, 1024), "alpha": Limits(0, above=True), "steps": Limits(1, 1_000_000),
+    "learning_rate": Limits(0, 1, above=True),
     "warmup": Limits(0, 1_000_000), "weight_decay": Limits(0, 1), "clip": Limits(0), "batch": Limits(1, 1024),
     "accumulate": Limits(1, 1024), "shift": Limits(0, 100, above=True), "caption_dropout": Limits(0, 1),
     "dropout": Limits(0, 1, below=True), "seed": Limits(0, 2**63 - 1), "save_every": Limits(1),
