@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from wan_mlx import WanPipeline, opened
 from wan_mlx.cli.main import main
+from wan_mlx.cli.train import _Stoppable
 from wan_mlx.errors import UsageError
 from wan_mlx.geometry import WAN_2_1
 from wan_mlx.models.execution import Execution
@@ -349,6 +351,26 @@ class TestCommand:
         assert "step 2 of 2, loss" in said.out and "z.safetensors: use it with --lora" in said.out
         assert self.run(*words) == 2 and "holds a training run of" in capsys.readouterr().err
         assert main(["info", str(tmp_path / "z" / "z.safetensors")]) == 0
+
+    def test_ctrl_c_ends_before_the_first_step_at_once_and_later_after_a_step(self, pico, data, tmp_path, capsys):
+        seen = []
+
+        def stop(training, resume=False):
+            stoppable = _Stoppable(training)
+            seen.append(stoppable.stops_soon)
+            for step in run(training, resume):
+                seen.append(stoppable.stops_soon)
+                signal.raise_signal(signal.SIGINT)
+                yield step
+
+        run = Training.run
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Training, "run", stop)
+            code = self.run(data, "-m", pico, "-o", tmp_path / "z", "--size", "32x32", "--frames", 5, "--steps", 3,
+                            "--rank", 2, "--dtype", "float32")  # fmt: skip
+        assert (code, seen) == (130, [False, True])
+        newest = tmp_path / "z" / "checkpoints" / "z-000001.safetensors"
+        assert f"The LoRA as it is: {newest}" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         "words, said",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -171,29 +170,30 @@ def _divided(
 
 
 def _train(training: Training, args: argparse.Namespace) -> int:
-    began, kept = time.monotonic(), None
     with Interrupts() as interrupts, interrupts.stopping(_Stoppable(training)):  # type: ignore[arg-type]
         for done in training.run(resume=args.resume):
-            kept = done.kept or kept
             if not args.quiet:
-                write(_line(done, began))
-    if interrupts.asked and not training.path.exists():
-        write(f"stopped; to go on: the same command with --resume. The LoRA as it is: {training.newest}")
+                write(_line(done))
+    if interrupts.asked and training.newest != training.path:
+        so_far = f" The LoRA as it is: {training.newest}" if training.newest else ""
+        write(f"stopped; to go on: the same command with --resume.{so_far}")
         return 130
     write(training.path if args.quiet else f"{training.path}: use it with --lora {training.path}")
     return 0
 
 
 class _Stoppable:
-    """A training as `Interrupts` stops it: after the step that is under way."""
-
-    stops_soon = True
+    """A training as `Interrupts` stops it: after the step that is under way, and before the first at once."""
 
     def __init__(self, training: Training):
-        self.stop = training.stop
+        self._training, self.stop = training, training.stop
+
+    @property
+    def stops_soon(self) -> bool:
+        return self._training.stepping
 
 
-def _line(done: TrainStep, began: float) -> str:
+def _line(done: TrainStep) -> str:
     left = done.seconds * (done.total - done.step)
     words = [f"step {done.step} of {done.total}", f"loss {done.loss:.4f}", f"{done.seconds:.1f} s"]
     if done.validation is not None:

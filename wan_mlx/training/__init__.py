@@ -35,7 +35,7 @@ def train(
     memory: str | None = None,
     **recipe: Any,
 ) -> Path:
-    """Train a LoRA and return its file.
+    """Train a LoRA and return its file: the newest checkpoint, if training was stopped before its end.
 
     Args:
         data: a folder of pictures and videos with captions, or a .toml file (`DataSet.open`).
@@ -63,7 +63,7 @@ def train(
     for step in training.run(resume):
         if callback is not None and callback(step) is False:
             training.stop()
-    return training.path if training.path.exists() or training.newest is None else training.newest
+    return training.newest or training.path
 
 
 def clips_of(

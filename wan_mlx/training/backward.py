@@ -45,7 +45,6 @@ class Sample:
         context: text, (1, text_len, text_dim).
         target: the velocity, float32 (1, t, h, w, C).
         conditions: other arguments of `Transformer.enter`, by name.
-        counted: bool, broadcast to the target: where the loss counts; None: everywhere.
     """
 
     latents: mx.array
@@ -53,7 +52,6 @@ class Sample:
     context: mx.array
     target: mx.array
     conditions: Mapping[str, Any]
-    counted: mx.array | None = None
 
 
 @dataclass
@@ -114,11 +112,7 @@ def _enter(model: Execution, sample: Sample) -> _Way:
 
 
 def _loss(model: Execution, way: _Way, x: mx.array) -> mx.array:
-    error = (model.model.leave(x, way.this_pass) - way.sample.target) ** 2
-    if (counted := way.sample.counted) is None:
-        return error.mean()
-    counted = mx.broadcast_to(counted, error.shape)
-    return mx.where(counted, error, 0).sum() / counted.sum()
+    return ((model.model.leave(x, way.this_pass) - way.sample.target) ** 2).mean()
 
 
 def _blocks(model: Execution, places: Iterable[str]) -> Iterator[tuple[str, Block]]:

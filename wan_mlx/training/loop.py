@@ -78,6 +78,7 @@ class Training:
         stream: read the model's blocks from disk in each pass, forward and backward.
         sample_prompts: prompts of which each gets a video in ``samples/`` every ``sample_every`` steps.
         newest: the newest file of the LoRA that this run wrote.
+        stepping: whether its steps are under way: data are encoded, the model is loaded.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Training:
         self.stream = False
         self.sample_prompts: list[str] = []
         self.newest: Path | None = None
+        self.stepping = False
         self._asked_to_stop, self._kept_at = False, 0
 
     @property
@@ -162,6 +164,7 @@ class Training:
         self._read_log(step)
         if step == 0 and self.held_out:
             self.validations.append((0, self._validate(model, encoded)))
+        self.stepping = True
         while step < self.recipe.steps and not self._asked_to_stop:
             started = time.perf_counter()
             samples, names = self._samples(encoded, step)
