@@ -336,6 +336,7 @@ class Training:
         """Make a video of every sample prompt with the LoRA as it is, by the model that is trained."""
         (part,), folder = self.opened.checkpoint.of_kind("transformer"), self.folder / "samples"
         folder.mkdir(exist_ok=True)
+        assert self.newest is not None, "it was kept just now"
         own, trained = self.opened.loras, (self.newest, 1.0)
         set_loras(model, [*own, trained, *part.loras])
         self.opened.loras = [*own, trained]  # where the video's plan streams otherwise, the model is loaded again
