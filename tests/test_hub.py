@@ -455,8 +455,8 @@ def test_presets_know_their_repositories():
     for preset in PRESETS.values():
         if not preset.repo:
             continue
-        for name in (preset.repo, preset.diffusers, preset.comfyui_file, preset.name):
-            assert preset_of(name) is preset
+        for name in filter(None, (preset.repo, preset.diffusers, preset.comfyui, preset.name)):
+            assert preset_of(preset.comfyui_file if name == preset.comfyui else name) is preset
     assert all(parse_location(part).file for part in COMFYUI_PARTS.values())
     assert preset_of("someone/else") is None
 

@@ -202,3 +202,8 @@ def test_models_of_recipes_exist():
     assert {name for recipe in RECIPES.values() for name in recipe.models} <= {*PRESETS}
     asked = request(recipe="causvid")
     assert (asked.steps, asked.shift, asked.solver) == (12, 7.0, "unipc")
+
+
+def test_presets_know_the_steps_of_their_recipes():
+    for preset in PRESETS.values():
+        assert preset.recipe_steps == (RECIPES[preset.recipe].steps if preset.recipe else 0)

@@ -54,7 +54,8 @@ class Preset:
     one's (a mere name is one in `COMFYUI_TRANSFORMERS`), ``gguf`` the repository of its GGUF quantisations; "" where
     none is known. ``vocabulary``: of a model that knows few words, these, in English and in Chinese. ``boundary``: of a
     model of two experts, the share of the 1000 timesteps from which on, itself included, the high-noise one serves.
-    ``recipe``: the one by which it is sampled, with the LoRA `FOUR_STEPS`, unless something is said of how to sample.
+    ``recipe``: the one by which it is sampled, with the LoRA `FOUR_STEPS`, unless something is said of how to sample;
+    ``recipe_steps``: its number of steps.
     ``cinematic``: trained on captions in a film crew's words, which can also be written out of its first frame alone.
     """
 
@@ -77,6 +78,7 @@ class Preset:
     vocabulary: tuple[str, ...] = ()
     boundary: float | None = None
     recipe: str = ""
+    recipe_steps: int = 0
     cinematic: bool = False
 
     @property
@@ -98,6 +100,10 @@ class Preset:
     def repositories(self) -> tuple[str, ...]:
         """Where it is published, in any layout; none if it comes with the package."""
         return tuple(name for name in (self.repo, self.diffusers, self.gguf) if name)
+
+    def usual_steps(self, width: int, height: int) -> int:
+        """The steps of a video of this size, of which nothing is said of how to sample."""
+        return self.recipe_steps or self.sampling_for(width, height).steps
 
     def sampling_for(self, width: int, height: int) -> Sampling:
         """Defaults for an output of ``width`` x ``height`` pixels."""
@@ -155,7 +161,7 @@ MODULE = "vace_module"  # VACE's part of a transformer, in a file of its own
 GIVEN_APART = (*PARTS, *EXPERTS, MODULE)
 
 _RELEASED = (
-    Preset("nano", "t2v", "", _NANO, 5_806_656, recipe="nano-4step", **_OF_NANO),
+    Preset("nano", "t2v", "", _NANO, 5_806_656, recipe="nano-4step", recipe_steps=4, **_OF_NANO),
     Preset(
         "nano-i2v", "i2v", "", replace(_NANO, model_type="i2v", num_layers=6, in_dim=36, image_dim=80), 6_646_064,
         **_OF_NANO,

@@ -235,11 +235,6 @@ RECIPES: dict[str, Recipe] = {
 }  # fmt: skip
 
 
-def usual_steps(preset: Preset, width: int, height: int) -> int:
-    """The steps of a video of this size, of which nothing is said of how to sample."""
-    return RECIPES[preset.recipe].steps if preset.recipe else preset.sampling_for(width, height).steps
-
-
 def scheduler_for(request: Request) -> Scheduler:
     """The solver of a request, on its sigma grid."""
     steps, grid = request.steps, RECIPES[request.recipe].grid if request.recipe else None

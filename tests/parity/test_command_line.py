@@ -60,7 +60,7 @@ def one_line(error: str) -> str:
         (["--quantize", "q9"], ["'q9'", "q8, q6", "mxfp8", "q4-g32"]),
         (["--quantize", "q8"], ["multiple of 64", "has 48"]),
         (["--image", "cat.png"], ["image was given to a t2v model", "it is for i2v, flf2v"]),
-        (["--src_ref_images", "a.png,b.png"], ["src_ref_images was given to a t2v model", "it is for vace"]),
+        (["--src_ref_images", "a.png,b.png"], ["src_ref_images was given to a t2v model", "it is for control, vace"]),
         (["--sample_step", "3"], ["--sample_step"]),
         (["--frames", "many"], ["many"]),
     ],

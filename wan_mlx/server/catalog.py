@@ -12,7 +12,6 @@ from ..cli.list_models import row_of
 from ..hub.model_folders import model_folders, models_in
 from ..hub.names import WEIGHT_ENDINGS
 from ..presets import PRESETS, Preset
-from ..recipes import usual_steps
 from .desk import Desk
 from .library import KINDS, Library
 from .refused import Refused
@@ -115,7 +114,7 @@ def _released(preset: Preset) -> dict[str, Any]:
         "size": "x".join(map(str, preset.size)),
         "sizes": list(dict.fromkeys("x".join(map(str, size)) for size in sizes)),
         "num_frames": preset.num_frames, "fps": preset.fps, "seconds": round(preset.num_frames / preset.fps, 2),
-        "frame_step": geometry.temporal, "side": geometry.side, "steps": usual_steps(preset, *preset.size),
+        "frame_step": geometry.temporal, "side": geometry.side, "steps": preset.usual_steps(*preset.size),
         "guidance_scale": list(guidance) if isinstance(guidance, tuple) else guidance,
         "experts": preset.experts, "vocabulary": list(preset.vocabulary), "repositories": list(preset.repositories),
         "bundled": not preset.repo, "here": known["here"], "bytes_on_disk": known["bytes_on_disk"],

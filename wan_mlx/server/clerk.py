@@ -34,7 +34,6 @@ from ..pipeline import checked, plan
 from ..planning.machine import available_memory
 from ..planning.plan import Plan, Row
 from ..presets import BUNDLED, PRESETS, find_preset
-from ..recipes import usual_steps
 from ..request_builder import build_request, size_of
 from ..runs.folder import RunFolder
 from ..runs.time_left import TimeLeft
@@ -123,7 +122,7 @@ def video_of(given: Mapping[str, Any]) -> dict[str, int]:
     preset = find_preset(args.preset) if args.preset else PRESETS.get(args.model) or preset_of(args.model)
     preset = preset or PRESETS["t2v-1.3B"]
     width, height = size_of(preset, preset.geometry, args.size, args.width, args.height)
-    steps = args.steps or usual_steps(preset, width, height)
+    steps = args.steps or preset.usual_steps(width, height)
     return {"width": width, "height": height, "num_frames": args.num_frames or preset.num_frames, "fps": preset.fps,
             "steps": steps}  # fmt: skip
 

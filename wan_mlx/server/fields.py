@@ -17,7 +17,6 @@ from ..hub.names import parse_location
 from ..hub.resolve import preset_of
 from ..option import REQUEST, Option
 from ..presets import BUNDLED, PRESETS, Preset, find_preset
-from ..recipes import usual_steps
 from .refused import Refused
 from .schema import FIELDS, QUALITIES, SOURCES_OF, qualities_of, served
 
@@ -235,4 +234,4 @@ def about(given: Mapping[str, Any]) -> dict[str, Any]:
         return {"model": given["model"]}
     frames = int(given.get("num_frames") or preset.num_frames)
     return {"model": given["model"], "size": list(size_in(given, preset)), "num_frames": frames, "fps": preset.fps,
-            "steps": int(given.get("steps") or usual_steps(preset, *size_in(given, preset)))}  # fmt: skip
+            "steps": int(given.get("steps") or preset.usual_steps(*size_in(given, preset)))}  # fmt: skip

@@ -75,7 +75,7 @@ def _said(config_class, config: Mapping[str, Any], path: Path) -> dict[str, Any]
         elif isinstance(field.default, str):
             fits, wanted = isinstance(value, str), "text"
         else:
-            whole = isinstance(field.default, int)
+            whole = isinstance(field.default, int | None)
             fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
             fits = fits and 0 < value < LARGEST_SIZE
             wanted = f"a size from 1 to {LARGEST_SIZE - 1:,}" if whole else "a number above 0"
