@@ -204,14 +204,14 @@ def _line(done: TrainStep) -> str:
 
 
 def _check_output(out: Path, resume: bool) -> None:
-    """Raise UsageError where a run would be overwritten, or there is none to go on with; before anything is read."""
+    """Raise UsageError where a run would be overwritten; before anything is read."""
     if (out / RECIPE).exists() and not resume:
         told = parse_json((out / RECIPE).read_text()).get("model")
         raise UsageError(
             f"{out} holds a training run of {told}; --resume goes on with it, another --output begins a new one"
         )
     if resume and not (out / RECIPE).exists():
-        raise UsageError(f"{out} holds no training run to resume")
+        write(f"{out} holds no training run yet: it begins", "note: ")
 
 
 def _prompts(path: Path | None) -> list[str]:
