@@ -124,9 +124,11 @@ def video_routes(studio: Studio) -> APIRouter:
         if job.state == DONE:
             return await poster_of(studio, job.output)
         path = studio.library.previews / f"{job.id}.{'png' if still else 'webp'}"
-        if not path.is_file():
-            raise Refused(404, f"{id} has no preview yet; the first comes with its first step", "not_ready")
-        return FileResponse(path, headers=NO_STORE)
+        try:
+            picture = path.read_bytes()  # at once: the worker puts the next in its place
+        except FileNotFoundError:
+            raise Refused(404, f"{id} has no preview yet; the first comes with its first step", "not_ready") from None
+        return Response(picture, media_type=f"image/{path.suffix[1:]}", headers=NO_STORE)
 
     @routes.get("/v1/videos/{id}/events", summary="Its events, those of --json, as server-sent events")
     async def events(id: str, last_event_id: Annotated[str, Header()] = "") -> StreamingResponse:
