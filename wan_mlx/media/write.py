@@ -28,7 +28,7 @@ STRIP_FRAMES = 8
 X264 = {
     "crf": "10",  # equals quality=8 of the official code's imageio
     "preset": "faster",  # half the time of x264's default, 10 % fewer bytes, and 0.1 dB
-    "threads": "8",  # the default is 1.5 per core and is stored in the file: other bytes on another machine
+    "threads": "1",  # with several, frames that come slowly gave other bytes now and then on busy cores
     "colorspace": "smpte170m",  # FFmpeg's default matrix: from 720 lines up players guess another one
 }
 EXIF_DESCRIPTION = 0x010E
