@@ -7,20 +7,20 @@ runs: how much slower the run is, in turns with runs that nobody asks for, and h
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from statistics import median
 
-import httpx
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from served import Served
 
-KILLS, CLIENTS, LISTENERS, TURNS = 20, 50, 10, 2
+KILLS, CLIENTS, LISTENERS, TURNS = 20, 50, 10, 4
+LONG = {"num_frames": 17, "steps": 10, "dtype": "float32"}  # half a minute on two cores
 TINY = {"size": "32x32", "num_frames": 5, "steps": 4, "dtype": "float32"}
 ASKED = [{"prompt": "a red circle", "seed": 1, **TINY}, {"prompt": "a blue square", "seed": 2, **TINY},
          {"prompt": "it moves", "seed": 3, **TINY, "model": "nano-i2v"}]  # fmt: skip
@@ -70,70 +70,39 @@ def kills(folder: Path) -> int:
 
 
 def clients(folder: Path) -> int:
-    """Prints seconds of runs with clients and without, and percentiles of the answers' times."""
-    fields = {"prompt": "a red circle moves right", "seed": 1, "dtype": "float32"}
+    """Prints seconds of runs with clients and without, in turns, and percentiles of the answers' times."""
+    fields = {"prompt": "a red circle moves right", "seed": 1, **LONG}
     with Served(folder) as server:
         print(f"usable after {server.seconds:.2f} s")
         server.until(server.ask(**fields), "done", seconds=600)
-        alone, asked, times = [], [], []
+        alone, asked, arrived, read = [], [], [], []
         for turn in range(2 * TURNS):
-            crowd = Crowd(server.address) if turn % 2 else None
             id = server.ask(**fields)
-            if crowd:
-                crowd.start(id)
+            crowd = crowd_of(server.address, id) if turn % 2 else None
             # Asked for rarely, so that the measuring itself is no client.
             while server.video(id)["state"] != "done":
                 time.sleep(1)
             (asked if crowd else alone).append(server.video(id)["inference_time_s"])
             if crowd:
-                times += crowd.end()
-                print(f"{crowd.events} events heard by {LISTENERS}")
-    ordered = sorted(times)
-    print(f"alone {alone} s, median {median(alone):.1f}; with {CLIENTS} clients {asked} s, median {median(asked):.1f}: "
-          f"{100 * (median(asked) / median(alone) - 1):+.1f} %")  # fmt: skip
-    print(f"{len(ordered)} answers: median {1000 * median(ordered):.1f} ms, "
-          f"p99 {1000 * ordered[int(0.99 * len(ordered))]:.1f} ms, longest {1000 * ordered[-1]:.1f} ms")  # fmt: skip
+                told = json.loads(crowd.communicate()[0])
+                arrived, read = arrived + told["arrived"], read + told["read"]
+                print(f"{asked[-1]} s with {len(told['arrived'])} answers, {told['events']} events heard", flush=True)
+            else:
+                print(f"{alone[-1]} s alone", flush=True)
+    slower = [100 * (one / other - 1) for one, other in zip(asked, alone, strict=True)]
+    print(f"alone {alone} s, median {median(alone):.1f}; with {CLIENTS} clients and {LISTENERS} listeners {asked} s, "
+          f"median {median(asked):.1f}: {100 * (median(asked) / median(alone) - 1):+.1f} %; by pairs "
+          f"{', '.join(f'{one:+.1f}' for one in slower)} %, median {median(slower):+.1f} %")  # fmt: skip
+    for name, times in (("arrived", sorted(arrived)), ("read by the client", sorted(read))):
+        p50, p99 = (1000 * times[int(part * len(times))] for part in (0.5, 0.99))
+        print(f"{len(times)} answers {name}: median {p50:.1f} ms, p99 {p99:.1f} ms, longest {1000 * times[-1]:.1f} ms")
     return 0
 
 
-class Crowd:
-    """Clients that ask once a second, and listeners to the events."""
-
-    def __init__(self, address: str):
-        self.address, self.over = address, threading.Event()
-        self.times: list[float] = []
-        self.events = 0
-        self.threads: list[threading.Thread] = []
-
-    def start(self, id: str) -> None:
-        for number in range(CLIENTS):
-            self.threads.append(threading.Thread(target=self._poll, args=(id, number / CLIENTS)))
-        for _ in range(LISTENERS):
-            self.threads.append(threading.Thread(target=self._listen, args=(id,)))
-        for thread in self.threads:
-            thread.start()
-
-    def _poll(self, id: str, late: float) -> None:
-        time.sleep(late)
-        with httpx.Client(base_url=self.address, timeout=30) as client:
-            client.get("/health")
-            while not self.over.is_set():
-                begun = time.perf_counter()
-                client.get(f"/v1/videos/{id}").raise_for_status()
-                self.times.append(time.perf_counter() - begun)
-                self.over.wait(max(0, 1 - (time.perf_counter() - begun)))
-
-    def _listen(self, id: str) -> None:
-        with httpx.Client(base_url=self.address, timeout=60) as client:
-            with client.stream("GET", f"/v1/videos/{id}/events") as answer:
-                for line in answer.iter_lines():
-                    self.events += line.startswith("data:")
-
-    def end(self) -> list[float]:
-        self.over.set()
-        for thread in self.threads:
-            thread.join()
-        return self.times
+def crowd_of(address: str, id: str) -> subprocess.Popen[bytes]:
+    """Clients and listeners of a video, at work until their standard input ends."""
+    words = [sys.executable, str(Path(__file__).parent / "crowd.py"), address, id, str(CLIENTS), str(LISTENERS)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def main() -> int:

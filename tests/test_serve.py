@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -65,6 +66,19 @@ def test_kill_9_of_the_server_in_the_midst_of_a_video(tmp_path, monkeypatch, cap
         with pytest.warns(DeprecationWarning):
             assert client.videos.create(prompt="a star", model="nano", size="32x32", seconds="1").status == "queued"
         assert server.client.post("/v1/models/pause", json={"model": "nano"}).status_code == 200
+
+
+def test_the_worker_gives_way_to_the_server(tmp_path):
+    """It is nicer, which between two sessions would count for nothing (Linux's autogroups); Ctrl-C is not for it."""
+    with Served(tmp_path) as server:
+        server.until(server.ask(prompt="a red circle", **TINY), "done")
+        own = server.process.pid
+        rows = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()
+        children = {int(row.split()[0]) for row in rows if int(row.split()[1]) == own}
+        assert len(children) == 2 and {os.getsid(pid) for pid in children} == {os.getsid(own)}
+        assert all(os.getpgid(pid) == pid for pid in children)
+        niceness = sorted(os.getpriority(os.PRIO_PROCESS, pid) for pid in (own, *children))
+        assert niceness == [niceness[0], niceness[0], niceness[0] + 10]
 
 
 def test_the_server_never_imports_mlx():

@@ -16,7 +16,9 @@ from typing import Any
 
 from ..cli.terminal import write
 
-START = "import sys; sys.path[:] = {path!r}; from {module} import main; sys.exit(main({arguments!r}))"
+# A group of its own: Ctrl-C is for the server alone. Not a session: Linux shares the cores out between sessions first
+# (autogroups), so that the worker's niceness would count for nothing.
+START = "import os, sys; os.setpgrp(); sys.path[:] = {path!r}; from {module} import main; sys.exit(main({arguments!r}))"
 LAST_WORDS = 20  # lines of its standard error
 Line = dict[str, Any]
 
@@ -38,7 +40,6 @@ class Child:
         self._process = subprocess.Popen(
             [sys.executable, "-c", START.format(path=path, module=module, arguments=arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the server alone
         )  # fmt: skip
         self._last_words: deque[str] = deque(maxlen=LAST_WORDS)
         self._sending = threading.Lock()

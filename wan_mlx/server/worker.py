@@ -176,7 +176,7 @@ def main(words: list[str]) -> int:
     (library,) = words
     os.chdir(library)
     with suppress(OSError):
-        os.nice(1)  # whoever asks how far it is should not wait for it
+        os.nice(10)  # whoever asks how far it is should not wait for it
     worker = Worker()
     follow(worker.hear)
     worker.work()
