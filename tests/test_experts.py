@@ -14,7 +14,8 @@ from wan_mlx.planning import choose
 from wan_mlx.planning.sizes import sizes_of
 from wan_mlx.presets import BUNDLED
 from wan_mlx.types import Request, RunState
-from wan_mlx.weights.checkpoint import Checkpoint, open_checkpoint
+from wan_mlx.weights.checkpoint import open_checkpoint
+from wan_mlx.weights.parts import Checkpoint
 
 BOUNDARY, STEPS = 800.0, 5
 OPTIONS = dict(width=64, height=64, num_frames=5, steps=STEPS, seed=3)

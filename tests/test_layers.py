@@ -36,7 +36,7 @@ LAYERS = [
     "request_builder",
     "planning",
     "prompts",
-    "opened smoothing",
+    "experts opened smoothing",
     "runs",
     "pipeline",
     "cli server training",

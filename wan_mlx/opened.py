@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -19,6 +18,7 @@ import numpy as np
 
 from . import __version__
 from .events import Listener, Loading, counted
+from .experts import check_task, with_experts
 from .files.sentencepiece import read_tokenizer
 from .geometry import Geometry
 from .hub.resolve import Places, preset_of
@@ -28,7 +28,7 @@ from .media.interpolate import Between, even_moments, interpolate
 from .media.preview import Previewer, latent_map, tiny_autoencoder, tiny_preview
 from .media.write import to_uint8
 from .models import vae_tiling as tiling
-from .models.configs import TransformerConfig, geometry_of
+from .models.configs import geometry_of
 from .models.execution import Execution, encode_images
 from .models.text_encoder import pad_context
 from .models.tokenizer import CHINESE, Tokenizer, most_tokens
@@ -39,16 +39,14 @@ from .planning.choose import Wanted, parse_tiling, plan_video
 from .planning.machine import mlx_version
 from .planning.plan import Plan
 from .planning.sizes import Networks, sizes_of
-from .presets import EXPERTS, FOUR_STEPS, MODULE, Preset, find_preset, preset_for
+from .presets import EXPERTS, FOUR_STEPS, MODULE, find_preset, preset_for
 from .progress_bars import progress_of
 from .prompts.cache import PromptCache
 from .recipes import phase_of, timesteps_of
 from .storage import cache_folder, sha256
-from .tasks import TASKS
 from .tasks import notes as canvas_notes
 from .types import LoraChoices, Request
 from .weights.check_sums import check_once
-from .weights.checkpoint import Checkpoint, Part, check_fit
 from .weights.component import open_component
 from .weights.load import (
     check_loras,
@@ -62,59 +60,11 @@ from .weights.load import (
     text_dtype,
 )
 from .weights.lora import describe_lora, in_lists, lora_lists
+from .weights.parts import Checkpoint, Part, check_fit
 from .weights.rife import find_rife, load_rife
 from .weights.set_loras import set_loras
 
 CHANGING = " with changing LoRAs"  # a network kept loaded for requests whose phases change them
-
-
-def with_experts(
-    checkpoint: Checkpoint, preset: Preset, given: Mapping[str, Any], loras: Mapping[str, list[tuple[Path, float]]]
-) -> Checkpoint:
-    """A model with its two experts, if it has two, as the options ``given`` have them.
-
-    Raises:
-        ValueError: an option of experts was given to a model of one transformer; the preset's model has two, and this
-            one does not; or it has two, and no boundary is known.
-    """
-    boundary = given["boundary"] or checkpoint.boundary or preset.boundary
-    if not checkpoint.has_experts:
-        boundary = given["boundary"]
-        if preset.experts == 2:
-            raise ValueError(
-                f"{checkpoint.path} holds one transformer, and {preset.name} is a model of two experts; give the other "
-                "one with --low-noise FILE, or with --high-noise FILE if this is the low-noise one"
-            )
-    elif boundary is None and any(part.timesteps == (0, math.inf) for part in checkpoint.of_kind("transformer")):
-        raise ValueError(
-            f"{checkpoint.path} holds two experts, and {preset.name} is a model of one transformer, which has no "
-            "boundary between them; give the task of a model of two, such as t2v-A14B, or a boundary"
-        )
-    if boundary is not None:
-        checkpoint = checkpoint.divided(boundary)
-    modes = given["quantize_high"], given["quantize_low"]
-    own = tuple(loras["loras_high"]), tuple(loras["loras_low"])
-    if any(modes):
-        checkpoint = checkpoint.with_experts(quantize=modes)
-    return checkpoint.with_experts(loras=own) if any(own) else checkpoint
-
-
-def check_task(path: Path, config: TransformerConfig, preset: Preset, given: Mapping[str, Any]) -> None:
-    """Raise ValueError if a model, found at ``path``, is not one for the task of ``preset``, or reads no images and was
-    ``given`` an encoder for them."""
-    if preset.transformer.kind != config.kind:
-        raise ValueError(
-            f"{path} holds {_described(config)}, but the task {preset.name} needs {_described(preset.transformer)}"
-        )
-    if preset.task not in TASKS:
-        raise ValueError(f"{preset.task} models are not supported yet; supported: {', '.join(TASKS)}")
-    if given["image_encoder"] and not config.has_image_branch:
-        raise ValueError(f"image_encoder was given to a {preset.task} model, which reads no images with it")
-
-
-def _described(config: TransformerConfig) -> str:
-    clip = ", with CLIP" if config.has_image_branch else ""
-    return f"a {config.model_type} model of {config.out_dim} latent channels{clip}"
 
 
 class OpenedModel:

@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
+from .experts import check_task, with_experts
 from .geometry import Geometry
 from .hub.names import parse_location
 from .hub.resolve import Places, preset_of, resolve
@@ -16,7 +17,7 @@ from .mac import awake
 from .media.preview import published_taehv
 from .media.video import Video
 from .models.configs import TransformerConfig
-from .opened import OpenedModel, check_task, with_experts
+from .opened import OpenedModel
 from .option import MODEL, REQUEST
 from .options import PROMPT, RequestOptions, filled, named, of, told
 from .other_words import ATTRIBUTES, of_faces, ours
@@ -30,9 +31,10 @@ from .prompts.extend import extend_requests
 from .request_builder import build_request
 from .runs.run import Output, Run
 from .types import LoraChoices, Request, RunState, Source, Step
-from .weights.checkpoint import Checkpoint, check_here, check_sizes, find_part, joined, open_checkpoint
+from .weights.checkpoint import check_here, find_part, joined, open_checkpoint
 from .weights.load import parse_dtype
 from .weights.lora import in_lists, lora_lists
+from .weights.parts import Checkpoint, check_sizes
 from .weights.quantize import check_mode
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from test_tasks import official_image, official_y
 
 import wan_mlx
 from wan_mlx.presets import BUNDLED
-from wan_mlx.weights.checkpoint import Checkpoint, open_checkpoint
+from wan_mlx.weights.checkpoint import open_checkpoint
 from wan_mlx.weights.layouts import canonical_keys, recognise
+from wan_mlx.weights.parts import Checkpoint
 
 PROMPT, OTHER = "a red circle moves right on a blue background", "the yellow star moves up"
 IMAGE = Path(__file__).parents[2] / "examples/first_frame.png"

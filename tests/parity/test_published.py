@@ -17,8 +17,9 @@ from wan_mlx.cli.summary import origins
 from wan_mlx.errors import WeightsError
 from wan_mlx.files.open import open_weights
 from wan_mlx.presets import PRESETS, preset_for
-from wan_mlx.weights.checkpoint import Checkpoint, Part, open_checkpoint
+from wan_mlx.weights.checkpoint import open_checkpoint
 from wan_mlx.weights.component import ComponentWeights
+from wan_mlx.weights.parts import Checkpoint, Part
 
 VIDEO = dict(width=32, height=32, num_frames=5, steps=2, seed=1, shift=5, guidance_scale=5)
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")

@@ -13,11 +13,12 @@ from ..media.write import ENDINGS, read_settings
 from ..options import named
 from ..presets import EXPERTS
 from ..progress_bars import ProgressBars
-from ..weights.checkpoint import Part, look_at
+from ..weights.checkpoint import look_at
 from ..weights.load import open_network
 from ..weights.lora import file_of
 from ..weights.lora_config import are_of_adapter
 from ..weights.lora_info import inspect_lora, is_lora
+from ..weights.parts import Part
 from . import convert
 from .flags import Parser
 from .summary import recipe_notes

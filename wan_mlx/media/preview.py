@@ -27,8 +27,8 @@ from ..models.configs import VAE22Config, VAEConfig
 from ..models.taehv import TAEHV
 from ..storage import place_of
 from ..types import Request, Step
-from ..weights.checkpoint import Checkpoint
 from ..weights.load import config_of
+from ..weights.parts import Checkpoint
 from ..weights.taehv import load_taehv
 from .write import check_output, contact_sheet, read_settings, save_video, to_uint8
 

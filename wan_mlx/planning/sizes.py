@@ -17,11 +17,11 @@ from ..models.quantized_linear import Packing
 from ..models.rope import row_order
 from ..models.transformer import BLOCK_LISTS
 from ..presets import EXPERTS, PARTS, Preset
-from ..weights.checkpoint import Checkpoint, Part
 from ..weights.configs import shapes_of
 from ..weights.load import open_network, parse_dtype
 from ..weights.lora import Loras, open_loras
 from ..weights.parameters import Parameters, dtype_of
+from ..weights.parts import Checkpoint, Part
 from ..weights.prefetch import most_in_flight
 from ..weights.quantize import EXPAND, NEAREST, QUANTIZED, check_mode, plan_quantization
 

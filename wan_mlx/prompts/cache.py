@@ -24,7 +24,7 @@ from ..planning.machine import mlx_version
 from ..storage import cache_folder, digest, fingerprint, whole_file
 
 if TYPE_CHECKING:
-    from ..weights.checkpoint import Checkpoint
+    from ..weights.parts import Checkpoint
 
 log = logging.getLogger(__name__)
 

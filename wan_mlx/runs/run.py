@@ -43,7 +43,7 @@ from ..planning.plan import Plan, limited_memory
 from ..recipes import scheduler_for
 from ..tasks import TASKS
 from ..types import Conditioning, Request, RunState, Step
-from ..weights.checkpoint import Part
+from ..weights.parts import Part
 from ..weights.set_loras import set_loras
 from .time_left import TimeLeft
 

@@ -6,29 +6,25 @@ recognised by their keys, never by their names.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import mlx.core as mx
-import numpy as np
 
 from ..errors import UnsupportedModel, WeightsError, nearest, some
 from ..files.open import ENDINGS, ShardedFile, format_of, open_weights
 from ..files.sentencepiece import EMBEDDED, MAX_TOKENIZER_BYTES, find_tokenizer, has_tokenizer
 from ..hub.model_folders import nearest_model
 from ..hub.names import DIFFUSERS_FILES, MLX_FILES, OFFICIAL_FILES, one_or_two
-from ..models.configs import NUM_TRAIN_TIMESTEPS
-from ..presets import COMFYUI_PARTS, COMFYUI_VAE_22, EXPERTS, MODULE, NETWORKS, PARTS, PRESETS
-from ..storage import fingerprint, parse_json
+from ..presets import COMFYUI_PARTS, COMFYUI_VAE_22, EXPERTS, MODULE, NETWORKS, PRESETS
+from ..storage import parse_json
 from .component import ComponentWeights, kinds_in, open_component
 from .config_files import MLX_FORMAT, boundary_of, check_pipeline, read_config
 from .configs import network_config
 from .mlx_video import MLX_VIDEO, MLX_VIDEO_FILES, is_mlx_video, metadata_of
+from .parts import Checkpoint, Part, check_experts, check_fit, flag_of
 
 # Diffusers' and transformers' names for entries of config.json that shapes cannot show.
 DIFFUSERS_NAMES = {
@@ -50,137 +46,8 @@ DIFFUSERS_NAMES = {
 }
 # Layout of a folder → the names of its files.
 FOLDERS = {"mlx": MLX_FILES, "diffusers": DIFFUSERS_FILES, "official": OFFICIAL_FILES}
-# Kind of part → its size and the transformer's that must be the same, and words for it.
-FITS = {
-    "text_encoder": ("dim", "text_dim", "a text encoder {} wide"),
-    "vae": ("z_dim", "out_dim", "a VAE of {} latent channels"),
-    "image_encoder": ("dim", "image_dim", "an image encoder {} wide"),
-}
-# Kinds of transformers that are released in pairs alone.
-HALVES = {("i2v", False, 16): "an image-to-video model (I2V-A14B)", ("control", False, 16): "Fun-A14B-Control"}
 # Depth and number of files of the search for weight files.
 _MAX_DEPTH, _MAX_FILES = 3, 5000
-
-
-@dataclass(frozen=True)
-class Part:
-    """One network of a model, or its tokenizer.
-
-    Attributes:
-        name: unique in the model. The only part of a kind has the kind's name.
-        kind: "transformer", "text_encoder", "vae", "image_encoder" or "tokenizer".
-        file: its path; for shards, of the index.
-        config: entries of config.json that its weights' shapes cannot show.
-        quantize: the quantisation to load it in, if different from the whole model's.
-        loras: path and strength of each LoRA for this part, in addition to the whole model's.
-        metadata: of the file, told by the config.json beside it.
-        module: a file of tensors that this transformer has besides, VACE's.
-        timesteps: (a, b): a transformer that is the expert for the timesteps a <= t < b.
-    """
-
-    name: str
-    kind: str
-    file: Path
-    config: Mapping[str, Any] = field(default_factory=dict)
-    quantize: str | None = None
-    loras: tuple[tuple[Path, float], ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    module: Path | None = None
-    timesteps: tuple[float, float] = (0.0, math.inf)
-
-    def open(self) -> ComponentWeights:
-        """Its weights; WeightsError if the file holds no such network."""
-        return open_component(self.file, self.kind, self.module, self.metadata)
-
-    @property
-    def label(self) -> str:
-        """Its name for people."""
-        return self.name.replace("_", " ")
-
-    def serves(self, timestep: float) -> bool:
-        """Whether this expert serves a timestep."""
-        first, end = self.timesteps
-        return first <= timestep < end
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A local model: its parts.
-
-    ``parts`` has all kinds in `PARTS`, but "image_encoder" only if the model reads images.
-    ``model`` is the preset's name, and ``boundary`` as of a `Preset`, if the folder records it. ``others``: what was
-    said of files of other models.
-    """
-
-    path: Path
-    parts: tuple[Part, ...] = ()
-    model: str | None = None
-    layout: str = "single files"
-    others: tuple[str, ...] = ()
-    boundary: float | None = None
-
-    @property
-    def has_experts(self) -> bool:
-        return any(part.name in EXPERTS for part in self.parts)
-
-    def with_experts(self, **fields: tuple[Any, Any]) -> Checkpoint:
-        """The model with fields of its experts changed: the high-noise one's, then the low-noise one's.
-
-        Raises:
-            ValueError: it has one transformer.
-        """
-        if not self.has_experts:
-            of_two = " and ".join(f"{name}_high or {name}_low" for name in fields)
-            raise ValueError(f"{self.path} has one transformer, and {of_two} was given, which is for one of two "
-                             f"experts; give {' and '.join(fields)}")  # fmt: skip
-        changed = [
-            replace(part, **{name: values[EXPERTS.index(part.name)] for name, values in fields.items()})
-            if part.name in EXPERTS else part
-            for part in self.parts
-        ]  # fmt: skip
-        return replace(self, parts=tuple(changed))
-
-    def divided(self, boundary: float) -> Checkpoint:
-        """The model with its experts at a boundary, as of a `Preset`; ValueError if it has one transformer."""
-        if not self.has_experts:
-            raise ValueError(f"boundary is {boundary:g}, but {self.path} has one transformer, which serves all "
-                             "timesteps; leave it out")  # fmt: skip
-        at = boundary * NUM_TRAIN_TIMESTEPS
-        return replace(self.with_experts(timesteps=((at, math.inf), (0.0, at))), boundary=boundary)
-
-    def of_kind(self, kind: str) -> list[Part]:
-        """The parts of one kind, in order."""
-        return [part for part in self.parts if part.kind == kind]
-
-    def part(self, kind: str) -> Part:
-        """The first part of a kind; WeightsError if there is none."""
-        for part in self.of_kind(kind):
-            return part
-        raise WeightsError(f"{self.path} holds no {kind}, only {', '.join(self.files)}")
-
-    @property
-    def files(self) -> dict[str, Path]:
-        """A part's name → its file."""
-        files = [(part.name, part.file) for part in self.parts]
-        return dict(files + [(MODULE, part.module) for part in self.parts if part.module])
-
-    def missing(self) -> list[str]:
-        """The kinds of parts that are missing."""
-        names = {part.name for part in self.parts}
-        one_expert = sum(name in EXPERTS for name in names) == 1
-        lacking = [name for name in EXPERTS if one_expert and name not in names]
-        lacking += [kind for kind in PARTS if not self.of_kind(kind)]
-        return [kind for kind in lacking if kind != "image_encoder" or any(map(self._reads_images, self.parts))]
-
-    def _reads_images(self, part: Part) -> bool:
-        if part.kind != "transformer":
-            return False
-        if self.layout == "diffusers":  # config.json has the width of the image features, or None
-            return part.config.get("image_dim") is not None
-        if "model_type" in part.config and part.name not in EXPERTS:  # Wan2.2's is i2v, and reads none
-            has_clip = part.config.get("image_dim", 0) is not None  # None in a folder of ours alone
-            return part.config["model_type"] in ("i2v", "flf2v") and has_clip
-        return "img_emb.proj.1.weight" in part.open().shapes
 
 
 def open_checkpoint(path: str | Path, parts: Mapping[str, str | Path | None] | None = None) -> Checkpoint:
@@ -215,33 +82,6 @@ def check_here(model: Path | None, parts: Mapping[str, Path | None]) -> None:
         found = tuple(part for part in joined(whole.parts, given) if part.name in given or part.kind not in parts)
     check_experts(found)
     check_fit(found)
-
-
-def check_fit(parts: Iterable[Part]) -> None:
-    """Raise WeightsError if one is no whole network of Wan, or makes what a transformer among them cannot take, or is
-    one of two experts without the other."""
-    check_sizes([(part, network_config(part.open(), part.config)) for part in parts if part.kind in NETWORKS])
-
-
-def check_sizes(sizes: Sequence[tuple[Part, Any]]) -> None:
-    """`check_fit` of parts with their sizes."""
-    for transformer, config in sizes:
-        if transformer.kind != "transformer":
-            continue
-        if transformer.name not in EXPERTS and config.kind in HALVES:
-            raise WeightsError(
-                f"{transformer.file} is one of the two experts of {HALVES[config.kind]}; give both, as "
-                f"{_flag(EXPERTS[0])} FILE and {_flag(EXPERTS[1])} FILE"
-            )
-        for part, other in sizes:
-            if part.kind not in FITS or (part.kind == "image_encoder" and not config.has_image_branch):
-                continue
-            made, taken, words = FITS[part.kind]
-            if (width := getattr(other, made)) != (wanted := getattr(config, taken)):
-                raise WeightsError(
-                    f"{part.file}: {words.format(width)}, where the transformer {transformer.file} takes {wanted}; "
-                    f"give the one of its model as {_flag(part.kind)}"
-                )
 
 
 def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = None) -> Checkpoint:
@@ -287,34 +127,6 @@ def joined(parts: Iterable[Part], given: Mapping[str, Part]) -> list[Part]:
         rest = {name: part for name, part in named.items() if part.kind != "transformer"}
         named = {**{name: there[name] for name in EXPERTS if name in there}, **rest}
     return list(named.values())
-
-
-def check_experts(parts: Iterable[Part]) -> None:
-    """Raise WeightsError, before weights are read, if two experts are not those of one model."""
-    experts = [part for part in parts if part.name in EXPERTS]
-    if len(experts) < 2:
-        return
-    first, second = experts
-    if first.file.resolve() == second.file.resolve():
-        raise WeightsError(f"both experts are {first.file}; a model of two has two files: give the other one, too")
-    sizes, others = (vars(network_config(part.open(), part.config)) for part in experts)
-    if differing := [name for name, value in sizes.items() if value != others[name]]:
-        what = ", ".join(f"{name} {sizes[name]} and {others[name]}" for name in differing)
-        raise WeightsError(f"{first.file} and {second.file} are not the two experts of one model: their sizes differ, "
-                           f"{what}")  # fmt: skip
-    if _are_equal(first, second):
-        raise WeightsError(f"{first.file} and {second.file} are equal; a model of two experts has two that differ: one "
-                           "of them is a copy of the other")  # fmt: skip
-
-
-def _are_equal(first: Part, second: Part) -> bool:
-    """Whether two files are copies, by samples: of their bytes, and if those are equal the first row of each matrix."""
-    if any(fingerprint(first.file)[key] != fingerprint(second.file)[key] for key in ("size", "sha256")):
-        return False
-    one, other = first.open(), second.open()
-    matrices = (name for name, shape in one.shapes.items() if len(shape) == 2 and len(one.sources[name]) == 1)
-    row = np.zeros(1, int)
-    return all(mx.array_equal(one.rows(name, row), other.rows(name, row)).item() for name in matrices)
 
 
 def _with_module(part: Part, module: Path) -> Part:
@@ -441,9 +253,9 @@ def _search(known: Checkpoint, given: Collection[str]) -> Checkpoint:
             files = list(filter(_is_whole, files)) or files
         if len(files) > 1:
             names = ", ".join(str(weights.path.relative_to(folder)) for weights in files)
-            two = f", or give two experts as {' and '.join(map(_flag, EXPERTS))}" * (kind == "transformer")
+            two = f", or give two experts as {' and '.join(map(flag_of, EXPERTS))}" * (kind == "transformer")
             raise WeightsError(
-                f"{folder} holds {len(files)} files of a {kind}: {names}; choose one with {_flag(kind)}{two}"
+                f"{folder} holds {len(files)} files of a {kind}: {names}; choose one with {flag_of(kind)}{two}"
             )
         parts[kind] = _part(kind, files[0].path)
     if not parts and not given:
@@ -504,7 +316,7 @@ def _incomplete(found: Checkpoint, missing: list[str]) -> str:
         lacking = "; ".join(f"{' or '.join(FOLDERS[found.layout][part])} ({part})" for part in missing)
         holds = found.others[0] if found.others else f"it holds {_listing(found.path)}"
         return f"{found.path} is not a complete Wan folder: missing {lacking}; {holds}"
-    flags = " ".join(f"{_flag(part)} FILE" for part in missing)
+    flags = " ".join(f"{flag_of(part)} FILE" for part in missing)
     files = {**COMFYUI_PARTS, "vae": COMFYUI_VAE_22} if any(map(_is_ti2v, found.parts)) else COMFYUI_PARTS
     published = ", ".join(files[part] for part in missing if part in files)
     hint = f" (published: {published})" if published else ""
@@ -517,10 +329,6 @@ def _is_ti2v(part: Part) -> bool:
     with suppress(WeightsError):
         return part.kind == "transformer" and network_config(part.open(), part.config).model_type == "ti2v"
     return False
-
-
-def _flag(part: str) -> str:
-    return "--" + part.replace("_", "-")
 
 
 def _existing(given: str | Path, kind: str) -> Path:

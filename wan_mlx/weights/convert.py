@@ -28,11 +28,12 @@ from ..files.sentencepiece import read_tokenizer
 from ..hub.names import MLX_FILES
 from ..presets import EXPERTS, NETWORKS, PRESETS
 from ..storage import MARKER, fingerprint, free_space, gigabytes, new_folder, parse_json, sha256
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import open_checkpoint
 from .component import MLX_LAYOUT, SAFETENSORS_NAMES, beside
 from .config_files import MLX_FORMAT, MLX_VERSION
 from .load import Progress, no_progress, open_network, parse_dtype, text_dtype
 from .parameters import Parameters, dtype_of
+from .parts import Checkpoint
 from .quantize import QUANTIZED
 
 # Key → shape and dtype of a tensor to be written.

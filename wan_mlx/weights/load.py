@@ -22,12 +22,13 @@ from ..models.text_encoder import EncoderBlock
 from ..models.transformer import Transformer
 from ..models.vae import VAE
 from ..types import LoraChoice
-from .checkpoint import Checkpoint, Part, find_part
+from .checkpoint import find_part
 from .component import ComponentWeights, only_zeros, open_component
 from .configs import network_config
 from .lora import normalise_loras, open_loras
 from .lora_scale import check_sizes
 from .parameters import Parameters
+from .parts import Checkpoint, Part
 from .quantize import QUANTIZED
 from .set_loras import set_loras
 from .stream import Progress, load_module, load_streamed, spare_cache, stream_blocks
