@@ -3,17 +3,22 @@
 from contextlib import ExitStack
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from arrays import random_array, randomized, relative_error
 
+from wan_mlx.models import layers, rope
 from wan_mlx.models.attention import attention
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.execution import Execution
+from wan_mlx.models.rope import rope_table
 from wan_mlx.models.transformer import Transformer
-from wan_mlx.training import backward
-from wan_mlx.training.backward import Sample, attention_gradients, loss, loss_and_gradients
+from wan_mlx.training import attention_backward, block_backward, slopes
+from wan_mlx.training.attention_backward import attention_gradients
+from wan_mlx.training.backward import Sample, loss, loss_and_gradients
 from wan_mlx.training.factors import layer_shapes, new_factors, of_block, placed
+from wan_mlx.training.optimizer import gradient_norm, update
 from wan_mlx.weights.load import load_transformer
 
 SIZES = dict(dim=32, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=4)
@@ -55,12 +60,15 @@ def factors_of(config: TransformerConfig):
 
 @pytest.fixture
 def in_small_pieces(monkeypatch):
-    monkeypatch.setattr(backward, "TOKENS_AT_ONCE", 5)
-    monkeypatch.setattr(backward, "SCORES_AT_ONCE", 40)
+    monkeypatch.setattr(block_backward, "TOKENS_AT_ONCE", 5)
+    monkeypatch.setattr(attention_backward, "SCORES_AT_ONCE", 40)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["chunks", "fused"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_gradients_by_blocks_are_those_of_the_whole_loss(kind, in_small_pieces):
+def test_gradients_by_blocks_are_those_of_the_whole_loss(kind, fused, in_small_pieces, monkeypatch):
+    """Also by the way that serves CUDA's kernel, here with MLX's own gradient of attention."""
+    monkeypatch.setattr(attention_backward, "has_fused_gradient", lambda q: fused)
     config = CONFIGS[kind]
     model, factors, step = randomized(Transformer(config)), factors_of(config), samples(config)
 
@@ -133,10 +141,57 @@ def test_a_quantised_base_passes_gradients_on(pico):
 
 @pytest.mark.parametrize("at_once", [1 << 25, 60, 7])
 def test_gradients_of_attention_are_those_of_mlx(at_once, monkeypatch):
-    monkeypatch.setattr(backward, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(attention_backward, "SCORES_AT_ONCE", at_once)
     q, k, v = random_array(1, 2, 5, 3, 8), random_array(2, 2, 7, 3, 8), random_array(3, 2, 7, 3, 8)
     gradient = random_array(4, 2, 5, 24)
     (attended,), want = mx.vjp(attention, [q, k, v], [gradient])
     got = attention_gradients(q, k, v, attended, gradient)
     for one, other in zip(got, want, strict=True):
         assert relative_error(one, other) <= 1e-5
+
+
+RNG = np.random.default_rng(1)
+X, Y = (mx.array(2.5 * RNG.standard_normal((1, 9, 64), np.float32)) for _ in range(2))
+GATE, SHIFT = (mx.array(RNG.uniform(-1, 1, 64).astype(np.float32)) for _ in range(2))
+TABLE = rope_table((9, 1, 1), 16)
+SLOPES = {  # what gives the gradient, and the function whose gradient it is
+    "scaled": (lambda x, y: slopes.scaled(y, GATE), lambda x: layers.gated_add(Y, x, GATE)),
+    "gelu": (slopes.gelu_tanh, layers.gelu_tanh),
+    "norm": (
+        lambda x, y: slopes.modulated_norm(x, y, GATE, 1e-6),
+        lambda x: layers.modulated_norm(x, GATE, SHIFT, 1e-6),
+    ),
+    "rotation": (
+        lambda x, y: slopes.norm_and_rotate(x, y, GATE, 4, TABLE, 1e-6),
+        lambda x: rope.norm_and_rotate(x, GATE, 4, TABLE, 1e-6).flatten(2),
+    ),
+    "rms norm": (
+        lambda x, y: slopes.rms_norm(x, y, GATE, 1e-6),
+        lambda x: mx.fast.rms_norm(x, GATE, 1e-6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_slopes_are_mlx_s_gradients(name):
+    ours, function = SLOPES[name]
+    (want,) = mx.vjp(function, [X], [Y])[1]
+    assert relative_error(ours(X, Y), want) <= 2e-6
+
+
+def test_an_update_by_blocks_is_mlx_s():
+    config = CONFIGS["t2v"]
+    factors = factors_of(config)
+    gradients = {name: random_array(50 + i, *array.shape) for i, (name, array) in enumerate(factors.items())}
+    whole, by_blocks = (optim.AdamW(1e-2, bias_correction=True) for _ in range(2))
+    whole.init(factors)
+    by_blocks.init(factors)
+    want, got = factors, dict(factors)
+    for clip in (1.0, 1e6):
+        clipped, norm = optim.clip_grad_norm(gradients, clip)
+        want = whole.apply_gradients(clipped, want)
+        assert gradient_norm(gradients) == pytest.approx(norm.item(), rel=1e-6)
+        update(by_blocks, dict(gradients), got, gradient_norm(gradients), clip)
+    for name in factors:
+        assert relative_error(got[name], want[name]) <= 1e-6, name
+    assert by_blocks.step.item() == 2

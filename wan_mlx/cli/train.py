@@ -22,6 +22,9 @@ from ..training.estimate import TrainingPlan, plan_training
 from ..training.factors import TARGETS
 from ..training.loop import RECIPE, Training, TrainStep
 from ..training.recipe import OPTIMIZERS, SCHEDULES, TIMESTEP_SAMPLING, Recipe
+from ..training.timing import with_seconds
+from ..weights.load import parameters_of
+from ..weights.parameters import Parameters
 from .flags import Parser
 from .interrupt import Interrupts
 from .terminal import write
@@ -135,16 +138,13 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     nets = pipe.sizes(args.quantize)
     if args.plan or args.dry_run:
-        return _look(args, data, recipe, pipe.preset, pipe.geometry, nets)
+        parameters = parameters_of(pipe.checkpoint.of_kind("transformer")[0], nets.dtype, args.quantize)
+        return _look(args, data, recipe, pipe.preset, pipe.geometry, nets, parameters)
     trained, held_out = _divided(args, data, recipe, pipe.preset, pipe.geometry)
     plan = plan_training(nets, [*trained, *held_out], recipe, memory or available_memory())
     if not args.quiet:
         _tell(data, trained, held_out, plan, recipe)
-    if not plan.fits:
-        raise UsageError(
-            f"it needs about {size(plan.peak)}, and {size(plan.budget)} are free to use; shorter or smaller clips "
-            "(--frames, --size), a lower --rank, or -q q8 need less"
-        )
+    plan.check()
     training = Training(pipe, trained, recipe, args.output, held_out, args.trigger, listener)
     training.stream = plan.stream
     training.sample_prompts = prompts
@@ -152,11 +152,19 @@ def main(argv: list[str]) -> int:
 
 
 def _look(
-    args: argparse.Namespace, data: DataSet, recipe: Recipe, preset: Preset, geometry: Geometry, nets: Networks
+    args: argparse.Namespace,
+    data: DataSet,
+    recipe: Recipe,
+    preset: Preset,
+    geometry: Geometry,
+    nets: Networks,
+    parameters: Parameters | None = None,
 ) -> int:
-    """``--plan`` and ``--dry-run``."""
+    """``--plan`` and ``--dry-run``; ``parameters``: the transformer's, if its weights are here."""
     trained, held_out = _divided(args, data, recipe, preset, geometry)
     plan = plan_training(nets, [*trained, *held_out], recipe, parse_memory(args.memory) or available_memory())
+    if args.plan and plan.fits:
+        plan = with_seconds(plan, nets, recipe, parameters)
     _tell(data, trained, held_out, plan, recipe)
     return 0 if plan.fits else 1
 
@@ -234,3 +242,6 @@ def _tell(
     fits = "" if plan.fits else f", more than the {size(plan.budget)} that are free to use"
     write(f"{plan.trained / 1e6:.1f} million numbers trained; about {size(plan.peak)} ({how}; an estimate){fits}; "
           f"{plan.flop / 1e12:.3g} TFLOP a step, {recipe.steps} steps")  # fmt: skip
+    if plan.seconds is not None:
+        whole = duration(plan.seconds * recipe.steps)
+        write(f"about {duration(plan.seconds)} a step here, {whole} in all, without encoding the clips")

@@ -271,7 +271,7 @@ def has_fused_kernel(dtype: mx.Dtype, head_dim: int) -> bool:
     return mx.metal.is_available() or dtype in (mx.float16, mx.bfloat16)
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, pace: Pacer) -> mx.array:
+def attention(q: mx.array, k: mx.array, v: mx.array, pace: Callable[..., None]) -> mx.array:
     """Same as `attention.attention`, in dispatches of bounded size; ``pace`` is called after each, if several."""
     batch, rows, heads, head_dim = q.shape
     work_per_row = batch * k.shape[1]

@@ -140,7 +140,7 @@ def transformer_rate(nets: Networks, tokens: int, at_a_time: int, tokens_at_once
     def forward(count: int, **hooks) -> float:
         # The text is shortened by the same factor as the tokens.
         model.config = replace(model.config, text_len=max(1, whole.text_len * count // tokens))
-        latents, context, more = _inputs(model.config, count, nets.dtype)
+        latents, context, more = random_inputs(model.config, count, nets.dtype)
         return _seconds(lambda: mx.eval(run(latents, 500.0, context, **more, **hooks)), at_a_time)
 
     def without_attention(count: int, with_block: float) -> float:
@@ -325,7 +325,7 @@ def random_transformer(config: TransformerConfig, nets: Networks) -> Transformer
     return model
 
 
-def _inputs(config: TransformerConfig, tokens: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array, dict[str, Any]]:
+def random_inputs(config: TransformerConfig, tokens: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array, dict[str, Any]]:
     """Latents of ``tokens`` tokens, a text, and the transformer's other inputs."""
     t, h, w = config.patch_size
     shape = (1, t, h, w * tokens)

@@ -33,6 +33,8 @@ def train(
     resume: bool = False,
     callback: Callable[[TrainStep], Any] | None = None,
     memory: str | None = None,
+    dtype: str = "bfloat16",
+    quantize: str | None = None,
     **recipe: Any,
 ) -> Path:
     """Train a LoRA and return its file: the newest checkpoint, if training was stopped before its end.
@@ -47,19 +49,24 @@ def train(
         resume: go on with the run in ``output``, bit for bit.
         callback: called with each `TrainStep`; if it returns False, training stops there, and can be resumed.
         memory: as for a pipeline: where the model's blocks do not fit in it, they are streamed from disk.
+        dtype, quantize: as for a pipeline, where ``model`` is none.
         recipe: fields of `Recipe`, such as ``rank=16, steps=500, learning_rate=2e-4``.
 
     Raises:
-        UsageError, ValueError: an argument or the data set is wrong.
+        UsageError, ValueError: an argument or the data set is wrong, or memory does not suffice.
         TrainingError: a loss is not finite; what was kept is whole.
     """
     chosen = Recipe(**recipe)
     opened = DataSet.open(data)
-    pipe = model if isinstance(model, WanPipeline) else WanPipeline.from_pretrained(model, memory=memory)
+    pipe = model
+    if not isinstance(pipe, WanPipeline):
+        pipe = WanPipeline.from_pretrained(pipe, dtype=dtype, quantize=quantize, memory=memory)
     trained, held_out = clips_of(opened, chosen, pipe.preset, pipe.geometry, size, frames, trigger, validate)
     training = Training(pipe, trained, chosen, output, held_out, trigger, pipe.listener)
     budget = parse_memory(pipe.memory if memory is None else memory) or available_memory()
-    training.stream = plan_training(pipe.sizes(pipe.quantize), [*trained, *held_out], chosen, budget).stream
+    plan = plan_training(pipe.sizes(pipe.quantize), [*trained, *held_out], chosen, budget)
+    plan.check()
+    training.stream = plan.stream
     for step in training.run(resume):
         if callback is not None and callback(step) is False:
             training.stop()

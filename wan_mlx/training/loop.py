@@ -25,11 +25,12 @@ from ..pipeline import WanPipeline
 from ..storage import DRAWN, append, locked, parse_json, whole_file
 from ..weights.load import load_transformer
 from ..weights.set_loras import set_loras
-from .backward import Sample, loss, loss_and_gradients, number
+from .backward import Sample, loss, loss_and_gradients
 from .dataset import TrainingClip
 from .encoded import Encoded
 from .factors import Factors, layer_shapes, new_factors
 from .lora_file import write_lora
+from .optimizer import gradient_norm, make_optimizer, update
 from .plot import plot_losses
 from .recipe import NOISE, RANKS, Recipe
 from .states import newest_state, save_state
@@ -171,15 +172,10 @@ class Training:
             kept_ranks = self._with_ranks(step)
             losses, gradients = loss_and_gradients(model, kept_ranks(self.factors), samples, self.recipe.scale)
             gradients = nn.average_gradients(kept_ranks(gradients))
-            if self.recipe.clip:
-                gradients, total = optim.clip_grad_norm(gradients, self.recipe.clip)
-            else:
-                total = mx.sqrt(mx.stack([(array**2).sum() for array in gradients.values()]).sum())
-            norm = number(total)
+            norm = gradient_norm(gradients)
             self._check(step, losses, norm, names, samples)
             optimizer.learning_rate = mx.array(self.recipe.rate(step))
-            self.factors = optimizer.apply_gradients(gradients, self.factors)
-            mx.eval(self.factors, optimizer.state)
+            update(optimizer, gradients, self.factors, norm, self.recipe.clip)
             step += 1
             value = float(np.mean(losses))
             self.losses.append(value)
@@ -383,15 +379,3 @@ class Training:
         self.validations = [(row["step"], row["validation"]) for row in rows if "validation" in row]
         with whole_file(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def make_optimizer(recipe: Recipe) -> optim.Optimizer:
-    rate, decay = recipe.learning_rate, recipe.weight_decay
-    makers: dict[str, Callable[[], optim.Optimizer]] = {
-        "adamw": lambda: optim.AdamW(rate, weight_decay=decay, bias_correction=True),
-        "adam": lambda: optim.Adam(rate, bias_correction=True),
-        "lion": lambda: optim.Lion(rate, weight_decay=decay),
-        "adafactor": lambda: optim.Adafactor(rate, weight_decay=decay, relative_step=False, scale_parameter=False),
-        "sgd": lambda: optim.SGD(rate, momentum=0.9),
-    }
-    return makers[recipe.optimizer]()

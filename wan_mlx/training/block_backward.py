@@ -1,0 +1,282 @@
+"""The gradients of one block of the transformer, for its input and for LoRA's factors beside its layers.
+
+Written out, not derived by `mx.vjp`: so what is not needed again is not kept, no gradient of a frozen matrix is
+computed, kernels serve both directions, and the order of evaluation is ours. `tests/test_training_gradients.py` holds
+it to what MLX derives from `models.transformer.Block`.
+
+In three parts: queries, keys and values; attention; what follows, token by token. The first and the last take some
+tokens at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..models import kernels
+from ..models.attention import Pairs, SelfAttention, split_heads
+from ..models.execution import Pacer
+from ..models.execution import attention as attention_in_dispatches
+from ..models.layers import SIDE_KEYS
+from ..models.quantized_linear import QuantizedLinear
+from ..models.rope import rows_of
+from ..models.transformer import Block, ForwardPass, Modulation, Runs
+from . import slopes
+from .attention_backward import Heads, attention_and_gradients, attention_gradients
+from .factors import Factors
+
+# Tokens whose part after attention is made again at a time: eight arrays as wide as the feed-forward are alive then.
+# Fewer are slower on a fast GPU, more take more memory.
+TOKENS_AT_ONCE = 4096 if mx.cuda.is_available() else 2048
+
+
+class Pieces:
+    """Arrays to be computed in the order in which they came, two pieces at a time.
+
+    A piece waits until `run`, so that what comes after it can be prepared while the GPU is busy with what came before.
+    """
+
+    def __init__(self, pace: Pacer):
+        self._pace, self._waiting = pace, list[tuple[mx.array, ...]]()
+
+    def add(self, *arrays: mx.array) -> None:
+        self._waiting.append(arrays)
+
+    def run(self, *arrays: mx.array) -> None:
+        """Submit all pieces, and these arrays as the last."""
+        waiting, self._waiting = [*self._waiting, arrays][::-1], []
+        while waiting:
+            if piece := waiting.pop():
+                self._pace(*piece)
+
+    def finish(self) -> None:
+        self.run()
+        self._pace.finish()
+
+
+class BlockFactors:
+    """LoRA's factors of one block, as its layers add them, and the sums of their gradients (float32)."""
+
+    def __init__(self, own: Mapping[str, mx.array], scale: float, dtype: mx.Dtype):
+        self.scale, self.sums = scale, Factors()
+        self.down = {_layer(name): array.astype(dtype) for name, array in own.items() if name.endswith(".down")}
+        self.up = {_layer(name): (array * scale).astype(dtype) for name, array in own.items() if name.endswith(".up")}
+
+    def add(self, layer: str, down: mx.array, up: mx.array) -> None:
+        """Gradients for the factors as the layer adds them."""
+        for name, array in ((f"{layer}.down", down), (f"{layer}.up", up)):
+            self.sums[name] = self.sums[name] + array if name in self.sums else array.astype(mx.float32)
+
+    def gradients(self, samples: int) -> Factors:
+        """For the factors themselves, of the samples' mean."""
+        # Contiguous, as factors read from a file are: products of transposed arrays round otherwise.
+        return {
+            name: mx.contiguous(array * ((self.scale if name.endswith(".up") else 1) / samples))
+            for name, array in self.sums.items()
+        }
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+class Product:
+    """A linear layer with its factors, for one call: it keeps its input for `back`."""
+
+    def __init__(self, block: Block, name: str, factors: BlockFactors):
+        self.layer: Any = block
+        for step in name.split("."):
+            self.layer = self.layer[int(step)] if step.isdecimal() else self.layer[step]
+        self.name, self.factors = name, factors
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (B, L, inputs) → (B, L, outputs)."""
+        self.x, y = x, self.layer(x)
+        if self.name not in self.factors.up:
+            return y
+        self.inner = x @ self.factors.down[self.name].T
+        return mx.addmm(y, self.inner, self.factors.up[self.name].T)
+
+    def back(self, y: mx.array, wanted: bool = True) -> Any:
+        """The gradient for x, if it is ``wanted``, of that for the result; adds those for the factors."""
+        x = self.x
+        del self.x
+        found: Any = self._through(x, y) if wanted else None
+        if self.name not in self.factors.up:
+            return found
+        down, up = self.factors.down[self.name], self.factors.up[self.name]
+        inner = y @ up
+        self.factors.add(self.name, down=_rows(inner).T @ _rows(x), up=_rows(y).T @ _rows(self.inner))
+        del self.inner
+        return mx.addmm(found, inner, down) if wanted else None
+
+    def _through(self, x: mx.array, y: mx.array) -> mx.array:
+        """The gradient through the layer as it is, with LoRAs of its own."""
+        if any(key in self.layer for key in SIDE_KEYS):
+            return mx.vjp(self.layer, [x], [y])[1][0]
+        if not isinstance(self.layer, QuantizedLinear):
+            return y @ self.layer.weight
+        # Unpacked again, but not before y is there: all layers' matrices would lie unpacked side by side.
+        packed = {key: array for key, array in self.layer.items() if isinstance(array, mx.array)}
+        packed["weight"] = mx.depends([packed["weight"]], [y])[0]
+        return y @ self.layer.packing.unpack(packed, y.dtype)
+
+
+def _rows(x: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def block_gradients(
+    block: Block, factors: BlockFactors, x: mx.array, gradient: mx.array, this_pass: ForwardPass, pieces: Pieces
+) -> mx.array:
+    """The gradient for a block's input x (1, L, D), given that for its result; adds those for its factors.
+
+    What is returned, and the sums, wait in ``pieces``.
+    """
+    chunks = list(_chunks(block.runs(this_pass.modulation, this_pass.clean), x.shape[1]))
+    cross = _Pairs(block, factors, this_pass)
+    found = [_Before(block, factors, x[:, some], m, this_pass, some).heads() for some, m in chunks]
+    heads: Heads = [mx.concatenate(list(parts), axis=1) for parts in zip(*found, strict=True)]
+    pieces.add(*heads, *cross.arrays)
+    del found
+    for_x: list[mx.array] = []
+
+    def rest(attended: mx.array) -> mx.array:
+        parts = []
+        for some, m in chunks:
+            one, other = _after(block, factors, x[:, some], attended[:, some], m, cross, gradient[:, some])
+            pieces.add(one, other, *cross.sums, *factors.sums.values())
+            for_x.append(one)
+            parts.append(other)
+        return mx.concatenate(parts, axis=1)
+
+    heads = attention_and_gradients(heads, rest, pieces.run)
+    cross.back()
+    parts = []
+    for (some, m), after in zip(chunks, for_x, strict=True):
+        before = _Before(block, factors, x[:, some], m, this_pass, some)
+        before.heads()
+        parts.append(after + before.back([one[:, some] for one in heads]))
+        pieces.add(parts[-1], *factors.sums.values())
+    result = mx.concatenate(parts, axis=1)
+    pieces.add(result)
+    return result
+
+
+def _chunks(runs: Runs[Modulation], length: int) -> Iterator[tuple[slice, Modulation]]:
+    """`TOKENS_AT_ONCE` of each run's tokens, and its modulation."""
+    for tokens, m in runs:
+        first, last, _ = tokens.indices(length)
+        for start in range(first, last, TOKENS_AT_ONCE):
+            yield slice(start, min(start + TOKENS_AT_ONCE, last)), m
+
+
+class _Before:
+    """Queries, keys and values of some tokens, and the gradient for these tokens."""
+
+    def __init__(
+        self, block: Block, factors: BlockFactors, x: mx.array, m: Modulation, this_pass: ForwardPass, some: slice
+    ):
+        self.layer: SelfAttention = block.self_attn
+        self.eps, self.x, self.m, self.rope = block.eps, x, m, rows_of(this_pass.rope, some)
+        self.q, self.k, self.v = (Product(block, f"self_attn.{name}", factors) for name in "qkv")
+
+    def heads(self) -> Heads:
+        layer = self.layer
+        normed = kernels.modulated_norm(self.x, self.m.scale_attn, self.m.shift_attn, self.eps)
+        self.rows = [self.q(normed), self.k(normed)]
+        q, k = (
+            kernels.norm_and_rotate(y, norm.weight, layer.heads, self.rope, layer.eps)
+            for y, norm in zip(self.rows, (layer.norm_q, layer.norm_k), strict=True)
+        )
+        return [q, k, split_heads(self.v(normed), layer.heads)]
+
+    def back(self, heads: Heads) -> mx.array:
+        layer, (dq, dk, dv) = self.layer, (one.flatten(2) for one in heads)
+        y = self.v.back(dv)
+        for product, row, norm, one in zip(
+            (self.q, self.k), self.rows, (layer.norm_q, layer.norm_k), (dq, dk), strict=True
+        ):
+            y = y + product.back(slopes.norm_and_rotate(row, one, norm.weight, layer.heads, self.rope, layer.eps))
+        del self.rows
+        return slopes.modulated_norm(self.x, y, self.m.scale_attn, self.eps)
+
+
+class _Pairs:
+    """Keys and values of cross-attention, and the sums of their gradients over the tokens."""
+
+    def __init__(self, block: Block, factors: BlockFactors, this_pass: ForwardPass):
+        layer, sources = block.cross_attn, [("", this_pass.context, block.cross_attn.norm_k)]
+        if this_pass.image_context is not None:
+            sources.append(("_img", this_pass.image_context, layer.norm_k_img))
+        self.heads, self.eps = layer.heads, layer.eps
+        self.layers: list[tuple[Product, Product, mx.array]] = []
+        self.pairs: Pairs = []
+        self.rows: list[mx.array] = []
+        for name, context, norm in sources:
+            k, v = (Product(block, f"cross_attn.{letter}{name}", factors) for letter in "kv")
+            self.rows.append(k(context))
+            normed = mx.fast.rms_norm(self.rows[-1], norm.weight.astype(context.dtype), self.eps)
+            self.pairs.append((split_heads(normed, self.heads), split_heads(v(context), self.heads)))
+            self.layers.append((k, v, norm.weight))
+        self.sums = [mx.zeros(one.shape) for one in self.arrays]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [one for pair in self.pairs for one in pair]
+
+    def add(self, gradients: Sequence[mx.array]) -> None:
+        self.sums = [total + one.astype(mx.float32) for total, one in zip(self.sums, gradients, strict=True)]
+
+    def back(self) -> None:
+        """The factors of the layers that keys and values come from."""
+        for (k, v, weight), rows, dk, dv in zip(self.layers, self.rows, self.sums[::2], self.sums[1::2], strict=True):
+            dk, dv = (one.astype(rows.dtype).flatten(2) for one in (dk, dv))
+            k.back(slopes.rms_norm(rows, dk, weight, self.eps), wanted=False)
+            v.back(dv, wanted=False)
+
+
+def _after(
+    block: Block,
+    factors: BlockFactors,
+    x: mx.array,
+    attended: mx.array,
+    m: Modulation,
+    cross: _Pairs,
+    gradient: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """`Block.after_attention` of some tokens, and back: the gradients for x and ``attended``."""
+    o, cross_q, cross_o, up, down = (
+        Product(block, name, factors) for name in ("self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
+    )
+    norm3, layer, one = block.norm3, block.cross_attn, mx.ones_like(m.gate_ffn)
+    x1, y = kernels.add_and_norm(x, o(attended), m.gate_attn, norm3.weight, norm3.bias, block.eps)
+    row = cross_q(y)
+    q = split_heads(mx.fast.rms_norm(row, layer.norm_q.weight.astype(row.dtype), layer.eps), layer.heads)
+    results = [attention_in_dispatches(q, *pair, _no_pace) for pair in cross.pairs]
+    x2, y = kernels.add_and_norm(x1, cross_o(_total(results)), one, m.scale_ffn, m.shift_ffn, block.eps)
+    wide = up(y)
+    down(kernels.gelu_tanh(wide))
+
+    y = up.back(slopes.gelu_tanh(wide, down.back(slopes.scaled(gradient, m.gate_ffn))))
+    del wide
+    for_x = gradient + slopes.modulated_norm(x2, y, m.scale_ffn, block.eps)
+    y = cross_o.back(for_x)
+    found = [attention_gradients(q, *pair, result, y) for pair, result in zip(cross.pairs, results, strict=True)]
+    cross.add([array for _, *pair in found for array in pair])
+    y = cross_q.back(slopes.rms_norm(row, _total([dq for dq, *_ in found]).flatten(2), layer.norm_q.weight, layer.eps))
+    for_x = for_x + slopes.modulated_norm(x1, y, norm3.weight, block.eps)
+    return for_x, o.back(slopes.scaled(for_x, m.gate_attn))
+
+
+def _no_pace(*arrays: mx.array) -> None:
+    """Nothing is computed while it is written down."""
+
+
+def _total(arrays: Sequence[mx.array]) -> mx.array:
+    total = arrays[0]
+    for one in arrays[1:]:
+        total = total + one
+    return total
