@@ -1,0 +1,55 @@
+"""What a training run is said to need: memory as measured, seconds from a block that is timed."""
+
+import pytest
+from PIL import Image
+
+from wan_mlx.errors import UsageError
+from wan_mlx.planning.sizes import sizes_of
+from wan_mlx.presets import PRESETS
+from wan_mlx.training import Recipe, timing, train
+from wan_mlx.training.estimate import plan_of
+
+RECIPE = Recipe(rank=32)
+
+
+def nets_of(name, quantize=None):
+    return sizes_of(PRESETS[name], "bfloat16", quantize)
+
+
+def test_seconds_are_those_of_all_blocks_and_of_what_is_around_them(monkeypatch):
+    """Timed as if a token took 3 seconds outside the blocks and 2 in each."""
+    monkeypatch.setattr(timing, "_step", lambda nets, recipe, tokens, layers, count: count * (3.0 + 2.0 * layers))
+    nets = nets_of("t2v-1.3B")
+    plan = plan_of(nets, [(832, 480, 1)], RECIPE)
+    assert plan.lengths == (1560,)
+    few = 16  # tokens, of which a step takes long enough to be timed
+    work = (plan.flop, timing.step_flop(nets.transformer, few, round(512 * few / 1560)))
+    assert timing.with_seconds(plan, nets, RECIPE).seconds == pytest.approx(few * (3 + 2 * 30) * work[0] / work[1])
+    twice = Recipe(rank=32, accumulate=2)
+    two = plan_of(nets, [(832, 480, 1)], twice)
+    assert timing.with_seconds(two, nets, twice).seconds == pytest.approx(2 * few * (3 + 2 * 30) * work[0] / work[1])
+
+
+def test_a_streamed_step_takes_as_long_as_reading_twice(monkeypatch):
+    monkeypatch.setattr(timing, "_step", lambda nets, recipe, tokens, layers, count: 1e-6 * layers * count)
+    monkeypatch.setattr(timing, "reading_rate", lambda parameters, stream: 1e9)
+    nets = nets_of("t2v-1.3B")
+    plan = plan_of(nets, [(832, 480, 1)], RECIPE, stream=True)
+    assert plan.reads == 2 * nets.weights.stored_blocks > 10e9
+    assert timing.with_seconds(plan, nets, RECIPE, parameters=object()).seconds == pytest.approx(plan.reads / 1e9)
+    resident = plan_of(nets, [(832, 480, 1)], RECIPE)
+    assert resident.reads == 0
+
+
+def test_a_real_block_is_timed():
+    nets = nets_of("nano")
+    plan = timing.with_seconds(plan_of(nets, [(64, 64, 1)], Recipe(rank=2)), nets, Recipe(rank=2))
+    assert 0.001 < plan.seconds < 100
+
+
+def test_training_from_python_refuses_what_does_not_fit(tmp_path):
+    Image.new("RGB", (128, 128)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a thing")
+    with pytest.raises(UsageError, match="it needs about .* are free to use"):
+        train(tmp_path, "nano", tmp_path / "out", memory="100MB", rank=1024, size=(128, 128), frames=1)
+    assert not (tmp_path / "out").exists()
