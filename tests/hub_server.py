@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,7 @@ class Hub(ThreadingHTTPServer):
         private: repository → token that may read it; gated: repositories whose files are gated.
         failures: statuses to answer the next requests of a file with.
         ignore_range: send the whole file when a part is asked for.
+        pace: seconds for each 64 KiB of a file.
     """
 
     daemon_threads = True
@@ -38,6 +40,7 @@ class Hub(ThreadingHTTPServer):
         self.repos, self.requests = repos, []
         self.cuts, self.damage, self.sizes, self.private, self.failures = {}, {}, {}, {}, []
         self.etags = {}
+        self.pace = 0.0
         self.gated, self.forbidden, self.lost, self.ignore_range = set(), set(), set(), False
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.cdn = f"http://localhost:{self.server_address[1]}/cdn"  # another host, as the real one has
@@ -170,8 +173,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data[:cut])
+        for at in range(0, len(data[:cut]) if self.command == "GET" else 0, 1 << 16):
+            self.wfile.write(data[:cut][at : at + (1 << 16)])
+            time.sleep(self.server.pace)
         if cut is not None:
             self.close_connection = True
 

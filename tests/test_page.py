@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from hub_server import Hub
 
 from wan_mlx.media.read import open_video
 
@@ -29,20 +30,31 @@ from playwright.sync_api import Page, expect, sync_playwright  # noqa: E402
 
 PATIENCE = 240_000  # ms: two cores may have other work
 SOURCES = Path(__file__).parent.parent / "examples/sources"
+OFFICIAL = ("config.json", "diffusion_pytorch_model.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth",
+            "google/umt5-xxl/spiece.model")  # fmt: skip
 PROMPT = "a red circle moves right on a black background"
 # Chromium's own words about a preview that is not there yet.
 NOT_YET = "Failed to load resource: the server responded with a status of 404"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def hub():
+    """One on loopback, with the files of T2V-1.3B by their names: 3 MB."""
+    found = Hub({"Wan-AI/Wan2.1-T2V-1.3B": dict.fromkeys(OFFICIAL, b"{}") | {"Wan2.1_VAE.pth": bytes(3_000_000)}})
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, hub):
     """The address of a server of its own, and the folder of its videos."""
     folder = tmp_path_factory.mktemp("library")
+    of_hub = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path_factory.mktemp("cache")), "HF_HUB_OFFLINE": "0"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = ["serve", "--port", str(port), "--library", str(folder), "--no-browser"]
-    process = subprocess.Popen([sys.executable, "-m", "wan_mlx.generate", *words], cwd=folder)
+    process = subprocess.Popen([sys.executable, "-m", "wan_mlx.generate", *words], cwd=folder, env=os.environ | of_hub)
     address = f"http://127.0.0.1:{port}"
     for _ in range(600):
         try:
@@ -108,6 +120,7 @@ def ask(page: Page, steps: int, prompt: str = PROMPT) -> None:
 
 def picture(page: Page, name: str) -> None:
     if folder := os.environ.get("WAN_MLX_PICTURES"):
+        page.evaluate("scrollTo(0, 0)")
         page.screenshot(path=str(Path(folder) / name))
 
 
@@ -173,6 +186,44 @@ def test_a_video_of_ours_gives_its_settings_back(page, server):
     expect(page.locator("#found")).to_contain_text("made by wan_mlx")
     expect(page.locator("#prompt")).to_have_value(PROMPT)
     expect(page.locator("#option-steps")).to_have_value("3")
+
+
+def test_a_model_is_fetched_with_pauses(page, hub):
+    """What it has is said before; a pause keeps what has arrived."""
+    page.select_option("#model", "t2v-1.3B")
+    expect(page.locator("#download button")).to_contain_text("3.0 MB", timeout=PATIENCE)
+    expect(page.locator("#price")).to_contain_text("t2v-1.3B is downloaded first, 3.0 MB", timeout=PATIENCE)
+    hub.pace = 0.3
+    page.click("#download button")
+    wait_until(lambda: page.locator("#download progress").evaluate("(bar) => bar.value > 200000"))
+    page.click("#download button:has-text('Pause')")
+    expect(page.locator("#download button")).to_have_text("Go on with the download")
+    hub.pace = 0.0
+    page.reload()
+    page.click("#download button:has-text('Go on')")
+    expect(page.locator("#model option:checked")).to_contain_text("here", timeout=PATIENCE)
+    expect(page.locator("#download")).to_be_empty()
+    assert [kept for kept in hub.ranges("Wan2.1_VAE.pth") if kept]
+
+
+def test_waiting_ones_are_put_in_order_by_drag_and_by_buttons(page, server):
+    with httpx.Client(base_url=server[0], timeout=PATIENCE / 1000) as client:
+        fields = {"size": "128x128", "num_frames": 33, "steps": 50, "seed": 1}
+        ids = [client.post("/v1/videos", json={**fields, "prompt": f"a {colour} star"}).json()["id"]
+               for colour in ("red", "blue", "green", "pink")]  # fmt: skip
+        names = page.locator("#queue li > div:first-child")
+        expect(names).to_have_text(["a blue star", "a green star", "a pink star"], timeout=PATIENCE)
+        expect(page.locator("#now img")).to_be_visible(timeout=PATIENCE)  # which has moved what is below it
+        page.locator("#queue li").nth(2).drag_to(page.locator("#queue li").nth(0))
+        expect(names).to_have_text(["a pink star", "a blue star", "a green star"])
+        page.locator("#queue li").nth(0).drag_to(page.locator("#queue li").nth(1))
+        expect(names).to_have_text(["a blue star", "a pink star", "a green star"])
+        page.locator("#queue li").nth(2).get_by_text("Earlier").press("Enter")
+        expect(names).to_have_text(["a blue star", "a green star", "a pink star"])
+        assert page.title().endswith("% · wan_mlx")
+        for id in ids:
+            client.delete(f"/v1/videos/{id}")
+        expect(page.locator("#queue-box")).to_be_hidden(timeout=PATIENCE)
 
 
 def test_phone_width_chinese_and_no_barrier(page):

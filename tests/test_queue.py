@@ -120,6 +120,25 @@ class TestForeman:
         assert states == [RUNNING, DONE]
         assert [event for id, event in told if id == three[0]][-1]["event"] == "result"
 
+    def test_a_queue_that_cannot_be_changed_for_now_is_tried_again(self, queue, three, monkeypatch):
+        """Its disk was full when a job ended: that job is made again."""
+        full, told, whole = iter([WanError("the disk is full")]), [], queue.end
+
+        def end(*args, **changes):
+            for error in full:
+                raise error
+            whole(*args, **changes)
+
+        monkeypatch.setattr(queue, "end", end)
+        foreman = Foreman(queue, lambda id, event: told.append(event), Children(make))
+        foreman.start()
+        until = time.monotonic() + 20
+        while not all(job.state == DONE for job in queue.all()) and time.monotonic() < until:
+            time.sleep(0.02)
+        foreman.end()
+        assert [job.state for job in queue.all()] == [DONE] * 3 and queue.get(three[0]).resumed == 1
+        assert "the disk is full" in [event.get("message") for event in told]
+
     def test_a_worker_that_dies_is_replaced_and_the_job_goes_on_first(self, queue, three):
         deaths = iter([1, 2])
 
@@ -142,6 +161,9 @@ class TestForeman:
         assert queue.get(three[0]).resumed == 2
         said = [event["message"] for id, event in told if not id and event.get("state") == "died"]
         assert said == ["the worker ended (signal 9); another one goes on from the last step"] * 2
+        deaths = [event["death"] for id, event in told if not id]
+        # It is told until that job is over.
+        assert deaths[0] is None and deaths[-1] is None and [death for death in deaths if death] == said[:1] * 6
 
     def test_a_job_at_which_every_worker_dies_fails_and_the_next_is_made(self, queue, three):
         def dies(order, worker):

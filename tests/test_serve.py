@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import plistlib
 import re
 import shlex
 import shutil
@@ -18,7 +19,7 @@ from fake_children import Children, make
 from paused_process import processes_naming
 from served import Served
 
-from wan_mlx.cli import queue
+from wan_mlx.cli import queue, serve
 from wan_mlx.cli.main import main
 from wan_mlx.runs.queue import Queue
 from wan_mlx.server.foreman import Foreman
@@ -141,6 +142,16 @@ def test_what_the_page_shows(tmp_path, monkeypatch):
     exec(block, {})
     assert (tmp_path / "circle.mp4").read_bytes()[1:4] == b"PNG"  # of one frame
     assert server.end(signal.SIGINT).strip() == "interrupted" and server.process.returncode == 130
+
+
+def test_the_service_of_the_docs():
+    """launchd's file is one, and wan-mlx takes the command that is in it."""
+    text = (ROOT / "docs/serve.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```\n(<\?xml.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    service = plistlib.loads(block.encode())
+    program, command, *flags = service["ProgramArguments"]
+    assert (Path(program).name, command) == ("wan-mlx", "serve")
+    assert serve.build_parser().parse_args(flags).no_browser
 
 
 class TestQueueCommand:

@@ -1,9 +1,13 @@
 """The API of the server in one process, with workers that are none: what is asked, answered, and refused."""
 
 import base64
+import errno
 import io
 import json
+import os
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,7 @@ from wan_mlx.server.schema import SOURCES_OF, served
 from wan_mlx.server.studio import Studio
 from wan_mlx.tasks import TASKS
 
+ADDRESS = "http://localhost:8190"
 ASKED = {"prompt": "a red circle moves right", "size": "64x64", "num_frames": 5, "num_inference_steps": 2, "seed": 7}
 
 
@@ -45,7 +50,7 @@ def studio(tmp_path_factory, workers):
 
 @pytest.fixture(scope="module")
 def client(studio):
-    with TestClient(make_app(studio), base_url="http://localhost:8190") as found:
+    with TestClient(make_app(studio), base_url=ADDRESS) as found:
         yield found
 
 
@@ -144,6 +149,12 @@ class TestVideos:
             assert client.delete(f"/v1/videos/{id}").json()["deleted"]
             assert client.get(f"/v1/videos/{id}").status_code == 404
 
+    def test_frames_between_make_it_no_longer(self, client):
+        """fps above the model's is RIFE's; the model's own is as if it were left out."""
+        assert ask(client, fps=16)["settings"].get("fps") is None
+        smooth = ask(client, fps=32)
+        assert (smooth["settings"]["fps"], smooth["fps"], smooth["seconds"]) == (32, 32, "0.3125")
+
     def test_again_with_another_seed(self, client):
         first = ask(client)
         again = client.post(f"/v1/videos/{first['id']}/again", json={"steps": 3}).json()
@@ -230,6 +241,7 @@ class TestModels:
         found = client.get("/v1/videos/capabilities").json()
         assert {row["name"] for row in found["options"]} == {option.name for option in served()}
         assert all(row["help"][0] and row["help"][1] for row in found["options"] if row["flag"])
+        assert [row["name"] for row in found["options"] if row["help"][0].startswith("off: ")] == ["prompt_cache"]
         left_out = {option.name for option in options.OPTIONS if option.of != options.COMMAND} - \
             {option.name for option in served()}  # fmt: skip
         assert left_out == {"progress", "caffeinate"}
@@ -240,6 +252,8 @@ class TestModels:
 
     def test_models(self, client):
         models = {row["id"]: row for row in client.get("/v1/models").json()["data"]}
+        assert models["nano"]["recipes"] == []
+        assert "fastwan-5B" in [recipe["name"] for recipe in models["ti2v-5B"]["recipes"]]
         assert models["nano"]["here"] and models["nano"]["fits"]
         assert models["nano"]["qualities"] == {"draft": {}, "good": {}, "best": {"steps": 12}}
         assert models["t2v-14B"]["size"] == "1280x720" and models["t2v-14B"]["peak_bytes"] > 1e9
@@ -251,13 +265,55 @@ class TestModels:
         assert fits["fits"] and fits["steps"] == 20 and fits["peak_bytes"] < 8e9 and not fits["here"]
         assert wrong["error"]["param"] == "size" and "nearest: 96" in wrong["error"]["message"]
         assert worse["error"] and not large["fits"]
+        whole = {"model": "t2v-1.3B", "memory": "8GB", "size": "832x480", "steps": 40}
+        drafted = client.post("/v1/plan", json={**whole, "draft": True}).json()
+        assert (drafted["size"], drafted["steps"]) == ("416x240", 10) and drafted["peak_bytes"] < fits["peak_bytes"]
         assert {"options": {"size": "832x464"}, "text": "--size 832x464"} in large["advice"] or large["advice"]
+
+    def test_a_hub_that_hangs_holds_nobody_up(self, tmp_path, monkeypatch):
+        studio = Studio(tmp_path, make_child=Workers(make))
+        with socket.create_server(("127.0.0.1", 0)) as hub, ThreadPoolExecutor() as pool:
+            monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+            with TestClient(make_app(studio), base_url=ADDRESS) as client:
+                size = pool.submit(client.post, "/v1/models/size", json={"model": "t2v-1.3B"})
+                asked, _ = hub.accept()
+                assert client.post("/v1/plan", json={"model": "nano"}).json()["fits"] and not size.done()
+                studio.desk.end()
+                assert size.result().status_code == 500
+                asked.close()
 
     def test_the_schema_names_every_field(self, client):
         api = client.get("/openapi.json").json()
         body = api["paths"]["/v1/videos"]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert {"prompt", "steps", "num_inference_steps", "seconds", "input_reference"} <= body["properties"].keys()
         assert client.get("/docs").status_code == 200 and "cdn" not in client.get("/docs").text
+
+
+class TestNoPathLeavesIt:
+    def test_of_a_lora_that_is_none(self, tmp_path, monkeypatch):
+        """The folder's name has blanks, by which a path is not known for one."""
+        folder = tmp_path / "My models"
+        (folder / "loras").mkdir(parents=True)
+        (folder / "loras" / "style.safetensors").write_bytes(b"none")
+        monkeypatch.setenv("WAN_MLX_MODELS", str(folder))
+        with TestClient(make_app(Studio(tmp_path / "library", make_child=Workers(make))), base_url=ADDRESS) as client:
+            for path in ("/v1/plan", "/v1/videos"):
+                said = client.post(path, json={**ASKED, "loras": ["style"]}).json()["error"]["message"]
+                assert "style.safetensors" in said and "My models" not in said and str(tmp_path) not in said
+
+    def test_of_a_disk_that_is_full_or_away(self, client, studio, monkeypatch):
+        for number, said in ((errno.ENOSPC, (507, "disk_full")), (errno.EIO, (500, "failed"))):
+
+            async def fails(part, name, number=number):
+                raise OSError(number, os.strerror(number), str(part))
+
+            monkeypatch.setattr(studio.uploads, "_taken", fails)
+            answer = client.post("/v1/uploads", files={"file": ("a.png", picture())})
+            assert (answer.status_code, answer.json()["error"]["code"]) == said
+            assert str(studio.library.folder) not in answer.text
+        assert not [path for path in studio.library.uploads.iterdir() if path.suffix == ".part"]
+        monkeypatch.setattr(studio.library, "folder", studio.library.folder / "away")
+        assert studio.library.changed_at == 0
 
 
 class TestGuard:

@@ -47,7 +47,7 @@ def make_app(
         redoc_url=None,
         lifespan=studio.lifespan,
     )
-    answer_with_errors(app)
+    answer_with_errors(app, studio.library.folder)
     app.include_router(model_routes(studio))  # before /v1/videos/{id}
     app.include_router(video_routes(studio))
     app.include_router(gallery_routes(studio))

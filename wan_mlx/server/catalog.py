@@ -30,6 +30,7 @@ class Catalog:
         self._fits: dict[str, Any] | None = None
         self._facts: dict[str, Any] | None = None
         self._files: dict[tuple[str, int, int], dict[str, Any]] = {}
+        self._totals: dict[str, int] = {}  # bytes of downloads, as the hub has told
 
     def forget(self) -> None:
         """A model has come."""
@@ -40,6 +41,12 @@ class Catalog:
         if self._facts is None:
             self._facts = await self._desk.ask("facts")
         return self._facts
+
+    async def download_size(self, model: str) -> dict[str, Any]:
+        """What a model's download has in bytes; the hub is asked."""
+        found = await self._desk.ask("download_size", model=model)
+        self._totals[model] = found["bytes"]
+        return found
 
     async def models(self, downloads: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The released models, and those of the folders of ``WAN_MLX_MODELS``."""
@@ -56,7 +63,8 @@ class Catalog:
             rows.append({
                 **row,
                 "fits": plan.get("fits"), "peak_bytes": plan.get("peak_bytes"), "plan_seconds": plan.get("seconds"),
-                "advice": plan.get("advice", []), "download": downloads.get(row["id"]),
+                "advice": plan.get("advice", []), "recipes": plan.get("recipes", []),
+                "bytes_total": self._totals.get(row["id"]), "download": downloads.get(row["id"]),
             })  # fmt: skip
         return rows
 
@@ -87,7 +95,7 @@ class Catalog:
         rows = []
         for name, stat in stats.items():
             about = self._files[keys[name]]
-            frames, fps = about.get("num_frames"), about.get("fps")
+            frames, fps = about.get("num_frames"), (about.get("made_with") or {}).get("model_fps") or about.get("fps")
             seconds = about.get("seconds") or (round(frames / fps, 3) if frames and fps and frames > 1 else None)
             rows.append({"name": name, "kind": KINDS[Path(name).suffix.lower()], "bytes": stat.st_size,
                          "modified_at": int(stat.st_mtime), "width": None, "height": None, "num_frames": None,

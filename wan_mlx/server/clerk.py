@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from .. import options
-from ..cli.config_file import as_options, obeyed
+from ..cli.config_file import as_options, obeyed, of_draft
 from ..cli.flags import arguments as as_arguments
 from ..cli.flags import build_parser, given_flags, keywords
 from ..cli.jobs import asked_of, check_flags, check_needs, extension_of
@@ -34,9 +35,11 @@ from ..pipeline import checked, plan
 from ..planning.machine import available_memory
 from ..planning.plan import Plan, Row
 from ..presets import BUNDLED, PRESETS, find_preset
-from ..request_builder import build_request, size_of
+from ..recipes import RECIPES
+from ..request_builder import build_request
 from ..runs.folder import RunFolder
 from ..runs.time_left import TimeLeft
+from ..types import Request
 from .child import follow
 
 POSTER = 320  # pixels of its longer side
@@ -63,16 +66,17 @@ def check(given: Mapping[str, Any]) -> Answer:
     extension_of(args)
     model = keywords(args, options.MODEL)
     checked(model.pop("model"), model)
-    if args.draft and not args.taehv:
-        raise UsageError("draft needs TAEHV's weights; give them as taehv, or leave it out")
+    if (args.draft or args.tiny_vae) and args.model in BUNDLED:
+        raise UsageError(f"draft and tiny_vae need TAEHV, which is not for {args.model}'s latents; leave them out")
     preset = PRESETS.get(args.model)
     if preset is None or args.preset:
         return {}  # its files would tell
     planned(given)
     asked = keywords(args, options.REQUEST)
-    request = build_request(preset, preset.transformer, preset.geometry, experts=preset.experts, **asked)
+    of_model = (preset, preset.transformer, preset.geometry)
+    request = build_request(*of_model, experts=preset.experts, draft=args.draft, **asked)
     return {"size": [request.width, request.height], "num_frames": request.num_frames, "fps": request.fps,
-            "steps": request.steps_made}  # fmt: skip
+            "model_fps": request.model_fps, "steps": request.steps_made}  # fmt: skip
 
 
 def plan_of(given: Mapping[str, Any], known: Mapping[str, Any] | None = None, measures: bool = False) -> Answer:
@@ -86,11 +90,11 @@ def plan_of(given: Mapping[str, Any], known: Mapping[str, Any] | None = None, me
     found, video, seconds = planned(given), video_of(given), None
     rate, how = _rate(given, known, measures) if found.fits else (None, None)
     if rate is not None:
-        seconds = TimeLeft(found, video["steps"], rate=rate).seconds()
+        seconds = TimeLeft(found, video.steps_made, rate=rate).seconds()
     return {
-        "object": "plan", "model": given["model"], "size": "{width}x{height}".format(**video),
-        "num_frames": video["num_frames"], "seconds_of_video": round(video["num_frames"] / video["fps"], 2),
-        "steps": video["steps"], "fits": found.fits, "peak_bytes": found.peak, "budget_bytes": found.budget,
+        "object": "plan", "model": given["model"], "size": f"{video.width}x{video.height}",
+        "num_frames": video.num_frames, "seconds_of_video": round(video.num_frames / video.model_fps, 2),
+        "steps": video.steps_made, "fits": found.fits, "peak_bytes": found.peak, "budget_bytes": found.budget,
         "seconds": seconds, "seconds_known_by": how if seconds is not None else None,
         "here": is_cached(given["model"]),
         "stages": [{"stage": row.stage, "how": row.how, "peak_bytes": row.peak} for row in found.rows],
@@ -116,15 +120,13 @@ def _planned_in(text: str, memory: int) -> Plan:
     return plan(**keywords(args, options.MODEL), **asked_of(args))
 
 
-def video_of(given: Mapping[str, Any]) -> dict[str, int]:
-    """Size, length and steps of a request, with the model's defaults; a recipe's steps are its own."""
+def video_of(given: Mapping[str, Any]) -> Request:
+    """A request with the model's defaults, of which neither the text nor the sources matter."""
     args = build_parser().parse_args(as_arguments(given))
     preset = find_preset(args.preset) if args.preset else PRESETS.get(args.model) or preset_of(args.model)
     preset = preset or PRESETS["t2v-1.3B"]
-    width, height = size_of(preset, preset.geometry, args.size, args.width, args.height)
-    steps = args.steps or preset.usual_steps(width, height)
-    return {"width": width, "height": height, "num_frames": args.num_frames or preset.num_frames, "fps": preset.fps,
-            "steps": steps}  # fmt: skip
+    of_model = (preset, preset.transformer, preset.geometry, "a video", preset.experts)
+    return build_request(*of_model, planned=True, draft=args.draft, **asked_of(args))
 
 
 def _rate(
@@ -133,7 +135,7 @@ def _rate(
     """FLOP per second of denoising, and how that is known."""
     if known is not None:
         try:
-            step = denoising(planned(known["options"])).flop / video_of(known["options"])["steps"]
+            step = denoising(planned(known["options"])).flop / video_of(known["options"]).steps_made
             return step / known["step_seconds"], "history"
         except (WanError, ValueError):
             pass
@@ -166,8 +168,15 @@ def download_size(model: str) -> Answer:
 
 
 def fits(models: list[str]) -> Answer:
-    """Of each model with its defaults: whether it fits, its peak, and what would help."""
-    return {model: plan_of({"model": model}) for model in models}
+    """Of each model with its defaults: whether it fits, its peak, what would help; and its recipes."""
+    return {model: {**plan_of({"model": model}), "recipes": recipes_of(model)} for model in models}
+
+
+def recipes_of(model: str) -> list[dict[str, Any]]:
+    """The recipes for a released model, with the LoRAs that they go with; its own is not among them."""
+    found = [recipe for recipe in RECIPES.values() if model in recipe.models and recipe.name != PRESETS[model].recipe]
+    return [{"name": recipe.name, "about": recipe.about, "steps": recipe.steps, "files": list(recipe.files)}
+            for recipe in found]  # fmt: skip
 
 
 # Files
@@ -231,7 +240,7 @@ def _described(path: Path) -> dict[str, Any]:
 def wishes(made: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The settings of a video as options that may be asked for again, and a line about what has to be given apart."""
     left: list[str] = []
-    rest = dict(made)
+    rest = of_draft(made, full=False)
     for _ in range(8):
         try:
             found = given_flags(as_arguments(as_options(obeyed(rest, {}), path, {})))
@@ -297,6 +306,8 @@ ANSWERS: dict[str, Callable[..., Answer]] = {
     function.__name__: function
     for function in (facts, check, plan_of, download_size, fits, look, describe, poster, frame, forget)
 }  # fmt: skip
+OF_THE_HUB = ("download_size",)  # beside the others, which are not to wait for a network
+SAYING = threading.Lock()
 
 
 def main(words: list[str]) -> int:
@@ -308,11 +319,20 @@ def main(words: list[str]) -> int:
     follow(questions.put)
     while True:
         question = questions.get()
-        number, what = question.pop("ask"), question.pop("what")
-        try:
-            answer = {"answer": number, "value": ANSWERS[what](**question)}
-        except Exception as error:
-            message, code = explain(error)
-            kind = "does_not_fit" if isinstance(error, MemoryPlanError) else "invalid_value" if code == 2 else "failed"
-            answer = {"answer": number, "error": message, "code": kind}
-        write(json.dumps(answer, default=str))
+        if question["what"] in OF_THE_HUB:
+            threading.Thread(target=answer, args=(question,), daemon=True).start()
+        else:
+            answer(question)
+
+
+def answer(question: dict[str, Any]) -> None:
+    """Answer a question, whatever comes of it."""
+    number, what = question.pop("ask"), question.pop("what")
+    try:
+        found = {"answer": number, "value": ANSWERS[what](**question)}
+    except Exception as error:
+        message, code = explain(error)
+        kind = "does_not_fit" if isinstance(error, MemoryPlanError) else "invalid_value" if code == 2 else "failed"
+        found = {"answer": number, "error": message, "code": kind}
+    with SAYING:
+        write(json.dumps(found, default=str))

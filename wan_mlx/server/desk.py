@@ -7,9 +7,11 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from .child import Child
+from .library import plain
 from .refused import Refused
 
 CLERK = "wan_mlx.server.clerk"
@@ -81,7 +83,8 @@ class Desk:
         if future is None or future.cancelled():
             return
         if "error" in line:
-            future.set_exception(Refused(STATUS.get(line["code"], 500), line["error"], line["code"]))
+            message = plain(line["error"], Path(self._folder))
+            future.set_exception(Refused(STATUS.get(line["code"], 500), message, line["code"]))
         else:
             future.set_result(line["value"])
 

@@ -170,20 +170,19 @@ def _fill_quality(given: dict[str, Any], preset: Preset | None) -> None:
 
 
 def _fill_length(given: dict[str, Any], preset: Preset | None) -> None:
-    """``seconds`` and ``fps`` as ``num_frames``."""
-    seconds, fps = given.pop("seconds", None), given.pop("fps", None)
+    """``seconds`` as ``num_frames``; ``fps`` is left out where it is the model's own."""
     rate = preset.fps if preset else 16
+    if given.get("fps") == rate:
+        del given["fps"]
+    seconds = given.pop("seconds", None)
+    if seconds is None:
+        return
     try:
-        if fps is not None and float(fps) != rate:
-            raise Refused(400, f"fps is {fps}, expected {rate}: this model makes so many; nearest: {rate}", param="fps")
-        if seconds is None:
-            return
         count = float(seconds) * rate
         if not 0 < count < 1e6 or isinstance(seconds, bool):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        name, value = ("seconds", seconds) if seconds is not None else ("fps", fps)
-        raise Refused(400, f"{name} is {str(value)[:100]!r}, expected a number such as 4", param=name) from None
+        raise Refused(400, f"seconds is {str(seconds)[:100]!r}, expected a number such as 4", param="seconds") from None
     if given.get("num_frames") is not None:
         raise Refused(400, "seconds and num_frames are both given; leave one out", param="seconds")
     geometry = preset.geometry if preset else PRESETS["t2v-1.3B"].geometry

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from ..errors import BusyError, WanError
+from ..errors import WanError
 from ..runs.queue import DONE, FAILED, PAUSED, STOPPED, Queue, Queued
 from .child import Child
 
@@ -29,6 +29,7 @@ class Foreman:
 
     Attributes:
         state, message: of the worker: idle, starting, working or died, and how it died.
+        death: how the last one died at the job that is at work.
         restarts: how often one had to be started in the place of one that died.
         live: id → what the events of a job have told so far.
     """
@@ -39,6 +40,7 @@ class Foreman:
         self.queue, self._told, self._make_child, self.until_empty = queue, told, make_child, until_empty
         self.state, self.restarts = "idle", 0
         self.message: str | None = None
+        self.death: str | None = None
         self.live: dict[str, dict[str, Any]] = {}
         self._worker: Child | None = None
         self._heard: SimpleQueue[Any] = SimpleQueue()
@@ -73,11 +75,12 @@ class Foreman:
                     with self.queue.working():
                         self._take_jobs()
                     return
-                except BusyError as error:
+                except WanError as error:  # another process works, or the queue's disk is full, or away for now
                     if self.until_empty:
                         raise
+                    self._end_worker()
                     self._say("waiting", str(error))
-                    self._ending.wait(OFTEN * 5)
+                self._ending.wait(OFTEN * 5)
         except Exception as error:
             self.error = error
             self._say("died", str(error))
@@ -180,6 +183,7 @@ class Foreman:
         """A job is over, or paused."""
         job, id = watch.job, watch.job.id
         self._deaths.pop(id, None)
+        self.death = None
         if state == STOPPED:
             changes = {"code": "stopped", **changes}
         about = {**job.about, **{name: watch.live[name] for name in KEPT if watch.live.get(name) is not None}}
@@ -206,7 +210,8 @@ class Foreman:
         wish = self._wish(id)
         deaths.append(watch.live.get("step") or 0)
         self.restarts += 1
-        self._say("died", f"the worker ended ({how}); another one goes on from the last step")
+        self.death = f"the worker ended ({how}); another one goes on from the last step"
+        self._say("died", self.death)
         if wish:
             return self._close(watch, ENDED[wish], {})
         if deaths[-MOST_DEATHS:] == [deaths[-1]] * MOST_DEATHS:
@@ -226,7 +231,7 @@ class Foreman:
     @property
     def worker(self) -> dict[str, Any]:
         """The worker's state, as the API shows it."""
-        return {"state": self.state, "message": self.message, "restarts": self.restarts}
+        return {"state": self.state, "message": self.message, "death": self.death, "restarts": self.restarts}
 
     def _tell_state(self, id: str) -> None:
         try:
@@ -235,7 +240,7 @@ class Foreman:
             pass
 
 
-KEPT = ("model", "size", "num_frames", "fps", "steps", "seed", "step")  # of what events tell, with the job
+KEPT = ("model", "size", "num_frames", "fps", "model_fps", "steps", "seed", "step")  # of what events tell, with the job
 
 
 class Watch:
@@ -258,7 +263,7 @@ class Watch:
         kind, live = event["event"], dict(self.live)
         if kind == "start":
             settings = event["settings"]
-            live |= {name: settings.get(name) for name in ("num_frames", "fps", "seed")}
+            live |= {name: settings.get(name) for name in ("num_frames", "fps", "model_fps", "seed")}
             live["size"] = [settings.get("width"), settings.get("height")]
             live["steps"] = round((settings.get("strength") or 1) * settings["steps"])
         elif kind == "stage_started":

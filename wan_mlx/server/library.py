@@ -10,6 +10,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from ..hub.model_folders import model_folders
 from ..runs.queue import FOLDER, Queue
 from ..storage import home_folder
 
@@ -52,6 +53,14 @@ class Library:
     def label(self) -> str:
         """The folder's name for people, without where it lies."""
         return "/".join(self.folder.parts[-2:]).lstrip("/")
+
+    @property
+    def changed_at(self) -> int:
+        """Another number after every change of the folder; 0 while its disk is away."""
+        try:
+            return self.folder.stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def file(self, name: str) -> Path:
         """A finished video or picture of that name, which lies in the folder itself.
@@ -122,7 +131,7 @@ def plain(value: Any, folder: Path) -> Any:
         return value
     value = re.sub(rf"(?:{re.escape(str(folder))}/)?{re.escape(FOLDER)}/uploads/(upload_[0-9a-f]+)\.\w+", r"\1", value)
     home = home_folder()
-    for known in filter(None, (folder, Path(sys.prefix), home)):
+    for known in filter(None, (folder, *model_folders(), Path(sys.prefix), home)):
         if len(known.parts) > 1:
             value = value.replace(f"{known}/", "").replace(str(known), known.name)
     return re.sub(r"(?<![\w.:/])(?:/[^\s/:;,'\"()\[\]]+)+/([^\s/:;,'\"()\[\]]+)", r"\1", value)

@@ -43,7 +43,7 @@ def model_routes(studio: Studio) -> APIRouter:
 
     @routes.post("/v1/models/size", summary="What a model's download has in bytes; the hub is asked")
     async def size(request: Request) -> dict[str, Any]:
-        return await studio.desk.ask("download_size", model=asked(await request.body()))
+        return await studio.catalog.download_size(asked(await request.body()))
 
     @routes.post("/v1/models/pause", summary="Pause a download; what has arrived is kept")
     async def pause(request: Request) -> dict[str, Any]:

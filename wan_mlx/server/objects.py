@@ -21,6 +21,7 @@ def as_video(job: Queued, live: Mapping[str, Any], position: int | None, library
     """A job as the API's object "video"; ``live``: what its events have told, ``position``: among those that wait."""
     about = {**job.about, **live}
     size, frames, fps = about.get("size"), about.get("num_frames"), about.get("fps")
+    rate = about.get("model_fps") or fps  # RIFE's frames between them make it no longer
     error = None
     if job.state in (FAILED, STOPPED):
         message = job.error or ("it was stopped; what is made of it is kept" if job.state == STOPPED else "it failed")
@@ -38,7 +39,7 @@ def as_video(job: Queued, live: Mapping[str, Any], position: int | None, library
         "error": error,
         "prompt": job.options.get("prompt", ""),
         "size": size and "x".join(map(str, size)),
-        "seconds": f"{frames / fps:.6g}" if frames and fps else None,
+        "seconds": f"{frames / rate:.6g}" if frames and rate else None,
         "num_frames": frames,
         "fps": fps,
         "seed": job.options.get("seed"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ..errors import BusyError, UsageError, WanError, printable
+from .library import plain
 
 # Status → what it is called, where nothing else is.
 CODES = {
@@ -17,6 +20,7 @@ CODES = {
     409: "conflict", 413: "too_large", 415: "wrong_kind", 422: "invalid_value", 500: "failed", 503: "not_ready",
 }  # fmt: skip
 LONGEST = 600
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Refused(Exception):
@@ -39,8 +43,12 @@ def reply(status: int, message: object, code: str = "", param: str | None = None
     return JSONResponse(body(status, message, code, param), status)
 
 
-def answer_with_errors(app: FastAPI) -> None:
-    """Have every failure of the app's routes answered in this shape."""
+def answer_with_errors(app: FastAPI, folder: Path) -> None:
+    """Have every failure of the app's routes answered in this shape; what wan_mlx says, without a path of this machine.
+
+    Args:
+        folder: of the library.
+    """
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> JSONResponse:
@@ -61,17 +69,23 @@ def answer_with_errors(app: FastAPI) -> None:
 
     @app.exception_handler(BusyError)
     async def busy(request: Request, error: BusyError) -> JSONResponse:
-        return reply(409, error)
+        return reply(409, plain(str(error), folder))
 
     for wrong in (UsageError, ValueError):
 
         @app.exception_handler(wrong)
         async def usage(request: Request, error: Exception) -> JSONResponse:
-            return reply(400, error)
+            return reply(400, plain(str(error), folder))
+
+    @app.exception_handler(OSError)
+    async def of_system(request: Request, error: OSError) -> JSONResponse:
+        if error.errno in NO_ROOM:
+            return reply(507, "the library's disk is full; make room and try again", "disk_full")
+        return reply(500, f"the library cannot be used: {error.strerror or 'a file failed'}")
 
     @app.exception_handler(WanError)
     async def failed(request: Request, error: WanError) -> JSONResponse:
-        return reply(500, error)
+        return reply(500, plain(str(error), folder))
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:

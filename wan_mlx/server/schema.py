@@ -40,7 +40,6 @@ QUALITIES = {"draft": ("Draft", "草稿", 0.4), "good": ("Good", "良好", 0.7),
 FIELDS: dict[str, dict[str, Any]] = {
     "seconds": {"description": "length of the video, instead of num_frames; the nearest that the model can make",
                 "anyOf": [{"type": "number"}, {"type": "string"}], "examples": ["4"]},
-    "fps": {"description": "frames a second; expected as the model makes them", "type": "integer"},
     "num_inference_steps": {"description": "the same as steps", "type": "integer"},
     "guidance_scale_2": {"description": "guidance of the low-noise expert; guidance_scale is then the high-noise one's",
                          "type": "number"},
@@ -106,11 +105,14 @@ def options_table() -> list[dict[str, Any]]:
     for option in served():
         flag = option.flags[0] if option.flags else ""
         tasks = [task for task, sources in SOURCES_OF.items() if option.name in sources]
+        told = [option.described, chinese().get(flag, option.described)]
+        if option.kinds == (bool,) and option.default is True:  # whose flag turns it off
+            told = [f"off: {told[0]}", f"关闭时：{told[1]}"]
         rows.append({
             "name": option.name,
             "group": option.group,
             "flag": flag,
-            "help": [option.described, chinese().get(flag, option.described)],
+            "help": told,
             "schema": option.schema(),
             "kind": kind_of(option),
             "of": option.of,

@@ -108,10 +108,10 @@ class Studio:
 
     async def _watch(self) -> None:
         """Tell the page of what other processes have changed: the queue, and the library's folder."""
-        version, seen = self.queue.version, self.library.folder.stat().st_mtime_ns
+        version, seen = self.queue.version, self.library.changed_at
         while True:
             await asyncio.sleep(1.0)
-            now = self.queue.version, self.library.folder.stat().st_mtime_ns
+            now = self.queue.version, self.library.changed_at
             if now[0] != version:
                 self.foreman.look()
                 self.feed.tell(ALL, {"event": "queue"}, kept=False)
@@ -149,7 +149,7 @@ class Studio:
             about = {**fields.about(found), **await self.desk.ask("check", given=found)}
         except Refused as error:
             param = next((name for name in found if str(error).startswith(name)), None)
-            raise Refused(error.status, plain(str(error), self.library.folder), error.code, param) from None
+            raise Refused(error.status, str(error), error.code, param) from None
         ending = ".png" if about.get("num_frames") == 1 else ".mp4"
         name = self.library.new_name(found["prompt"], ending)
         job = self.queue.add(found, name, about)
@@ -241,7 +241,8 @@ class Studio:
             wanted["model"] = "nano-i2v" if self.default_model == "nano" else self.default_model
         found = fields.options_of(wanted, self.default_model, needs_prompt=False)
         model, measures = found["model"], self.foreman.state == "idle"
-        return await self.desk.ask("plan_of", given=found, known=self.known(model), measures=measures)
+        told = await self.desk.ask("plan_of", given=found, known=self.known(model), measures=measures)
+        return plain(told, self.library.folder)
 
     @staticmethod
     def is_source(name: str) -> bool:
