@@ -108,13 +108,16 @@ def tiny(preset: Preset) -> Preset:
     )
 
 
-def write(path: Path, shapes: dict[str, tuple[int, ...]], dtype: mx.Dtype, seed: int = 0) -> Path:
-    """A safetensors file as ``weights_convert.py`` names things, of one random pattern over and over."""
+def write(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: mx.Dtype, seed: int = 0, ours: bool = True
+) -> Path:
+    """A safetensors file of one random pattern over and over; ``ours``: as ``weights_convert.py`` names things."""
     if path.exists():
         return path
     values = mx.array(np.random.default_rng(seed).normal(size=16_000_001).astype(np.float32) * 0.02).astype(dtype)
     pattern = np.array(values.view(mx.uint16 if dtype == mx.bfloat16 else mx.uint32)).tobytes()
-    header, end = {"__metadata__": {"layout": "mlx"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"layout": "mlx"}} if ours else {}
+    end = 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtype.size
         header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}

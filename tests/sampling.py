@@ -5,6 +5,8 @@ from arrays import random_array
 
 from wan_mlx.denoise import denoise
 from wan_mlx.guidance import Guidance
+from wan_mlx.models.execution import Execution
+from wan_mlx.models.transformer import Transformer
 from wan_mlx.schedulers import SOLVERS
 from wan_mlx.types import Conditioning, Step
 
@@ -22,7 +24,8 @@ def conditioning() -> Conditioning:
 
 def always(model, guidance: Guidance):
     """What `denoise` asks before each step, where one model serves all timesteps."""
-    return lambda timestep: (model, guidance)
+    run = Execution(model) if isinstance(model, Transformer) else model
+    return lambda timestep: (run, guidance)
 
 
 def walk(model, cache=None, guidance: Guidance | None = None, *, steps: int, solver: str = "unipc") -> list[Step]:

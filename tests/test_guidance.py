@@ -34,7 +34,7 @@ class Recorder:
         self.asked = []
         self.names = {bytes(np.array(conditioning().context)): "cond"}
 
-    def __call__(self, latents, timestep, context, skip_layers=()):
+    def __call__(self, latents, timestep, context, skip_layers=(), shared=None):
         name = self.names.get(bytes(np.array(context)), "uncond")
         self.asked.append((timestep, name, tuple(skip_layers)))
         return mx.tanh(latents * (1.5 if name == "cond" else 0.7))

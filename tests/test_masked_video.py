@@ -16,6 +16,7 @@ from wan_mlx.denoise import denoise
 from wan_mlx.guidance import Guidance
 from wan_mlx.media.write import read_settings
 from wan_mlx.models.configs import TransformerConfig
+from wan_mlx.models.execution import Execution
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.runs.folder import RunFolder
 from wan_mlx.schedulers import SOLVERS
@@ -66,7 +67,7 @@ class TestEverySolver:
 
         def watched(latents, *rest, **hooks):
             seen.append(latents)
-            return model(latents, *rest, **hooks)
+            return Execution(model)(latents, *rest, **hooks)
 
         steps = walk(watched, given, solver, begin)
         levels = np.array([*(step.sigma for step in steps), 0.0], np.float32)

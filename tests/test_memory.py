@@ -154,7 +154,8 @@ def test_forwards_and_reads_follow_the_request():
         return next(row for row in wan_mlx.plan("t2v-1.3B", **options).rows if row.stage == "denoise")
 
     once, guided = denoise(steps=10, guidance_scale=1.0, memory="64GB"), denoise(steps=10, memory="64GB")
-    assert guided.flop == pytest.approx(2 * once.flop) and guided.reads == once.reads  # resident: read once
+    # The second pass takes what precedes the text from the first. Resident: weights are read once.
+    assert 1.97 * once.flop < guided.flop < 1.98 * once.flop and guided.reads == once.reads
     assert once.flop / 1e12 == pytest.approx(2830, rel=1e-3)
     streamed = denoise(steps=10, memory="3GB")
     assert 19 * once.reads < streamed.reads < 20 * once.reads and streamed.how.startswith("streamed")
@@ -193,8 +194,9 @@ def test_the_command_line_prints_the_plan(capsys, monkeypatch):
     assert re.search(r"it fits in \d+\.\d\d GiB; to tell the time, its parts are timed", noted)
     assert "t2v-1.3B 832x480, 81 frames, within 59.6 GiB (64 GB as asked)" in printed
     assert printed.rstrip().endswith("it fits")
-    # 20 forwards: 197.8 TFLOP of self-attention at 80 TFLOP/s and 85.2 of all else at 100; decoding 275.4 at 25.
-    assert "66.5 s" in printed and "11.0 s" in printed and "77.5 s" in printed
+    # 20 forwards: 197.8 TFLOP of self-attention at 80 TFLOP/s and 85.2 of all else at 100; ten of them take 6.6 and 0.6
+    # of these from another. Decoding 275.4 at 25.
+    assert "65.6 s" in printed and "11.0 s" in printed and "76.6 s" in printed
     monkeypatch.setattr(timing, "measure_rates", None)  # what does not fit is not timed
     assert main(["--model", "t2v-14B", "--plan", "--memory", "1GB"]) == 1
     assert "it does not fit; what would: " in capsys.readouterr().out

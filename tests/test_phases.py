@@ -91,8 +91,8 @@ class TestRequests:
         experts = sizes_of(not_here(preset).divided(preset.boundary), "bfloat16", released=preset).experts
         low = sum(t < 800 for t in timesteps_of(request()))
         for given, want in (
-            (dict(recipe="lightx2v-3phase"), [5, 4]), (dict(recipe="lightx2v-4step"), [2, 2]),
-            (dict(phases="800:1:1:high,0::1:low"), [40 - low, 2 * low]),
+            (dict(recipe="lightx2v-3phase"), ([5, 4], 1)), (dict(recipe="lightx2v-4step"), ([2, 2], 0)),
+            (dict(phases="800:1:1:high,0::1:low"), ([40 - low, 2 * low], low)),
         ):  # fmt: skip
             assert forwards_of(request(**given), experts, preset.name) == want
 

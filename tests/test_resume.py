@@ -26,7 +26,7 @@ def whole(pipe):
     return list(pipe.stages(pipe.request(PROMPT, **SMALL)))
 
 
-def field(latents, timestep, context):
+def field(latents, timestep, context, shared=None):
     """Stands for the transformer: every step depends on the ones before it."""
     return mx.sin(3 * latents + timestep / 300) + context.sum() * latents
 

@@ -25,6 +25,7 @@ from wan_mlx.cli.summary import extras
 from wan_mlx.denoise import denoise
 from wan_mlx.guidance import Guidance
 from wan_mlx.models.configs import TransformerConfig
+from wan_mlx.models.execution import Execution
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
 from wan_mlx.pipeline import WanPipeline
@@ -53,7 +54,7 @@ def model():
 @pytest.fixture(scope="module")
 def vace():
     config = TransformerConfig("vace", **SIZES, num_layers=3, vace_layers=(0, 2), vace_in_dim=20)
-    network = randomized(VaceTransformer(config))
+    network = Execution(randomized(VaceTransformer(config)))
     context = random_array(5, *GRID[:-1], 20)
     mx.eval(context)
     return lambda *args, **hooks: network(*args, vace_context=context, **hooks)

@@ -135,7 +135,7 @@ def test_passes_that_run_at_once_take_turns(file, monkeypatch):
     monkeypatch.setattr(StreamedBlocks, "__call__", watched)
     (latents, timestep, context), _ = inputs("t2v")
     conditioning = Conditioning(latents, context, negative_context=mx.array(np.array(context) * 0.5))
-    models = [load_transformer(file("t2v"), "float32", stream=stream) for stream in (False, True)]
+    models = Execution(load_transformer(file("t2v"), "float32")), load_transformer(file("t2v"), "float32", stream=True)
     velocities = [
         guided_velocity(model, latents, timestep, conditioning, Guidance(3.0), 0, 1, StepCache(1)) for model in models
     ]

@@ -12,13 +12,15 @@ import mlx.core as mx
 
 from .caching import COND, UNCOND, StepCache
 from .lasting import lasting_thread
+from .models.execution import Shared
 from .presets import EXPERTS
 from .recipes import phase_of
 from .types import Conditioning, Request
 
 T = TypeVar("T")
 
-# (latents, timestep, context, through=..., skip_layers=...) → velocity; the last two as `Transformer` takes them.
+# (latents, timestep, context, through=..., skip_layers=..., shared=...) → velocity; the last three as `Execution` takes
+# them.
 Model = Callable[..., mx.array]
 
 
@@ -64,6 +66,10 @@ class Guidance:
     def skipped(self, branch: int, index: int, total: int) -> tuple[int, ...]:
         """The layers left out of a pass."""
         return self.skip_layers if branch == UNCOND and _within(self.skip_range, index, total) else ()
+
+    def shares(self, index: int, total: int) -> bool:
+        """Whether there are two passes, alike but for the text."""
+        return len(self.passes(index, total)) > 1 and not self.skipped(UNCOND, index, total)
 
     def combine(self, cond: mx.array, uncond: mx.array) -> mx.array:
         """``uncond + scale * (cond - uncond)``, float32 (1, t, h, w, C)."""
@@ -121,11 +127,14 @@ def guided_velocity(
     if conditioning.negative_context is None:
         passes = tuple(branch for branch in passes if branch == COND)
     contexts = {COND: conditioning.context, UNCOND: conditioning.negative_context}
+    shared = Shared() if len(passes) > 1 and guidance.shares(index, total) else None
 
     def velocity(branch: int) -> mx.array:
         def forward(**hooks) -> mx.array:
             if skipped := guidance.skipped(branch, index, total):
                 hooks["skip_layers"] = skipped
+            if shared:
+                hooks["shared"] = shared
             return model(latents, timestep, contexts[branch], **hooks).astype(mx.float32)
 
         result = cache.velocity(branch, forward)

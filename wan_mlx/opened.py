@@ -360,7 +360,7 @@ class OpenedModel:
         if loras is not None:
             set_loras(model, loras)
         if plan is not None:
-            model.tokens_at_once = plan.tokens_at_once
+            model.tokens_at_once, model.shares = plan.tokens_at_once, plan.shares
         return model
 
     def drop_beyond(self, plan: Plan) -> None:

@@ -11,6 +11,7 @@ changes them. ``benchmarks/memory_table.py`` measures them.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -100,12 +101,43 @@ class Pacer:
         self.running = ()
 
 
+# The first blocks: of the tokens, and of VACE's control tokens.
+FIRST_BLOCKS = ("blocks.0", "vace_blocks.0")
+Once = Callable[[Callable[[], mx.array]], mx.array]
+
+
+class Shared:
+    """What the passes of one step share: they differ in the text alone, which tokens first meet in the cross-attention
+    of the first block, and VACE's in that of its own first one. Up to there one pass computes, and the other takes
+    its tokens (B, L, D). The passes may be two threads'.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, mx.array] = {}
+        self._computing = threading.Lock()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._kept
+
+    def __call__(self, name: str, compute: Callable[[], mx.array]) -> mx.array:
+        """The tokens of the block ``name``: the other pass's, which are kept no longer, or else what ``compute`` finds.
+        """
+        with self._computing:
+            if name in self._kept:
+                return self._kept.pop(name)
+            self._kept[name] = tokens = compute()
+            mx.eval(tokens)  # the other thread may be about to read it
+        return tokens
+
+
 class Execution:
     """Runs a transformer: called like the network, with the same result.
 
     The ``model`` holds no blocks if they are streamed: then ``blocks`` reads them. Fewer ``tokens_at_once``, where
-    tokens are independent, take less memory.
+    tokens are independent, take less memory; so it does if passes do not share (``shares``).
     """
+
+    shares = True
 
     def __init__(
         self, model: Transformer, blocks: StreamedBlocks | None = None, tokens_at_once: int = TOKENS_AT_ONCE
@@ -114,9 +146,14 @@ class Execution:
         self._frees = DeferredFrees(DEFERRED)
 
     def __call__(
-        self, *inputs: Any, through: BlocksHook | None = None, skip_layers: Collection[int] = (), **named: Any
+        self,
+        *inputs: Any,
+        through: BlocksHook | None = None,
+        skip_layers: Collection[int] = (),
+        shared: Shared | None = None,
+        **named: Any,
     ) -> mx.array:
-        """Same as `Transformer.__call__`."""
+        """Same as `Transformer.__call__`; ``shared`` is of calls that differ in the context alone."""
         x, this_pass = self.model.enter(*inputs, **named)
         self._frees.most = DEFERRED_WHOLE if self.tokens_at_once > FEED_FORWARD_TOKENS else DEFERRED
         pace = Pacer(self.tokens_at_once, self._frees)
@@ -124,7 +161,7 @@ class Execution:
         def run_blocks(x: mx.array) -> mx.array:
             tokens = [x]
             del x
-            self._run_blocks(tokens, this_pass, pace, skip_layers)
+            self._run_blocks(tokens, this_pass, pace, skip_layers, shared if self.shares else None)
             return tokens.pop()
 
         tokens = [x]
@@ -133,43 +170,52 @@ class Execution:
         return self.leave(x, this_pass, pace)
 
     def _run_blocks(
-        self, tokens: list[mx.array], this_pass: ForwardPass, pace: Pacer, skip_layers: Collection[int]
+        self,
+        tokens: list[mx.array],
+        this_pass: ForwardPass,
+        pace: Pacer,
+        skip_layers: Collection[int],
+        shared: Shared | None,
     ) -> None:
         """Send the only array of ``tokens`` (B, L, D) through the blocks, in place: no caller keeps an old one."""
         control: Any = None
         if isinstance(self.model, VaceTransformer):
             (control, scale), start = self.model.control(this_pass), tokens[:]
-        resident = partial(map, self.model.block)
-        for block in (self.blocks or resident)(self.model.block_order(skip_layers)):
+        resident, names = partial(map, self.model.block), self.model.block_order(skip_layers)
+
+        def once(name: str) -> Once | None:
+            return partial(shared, name) if shared and name in FIRST_BLOCKS else None
+
+        for name, block in zip(names, (self.blocks or resident)(names), strict=True):
             if isinstance(block, VaceBlock):
-                if "before_proj" in block:
+                if "before_proj" in block and not (shared and name in shared):
                     control = in_dispatches(block.before_proj, control, pace) + start.pop()
                     pace(control)
-                control = self.run_block(block, control, this_pass, pace)
+                control = self.run_block(block, control, this_pass, pace, once(name))
                 tokens.append(gated_add(tokens.pop(), in_dispatches(block.after_proj, control, pace), scale))
                 pace(tokens[0])
             else:
-                tokens.append(self.run_block(block, tokens.pop(), this_pass, pace))
+                tokens.append(self.run_block(block, tokens.pop(), this_pass, pace, once(name)))
             if self.blocks is not None:  # a streamed block is emptied when the next one is requested
                 mx.eval(tokens if control is None else [control, *tokens])
 
-    def run_block(self, block: Block, x: mx.array, this_pass: ForwardPass, pace: Pacer) -> mx.array:
-        """Same as `Block.__call__`: x (B, L, D) → (B, L, D)."""
+    def run_block(
+        self, block: Block, x: mx.array, this_pass: ForwardPass, pace: Pacer, once: Once | None = None
+    ) -> mx.array:
+        """Same as `Block.__call__`: x (B, L, D) → (B, L, D). What precedes the text is by ``once``, if it is given."""
         # In a long video, arrays as wide as x dominate memory: each is released as soon as possible, and all other work
         # waits for the token-wise pieces below.
-        runs = block.runs(this_pass.modulation, this_pass.clean)
-        normed = by_runs(partial(_before_attention, block), runs, x)
-        pace.small(normed)
-        heads = queries_keys_values(block.self_attn, normed, this_pass.rope, pace)
-        del normed
-        attended = attention(*heads, pace)
-        del heads
-        pace(attended)
-        pairs = block.cross_attn.keys_values(this_pass.context, this_pass.image_context)
-        pieces = [x, attended]
-        del x, attended
-        rests = [(tokens, partial(_after_attention, block, m, pairs, pace)) for tokens, m in runs]
+        runs, pieces = block.runs(this_pass.modulation, this_pass.clean), [x]
+        del x
         at_once = min(pace.tokens_at_once, tokens_per_dispatch(block.self_attn.o, pieces[0]))
+        rest: Callable[..., mx.array] = _after_attention
+        if once is None:
+            pieces.append(_attended(block, pieces[0], runs, this_pass.rope, pace))
+        else:
+            rest = _after_addition
+            pieces[:] = [once(partial(_with_attention, block, pieces, runs, this_pass.rope, pace, at_once))]
+        pairs = block.cross_attn.keys_values(this_pass.context, this_pass.image_context)
+        rests = [(tokens, partial(rest, block, m, pairs, pace)) for tokens, m in runs]
         return in_token_chunks(rests, pieces, pace, at_once)
 
     def leave(self, x: mx.array, this_pass: ForwardPass, pace: Pacer) -> mx.array:
@@ -233,13 +279,59 @@ def _before_attention(block: Block, x: mx.array, m: Modulation) -> mx.array:
     return kernels.modulated_norm(x, m.scale_attn, m.shift_attn, block.eps)
 
 
+def _attended(block: Block, x: mx.array, runs: Runs[Modulation], rope: RopeTable, pace: Pacer) -> mx.array:
+    """The result of self-attention, all tokens (B, L, D) at once."""
+    normed = by_runs(partial(_before_attention, block), runs, x)
+    pace.small(normed)
+    heads = queries_keys_values(block.self_attn, normed, rope, pace)
+    del normed
+    attended = attention(*heads, pace)
+    del heads
+    pace(attended)
+    return attended
+
+
+def _with_attention(
+    block: Block, pieces: list[mx.array], runs: Runs[Modulation], rope: RopeTable, pace: Pacer, at_once: int
+) -> mx.array:
+    """x, the only one of ``pieces``, with the result of self-attention added."""
+    pieces.append(_attended(block, pieces[0], runs, rope, pace))
+
+    def add(m: Modulation, pieces: list[mx.array]) -> mx.array:
+        x = _add_attention(block, m, *pieces)[0]
+        pace(x)
+        return x
+
+    return in_token_chunks([(tokens, partial(add, m)) for tokens, m in runs], pieces, pace, at_once)
+
+
+def _add_attention(block: Block, m: Modulation, x: mx.array, attended: mx.array) -> tuple[mx.array, mx.array]:
+    """x with the result of attention added, and that normed for cross-attention."""
+    norm3 = block.norm3
+    return kernels.add_and_norm(
+        x, block.self_attn.o(attended), m.gate_attn, norm3.weight, norm3.bias, block.eps
+    )
+
+
 def _after_attention(block: Block, m: Modulation, pairs: Pairs, pace: Pacer, pieces: list[mx.array]) -> mx.array:
     """`Block.after_attention` for some tokens; ``pieces`` are x and the result of attention, and are emptied."""
-    x, attended = pieces
+    pieces[:] = _add_attention(block, m, *pieces)
+    return _after_norm(block, m, pairs, pace, pieces)
+
+
+def _after_addition(block: Block, m: Modulation, pairs: Pairs, pace: Pacer, pieces: list[mx.array]) -> mx.array:
+    """The same where the result of attention is in x, the only one of ``pieces``."""
+    x, norm3 = pieces[0], block.norm3
+    # Adding nothing: the kernel is the one that would have normed x, so the bits are the same.
+    pieces[:] = kernels.add_and_norm(x, x, mx.zeros_like(m.gate_attn), norm3.weight, norm3.bias, block.eps)
+    del x
+    return _after_norm(block, m, pairs, pace, pieces)
+
+
+def _after_norm(block: Block, m: Modulation, pairs: Pairs, pace: Pacer, pieces: list[mx.array]) -> mx.array:
+    """What follows for some tokens; ``pieces`` are x, and x normed for cross-attention, and are emptied."""
+    x, y = pieces
     pieces.clear()
-    norm3 = block.norm3
-    x, y = kernels.add_and_norm(x, block.self_attn.o(attended), m.gate_attn, norm3.weight, norm3.bias, block.eps)
-    del attended
     pace.small(x, y)
     attended = block.cross_attn.attend(y, pairs, partial(attention, pace=pace))
     pace(attended)

@@ -105,9 +105,9 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
         """Bytes of the transformers that stay from one video to the next."""
         return wanted.kept * (sum if all_stay else max)(_loaded(weights, stream) for weights in experts)
 
-    def denoise(step: tuple[bool, int], all_stay: bool = True) -> int:
+    def denoise(step: tuple[bool, int], all_stay: bool = True, shares: bool = False) -> int:
         kept = wanted.kept * (stays(step[0], all_stay) - _loaded(nets.weights, step[0]) + vae_weights)
-        return peaks.denoise(nets, shape, *step, cache, request.passes == 2) + kept
+        return peaks.denoise(nets, shape, *step, cache, request.passes == 2, shares) + kept
 
     def denoise_alone(step: tuple[bool, int]) -> int:
         return denoise(step, all_stay=False)
@@ -117,6 +117,8 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
         alone = _first_within(FILL * budget, LADDER, denoise_alone)
         if not alone[0]:
             step, all_stay = alone, False
+    forwards, shared = forwards_of(request, nets.experts, wanted.name)
+    shares = shared > 0 and denoise(step, all_stay, shares=True) <= FILL * budget  # where it costs no larger pieces
     stream, tokens_at_once = step
     held = stays(stream, all_stay)
 
@@ -150,14 +152,16 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
                for frames in TASKS[request.task].encodes(request)]  # fmt: skip
     encode_tile, row = vae("encode video", encoded or [shape], decoding=False)
     rows += [row] if encoded else []
-    forwards = forwards_of(request, nets.experts, wanted.name)
-    forward = work.forward_parts(c, nets.geometry.seq_len(shape))
-    parts = {name: sum(forwards) * flop for name, flop in forward.items()}
+    tokens = nets.geometry.seq_len(shape)
+    saved = work.shared_parts(c, tokens) if shares else {}
+    parts = {name: sum(forwards) * flop - shared * saved.get(name, 0.0)
+             for name, flop in work.forward_parts(c, tokens).items()}  # fmt: skip
     reads = sum(weights.stored_outside + (times if stream else 1) * weights.stored_blocks
                 for weights, times in zip(experts, forwards, strict=True) if times)  # fmt: skip
     how = "streamed" if stream else "resident"
     how += f", {tokens_at_once} tokens" * (tokens_at_once != TOKENS_AT_ONCE)
-    rows.append(Row("denoise", how, denoise(step, all_stay), sum(parts.values()), reads, parts["self attention"]))
+    peak = denoise(step, all_stay, shares)
+    rows.append(Row("denoise", how, peak, sum(parts.values()), reads, parts["self attention"]))
     decode_tile, row = vae("decode", [request.latent_shape], decoding=True)
     if wanted.tiny_vae:
         tiny = TAEHVConfig(z_dim=nets.vae.z_dim, patch=nets.vae.patch)
@@ -169,22 +173,25 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     rows.append(row)
     title = f"{wanted.name} {request.width}x{request.height}, {request.num_frames} frames"
     chosen = asked is not None
-    return Plan(title, budget, chosen, stream, tokens_at_once, decode_tile, encode_tile, tuple(rows), all_stay=all_stay)
+    return Plan(title, budget, chosen, stream, tokens_at_once, decode_tile, encode_tile, tuple(rows), all_stay=all_stay,
+                shares=shares)  # fmt: skip
 
 
-def forwards_of(request: Request, experts: Sequence[PartSizes], model: str) -> list[int]:
-    """How many forwards each of a model's transformers makes.
+def forwards_of(request: Request, experts: Sequence[PartSizes], model: str) -> tuple[list[int], int]:
+    """How many forwards each of a model's transformers makes, and in how many steps two passes share their beginning.
 
     Of a step cache as many as are known beforehand. ``model``: the preset's name.
     """
     timesteps = timesteps_of(request)
-    total, made = len(timesteps), [0] * len(experts)
+    total, made, shared = len(timesteps), [0] * len(experts), 0
     for index, timestep in enumerate(timesteps):
         place = _at_work(request, experts, timestep)
-        made[place] += len(Guidance.of(request, experts[place].name, timestep).passes(index, total))
+        guidance = Guidance.of(request, experts[place].name, timestep)
+        made[place] += len(guidance.passes(index, total))
+        shared += guidance.shares(index, total)
     known = cache_of(request, experts, model).planned(request.passes)
     share = 1.0 if known is None else known / (request.passes * total)
-    return [round(share * count) for count in made]
+    return [round(share * count) for count in made], round(share * shared)
 
 
 def cache_of(request: Request, experts: Sequence[PartSizes], model: str) -> StepCache:

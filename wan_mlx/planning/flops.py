@@ -28,6 +28,17 @@ def forward_parts(config: TransformerConfig, tokens: int) -> dict[str, float]:
     }
 
 
+def shared_parts(config: TransformerConfig, tokens: int) -> dict[str, float]:
+    """The same of what a step's second pass takes from the first: self-attention of the first block, and of VACE's."""
+    parts, of_vace = forward_parts(config, tokens), len(config.vace_layers)
+    blocks, first = config.num_layers + of_vace, 1 + bool(of_vace)
+    return {
+        "self linear": parts["self linear"] * first / blocks,
+        "self attention": parts["self attention"] * first / blocks,
+        "vace": parts["vace"] / (1 + of_vace),
+    }
+
+
 def text_flop(config: TextEncoderConfig, tokens: int) -> float:
     """FLOP of encoding a text of ``tokens`` tokens."""
     linear = 8.0 * config.dim * config.dim_attn + 6.0 * config.dim * config.dim_ffn

@@ -95,8 +95,12 @@ def denoise(
     tokens_at_once: int,
     cache: StepCache | None = None,
     guided: bool = True,
+    shares: bool = False,
 ) -> int:
-    """Weights, and the arrays of one forward; two passes run one after the other, on the CPU at once."""
+    """Weights, and the arrays of one forward; two passes run one after the other, on the CPU at once.
+
+    ``shares``: as of a `Plan`.
+    """
     c, w = nets.transformer, nets.weights
     tokens = nets.geometry.seq_len(latent_shape)
     wide = tokens * c.dim * nets.dtype.size
@@ -121,6 +125,8 @@ def denoise(
     passes = 2 if on_cpu() and not stream else 1
     each = 4 * math.prod(latent_shape) * c.out_dim
     kept = cache.kept_bytes(1 + guided, each, wide) if cache else 0
+    if shares and passes == 1:  # two at once both work on it
+        kept += (1 + bool(c.vace_layers)) * wide
     tables = tokens * c.head_dim // 2 * 3 * 4
     latents = LATENTS_ALIVE * each
     context = 2 * c.text_len * c.text_dim * nets.dtype.size

@@ -59,6 +59,7 @@ class Plan:
         advice: changes that would make it fit, if it does not.
         without: LoRAs that are not on this machine, which it leaves out.
         all_stay: whether, where networks stay loaded from one video to the next, all of several experts do.
+        shares: whether a step's two passes share what precedes the text; there is no room for it otherwise.
     """
 
     title: str
@@ -72,6 +73,7 @@ class Plan:
     advice: tuple[str, ...] = ()
     all_stay: bool = True
     without: tuple[str, ...] = ()
+    shares: bool = False
 
     @property
     def peak(self) -> int:
@@ -111,7 +113,7 @@ class Plan:
         choices: dict[str, Any] = dict(how)
         choices = {name: tuple(value) if isinstance(value, list) else value for name, value in choices.items()}
         del choices["peak"]
-        return replace(self, **choices)
+        return replace(self, **choices, shares=False)  # which changes no bit, and needs its room
 
     def check(self) -> None:
         """Raise MemoryPlanError with advice if this plan does not fit."""
