@@ -523,7 +523,7 @@ class TestPlans:
         for preset in {preset.transformer.kind: preset for preset in PRESETS.values()}.values():
             few = dict(dim=48, ffn_dim=16, num_heads=2, num_layers=1, vace_layers=preset.transformer.vace_layers[:1])
             config = replace(preset.transformer, **few, ref_dim=None)
-            latents, context, more = speed._inputs(config, 2, mx.float32)
+            latents, context, more = speed.random_inputs(config, 2, mx.float32)
             assert new_transformer(config)(latents, 500.0, context, **more).shape == latents.shape
 
     def test_list_of_models(self, capsys, monkeypatch):
