@@ -31,7 +31,7 @@ from ..models.execution import (
     has_fused_kernel,
 )
 from ..models.networks import new_network
-from ..models.rife import CHANNELS_ALIVE, RIFE, padded
+from ..models.rife import CHANNELS_ALIVE, CHANNELS_ALIVE_CPU, RIFE, padded
 from ..models.taehv import TAEHVConfig
 from ..models.vae_execution import (
     DECODE_FRAMES,
@@ -194,7 +194,8 @@ def _along(config: VAEConfig, length: int, largest: int, decoding: bool) -> tupl
 def rife(width: int, height: int) -> int:
     """RIFE's weights, and the arrays of one frame between two."""
     weights = sum(math.prod(shape) for shape in parameter_shapes(RIFE()).values())
-    return ITEMSIZE * (weights + CHANNELS_ALIVE * padded(width) * padded(height))
+    channels = CHANNELS_ALIVE_CPU if on_cpu() else CHANNELS_ALIVE
+    return ITEMSIZE * (weights + channels * padded(width) * padded(height))
 
 
 def winograd_scratch(frames: int, height: int, width: int, into: int, out: int) -> int:
