@@ -16,10 +16,12 @@ import dataclasses
 import wan_mlx.cli.selftest
 import wan_mlx.planning.speed
 import wan_mlx.presets
+import wan_mlx.training.recipe
 for name in ("nano", "nano-i2v"):
     wan_mlx.presets.PRESETS[name] = dataclasses.replace(
         wan_mlx.presets.PRESETS[name], size=(32, 32), num_frames=5, recipe="", recipe_steps=0,
         sampling=wan_mlx.presets.Sampling(2, 3.0, 1.0))
+wan_mlx.training.recipe.OF_MODELS["nano"]["steps"] = 2
 wan_mlx.cli.selftest._rate = lambda make, compute, flop, start, *_, **__: compute(make(1)) is not None and 0.5
 wan_mlx.planning.speed.measure_rates = lambda *_, rates=wan_mlx.planning.speed.Rates, **__: rates(*[1e12] * 4)
 del dataclasses, name, wan_mlx

@@ -194,7 +194,8 @@ class TestTraining:
         there = {path.name for path in training.folder.iterdir()}
         assert there == {"style.safetensors", "checkpoints", "state", "cache", "log.jsonl", "losses.png", "recipe.json"}
         rows = [json.loads(line) for line in (training.folder / "log.jsonl").read_text().splitlines()]
-        assert [row["loss"] for row in rows] == [pytest.approx(step.loss, abs=1e-6) for step in steps]
+        assert rows[0].keys() == {"step", "validation"}  # before the first step
+        assert [row["loss"] for row in rows[1:]] == [pytest.approx(step.loss, abs=1e-6) for step in steps]
         with Image.open(training.folder / "losses.png") as picture:
             assert picture.size == (960, 480)
 
@@ -206,7 +207,7 @@ class TestTraining:
         assert [step.step for step in steps] == list(range(until + 1, 5))
         assert training.path.read_bytes() == straight[0].path.read_bytes()
         log = (training.folder / "log.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in log] == [1, 2, 3, 4]
+        assert [json.loads(line)["step"] for line in log] == [0, 1, 2, 3, 4]
 
     def test_a_damaged_state_gives_way_to_the_one_before(self, straight, pipe, data, tmp_path):
         shutil.copytree(straight[0].folder, tmp_path / "style")
@@ -234,7 +235,7 @@ class TestTraining:
             patch.setattr("wan_mlx.training.loop.save_state", killed)
             trained(pipe, data, tmp_path / "style", Recipe(**{**RECIPE.as_json(), "steps": 2}))
         assert (tmp_path / "style" / "style.safetensors").exists()
-        assert len((tmp_path / "style" / "log.jsonl").read_text().splitlines()) == 2
+        assert len((tmp_path / "style" / "log.jsonl").read_text().splitlines()) == 3
 
     def test_the_file_gives_the_model_that_was_trained(self, straight, pipe):
         training, _ = straight
@@ -318,13 +319,11 @@ class TestTraining:
         with pytest.raises(UsageError, match="i2v-14B-480P makes no video of a prompt alone"):
             next(training.run())
 
-    def test_machines_share_the_clips_of_a_step_evenly(self, pipe, data, tmp_path, monkeypatch):
-        class Three:
-            size = staticmethod(lambda: 3)
-
-        monkeypatch.setattr(mx.distributed, "init", Three)
-        with pytest.raises(UsageError, match="2 clips .* which 3 machines cannot share evenly; nearest: 3"):
-            next(Training(pipe, clips_of(data), RECIPE, tmp_path / "style").run())
+    def test_processes_share_the_clips_of_a_step_evenly(self, pipe, data, tmp_path, monkeypatch):
+        training = Training(pipe, clips_of(data), RECIPE, tmp_path / "style")
+        monkeypatch.setattr(training.ranks, "size", 3)
+        with pytest.raises(UsageError, match="2 clips .* which 3 processes cannot share evenly; nearest: 3"):
+            training._begin(False)
 
 
 class TestCommand:

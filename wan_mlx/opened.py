@@ -60,6 +60,7 @@ from .weights.load import (
     text_dtype,
 )
 from .weights.lora import describe_lora, in_lists, lora_lists
+from .weights.lora_info import trigger_words
 from .weights.parts import Checkpoint, Part, check_fit
 from .weights.rife import find_rife, load_rife
 from .weights.set_loras import set_loras
@@ -231,8 +232,11 @@ class OpenedModel:
         return [*texts, *self.unknown_words(request), *canvas_notes(request)]
 
     def unknown_words(self, request: Request) -> list[str]:
-        """For a model that knows few words: which of the prompt it does not know, and the ones it does."""
+        """For a model that knows few words: which of the prompt neither it nor a LoRA knows, and the ones it does."""
         if not self.preset.vocabulary or not (strange := self.tokenizer.unknown(request.prompt)):
+            return []
+        taught = " ".join(trigger_words(path) for path, _ in self.loras).casefold()
+        if not (strange := [word for word in strange if word.casefold() not in taught]):
             return []
         english, chinese = self.preset.vocabulary
         known = chinese if CHINESE.search(request.prompt) else english

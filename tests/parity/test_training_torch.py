@@ -204,3 +204,19 @@ def test_twenty_steps_are_those_of_pytorch(tmp_path):
     name = "blocks.0.self_attn.q"
     up = both.theirs[f"{name}.up"].detach().numpy() * RECIPE.scale
     assert relative_error(written[f"diffusion_model.{name}.lora_B.weight"], up) <= 1e-3
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_diffusers_reads_every_factor_of_the_file(kind, tmp_path):
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
+    from safetensors.torch import load_file
+
+    both = Both(kind, with_plain_layers)
+    write_lora(tmp_path / "lora.safetensors", both.factors, RECIPE.scale, both.config, {})
+    state = _convert_non_diffusers_wan_lora_to_diffusers(load_file(tmp_path / "lora.safetensors"))
+    assert len(state) == len(both.factors)
+    for name, layer in both.reference.named_modules():
+        if isinstance(layer, Lora):
+            down, up = (state.pop(f"transformer.{name}.lora_{part}.weight") for part in "AB")
+            torch.testing.assert_close(up @ down, RECIPE.scale * layer.up @ layer.down, rtol=1e-5, atol=1e-6)
+    assert not state

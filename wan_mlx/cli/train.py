@@ -16,12 +16,12 @@ from ..planning.sizes import Networks, sizes_of
 from ..presets import PRESETS, Preset
 from ..progress_bars import ProgressBars
 from ..storage import parse_json
-from ..training import clips_of
+from ..training import clips_of, trainings
 from ..training.dataset import DataSet, TrainingClip
 from ..training.estimate import TrainingPlan, plan_training
 from ..training.factors import TARGETS
-from ..training.loop import RECIPE, Training, TrainStep
-from ..training.recipe import OPTIMIZERS, SCHEDULES, TIMESTEP_SAMPLING, Recipe
+from ..training.loop import RECIPE, SIDES, Training, TrainStep
+from ..training.recipe import OF_MODELS, OPTIMIZERS, SCHEDULES, TIMESTEP_SAMPLING, Recipe
 from ..training.timing import with_seconds
 from ..weights.load import parameters_of
 from ..weights.parameters import Parameters
@@ -34,7 +34,7 @@ EPILOG = """\
 A caption is a text file beside each picture or video: a.mp4, a.txt. OUT gets
 OUT.safetensors (the LoRA), checkpoints/, state/ (to resume from), log.jsonl.
 examples:
-  wan-mlx train clips -o zorb --steps 150 --lr 2e-3 --rank 8
+  wan-mlx train clips -o zorb --trigger zorb
   wan-mlx train clips -m t2v-1.3B -o style --size 480x272 --frames 33
   wan-mlx train clips -m t2v-1.3B -o style --resume"""
 ABOUT = {
@@ -52,6 +52,8 @@ ABOUT = {
     "accumulate": "times as many clips of a step",
     "timesteps": f"how noise levels are drawn: {', '.join(TIMESTEP_SAMPLING)}",
     "shift": "of the noise levels",
+    "preserve": "share of clips that, without the trigger, stay as they were",
+    "given_frame": "share of clips whose first frame is given (TI2V)",
     "caption_dropout": "share of clips without their caption",
     "dropout": "share of ranks that a step leaves out",
     "seed": "of all chance",
@@ -83,15 +85,20 @@ def build_parser() -> Parser:
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="new folder for the LoRA")
     parser.add_argument("--size", metavar="WxH", type=parse_size, help="area of the clips (the model's own size)")
     parser.add_argument("--frames", metavar="N", type=int, help="longest length of the clips (the model's own)")
+    parser.add_argument(
+        "--expert", metavar="NAME", default="both", help="of a model of two experts: high, low (noise), or both"
+    )
     parser.add_argument("--trigger", metavar="WORD", default="", help="put in front of captions that lack it")
     parser.add_argument(
         "--validate", metavar="SHARE", type=_share, default=0.0, help="share of files held out, such as 10%%"
     )
     for field in fields(Recipe):
         kind = float if field.name == "alpha" else type(field.default)
-        default = "" if field.default is None else f" ({field.default})"
+        of_nano = OF_MODELS["nano"].get(field.name)
+        others = "" if of_nano is None else f"; nano {of_nano}"
+        default = "" if field.default is None else f" ({field.default}{others})"
         flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, *ALSO.get(field.name, ()), dest=field.name, type=kind, default=field.default,
+        parser.add_argument(flag, *ALSO.get(field.name, ()), dest=field.name, type=kind,
                             metavar="NAME" if kind is str else "N", help=ABOUT[field.name] + default)  # fmt: skip
     parser.add_argument(
         "-q", "--quantize", metavar="MODE", type=parse_mode, help="of the model that is trained beside: q8, q4, ..."
@@ -123,7 +130,8 @@ def _share(text: str) -> float:
 def main(argv: list[str]) -> int:
     """Train, or say what it would need."""
     args = build_parser().parse_args(argv)
-    recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
+    given = {field.name: value for field in fields(Recipe) if (value := getattr(args, field.name)) is not None}
+    Recipe(**given)  # what is wrong is said before anything is opened
     memory = parse_memory(args.memory)
     data = DataSet.open(args.data)
     prompts = _prompts(args.sample_prompts)
@@ -132,11 +140,12 @@ def main(argv: list[str]) -> int:
     listener: Listener = unheard if args.quiet else ProgressBars()
     if (args.plan or args.dry_run) and args.model in PRESETS:  # before anything is downloaded
         preset = PRESETS[args.model]
-        return _look(args, data, recipe, preset, preset.geometry, sizes_of(preset, args.dtype, args.quantize))
+        recipe, nets = Recipe.of(preset, **given), sizes_of(preset, args.dtype, args.quantize)
+        return _look(args, data, recipe, preset, preset.geometry, nets)
     pipe = WanPipeline.from_pretrained(
         args.model, dtype=args.dtype, quantize=args.quantize, memory=args.memory, source=args.source, progress=listener  # type: ignore[arg-type]
     )  # fmt: skip
-    nets = pipe.sizes(args.quantize)
+    nets, recipe = pipe.sizes(args.quantize), Recipe.of(pipe.preset, **given)
     if args.plan or args.dry_run:
         parameters = parameters_of(pipe.checkpoint.of_kind("transformer")[0], nets.dtype, args.quantize)
         return _look(args, data, recipe, pipe.preset, pipe.geometry, nets, parameters)
@@ -145,10 +154,16 @@ def main(argv: list[str]) -> int:
     if not args.quiet:
         _tell(data, trained, held_out, plan, recipe)
     plan.check()
-    training = Training(pipe, trained, recipe, args.output, held_out, args.trigger, listener)
-    training.stream = plan.stream
-    training.sample_prompts = prompts
-    return _train(training, args)
+    found = trainings(pipe, trained, recipe, args.output, held_out, args.trigger, listener, args.expert)
+    for training in found:
+        training.stream, training.sample_prompts = plan.stream, prompts
+        if len(found) > 1 and not args.quiet:
+            write(f"the expert for {training.expert} noise:")
+        if code := _train(training, args):
+            return code
+    if found[0].ranks.is_first:
+        write(found[-1].path if args.quiet else f"{found[-1].path}: use it with {_flags(found)}")
+    return 0
 
 
 def _look(
@@ -180,14 +195,19 @@ def _divided(
 def _train(training: Training, args: argparse.Namespace) -> int:
     with Interrupts() as interrupts, interrupts.stopping(_Stoppable(training)):  # type: ignore[arg-type]
         for done in training.run(resume=args.resume):
-            if not args.quiet:
+            if not args.quiet and training.ranks.is_first:
                 write(_line(done))
     if interrupts.asked and training.newest != training.path:
         so_far = f" The LoRA as it is: {training.newest}" if training.newest else ""
-        write(f"stopped; to go on: the same command with --resume.{so_far}")
+        if training.ranks.is_first:
+            write(f"stopped; to go on: the same command with --resume.{so_far}")
         return 130
-    write(training.path if args.quiet else f"{training.path}: use it with --lora {training.path}")
     return 0
+
+
+def _flags(found: list[Training]) -> str:
+    """The flags that give the LoRAs to a video."""
+    return " ".join(f"--lora{training.expert and '-'}{training.expert} {training.path}" for training in found)
 
 
 class _Stoppable:
@@ -213,12 +233,13 @@ def _line(done: TrainStep) -> str:
 
 def _check_output(out: Path, resume: bool) -> None:
     """Raise UsageError where a run would be overwritten; before anything is read."""
-    if (out / RECIPE).exists() and not resume:
-        told = parse_json((out / RECIPE).read_text()).get("model")
+    found = [folder for folder in (out, *(out / side for side in SIDES)) if (folder / RECIPE).exists()]
+    if found and not resume:
+        told = parse_json((found[0] / RECIPE).read_text()).get("model")
         raise UsageError(
             f"{out} holds a training run of {told}; --resume goes on with it, another --output begins a new one"
         )
-    if resume and not (out / RECIPE).exists():
+    if resume and not found:
         write(f"{out} holds no training run yet: it begins", "note: ")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
+from ..events import Listener, unheard
 from ..geometry import Geometry
 from ..lasting import computes
 from ..pipeline import WanPipeline
@@ -14,10 +15,10 @@ from ..planning.machine import available_memory, parse_memory
 from ..presets import Preset
 from .dataset import DataSet, TrainingClip, hold_out
 from .estimate import plan_training
-from .loop import Training, TrainingError, TrainStep
+from .loop import SIDES, Training, TrainingError, TrainStep
 from .recipe import HELD_OUT, Recipe
 
-__all__ = ["DataSet", "Recipe", "TrainStep", "Training", "TrainingError", "clips_of", "train"]
+__all__ = ["DataSet", "Recipe", "TrainStep", "Training", "TrainingError", "clips_of", "train", "trainings"]
 
 
 @computes
@@ -35,9 +36,12 @@ def train(
     memory: str | None = None,
     dtype: str = "bfloat16",
     quantize: str | None = None,
+    sample_prompts: Sequence[str] = (),
+    expert: str = "both",
     **recipe: Any,
-) -> Path:
-    """Train a LoRA and return its file: the newest checkpoint, if training was stopped before its end.
+) -> Path | dict[str, Path]:
+    """Train a LoRA and return its file: the newest checkpoint, if training was stopped before its end. Of a model of
+    two experts the files of both by name, as ``loras`` of `WanPipeline.from_pretrained` takes them.
 
     Args:
         data: a folder of pictures and videos with captions, or a .toml file (`DataSet.open`).
@@ -50,27 +54,59 @@ def train(
         callback: called with each `TrainStep`; if it returns False, training stops there, and can be resumed.
         memory: as for a pipeline: where the model's blocks do not fit in it, they are streamed from disk.
         dtype, quantize: as for a pipeline, where ``model`` is none.
+        sample_prompts: prompts of which each gets a video in ``output/samples`` every ``sample_every`` steps.
+        expert: of a model of two experts "high" (noise), "low", or "both", one after the other.
         recipe: fields of `Recipe`, such as ``rank=16, steps=500, learning_rate=2e-4``.
 
     Raises:
         UsageError, ValueError: an argument or the data set is wrong, or memory does not suffice.
         TrainingError: a loss is not finite; what was kept is whole.
     """
-    chosen = Recipe(**recipe)
+    Recipe(**recipe)  # what is wrong is said before anything is opened
     opened = DataSet.open(data)
     pipe = model
     if not isinstance(pipe, WanPipeline):
         pipe = WanPipeline.from_pretrained(pipe, dtype=dtype, quantize=quantize, memory=memory)
+    chosen = Recipe.of(pipe.preset, **recipe)
     trained, held_out = clips_of(opened, chosen, pipe.preset, pipe.geometry, size, frames, trigger, validate)
-    training = Training(pipe, trained, chosen, output, held_out, trigger, pipe.listener)
     budget = parse_memory(pipe.memory if memory is None else memory) or available_memory()
     plan = plan_training(pipe.sizes(pipe.quantize), [*trained, *held_out], chosen, budget)
     plan.check()
-    training.stream = plan.stream
-    for step in training.run(resume):
-        if callback is not None and callback(step) is False:
-            training.stop()
-    return training.newest or training.path
+    files, stopped = {}, False
+    for training in trainings(pipe, trained, chosen, output, held_out, trigger, pipe.listener, expert):
+        training.stream, training.sample_prompts = plan.stream, list(sample_prompts)
+        for step in training.run(resume):
+            if callback is not None and callback(step) is False:
+                training.stop()
+                stopped = True
+        files[training.expert] = training.newest or training.path
+        if stopped:
+            break
+    return files.get("") or files
+
+
+def trainings(
+    pipe: WanPipeline,
+    trained: Sequence[TrainingClip],
+    recipe: Recipe,
+    output: str | Path,
+    held_out: Sequence[TrainingClip] = (),
+    trigger: str = "",
+    listener: Listener = unheard,
+    expert: str = "both",
+) -> list[Training]:
+    """The trainings of a model: one, or of a model of two experts those that ``expert`` names; arguments as of `train`.
+
+    Raises:
+        ValueError: the model's LoRAs are not trained here, or ``expert`` names none of it.
+    """
+    choices = ("both", *SIDES)
+    if expert not in choices:
+        raise UsageError(f"expert is {expert!r}, expected one of {', '.join(choices)}{nearest(expert, choices)}")
+    sides = SIDES if expert == "both" else (expert,)
+    if expert == "both" and not pipe.checkpoint.has_experts:
+        sides = ("",)
+    return [Training(pipe, trained, recipe, output, held_out, trigger, listener, side) for side in sides]
 
 
 def clips_of(

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from ..errors import WanError
 from ..events import Listener, counted, unheard
 from ..files.safetensors import load_arrays
 from ..media.read import in_chunks, to_float
+from ..models.execution import encode_images
+from ..models.image_encoder import ImageEncoder
 from ..opened import OpenedModel
 from ..request_builder import build_request
 from ..storage import fingerprint, whole_file
 from ..tasks import TASKS
 from ..types import Encoders
+from ..weights.load import load_image_encoder
 from .dataset import TrainingClip
 
 FORMAT = 1
@@ -54,9 +58,10 @@ class Encoded:
                 self._write("text", self._text, text, {"context": context[:, : int(rows[-1]) + 1 if len(rows) else 1]})
         new = [clip for clip in clips if not _is_whole(self._place("clip", self._vae, self._about(clip)))]
         if new:
+            encoders = _ForClips(self.opened)
             with self.opened.keep_loaded():  # the VAE, for all of them
                 for clip in counted(listener, "encoding clips")(new):
-                    self._write("clip", self._vae, self._about(clip), self._encode(clip))
+                    self._write("clip", self._vae, self._about(clip), self._encode(clip, encoders))
 
     def text(self, caption: str) -> mx.array:
         """(1, text_len, text_dim), zero-padded."""
@@ -70,12 +75,12 @@ class Encoded:
         latents = arrays.pop("latents")
         return latents, arrays
 
-    def _encode(self, clip: TrainingClip) -> dict[str, mx.array]:
+    def _encode(self, clip: TrainingClip, encoders: Encoders) -> dict[str, mx.array]:
         opened, frames = self.opened, list(clip.read())
         (latents,) = opened.encode_videos([in_chunks((to_float(frame) for frame in frames), opened.geometry)])
         found = {"latents": latents.astype(mx.float32)}
         if opened.preset.task in ("i2v", "flf2v"):
-            conditioning = TASKS[opened.preset.task].condition(self._request(clip, frames), _NoTexts(opened))
+            conditioning = TASKS[opened.preset.task].condition(self._request(clip, frames), encoders)
             found |= {name: array for name in CONDITIONS if (array := getattr(conditioning, name)) is not None}
         mx.eval(found)
         mx.synchronize()
@@ -110,11 +115,18 @@ class Encoded:
         return load_arrays(self._place(kind, settings, about))[0]
 
 
-class _NoTexts:
-    """Encoders of a model, for conditions alone: texts are not encoded."""
+class _ForClips:
+    """Encoders of a model, for the conditions of many clips: texts are not encoded, and CLIP is loaded once."""
 
-    def __init__(self, opened: Encoders):
+    def __init__(self, opened: OpenedModel):
         self._opened = opened
+
+    @cached_property
+    def _image_encoder(self) -> ImageEncoder:
+        return load_image_encoder(self._opened.checkpoint)
+
+    def encode_images(self, images: mx.array) -> mx.array:
+        return encode_images(self._image_encoder, images)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._opened, name)

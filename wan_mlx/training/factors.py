@@ -23,7 +23,9 @@ from ..weights.parameters import is_matrix
 Factors = dict[str, mx.array]
 
 # Groups of layers by name, for ``--targets``; "all" is every linear layer of the blocks, as other trainers take them.
-TARGETS = {"all": "", "attention": "attn.", "self-attention": "self_attn.", "ffn": "ffn."}
+TARGETS = {
+    "all": "", "attention": "attn.", "self-attention": "self_attn.", "cross-attention": "cross_attn.", "ffn": "ffn.",
+}  # fmt: skip
 
 
 def layer_shapes(config: TransformerConfig, targets: str = "all") -> dict[str, tuple[int, int]]:

@@ -6,17 +6,17 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from ..errors import UsageError, WanError
+from ..errors import UsageError, WanError, nearest
 from ..events import Listener, counted, unheard
 from ..lasting import yields_computed
 from ..mac import awake
@@ -24,21 +24,23 @@ from ..models.execution import Execution
 from ..pipeline import WanPipeline
 from ..storage import DRAWN, append, locked, parse_json, whole_file
 from ..weights.load import load_transformer
+from ..weights.parts import Checkpoint, Part
 from ..weights.set_loras import set_loras
 from .backward import Sample, loss, loss_and_gradients
+from .batches import Batches, levels_of
 from .dataset import TrainingClip
 from .encoded import Encoded
 from .factors import Factors, layer_shapes, new_factors
 from .lora_file import write_lora
 from .optimizer import gradient_norm, make_optimizer, update
 from .plot import plot_losses
-from .recipe import NOISE, RANKS, Recipe
-from .states import newest_state, save_state
+from .ranks import Ranks
+from .recipe import DROPPED, Recipe
+from .states import State, newest_state, save_state
 
 SUPPORTED = ("t2v", "i2v", "flf2v", "ti2v")
-VALIDATION_SIGMAS = (0.2, 0.5, 0.8)
-VALIDATION = 2**31  # in the place of a step, for the noise of held-out clips
 RECIPE, LOG = "recipe.json", "log.jsonl"
+SIDES = ("high", "low")  # the experts of a model of two, in the order in which they serve
 
 
 class TrainingError(WanError):
@@ -73,7 +75,11 @@ class Training:
     """One LoRA in training, in a folder of its own.
 
     ``folder`` gets ``NAME.safetensors`` (the LoRA, NAME being the folder's), ``checkpoints/``, ``state/``, ``cache/``,
-    ``samples/``, ``log.jsonl``, ``losses.png`` and ``recipe.json``.
+    ``samples/``, ``log.jsonl``, ``losses.png`` and ``recipe.json``. A model of two experts has a LoRA for each, which
+    are trained one after the other, in folders of the experts' names within ``folder``.
+
+    Of several processes that train together the first writes; the others read the same folder, or on other machines
+    one that has nothing but ``cache/``.
 
     Attributes:
         stream: read the model's blocks from disk in each pass, forward and backward.
@@ -91,21 +97,30 @@ class Training:
         held_out: Sequence[TrainingClip] = (),
         trigger: str = "",
         listener: Listener = unheard,
+        expert: str = "",
     ):
         """Args:
             clips: what is trained, and ``held_out`` what the validation's loss is of.
             trigger: the word by which the LoRA is called, for the file's metadata.
+            expert: of a model of two experts which one: "high" or "low".
 
         Raises:
-            ValueError: the model is of a kind whose LoRAs are not trained here.
+            ValueError: the model is of a kind whose LoRAs are not trained here, or has no such expert.
         """
-        if opened.preset.task not in SUPPORTED or opened.checkpoint.has_experts:
-            kind = "a model of two experts" if opened.checkpoint.has_experts else f"a {opened.preset.task} model"
-            raise ValueError(f"{opened.preset.name} is {kind}, whose LoRAs are not trained here; models of one "
-                             f"transformer for {', '.join(SUPPORTED)} are")  # fmt: skip
+        if opened.preset.task not in SUPPORTED:
+            raise ValueError(f"{opened.preset.name} is a {opened.preset.task} model, whose LoRAs are not trained here; "
+                             f"models for {', '.join(SUPPORTED)} are")  # fmt: skip
+        if recipe.preserve and not trigger:
+            raise UsageError(f"preserve is {recipe.preserve:g}, which is of captions without the trigger, but none was "
+                             "given; give --trigger WORD")  # fmt: skip
+        self.part, self.expert = part_of(opened.checkpoint, expert), expert
         self.opened, self.recipe, self.folder, self.trigger = opened, recipe, Path(folder), trigger
+        self.cache = self.folder / "cache"
+        if expert:
+            self.folder /= expert
         self.clips = [clip for clip in clips for _ in range(clip.repeats)]
         self.held_out, self.listener = list(held_out), listener
+        self.ranks = Ranks()
         self.shapes = layer_shapes(opened.config, recipe.targets)
         self._data = self._data_sum()
         self.factors: Factors = {}
@@ -120,7 +135,8 @@ class Training:
     @property
     def path(self) -> Path:
         """The LoRA's file."""
-        return self.folder / f"{self.folder.resolve().name}.safetensors"
+        name = self.folder.resolve()
+        return self.folder / f"{f'{name.parent.name}-{name.name}' if self.expert else name.name}.safetensors"
 
     def stop(self) -> None:
         """End after the step that is under way; its state is kept."""
@@ -134,63 +150,98 @@ class Training:
             UsageError: the folder has a run and ``resume`` is False, or another recipe.
             TrainingError: a loss or gradient is not finite.
         """
+        with ExitStack() as held:
+            held.enter_context(awake(self.opened.caffeinate))
+            state = self.ranks.first_does(lambda: self._open(held, resume))
+            is_done = state is not None and state[0] == self.recipe.steps and self.path.exists()
+            if not self.ranks.any_asks(is_done):
+                yield from self._steps(state)
+
+    def _open(self, held: ExitStack, resume: bool) -> State | None:
+        """Lock the folder, and read the state to go on from."""
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{self.folder} is a file; give a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder) as alone, awake(self.opened.caffeinate):
-            if not alone:
-                raise UsageError(f"another process trains in {self.folder}; wait until it ends, or give a new folder")
-            yield from self._steps(resume)
+        if not held.enter_context(locked(self.folder)):
+            raise UsageError(f"another process trains in {self.folder}; wait until it ends, or give a new folder")
+        state = self._begin(resume)
+        for path in [*self.folder.glob(f"{DRAWN}*"), *self.folder.glob(f"*/{DRAWN}*")]:
+            path.unlink()  # left by a kill while it was written
+        return state
 
-    def _steps(self, resume: bool) -> Generator[TrainStep, None, None]:
-        begun = self._begin(resume)
-        encoded = Encoded(self.opened, self.folder / "cache")
-        captions = ["", *(clip.caption for clip in (*self.clips, *self.held_out))]
-        encoded.prepare([*self.clips, *self.held_out], captions, self.listener)
+    def _steps(self, state: State | None) -> Generator[TrainStep, None, None]:
+        recipe, ranks = self.recipe, self.ranks
+        batches = self._encode()
+        with ranks.meeting():
+            model = load_transformer(
+                self.part, self.opened.dtype, counted(self.listener, f"loading {self.part.label}"),
+                self.part.quantize or self.opened.quantize, stream=self.stream,
+                loras=[*self.opened.loras, *self.part.loras], merge=not self.sample_prompts,
+            )  # fmt: skip
+            model = model if isinstance(model, Execution) else Execution(model)
+        step, optimizer = self._set_out(state)
+        self._kept_at = step
+        ranks.first_does(lambda: self._read_log(step))
+        if step == 0:
+            ranks.first_does(lambda: self._validate(0, model, batches))
+        self.stepping = True
+        while step < recipe.steps and not ranks.any_asks(self._asked_to_stop):
+            started = time.perf_counter()
+            kept_ranks = self._with_ranks(step)
+            with ranks.meeting():
+                samples, names = batches.of_step(step, model, ranks.rank, ranks.size)
+                losses, gradients = loss_and_gradients(model, kept_ranks(self.factors), samples, recipe.scale)
+            # In one order, in which sums over all of them are taken: a file's is another than that of new factors.
+            gradients = ranks.mean_gradients(kept_ranks(dict(sorted(gradients.items()))))
+            norm = gradient_norm(gradients)
+            self._check(step, losses, norm, names, samples)
+            optimizer.learning_rate = mx.array(recipe.rate(step))
+            update(optimizer, gradients, self.factors, norm, recipe.clip)
+            step += 1
+            done = TrainStep(step, recipe.steps, ranks.mean(float(np.mean(losses))), norm, recipe.rate(step - 1),
+                             time.perf_counter() - started)  # fmt: skip
+            with ranks.meeting():
+                yield self._ended(done, model, batches, optimizer) if ranks.is_first else done
+        if not ranks.is_first:
+            return
+        if step > self._kept_at:  # asked to stop while the step's event was heard
+            self._keep(step, optimizer)
+        elif step == recipe.steps and self.newest is None:  # nothing was left to train
+            self._write(step)
+
+    def _encode(self) -> Batches:
+        """Put latents and texts on disk: the first process does, and others where they see another disk."""
+        encoded = Encoded(self.opened, self.cache)
+        batches = Batches(encoded, self.recipe, self.clips, self.held_out, self.trigger, levels_of(self.part.timesteps),
+                          may_be_given=self.opened.preset.task == "ti2v")  # fmt: skip
+        texts = batches.captions()
         if self.sample_prompts:
-            encoded.prepare([], [*self.sample_prompts, self.opened.preset.negative_prompt], self.listener)
-        (part,) = self.opened.checkpoint.of_kind("transformer")
-        model = load_transformer(
-            part, self.opened.dtype, counted(self.listener, "loading transformer"),
-            part.quantize or self.opened.quantize, stream=self.stream, loras=[*self.opened.loras, *part.loras],
-            merge=not self.sample_prompts,
-        )  # fmt: skip
-        model = model if isinstance(model, Execution) else Execution(model)
+            texts += [*self.sample_prompts, self.opened.preset.negative_prompt]
+
+        def prepare() -> None:
+            encoded.prepare([*self.clips, *self.held_out], texts, self.listener)
+
+        self.ranks.first_does(prepare)
+        if not self.ranks.is_first:
+            prepare()
+        return batches
+
+    def _set_out(self, state: State | None) -> tuple[int, optim.Optimizer]:
+        """The step to go on from and the optimiser, in all processes as in the first."""
         optimizer = make_optimizer(self.recipe)
-        step, self.factors, moments = begun or (0, new_factors(self.shapes, self.recipe.rank, self.recipe.seed), None)
+        step, self.factors, moments = state or (0, new_factors(self.shapes, self.recipe.rank, self.recipe.seed), None)
         optimizer.init(self.factors)
         if moments:
             optimizer.state.update(moments)
-        self._kept_at = step
-        self._read_log(step)
-        if step == 0 and self.held_out:
-            self.validations.append((0, self._validate(model, encoded)))
-        self.stepping = True
-        while step < self.recipe.steps and not self._asked_to_stop:
-            started = time.perf_counter()
-            samples, names = self._samples(encoded, step)
-            kept_ranks = self._with_ranks(step)
-            losses, gradients = loss_and_gradients(model, kept_ranks(self.factors), samples, self.recipe.scale)
-            gradients = nn.average_gradients(kept_ranks(gradients))
-            norm = gradient_norm(gradients)
-            self._check(step, losses, norm, names, samples)
-            optimizer.learning_rate = mx.array(self.recipe.rate(step))
-            update(optimizer, gradients, self.factors, norm, self.recipe.clip)
-            step += 1
-            value = float(np.mean(losses))
-            self.losses.append(value)
-            yield self._ended(step, value, norm, time.perf_counter() - started, model, encoded, optimizer)
-        if step > self._kept_at:  # asked to stop while the step's event was heard
-            self._keep(step, optimizer)
-        elif step == self.recipe.steps and self.newest is None:  # nothing was left to train
-            self._write(step)
+        self.factors, optimizer.state = self.ranks.of_first(self.factors), self.ranks.of_first(optimizer.state)
+        return int(self.ranks.of_first(mx.array(step)).item()), optimizer
 
-    def _begin(self, resume: bool) -> Any:
+    def _begin(self, resume: bool) -> State | None:
         """The state to go on from; None for a new run, whose recipe is written."""
-        machines = mx.distributed.init().size()
+        machines = self.ranks.size
         if self.recipe.clips % machines:
             raise UsageError(
-                f"a step has {self.recipe.clips} clips (batch x accumulate), which {machines} machines cannot share "
+                f"a step has {self.recipe.clips} clips (batch x accumulate), which {machines} processes cannot share "
                 f"evenly; nearest: {max(1, round(self.recipe.clips / machines)) * machines}"
             )
         if self.sample_prompts and self.opened.preset.task in ("i2v", "flf2v"):
@@ -233,39 +284,12 @@ class Training:
         ]
         return sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
-    def _samples(self, encoded: Encoded, step: int) -> tuple[list[Sample], list[str]]:
-        """The clips of a step, with noise; of several machines this one's."""
-        group = mx.distributed.init()
-        order, sigmas = self.recipe.order(step, len(self.clips)), self.recipe.sigmas(step)
-        bare = self.recipe.without_caption(step)
-        chosen = range(group.rank(), self.recipe.clips, group.size())
-        clips = [self.clips[order[number]] for number in chosen]
-        samples = [
-            self._sample(
-                encoded,
-                clip,
-                sigmas[number],
-                "" if bare[number] else clip.caption,
-                self.recipe.chance(NOISE, step, number),
-            )
-            for number, clip in zip(chosen, clips, strict=True)
-        ]
-        return samples, [clip.path.name for clip in clips]
-
-    def _sample(
-        self, encoded: Encoded, clip: TrainingClip, sigma: float, caption: str, chance: np.random.Generator
-    ) -> Sample:
-        latents, conditions = encoded.clip(clip)
-        noise = mx.array(chance.standard_normal(latents.shape, np.float32))
-        noisy = (1 - sigma) * latents + sigma * noise
-        return Sample(noisy, 1000 * sigma, encoded.text(caption), noise - latents, conditions)
-
     def _with_ranks(self, step: int) -> Callable[[Factors], Factors]:
         """Leaves some ranks of every factor out of this step; what is left is made larger in turn."""
         share, rank = self.recipe.dropout, self.recipe.rank
         if not share:
             return lambda arrays: arrays
-        stay = self.recipe.chance(RANKS, step).uniform(size=rank) >= share
+        stay = self.recipe.chance(DROPPED, step).uniform(size=rank) >= share
         mask = mx.array(stay / (1 - share), mx.float32)[:, None]
         return lambda arrays: {
             name: array * mask if name.endswith(".down") else array for name, array in arrays.items()
@@ -283,42 +307,45 @@ class Training:
             f"{samples[number].timestep / 1000:.3f}); the last kept state is whole. Try a lower --learning-rate"
         )
 
-    def _validate(self, model: Execution, encoded: Encoded) -> float:
+    def _validate(self, step: int, model: Execution, batches: Batches) -> float | None:
         """The mean loss of the held-out clips, at fixed noise and levels."""
-        found = []
-        for place, clip in enumerate(self.held_out):
-            samples = [
-                self._sample(encoded, clip, sigma, clip.caption, self.recipe.chance(NOISE, VALIDATION, place, i))
-                for i, sigma in enumerate(VALIDATION_SIGMAS)
-            ]
-            found += loss(model, self.factors, samples, self.recipe.scale)
-        return float(np.mean(found))
+        if not self.held_out:
+            return None
+        losses = [loss(model, self.factors, samples, self.recipe.scale) for samples in batches.of_validation()]
+        found = float(np.mean(losses))
+        if not math.isfinite(found):
+            clip = self.held_out[next(i for i, row in enumerate(losses) if not np.isfinite(row).all())]
+            raise TrainingError(f"the loss of {clip.path.name}, held out, is not finite after step {step}; the last "
+                                "kept state is whole. Try a lower --learning-rate")  # fmt: skip
+        self.validations.append((step, found))
+        if step == 0:
+            self._log({"step": 0, "validation": round(found, 6)})
+        return found
 
-    def _ended(self, step, value, norm, seconds, model, encoded, optimizer) -> TrainStep:
+    def _ended(self, done: TrainStep, model: Execution, batches: Batches, optimizer: optim.Optimizer) -> TrainStep:
         """What happens after a step: the log, and where it is time the state, the file and the validation."""
-        recipe, is_last = self.recipe, step == self.recipe.steps
-        done = TrainStep(step, recipe.steps, value, norm, recipe.rate(step - 1), seconds)
+        recipe, step = self.recipe, done.step
+        is_last = step == recipe.steps
+        self.losses.append(done.loss)
         samples = bool(self.sample_prompts) and (is_last or step % recipe.sample_every == 0)
         keeps = is_last or self._asked_to_stop or samples or step % recipe.save_every == 0
-        if keeps and self.held_out:
-            held_out = self._validate(model, encoded)
-            self.validations.append((step, held_out))
-            done = replace(done, validation=held_out)
+        if keeps:
+            done = replace(done, validation=self._validate(step, model, batches))
         row = {
-            "step": step,
-            "loss": round(value, 6),
-            "norm": round(norm, 6),
-            "rate": done.rate,
-            "seconds": round(seconds, 3),
-        }
+            "step": step, "loss": round(done.loss, 6), "norm": round(done.norm, 6), "rate": done.rate,
+            "seconds": round(done.seconds, 3),
+        }  # fmt: skip
         if done.validation is not None:
             row["validation"] = round(done.validation, 6)
-        append(self.folder / LOG, (json.dumps(row) + "\n").encode())
+        self._log(row)
         if keeps:
             done = replace(done, kept=self._keep(step, optimizer))
         if samples:
             self._show(step, model)
         return done
+
+    def _log(self, row: dict[str, Any]) -> None:
+        append(self.folder / LOG, (json.dumps(row) + "\n").encode())
 
     def _keep(self, step: int, optimizer: optim.Optimizer) -> Path:
         """Write LoRA, picture of the losses and state: the last, so that a run that goes on from it has all before."""
@@ -330,20 +357,26 @@ class Training:
 
     def _show(self, step: int, model: Execution) -> None:
         """Make a video of every sample prompt with the LoRA as it is, by the model that is trained."""
-        (part,), folder = self.opened.checkpoint.of_kind("transformer"), self.folder / "samples"
+        opened, part, folder = self.opened, self.part, self.folder / "samples"
         folder.mkdir(exist_ok=True)
         assert self.newest is not None, "it was kept just now"
-        own, trained = self.opened.loras, (self.newest, 1.0)
-        set_loras(model, [*own, trained, *part.loras])
-        self.opened.loras = [*own, trained]  # where the video's plan streams otherwise, the model is loaded again
+        before, trained = (opened.loras, opened.checkpoint), (self.newest, 1.0)
+        set_loras(model, [*opened.loras, *part.loras, trained])
+        # Where a video's plan streams otherwise, the model is loaded again, with what stands here.
+        if self.expert:
+            own = [part_of(opened.checkpoint, side).loras for side in SIDES]
+            own[SIDES.index(self.expert)] += (trained,)
+            opened.checkpoint = opened.checkpoint.with_experts(loras=(own[0], own[1]))
+        else:
+            opened.loras = [*opened.loras, trained]
         try:
-            with self.opened.keeping(part, model):
+            with opened.keeping(part, model):
                 for number, prompt in enumerate(self.sample_prompts, start=1):
-                    video = self.opened(prompt, seed=self.recipe.seed)
+                    video = opened(prompt, seed=self.recipe.seed)
                     video.save(folder / f"step-{step:06d}-{number}.mp4")
         finally:
-            self.opened.loras = own
-            set_loras(model, [*own, *part.loras])
+            opened.loras, opened.checkpoint = before
+            set_loras(model, [*opened.loras, *part.loras])
 
     def _write(self, step: int) -> Path:
         is_last = step == self.recipe.steps
@@ -356,7 +389,8 @@ class Training:
         recipe = self.recipe
         about = {
             "ss_network_dim": str(recipe.rank), "ss_network_alpha": str(recipe.rank), "ss_steps": str(step),
-            "ss_seed": str(recipe.seed), "ss_base_model_version": self.opened.preset.name,
+            "ss_seed": str(recipe.seed), "wan_mlx.expert": self.expert,
+            "ss_base_model_version": self.opened.preset.name,
             "modelspec.architecture": f"{self.opened.preset.name}/lora", "modelspec.title": self.path.stem,
             "modelspec.trigger_phrase": self.trigger,
             "modelspec.usage_hint": self.trigger and f"write {self.trigger} in the prompt",
@@ -374,8 +408,24 @@ class Training:
         if not path.exists():
             return
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        rows = [row for row in rows if row["step"] <= step]
-        self.losses = [row["loss"] for row in rows]
+        rows = [row for row in rows if row["step"] <= step and (step or "loss" in row)]
+        self.losses = [row["loss"] for row in rows if "loss" in row]
         self.validations = [(row["step"], row["validation"]) for row in rows if "validation" in row]
         with whole_file(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def part_of(checkpoint: Checkpoint, expert: str) -> Part:
+    """The transformer that is trained.
+
+    Raises:
+        UsageError: a model of two has no such expert, or one of one was asked for one.
+    """
+    parts = checkpoint.of_kind("transformer")
+    if not checkpoint.has_experts:
+        if expert:
+            raise UsageError(f"expert is {expert!r}, but the model has one transformer; leave it out")
+        return parts[0]
+    if expert not in SIDES:
+        raise UsageError(f"expert is {expert!r}, expected one of {', '.join(SIDES)}{nearest(expert, SIDES)}")
+    return next(part for part in parts if part.name == f"{expert}_noise")

@@ -14,9 +14,10 @@ import numpy as np
 
 from ..errors import nearest
 from ..option import Limits
+from ..presets import Preset
 from .factors import TARGETS
 
-ORDER, NOISE, TIMESTEPS, CAPTIONS, RANKS, HELD_OUT = range(6)  # what chance is drawn for
+ORDER, NOISE, TIMESTEPS, CAPTIONS, DROPPED, HELD_OUT, PRESERVED, GIVEN = range(8)  # what chance is drawn for
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps after the warm-up → share of the rate
     "constant": lambda share: 1.0,
     "linear": lambda share: 1.0 - share,
@@ -53,10 +54,26 @@ def _normal_quantile(u: np.ndarray) -> np.ndarray:
     return (low + high) / 2
 
 
+def _share_below(sampling: Callable[[np.ndarray, float], np.ndarray], shift: float, level: float) -> float:
+    """The share of drawn levels that are below one."""
+    low, high = 0.0, 1.0
+    for _ in range(60 if 0 < level < 1 else 0):
+        middle = (low + high) / 2
+        below = sampling(np.array([middle]).clip(1e-6, 1 - 1e-6), shift)[0] < level
+        low, high = (middle, high) if below else (low, middle)
+    return float(level >= 1) if not 0 < level < 1 else (low + high) / 2
+
+
 # Names of other trainers: uniform numbers → noise levels sigma in (0, 1).
 TIMESTEP_SAMPLING = {
     "uniform": _uniform, "sigmoid": _sigmoid, "shift": _shifted, "uniform-shift": _uniform_shifted,
 }  # fmt: skip
+
+
+# Where a model's defaults differ: nano learns in minutes on a CPU.
+OF_MODELS: dict[str, dict[str, Any]] = {
+    "nano": {"rank": 8, "steps": 150, "learning_rate": 2e-3, "warmup": 10, "save_every": 50, "caption_dropout": 0.0},
+}
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,9 @@ class Recipe:
         batch, accumulate: their product is the number of clips of a step.
         timesteps: how noise levels are drawn (`TIMESTEP_SAMPLING`); those of one step are spread evenly.
         shift: of "shift" and "uniform-shift".
+        preserve: the share of clips that are trained to be, without the trigger in their caption, what the model made
+            of them before; where it is not 0, clips without a caption are, too.
+        given_frame: TI2V's: the share of clips whose first frame is given.
         caption_dropout: the share of clips that are trained without their caption.
         dropout: the share of a factor's ranks that a step leaves out.
         seed: of all chance.
@@ -98,11 +118,18 @@ class Recipe:
     accumulate: int = 1
     timesteps: str = "shift"
     shift: float = 3.0
+    preserve: float = 0.0
+    given_frame: float = 0.0
     caption_dropout: float = 0.05
     dropout: float = 0.0
     seed: int = 0
     save_every: int = 250
     sample_every: int = 250
+
+    @classmethod
+    def of(cls, preset: Preset, **given: Any) -> Recipe:
+        """A model's own defaults, with what is given in their place."""
+        return cls(**{**OF_MODELS.get(preset.name, {}), **given})
 
     # What may change when a run goes on: the rest would make it another run.
     FREE = ("steps", "save_every", "sample_every")
@@ -157,15 +184,22 @@ class Recipe:
         shuffled = {one: self.chance(ORDER, one).permutation(count) for one in rounds}
         return [int(shuffled[place // count][place % count]) for place in places]
 
-    def sigmas(self, step: int) -> list[float]:
-        """Noise levels of the step's clips, spread evenly over all levels, in drawn order."""
-        chance = self.chance(TIMESTEPS, step)
-        u = (np.arange(self.clips) + chance.uniform(size=self.clips)) / self.clips
-        levels = TIMESTEP_SAMPLING[self.timesteps](chance.permutation(u).clip(1e-6, 1 - 1e-6), self.shift)
-        return levels.tolist()
+    def sigmas(self, step: int, low: float = 0.0, high: float = 1.0) -> list[float]:
+        """Noise levels of the step's clips, spread evenly over those from ``low`` to ``high``, in drawn order."""
+        chance, sampling = self.chance(TIMESTEPS, step), TIMESTEP_SAMPLING[self.timesteps]
+        u = chance.permutation((np.arange(self.clips) + chance.uniform(size=self.clips)) / self.clips)
+        first, last = (_share_below(sampling, self.shift, level) for level in (low, high))
+        return sampling((first + u * (last - first)).clip(1e-6, 1 - 1e-6), self.shift).tolist()
 
     def without_caption(self, step: int) -> list[bool]:
         return (self.chance(CAPTIONS, step).uniform(size=self.clips) < self.caption_dropout).tolist()
+
+    def preserved(self, step: int) -> list[bool]:
+        """Which of the step's clips `preserve` takes: as evenly as can be, from a drawn one on."""
+        places = self.chance(PRESERVED).uniform() + self.preserve * np.arange(
+            step * self.clips, (step + 1) * self.clips + 1
+        )
+        return (np.diff(np.floor(places)) > 0).tolist()
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""
@@ -180,6 +214,7 @@ LIMITS = {
     "learning_rate": Limits(0, 1, above=True),
     "warmup": Limits(0, 1_000_000), "weight_decay": Limits(0, 1), "clip": Limits(0), "batch": Limits(1, 1024),
     "accumulate": Limits(1, 1024), "shift": Limits(0, 100, above=True), "caption_dropout": Limits(0, 1),
+    "preserve": Limits(0, 1, below=True), "given_frame": Limits(0, 1),
     "dropout": Limits(0, 1, below=True), "seed": Limits(0, 2**63 - 1), "save_every": Limits(1),
     "sample_every": Limits(1),
 }  # fmt: skip

@@ -16,6 +16,7 @@ from ..storage import digest, whole_file
 from .factors import Factors
 
 KEPT = 2
+State = tuple[int, Factors, dict[str, Any]]  # the step, the factors, the optimiser's arrays
 NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
@@ -34,8 +35,8 @@ def save_state(folder: Path, step: int, factors: Factors, optimizer: Mapping[str
     return path
 
 
-def newest_state(folder: Path) -> tuple[int, Factors, dict[str, Any]] | None:
-    """The newest whole state: its step, the factors, the optimiser's; None if there is none."""
+def newest_state(folder: Path) -> State | None:
+    """The newest whole state; None if there is none."""
     for step, path in sorted(states_in(folder), reverse=True):
         try:
             arrays, metadata = load_arrays(path)

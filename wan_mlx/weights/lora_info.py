@@ -51,6 +51,12 @@ def is_lora(path: Path) -> bool:
         return False
 
 
+def trigger_words(path: Path) -> str:
+    """The words that a LoRA was trained to be called by, as its metadata has them; "" if it has none."""
+    metadata = open_weights(file_of(path)).metadata
+    return next((metadata[key] for key in FACTS["trigger words"] if metadata.get(key)), "")
+
+
 def inspect_lora(
     path: Path, base: tuple[ComponentWeights, TransformerConfig] | None = None, listener: Listener = unheard
 ) -> Inspection:
