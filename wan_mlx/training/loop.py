@@ -165,8 +165,9 @@ class Training:
         if not held.enter_context(locked(self.folder)):
             raise UsageError(f"another process trains in {self.folder}; wait until it ends, or give a new folder")
         state = self._begin(resume)
-        for path in [*self.folder.glob(f"{DRAWN}*"), *self.folder.glob(f"*/{DRAWN}*")]:
-            path.unlink()  # left by a kill while it was written
+        for folder in (self.folder, self.cache, *(self.folder / name for name in ("checkpoints", "state", "samples"))):
+            for path in folder.glob(f"{DRAWN}*"):
+                path.unlink()  # left by a kill while it was written
         return state
 
     def _steps(self, state: State | None) -> Generator[TrainStep, None, None]:
@@ -249,7 +250,7 @@ class Training:
                              "alone; leave them out")  # fmt: skip
         told = {
             "recipe": self.recipe.as_json(), "model": self.opened.preset.name, "data": self._data,
-            "dtype": self.opened.dtype, "quantize": self.opened.quantize,
+            "trigger": self.trigger, "dtype": self.opened.dtype, "quantize": self.opened.quantize,
         }  # fmt: skip
         path = self.folder / RECIPE
         if path.exists():
