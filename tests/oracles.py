@@ -83,6 +83,19 @@ def unmasked_attention(q, k, v, k_lens=None, **_):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+def official_s2v():
+    """The official module of speech to video's transformer, its CUDA-only attention replaced."""
+    official("modules.model")
+    for name in ("wan.modules.s2v", "wan.distributed"):  # whose own __init__ imports what is not needed
+        if name not in sys.modules:
+            sys.modules[name] = types.ModuleType(name)
+            path = [str(Path(sys.modules["wan"].__path__[0]).joinpath(*name.split(".")[1:]))]
+            sys.modules[name].__path__ = path
+    module = official("modules.s2v.model_s2v")
+    module.flash_attention = official("modules.model").flash_attention = unmasked_attention
+    return module
+
+
 def official_clip():
     """The official CLIP module, its CUDA-only attention replaced; of torchvision it uses the normalisation alone."""
 

@@ -110,6 +110,8 @@ def with_condition(model: Model, conditioning: Conditioning) -> Model:
     """The model with the constant inputs filled in: (latents, timestep, context) → velocity."""
     if conditioning.vace_context is not None:
         return partial(model, vace_context=conditioning.vace_context, vace_scale=conditioning.context_scale)
+    if conditioning.audio is not None:
+        return partial(model, **{name: getattr(conditioning, name) for name in ("reference", "motion", "pose")})
     given: dict[str, Any] = {name: getattr(conditioning, name) for name in ("condition", "image_features", "reference")}
     if conditioning.first_latents is not None:
         given["clean_frames"] = conditioning.first_latents.shape[1]

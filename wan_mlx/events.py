@@ -127,6 +127,15 @@ class Conditioned(Event):
 
 
 @dataclass(frozen=True)
+class ClipStarted(Event):
+    """Of a video that is made in ``total`` clips, number ``index`` from 0 begins."""
+
+    kind, said = "clip", "index total"
+    index: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Stepped(Event):
     """A sampling step is done; of a run that goes on, the step reached is told once more."""
 

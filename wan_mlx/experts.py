@@ -55,6 +55,8 @@ def check_task(path: Path, config: TransformerConfig, preset: Preset, given: Map
         raise ValueError(f"{preset.task} models are not supported yet; supported: {', '.join(TASKS)}")
     if given["image_encoder"] and not config.has_image_branch:
         raise ValueError(f"image_encoder was given to a {preset.task} model, which reads no images with it")
+    if given["audio_encoder"] and not config.hears:
+        raise ValueError(f"audio_encoder was given to a {preset.task} model, which hears nothing")
 
 
 def _described(config: TransformerConfig) -> str:

@@ -23,16 +23,18 @@ class Geometry:
         temporal: frames per latent frame, except the first, which stands for one.
         spatial: pixels per latent along height and width.
         patch: (t, h, w), latents per token along each axis.
+        together: so many tokens along each side go together: in S2V, where older frames have fewer of them.
     """
 
     temporal: int
     spatial: int
     patch: tuple[int, int, int]
+    together: int = 1
 
     @property
     def side(self) -> int:
-        """The number of pixels of which widths and heights are multiples: a token's side."""
-        return self.spatial * math.lcm(*self.patch[1:])
+        """The number of pixels of which widths and heights are multiples: a token's side, or that of several."""
+        return self.spatial * math.lcm(*self.patch[1:]) * self.together
 
     def latent_frames(self, num_frames: int) -> int:
         """Latent frames of a video; of a length that is not allowed, those of the longest allowed one below it."""

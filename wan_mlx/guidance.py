@@ -135,6 +135,7 @@ def guided_velocity(
                 hooks["skip_layers"] = skipped
             if shared:
                 hooks["shared"] = shared
+            hooks |= conditioning.of_pass(branch == UNCOND)
             return model(latents, timestep, contexts[branch], **hooks).astype(mx.float32)
 
         result = cache.velocity(branch, forward)

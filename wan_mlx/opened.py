@@ -51,6 +51,7 @@ from .weights.component import open_component
 from .weights.load import (
     check_loras,
     config_of,
+    load_audio_encoder,
     load_image_encoder,
     load_text_encoder,
     load_transformer,
@@ -413,6 +414,15 @@ class OpenedModel:
         mx.eval(contexts)
         return contexts
 
+    def encode_audio(self, sound: mx.array) -> mx.array:
+        """Sound (samples,), 16,000 a second → wav2vec's hidden states (layers, frames, width), 50 a second."""
+        with self._loading("audio encoder"):
+            encoder = load_audio_encoder(self.checkpoint, progress=counted(self.listener, "loading wav2vec"))
+        states = encoder(sound)
+        mx.eval(states)
+        mx.synchronize()  # only now a failed command buffer is sure to show
+        return states
+
     def encode_images(self, images: mx.array) -> mx.array:
         """Images (N, H, W, 3) in [-1, 1] → CLIP features (N, 257, image_dim)."""
         with self._loading("image encoder"):
@@ -425,18 +435,27 @@ class OpenedModel:
         progress = counted(self.listener, "encoding video")
         return [tiling.encode(vae, progress(video), tile) for video in videos]
 
-    def decode(self, latents: mx.array) -> Iterator[np.ndarray]:
-        """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time."""
+    def decode(self, latents: mx.array, last: tiling.LastFrames | None = None) -> Iterator[np.ndarray]:
+        """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time.
+
+        ``last``: takes the last of them as they are decoded, too.
+        """
         still = latents.shape[1] == 1  # the official code rounds stills and truncates videos
         finish = partial(to_uint8, rounding=still)
         if self.tiny_vae and self._tiny:
             progress = counted(self.listener, "decoding by TAEHV")
+            if last is not None:
+                geometry = self.geometry
+                size = (geometry.spatial * side for side in latents.shape[2:4])
+                last.begin(*size, geometry.num_frames(latents.shape[1]))
             for frames in progress(self._tiny.decode(latents), total=latents.shape[1]):
+                if last is not None:
+                    last.take(frames)
                 yield finish(frames[0])
             return
         decode = tiling.decode if self.vae_tiling == "off" else tiling.decode_in_memory
         vae, tile = self.load_vae(), self.tile_of("decode_tile")
-        for frames in decode(vae, latents, tile, finish, counted(self.listener, "decoding")):
+        for frames in decode(vae, latents, tile, finish, counted(self.listener, "decoding"), last):
             yield frames[0]
 
     def interpolator(self, name: str) -> Path:

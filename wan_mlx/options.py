@@ -51,11 +51,9 @@ CACHES = ("none", "teacache", "magcache", "easycache", "spectrum")
 # Flags of the official generate.py for models that are not supported.
 OTHER_TASKS = {
     "Wan2.2 Animate-14B": ("--src_root_path DIR", "--refert_num N", "--replace_flag", "--use_relighting_lora"),
-    "Wan2.2 S2V-14B": (
-        "--num_clip N", "--audio FILE", "--enable_tts", "--tts_prompt_audio FILE", "--tts_prompt_text TEXT",
-        "--tts_text TEXT", "--pose_video FILE", "--start_from_ref", "--infer_frames N",
-    ),
-}  # fmt: skip
+}
+# Those by which the official S2V has another model make the sound.
+TTS = ("--enable_tts", "--tts_prompt_audio FILE", "--tts_prompt_text TEXT", "--tts_text TEXT")
 
 
 def _read(pattern: str, text: str, kind: str, expected: str) -> tuple[str, ...]:
@@ -193,6 +191,25 @@ class RequestOptions(TypedDict, total=False):
         "--src_ref_images FILES", "pictures of what should appear, a,b,c (vace; one: Fun-Control)", SOURCES, default=(),
         parse=lambda text: tuple(text.split(",")), place="file",
     )]
+    audio: Annotated["Source | None", Option(
+        "--audio FILE", "what the picture says or sings (s2v): a recording, or a video with sound", SOURCES,
+        more="Of any format and rate, up to ten minutes. The video is as long, and an .mp4 has the sound", place="file",
+    )]
+    pose_video: Annotated["Source | None", Option(
+        "--pose_video FILE", "poses that it takes meanwhile (s2v): a video of skeletons, as DWPose draws them", SOURCES,
+        more="At about 16 frames a second; of a faster one every second, third … frame", place="file",
+    )]
+    num_clip: Annotated[int | None, Option(
+        "--num_clip N", "make only the first N clips of it (s2v)", SOURCES, more="By default the sound says how many",
+        limits=Limits(1),
+    )]
+    infer_frames: Annotated[int, Option(
+        "--infer_frames N", "frames of a clip, 4n (s2v; default 80)", SOURCES,
+        more="Less takes less memory, and more clips", default=80, limits=Limits(4, 1000),
+    )]
+    start_from_ref: Annotated[bool, Option(
+        "--start_from_ref", "begin with the picture itself (s2v)", SOURCES,
+    )]
     fit: Annotated[str | None, Option(
         "--fit NAME", "how a picture or video of other proportions comes to the size: {choices}", SOURCES,
         more="`official` takes the proportions of a picture (i2v, flf2v, ti2v, Fun-InP) or of --src_video, and --size "
@@ -266,6 +283,7 @@ class ModelOptions(TypedDict, total=False):
     text_encoder: Annotated[str | Path | None, Option("--text-encoder PATH", LIKEWISE, WEIGHTS, place="name")]
     vae: Annotated[str | Path | None, Option("--vae PATH", LIKEWISE, WEIGHTS, place="name")]
     image_encoder: Annotated[str | Path | None, Option("--image-encoder PATH", LIKEWISE, WEIGHTS, place="name")]
+    audio_encoder: Annotated[str | Path | None, Option("--audio-encoder PATH", LIKEWISE, WEIGHTS, place="name")]
     tokenizer: Annotated[str | Path | None, Option("--tokenizer PATH", LIKEWISE, WEIGHTS, place="name")]
     high_noise: Annotated[str | Path | None, Option(
         "--high-noise PATH", "of a model of two experts (Wan2.2's A14B) the one for the first steps: file, folder or "
@@ -459,6 +477,7 @@ COMMAND_OPTIONS = [
     Option("--dit_fsdp", "", OFFICIAL, no_effect=ONE_GPU),
     Option("--ulysses_size N", "", OFFICIAL, no_effect=ONE_GPU),
     Option("--ring_size N", "", OFFICIAL, no_effect=ONE_GPU),
+    *(Option(flag, "", OFFICIAL, no_effect="no speech is made here; give a recording with --audio") for flag in TTS),
     *(Option(flag, "", OFFICIAL, no_effect=f"it is for {model}, which is not supported")
       for model, spelled in OTHER_TASKS.items() for flag in spelled),
 ]

@@ -119,13 +119,6 @@ def _first(fits: Callable[[OtherModel], Any]) -> OtherModel | None:
 OTHER_MODELS = (
     # Wan2.2.
     OtherModel(
-        "Wan2.2 S2V-14B", "transformer", "official, comfy",
-        keys=("casual_audio_encoder.encoder.final_linear.weight",),
-        entries={"_class_name": "WanModel_S2V", "model_type": "s2v"},
-        lora="audio_injector_|casual_audio_encoder",
-        names=r"wan2[._]2[-_]s2v",
-    ),
-    OtherModel(
         "Wan2.2 Animate-14B", "transformer", "official, comfy, diffusers",
         keys=("face_adapter.fuser_blocks.0.k_norm.weight", "face_adapter.0.to_q.weight pose_patch_embedding.weight"),
         entries={"_class_name": r"WanAnimate(?!2)\w*"},

@@ -13,7 +13,14 @@ from typing import Any
 
 from .errors import nearest
 from .geometry import Geometry
-from .models.configs import TextEncoderConfig, TransformerConfig, VAE22Config, VAEConfig, geometry_of
+from .models.configs import (
+    AUDIO_INJECT_LAYERS,
+    TextEncoderConfig,
+    TransformerConfig,
+    VAE22Config,
+    VAEConfig,
+    geometry_of,
+)
 
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -23,11 +30,17 @@ NEGATIVE_PROMPT = (
 # Tasks for people.
 TASK_NAMES = dict(t2v="text to video", i2v="image to video", flf2v="first and last frame", vace="editing (VACE)",
                   ti2v="text, image to video", inp="both ends (Fun)",
-                  control="control video (Fun)")  # fmt: skip
+                  control="control video (Fun)",
+                  s2v="speech to video")  # fmt: skip
 # Models that come with the package: name → folder.
 BUNDLED = {name: Path(__file__).parent / "assets" / name for name in ("nano", "nano-i2v")}
 # A LoRA beside a bundled model's weights, with which it is sampled by its preset's recipe.
 FOUR_STEPS = "four_steps.safetensors"
+# S2V's own.
+NEGATIVE_SPEECH = (
+    "画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，"
+    "畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
 CAMERA_SHAKE = "镜头晃动，"
 SCENE_CUT = "镜头切换，"
 
@@ -117,6 +130,7 @@ _T2V_14B = TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=4
 _I2V_14B = replace(_T2V_14B, model_type="i2v", in_dim=36)
 _I2V_A14B = replace(_I2V_14B, image_dim=None)
 _VACE_14B = replace(_T2V_14B, model_type="vace", vace_layers=tuple(range(0, 40, 5)))
+_S2V_14B = replace(_T2V_14B, model_type="s2v", audio_inject_layers=AUDIO_INJECT_LAYERS)
 _NANO = TransformerConfig(dim=256, ffn_dim=640, num_heads=2, num_layers=6, text_dim=128)
 _TI2V_5B = TransformerConfig("ti2v", 3072, 14336, 24, 30, in_dim=48, out_dim=48)
 _720P = (1280, 720)
@@ -149,13 +163,15 @@ COMFYUI_PARTS = {
     "text_encoder": f"{_COMFYUI}/text_encoders/umt5_xxl_fp16.safetensors",
     "vae": f"{_COMFYUI}/vae/wan_2.1_vae.safetensors",
     "image_encoder": f"{_COMFYUI}/clip_vision/clip_vision_h.safetensors",
+    "audio_encoder": f"{_COMFYUI_22}/audio_encoders/wav2vec2_large_english_fp16.safetensors",
     "tokenizer": "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/spiece.model",
 }
 COMFYUI_VAE_22 = f"{_COMFYUI_22}/vae/wan2.2_vae.safetensors"  # TI2V-5B's
 
 # A model's parts, as flags and files name them.
-NETWORKS = ("transformer", "text_encoder", "vae", "image_encoder")
+NETWORKS = ("transformer", "text_encoder", "vae", "image_encoder", "audio_encoder")
 PARTS = (*NETWORKS, "tokenizer")
+OPTIONAL = ("image_encoder", "audio_encoder")  # which only models have that see, or hear
 EXPERTS = ("high_noise", "low_noise")  # the transformers of a model that has two
 MODULE = "vace_module"  # VACE's part of a transformer, in a file of its own
 GIVEN_APART = (*PARTS, *EXPERTS, MODULE)
@@ -221,6 +237,12 @@ _RELEASED = (
         cinematic=True,
         diffusers="Wan-AI/Wan2.2-TI2V-5B-Diffusers", gguf="QuantStack/Wan2.2-TI2V-5B-GGUF",
         comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_ti2v_5B_fp16.safetensors",
+    ),
+    Preset(
+        "s2v-14B", "s2v", "Wan-AI/Wan2.2-S2V-14B", _S2V_14B, 16_295_755_609, _720P, num_frames=77,
+        sampling=Sampling(steps=40, shift=3.0, guidance_scale=4.5), negative_prompt=NEGATIVE_SPEECH,
+        gguf="QuantStack/Wan2.2-S2V-14B-GGUF",
+        comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_s2v_14B_bf16.safetensors",
     ),
     # Alibaba PAI's, made from Wan2.2; constants follow the configurations and examples of its repository VideoX-Fun.
     Preset(

@@ -72,7 +72,9 @@ def build_request(
     values |= {name: getattr(preset, name) for name in ("negative_prompt", "num_frames", "task")}
     values["model_fps"] = preset.fps
     sides = [given.pop(name, None) for name in ("size", "width", "height")]
-    values["width"], values["height"] = size_of(preset, geometry, *sides)
+    # Of a model that takes a size as an area it need not be one that videos have.
+    sizes = replace(geometry, together=1)
+    values["width"], values["height"] = size_of(preset, sizes, *sides)
     del values["size"]
     values |= {"strength": DEFAULT_STRENGTH if "video" in given else 1.0} | given
     sampling = vars(preset.sampling_for(values["width"], values["height"]))
@@ -176,7 +178,8 @@ def check_request(request: Request, may_be_empty: bool = False) -> None:
     """Raise ValueError, with the nearest valid choice, if a value cannot be used; ``may_be_empty``: the prompt."""
     if not (request.prompt or "").strip() and not may_be_empty:
         raise ValueError("the prompt is empty; say what the video should show")
-    request.geometry.check_size(request.width, request.height)
+    fitted = request.task == "s2v" and request.fit == "official"
+    (replace(request.geometry, together=1) if fitted else request.geometry).check_size(request.width, request.height)
     request.geometry.check_frames(request.num_frames)
     least = {"strength": f"{1 / max(1, request.steps):g}"}
     for option in options.of(REQUEST):

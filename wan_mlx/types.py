@@ -39,7 +39,7 @@ LoraChoices: TypeAlias = "Iterable[LoraChoice] | LoraChoice | Mapping[str, Itera
 
 MOST_IMAGES = 10_000  # of a series
 # Fields of a `Request` that hold one source each; src_ref_images holds several.
-SOURCE_FIELDS = ("image", "last_image", "src_video", "src_mask", "video")
+SOURCE_FIELDS = ("image", "last_image", "src_video", "src_mask", "video", "audio", "pose_video")
 
 
 def describe_source(source: Source | None, name: Callable[[str], str] = str) -> str | None:
@@ -63,7 +63,8 @@ class Request:
     second: the model makes ``model_fps``, and what ``interpolate`` names makes those between. Sources are None where
     the task has no use for them. ``original_prompt`` is the user's own where ``prompt`` was written out by the language
     model ``extended_by``. ``source_sizes`` are the (width, height) of the sources that are brought to the video's
-    size, by their fields' names. ``draft_of``: of a draft the width, height and steps of the video that it is for.
+    size, by their fields' names. ``draft_of``: of a draft the width, height and steps of the video that it is for. A
+    video is made in so many ``clips``, one after the other, each sampled on its own, as ``clip_frames`` frames.
     """
 
     prompt: str
@@ -99,6 +100,13 @@ class Request:
     original_prompt: str | None = None
     extended_by: str | None = None
     draft_of: tuple[int, int, int] | None = None
+    audio: Source | None = None
+    pose_video: Source | None = None
+    num_clip: int | None = None
+    infer_frames: int = 80
+    start_from_ref: bool = False
+    clips: int = 1
+    clip_frames: int | None = None
     geometry: Geometry = WAN_2_1
     source_sizes: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False)
 
@@ -139,8 +147,8 @@ class Request:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """``(t, h, w)`` of the latents."""
-        return self.geometry.latent_shape(self.width, self.height, self.num_frames)
+        """``(t, h, w)`` of the latents; of a video in clips, of one of these."""
+        return self.geometry.latent_shape(self.width, self.height, self.clip_frames or self.num_frames)
 
     @property
     def frames_written(self) -> int:
@@ -156,8 +164,13 @@ class Request:
 
     @property
     def steps_made(self) -> int:
-        """How many steps of the grid are made: all, unless a video is there to start from."""
+        """How many steps of the grid are made: all, unless a video is there to start from; of each clip as many."""
         return round(self.strength * self.steps)
+
+    @property
+    def steps_of_clips(self) -> int:
+        """How many steps are made in all."""
+        return self.clips * self.steps_made
 
     @property
     def guidance_scales(self) -> tuple[float, float]:
@@ -195,8 +208,17 @@ class Conditioning:
         reference: float32 (1, 1, h, w, C), control: latents of the reference image.
         image_features: (N, 257, image_dim), CLIP features of the N given images.
         vace_context: float32 (1, t, h, w, 2C + 64), VACE: latents of the kept part, of the changed part, and the mask.
+        audio: float32 (1, layers, T, width), S2V: what is heard in each frame of all clips; the pass without prompt
+            hears nothing.
+        heard: (first, end): the frames of this clip.
+        motion: float32 (1, n, h, w, C), S2V: latents of the frames before the clip, if there are such.
+        pose: float32 (1, t, h, w, C), S2V: latents of the poses, if there are such.
+        last_frames: float32 (n, H, W, 3), S2V: the frames before the clip, where the next one needs these too.
         context_scale: strength of VACE's hints.
         trim_latents: latent frames to cut from the start before decoding: VACE's reference images, counted in t.
+        trim_frames: decoded frames to leave out of the start.
+        clip: which of the request's clips it is, from 0; when it begins there are ``frames_before``, and
+            ``forwards_before`` are computed.
     """
 
     noise: mx.array
@@ -209,8 +231,17 @@ class Conditioning:
     reference: mx.array | None = None
     image_features: mx.array | None = None
     vace_context: mx.array | None = None
+    audio: mx.array | None = None
+    heard: tuple[int, int] = (0, 0)
+    motion: mx.array | None = None
+    pose: mx.array | None = None
+    last_frames: mx.array | None = None
     context_scale: float = 1.0
     trim_latents: int = 0
+    trim_frames: int = 0
+    clip: int = 0
+    frames_before: int = 0
+    forwards_before: int = 0
 
     def __repr__(self) -> str:
         return f"Conditioning({', '.join(f'{name} {array.shape}' for name, array in self.arrays().items())})"
@@ -218,6 +249,13 @@ class Conditioning:
     def arrays(self) -> dict[str, mx.array]:
         """The fields that hold an array, by name."""
         return {name: value for name, value in vars(self).items() if hasattr(value, "dtype")}
+
+    def of_pass(self, negative: bool) -> dict[str, mx.array]:
+        """What the passes with the prompt and without it do not share beside the text: the latter hears nothing."""
+        if self.audio is None:
+            return {}
+        heard = self.audio[:, :, slice(*self.heard)]
+        return {"audio": heard * 0 if negative else heard}
 
 
 class Encoders(Protocol):
@@ -228,6 +266,9 @@ class Encoders(Protocol):
 
     def encode_text(self, texts: Sequence[str]) -> list[mx.array]:
         """Texts → embeddings zero-padded to (1, 512, text_dim) each."""
+
+    def encode_audio(self, sound: mx.array) -> mx.array:
+        """Sound float32 (samples,), 16,000 a second → hidden states (layers, frames, width), 50 a second."""
 
     def encode_images(self, images: mx.array) -> mx.array:
         """Images float32 (N, H, W, 3) in [-1, 1] → CLIP features (N, 257, image_dim)."""

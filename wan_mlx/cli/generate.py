@@ -146,7 +146,7 @@ def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, in
         watch([job], args.preview or seen.get("path"), given.get("preview_every", seen.get("every", 1)))
         describe(pipe, request, say, {output: request.seed})
         tell_watching(pipe, job.previews, say)
-        say.note(f"goes on   {folder.steps_done} of {request.steps_made} steps are done")
+        say.note(f"goes on   {folder.steps_done} of {request.steps_of_clips} steps are done")
         return 0 if args.dry_run else make(job, say, interrupts, folder)
 
 

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from ..errors import WeightsError, some
 from ..other_models import of_name
-from ..presets import EXPERTS, NETWORKS, PARTS, PRESETS, Preset
+from ..presets import EXPERTS, NETWORKS, OPTIONAL, PARTS, PRESETS, Preset
 
 T = TypeVar("T")
 _TRANSFORMER = ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors")
@@ -32,6 +32,7 @@ def _inside(folder: str, names: Collection[str] = _TRANSFORMER) -> tuple[str, ..
     return tuple(f"{folder}/{name}" for name in names)
 
 
+WAV2VEC = "wav2vec2-large-xlsr-53-english"
 # The official folder: component → the names it is published under, first one wins.
 OFFICIAL_FILES = {
     "transformer": _TRANSFORMER,
@@ -40,6 +41,7 @@ OFFICIAL_FILES = {
     "text_encoder": ("models_t5_umt5-xxl-enc-bf16.pth",),
     "vae": ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth"),
     "image_encoder": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
+    "audio_encoder": (f"{WAV2VEC}/model.safetensors",),
     "tokenizer": ("google/umt5-xxl/spiece.model",),
 }
 DIFFUSERS_FILES = {
@@ -62,7 +64,7 @@ warnings.filterwarnings("ignore", "IProgress not found")
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[^:]+))?")
 WEIGHT_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt")
 # Small files of all layouts, besides the weights.
-_FOLDERS = (*NETWORKS, "tokenizer", "transformer_2", "high_noise_model", "low_noise_model")
+_FOLDERS = (*NETWORKS, "tokenizer", "transformer_2", "high_noise_model", "low_noise_model", WAV2VEC)
 CONFIGS = ("config.json", "model_index.json", *(f"{folder}/config.json" for folder in _FOLDERS))
 # What a file's name says of which expert it is; only for notes, since it may be wrong.
 NAMED_EXPERT = re.compile(r"(?i:(?<![a-z])(?P<word>high|low)[-_ ]?noise)|(?<![A-Za-z])(?P<short>HIGH|LOW)(?![A-Za-z])")
@@ -149,13 +151,13 @@ def needed_files(names: Iterable[str], repo: str, parts: Collection[str] = PARTS
     needed, missing = [name for name in CONFIGS if name in names], []
     two = EXPERTS if set(EXPERTS).intersection(_transformers(files, names)) else ()
     for component in _each(parts, two):
-        if component not in files:
+        if component not in files and component not in OPTIONAL:
             raise WeightsError(f"{repo} has no {component} for a whole model; {weights_in(names, repo)}")
-        candidates = files[component]
+        candidates = files.get(component, ())
         present = [name for name in candidates if name in names]
         if present:
             needed += [present[0], *_shards(present[0], names)]
-        elif component != "image_encoder":  # only models that read images have one
+        elif component not in OPTIONAL:
             missing.append(f"{' or '.join(candidates)} ({component})")
     if missing:
         lacking = f"({layout} layout){_known_as(repo)}: it lacks {'; '.join(missing)}"

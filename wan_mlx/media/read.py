@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -352,18 +352,20 @@ def _decoded(path: Path, faults: set[str]) -> Generator[av.VideoFrame, None, Non
 
 
 @contextmanager
-def open_container(path: Path) -> Iterator[InputContainer]:
+def open_container(path: Path, kind: str = "video", closed: Mapping[str, str] = CLOSED) -> Iterator[InputContainer]:
     """A video's file. Nothing that it says makes FFmpeg open another.
+
+    ``kind``: what it is read as, in which formats ``closed`` says.
 
     Raises:
         ValueError: it is in no such format, or damaged.
     """
     try:
-        with path.open("rb") as file, av.open(file, "r", options=CLOSED) as container:
+        with path.open("rb") as file, av.open(file, "r", options=dict(closed)) as container:
             yield container
     except FAULTS as error:
-        raise ValueError(f"{path} cannot be read as a video: {error.strerror}; expected a whole file in one of the "
-                         f"formats {VIDEOS}") from error  # fmt: skip
+        raise ValueError(f"{path} cannot be read as a {kind}: {error.strerror}; expected a whole file in one of the "
+                         f"formats {closed['format_whitelist']}") from error  # fmt: skip
 
 
 def _to_rgb(first: av.VideoFrame) -> av.filter.Graph:

@@ -21,6 +21,7 @@ from ..errors import SamplingError, WanError, nearest
 from ..storage import parse_json, publish
 from .read import open_container, open_picture
 from .sound import CopiedSound
+from .speech import Speech
 
 ENDINGS = (".mp4", ".gif", ".webp", ".png", ".npz")
 MAX_FPS = 240
@@ -102,6 +103,7 @@ class VideoWriter:
         overwrite: replace an existing file.
         folder: of the unfinished file, on the same file system; None: beside ``path``.
         sound: a file whose sound an ``.mp4`` is to have, too; one that `media.sound.fits_mp4`.
+        speech: a file whose sound it is to have, of any kind, which ends it if it is shorter (`media.speech`).
 
     Attributes:
         latents: set it before the block ends to store it in an ``.npz``.
@@ -120,9 +122,10 @@ class VideoWriter:
         overwrite: bool = False,
         folder: Path | None = None,
         sound: Path | None = None,
+        speech: Path | None = None,
     ):
         self.path, self.fps, self.size, self.overwrite = check_output(path, overwrite), fps, size, overwrite
-        self.folder, self._sound = self.path.parent if folder is None else folder, sound
+        self.folder, self._sound, self._speech = self.path.parent if folder is None else folder, sound, speech
         self.latents: np.ndarray | None = None
         self.when_whole: Callable[[Path], None] | None = None
         self._ending = self.path.suffix.lower()
@@ -141,7 +144,8 @@ class VideoWriter:
         self._frames: list[np.ndarray] = []
         self._count = 0
         is_mp4 = self._ending == ".mp4"
-        self._mp4 = _Mp4(self._temporary, self.fps, self.size, self._text, self._sound) if is_mp4 else None
+        sounds = self._sound, self._speech
+        self._mp4 = _Mp4(self._temporary, self.fps, self.size, self._text, *sounds) if is_mp4 else None
         return self
 
     def write(self, frames: np.ndarray) -> None:
@@ -192,6 +196,7 @@ def save_video(
     settings: dict[str, Any],
     latents: np.ndarray | None = None,
     overwrite: bool = True,
+    speech: Path | None = None,
 ) -> Path:
     """Write a whole video, frames uint8 (T, H, W, 3), like `VideoWriter`; returns the path.
 
@@ -199,7 +204,7 @@ def save_video(
         ValueError: as `VideoWriter`.
     """
     height, width = frames.shape[1:3]
-    with VideoWriter(path, fps, (width, height), settings, overwrite) as writer:
+    with VideoWriter(path, fps, (width, height), settings, overwrite, speech=speech) as writer:
         writer.write(frames)
         writer.latents = latents
     return Path(path)
@@ -257,28 +262,33 @@ def settings_text(settings: dict[str, Any], indent: int | None = None) -> str:
 class _Mp4:
     """H.264 by PyAV; imageio's writer passes its encoder no options, hence no quality."""
 
-    def __init__(self, path: Path, fps: float, size: tuple[int, int], text: str, sound: Path | None = None):
+    def __init__(
+        self, path: Path, fps: float, size: tuple[int, int], text: str, sound: Path | None, speech: Path | None
+    ):
         self._folder, self._fps, self._count = path.absolute().parent, fps, 0
         self._file = av.open(str(path.absolute()), "w", format="mp4", options={"movflags": "+faststart"})
         self._file.metadata["comment"] = text
         self._video = self._file.add_stream("libx264", Fraction(fps).limit_denominator(10_000), options=X264)
         self._video.width, self._video.height, self._video.pix_fmt = *size, "yuv420p"
         self._sound = CopiedSound(sound, self._file) if sound else None
+        self._speech = Speech(speech, self._file, fps) if speech else None
 
     def write(self, frames: np.ndarray) -> None:
         with self._telling():
-            for frame in frames:
+            for frame in frames[: self._speech and max(0, self._speech.frames - self._count)]:
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
                 self._file.mux(self._video.encode(picture))
                 self._count += 1
-                if self._sound is not None:
-                    self._sound.copy(self._count / self._fps)
+                for sound in filter(None, (self._sound, self._speech)):
+                    sound.copy(self._count / self._fps)
 
     def finish(self) -> None:
         with self._telling():
             self._file.mux(self._video.encode(None))
             if self._sound is not None:
                 self._sound.copy(float("inf"))
+            if self._speech is not None:
+                self._speech.finish(self._count / self._fps)
             self._file.close()
 
     def close(self) -> None:

@@ -9,13 +9,16 @@ from ..geometry import Geometry
 
 NUM_TRAIN_TIMESTEPS = 1000
 TEXT_LEN = 512
+AUDIO_INJECT_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)  # of the released S2V, of 40 layers
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of the diffusion transformer. ``model_type`` is t2v, i2v, flf2v, vace, ti2v or control; ``image_dim`` is
-    the width of CLIP's features, None for Wan2.2's I2V-A14B, which reads none; ``ref_dim`` the channels of the latents
-    of Fun-Control's reference image, which no other model reads."""
+    """Sizes of the diffusion transformer. ``model_type`` is t2v, i2v, flf2v, vace, ti2v, control or s2v; ``image_dim``
+    is the width of CLIP's features, None for Wan2.2's I2V-A14B, which reads none; ``ref_dim`` the channels of the latents
+    of Fun-Control's reference image, which no other model reads. S2V's: ``audio_inject_layers`` are followed by sound;
+    ``audio_layers`` hidden states of ``audio_dim`` become ``audio_tokens`` and one more for each latent frame, and,
+    with ``audio_adain``, the norm before them is the sound's too."""
 
     model_type: str = "t2v"
     dim: int = 1536
@@ -33,6 +36,11 @@ class TransformerConfig:
     vace_layers: tuple[int, ...] = ()
     vace_in_dim: int = 96
     ref_dim: int | None = None
+    audio_inject_layers: tuple[int, ...] = ()
+    audio_layers: int = 25
+    audio_dim: int = 1024
+    audio_tokens: int = 4
+    audio_adain: bool = True
 
     @property
     def head_dim(self) -> int:
@@ -42,6 +50,11 @@ class TransformerConfig:
     def has_image_branch(self) -> bool:
         """Whether cross-attention also reads CLIP features (``k_img``, ``v_img``)."""
         return self.model_type in ("i2v", "flf2v") and self.image_dim is not None
+
+    @property
+    def hears(self) -> bool:
+        """Whether it takes what an audio encoder makes of sound."""
+        return self.model_type == "s2v"
 
     @property
     def kind(self) -> tuple[str, bool, int]:
@@ -74,6 +87,22 @@ class ImageEncoderConfig:
     mlp_ratio: int = 4
     num_heads: int = 16
     num_layers: int = 32
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class AudioEncoderConfig:
+    """Sizes of wav2vec 2.0; the defaults are those of its large XLSR form."""
+
+    dim: int = 1024
+    ffn_dim: int = 4096
+    num_heads: int = 16
+    num_layers: int = 24
+    conv_dim: tuple[int, ...] = (512,) * 7
+    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    pos_kernel: int = 128
+    pos_groups: int = 16
     eps: float = 1e-5
 
 
@@ -136,4 +165,5 @@ class VAE22Config(VAEConfig):
 
 def geometry_of(transformer: TransformerConfig, vae: VAEConfig) -> Geometry:
     """The sizes of latents and tokens of a model with these two networks."""
-    return replace(vae.geometry, patch=transformer.patch_size)
+    together = 4 if transformer.hears else 1
+    return replace(vae.geometry, patch=transformer.patch_size, together=together)

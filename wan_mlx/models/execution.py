@@ -29,6 +29,7 @@ from .configs import TextEncoderConfig
 from .image_encoder import ImageEncoder
 from .layers import gated_add
 from .rope import RopeTable, rows_of
+from .s2v import AudioInjector, Heard, S2VTransformer
 from .text_encoder import EncoderBlock, checked_ids
 from .transformer import Block, BlocksHook, ForwardPass, Modulation, Runs, Transformer, by_runs
 from .vace import VaceBlock, VaceTransformer
@@ -194,6 +195,8 @@ class Execution:
                 control = self.run_block(block, control, this_pass, pace, once(name))
                 tokens.append(gated_add(tokens.pop(), in_dispatches(block.after_proj, control, pace), scale))
                 pace(tokens[0])
+            elif isinstance(block, AudioInjector):
+                tokens.append(self.inject(block, tokens.pop(), this_pass, pace))
             else:
                 tokens.append(self.run_block(block, tokens.pop(), this_pass, pace, once(name)))
             if self.blocks is not None:  # a streamed block is emptied when the next one is requested
@@ -218,8 +221,18 @@ class Execution:
         rests = [(tokens, partial(rest, block, m, pairs, pace)) for tokens, m in runs]
         return in_token_chunks(rests, pieces, pace, at_once)
 
+    def inject(self, injector: AudioInjector, x: mx.array, this_pass: ForwardPass, pace: Pacer) -> mx.array:
+        """Same as `AudioInjector.inject` of each latent frame: x (B, L, D) → (B, L, D)."""
+        assert isinstance(self.model, S2VTransformer), "it alone has injectors"
+        pieces = [x]
+        del x
+        frames = [(n, partial(_inject, injector, heard, pace)) for n, heard in self.model.hearing(injector, this_pass)]
+        at_once = min(pace.tokens_at_once, tokens_per_dispatch(injector.o, pieces[0]))
+        return in_token_chunks(frames, pieces, pace, at_once)
+
     def leave(self, x: mx.array, this_pass: ForwardPass, pace: Pacer) -> mx.array:
         """Same as `Transformer.leave`: tokens (B, L, D) → velocity, float32 (B, t, h, w, out_dim)."""
+        x, this_pass = self.model.of_video(x, this_pass)
 
         def project(time: mx.array, pieces: list[mx.array]) -> mx.array:
             y = self.model.head(pieces.pop(), time)
@@ -353,6 +366,16 @@ def _after_norm(block: Block, m: Modulation, pairs: Pairs, pace: Pacer, pieces: 
     parts = token_parts(feed_forward, pieces, at_once)
     x = kernels.gated_add(x, parts, m.gate_ffn)
     pace.submit(x)
+    return x
+
+
+def _inject(injector: AudioInjector, heard: Heard | None, pace: Pacer, pieces: list[mx.array]) -> mx.array:
+    """`AudioInjector.inject` for some tokens of one latent frame; ``pieces`` are these, and are emptied."""
+    x = pieces.pop()
+    pieces.clear()
+    if heard is not None:
+        x = x + injector.o(injector.attend(injector.normed(x, heard), heard[2], partial(attention, pace=pace)))
+        pace(x)
     return x
 
 

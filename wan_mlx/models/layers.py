@@ -52,6 +52,19 @@ def kron_product(x: mx.array, left: mx.array, right: mx.array) -> mx.array:
     return (inner.swapaxes(-1, -2) @ left.T).swapaxes(-1, -2).reshape(*x.shape[:-1], -1)
 
 
+class Conv1d(nn.Module):
+    """A convolution in time, (B, T, inputs) → (B, fewer, outputs), not initialised at random."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1):
+        super().__init__()
+        self.stride = stride
+        self.weight = mx.zeros((outputs, kernel, inputs))
+        self.bias = mx.zeros((outputs,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.conv1d(x, self.weight, self.stride) + self.bias
+
+
 class Embedding(nn.Embedding):
     """``nn.Embedding``, not initialised at random."""
 

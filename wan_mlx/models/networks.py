@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from .configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAE22Config, VAEConfig
+from .audio_encoder import AudioEncoder
+from .configs import (
+    AudioEncoderConfig,
+    ImageEncoderConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VAE22Config,
+    VAEConfig,
+)
 from .image_encoder import ImageEncoder
+from .s2v import S2VTransformer
 from .text_encoder import TextEncoder
 from .transformer import Transformer
 from .vace import VaceTransformer
@@ -14,10 +23,11 @@ from .vae22 import VAE22
 
 TRANSFORMERS = {
     "t2v": Transformer, "i2v": Transformer, "flf2v": Transformer, "vace": VaceTransformer, "ti2v": Transformer,
-    "control": Transformer,
+    "control": Transformer, "s2v": S2VTransformer,
 }  # fmt: skip
 NETWORKS = {
     TextEncoderConfig: TextEncoder, VAEConfig: VAE, VAE22Config: VAE22, ImageEncoderConfig: ImageEncoder,
+    AudioEncoderConfig: AudioEncoder,
 }  # fmt: skip
 
 

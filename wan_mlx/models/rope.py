@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 
 import mlx.core as mx
@@ -15,7 +16,13 @@ RopeTable = tuple[mx.array, mx.array]
 
 @lru_cache(maxsize=4)
 def rope_table(grid: tuple[int, int, int], head_dim: int) -> RopeTable:
-    """Cosines and sines for every token of a patch grid.
+    """Cosines and sines for every token of a patch grid, which begins at (0, 0, 0); as `rope_of`."""
+    time, height, width = (tuple(range(side)) for side in grid)
+    return rope_of((time, height, width), head_dim)
+
+
+def rope_of(positions: tuple[Sequence[int], Sequence[int], Sequence[int]], head_dim: int) -> RopeTable:
+    """Cosines and sines for every token of a grid, whose rows along (time, height, width) are at ``positions``.
 
     Built in float64: at hundreds of positions, float32 angles are already visibly wrong.
 
@@ -24,9 +31,10 @@ def rope_table(grid: tuple[int, int, int], head_dim: int) -> RopeTable:
         (a, b) its angle's cosine, and (-sine, sine). Tokens are in (time, height, width) order.
     """
     angles, spatial = [], 2 * (head_dim // 6)  # channels that rotate with height, and with width
+    grid = [len(places) for places in positions]
     for axis, dim in enumerate((head_dim - 2 * spatial, spatial, spatial)):
         frequency = THETA ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-        angle = np.outer(np.arange(grid[axis], dtype=np.float64), frequency)
+        angle = np.outer(np.asarray(positions[axis], dtype=np.float64), frequency)
         shape = [1, 1, 1, dim // 2]
         shape[axis] = grid[axis]
         angles.append(np.broadcast_to(angle.reshape(shape), (*grid, dim // 2)))

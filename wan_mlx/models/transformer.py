@@ -27,9 +27,12 @@ from .rope import RopeTable, rope_table
 T = TypeVar("T")
 
 # Attributes that are lists of blocks, in all transformers.
-BLOCK_LISTS = ("blocks", "vace_blocks")
+BLOCK_LISTS = ("blocks", "vace_blocks", "audio_injectors")
 # Parameters that stay float32 in any dtype: few bytes, and rounding them is visible.
-FLOAT32_PARAMETERS = r"(^|.*\.)(time_\w+|\w*patch_embedding|ref_conv|head|modulation|norm\w*|emb_pos)(\..*|$)"
+FLOAT32_PARAMETERS = (
+    r"(^|.*\.)(time_\w+|\w*patch_embedding|ref_conv|head|modulation|norm\w*|emb_pos|"
+    r"cond_encoder|frame_packer|casual_audio_encoder)(\..*|$)"
+)
 
 
 class Modulation(NamedTuple):
@@ -169,6 +172,7 @@ class ForwardPass:
     clean: Clean | None = None  # the tokens of given frames
     vace_context: mx.array | None = None  # latents of VACE's control video
     vace_scale: float = 1.0  # strength of its hints
+    voice: tuple[mx.array, mx.array | None] | None = None  # what each latent frame hears (`s2v.Voice`)
 
     @property
     def for_blocks(self) -> tuple[mx.array, mx.array, mx.array | None, RopeTable, Clean | None]:
@@ -279,7 +283,12 @@ class Transformer(nn.Module):
 
     def leave(self, x: mx.array, this_pass: ForwardPass) -> mx.array:
         """Everything after the blocks: tokens (B, L, D) → velocity, float32 (B, t, h, w, out_dim)."""
+        x, this_pass = self.of_video(x, this_pass)
         return self.unpatchify(by_runs(self.head, this_pass.times, x), this_pass.grid)
+
+    def of_video(self, x: mx.array, this_pass: ForwardPass) -> tuple[mx.array, ForwardPass]:
+        """The tokens that `leave` needs, and their values."""
+        return x, this_pass
 
     def run_blocks(self, x: mx.array, this_pass: ForwardPass, skip_layers: Collection[int] = ()) -> mx.array:
         """Tokens (B, L, D) through the blocks."""
@@ -318,10 +327,15 @@ class Transformer(nn.Module):
         if (given := None if reference is None else reference.shape) != expected:
             raise ValueError(f"reference has shape {given}, expected {expected} for this {c.model_type} model")
 
-    def patchify(self, latents: mx.array, embedding: Linear) -> tuple[mx.array, tuple[int, int, int]]:
-        """Latents (B, t, h, w, channels) → tokens (B, L, D), one embedded patch each, and the patch grid."""
+    def patchify(
+        self, latents: mx.array, embedding: Linear, patch: tuple[int, int, int] | None = None
+    ) -> tuple[mx.array, tuple[int, int, int]]:
+        """Latents (B, t, h, w, channels) → tokens (B, L, D), one embedded patch each, and the patch grid.
+
+        ``patch``: another size than the model's.
+        """
         b, t, h, w, c = latents.shape
-        pt, ph, pw = self.config.patch_size
+        pt, ph, pw = patch or self.config.patch_size
         grid = (t // pt, h // ph, w // pw)
         x = latents.reshape(b, grid[0], pt, grid[1], ph, grid[2], pw, c)
         x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)

@@ -45,6 +45,7 @@ def decode(
     tile: tuple[int, int] | None,
     finish: Callable[[mx.array], np.ndarray] = np.array,
     progress: Callable[..., Iterable] = lambda items, total=None: items,
+    last: LastFrames | None = None,
 ) -> Iterator[np.ndarray]:
     """Decode, in tiles unless ``tile`` is None.
 
@@ -55,6 +56,7 @@ def decode(
         finish: converts float32 (1, n, H, W, 3) in [-1, 1] for keeping, same shape; all of a tiled video is kept, so
             the result should be small.
         progress: wraps the iteration.
+        last: takes the last frames as they are decoded, too.
 
     Returns:
         An iterator over the frames of `VAE.decode`, 1 and then 4 at a time, after ``finish``. With tiles the first
@@ -65,11 +67,14 @@ def decode(
     """
     vae = run.vae
     whole = run.decode(latents)  # checks the shape; computes nothing before the first frame is requested
+    _, count, height, width, _ = latents.shape
+    last = last or LastFrames(0)
+    last.begin(*(vae.geometry.spatial * n for n in (height, width)), vae.geometry.num_frames(count))
     if tile is None:
         for frames in progress(whole, total=latents.shape[1]):
+            last.take(frames)
             yield finish(frames)
         return
-    _, count, height, width, _ = latents.shape
     starts = [0, *(vae.geometry.num_frames(index) for index in range(1, count + 1))]
     middle = list(run.flow(vae.decoder.whole, vae.unpack(latents), PacedCache()))
     tiles = tiles_of(vae, (height, width), tile, decoding=True)
@@ -80,6 +85,7 @@ def decode(
         parts = run.decode_frames((one.source(frame, cache) for frame in middle), one.layers, cache)
         for start, frames in zip(starts, parts, strict=False):
             next(work)
+            last.take(frames, start, slice(*rows), slice(*columns))
             pixels = finish(frames)
             if canvas is None:
                 size = [n * vae.geometry.spatial for n in (height, width)]
@@ -97,12 +103,13 @@ def decode_in_memory(
     tile: tuple[int, int] | None,
     finish: Callable[[mx.array], Any],
     progress: Callable[..., Iterable],
+    last: LastFrames | None = None,
 ) -> Iterator[Any]:
     """`decode`; when memory runs out, again with smaller tiles, which give the same frames."""
     given, size = 0, (run.vae.geometry.spatial * latents.shape[3], run.vae.geometry.spatial * latents.shape[2])
     while True:
         try:
-            for frames in islice(decode(run, latents, tile, finish, progress), given, None):
+            for frames in islice(decode(run, latents, tile, finish, progress, last), given, None):
                 given += 1
                 yield frames
             return
@@ -112,6 +119,29 @@ def decode_in_memory(
                 raise
             log.warning("decoding ran out of memory; again in tiles of %dx%d", *tile)
         mx.clear_cache()
+
+
+class LastFrames:
+    """The last ``count`` frames of a video as they were decoded, float32 (count, H, W, 3) in [-1, 1]: ``frames``."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.frames = np.empty((0, 0, 0, 3), np.float32)
+
+    def begin(self, height: int, width: int, total: int) -> None:
+        """Before the first of ``total`` frames."""
+        self.frames = np.empty((min(self.count, total), height, width, 3), np.float32)
+        self._first, self._next = total - len(self.frames), 0
+
+    def take(
+        self, decoded: mx.array, start: int | None = None, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> None:
+        """Some frames (1, n, H, W, 3), or a tile of them: of these the first is number ``start``, else the next."""
+        start = self._next if start is None else start
+        self._next = start + decoded.shape[1]
+        if self._next > self._first:
+            into, left_out = max(0, start - self._first), max(0, self._first - start)
+            self.frames[into : self._next - self._first, rows, columns] = np.array(decoded[0, left_out:])
 
 
 def encode(run: VAEExecution, chunks: Iterable[mx.array], tile: tuple[int, int] | None) -> mx.array:

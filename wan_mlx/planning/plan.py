@@ -37,6 +37,12 @@ class Row:
     attention: float = 0.0
     seconds: float | None = None
 
+    def times(self, count: float) -> Row:
+        """The stage so many times."""
+        seconds = None if self.seconds is None else count * self.seconds
+        return replace(self, flop=count * self.flop, reads=round(count * self.reads), attention=count * self.attention,
+                       seconds=seconds)  # fmt: skip
+
 
 def number(value: float) -> str:
     """Three or four significant digits, never an exponent: "0.508", "264.1", "652,300"; "<0.01" below that."""

@@ -12,11 +12,18 @@ from typing import Any
 import mlx.core as mx
 
 from ..geometry import Geometry
-from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig, geometry_of
+from ..models.configs import (
+    AudioEncoderConfig,
+    ImageEncoderConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VAEConfig,
+    geometry_of,
+)
 from ..models.quantized_linear import Packing
 from ..models.rope import row_order
 from ..models.transformer import BLOCK_LISTS
-from ..presets import EXPERTS, PARTS, Preset
+from ..presets import EXPERTS, OPTIONAL, PARTS, Preset
 from ..weights.configs import shapes_of
 from ..weights.load import open_network, parse_dtype
 from ..weights.lora import Loras, open_loras
@@ -24,6 +31,9 @@ from ..weights.parameters import Parameters, dtype_of
 from ..weights.parts import Checkpoint, Part
 from ..weights.prefetch import most_in_flight
 from ..weights.quantize import EXPAND, NEAREST, QUANTIZED, check_mode, plan_quantization
+
+# Kinds of networks of which all released models that have one have the same.
+OF_ALL = {"image_encoder": ImageEncoderConfig(), "audio_encoder": AudioEncoderConfig()}
 
 
 @dataclass(frozen=True)
@@ -184,6 +194,10 @@ class Networks:
         return self.of_kind("image_encoder")[0].config
 
     @property
+    def audio_encoder(self) -> AudioEncoderConfig:
+        return self.of_kind("audio_encoder")[0].config
+
+    @property
     def geometry(self) -> Geometry:
         """The sizes of its latents and tokens."""
         return geometry_of(self.transformer, self.vae)
@@ -213,8 +227,9 @@ def sizes_of(
     check_mode(quantize)
     checkpoint, released = (not_here(model), model) if isinstance(model, Preset) else (model, released)
     kinds, found = ["transformer", "text_encoder", "vae"], list[PartSizes]()
-    for kind in [*kinds, "image_encoder"]:
-        if kind in kinds or found[0].config.has_image_branch:
+    for kind in [*kinds, *OPTIONAL]:
+        read = kind in kinds or (kind == "image_encoder" and found[0].config.has_image_branch)
+        if read or (kind == "audio_encoder" and found[0].config.hears):
             parts = checkpoint.of_kind(kind) or [checkpoint.part(kind)]
             found += [_of_part(part, dtype, quantize, released, (*loras, *part.loras), merge) for part in parts]
     return Networks(tuple(found), dtype)
@@ -238,7 +253,7 @@ def _of_part(
     kind, mode = part.kind, part.quantize or quantize
     packings: Mapping[str, Packing] = {}
     if released is not None and part.file == Path(released.name):
-        config: Any = ImageEncoderConfig() if kind == "image_encoder" else getattr(released, kind)
+        config: Any = OF_ALL[kind] if kind in OF_ALL else getattr(released, kind)
         itemsize = 4 if kind == "transformer" else 2  # as they are published
         stored = {name: itemsize * math.prod(shape) for name, shape in shapes_of(config).items()}
         if kind in QUANTIZED and mode not in (None, EXPAND, NEAREST):

@@ -142,7 +142,8 @@ class Job:
         """Sample, decode and encode; returns a complaint about the video, if there is one."""
         request, size = self.request, (self.request.width, self.request.height)
         check_disk(folder.path, disk_needed(request, self.pipe.latent_channels) - folder.size)
-        writer = VideoWriter(self.output, request.fps, size, settings, self.overwrite, folder.path)
+        speech = None if request.audio is None else Path(str(request.audio))
+        writer = VideoWriter(self.output, request.fps, size, settings, self.overwrite, folder.path, speech=speech)
         store = folder.open_frames(request.height, request.width)
         with _Encoding(writer, folder, store) as encoding:
             if store.count < request.frames_written or not folder.is_sampled:
@@ -156,7 +157,7 @@ class Job:
 
     def _sample(self, folder: RunFolder, store: FrameStore, encoding: _Encoding, listener: Listener) -> None:
         state = folder.state()
-        steps_before = None if state is None else state.steps
+        steps_before, clip_before = (0, -1) if state is None else (state.steps, state.conditioning.clip)
         run = self._run = Run(self.pipe, self.request, state)
         del state  # with every step the arrays it holds become old
         if self._stopping:
@@ -164,10 +165,10 @@ class Job:
 
         def keep(event: Event) -> None:
             if isinstance(event, Conditioned):
-                if steps_before is None:
+                if event.conditioning.clip > clip_before:
                     folder.save_conditioning(event.conditioning, run.plan.how)
             elif isinstance(event, Stepped):
-                if event.step.index >= (steps_before or 0):
+                if event.step.index >= steps_before:
                     folder.save_step(event.step, {"forwards": run.forwards})
             elif isinstance(event, Decoded) and event.done > store.count:
                 # Decoding starts at the first frame, and comes in the same chunks as those that are kept.
@@ -202,7 +203,11 @@ class _Encoding(ExitStack):
         self._encoded = 0  # chunks of the store
 
     def add(self, frames: np.ndarray) -> None:
-        """Keep frames and encode them in another thread, after those before; raises their exception."""
+        """Keep frames, and encode them in another thread, after those before, unless another clip is to be sampled;
+        raises their exception."""
+        if not self.folder.is_sampled:
+            self.store.add(frames)
+            return
         self._begin()
         self._adding.call(self._add, frames)
 

@@ -28,7 +28,7 @@ from .folder import RunFolder
 # Settings that may differ once the same request is made.
 NOT_COMPARED = ("versions", "forwards", "tokens")
 # Superfluous once the conditioning is kept: these weights may be gone or different when the run goes on.
-ENCODERS = ("text_encoder", "image_encoder", "tokenizer")
+ENCODERS = ("text_encoder", "image_encoder", "audio_encoder", "tokenizer")
 
 
 def make_record(
@@ -49,7 +49,7 @@ def make_record(
     sources = [path for path in request.source_files if path.is_file()]
     record = {
         "request": fields,
-        "steps": request.steps_made,
+        "steps": request.steps_of_clips,
         "asked": normal(asked) | {"seed": request.seed},
         "model": normal(pipe.opened_with),
         "overwrite": overwrite,

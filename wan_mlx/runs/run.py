@@ -20,6 +20,7 @@ from ..caching import make_cache
 from ..denoise import denoise, step_of, with_condition, without_references
 from ..errors import BusyError, Stopped, WanError, gpu_failures_told
 from ..events import (
+    ClipStarted,
     Conditioned,
     Decoded,
     Eta,
@@ -38,6 +39,7 @@ from ..media.video import Video
 from ..media.write import latents_to_numpy
 from ..models import chips
 from ..models.execution import Execution
+from ..models.vae_tiling import LastFrames
 from ..opened import OpenedModel
 from ..planning.plan import Plan, limited_memory
 from ..recipes import scheduler_for
@@ -96,13 +98,15 @@ class Run:
         self.forwards: tuple[int, int] | None = None
         self.stopped_after: int | None = None
         self._resume = resume
+        self._frames = 0  # decoded, of the clips that are done
+        self._forwards_noted = (resume and resume.notes.get("forwards")) or (0, 0)  # where no step is left to make
         self._expert: Loaded | None = None  # the transformer that is there
         self._listeners: list[Listener] = []
         self._happened: deque[Event] = deque()
         self._begun = self._finishing = False
         self._stopping = ""  # why
         first, switch = resume.steps if resume else 0, pipe.switch(request)
-        self._left = TimeLeft(self.plan, request.steps_made, first, chips.likely_rate(), switch)
+        self._left = TimeLeft(self.plan, request.steps_made, first, chips.likely_rate(), switch, clips=request.clips)
         self._eta_at = 0.0
 
     def listen(self, listener: Listener) -> Run:
@@ -204,9 +208,18 @@ class Run:
         self.pipe.check_files()  # a damaged file is not for after an hour's work to find
         self.pipe.check_interpolation(self.request)
         reached = yield from self._condition()
-        latents = yield from self._sample(reached)
-        del reached
-        yield from self._decode(latents)
+        while True:
+            latents = yield from self._sample(reached)
+            conditioning = reached.conditioning
+            del reached
+            last = yield from self._decode(latents, conditioning)
+            if conditioning.clip + 1 == self.request.clips:
+                return
+            if self._finishing:
+                self.stopped_after = self.stopped_after or (conditioning.clip + 1) * self.request.steps_made
+                return
+            reached = yield from self._follow(conditioning, last)
+            del conditioning, last
 
     def _condition(self) -> Generator[None, None, RunState]:
         reached, self._resume = self._resume, None
@@ -221,17 +234,33 @@ class Run:
         yield
         return reached
 
+    def _follow(self, conditioning: Conditioning, last: np.ndarray) -> Generator[None, None, RunState]:
+        """The next clip, from the conditioning of the one before and its last frames (n, H, W, 3)."""
+        clips, number = TASKS[self.request.task].clips, conditioning.clip + 1
+        assert clips is not None, "there is more than one"
+        with self._stage("conditioning"):
+            yield
+            following = clips.following(self.request, self.pipe, conditioning, last)
+            forwards, _ = self.forwards or self._forwards_noted
+            following = replace(following, clip=number, frames_before=self._frames, forwards_before=forwards)
+            mx.eval(following.arrays())
+        self._tell(Conditioned(following))
+        yield
+        return RunState(following, number * self.request.steps_made)
+
     def _sample(self, reached: RunState) -> Generator[None, None, mx.array]:
-        """Make the steps that are left; returns the latents (1, t, h, w, C) to decode."""
+        """Make the steps of a clip that are left; returns the latents (1, t, h, w, C) to decode."""
         request, conditioning = self.request, reached.conditioning
         scheduler = scheduler_for(request)
-        total, trim = len(scheduler.timesteps), conditioning.trim_latents
-        if reached.steps:
-            latents = self._step(step_of(scheduler, reached.steps - 1, reached.state), trim)
+        total = len(scheduler.timesteps)
+        first = max(0, reached.steps - conditioning.clip * total)
+        if request.clips > 1:
+            self._tell(ClipStarted(conditioning.clip, request.clips))
+        if first:
+            latents = self._step(step_of(scheduler, first - 1, reached.state), conditioning)
             yield
-        if reached.steps == total:
+        if first == total:
             return latents
-        first = reached.steps
         with ExitStack() as stage:
             serving = partial(self._serving, stage, conditioning)
             serving(float(scheduler.timesteps[first]))
@@ -242,13 +271,14 @@ class Run:
             steps = denoise(serving, conditioning, scheduler, cache, first, reached.state, self.pipe.wider_dtype)
             with closing(counted(self._tell, "denoising")(steps, total=total, initial=first)) as steps:
                 for step in steps:
-                    self.forwards = (cache.computed, request.passes * total)
-                    latents = self._step(step, trim)
+                    computed = conditioning.forwards_before + cache.computed
+                    self.forwards = (computed, request.passes * total * (conditioning.clip + 1))
+                    latents = self._step(step, conditioning)
                     self._heed_battery()
                     yield
                     if self._finishing and step.index + 1 < total:
-                        self.stopped_after = step.index + 1
-                        return without_references(step, trim).denoised
+                        self.stopped_after = conditioning.clip * total + step.index + 1
+                        return without_references(step, conditioning.trim_latents).denoised
         return latents
 
     def _serving(self, stage: ExitStack, conditioning: Conditioning, timestep: float) -> tuple[Model, Guidance]:
@@ -270,9 +300,11 @@ class Run:
             self._expert.loras = loras
         return self._expert.model, Guidance.of(self.request, part.name, timestep)
 
-    def _step(self, step: Step, trim: int) -> mx.array:
-        """Tell a step, without the references that it has; returns its latents."""
-        shown = replace(without_references(step, trim), previewer=self.pipe.preview)
+    def _step(self, step: Step, conditioning: Conditioning) -> mx.array:
+        """Tell a step, counted through all clips, without the references that it has; returns its latents."""
+        before, total = conditioning.clip * step.total, self.request.clips * step.total
+        shown = replace(without_references(step, conditioning.trim_latents), previewer=self.pipe.preview,
+                        index=before + step.index, total=total)  # fmt: skip
         mx.eval(shown.latents, shown.denoised)  # whoever sees them computes nothing
         self._tell(Stepped(shown))
         return shown.latents
@@ -282,16 +314,25 @@ class Run:
         if least is not None and (left := mac.battery()) is not None and left < least:
             self.stop(f"the battery is at {left} %, below {least} %")
 
-    def _decode(self, latents: mx.array) -> Iterator[None]:
-        done = 0
+    def _decode(self, latents: mx.array, conditioning: Conditioning) -> Generator[None, None, np.ndarray]:
+        """Decode a clip; returns its last frames, as many as the next one needs, as they were before rounding."""
+        clips = TASKS[self.request.task].clips
+        if clips is not None and clips.before is not None:
+            latents = mx.concatenate([clips.before(conditioning), latents], axis=1)
+        last = LastFrames(clips.last_frames(self.request) if clips and self.request.clips > 1 else 0)
+        done, trim, most = conditioning.frames_before, conditioning.trim_frames, self.request.frames_written
         with self._stage("decode"):
             yield
-            for frames in self.pipe.smoothed(self.request, self.pipe.decode(latents)):
+            for frames in self.pipe.smoothed(self.request, self.pipe.decode(latents, last)):
                 mx.synchronize()  # only now a failed command buffer is sure to show
-                done += len(frames)
-                self._tell(Decoded(frames, done, self.request.frames_written))
-                del frames
-                yield
+                frames, trim = frames[trim : trim + most - done], max(0, trim - len(frames))
+                if len(frames):
+                    done += len(frames)
+                    self._tell(Decoded(frames, done, most))
+                    del frames
+                    yield
+        self._frames = done
+        return last.frames
 
     def _tell(self, event: Event) -> None:
         for listener in self._listeners:

@@ -24,16 +24,19 @@ class TimeLeft:
         plan: of the run.
         steps: how many are made, ``first`` of them before this run, which then goes on after them.
         switch: the step at which another expert takes over, which is loaded then; None if none does.
+        clips: how many clips the video is made in, each in so many ``steps``.
         rate: FLOP per second of denoising, if it is known about how fast the machine is.
         clock: seconds.
     """
 
     def __init__(
         self, plan: Plan, steps: int, first: int = 0, rate: float | None = None, switch: int | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = time.perf_counter, clips: int = 1,
     ):  # fmt: skip
-        self._rows, self._streamed = {row.stage: row for row in plan.rows}, plan.stream
-        self._steps, self._done, self._rate, self._clock = steps, first, rate, clock
+        self._rows, self._streamed = {row.stage: row.times(1 / clips) for row in plan.rows}, plan.stream
+        self._steps, self._rate, self._clock, self._clips = steps, rate, clock, clips
+        self._clip = min(first // steps, clips - 1)
+        self._done = first = first - self._clip * steps  # of the clip at work
         self._reached = 0 if not first else 1 if first < steps else 3
         self._began = clock()  # the stage, or the step, that is at work
         self._seconds: list[float] = []  # of the steps of this run
@@ -46,18 +49,24 @@ class TimeLeft:
         if isinstance(event, StageStarted):
             if event.name.startswith("load") and self._reached == ORDER.index("denoise"):
                 self._later_loads = 0
-            self._reached, self._began = ORDER.index(event.name.split()[0]), self._clock()
+            reached = ORDER.index(event.name.split()[0])
+            if reached < self._reached and not reached:
+                self._clip, self._done, self._decoded = self._clip + 1, 0, 0.0
+            self._reached, self._began = reached, self._clock()
         elif isinstance(event, Stepped) and event.step.seconds:  # not one that an earlier run made
-            self._done, self._began = event.step.index + 1, self._clock()
+            self._clip, index = divmod(event.step.index, self._steps)
+            self._done, self._began = index + 1, self._clock()
             self._seconds.append(event.step.seconds)
         elif isinstance(event, Decoded):
-            self._decoded = event.done / event.total
+            self._decoded = min(1.0, max(0.0, event.done / event.total * self._clips - self._clip))
         elif isinstance(event, StageEnded) and event.name.startswith("load"):
             self._load = event.seconds
 
     def seconds(self) -> float | None:
         """To the last frame; None as long as that is not known."""
+        later = self._clips - 1 - self._clip
         left = [self._left(stage) for stage in ORDER[self._reached :]]
+        left += [self._whole(stage) for stage in ORDER] * later
         known = [seconds for seconds in left if seconds is not None]
         return sum(known) if len(known) == len(left) else None
 
@@ -77,6 +86,8 @@ class TimeLeft:
         """Seconds that a stage takes in all."""
         if stage == "load":
             return self._load_seconds()
+        if stage == "denoise":
+            return None if (step := self.step_seconds()) is None else step * self._steps
         begin = "encode" if stage == "conditioning" else stage
         rows = [row for name, row in self._rows.items() if name.startswith(begin)]
         if all(row.seconds is not None for row in rows):

@@ -76,7 +76,7 @@ def check(given: Mapping[str, Any]) -> Answer:
     of_model = (preset, preset.transformer, preset.geometry)
     request = build_request(*of_model, experts=preset.experts, draft=args.draft, **asked)
     return {"size": [request.width, request.height], "num_frames": request.num_frames, "fps": request.fps,
-            "model_fps": request.model_fps, "steps": request.steps_made}  # fmt: skip
+            "model_fps": request.model_fps, "steps": request.steps_of_clips}  # fmt: skip
 
 
 def plan_of(given: Mapping[str, Any], known: Mapping[str, Any] | None = None, measures: bool = False) -> Answer:

@@ -6,12 +6,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
+
 from ..presets import Preset, model_for
 from ..types import SOURCE_FIELDS, Conditioning, Encoders, Request
-from . import fun, i2v, t2v, ti2v, vace
+from . import fun, i2v, s2v, t2v, ti2v, vace
 from .canvas import notes
 
-__all__ = ["TASKS", "Task", "fit_sources", "notes"]
+__all__ = ["TASKS", "Clips", "Task", "fit_sources", "notes"]
+
+
+@dataclass(frozen=True)
+class Clips:
+    """How one kind of model makes a video in clips, of which each goes on from the one before.
+
+    Attributes:
+        following: Request, encoders, Conditioning of a clip, and its last frames float32 (n, H, W, 3) in [-1, 1] →
+            Conditioning of the next.
+        last_frames: Request → how many of a clip's last frames the next one is made from.
+        before: Conditioning → latents to decode before the clip's, which then follow smoothly.
+    """
+
+    following: Callable[[Request, Encoders, Conditioning, np.ndarray], Conditioning]
+    last_frames: Callable[[Request], int]
+    before: Callable[[Conditioning], mx.array] | None = None
 
 
 @dataclass(frozen=True)
@@ -23,6 +42,8 @@ class Task:
         takes: the sources, and their scales, that it accepts; others are refused.
         fit: Request → the same with size and length taken from its sources.
         encodes: Request → the number of frames of each video that ``condition`` has encoded, for plans.
+        clips: how a video is made in clips, if it is.
+        planned: Request without sources → the same as it is planned.
 
     ``condition`` and ``fit`` raise ValueError if a source is missing, cannot be read or does not suit the request.
     """
@@ -31,6 +52,8 @@ class Task:
     takes: tuple[str, ...]
     fit: Callable[[Request], Request]
     encodes: Callable[[Request], list[int]] = t2v.encodes
+    clips: Clips | None = None
+    planned: Callable[[Request], Request] = lambda request: request
 
 
 TASKS: dict[str, Task] = {
@@ -42,6 +65,10 @@ TASKS: dict[str, Task] = {
     "control": Task(
         fun.condition_control, ("src_video", "src_ref_images", "image", "last_image"), fun.fit_control,
         fun.encodes_control,
+    ),
+    "s2v": Task(
+        s2v.condition, ("image", "audio", "pose_video", "num_clip", "infer_frames", "start_from_ref"), s2v.fit,
+        s2v.encodes, Clips(s2v.following, s2v.last_frames, s2v.before), s2v.planned,
     ),
     "vace": Task(vace.condition, ("src_video", "src_mask", "src_ref_images", "context_scale"), vace.fit, vace.encodes),
 }
@@ -58,7 +85,8 @@ def fit_sources(request: Request, preset: Preset, planned: bool = False) -> Requ
         ValueError: a source is missing, cannot be read, or does not belong to this task.
     """
     task = TASKS[request.task]
-    absent: dict[str, Any] = {name: None for name in SOURCE_FIELDS} | {"src_ref_images": (), "context_scale": 1.0}
+    absent: dict[str, Any] = {name: None for name in (*SOURCE_FIELDS, "num_clip")}
+    absent |= {"src_ref_images": (), "context_scale": 1.0, "infer_frames": 80, "start_from_ref": False}
     for name, nothing in absent.items():
         source = getattr(request, name)
         given = source is not None if nothing is None else source != nothing
@@ -69,7 +97,7 @@ def fit_sources(request: Request, preset: Preset, planned: bool = False) -> Requ
                 f"{', '.join(users)}: use --model {model_for(users, preset).name}"
             )
     if planned and not request.has_sources:
-        return request
+        return task.planned(request)
     fitted = task.fit(request)
     if request.fit != "official" and not fitted.source_sizes:
         raise ValueError(f"fit is {request.fit}, but there is no picture or video to fit; give one, or leave it out")

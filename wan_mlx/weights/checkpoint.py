@@ -43,6 +43,7 @@ DIFFUSERS_NAMES = {
         "num_hidden_layers": "num_layers",
         "layer_norm_eps": "eps",
     },
+    "audio_encoder": {"num_attention_heads": "num_heads", "conv_stride": "conv_stride", "layer_norm_eps": "eps"},
 }
 # Layout of a folder → the names of its files.
 FOLDERS = {"mlx": MLX_FILES, "diffusers": DIFFUSERS_FILES, "official": OFFICIAL_FILES}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..files.open import open_weights
 from ..files.scaled import fold
 from ..models.configs import TransformerConfig
 from ..models.quantized_linear import Packing
+from ..models.s2v import FRAME_PACK
 from ..other_models import of_keys
 from ..presets import MODULE
 from .gguf_blocks import EXACT, NEARLY_EXACT, PACKINGS, repack
@@ -28,9 +30,20 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in AS_STORED.items()}
 FLOATS = ("F64", "F32", "F16", "BF16", *FP8)
 MXFP8 = "mxfp8"  # stored as MLX has it
 MLX_LAYOUT = "mlx"
-# Weights of convolutions with a stride equal to the kernel, which are matrices over patches; the second is not in time.
-REFERENCE = "ref_conv.weight"
-PATCHES = ("patch_embedding.weight", REFERENCE)
+# Weights of convolutions with a stride equal to the kernel, which are matrices over patches, and the kernels of a
+# transformer's. CLIP's has no time.
+_PATCH = TransformerConfig.patch_size
+KERNELS = {
+    "patch_embedding.weight": _PATCH,
+    "ref_conv.weight": _PATCH[1:],
+    "cond_encoder.weight": _PATCH,
+    **{f"frame_packer.{name}.weight": patch for name, (patch, _) in FRAME_PACK.items()},
+}
+PATCHES = tuple(KERNELS)
+# Of three axes and more, these are convolutions' weights where the file has the channels second: all of four or five
+# axes, but these; of three, those of sound.
+NO_CONVOLUTIONS = (".padding_tokens", "casual_audio_encoder.weights")
+OF_SOUND = r".*\.conv\.weight(?:_[gv])?"
 # Parts of a network → how to use them.
 ALONE = {MODULE: ": VACE's part of a transformer; give a text-to-video model, and this with --vace-module"}
 # Key in a file → its tensor.
@@ -41,7 +54,7 @@ class ComponentWeights:
     """One network's weights under the official names, in this package's layout (channels last).
 
     Attributes:
-        component: "transformer", "text_encoder", "vae" or "image_encoder".
+        component: "transformer", "text_encoder", "vae", "image_encoder" or "audio_encoder".
         shapes: name → shape of every tensor, from headers only; for a quantised one, the matrix's shape.
         quantization: the matrices stored in MLX's quantised formats, with the formats; None if there are none.
         nearest: the packing of each such matrix, or the one nearest to that of a matrix stored in GGUF's blocks.
@@ -109,7 +122,7 @@ class ComponentWeights:
         parts = [(fetch or self.file.read)(source) for source in self.sources[name]]
         array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
         shape = self._torch_shapes[name]
-        if not self.channels_last and len(shape) >= 4:
+        if not self.channels_last and is_convolution(name, shape):
             array = mx.moveaxis(array.reshape(shape), 1, -1)
         return array.reshape(self.shapes[name])
 
@@ -204,12 +217,12 @@ class ComponentWeights:
             return (math.prod(shape),)
         if self.channels_last:
             return shape
-        if len(shape) >= 4:
+        if is_convolution(name, shape):
             shape = (shape[0], *shape[2:], shape[1])
         if name in ("cls_embedding", "pos_embedding"):  # Hugging Face drops the axes of size 1 before them
             return (1,) * (3 - len(shape)) + shape
         if name.endswith(PATCHES):
-            axes = 4 if self.component == "image_encoder" or name == REFERENCE else 5
+            axes = 4 if self.component == "image_encoder" else 2 + len(_kernel_of(name))
             if len(shape) != axes:
                 raise WeightsError(f"{self.path}: {name} has shape {shape}, expected {axes} axes")
             return (shape[0], math.prod(shape[1:]))  # a convolution with stride equal to its kernel is a matmul
@@ -221,7 +234,7 @@ class ComponentWeights:
         shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
         if self.component in ("transformer", MODULE) and name.endswith(PATCHES):
             # GGUF has at most four axes: stable-diffusion.cpp merges the first two, others flatten more of them.
-            patch, count = TransformerConfig.patch_size[name == REFERENCE :], math.prod(shape)
+            patch, count = _kernel_of(name), math.prod(shape)
             bias = self.sources.get(beside(name, "bias"))
             out = math.prod(self.file.tensors[bias[0]].shape) if bias else 0
             flat = (self.file.fields or self.layout.name == "mlx-video") and len(shape) < 2 + len(patch)
@@ -229,6 +242,18 @@ class ComponentWeights:
             if merged and out and count % (out * math.prod(patch)) == 0:
                 return (out, count // (out * math.prod(patch)), *patch)
         return shape
+
+
+def is_convolution(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape in PyTorch has a convolution's channels along its second axis."""
+    if len(shape) == 3:
+        return re.fullmatch(OF_SOUND, name) is not None
+    return len(shape) > 3 and not name.endswith(NO_CONVOLUTIONS)
+
+
+def _kernel_of(name: str) -> tuple[int, ...]:
+    """The kernel of one of `PATCHES`."""
+    return next(kernel for ending, kernel in KERNELS.items() if name.endswith(ending))
 
 
 def only_zeros(path: Path, name: str) -> WeightsError:

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import WeightsError
-from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAE22Config, VAEConfig
+from ..models.configs import (
+    AUDIO_INJECT_LAYERS,
+    AudioEncoderConfig,
+    ImageEncoderConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VAE22Config,
+    VAEConfig,
+)
 from ..models.image_encoder import last_block_shapes
 from ..models.networks import new_network
 from ..other_models import of_sizes
@@ -127,6 +135,7 @@ def _transformer_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> di
     shapes = weights.shapes
     kind = (
         "vace" if "vace_patch_embedding.weight" in shapes
+        else "s2v" if "casual_audio_encoder.weights" in shapes
         else "flf2v" if "img_emb.emb_pos" in shapes
         else "i2v" if "img_emb.proj.1.weight" in shapes
         else "control" if "ref_conv.weight" in shapes
@@ -154,7 +163,51 @@ def _transformer_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> di
     if kind == "vace":
         found["vace_in_dim"] = _shape_of(weights, "vace_patch_embedding.weight")[1] // patch
         found["vace_layers"] = _vace_layers(weights, said, found["num_layers"])
+    if kind == "s2v":
+        found |= _audio_sizes(weights, said, found)
     return found
+
+
+def _audio_sizes(weights: ComponentWeights, said: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """What S2V's transformer has beside the others'; where its injectors are is config.json's, else as released."""
+    shapes, first = weights.shapes, "casual_audio_encoder.encoder.conv1_local.conv.weight"
+    count, num_layers = _count(shapes, r"audio_injectors\.(\d+)\."), sizes["num_layers"]
+    layers = said.get("audio_inject_layers", AUDIO_INJECT_LAYERS if num_layers == 40 else ())
+    if len(layers) != count or sorted(set(range(num_layers)).intersection(layers)) != [*layers]:
+        raise WeightsError(
+            f"{weights.path}: audio_inject_layers is {[*layers]}, but {count} injectors beside {num_layers} layers "
+            f"need {count} increasing numbers from 0 to {num_layers - 1}; its config.json must say them"
+        )
+    return dict(
+        audio_inject_layers=tuple(layers),
+        audio_layers=_shape_of(weights, "casual_audio_encoder.weights", 4)[1],
+        audio_dim=_shape_of(weights, first, 3)[2],
+        audio_tokens=_shape_of(weights, first, 3)[0] // (sizes["dim"] // 4),
+        audio_adain="audio_injectors.0.adain.weight" in shapes,
+    )
+
+
+def _audio_encoder_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of wav2vec 2.0. The number of heads and the strides are config.json's, else heads of 64 and those of every
+    released one."""
+    shapes, convs = weights.shapes, "feature_extractor.conv_layers.{}.conv.weight"
+    count = _count(shapes, r"feature_extractor\.conv_layers\.(\d+)\.")
+    if "feature_extractor.conv_layers.1.layer_norm.weight" not in shapes:
+        raise WeightsError(f"{weights.path}: a wav2vec 2.0 whose features are normed in groups, as in its base form; "
+                           "expected its large form XLSR, which S2V reads")  # fmt: skip
+    layers = [_shape_of(weights, convs.format(n), 3) for n in range(count)]
+    _, kernel, inner = _shape_of(weights, "encoder.pos_conv_embed.conv.weight_v", 3)
+    dim = _shape_of(weights, "feature_projection.projection.weight")[0]
+    return dict(
+        dim=dim,
+        ffn_dim=_shape_of(weights, "encoder.layers.0.feed_forward.intermediate_dense.weight")[0],
+        num_layers=_count(shapes, r"encoder\.layers\.(\d+)\."),
+        num_heads=_heads(weights, said, dim, 64),
+        conv_dim=tuple(width for width, _, _ in layers),
+        conv_kernel=tuple(kernel for _, kernel, _ in layers),
+        pos_kernel=kernel,
+        pos_groups=dim // max(1, inner),
+    )
 
 
 def _reads_a_picture(weights: ComponentWeights, patch: int) -> bool:
@@ -278,4 +331,5 @@ SIZES_IN: dict[str, tuple[type, Callable[[ComponentWeights, Mapping[str, Any]], 
     "text_encoder": (TextEncoderConfig, _text_encoder_sizes),
     "vae": (VAEConfig, _vae_sizes),
     "image_encoder": (ImageEncoderConfig, _image_encoder_sizes),
+    "audio_encoder": (AudioEncoderConfig, _audio_encoder_sizes),
 }

@@ -26,7 +26,7 @@ from ..errors import WeightsError, some
 from ..files.safetensors import save_arrays
 from ..files.sentencepiece import read_tokenizer
 from ..hub.names import MLX_FILES
-from ..presets import EXPERTS, NETWORKS, PRESETS
+from ..presets import EXPERTS, NETWORKS, OPTIONAL, PRESETS
 from ..storage import MARKER, fingerprint, free_space, gigabytes, new_folder, parse_json, sha256
 from .checkpoint import open_checkpoint
 from .component import MLX_LAYOUT, SAFETENSORS_NAMES, beside
@@ -97,7 +97,7 @@ def convert(
     for part in (part for kind in NETWORKS for part in checkpoint.of_kind(kind)):
         weights, sizes = open_network(part, part.kind)
         config[part.name] = asdict(sizes)
-        own = {"vae": vae_dtype, "image_encoder": "float32", "text_encoder": text_dtype(dtype)}
+        own = {"vae": vae_dtype, "text_encoder": text_dtype(dtype), **dict.fromkeys(OPTIONAL, "float32")}
         kept = parse_dtype(own.get(part.kind, dtype))
         mode = (part.quantize or quantize) if part.kind in QUANTIZED else None
         parameters = Parameters(weights, kept, mode)

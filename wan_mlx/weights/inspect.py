@@ -30,6 +30,7 @@ WORDS = {
     "text_encoder": "umT5 encoder, {c.num_layers} layers of {c.dim}, {c.vocab_size:,} words",
     "vae": "{c.z_dim} latent channels",
     "image_encoder": "CLIP's vision tower, {c.num_layers} layers of {c.dim}, images of {c.image_size} pixels",
+    "audio_encoder": "wav2vec 2.0, {c.num_layers} layers of {c.dim}",
 }
 
 

@@ -58,7 +58,8 @@ class Layout:
 
     Attributes:
         name: "official", "diffusers", "huggingface", "gguf" or "mlx-video".
-        component: "transformer", "text_encoder", "vae", "image_encoder" or, of VACE's part of a transformer, `MODULE`.
+        component: "transformer", "text_encoder", "vae", "image_encoder", "audio_encoder" or, of VACE's part of a
+            transformer, `MODULE`.
         anchors: keys that every such file has, for any size of network, and no other layout has together.
         names: this layout's name → the official one, or `UNUSED`; no two match the same key.
         prefix: pattern of an optional prefix of each key.
@@ -222,6 +223,10 @@ LAYOUTS = (
         "transformer",
         anchors=("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.modulation"),
         prefix=r"(?:model\.)?diffusion_model\.",
+        names={  # S2V's injectors, which are blocks here
+            "audio_injector.injector.{n}.{any}": "audio_injectors.{n}.{any}",
+            "audio_injector.injector_adain_layers.{n}.linear.{end}": "audio_injectors.{n}.adain.{end}",
+        },
     ),
     Layout(
         "diffusers",
@@ -424,6 +429,20 @@ LAYOUTS = (
             "encoder.layers.{n}.self_attn.out_proj.{end}": "transformer.{n}.attn.proj.{end}",
             "encoder.layers.{n}.mlp.fc1.{end}": "transformer.{n}.mlp.0.{end}",
             "encoder.layers.{n}.mlp.fc2.{end}": "transformer.{n}.mlp.2.{end}",
+        },
+    ),
+    # wav2vec 2.0's, which the official code reads, too.
+    Layout(
+        "official",
+        "audio_encoder",
+        anchors=("feature_projection.projection.weight", "encoder.layers.0.attention.q_proj.weight"),
+        prefix=r"wav2vec2\.",
+        names={
+            "lm_head.{end}": UNUSED,  # writes letters
+            "masked_spec_embed": UNUSED,  # of training
+            # What newer versions of PyTorch call them.
+            "encoder.pos_conv_embed.conv.parametrizations.weight.original0": "encoder.pos_conv_embed.conv.weight_g",
+            "encoder.pos_conv_embed.conv.parametrizations.weight.original1": "encoder.pos_conv_embed.conv.weight_v",
         },
     ),
 )

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import nearest
 from ..events import counted, unheard
+from ..models.audio_encoder import AudioEncoder
 from ..models.configs import TransformerConfig
 from ..models.execution import Execution, StreamedTextEncoder
 from ..models.image_encoder import ImageEncoder
@@ -178,6 +179,20 @@ def load_image_encoder(
         raise ValueError("bfloat16 is too coarse for CLIP; give float32 or float16")
     weights, config = open_network(path, "image_encoder")
     return load_module(ImageEncoder(config), Parameters(weights, dtype), progress)
+
+
+def load_audio_encoder(path: Source, progress: Progress = no_progress) -> AudioEncoder:
+    """Load wav2vec 2.0 from a model folder or its own file; computed in float32.
+
+    Args:
+        path: model folder, or the encoder's own folder or file (without config.json, heads are 64 wide).
+        progress: wraps the iteration over tensors.
+
+    Raises:
+        WeightsError: the file is not a whole wav2vec 2.0 of the large XLSR form, or the folder has none.
+    """
+    weights, config = open_network(path, "audio_encoder")
+    return load_module(AudioEncoder(config), Parameters(weights, mx.float32), progress)
 
 
 def load_text_encoder(

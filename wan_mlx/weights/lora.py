@@ -72,7 +72,8 @@ NOT_LORA = {
     "transformer": ("a whole transformer", "give it as --model, or as --transformer beside one"),
     MODULE: ("VACE's part of a transformer", "give a text-to-video model, and this with --vace-module"),
     **{kind: (f"{name}", f"give it with --{kind.replace('_', '-')}, if it is not the model's own") for kind, name in (
-        ("text_encoder", "a text encoder"), ("vae", "a VAE"), ("image_encoder", "an image encoder"))},
+        ("text_encoder", "a text encoder"), ("vae", "a VAE"), ("image_encoder", "an image encoder"),
+        ("audio_encoder", "an audio encoder"))},
 }  # fmt: skip
 # Names of the LoRA file in a folder: PEFT's, Diffusers'.
 FOLDER_STEMS = (PEFT_STEM, "pytorch_lora_weights")

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import WeightsError
 from ..models.configs import NUM_TRAIN_TIMESTEPS
-from ..presets import EXPERTS, MODULE, NETWORKS, PARTS
+from ..presets import EXPERTS, MODULE, NETWORKS, OPTIONAL, PARTS
 from ..storage import fingerprint
 from .component import ComponentWeights, open_component
 from .configs import network_config
@@ -23,6 +23,7 @@ FITS = {
     "text_encoder": ("dim", "text_dim", "a text encoder {} wide"),
     "vae": ("z_dim", "out_dim", "a VAE of {} latent channels"),
     "image_encoder": ("dim", "image_dim", "an image encoder {} wide"),
+    "audio_encoder": ("dim", "audio_dim", "an audio encoder {} wide"),
 }
 # Kinds of transformers that are released in pairs alone.
 HALVES = {("i2v", False, 16): "an image-to-video model (I2V-A14B)", ("control", False, 16): "Fun-A14B-Control"}
@@ -34,7 +35,7 @@ class Part:
 
     Attributes:
         name: unique in the model. The only part of a kind has the kind's name.
-        kind: "transformer", "text_encoder", "vae", "image_encoder" or "tokenizer".
+        kind: "transformer", "text_encoder", "vae", "image_encoder", "audio_encoder" or "tokenizer".
         file: its path; for shards, of the index.
         config: entries of config.json that its weights' shapes cannot show.
         quantize: the quantisation to load it in, if different from the whole model's.
@@ -73,7 +74,7 @@ class Part:
 class Checkpoint:
     """A local model: its parts.
 
-    ``parts`` has all kinds in `PARTS`, but "image_encoder" only if the model reads images.
+    ``parts`` has all kinds in `PARTS`, but those in `OPTIONAL` only if the model reads images, or hears.
     ``model`` is the preset's name, and ``boundary`` as of a `Preset`, if the folder records it. ``others``: what was
     said of files of other models.
     """
@@ -136,7 +137,8 @@ class Checkpoint:
         one_expert = sum(name in EXPERTS for name in names) == 1
         lacking = [name for name in EXPERTS if one_expert and name not in names]
         lacking += [kind for kind in PARTS if not self.of_kind(kind)]
-        return [kind for kind in lacking if kind != "image_encoder" or any(map(self._reads_images, self.parts))]
+        reads = {"image_encoder": self._reads_images, "audio_encoder": self._hears}
+        return [kind for kind in lacking if kind not in OPTIONAL or any(map(reads[kind], self.parts))]
 
     def _reads_images(self, part: Part) -> bool:
         if part.kind != "transformer":
@@ -147,6 +149,13 @@ class Checkpoint:
             has_clip = part.config.get("image_dim", 0) is not None  # None in a folder of ours alone
             return part.config["model_type"] in ("i2v", "flf2v") and has_clip
         return "img_emb.proj.1.weight" in part.open().shapes
+
+    def _hears(self, part: Part) -> bool:
+        if part.kind != "transformer":
+            return False
+        if "model_type" in part.config:
+            return part.config["model_type"] == "s2v"
+        return self.layout != "diffusers" and "casual_audio_encoder.weights" in part.open().shapes
 
 
 def check_fit(parts: Iterable[Part]) -> None:
@@ -166,7 +175,8 @@ def check_sizes(sizes: Sequence[tuple[Part, Any]]) -> None:
                 f"{flag_of(EXPERTS[0])} FILE and {flag_of(EXPERTS[1])} FILE"
             )
         for part, other in sizes:
-            if part.kind not in FITS or (part.kind == "image_encoder" and not config.has_image_branch):
+            reads = {"image_encoder": config.has_image_branch, "audio_encoder": config.hears}
+            if part.kind not in FITS or not reads.get(part.kind, True):
                 continue
             made, taken, words = FITS[part.kind]
             if (width := getattr(other, made)) != (wanted := getattr(config, taken)):

@@ -15,7 +15,10 @@ from ..storage import parse_json
 # The matrices of the blocks, nearly all of the bytes. Weights outside the blocks, norms and modulation are not
 # quantised: they are few bytes, and every token of every step passes through them.
 QUANTIZED = {
-    "transformer": r"(?:vace_)?blocks\.\d+\.(?:(?:self|cross)_attn\.\w+|ffn\.[02]|(?:before|after)_proj)\.weight",
+    "transformer": (
+        r"(?:(?:vace_)?blocks\.\d+\.(?:(?:self|cross)_attn\.\w+|ffn\.[02]|(?:before|after)_proj)"
+        r"|audio_injectors\.\d+\.(?:[qkvo]|adain))\.weight"
+    ),
     "text_encoder": r"blocks\.\d+\.(?:attn\.[qkvo]|ffn\.(?:gate\.0|fc1|fc2))\.weight",
 }
 NOT_MATRICES = r".*\.norm\w*\.weight"
