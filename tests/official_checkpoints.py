@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import sentencepiece
-from oracles import diffusers_transformer, official, official_clip_model, randomize, torch
+from oracles import diffusers_transformer, official, official_clip_model, official_s2v, randomize, torch
 from safetensors.torch import save_file
 
 from wan_mlx.models.configs import TransformerConfig
@@ -26,7 +26,14 @@ KINDS = {
     "flf2v": dict(in_dim=36),
     "ti2v": dict(in_dim=48, out_dim=48),
     "vace": dict(in_dim=16, num_layers=3, vace_layers=[0, 2], vace_in_dim=96),
+    "s2v": dict(in_dim=16, audio_inject_layers=[0, 1], audio_dim=32),
 }
+# Of speech to video's transformer beside that, as released; and of a wav2vec 2.0.
+SPEECH = dict(cond_dim=16, zero_timestep=True, enable_adain=True, enable_motioner=False, enable_framepack=True,
+              framepack_drop_mode="padd")  # fmt: skip
+WAV2VEC = dict(hidden_size=32, num_hidden_layers=24, num_attention_heads=2, intermediate_size=16, vocab_size=9,
+               conv_dim=[16] * 7, do_stable_layer_norm=True, feat_extract_norm="layer", conv_bias=True,
+               num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4)  # fmt: skip
 SENTENCES = [
     "a cat boxing on a stage", "two dogs run over the beach", "a red circle moves right on a blue background",
     "一只猫在台上打拳", "红色的圆在蓝色背景上向右移动", "the quick brown fox jumps over the lazy dog 0123456789",
@@ -52,6 +59,8 @@ def networks(seed: int = 0, kind: str = "t2v") -> dict[str, torch.nn.Module]:
     if kind in ("t2v", "ti2v"):
         channels = dict.fromkeys(("in_dim", "out_dim"), vae.z_dim)
         dit = official("modules.model").WanModel(model_type=kind, text_dim=TEXT["dim"], **DIT, **channels)
+    elif kind == "s2v":
+        dit = official_s2v().WanModel_S2V(text_dim=TEXT["dim"], **DIT, **SPEECH, **KINDS[kind])
     else:
         dit = diffusers_transformer(config(kind))
     for offset, module in enumerate((text, vae, dit)):
@@ -61,7 +70,16 @@ def networks(seed: int = 0, kind: str = "t2v") -> dict[str, torch.nn.Module]:
     modules = {"text_encoder": text, "vae": vae, "transformer": dit}
     if kind in ("i2v", "flf2v"):
         modules["image_encoder"] = official_clip_model(seed + 3, **CLIP)
+    if kind == "s2v":
+        modules["audio_encoder"] = wav2vec()
+        randomize(modules["audio_encoder"], seed + 4)
     return modules
+
+
+def wav2vec() -> torch.nn.Module:
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+    return Wav2Vec2ForCTC(Wav2Vec2Config(**WAV2VEC)).eval().requires_grad_(False)
 
 
 def config(kind: str) -> TransformerConfig:
@@ -78,10 +96,14 @@ def write_official_folder(folder: Path, modules: dict[str, torch.nn.Module], kin
     if "image_encoder" in modules:
         both_towers = modules["image_encoder"].model.state_dict()
         torch.save(both_towers, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+    if "audio_encoder" in modules:
+        modules["audio_encoder"].save_pretrained(folder / "wav2vec2-large-xlsr-53-english")
     state = modules["transformer"].state_dict()
     names = canonical_keys(recognise(state), state)
+    if kind == "s2v":  # whose injectors have other names in files
+        names = {key: key for key in state}
     save_file({name: state[key] for name, key in names.items()}, folder / "diffusion_pytorch_model.safetensors")
-    described = {"_class_name": "VaceWanModel" if kind == "vace" else "WanModel", "model_type": kind, **DIT,
+    described = {"_class_name": {"vace": "VaceWanModel", "s2v": "WanModel_S2V"}.get(kind, "WanModel"), "model_type": kind, **DIT,
               "out_dim": 16, "eps": 1e-6, "text_len": 512, **KINDS[kind]}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(described))
     return folder
