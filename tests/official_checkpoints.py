@@ -55,7 +55,8 @@ def networks(seed: int = 0, kind: str = "t2v") -> dict[str, torch.nn.Module]:
     spm = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
     text = official("modules.t5").T5Encoder(vocab=spm.vocab_size(), shared_pos=False, dropout=0.0, **TEXT)
     new = kind == "ti2v"
-    vae = official("modules.vae2_2").WanVAE_(**VAE22) if new else official("modules.vae2_1").WanVAE_(**VAE)
+    small = {**VAE, "dim": 4} if kind == "s2v" else VAE  # whose clips are decoded with the nineteen latents before
+    vae = official("modules.vae2_2").WanVAE_(**VAE22) if new else official("modules.vae2_1").WanVAE_(**small)
     if kind in ("t2v", "ti2v"):
         channels = dict.fromkeys(("in_dim", "out_dim"), vae.z_dim)
         dit = official("modules.model").WanModel(model_type=kind, text_dim=TEXT["dim"], **DIT, **channels)
@@ -103,7 +104,8 @@ def write_official_folder(folder: Path, modules: dict[str, torch.nn.Module], kin
     if kind == "s2v":  # whose injectors have other names in files
         names = {key: key for key in state}
     save_file({name: state[key] for name, key in names.items()}, folder / "diffusion_pytorch_model.safetensors")
-    described = {"_class_name": {"vace": "VaceWanModel", "s2v": "WanModel_S2V"}.get(kind, "WanModel"), "model_type": kind, **DIT,
+    name = {"vace": "VaceWanModel", "s2v": "WanModel_S2V"}.get(kind, "WanModel")
+    described = {"_class_name": name, "model_type": kind, **DIT,
               "out_dim": 16, "eps": 1e-6, "text_len": 512, **KINDS[kind]}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(described))
     return folder

@@ -69,6 +69,7 @@ class Preset:
     model of two experts, the share of the 1000 timesteps from which on, itself included, the high-noise one serves.
     ``recipe``: the one by which it is sampled, with the LoRA `FOUR_STEPS`, unless something is said of how to sample;
     ``recipe_steps``: its number of steps.
+    ``itemsize``: bytes of a value of its transformer, as published.
     ``cinematic``: trained on captions in a film crew's words, which can also be written out of its first frame alone.
     """
 
@@ -93,6 +94,7 @@ class Preset:
     recipe: str = ""
     recipe_steps: int = 0
     cinematic: bool = False
+    itemsize: int = 4
 
     @property
     def experts(self) -> int:
@@ -241,7 +243,7 @@ _RELEASED = (
     Preset(
         "s2v-14B", "s2v", "Wan-AI/Wan2.2-S2V-14B", _S2V_14B, 16_295_755_609, _720P, num_frames=77,
         sampling=Sampling(steps=40, shift=3.0, guidance_scale=4.5), negative_prompt=NEGATIVE_SPEECH,
-        gguf="QuantStack/Wan2.2-S2V-14B-GGUF",
+        gguf="QuantStack/Wan2.2-S2V-14B-GGUF", itemsize=2,
         comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_s2v_14B_bf16.safetensors",
     ),
     # Alibaba PAI's, made from Wan2.2; constants follow the configurations and examples of its repository VideoX-Fun.

@@ -15,10 +15,10 @@ AUDIO_INJECT_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)  # of the re
 @dataclass(frozen=True)
 class TransformerConfig:
     """Sizes of the diffusion transformer. ``model_type`` is t2v, i2v, flf2v, vace, ti2v, control or s2v; ``image_dim``
-    is the width of CLIP's features, None for Wan2.2's I2V-A14B, which reads none; ``ref_dim`` the channels of the latents
-    of Fun-Control's reference image, which no other model reads. S2V's: ``audio_inject_layers`` are followed by sound;
-    ``audio_layers`` hidden states of ``audio_dim`` become ``audio_tokens`` and one more for each latent frame, and,
-    with ``audio_adain``, the norm before them is the sound's too."""
+    is the width of CLIP's features, None for Wan2.2's I2V-A14B, which reads none; ``ref_dim`` the channels of the
+    latents of Fun-Control's reference image, which no other model reads. S2V's: ``audio_inject_layers`` are followed by
+    sound; ``audio_layers`` hidden states of ``audio_dim`` become ``audio_tokens`` and one more for each latent frame,
+    and, with ``audio_adain``, the norm before them is the sound's too."""
 
     model_type: str = "t2v"
     dim: int = 1536

@@ -17,6 +17,7 @@ import mlx.core as mx
 from ..caching import StepCache, make_cache
 from ..geometry import WAN_2_1, Geometry
 from ..guidance import Guidance
+from ..models.audio_encoder import SAMPLE_RATE, frames_heard
 from ..models.execution import TOKENS_AT_ONCE
 from ..models.taehv import TAEHVConfig
 from ..models.vae_tiling import SMALLEST_TILE
@@ -63,8 +64,10 @@ class Wanted:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(t, h, w) of the latents to denoise; each reference image is one more latent frame, which Fun-Control always
-        has."""
+        has; S2V has three, one for what FramePack makes of the frames before."""
         t, h, w = self.request.latent_shape
+        if self.request.task == "s2v":
+            return t + 3, h, w
         return t + max(len(self.request.src_ref_images), self.request.task == "control"), h, w
 
 
@@ -107,7 +110,8 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
 
     def denoise(step: tuple[bool, int], all_stay: bool = True, shares: bool = False) -> int:
         kept = wanted.kept * (stays(step[0], all_stay) - _loaded(nets.weights, step[0]) + vae_weights)
-        return peaks.denoise(nets, shape, *step, cache, request.passes == 2, shares) + kept
+        heard = peaks.heard(c, request.clips * request.infer_frames, request.infer_frames) if c.hears else 0
+        return peaks.denoise(nets, shape, *step, cache, request.passes == 2, shares) + kept + heard
 
     def denoise_alone(step: tuple[bool, int]) -> int:
         return denoise(step, all_stay=False)
@@ -148,6 +152,10 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
         images = work.image_tokens(c) // work.IMAGE_TOKENS
         rows.append(Row("encode images", "resident", peaks.encode_images(nets) + held,
                         images * work.image_flop(nets.image_encoder), peaks.encode_images(nets) // 2))  # fmt: skip
+    if c.hears:
+        states = frames_heard(round(request.clips * request.infer_frames / request.model_fps * SAMPLE_RATE))
+        rows.append(Row("encode audio", "resident", peaks.encode_audio(nets, states) + held,
+                        work.audio_flop(nets.audio_encoder, states), peaks.audio_weights(nets)))  # fmt: skip
     encoded = [nets.geometry.latent_shape(request.width, request.height, frames)
                for frames in TASKS[request.task].encodes(request)]  # fmt: skip
     encode_tile, row = vae("encode video", encoded or [shape], decoding=False)
@@ -162,15 +170,19 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     how += f", {tokens_at_once} tokens" * (tokens_at_once != TOKENS_AT_ONCE)
     peak = denoise(step, all_stay, shares)
     rows.append(Row("denoise", how, peak, sum(parts.values()), reads, parts["self attention"]))
-    decode_tile, row = vae("decode", [request.latent_shape], decoding=True)
+    clips, (t, *sides) = TASKS[request.task].clips, request.latent_shape
+    decoded = (t + (clips.latents_before(request) if clips else 0), *sides)
+    decode_tile, row = vae("decode", [decoded], decoding=True)
     if wanted.tiny_vae:
         tiny = TAEHVConfig(z_dim=nets.vae.z_dim, patch=nets.vae.patch)
-        decode_tile, peak = None, peaks.tiny(tiny, request.latent_shape) + held
-        row = Row("decode", "by TAEHV", peak, work.tiny_flop(tiny, request.latent_shape), peaks.TINY_WEIGHTS)
+        decode_tile, peak = None, peaks.tiny(tiny, decoded) + held
+        row = Row("decode", "by TAEHV", peak, work.tiny_flop(tiny, decoded), peaks.TINY_WEIGHTS)
     if added:
         flop = row.flop + added * work.rife_flop(request.width, request.height)
         row = replace(row, how=f"{row.how}, {request.fps} fps", flop=flop)
     rows.append(row)
+    once = ("encode text", "encode images", "encode audio")
+    rows = [row if row.stage in once else row.times(request.clips) for row in rows]
     title = f"{wanted.name} {request.width}x{request.height}, {request.num_frames} frames"
     chosen = asked is not None
     return Plan(title, budget, chosen, stream, tokens_at_once, decode_tile, encode_tile, tuple(rows), all_stay=all_stay,
@@ -280,10 +292,12 @@ def _advice(plan: Plan, wanted: Wanted, sizes: Callable[[str | None], Networks])
     smaller = [[geometry.nearest_side(round(side * share)) for side in (request.width, request.height)]
                for share in (0.75, 0.65, 0.5, 0.35)]  # fmt: skip
     fewer = [n for n in map(geometry.nearest_frames, (61, 49, 33, 17, 5, 1)) if n < request.num_frames]
+    shorter = [n for n in (64, 48, 32, 16) if n < (request.clip_frames or 0)]
     changes = [
         [(f"--quantize {mode}", replace(wanted, quantize=mode)) for mode in ("q8", "q4") if wanted.quantize is None],
         [(f"--size {width}x{height}", with_request(width=width, height=height)) for width, height in smaller],
-        [(f"--frames {frames}", with_request(num_frames=frames)) for frames in fewer],
+        [(f"--frames {frames}", with_request(num_frames=frames)) for frames in fewer if not request.clip_frames],
+        [(f"--infer_frames {frames}", with_request(infer_frames=frames, clip_frames=frames)) for frames in shorter],
     ]
     for choices in changes:
         if option := next((option for option, changed in choices if fits(changed)), None):

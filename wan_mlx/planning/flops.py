@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from ..models.configs import AudioEncoderConfig, ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from ..models.rife import FEATURES, FLOW, MASK, STATE, RIFEConfig, padded
 from ..models.taehv import TAEHVConfig
 
@@ -24,6 +24,7 @@ def forward_parts(config: TransformerConfig, tokens: int) -> dict[str, float]:
         "cross linear": blocks * 4.0 * (tokens + context) * d**2,
         "cross attention": blocks * 4.0 * tokens * context * d,
         "feed-forward": blocks * 4.0 * tokens * d * config.ffn_dim,
+        "audio": len(config.audio_inject_layers) * 4.0 * tokens * d**2,
         "vace": (len(config.vace_layers) + bool(config.vace_layers)) * 2.0 * tokens * d**2,
     }
 
@@ -43,6 +44,18 @@ def text_flop(config: TextEncoderConfig, tokens: int) -> float:
     """FLOP of encoding a text of ``tokens`` tokens."""
     linear = 8.0 * config.dim * config.dim_attn + 6.0 * config.dim * config.dim_ffn
     return config.num_layers * (tokens * linear + 4.0 * tokens**2 * config.dim_attn)
+
+
+def audio_flop(config: AudioEncoderConfig, frames: int) -> float:
+    """FLOP of hearing a sound of so many frames, 50 a second."""
+    d, rate, flop, into = config.dim, 1.0, 0.0, 1
+    for stride in config.conv_stride:
+        rate *= stride
+    for width, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
+        rate /= stride
+        flop, into = flop + rate * 2.0 * kernel * into * width, width
+    flop += 2.0 * into * d + 2.0 * config.pos_kernel * d**2 / config.pos_groups
+    return frames * (flop + config.num_layers * (8.0 * d**2 + 4.0 * d * config.ffn_dim + 4.0 * frames * d))
 
 
 def image_flop(config: ImageEncoderConfig) -> float:

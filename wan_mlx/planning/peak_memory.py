@@ -13,7 +13,8 @@ from functools import lru_cache
 import mlx.core as mx
 
 from ..caching import StepCache
-from ..models.configs import VAE22Config, VAEConfig
+from ..models.audio_encoder import FRAMES_AT_ONCE, HOP
+from ..models.configs import TransformerConfig, VAE22Config, VAEConfig
 from ..models.execution import (
     FEED_FORWARD_TOKENS,
     FEW_TOKENS,
@@ -32,6 +33,7 @@ from ..models.execution import (
 )
 from ..models.networks import new_network
 from ..models.rife import CHANNELS_ALIVE, CHANNELS_ALIVE_CPU, RIFE, padded
+from ..models.s2v import MOTION_FRAMES
 from ..models.taehv import TAEHVConfig
 from ..models.vae_execution import (
     DECODE_FRAMES,
@@ -45,6 +47,7 @@ from ..models.vae_execution import (
 )
 from ..models.vae_tiling import split, stage_spans
 from ..weights.component import parameter_shapes
+from ..weights.configs import shapes_of
 from .flops import frames_at, stages
 from .sizes import Networks
 
@@ -57,6 +60,8 @@ ITEMSIZE = 4  # of the VAE, which computes in float32
 # unfolds what a convolution reads; elsewhere counted, not measured.
 TINY_ALIVE, TINY_ALIVE_CPU = 12, 38
 TINY_WEIGHTS = 50_000_000
+# wav2vec's features alive at once after its first convolution; and the states of a clip, while they are mixed.
+FEATURES_ALIVE, STATES_ALIVE = 4, 3
 Shape = tuple[int, int, int]  # (t, h, w) of latents
 Tile = tuple[int, int] | None  # (width, height) in pixels
 
@@ -86,6 +91,26 @@ def encode_images(nets: Networks) -> int:
     c = nets.image_encoder
     block = (4 + 2 * c.mlp_ratio) * c.dim**2
     return 4 * ((c.num_layers - 1) * block + 3 * c.patch_size**2 * c.dim) + overhead()
+
+
+def encode_audio(nets: Networks, frames: int) -> int:
+    """wav2vec, float32: its weights, all states of so many ``frames``, and a layer's arrays or those of a few features.
+    """
+    c = nets.audio_encoder
+    features = FRAMES_AT_ONCE * HOP // c.conv_stride[0] * c.conv_dim[0] * FEATURES_ALIVE
+    layer = frames * (6 * c.dim + 2 * c.ffn_dim)
+    return audio_weights(nets) + ITEMSIZE * (2 * frames * c.num_layers * c.dim + max(features, layer)) + overhead()
+
+
+def audio_weights(nets: Networks) -> int:
+    """Bytes of wav2vec's weights."""
+    return ITEMSIZE * sum(math.prod(shape) for shape in shapes_of(nets.audio_encoder).values())
+
+
+def heard(config: TransformerConfig, frames: int, clip_frames: int) -> int:
+    """What S2V hears in so many ``frames``, and what becomes of those of a clip and of the ones before it."""
+    states = config.audio_layers * config.audio_dim
+    return ITEMSIZE * (frames * states + STATES_ALIVE * (MOTION_FRAMES + clip_frames) * states)
 
 
 def denoise(

@@ -254,7 +254,7 @@ def _of_part(
     packings: Mapping[str, Packing] = {}
     if released is not None and part.file == Path(released.name):
         config: Any = OF_ALL[kind] if kind in OF_ALL else getattr(released, kind)
-        itemsize = 4 if kind == "transformer" else 2  # as they are published
+        itemsize = released.itemsize if kind == "transformer" else 2  # as they are published
         stored = {name: itemsize * math.prod(shape) for name, shape in shapes_of(config).items()}
         if kind in QUANTIZED and mode not in (None, EXPAND, NEAREST):
             packings = plan_quantization(kind, mode, shapes_of(config)).packings

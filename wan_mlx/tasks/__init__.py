@@ -26,11 +26,13 @@ class Clips:
             Conditioning of the next.
         last_frames: Request → how many of a clip's last frames the next one is made from.
         before: Conditioning → latents to decode before the clip's, which then follow smoothly.
+        latents_before: Request → how many these are at most.
     """
 
     following: Callable[[Request, Encoders, Conditioning, np.ndarray], Conditioning]
     last_frames: Callable[[Request], int]
     before: Callable[[Conditioning], mx.array] | None = None
+    latents_before: Callable[[Request], int] = lambda request: 0
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ TASKS: dict[str, Task] = {
     ),
     "s2v": Task(
         s2v.condition, ("image", "audio", "pose_video", "num_clip", "infer_frames", "start_from_ref"), s2v.fit,
-        s2v.encodes, Clips(s2v.following, s2v.last_frames, s2v.before), s2v.planned,
+        s2v.encodes, Clips(s2v.following, s2v.last_frames, s2v.before, s2v.latents_before), s2v.planned,
     ),
     "vace": Task(vace.condition, ("src_video", "src_mask", "src_ref_images", "context_scale"), vace.fit, vace.encodes),
 }

@@ -21,7 +21,7 @@ from ..media.interpolate import even_rate
 from ..media.read import Clip, in_chunks, open_video, read_image, to_float
 from ..media.speech import read_sound
 from ..models.audio_encoder import frames_heard
-from ..models.s2v import MOTION_FRAMES
+from ..models.s2v import MOTION_FRAMES, MOTION_LATENTS
 from ..noise import latent_noise
 from ..types import Conditioning, Encoders, Request
 from . import t2v
@@ -111,9 +111,9 @@ def in_clips(request: Request, clips: int) -> Request:
 
 
 def encodes(request: Request) -> list[int]:
-    """Lengths of the videos that are encoded: the picture, the frames before clips, and the poses of each."""
-    before = [MOTION_FRAMES] * (request.clips - (not request.start_from_ref))
-    return [1, *before, *([1 + request.infer_frames] * request.clips * (request.pose_video is not None))]
+    """Lengths of the videos that are encoded for a clip: the picture, the frames before it, and its poses."""
+    before = [MOTION_FRAMES] * (request.clips > 1 or request.start_from_ref)
+    return [1, *before, *([1 + request.infer_frames] * (request.pose_video is not None))]
 
 
 def condition(request: Request, encoders: Encoders) -> Conditioning:
@@ -147,6 +147,11 @@ def following(
 def last_frames(request: Request) -> int:
     """How many frames of a clip the next one goes on from."""
     return MOTION_FRAMES
+
+
+def latents_before(request: Request) -> int:
+    """How many latent frames are decoded before a clip's."""
+    return MOTION_LATENTS if request.clips > 1 or request.start_from_ref else 1
 
 
 def before(conditioning: Conditioning) -> mx.array:
