@@ -29,7 +29,7 @@ def folders() -> Rows:
     """The files of each part in a folder, by its layout."""
     yield "part", *FOLDERS
     for part in (*PARTS[:1], *EXPERTS, *PARTS[1:]):
-        yield words(part), *(" or ".join(map(code, files[part])) for files in FOLDERS.values())
+        yield words(part), *(" or ".join(map(code, files.get(part, ()))) for files in FOLDERS.values())
 
 
 def networks() -> Rows:

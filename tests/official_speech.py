@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import official_checkpoints as checkpoints
+import pytest
 from oracles import official, official_s2v, official_text, torch
 from PIL import Image
 from test_vae import scale
@@ -88,8 +89,8 @@ def module(name: str, **attributes) -> types.ModuleType:
     return made
 
 
-def official_pipeline(modules, monkeypatch):
-    """The official class around these networks; its ``generate`` makes a video float32 (3, T, H, W)."""
+def speech_module(monkeypatch):
+    """The official module, around what it needs of packages that are not here."""
     official_s2v()
     transforms = module("torchvision.transforms", Resize=Resize, CenterCrop=CenterCrop, ToTensor=ToTensor)
     for name, made in {
@@ -100,7 +101,19 @@ def official_pipeline(modules, monkeypatch):
         "librosa": module("librosa", load=load_sound),
     }.items():
         monkeypatch.setitem(sys.modules, name, made)
-    speech = official("speech2video")
+    return official("speech2video")
+
+
+def official_size(height: int, width: int, area: int) -> tuple[int, int]:
+    """(height, width) of the video of a picture."""
+    with pytest.MonkeyPatch.context() as patch:
+        cls = speech_module(patch).WanS2V
+        return cls.get_size_less_than_area(object.__new__(cls), height, width, target_area=area)
+
+
+def official_pipeline(modules, monkeypatch):
+    """The official class around these networks; its ``generate`` makes a video float32 (3, T, H, W)."""
+    speech = speech_module(monkeypatch)
     pipe = object.__new__(speech.WanS2V)
     vae = object.__new__(official("modules.vae2_1").Wan2_1_VAE)
     vae.model, vae.scale, vae.dtype, vae.device = modules["vae"], scale(VAEConfig()), torch.float32, "cpu"

@@ -49,7 +49,6 @@ def of(config: TransformerConfig, *keys: str, without: str = "-", **sizes: int):
 FILES = {
     "Lucy Edit, made from Wan2.2 TI2V-5B": of(OF_5B, in_dim=96, out_dim=48),
     "a model made from Wan2.2 TI2V-5B": of(OF_5B, in_dim=104, out_dim=48),
-    "Wan2.2 S2V-14B": of(T2V_14B, "casual_audio_encoder.encoder.final_linear.weight", "cond_encoder.weight"),
     "Wan2.2 Animate-14B": of(I2V_14B, "face_adapter.fuser_blocks.0.k_norm.weight", "pose_patch_embedding.weight"),
     "a Fun-Control model of Wan2.1": of(I2V_14B, "ref_conv.weight", "ref_conv.bias", in_dim=48),
     "a control model of Fun (Fun-Control)": of(I2V_14B, in_dim=48),
@@ -165,7 +164,6 @@ class TestFolders:
         [
             ("model_index.json", {"_class_name": "FluxPipeline"}, "FLUX, or one of its kind such as Chroma"),
             ("model_index.json", {"_class_name": "WanAnimatePipeline"}, "Wan2.2 Animate-14B"),
-            ("config.json", {"_class_name": "WanModel_S2V", "model_type": "s2v"}, "Wan2.2 S2V-14B"),
             ("model_index.json", {"_class_name": "NewPipeline"}, "a 'NewPipeline'"),
         ],
     )
@@ -203,7 +201,7 @@ class TestNames:
     @pytest.mark.parametrize(
         "name, model",
         [
-            ("wan2.2_s2v_14B_bf16", "Wan2.2 S2V"), ("Wan2.2-Animate-14B", "Wan2.2 Animate-14B"),
+            ("Wan2.2-Animate-14B", "Wan2.2 Animate-14B"),
             ("wan2.1_fun_control_1.3B_bf16", "a Fun-Control"), ("Phantom-Wan-14B_fp16", "Phantom"),
             ("alibaba-pai/Wan2.1-Fun-14B-InP", "Fun-InP"),
             ("wan2.1_fun_inp_1.3B_bf16", "Fun-InP"), ("Wan2_1-I2V-ATI-14B_fp8", "ATI"),
@@ -252,7 +250,6 @@ class TestLoras:
             ("transformer.transformer_blocks.{}.img_mlp.net.2", 3072, "Qwen-Image, which is not supported"),
             ("diffusion_model.layers.{}.attention.to_q", 3840, "Z-Image or Lumina, which is not supported"),
             ("transformer.transformer_blocks.{}.attn2.to_q", 2048, "LTX-Video, which is not supported"),
-            ("diffusion_model.audio_injector.injector.{}.q", 5120, "Wan2.2 S2V-14B, which is not supported"),
         ],
     )
     def test_for_another_model(self, capsys, tmp_path, module, width, made_for):
@@ -292,6 +289,6 @@ class TestHub:
         from wan_mlx.hub.resolve import survey
 
         repo = {"config.json": b"{}", "diffusion_pytorch_model.safetensors": b"d", "Wan2.1_VAE.pth": b"v"}
-        with serving({"Wan-AI/Wan2.2-S2V-14B": repo}, monkeypatch, tmp_path):
-            with pytest.raises(WeightsError, match="but by its name Wan2.2 S2V-14B, which is not supported"):
-                survey("Wan-AI/Wan2.2-S2V-14B")
+        with serving({"some/Phantom-Wan-14B": repo}, monkeypatch, tmp_path):
+            with pytest.raises(WeightsError, match="but by its name Phantom, which is not supported"):
+                survey("some/Phantom-Wan-14B")

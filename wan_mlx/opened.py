@@ -446,8 +446,8 @@ class OpenedModel:
             progress = counted(self.listener, "decoding by TAEHV")
             if last is not None:
                 geometry = self.geometry
-                size = (geometry.spatial * side for side in latents.shape[2:4])
-                last.begin(*size, geometry.num_frames(latents.shape[1]))
+                height, width = (geometry.spatial * side for side in latents.shape[2:4])
+                last.begin(height, width, geometry.num_frames(latents.shape[1]))
             for frames in progress(self._tiny.decode(latents), total=latents.shape[1]):
                 if last is not None:
                     last.take(frames)

@@ -143,7 +143,7 @@ class RequestOptions(TypedDict, total=False):
     )]
     size: Annotated[str | tuple[int, int] | None, Option(
         "--size WxH", "832x480; or 16:9 9:16 1:1, 480p 720p (default: the model's)", WHAT,
-        more="Multiples of 16 (TI2V-5B: of 32) up to 16384; `832*480` is taken too. 480p is 832x480, 720p 1280x720, "
+        more="Multiples of 16 (TI2V-5B: of 32, S2V: of 64) up to 16384; `832*480` is taken too. 480p is 832x480, 720p 1280x720, "
         "or what is allowed next to it; a ratio has at most "
         "as many pixels as the model's own size: see below. Where a source sets the proportions, it is the area",
         examples=SIZES, parse=parse_size, text="{}x{}".format, instead_of=("width", "height"),
@@ -152,7 +152,7 @@ class RequestOptions(TypedDict, total=False):
     height: Annotated[int | None, Option("--height N", "pixels, with --width", WHAT, instead_of=("size",))]
     num_frames: Annotated[int | None, Option(
         "--frames --frame_num N", "4n+1 (default: the model's, five seconds of most)", WHAT,
-        more="That is 81 at 16 a second, of TI2V-5B 121 at 24; up to 100001; 1 is a picture; a shorter source makes it "
+        more="Not of S2V, whose sound says how many. That is 81 at 16 a second, of TI2V-5B 121 at 24; up to 100001; 1 is a picture; a shorter source makes it "
         "fewer",
     )]
     fps: Annotated[int | None, Option(
@@ -166,7 +166,7 @@ class RequestOptions(TypedDict, total=False):
         examples=("rife",), place="name",
     )]
     image: Annotated["Source | None", Option(
-        "--image --first_frame FILE", "first frame (i2v, flf2v, ti2v, Fun)", SOURCES, place="file",
+        "--image --first_frame FILE", "first frame (i2v, flf2v, ti2v, Fun); who speaks (s2v)", SOURCES, place="file",
     )]
     last_image: Annotated["Source | None", Option(
         "--last-image --last_frame FILE", "last frame (flf2v, Fun)", SOURCES, place="file",
@@ -191,7 +191,7 @@ class RequestOptions(TypedDict, total=False):
         "--src_ref_images FILES", "pictures of what should appear, a,b,c (vace; one: Fun-Control)", SOURCES, default=(),
         parse=lambda text: tuple(text.split(",")), place="file",
     )]
-    audio: Annotated["Source | None", Option(
+    audio: Annotated[str | Path | None, Option(
         "--audio FILE", "what the picture says or sings (s2v): a recording, or a video with sound", SOURCES,
         more="Of any format and rate, up to ten minutes. The video is as long, and an .mp4 has the sound", place="file",
     )]
@@ -212,7 +212,7 @@ class RequestOptions(TypedDict, total=False):
     )]
     fit: Annotated[str | None, Option(
         "--fit NAME", "how a picture or video of other proportions comes to the size: {choices}", SOURCES,
-        more="`official` takes the proportions of a picture (i2v, flf2v, ti2v, Fun-InP) or of --src_video, and --size "
+        more="`official` takes the proportions of a picture (i2v, flf2v, ti2v, Fun-InP, s2v) or of --src_video, and --size "
         "as the area; `crop` cuts to exactly --size, `pad` adds black bars", default="official", choices=FITS,
     )]
     context_scale: Annotated[float, Option(

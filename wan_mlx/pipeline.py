@@ -186,7 +186,7 @@ class WanPipeline(OpenedModel):
         src_video: Source | None = None,
         src_mask: Source | None = None,
         src_ref_images: Sequence[Source] = (),
-        audio: Source | None = None,
+        audio: str | Path | None = None,
         pose_video: Source | None = None,
         num_clip: int | None = None,
         infer_frames: int = 80,

@@ -100,7 +100,7 @@ class Request:
     original_prompt: str | None = None
     extended_by: str | None = None
     draft_of: tuple[int, int, int] | None = None
-    audio: Source | None = None
+    audio: str | Path | None = None
     pose_video: Source | None = None
     num_clip: int | None = None
     infer_frames: int = 80
@@ -123,6 +123,11 @@ class Request:
         """The sources that are files, not pictures and videos in memory."""
         sources = [*(getattr(self, name) for name in SOURCE_FIELDS), *self.src_ref_images]
         return [Path(source) for source in sources if isinstance(source, str | Path)]
+
+    @property
+    def speech(self) -> Path | None:
+        """The file of the sound that the video is to have."""
+        return None if self.audio is None else Path(self.audio)
 
     @property
     def has_sources(self) -> bool:

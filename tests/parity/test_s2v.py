@@ -1,24 +1,33 @@
 """Speech to video (Wan2.2 S2V): whole runs of the official commands from official folders, against the official loop.
 """
 
+import json
 import wave
 
+import av
 import numpy as np
+import official_checkpoints as checkpoints
+import published
 import pytest
-from official_speech import official_video
+from official_speech import official_size, official_video
 from oracles import torch
 from PIL import Image
 from test_sources import write_video
 from test_tasks import noise_image, noise_video
 
+from wan_mlx import WanPipeline
 from wan_mlx.cli.main import main
 from wan_mlx.presets import PRESETS
+from wan_mlx.runs.folder import FrameStore, RunFolder
+from wan_mlx.tasks.s2v import output_size
+from wan_mlx.weights.convert import convert
 
 pytestmark = [pytest.mark.filterwarnings("ignore:`torch.cuda.amp.autocast:FutureWarning"),
               pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning")]  # fmt: skip
 PROMPT = "a cat boxing on a stage"
 NEGATIVE = PRESETS["s2v-14B"].negative_prompt
 AREA = (64, 64)
+OPEN = dict(dtype="float32", progress=False, prompt_cache=False)
 SAMPLING = dict(sampling_steps=3, shift=3.0, guide_scale=4.5, seed=42)
 FIRST = noise_image(150, 200)
 
@@ -70,3 +79,99 @@ def test_official_commands(models, files, tmp_path, monkeypatch, pose, start_fro
     difference = np.abs(ours.astype(int) - theirs.astype(int))
     assert difference.max() <= 2, difference.max(axis=(1, 2, 3))
     assert theirs.std() > 5
+
+
+def options(folder, files, output, *more) -> list[str]:
+    command = ["--model", folder, "--size", "64x64", "--prompt", PROMPT, "--image", files / "first.png", "--audio",
+               files / "talk.wav", "--infer_frames", 8, "--steps", 2, "--seed", 1, "--dtype", "float32", "--output",
+               output, "--quiet", *more]  # fmt: skip
+    return [*map(str, command)]
+
+
+@pytest.mark.parametrize("place", ["step", "decode"])
+def test_resume_inside_the_second_clip(models, files, tmp_path, monkeypatch, place):
+    """The same bytes as without a break: after a step of the second clip, and while it is decoded."""
+    _, folder = models("s2v")
+    assert main(options(folder, files, tmp_path / "whole.mp4", "--num_clip", 3)) == 0
+    cut = options(folder, files, tmp_path / "cut.mp4", "--num_clip", 3)
+    with monkeypatch.context() as patch:
+        if place == "step":
+            fail(patch, RunFolder, "save_step", lambda step, *_: step.index in (1, 3))
+        else:
+            fail(patch, FrameStore, "add", lambda frames: len(frames) == 4)  # of the first clip are 1 and 4 frames
+        assert main(cut) == 1
+    assert main(["--resume", str(tmp_path / "cut.mp4"), "--dtype", "float32"]) == 0
+    assert (tmp_path / "cut.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    with av.open(str(tmp_path / "cut.mp4")) as file:
+        seconds = {stream.type: float(stream.duration * stream.time_base) for stream in file.streams}
+    assert seconds["video"] == 19 / 16 and abs(seconds["audio"] - 19 / 16) < 0.01  # 1.2 s of sound are 19 frames
+
+
+def fail(patch, owner, name, when) -> None:
+    """``owner.name`` raises the second time that ``when`` holds."""
+    real, left = getattr(owner, name), [2]
+
+    def failing(self, *arguments):
+        left[0] -= bool(when(*arguments))
+        if not left[0]:
+            raise RuntimeError("the machine failed")
+        return real(self, *arguments)
+
+    patch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(audio=None), "give the audio with --audio FILE"),
+    (dict(image=None), "give the image with --image FILE"),
+    (dict(infer_frames=10), "infer_frames is 10, expected a multiple of 4; nearest: 8"),
+    (dict(fps=32), "fps is 32, but clips are made at 16"),
+    (dict(fit="crop", width=128, height=72), "height is 72, expected a positive multiple of 64; nearest: 64"),
+    (dict(audio="short.wav"), "is shorter than a video's frame"),
+    (dict(src_video="pose.mkv"), "src_video was given to a s2v model"),
+])  # fmt: skip
+def test_what_is_refused(models, files, monkeypatch, wrong, words):
+    monkeypatch.chdir(files)
+    write_sound(files / "short.wav", 0.03)
+    pipe = WanPipeline.from_pretrained(models("s2v")[1], dtype="float32", progress=False)
+    given = {"image": "first.png", "audio": "talk.wav", **wrong}
+    with pytest.raises(ValueError, match=words):
+        pipe.request("a", **{name: value for name, value in given.items() if value is not None})
+
+
+def test_other_models_do_not_hear(files):
+    pipe = WanPipeline.from_pretrained("nano", progress=False)
+    with pytest.raises(ValueError, match="audio was given to a t2v model.*use --model s2v-14B"):
+        pipe.request("a", audio=files / "talk.wav")
+
+
+@pytest.mark.parametrize("size", [(400, 300), (64, 64), (1920, 1080), (1080, 1920), (900, 901), (3000, 500), (100, 70)])
+@pytest.mark.parametrize("area", [1024 * 704, 832 * 480])
+def test_the_size_of_a_picture(size, area):
+    height, width = official_size(size[1], size[0], area)
+    assert output_size(size, area, PRESETS["s2v-14B"].geometry) == (width, height)
+
+
+def test_every_published_form_is_the_same_model(models, files, tmp_path):
+    """ComfyUI's files, a GGUF and an MLX folder give the latents of the official folder."""
+    modules, folder = models("s2v")
+    state = modules["transformer"].state_dict()
+    (tmp_path / "comfy").mkdir(), (tmp_path / "gguf").mkdir()
+    published.comfyui_file(tmp_path / "comfy/x.safetensors", state, "model.diffusion_model.")
+    published.gguf_file(tmp_path / "gguf/x.gguf", state, "F32")
+    config = {"num_heads": checkpoints.DIT["num_heads"], "audio_inject_layers": [0, 1]}
+    for place in ("comfy", "gguf"):
+        (tmp_path / place / "config.json").write_text(json.dumps(config))
+    speech = folder / "wav2vec2-large-xlsr-53-english"
+    others = dict(text_encoder=folder, tokenizer=folder, vae=folder, audio_encoder=speech)
+    opened = {
+        "official": WanPipeline.from_pretrained(folder, **OPEN),
+        "comfy": WanPipeline.from_pretrained(tmp_path / "comfy/x.safetensors", **OPEN, **others),
+        "gguf": WanPipeline.from_pretrained(tmp_path / "gguf/x.gguf", **OPEN, **others),
+        "mlx": WanPipeline.from_pretrained(convert(folder, tmp_path / "mlx", dtype="float32", model="s2v-14B"), **OPEN),
+    }
+    made = {}
+    for name, pipe in opened.items():
+        assert pipe.preset.name == "s2v-14B"
+        given = dict(image=files / "first.png", audio=files / "talk.wav", infer_frames=4, num_clip=1, steps=1, seed=1)
+        made[name] = pipe(PROMPT, size="64x64", guidance_scale=1, **given).latents
+        assert np.array_equal(made[name], made["official"]), name

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 # Options that a recipe sets, and notes on a run that are no options.
 OF_RECIPE = ("steps", "guidance_scale", "shift", "solver", "phases")
 NOTES = ("checkpoint", "model_fps", "versions", "forwards", "tokens", "quantized", "original_prompt", "extended_by",
-         "source_sha256", "draft_of")  # fmt: skip
+         "source_sha256", "draft_of", "clips", "clip_frames")  # fmt: skip
 PUBLISHED_TAEHV = ("taew2_1.safetensors", "taew2_2.safetensors")  # which are fetched where none is given
 IN_MEMORY = re.compile(r", sha256 [0-9a-f]{64}$")  # as `types.describe_source` ends
 
@@ -47,6 +47,8 @@ def config_arguments(path: Path, given: Mapping[str, Any], from_draft: bool = Fa
         raise UsageError(f"{flag} {path}: it is no draft; --config {path} takes its settings as they are")
     try:
         settings = of_draft(settings, full=from_draft)
+        if settings.get("clip_frames"):  # its sound or its folder says how long it is
+            settings = {name: value for name, value in settings.items() if name != "num_frames"}
         return arguments(as_options(obeyed(settings, given) if is_video else settings, path, given))
     except UsageError as error:
         raise UsageError(f"{flag} {path}: {error}") from error

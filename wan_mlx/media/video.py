@@ -34,6 +34,7 @@ class Video:
         fps: frames per second.
         settings: everything needed to make it again; embedded in the saved file.
         stages: seconds and peak memory of each stage.
+        speech: the file of the sound that an .mp4 of it has, if it speaks.
     """
 
     frames: Any
@@ -41,6 +42,7 @@ class Video:
     fps: float = 16
     settings: dict[str, Any] = field(default_factory=dict)
     stages: list[StageEnded] = field(default_factory=list)
+    speech: Path | None = None
 
     @property
     def seed(self) -> int | None:
@@ -83,7 +85,7 @@ class Video:
         Raises:
             ValueError: unknown ending, or the file exists and ``overwrite`` is False.
         """
-        return save_video(path, self.frames, self.fps, self.settings, self.latents, overwrite=overwrite)
+        return save_video(path, self.frames, self.fps, self.settings, self.latents, overwrite, self.speech)
 
     @computes
     def smooth(
@@ -140,7 +142,8 @@ class Video:
         if len(self.frames) == 1:
             ending, kind, tag, closing = ".png", "image/png", "img", ""
         with tempfile.TemporaryDirectory() as folder:
-            data = save_video(Path(folder) / f"video{ending}", self.frames, self.fps, {}).read_bytes()
+            path = save_video(Path(folder) / f"video{ending}", self.frames, self.fps, {}, speech=self.speech)
+            data = path.read_bytes()
         source = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
         told = {name: value for name, value in self.settings.items() if value not in (None, [], ())}
         width = self.frames.shape[2]

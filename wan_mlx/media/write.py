@@ -279,8 +279,10 @@ class _Mp4:
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
                 self._file.mux(self._video.encode(picture))
                 self._count += 1
-                for sound in filter(None, (self._sound, self._speech)):
-                    sound.copy(self._count / self._fps)
+                if self._sound is not None:
+                    self._sound.copy(self._count / self._fps)
+                if self._speech is not None:
+                    self._speech.copy(self._count / self._fps)
 
     def finish(self) -> None:
         with self._telling():

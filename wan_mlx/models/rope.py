@@ -43,6 +43,11 @@ def rope_of(positions: tuple[Sequence[int], Sequence[int], Sequence[int]], head_
     return mx.array(np.cos(angle).astype(np.float32)), mx.array(sin.astype(np.float32))
 
 
+def joined(tables: Sequence[RopeTable]) -> RopeTable:
+    """The table of tokens that follow each other."""
+    return mx.concatenate([cosines for cosines, _ in tables]), mx.concatenate([sines for _, sines in tables])
+
+
 def rows_of(table: RopeTable, tokens: slice) -> RopeTable:
     """The table of some tokens."""
     cosines, sines = table

@@ -18,7 +18,7 @@ import numpy as np
 from .attention import CrossAttention, Pairs
 from .configs import TransformerConfig
 from .layers import Conv1d, Embedding, Linear, modulated_norm
-from .rope import RopeTable, rope_of
+from .rope import RopeTable, joined, rope_of
 from .transformer import Block, Clean, ForwardPass, Runs, Transformer, by_runs
 
 MOTION_FRAMES = 73  # frames before a clip, of which its sound counts the first one so often
@@ -184,7 +184,7 @@ class S2VTransformer(Transformer):
         parts = [part + masks[kind] for kind, part in enumerate(parts)]
         return mx.concatenate(parts, axis=1), replace(
             this_pass,
-            rope=tuple(mx.concatenate(halves) for halves in zip(*tables, strict=True)),
+            rope=joined(tables),
             clean=Clean(slice(x.shape[1], None), *self.times_of(0.0)),
             voice=self.voice(audio),
         )
@@ -193,8 +193,9 @@ class S2VTransformer(Transformer):
         """What each latent frame hears, in the tokens' dtype; the frames before the clip hear its first one."""
         before = mx.repeat(audio[:, :, :1], MOTION_FRAMES, axis=2)
         tokens, whole = self.casual_audio_encoder(mx.concatenate([before, audio], axis=2).astype(mx.float32))
-        tokens, whole = (x if x is None else x[:, MOTION_LATENTS:].astype(self.dtype) for x in (tokens, whole))
-        return tokens, whole
+        if whole is not None:
+            whole = whole[:, MOTION_LATENTS:].astype(self.dtype)
+        return tokens[:, MOTION_LATENTS:].astype(self.dtype), whole
 
     def pack(self, motion: mx.array, grid: tuple[int, int, int]) -> tuple[mx.array, RopeTable]:
         """Tokens of the frames before (B, L, D), and where they stand: the newest first."""
@@ -206,7 +207,7 @@ class S2VTransformer(Transformer):
             times = np.linspace(before, before - frames + 1, count).astype(int)
             parts.append(tokens)
             tables.append(self._rope(grid, (-times).tolist(), patch[1] // self.config.patch_size[1]))
-        return mx.concatenate(parts, axis=1), tuple(mx.concatenate(halves) for halves in zip(*tables, strict=True))
+        return mx.concatenate(parts, axis=1), joined(tables)
 
     def _rope(self, grid: tuple[int, int, int], times: Sequence[int], wider: int) -> RopeTable:
         """Of tokens at these ``times``, each so many times wider and higher than the video's."""

@@ -69,7 +69,7 @@ def decode(
     whole = run.decode(latents)  # checks the shape; computes nothing before the first frame is requested
     _, count, height, width, _ = latents.shape
     last = last or LastFrames(0)
-    last.begin(*(vae.geometry.spatial * n for n in (height, width)), vae.geometry.num_frames(count))
+    last.begin(vae.geometry.spatial * height, vae.geometry.spatial * width, vae.geometry.num_frames(count))
     if tile is None:
         for frames in progress(whole, total=latents.shape[1]):
             last.take(frames)

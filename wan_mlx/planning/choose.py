@@ -170,8 +170,8 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     how += f", {tokens_at_once} tokens" * (tokens_at_once != TOKENS_AT_ONCE)
     peak = denoise(step, all_stay, shares)
     rows.append(Row("denoise", how, peak, sum(parts.values()), reads, parts["self attention"]))
-    clips, (t, *sides) = TASKS[request.task].clips, request.latent_shape
-    decoded = (t + (clips.latents_before(request) if clips else 0), *sides)
+    clips, (t, h, w) = TASKS[request.task].clips, request.latent_shape
+    decoded = (t + (clips.latents_before(request) if clips else 0), h, w)
     decode_tile, row = vae("decode", [decoded], decoding=True)
     if wanted.tiny_vae:
         tiny = TAEHVConfig(z_dim=nets.vae.z_dim, patch=nets.vae.patch)

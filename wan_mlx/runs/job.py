@@ -142,8 +142,9 @@ class Job:
         """Sample, decode and encode; returns a complaint about the video, if there is one."""
         request, size = self.request, (self.request.width, self.request.height)
         check_disk(folder.path, disk_needed(request, self.pipe.latent_channels) - folder.size)
-        speech = None if request.audio is None else Path(str(request.audio))
-        writer = VideoWriter(self.output, request.fps, size, settings, self.overwrite, folder.path, speech=speech)
+        writer = VideoWriter(
+            self.output, request.fps, size, settings, self.overwrite, folder.path, speech=request.speech
+        )
         store = folder.open_frames(request.height, request.width)
         with _Encoding(writer, folder, store) as encoding:
             if store.count < request.frames_written or not folder.is_sampled:

@@ -200,6 +200,7 @@ class Run:
             fps=self.request.fps,
             settings=settings,
             stages=self.reports,
+            speech=self.request.speech,
         )
 
     # The stages. A generator below yields wherever events have been told that are to be passed on.

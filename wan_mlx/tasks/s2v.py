@@ -73,6 +73,7 @@ def fit(request: Request) -> Request:
         if source is None:
             raise ValueError(f"speech to video needs a picture and its sound: give the {name} with --{name} FILE (in "
                              f"Python {name}=)")  # fmt: skip
+    assert request.audio is not None, "it is given"
     if request.infer_frames % request.geometry.temporal:
         nearest = max(1, round(request.infer_frames / request.geometry.temporal)) * request.geometry.temporal
         raise ValueError(f"infer_frames is {request.infer_frames}, expected a multiple of {request.geometry.temporal}; "
@@ -119,6 +120,7 @@ def encodes(request: Request) -> list[int]:
 def condition(request: Request, encoders: Encoders) -> Conditioning:
     """Texts and noise, what is heard, and the latents of the picture, of the poses, and of the frames before."""
     base = t2v.condition(request, encoders)
+    assert request.audio is not None, "`fit` refuses that"
     states = encoders.encode_audio(mx.array(read_sound(request.audio)))
     picture = _picture(request)
     (reference,) = encoders.encode_videos([in_chunks([picture], request.geometry)])
@@ -140,7 +142,7 @@ def following(
     if made < MOTION_FRAMES:
         assert conditioning.last_frames is not None, "they are kept where they are needed"
         frames = np.concatenate([np.array(conditioning.last_frames)[made:], frames[-made:]])
-    following = replace(conditioning, clip=conditioning.clip + 1, motion=None, pose=None, last_frames=None)
+    following = replace(conditioning, clip=conditioning.clip + 1)
     return _in_clip(following, request, encoders, frames, frames)
 
 
@@ -174,12 +176,12 @@ def _in_clip(
         videos["pose"] = _poses(request, clip)
     encoded = encoders.encode_videos([in_chunks(video, request.geometry) for video in videos.values()])
     found = dict(zip(videos, encoded, strict=True))
-    if "pose" in found:
-        found["pose"] = found["pose"][:, 1:]
+    poses = found.get("pose")
     is_needed = _needs_older(request) and clip + 1 < request.clips
     return replace(
         base,
-        **found,
+        motion=found.get("motion"),
+        pose=None if poses is None else poses[:, 1:],
         noise=latent_noise(request.latent_shape, encoders.latent_channels, (request.seed + clip) % 2**64,
                            of=request.noise_size),
         heard=(clip * length, (clip + 1) * length),

@@ -80,8 +80,9 @@ def _said(config_class, config: Mapping[str, Any], path: Path) -> dict[str, Any]
             fits = isinstance(value, list | tuple)
             fits = fits and all(isinstance(v, kinds) and least <= v < LARGEST_SIZE for v in value)
             wanted, value = f"a list of {'counts' if counts else 'numbers'}", tuple(value) if fits else value
-        elif isinstance(field.default, str):
-            fits, wanted = isinstance(value, str), "text"
+        elif isinstance(field.default, str | bool):
+            kind = type(field.default)
+            fits, wanted = isinstance(value, kind), "text" if kind is str else "true or false"
         else:
             whole = isinstance(field.default, int | None)
             fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
