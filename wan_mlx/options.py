@@ -143,17 +143,17 @@ class RequestOptions(TypedDict, total=False):
     )]
     size: Annotated[str | tuple[int, int] | None, Option(
         "--size WxH", "832x480; or 16:9 9:16 1:1, 480p 720p (default: the model's)", WHAT,
-        more="Multiples of 16 (TI2V-5B: of 32, S2V: of 64) up to 16384; `832*480` is taken too. 480p is 832x480, 720p 1280x720, "
-        "or what is allowed next to it; a ratio has at most "
-        "as many pixels as the model's own size: see below. Where a source sets the proportions, it is the area",
+        more="Multiples of 16 (TI2V-5B: of 32, S2V: of 64) up to 16384; `832*480` is taken too. 480p is 832x480, 720p "
+        "1280x720, or what is allowed next to it; a ratio has at most as many pixels as the model's own size: see "
+        "below. Where a source sets the proportions, it is the area",
         examples=SIZES, parse=parse_size, text="{}x{}".format, instead_of=("width", "height"),
     )]
     width: Annotated[int | None, Option("--width N", "pixels, with --height", WHAT, instead_of=("size",))]
     height: Annotated[int | None, Option("--height N", "pixels, with --width", WHAT, instead_of=("size",))]
     num_frames: Annotated[int | None, Option(
         "--frames --frame_num N", "4n+1 (default: the model's, five seconds of most)", WHAT,
-        more="Not of S2V, whose sound says how many. That is 81 at 16 a second, of TI2V-5B 121 at 24; up to 100001; 1 is a picture; a shorter source makes it "
-        "fewer",
+        more="Not of S2V, whose sound says how many. That is 81 at 16 a second, of TI2V-5B 121 at 24; up to 100001; 1 "
+        "is a picture; a shorter source makes it fewer",
     )]
     fps: Annotated[int | None, Option(
         "--fps N", "frames a second of the file; more than the model's (16; TI2V-5B 24): RIFE adds those between", WHAT,
@@ -212,8 +212,8 @@ class RequestOptions(TypedDict, total=False):
     )]
     fit: Annotated[str | None, Option(
         "--fit NAME", "how a picture or video of other proportions comes to the size: {choices}", SOURCES,
-        more="`official` takes the proportions of a picture (i2v, flf2v, ti2v, Fun-InP, s2v) or of --src_video, and --size "
-        "as the area; `crop` cuts to exactly --size, `pad` adds black bars", default="official", choices=FITS,
+        more="`official` takes the proportions of a picture (i2v, flf2v, ti2v, Fun-InP, s2v) or of --src_video, and "
+        "--size as the area; `crop` cuts to exactly --size, `pad` adds black bars", default="official", choices=FITS,
     )]
     context_scale: Annotated[float, Option(
         "--context-scale S", "strength of the source (vace; default 1)", SOURCES, default=1.0, limits=Limits(),
