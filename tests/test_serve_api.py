@@ -21,7 +21,7 @@ from wan_mlx.server.app import make_app
 from wan_mlx.server.child import Child
 from wan_mlx.server.guard import names_of
 from wan_mlx.server.library import Library
-from wan_mlx.server.schema import SOURCES_OF, served
+from wan_mlx.server.schema import OF_TASK, SOURCES_OF, served
 from wan_mlx.server.studio import Studio
 from wan_mlx.tasks import TASKS
 
@@ -247,7 +247,7 @@ class TestModels:
         assert left_out == {"progress", "caffeinate"}
 
     def test_sources_are_those_of_the_tasks(self):
-        given = {name: set(task.takes) - {"context_scale"} for name, task in TASKS.items()}
+        given = {name: set(task.takes) - OF_TASK.keys() for name, task in TASKS.items()}
         assert given == {name: set(sources) for name, sources in SOURCES_OF.items()}
 
     def test_models(self, client):

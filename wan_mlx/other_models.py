@@ -17,8 +17,8 @@ from .errors import UnsupportedModel
 
 # Kind of file → the advice in its refusal.
 ADVICE = {
-    "transformer": "supported are Wan2.1's T2V, I2V, FLF2V and VACE models, Wan2.2's T2V-A14B, I2V-A14B and TI2V-5B, "
-    "and the VACE-Fun, Fun-InP and Fun-Control made from them",
+    "transformer": "supported are Wan2.1's T2V, I2V, FLF2V and VACE models, Wan2.2's T2V-A14B, I2V-A14B, TI2V-5B and "
+    "S2V-14B, and the VACE-Fun, Fun-InP and Fun-Control made from them",
     "addition": "of additions to a model only LoRAs are supported",
     "text_encoder": "Wan's is umT5-XXL, such as umt5_xxl_fp16.safetensors",
     "vae": "take Wan2.1's, wan_2.1_vae.safetensors, or for TI2V-5B Wan2.2's, wan2.2_vae.safetensors",

@@ -29,6 +29,7 @@ from ..cli.terminal import explain, write
 from ..errors import MemoryPlanError, UsageError, WanError
 from ..hub.resolve import Places, is_cached, preset_of
 from ..media.read import open_picture, open_video, read_image
+from ..media.speech import sound_seconds
 from ..media.write import read_settings
 from ..models import chips
 from ..pipeline import checked, plan
@@ -186,14 +187,17 @@ def look(path: str) -> Answer:
     """What a file that was sent is: decoded as a run would.
 
     Raises:
-        ValueError: it is neither a picture nor a video, or too large, or damaged.
+        ValueError: it is neither a picture, a video nor sound, or too large, or damaged.
     """
     file = Path(path)
     try:
         with open_picture(file) as image:
             kind, still = str(image.format), getattr(image, "n_frames", 1) == 1
-    except ValueError:
-        clip = open_video(file)
+    except ValueError as error:
+        try:
+            clip = open_video(file)
+        except ValueError:
+            return _look_at_sound(file, error)
         ending = _video_ending(file)
     else:
         ending = PICTURE_ENDINGS[kind]
@@ -204,6 +208,17 @@ def look(path: str) -> Answer:
         clip = open_video(file)
     return {"kind": "video", "ending": ending, "width": clip.width, "height": clip.height,
             "num_frames": clip.num_frames, "seconds": round(float(clip.times[-1, 1]), 3)}  # fmt: skip
+
+
+def _look_at_sound(path: Path, error: ValueError) -> Answer:
+    """What a file is that is no video: ``error`` tells what is wrong with it, unless it is sound."""
+    try:
+        seconds = sound_seconds(path)
+    except ValueError:
+        open_video(path)  # whose complaint is more likely to help
+        raise error from None
+    return {"kind": "audio", "ending": ".sound", "width": None, "height": None, "num_frames": None,
+            "seconds": round(float(seconds), 3)}  # fmt: skip
 
 
 def _video_ending(path: Path) -> str:

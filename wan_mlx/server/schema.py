@@ -22,7 +22,7 @@ CHINESE_GROUPS = {
 }  # fmt: skip
 CHINESE_TASKS = {
     "t2v": "文生视频", "i2v": "图生视频", "flf2v": "首尾帧", "vace": "编辑（VACE）", "ti2v": "文或图生视频",
-    "inp": "首帧、尾帧（Fun-InP）", "control": "控制视频（Fun-Control）",
+    "inp": "首帧、尾帧（Fun-InP）", "control": "控制视频（Fun-Control）", "s2v": "声音驱动（S2V）",
 }  # fmt: skip
 # Task → the sources that it takes; a test compares with `tasks.TASKS`, which needs MLX.
 SOURCES_OF = {
@@ -32,7 +32,13 @@ SOURCES_OF = {
     "ti2v": ("image", "video", "src_mask"),
     "inp": ("image", "last_image"),
     "control": ("src_video", "src_ref_images", "image", "last_image"),
+    "s2v": ("image", "audio", "pose_video"),
     "vace": ("src_video", "src_mask", "src_ref_images"),
+}
+# Options of one task that are no sources.
+OF_TASK = {
+    **dict.fromkeys(("context_scale", "vace_module"), ["vace"]),
+    **dict.fromkeys(("num_clip", "infer_frames", "start_from_ref"), ["s2v"]),
 }
 SIMPLE = ("prompt", "negative_prompt", "model", "size", "num_frames", "seed", "loras")  # not among the advanced ones
 QUALITIES = {"draft": ("Draft", "草稿", 0.4), "good": ("Good", "良好", 0.7), "best": ("Best", "最佳", 1.0)}
@@ -117,7 +123,7 @@ def options_table() -> list[dict[str, Any]]:
             "kind": kind_of(option),
             "of": option.of,
             "advanced": option.name not in SIMPLE and not tasks,
-            "tasks": tasks or (["vace"] if option.name in ("context_scale", "vace_module") else None),
+            "tasks": tasks or OF_TASK.get(option.name),
         })  # fmt: skip
     return rows
 

@@ -23,12 +23,13 @@ from .schema import served
 
 ID = re.compile(r"upload_[0-9a-f]{24}")
 SOURCE = re.compile(r"(?P<what>upload_[0-9a-f]{24}|video_[0-9a-f]{24}|library:[^#]+)(#(?P<which>first|last))?")
-DATA = re.compile(r"data:(?:image|video)/[\w.+-]+;base64,", re.ASCII)
+DATA = re.compile(r"data:(?:image|video|audio)/[\w.+-]+;base64,", re.ASCII)
 MOST_BYTES = 1 << 28
 CHUNK = 1 << 20
 OLD = 7 * 86_400  # seconds after which an upload that no job names is forgotten
 KINDS = {"image": ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff", "image/avif"],
-         "video": ["video/mp4", "video/quicktime", "video/webm", "video/x-matroska", "video/x-msvideo"]}  # fmt: skip
+         "video": ["video/mp4", "video/quicktime", "video/webm", "video/x-matroska", "video/x-msvideo"],
+         "audio": ["audio/wav", "audio/x-wav", "audio/mpeg", "audio/mp4", "audio/flac", "audio/ogg"]}  # fmt: skip
 
 
 def is_here(source: Any) -> bool:
