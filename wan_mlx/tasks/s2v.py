@@ -79,8 +79,8 @@ def fit(request: Request) -> Request:
         raise ValueError(f"infer_frames is {request.infer_frames}, expected a multiple of {request.geometry.temporal}; "
                          f"nearest: {nearest}")  # fmt: skip
     if request.fps != request.model_fps:
-        raise ValueError(f"fps is {request.fps}, but clips are made at {request.model_fps}; leave it out, and then "
-                         "`wan-mlx smooth` adds frames to the video, which keeps its sound")  # fmt: skip
+        raise ValueError(f"fps is {request.fps}, but clips are made at {request.model_fps}; leave it out, and "
+                         "smooth the finished video, which keeps its sound")  # fmt: skip
     if request.num_frames != FRAMES:
         log.warning("frames is %d, but a video of speech is as long as its sound; num_clip makes it shorter",
                     request.num_frames)  # fmt: skip
