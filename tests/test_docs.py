@@ -19,6 +19,7 @@ from crafted import header_only
 from mlx.utils import tree_flatten
 from PIL import Image
 from rife_files import save_tiny
+from test_speech import tone, write_wav
 from tiny_mlx_model import random_vae
 
 import wan_mlx
@@ -32,15 +33,13 @@ from wan_mlx.cli.commands import COMMANDS as COMMANDS_OF_OURS
 from wan_mlx.cli.commands import as_flags
 from wan_mlx.cli.flags import build_parser
 from wan_mlx.models.chips import CHIPS
-from wan_mlx.models.configs import ImageEncoderConfig, TransformerConfig, VAE22Config
-from wan_mlx.models.networks import new_transformer
+from wan_mlx.models.configs import AudioEncoderConfig, ImageEncoderConfig, TransformerConfig, VAE22Config
 from wan_mlx.other_models import ADVICE
 from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning import speed as timing
 from wan_mlx.presets import BUNDLED, EXPERTS, PRESETS
 from wan_mlx.prompts.extend import Extension
 from wan_mlx.training import Training
-from wan_mlx.weights.component import parameter_shapes
 from wan_mlx.weights.configs import shapes_of
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +52,7 @@ NAMES = {
     "./Wan2.1-T2V-14B": "t2v-14B", "./Wan2.1-T2V-14B-q8": "t2v-14B", "Wan-AI/Wan2.1-I2V-14B-480P": "i2v-14B-480P",
     "Wan-AI/Wan2.1-FLF2V-14B-720P": "flf2v-14B-720P", "Wan-AI/Wan2.1-VACE-1.3B": "vace-1.3B",
     "Wan-AI/Wan2.1-VACE-14B": "vace-14B", "Wan-AI/Wan2.2-TI2V-5B": "ti2v-5B",
+    "Wan-AI/Wan2.2-S2V-14B": "s2v-14B",
     "alibaba-pai/Wan2.2-Fun-5B-Control": "fun-5B-Control", "alibaba-pai/Wan2.2-Fun-5B-InP": "fun-5B-InP",
     "Wan-AI/Wan2.2-T2V-A14B": "t2v-A14B", "Wan-AI/Wan2.2-I2V-A14B": "i2v-A14B",
     "city96/Wan2.1-T2V-14B-gguf:wan2.1-t2v-14b-Q4_K_M.gguf": "t2v-14B",
@@ -141,12 +141,14 @@ def covering(commands: dict[str, tuple[str, ...]]) -> set[str]:
 
 COMMANDS = commands()
 MADE = covering(COMMANDS)
+# A wav2vec 2.0.
+HEARS = AudioEncoderConfig(32, 16, 2, 24, conv_dim=(16,) * 7, pos_kernel=8, pos_groups=4)
 
 
-def tiny(path: Path, config: TransformerConfig, seed: int) -> None:
+def tiny(path: Path, config: TransformerConfig | AudioEncoderConfig, seed: int) -> None:
     mx.random.seed(seed)
-    arrays = {name: 0.05 * mx.random.normal(shape) for name, shape in parameter_shapes(new_transformer(config)).items()}
-    mx.save_safetensors(str(path), arrays, {"layout": "mlx", "component": "transformer"})
+    arrays = {name: 0.05 * mx.random.normal(shape) for name, shape in shapes_of(config).items()}
+    mx.save_safetensors(str(path), arrays, {"layout": "mlx"})
 
 
 def write_model(folder: Path, name: str, pico: Path, is_tiny: bool) -> None:
@@ -162,7 +164,11 @@ def write_model(folder: Path, name: str, pico: Path, is_tiny: bool) -> None:
     transformers = EXPERTS if PRESETS[name].experts == 2 else ("transformer",)
     if is_tiny:
         sizes = replace(sizes, dim=128, ffn_dim=128, num_heads=1, num_layers=1, text_dim=128,
-                        image_dim=sizes.image_dim and 80, vace_layers=(0,) if sizes.vace_layers else ())  # fmt: skip
+                        image_dim=sizes.image_dim and 80, vace_layers=(0,) if sizes.vace_layers else (), audio_dim=32,
+                        audio_inject_layers=(0,) if sizes.hears else ())  # fmt: skip
+        if sizes.hears:
+            config["audio_encoder"] = asdict(HEARS)
+            tiny(folder / "audio_encoder.safetensors", HEARS, 0)
         parts.append(pico / "text_encoder.safetensors")
         if sizes.has_image_branch:
             parts.append(BUNDLED["nano-i2v"] / "image_encoder.safetensors")
@@ -170,12 +176,13 @@ def write_model(folder: Path, name: str, pico: Path, is_tiny: bool) -> None:
         for seed, part in enumerate(transformers):
             tiny(folder / f"{part}.safetensors", sizes, seed)
     else:
-        networks = {**dict.fromkeys(transformers, sizes), "text_encoder": text, "image_encoder": image}
+        networks = {**dict.fromkeys(transformers, sizes), "text_encoder": text}
+        networks |= {"image_encoder": image} if sizes.has_image_branch else {}
+        networks |= {"audio_encoder": AudioEncoderConfig()} if sizes.hears else {}
         for part, of_kind in networks.items():
-            if part != "image_encoder" or sizes.has_image_branch:
-                metadata = {"layout": "mlx", "component": part}  # which tells two experts apart
-                header_only(folder / f"{part}.safetensors", shapes_of(of_kind), metadata=metadata)
-                config[part] = asdict(of_kind)
+            metadata = {"layout": "mlx", "component": part}  # which tells two experts apart
+            header_only(folder / f"{part}.safetensors", shapes_of(of_kind), metadata=metadata)
+            config[part] = asdict(of_kind)
     for part in parts:
         (folder / part.name).symlink_to(part)
     config |= {"model": name, **{part: asdict(sizes) for part in transformers}}
@@ -202,6 +209,7 @@ def homes(tmp_path_factory, pico):
         for name in ("photo.jpg", "girl.png", "snake.png", "first.png", "last.png"):
             Image.open(sources / "first.png").convert("RGB").save(home / name)
         shutil.copy(sources / "mask.png", home)
+        write_wav(home / "talk.wav", tone(0.3, 16000), 16000)
         for name, source in (("clip.mp4", "clip.mp4"), ("depth.mp4", "guide.mp4")):
             shutil.copy(sources / source, home / name)
         lines = next(block.text for block in blocks() if block.language == "json" and "a cat boxing" in block.text)
@@ -297,6 +305,8 @@ def smaller(rest: list[str]) -> list[str]:
     if "--prompts" in rest or "--resume" in rest:
         return ["--dry-run"]
     flags = ["--frames", "1"] if "--num-images" in rest else []
+    if any("s2v" in word for word in rest):
+        flags += ["--size", "64x64", "--infer_frames", "4", "--num_clip", "1"]
     if any("5B" in word for word in rest):
         flags += ["--size", "32x32"]
     if "--slg" in rest:  # there is one block
