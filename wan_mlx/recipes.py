@@ -104,7 +104,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "lightx2v-4step", "lightx2v's step- and guidance-distilled 14B models and LoRAs; of two experts each takes "
             "two steps",
-            models=(*OF_14B, *OF_A14B),
+            models=(*OF_14B, *OF_A14B, "s2v-14B"),
             solver="euler", steps=4, shift=5.0, grid=lambda steps: Grid.shifted((1000, 750, 500, 250), 5.0),
             hints=r"lightx2v|lightning|seko|step_?distill|cfg_?distill",
             files=(

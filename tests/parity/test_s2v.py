@@ -179,3 +179,12 @@ def test_every_published_form_is_the_same_model(models, files, tmp_path):
         given = dict(image=files / "first.png", audio=files / "talk.wav", infer_frames=4, num_clip=1, steps=1, seed=1)
         made[name] = pipe(PROMPT, size="64x64", guidance_scale=1, **given).latents
         assert np.array_equal(made[name], made["official"]), name
+
+
+def test_four_steps(models, files):
+    """By the recipe of lightx2v, whose LoRAs are of models as wide."""
+    pipe = WanPipeline.from_pretrained(models("s2v")[1], **OPEN)
+    request = pipe.request("a", recipe="lightx2v-4step", image=files / "first.png", audio=files / "talk.wav")
+    assert (request.steps, request.shift, request.guidance_scale, request.passes) == (4, 5.0, 1.0, 1)
+    with pytest.raises(ValueError, match="teacache has no published constants for s2v-14B"):
+        pipe.request("a", cache="teacache", image=files / "first.png", audio=files / "talk.wav")
