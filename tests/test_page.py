@@ -39,8 +39,9 @@ NOT_YET = "Failed to load resource: the server responded with a status of 404"
 
 @pytest.fixture(scope="module")
 def hub():
-    """One on loopback, with the files of T2V-1.3B by their names: 3 MB."""
-    found = Hub({"Wan-AI/Wan2.1-T2V-1.3B": dict.fromkeys(OFFICIAL, b"{}") | {"Wan2.1_VAE.pth": bytes(3_000_000)}})
+    """One on loopback, with the files of two models by their names: 3 MB."""
+    files = dict.fromkeys(OFFICIAL, b"{}") | {"Wan2.1_VAE.pth": bytes(3_000_000)}
+    found = Hub({"Wan-AI/Wan2.1-T2V-1.3B": files, "Wan-AI/Wan2.1-FLF2V-14B-720P": files})
     yield found
     found.close()
 
@@ -170,6 +171,7 @@ def test_a_picture_chooses_the_model_and_a_stopped_run_goes_on_in_another_tab(pa
     expect(page.locator(".source select")).to_have_value("image")
     ask(page, steps=4, prompt="it moves right")
     expect(page.locator("#now")).to_contain_text("step 1 of 4", timeout=PATIENCE)
+    expect(page.locator("#now img")).to_be_visible(timeout=PATIENCE)
     picture(page, "page.png")
     page.click("#now button:has-text('Stop')")
     expect(page.locator("#halted")).to_contain_text("stopped at step", timeout=PATIENCE)
@@ -224,6 +226,17 @@ def test_waiting_ones_are_put_in_order_by_drag_and_by_buttons(page, server):
         for id in ids:
             client.delete(f"/v1/videos/{id}")
         expect(page.locator("#queue-box")).to_be_hidden(timeout=PATIENCE)
+
+
+def test_two_pictures_are_both_ends_and_never_left_out_silently(page):
+    """The models here take one picture; those that take two are named."""
+    page.set_input_files("#file", [SOURCES / "first.png", SOURCES / "first.png"])
+    expect(page.locator("#found")).to_contain_text("get one of: flf2v-14B-720P", timeout=PATIENCE)
+    expect(page.locator(".source").nth(0).locator("select")).to_have_value("image")
+    expect(page.locator(".source").nth(1)).to_contain_text("nano-i2v has no use for it")
+    page.select_option("#model", "flf2v-14B-720P")
+    expect(page.locator(".source").nth(1).locator("select")).to_have_value("last_image")
+    expect(page.locator("#found")).to_be_hidden()
 
 
 def test_phone_width_chinese_and_no_barrier(page):

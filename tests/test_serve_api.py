@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -78,6 +79,14 @@ def ask(client, **fields) -> dict:
 def picture(kind: str = "PNG", size: tuple[int, int] = (64, 64)) -> bytes:
     data = io.BytesIO()
     Image.new("RGB", size, "red").save(data, kind)
+    return data.getvalue()
+
+
+def zip_of(files: dict[str, bytes]) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in files.items():
+            packed.writestr(name, content)
     return data.getvalue()
 
 
@@ -197,6 +206,41 @@ class TestSources:
         upload = found.json()
         assert (upload["kind"], upload["num_frames"], upload["settings"]["seed"]) == ("video", 5, 3)
         assert client.post("/v1/videos", json=upload["settings"]).json()["seed"] == 3
+
+    def test_a_folder_of_files(self, client, studio, pico_video):
+        """Several files are one, and so is a zip; each file of it is looked at, and its names are kept."""
+        files = {"src_pose.mp4": pico_video, "src_ref.png": picture()}
+        sent = client.post("/v1/uploads", files=[("file", each) for each in files.items()]).json()
+        packed = client.post("/v1/uploads", files={"file": ("a.zip", zip_of({"a/": b"", "__MACOSX/._x": b"x"} | {
+            f"a/{name}": data for name, data in files.items()}))}).json()  # fmt: skip
+        for upload in (sent, packed):
+            assert (upload["kind"], upload["files"]) == ("folder", ["src_pose.mp4", "src_ref.png"])
+            folder = studio.uploads.path(upload["id"])
+            assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+            assert client.get(f"/v1/uploads/{upload['id']}/preview").headers["content-type"] == "image/webp"
+            assert client.delete(f"/v1/uploads/{upload['id']}").json()["deleted"] and not folder.exists()
+
+    def test_folders_that_are_refused(self, client, studio):
+        before = sorted(studio.library.folder.rglob("*"))
+        many = {f"{number}.png": picture() for number in range(17)}
+        for entries, said in (
+            ({"a.png": b"none"}, "a.png"), ({}, "holds 0 files"), (many, "holds 17 files"),
+            ({"a/x.png": picture(), "b/x.png": picture()}, "different names"), ({"a\\b.png": picture()}, "plain name"),
+            ({".hidden": picture()}, "plain name"), ({"in.zip": zip_of({"a.png": picture()})}, "in.zip"),
+        ):  # fmt: skip
+            answer = client.post("/v1/uploads", files={"file": ("some.zip", zip_of(entries))})
+            message = answer.json()["error"]["message"]
+            assert answer.status_code == 400 and said in message and "upload" not in message, (said, message)
+        bomb = zip_of({f"{number}.png": bytes(200 << 20) for number in range(6)})
+        answer = client.post("/v1/uploads", files={"file": ("bomb.zip", bomb)})
+        assert answer.status_code == 400 and "bytes unpacked" in answer.json()["error"]["message"]
+        damaged = bytearray(zip_of({"a.png": picture()}))
+        damaged[40] ^= 255
+        answer = client.post("/v1/uploads", files={"file": ("a.zip", bytes(damaged))})
+        assert answer.status_code == 400 and "cannot be unpacked" in answer.json()["error"]["message"]
+        twice = [("file", ("a.png", picture()))] * 2
+        assert client.post("/v1/uploads", files=twice).status_code == 400
+        assert sorted(studio.library.folder.rglob("*")) == before
 
     def test_a_refused_request_leaves_nothing(self, client, studio):
         before = {path.name for path in studio.library.uploads.iterdir()}

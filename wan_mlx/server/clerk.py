@@ -42,6 +42,7 @@ from ..runs.folder import RunFolder
 from ..runs.time_left import TimeLeft
 from ..types import Request
 from .child import follow
+from .packed import FOLDER_ENDING, is_packed, unpacked
 
 POSTER = 320  # pixels of its longer side
 PICTURE_ENDINGS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tiff",
@@ -183,17 +184,21 @@ def recipes_of(model: str) -> list[dict[str, Any]]:
 # Files
 
 
-def look(path: str) -> Answer:
-    """What a file that was sent is: decoded as a run would.
+def look(path: str, may_be_folder: bool = True) -> Answer:
+    """What a file that was sent is: decoded as a run would. A folder of several comes packed, or as one.
 
     Raises:
-        ValueError: it is neither a picture, a video nor sound, or too large, or damaged.
+        ValueError: it is neither a picture, a video nor sound, nor a packed folder of these, or too large, or damaged.
     """
     file = Path(path)
+    if may_be_folder and file.is_dir():
+        return looked_into(file)
     try:
         with open_picture(file) as image:
             kind, still = str(image.format), getattr(image, "n_frames", 1) == 1
     except ValueError as error:
+        if may_be_folder and is_packed(file):
+            return looked_into(unpacked(file))
         try:
             clip = open_video(file)
         except ValueError:
@@ -226,6 +231,15 @@ def _video_ending(path: Path) -> str:
         head = file.read(12)
     return ".mp4" if head[4:8] == b"ftyp" else ".webm" if head[:4] == b"\x1aE\xdf\xa3" else \
         ".avi" if head[:4] == b"RIFF" else ".mov"  # fmt: skip
+
+
+def looked_into(folder: Path) -> Answer:
+    """What a folder is, of which each file is looked at."""
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        look(str(folder / name), may_be_folder=False)
+    return {"kind": "folder", "ending": FOLDER_ENDING, "files": names, "width": None, "height": None,
+            "num_frames": None, "seconds": None}  # fmt: skip
 
 
 def describe(paths: list[str]) -> Answer:

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 from .objects import page_of
+from .packed import MOST_FILES
 from .refused import Refused
 from .studio import Studio
 from .videos import file_of, poster_of
@@ -54,18 +55,19 @@ def gallery_routes(studio: Studio) -> APIRouter:
         studio.delete_file(name)
         return {"name": name, "object": "file.deleted", "deleted": True}
 
-    @routes.post("/v1/uploads", status_code=201, summary="Send a picture or a video; of one made here, its settings",
+    @routes.post("/v1/uploads", status_code=201,
+                 summary="Send a picture or a video; of one made here, its settings; several files are a folder",
                  openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
                      "type": "object", "required": ["file"],
                      "properties": {"file": {"type": "string", "format": "binary"}}}}}}})  # fmt: skip
     async def upload(request: Request) -> JSONResponse:
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise Refused(415, "expected multipart/form-data with a field file")
-        async with request.form(max_files=1, max_fields=4) as form:
-            file = form.get("file")
-            if file is None or isinstance(file, str):
+        async with request.form(max_files=MOST_FILES, max_fields=4) as form:
+            files = [file for file in form.getlist("file") if not isinstance(file, str)]
+            if not files:
                 raise Refused(400, "file is missing: send it as the field file of multipart/form-data", param="file")
-            return JSONResponse(await studio.uploads.keep(file), 201)
+            return JSONResponse(await studio.uploads.keep_several(files), 201)
 
     @routes.get("/v1/uploads/{id}", summary="What was sent")
     async def upload_details(id: str) -> dict[str, Any]:

@@ -40,6 +40,11 @@ OF_TASK = {
     **dict.fromkeys(("context_scale", "vace_module"), ["vace"]),
     **dict.fromkeys(("num_clip", "infer_frames", "start_from_ref"), ["s2v"]),
 }
+# Source → what it may be, of uploads; those that are not here are videos.
+KINDS_OF = {
+    "image": ("image",), "last_image": ("image",), "src_ref_images": ("image",), "src_mask": ("image", "video"),
+    "audio": ("audio", "video"), "src_root_path": ("folder",),
+}  # fmt: skip
 SIMPLE = ("prompt", "negative_prompt", "model", "size", "num_frames", "seed", "loras")  # not among the advanced ones
 QUALITIES = {"draft": ("Draft", "草稿", 0.4), "good": ("Good", "良好", 0.7), "best": ("Best", "最佳", 1.0)}
 # Fields that are no options of ours, as OpenAI's API and its kin have them.
@@ -134,6 +139,8 @@ def capabilities() -> dict[str, Any]:
     return {
         "tasks": {task: [name, CHINESE_TASKS[task]] for task, name in TASK_NAMES.items()},
         "sources": {task: list(sources) for task, sources in SOURCES_OF.items()},
+        "source_kinds": {source: list(KINDS_OF.get(source, ("video",)))
+                         for sources in SOURCES_OF.values() for source in sources},
         "qualities": [{"name": name, "label": [*label]} for name, (*label, _) in QUALITIES.items()],
         "groups": [{"name": name, "label": [name, CHINESE_GROUPS[name]]} for name in groups],
         "options": options_table(),

@@ -326,4 +326,7 @@ class Studio:
         return await self.catalog.poster(path)
 
     async def upload_poster(self, id: str) -> Path:
-        return await self.catalog.poster(self.uploads.path(id))
+        path = self.uploads.path(id)
+        if path.is_dir():  # of a folder the picture in it
+            path = min(path.iterdir(), key=lambda file: (file.suffix.lower() not in (".png", ".jpg"), file.name))
+        return await self.catalog.poster(path)

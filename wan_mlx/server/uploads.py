@@ -8,8 +8,9 @@ import json
 import os
 import re
 import secrets
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from starlette.datastructures import UploadFile
 
 from ..runs.queue import DONE, FOLDER
 from .desk import Desk
-from .library import Library
+from .library import Library, is_plain
+from .packed import FOLDER_ENDING, MOST_UNPACKED
 from .refused import Refused
 from .schema import served
 
@@ -29,7 +31,8 @@ CHUNK = 1 << 20
 OLD = 7 * 86_400  # seconds after which an upload that no job names is forgotten
 KINDS = {"image": ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff", "image/avif"],
          "video": ["video/mp4", "video/quicktime", "video/webm", "video/x-matroska", "video/x-msvideo"],
-         "audio": ["audio/wav", "audio/x-wav", "audio/mpeg", "audio/mp4", "audio/flac", "audio/ogg"]}  # fmt: skip
+         "audio": ["audio/wav", "audio/x-wav", "audio/mpeg", "audio/mp4", "audio/flac", "audio/ogg"],
+         "folder": ["application/zip"]}  # fmt: skip
 
 
 def is_here(source: Any) -> bool:
@@ -61,6 +64,29 @@ class Uploads:
         finally:
             part.unlink(missing_ok=True)
 
+    async def keep_several(self, files: Sequence[UploadFile]) -> dict[str, Any]:
+        """Keep files that were sent together as a folder, under their own names; one alone as `keep` does."""
+        if len(files) == 1:
+            return await self.keep(files[0])
+        part, room = self._part().with_suffix(FOLDER_ENDING), MOST_UNPACKED
+        part.mkdir(mode=0o700)
+        try:
+            for file in files:
+                name = Path(file.filename or "").name
+                if not is_plain(name) or (part / name).exists():
+                    raise Refused(400, f"a file of the folder is called {name[:100]!r}, expected a plain name, and "
+                                       "each its own", param="file")  # fmt: skip
+                with (part / name).open("xb") as output:
+                    while data := await file.read(CHUNK):
+                        room -= len(data)
+                        if room < 0:
+                            raise Refused(413, f"the files have more than {MOST_UNPACKED:,} bytes, which are the most")
+                        output.write(data)
+            return await self._taken(part, "folder")
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
     async def keep_bytes(self, data: bytes, name: str) -> dict[str, Any]:
         """As `keep`."""
         part = self._part()
@@ -75,19 +101,22 @@ class Uploads:
 
     async def _taken(self, part: Path, name: str) -> dict[str, Any]:
         """A file that is there as a whole becomes an upload."""
-        if not part.stat().st_size:
+        if not part.stat().st_size and not part.is_dir():
             raise Refused(400, "the file is empty, expected a picture or a video", param="file")
         try:
             found = await self._desk.ask("look", path=str(part))
         except Refused as error:
-            message = str(error).replace(str(part), name).replace(part.name, name)
+            shutil.rmtree(part.with_suffix(FOLDER_ENDING), ignore_errors=True)  # what was unpacked
+            message = str(error).replace(part.name, name).replace(part.stem, name)
             raise Refused(error.status, message, error.code, "file") from None
         path = part.with_suffix(found.pop("ending"))
-        os.replace(part, path)
-        (about,) = await self._desk.ask("describe", paths=[str(path)])
-        whole = {"id": part.stem, "object": "upload", **found, "bytes": path.stat().st_size, "filename": name[:200],
-                 "settings": about["settings"], "settings_note": about.get("settings_note"),
-                 "made_with": about["made_with"]}  # fmt: skip
+        about: dict[str, Any] = {}
+        if found["kind"] != "folder":  # which is there already
+            os.replace(part, path)
+            (about,) = await self._desk.ask("describe", paths=[str(path)])
+        size = sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+        whole = {"id": part.stem, "object": "upload", **found, "bytes": size, "filename": name[:200],
+                 **{name: about.get(name) for name in ("settings", "settings_note", "made_with")}}  # fmt: skip
         path.with_suffix(".json").write_text(json.dumps(whole), encoding="utf-8")
         return whole
 
@@ -110,7 +139,7 @@ class Uploads:
     def delete(self, id: str) -> None:
         self.path(id)
         for path in self.folder.glob(f"{id}.*"):
-            path.unlink(missing_ok=True)
+            _remove(path)
 
     def clear(self) -> None:
         """Forget uploads that are old, and that no job has for a source; and what was cut while it came."""
@@ -118,7 +147,7 @@ class Uploads:
         for path in self.folder.glob("upload_*"):
             is_old = path.stat().st_mtime < time.time() - OLD
             if path.suffix == ".part" or (is_old and path.name.partition(".")[0] not in named):
-                path.unlink(missing_ok=True)
+                _remove(path)
 
     # Sources of requests
 
@@ -196,5 +225,12 @@ class Uploads:
     def _inside(self, path: Path) -> str:
         """The path as a run that works in the library has it."""
         return path.name if path.parent == self.library.folder else f"{FOLDER}/uploads/{path.name}"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 

@@ -11,6 +11,7 @@ from ..errors import nearest
 from ..runs.queue import DONE, STATES, Queued
 from ..storage import parse_json
 from .objects import page_of
+from .packed import MOST_FILES
 from .refused import Refused
 from .schema import request_schema
 from .studio import Studio
@@ -22,6 +23,7 @@ BODY = {
     }
 }
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+FOLDERS = ("src_root_path",)  # sources that are folders: several files, or a zip
 MOST_AT_ONCE = 100
 NO_STORE = {"cache-control": "no-store"}
 
@@ -38,9 +40,15 @@ async def fields_of(request: Request, studio: Studio, kept: list[str]) -> dict[s
     """The fields of a JSON or multipart request; files of it are kept as uploads, which are named, and in ``kept``."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in FORMS:
-        async with request.form(max_files=16, max_fields=200) as form:
+        async with request.form(max_files=MOST_FILES, max_fields=200) as form:
             found: dict[str, Any] = {}
+            for name in FOLDERS:
+                if files := [file for file in form.getlist(name) if not isinstance(file, str)]:
+                    found[name] = (await studio.uploads.keep_several(files))["id"]
+                    kept.append(found[name])
             for name, value in form.multi_items():
+                if name in found and name in FOLDERS:
+                    continue
                 if not isinstance(value, str):
                     value = (await studio.uploads.keep(value))["id"]
                     kept.append(value)
