@@ -116,9 +116,9 @@ RECIPES: dict[str, Recipe] = {
             ),
             source="LightX2V, configs/distill/wan21 and wan22, models/schedulers/wan/step_distill/scheduler.py",
         ),
-        # The author's levels; where experts change is not published: it is at the model's boundary.
         Recipe(
-            "lightx2v-8step", "the same in 8 steps, for which they were not trained",
+            "lightx2v-8step", "the same in 8 steps, for which they were not trained; where experts change is not "
+            "published, and is at the model's boundary",
             models=(*OF_14B, *OF_A14B),
             solver="euler", steps=8, shift=5.0,
             grid=lambda steps: Grid.shifted((1000, 875, 750, 625, 500, 375, 250, 125), 5.0),
@@ -217,7 +217,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "fun-reward", "reward LoRAs of Fun-A14B-InP (HPS2.1, MPS) without guidance, as Wan2GP takes them; their "
             "authors take them at 0.5 with guidance and all steps, which needs no recipe",
-            models=("i2v-A14B",),
+            models=("i2v-A14B", "fun-A14B-InP"),
             solver="unipc", steps=8, shift=3.0, grid=None, other_steps=(4,),
             phases="876:1:1:high,0:1:1:low",
             hints=r"fun_a14b_inp.*(?:hps|mps)|fun_reward", files=("alibaba-pai/Wan2.2-Fun-Reward-LoRAs",),
