@@ -24,7 +24,7 @@ from tiny_mlx_model import random_vae
 
 import wan_mlx
 import weights_convert
-from docs import make_flags, make_formats, make_minutes
+from docs import make_flags, make_formats, make_minutes, make_several
 from wan_mlx import options
 from wan_mlx import presets as configs
 from wan_mlx.cli import doctor, measure, selftest, smooth
@@ -349,7 +349,7 @@ def counted(begin, made):
 
 
 def test_the_pages_are_read():
-    assert len(PAGES) == 19 and len(COMMANDS) > 40
+    assert len(PAGES) == 21 and len(COMMANDS) > 40
     assert {block.language for block in blocks()} <= {"sh", "python", "json", ""}
     zh, en = ([b.text for b in blocks() if b.page == page] for page in ("README.zh-CN.md", "README.md"))
     assert len(zh) == len(en) and [len(text.splitlines()) for text in zh] == [len(text.splitlines()) for text in en]
@@ -402,6 +402,13 @@ def test_the_tables_of_flags_are_current():
         groups = re.findall(r"<!-- flags: (.*?) -->", text)
         assert set(groups) >= {option.group for option in options.flags() if not option.no_effect}, path
         assert "<!-- words -->" in text, path
+
+
+def test_the_table_of_several_macs_is_current():
+    """``python docs/make_several.py`` writes it anew."""
+    for path in make_several.PAGES:
+        text = path.read_text(encoding="utf-8")
+        assert make_several.page(text, "zh" in path.parts) == text and make_several.table("zh" in path.parts) in text
 
 
 def test_every_flag_has_a_text_in_chinese_of_the_newest_one_in_english():

@@ -21,7 +21,7 @@ PACKAGE = Path(wan_mlx.__file__).parent
 
 # Bottom to top. A name is a module or a folder; those of one line may import each other, but not in a circle.
 LAYERS = [
-    "types errors events lasting option progress_bars geometry resize noise mac storage phases",
+    "types errors events lasting option progress_bars geometry resize noise mac storage phases heartbeat distributed",
     "files",
     "cuda",
     "models",
@@ -31,7 +31,7 @@ LAYERS = [
     "media",
     "schedulers",
     "caching",
-    "guidance recipes denoise",
+    "guidance recipes denoise parallel",
     "tasks",
     "request_builder",
     "planning",
@@ -50,6 +50,7 @@ OF_ROOT = {"__version__", "check_backend"}
 STARTS_FAST = {
     "cli.main": "--help, completion and a wrong flag answer without MLX",
     "cli.list_models": "the table answers without MLX; deleting a converted folder needs to know them",
+    "cli.serve": "MLX is the worker's alone",
     "cli.queue": "lists without MLX; what is added is checked, and what is removed is a run's",
     "cli.config_file": "main reads --config before it needs MLX",
     "cli.doctor": "says why MLX, or a package, cannot be imported",

@@ -163,7 +163,7 @@ class TestQueueCommand:
         monkeypatch.setattr(queue, "work_off", self.worked_off)
 
     @staticmethod
-    def worked_off(jobs, told):
+    def worked_off(jobs, told, machines):
         foreman = Foreman(jobs, told, Children(make), until_empty=True)
         foreman.start()
         foreman.join()

@@ -14,6 +14,7 @@ import numpy as np
 from .caching import StepCache
 from .errors import SamplingError
 from .guidance import Guidance, Model, guided_velocity, plain_passes
+from .parallel import Team
 from .schedulers import Scheduler
 from .types import Conditioning, Step
 
@@ -29,6 +30,7 @@ def denoise(
     first: int = 0,
     state: Mapping[str, mx.array] | None = None,
     wider: str = "float32",
+    team: Team | None = None,
 ) -> Iterator[Step]:
     """Sample from noise to clean latents; yields an evaluated `Step` after each step.
 
@@ -41,6 +43,7 @@ def denoise(
         first, state: resume at step ``first`` with the `Step.state` of the step before it, bit for bit as if
             uninterrupted.
         wider: the dtype to advise where the latents are not finite; bfloat16 where the model computes in float16.
+        team: the machines that make the steps together; all of them are in this loop.
 
     Raises:
         SamplingError: the latents are not finite; names the step.
@@ -57,20 +60,21 @@ def denoise(
             raise ValueError(f"step {first} needs the state of the step before it")
         latents = state["latents"]
         scheduler.load_state(first, part_of(state, "solver"))
-        cache.load_state(part_of(state, "cache"))
+        (cache.load_state if team is None else partial(team.load_state, cache))(part_of(state, "cache"))
     for index in range(first, total):
         timestep = float(scheduler.timesteps[index])
         started = time.perf_counter()
         computed = cache.computed if index else 0
         model, guidance = serving(timestep)
-        velocity = guided_velocity(model, latents, timestep, conditioning, guidance, index, total, cache)
+        velocity = guided_velocity(model, latents, timestep, conditioning, guidance, index, total, cache, team)
         del model  # the next step may load another expert; this one must be freed first
         latents = locked(conditioning, scheduler.step(index, velocity, latents), scheduler.sigmas[index + 1])
+        latents = latents if team is None else team.same(latents)
         state = {
             "latents": latents,
             "denoised": locked(conditioning, scheduler.denoised, scheduler.sigmas[-1]),
             **named("solver", scheduler.state()),
-            **named("cache", cache.state()),
+            **named("cache", cache.state() if team is None else team.whole_state(cache)),
         }
         mx.eval(state)
         if not mx.isfinite(latents).all().item():

@@ -39,6 +39,10 @@ class UsageError(WanError):
     """Raised by the parser instead of exiting, so that every usage error is one line."""
 
 
+class Differing(WanError):
+    """Machines that make one video differ in what must be the same; all of them raise it."""
+
+
 class BusyError(WanError):
     """Another process is making this output."""
 
@@ -46,13 +50,14 @@ class BusyError(WanError):
 class Stopped(KeyboardInterrupt):
     """The run was stopped from outside, by signal ``signum`` or as if by it.
 
-    ``go_on`` says how to go on with it, where there is something to go on with; ``why`` it was stopped.
+    ``go_on`` says how to go on with it, where there is something to go on with; ``why`` it was stopped; ``agreed``
+    whether all machines of the run stop after the same step.
     """
 
-    def __init__(self, signum: int = signal.SIGINT, go_on: str = "", why: str = "interrupted"):
+    def __init__(self, signum: int = signal.SIGINT, go_on: str = "", why: str = "interrupted", agreed: bool = False):
         super().__init__(signum)
         self.signum = signum
-        self.go_on, self.why = go_on, why
+        self.go_on, self.why, self.agreed = go_on, why, agreed
 
     @property
     def code(self) -> int:

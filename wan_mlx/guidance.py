@@ -11,16 +11,18 @@ from typing import TypeVar
 import mlx.core as mx
 
 from .caching import COND, UNCOND, StepCache
+from .distributed import Part
 from .lasting import lasting_thread
 from .models.execution import Shared
+from .parallel import Team
 from .presets import EXPERTS
 from .recipes import phase_of
 from .types import Conditioning, Request
 
 T = TypeVar("T")
 
-# (latents, timestep, context, through=..., skip_layers=..., shared=...) → velocity; the last three as `Execution` takes
-# them.
+# (latents, timestep, context, through=..., skip_layers=..., shared=..., among=...) → velocity; the last four as
+# `Execution` takes them.
 Model = Callable[..., mx.array]
 
 
@@ -121,16 +123,22 @@ def guided_velocity(
     index: int,
     total: int,
     cache: StepCache,
+    team: Team | None = None,
 ) -> mx.array:
-    """The velocity of step ``index`` of ``total``, float32 (1, t, h, w, C); without a negative context, of one pass."""
+    """The velocity of step ``index`` of ``total``, float32 (1, t, h, w, C); without a negative context, of one pass.
+
+    ``team``: the machines that share the passes.
+    """
     passes = guidance.passes(index, total)
     if conditioning.negative_context is None:
         passes = tuple(branch for branch in passes if branch == COND)
     contexts = {COND: conditioning.context, UNCOND: conditioning.negative_context}
-    shared = Shared() if len(passes) > 1 and guidance.shares(index, total) else None
+    shared = Shared() if team is None and len(passes) > 1 and guidance.shares(index, total) else None
 
-    def velocity(branch: int) -> mx.array:
+    def velocity(branch: int, among: Part | None = None) -> mx.array:
         def forward(**hooks) -> mx.array:
+            if among is not None:
+                hooks["among"] = among
             if skipped := guidance.skipped(branch, index, total):
                 hooks["skip_layers"] = skipped
             if shared:
@@ -145,6 +153,9 @@ def guided_velocity(
     cache.begin_step(index, latents, passes)
     if not passes:
         return mx.zeros_like(latents)
+    if team is not None:
+        found = team.velocities(passes, cache, velocity, latents)
+        return found[0] if len(found) == 1 else guidance.combine(*found)
     if len(passes) == 1:
         return velocity(COND)
     if mx.default_device().type == mx.DeviceType.cpu:

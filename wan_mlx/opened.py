@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import __version__
+from .distributed import Group, open_group
 from .events import Listener, Loading, counted
 from .experts import check_task, with_experts
 from .files.sentencepiece import read_tokenizer
@@ -35,6 +36,7 @@ from .models.tokenizer import CHINESE, Tokenizer, most_tokens
 from .models.vae_execution import VAEExecution
 from .option import MODEL
 from .options import filled, named
+from .parallel import ALONE
 from .planning.choose import Wanted, parse_tiling, plan_video
 from .planning.machine import mlx_version
 from .planning.plan import Plan
@@ -104,6 +106,8 @@ class OpenedModel:
         self.quantized = modes_of(checkpoint, self.quantize)
         self.prompt_cache: bool = given["prompt_cache"]
         self.caffeinate: bool = given["caffeinate"]
+        named("parallel").check(given["parallel"])
+        self.parallel: str = given["parallel"]
         named("stop_below").check(given["stop_below"])
         self.stop_below: int | None = given["stop_below"]
         check_fit(checkpoint.parts)
@@ -159,6 +163,11 @@ class OpenedModel:
         self.opened_with |= given
 
     @property
+    def group(self) -> Group | None:
+        """The machines that make its videos together; None if this one is alone."""
+        return None if self.parallel == ALONE else open_group()
+
+    @property
     def wider_dtype(self) -> str:
         """The dtype to try where the latents stop being finite: bfloat16 has float32's range."""
         return "bfloat16" if self.dtype == "float16" else "float32"
@@ -169,16 +178,19 @@ class OpenedModel:
         return geometry_of(self.config, config_of(self.checkpoint, "vae"))
 
     @computes
-    def plan(self, request: Request, measure: bool = False, kept: bool = False) -> Plan:
+    def plan(
+        self, request: Request, measure: bool = False, kept: bool = False, parallel: str | None = None
+    ) -> Plan:
         """How a request keeps within the memory there is: which parts are resident, streamed or tiled, and the peaks.
 
         Args:
             measure: times too, for which parts of the networks are timed for some seconds.
             kept: as within `keep_loaded`.
+            parallel: how several machines would share it, to be told how fast they would be.
         """
         kept = kept or self._kept is not None
         wanted = Wanted(
-            self.preset.name, request, self.quantize, self.memory, self.vae_tiling, kept, self.tiny_vae
+            self.preset.name, request, self.quantize, self.memory, self.vae_tiling, kept, self.tiny_vae, parallel
         )
         return plan_video(wanted, lru_cache(self.sizes), measure, partial(parameters_of, self.checkpoint))
 
@@ -246,6 +258,11 @@ class OpenedModel:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(read_tokenizer(self.checkpoint.part("tokenizer").file))
+
+    @property
+    def keeps_loaded(self) -> bool:
+        """Whether `keep_loaded` holds."""
+        return self._kept is not None
 
     @contextmanager
     def keep_loaded(self) -> Iterator[None]:
@@ -454,8 +471,8 @@ class OpenedModel:
                 yield finish(frames[0])
             return
         decode = tiling.decode if self.vae_tiling == "off" else tiling.decode_in_memory
-        vae, tile = self.load_vae(), self.tile_of("decode_tile")
-        for frames in decode(vae, latents, tile, finish, counted(self.listener, "decoding"), last):
+        vae, tile, progress = self.load_vae(), self.tile_of("decode_tile"), counted(self.listener, "decoding")
+        for frames in decode(vae, latents, tile, finish, progress, last, self.group):
             yield frames[0]
 
     def interpolator(self, name: str) -> Path:

@@ -47,6 +47,7 @@ RECIPES = (
 ONE_GPU = "there is one GPU"
 FITS = ("official", "crop", "pad")
 SIZES = ("16:9", "9:16", "1:1", *LANDSCAPE)
+PARALLEL = ("auto", "cfg", "tokens", "cfg+tokens", "off")
 CACHES = ("none", "teacache", "magcache", "easycache", "spectrum")
 # Flags of the official generate.py for models that are not supported.
 OTHER_TASKS = {
@@ -356,6 +357,12 @@ class ModelOptions(TypedDict, total=False):
     caffeinate: Annotated[bool, Option(
         "--no-caffeinate", "let an idle Mac fall asleep while a run goes on", RUN,
         more="A closed lid always makes it sleep", default=True, free=True,
+    )]
+    parallel: Annotated[str, Option(
+        "--parallel MODE", "how several machines share a video: {choices}", RUN,
+        more="Of a command that `mlx.launch` starts on each of them; alone it has no effect. cfg: a pass of guidance "
+        "each; tokens: each some tokens of every pass. See [several Macs](several-macs.md)",
+        default="auto", choices=PARALLEL, free=True,
     )]
     stop_below: Annotated[int | None, Option(
         "--stop-below PERCENT", "stop after a step, as Ctrl-C does, if the Mac runs on a battery with less left", RUN,

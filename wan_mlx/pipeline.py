@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
+from .distributed import open_group
 from .experts import check_task, with_experts
 from .geometry import Geometry
 from .hub.names import parse_location
@@ -21,6 +22,7 @@ from .opened import OpenedModel
 from .option import MODEL, REQUEST
 from .options import PROMPT, RequestOptions, filled, named, of, told
 from .other_words import ATTRIBUTES, of_faces, ours
+from .parallel import ALONE
 from .planning.choose import Wanted, parse_tiling, plan_video
 from .planning.machine import parse_memory
 from .planning.plan import Plan
@@ -62,7 +64,7 @@ def checked(model: str | Path, given: dict[str, Any]) -> tuple[dict[str, Any], P
     parse_dtype(given["dtype"])
     for mode in ("quantize", "quantize_high", "quantize_low"):
         check_mode(given[mode])
-    for name in ("boundary", "stop_below"):
+    for name in ("boundary", "parallel", "stop_below"):
         named(name).check_type(given[name])
         named(name).check(given[name])
     parse_tiling(given["vae_tiling"])
@@ -106,6 +108,7 @@ class WanPipeline(OpenedModel):
         loras_low: LoraChoices = None,
         vae_tiling: str | tuple[int, int] | None = None,
         caffeinate: bool = True,
+        parallel: str = "auto",
         stop_below: int | None = None,
         prompt_cache: bool = True,
         taehv: str | Path | None = None,
@@ -126,6 +129,8 @@ class WanPipeline(OpenedModel):
             WeightsError: the folder is incomplete, a file is of another kind, or the download failed.
         """
         given, places = checked(model, {**spelled(MODEL, locals()), **other})
+        if given["parallel"] != ALONE:
+            open_group()  # early: the others wait for it
         loras = lora_lists(given)
         source, listener = given["source"], progress_of(given["progress"])
         check_here(*places.here())
@@ -332,7 +337,8 @@ def plan(
         memory: the limit for MLX, such as "8GB"; None or "auto" takes this machine's free memory.
         measure: give times too, if it fits: parts of the networks are timed for some seconds (`planning.speed`).
         kept: as within `keep_loaded`, for several videos.
-        options: any others of `WanPipeline.from_pretrained`, and of a call but the prompt: quantize="q8", loras=…,
+        options: ``parallel``, and then it says how fast several machines would be; any others of
+            `WanPipeline.from_pretrained`, and of a call but the prompt: quantize="q8", loras=…,
             image=…, size="480p", recipe="lightx2v-4step". A task's pictures and videos may be left out all together.
 
     Returns:
@@ -344,6 +350,7 @@ def plan(
     """
     sizes = dict(width=width, height=height, num_frames=num_frames, steps=steps, memory=memory)
     of_model, of_request = of_faces({**options, **{name: value for name, value in sizes.items() if value is not None}})
+    parallel = of_model.get("parallel")
     given, places = checked(model, of_model)
     asked = ours(REQUEST, of_request)
     path, parts, found_loras = places.on_machine()
@@ -354,7 +361,8 @@ def plan(
     given |= {**loras, "progress": False, "taehv": None, "tiny_vae": False}  # its weights need not be here
     released = None if path else PRESETS.get(str(model)) or preset_of(model)
     if released is not None and MODULE not in parts:
-        found = _plan_of_released(released, parts, {**given, "tiny_vae": tiny}, asked, measure, kept)
+        given |= {"tiny_vae": tiny, "parallel": parallel}
+        found = _plan_of_released(released, parts, given, asked, measure, kept)
     else:
         for place, here in zip([model, *places.parts.values()], [path, *parts.values()], strict=True):
             if here is None and parse_location(place) is not None:
@@ -362,7 +370,7 @@ def plan(
         pipe = WanPipeline(open_checkpoint(path or model, {**places.parts, **parts}), **given)
         pipe.tiny_vae = tiny and published_taehv(pipe.checkpoint) is not None
         request = _asked_of(pipe.preset, pipe.config, pipe.geometry, pipe.checkpoint, asked, draft)
-        found = pipe.plan(request, measure, kept)
+        found = pipe.plan(request, measure, kept, parallel)
     without = [str(lora) for place, (lora, _) in zip(found_loras, places.loras, strict=True) if place is None]
     return replace(found, without=tuple(without))
 
@@ -384,7 +392,8 @@ def _plan_of_released(
     check_sizes([(part, configs[part.name]) for part in checkpoint.parts if part.name in configs])
     request = _asked_of(preset, nets.transformer, nets.geometry, checkpoint, asked, given["draft"])
     tiling = parse_tiling(given["vae_tiling"])
-    wanted = Wanted(preset.name, request, given["quantize"], given["memory"], tiling, kept, given["tiny_vae"])
+    wanted = Wanted(preset.name, request, given["quantize"], given["memory"], tiling, kept, given["tiny_vae"],
+                    given["parallel"])  # fmt: skip
     return plan_video(wanted, sizes, measure)
 
 

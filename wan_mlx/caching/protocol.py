@@ -78,6 +78,10 @@ class StepCache:
         self.branches[branch].computed += 1
         return forward()
 
+    def holds_tokens(self, key: str) -> bool:
+        """Whether an array of `state` has a row for each token, of which several machines would have each a share."""
+        return False
+
     def state(self) -> dict[str, mx.array]:
         """All arrays that later steps need, by name. Empty if nothing is cached."""
         found: dict[str, mx.array] = {}

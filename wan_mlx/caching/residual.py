@@ -44,6 +44,9 @@ class ResidualCache(StepCache):
     def kept_bytes(self, passes: int, latents: int, tokens: int) -> int:
         return (passes + 1) * tokens  # a residual for each pass, and the tokens that it is added to
 
+    def holds_tokens(self, key: str) -> bool:
+        return key.endswith(".residual")
+
     def velocity(self, branch: int, forward: Forward) -> mx.array:
         def through(x: mx.array, this_pass: ForwardPass, run_blocks: Callable[[mx.array], mx.array]) -> mx.array:
             own = self.branches[branch]

@@ -66,6 +66,9 @@ class Spectrum(StepCache):
         each = latents if self.place == OUTPUTS else tokens
         return self.planned(passes) * each if self.window else 0
 
+    def holds_tokens(self, key: str) -> bool:
+        return self.large and ".array." in key
+
     def _computes(self, own: Branch) -> bool:
         """Whether the next step is computed; called exactly once for each pass."""
         made, cached = own.numbers.get("made", 0.0), own.numbers.get("cached", 0.0)

@@ -159,6 +159,8 @@ def show_version() -> int:
 def show_plan(args: argparse.Namespace, say: Terminal) -> int:
     """``--plan``: print it; 1 if it does not fit."""
     options_given = {**keywords(args, options.MODEL), **asked_of(args)}
+    if "parallel" not in args.given:  # several machines are told of where they are asked for
+        del options_given["parallel"]
     planned = partial(plan, **options_given, kept=is_series(args))
     found = planned()
     if found.fits:

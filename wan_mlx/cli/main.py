@@ -44,23 +44,31 @@ def main(argv: list[str] | None = None) -> int:
             return show_help([name]) or (0 if argv else USAGE)
         argv = with_config(with_stdin(as_flags(name, rest, is_said)))
         args = build_parser().parse_args(argv)
+        args.given = given_flags(argv)
         say = Terminal.of(args)
         check_backend()
 
+        from ..distributed import open_group, rank_given
         from .batch import run_batch  # with MLX, which --help does without
+        from .follow import follow, told_in_file
         from .generate import resume, run, show_version
         from .list_runs import list_runs
         from .summary import tell_no_effect
 
-        with Interrupts() as interrupts, end_told(args):
-            if args.version:
-                return show_version()
+        if args.version:
+            return show_version()
+        group = None if args.parallel == "off" else open_group()
+        if rank_given():
+            return 0 if group is None else follow(group)
+        with Interrupts() as interrupts, end_told(args), told_in_file(args, group) as status:
             if name == "resume" and not args.resume:
                 return list_runs(args.json)
             tell_no_effect(args, say)
             if args.prompts:
-                return run_batch(args, argv, say, interrupts)
-            return resume(args, given_flags(argv), say, interrupts) if args.resume else run(args, say, interrupts)
+                return status(run_batch(args, argv, say, interrupts))
+            if args.resume:
+                return status(resume(args, given_flags(argv), say, interrupts))
+            return status(run(args, say, interrupts))
     except Stopped as stopped:
         return say.fail(f"{stopped.why}{stopped.go_on}", stopped.code)
     except KeyboardInterrupt:

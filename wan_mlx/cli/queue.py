@@ -12,10 +12,11 @@ from .. import options
 from ..errors import UsageError
 from ..presets import BUNDLED
 from ..runs.queue import DONE, FAILED, RUNNING, STOPPED, Queue, Queued
-from ..server.foreman import work_off
 from ..server.library import Library, default_library, is_plain
+from ..server.machines import Machine, parse_machines, work_off
 from .commands import as_flags
 from .flags import Parser, given_flags
+from .serve import MACHINES
 from .terminal import FAILURE, Terminal, write
 
 ACTIONS = ("list", "add", "run", "pause", "stop", "resume", "move", "rm")
@@ -39,6 +40,7 @@ def build_parser() -> Parser:
     parser.add_argument("id", nargs="?", help="the first letters of a job's id")
     parser.add_argument("--before", metavar="ID", help="of move: the job that it is put before")
     parser.add_argument("--library", metavar="FOLDER", type=Path, help="folder of the videos (Movies/wan_mlx)")
+    parser.add_argument("--machines", metavar="LIST", help=f"of run: {MACHINES}")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     return parser
 
@@ -58,7 +60,8 @@ def main(argv: list[str]) -> int:
     if args.action in ("list", "run"):
         if args.id:
             raise UsageError(f"queue {args.action} takes no id, {args.id!r} was given")
-        return run(queue, args.json) if args.action == "run" else show(queue, args.json)
+        machines = parse_machines(args.machines)
+        return run(queue, args.json, machines) if args.action == "run" else show(queue, args.json)
     job = found(queue, args.id, args.action)
     if args.action == "move":
         queue.move(job.id, args.before and found(queue, args.before, "--before").id)
@@ -172,8 +175,8 @@ def remove(library: Library, job: Queued) -> None:
         forget(str(library.folder / job.output))
 
 
-def run(queue: Queue, as_json: bool) -> int:
-    """Make what waits; returns the exit code."""
+def run(queue: Queue, as_json: bool, machines: list[Machine]) -> int:
+    """Make what waits, on other ``machines``, too; returns the exit code."""
     say = Terminal()
 
     def told(id: str, event: Mapping[str, Any]) -> None:
@@ -191,5 +194,5 @@ def run(queue: Queue, as_json: bool) -> int:
             write(queue.library / event["output"])
 
     before = {job.id for job in queue.all(FAILED, STOPPED)}
-    work_off(queue, told)
+    work_off(queue, told, machines)
     return FAILURE if any(job.id not in before for job in queue.all(FAILED)) else 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from pathlib import Path
 
+from ..server.machines import parse_machines
 from .flags import Parser
 from .terminal import write
 
 PORT = 8190
+MACHINES = "others that make videos too, by ssh: mac2,mac3; or mac2=/path/of/wan-mlx"
 OF_SERVE = ("fastapi", "uvicorn", "python_multipart", "send2trash")
 NEEDED = {"serve": OF_SERVE, "mcp": (*OF_SERVE, "mcp")}
 DESCRIPTION = """\
@@ -30,6 +33,8 @@ def build_parser() -> Parser:
     parser.add_argument("--port", metavar="N", type=int, default=PORT, help=f"port ({PORT}); 0: any that is free")
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     parser.add_argument("--library", metavar="FOLDER", type=Path, help="folder of the videos (Movies/wan_mlx)")
+    parser.add_argument("--machines", metavar="LIST", help=MACHINES)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # at the other end of ssh
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
     return parser
 
@@ -43,9 +48,14 @@ def check_packages(command: str) -> None:
 def main(argv: list[str]) -> int:
     """Serve until Ctrl-C."""
     args = build_parser().parse_args(argv)
+    if args.worker:
+        from ..server.remote_worker import main as work  # with MLX
+
+        return work()
+    machines = parse_machines(args.machines)
     check_packages("serve")
     from ..server.serving import Serving
 
-    serving = Serving(args.host, args.port, args.library, args.model)
+    serving = Serving(args.host, args.port, args.library, args.model, machines)
     write(serving.address)
     return serving.run(opens_browser=not args.no_browser)

@@ -19,7 +19,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..distributed import Group
 from ..errors import is_out_of_memory
+from ..geometry import LARGEST_SIDE
 from .vae import VAE, Downsample, ResidualBlock, Upsample
 from .vae22 import Branched
 from .vae_execution import PacedCache, VAEExecution
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # (start, end) in pixels (or, before scaling, latents); end excluded.
 Span = tuple[int, int]
+WORDS_AT_ONCE = 1 << 24  # of a canvas that machines join
 SMALLEST_TILE = 64  # pixels: smaller tiles are mostly margin
 RETRIES = (512, 384, 256, 128, SMALLEST_TILE)  # sides to try in order, when memory is not enough
 
@@ -46,6 +49,7 @@ def decode(
     finish: Callable[[mx.array], np.ndarray] = np.array,
     progress: Callable[..., Iterable] = lambda items, total=None: items,
     last: LastFrames | None = None,
+    group: Group | None = None,
 ) -> Iterator[np.ndarray]:
     """Decode, in tiles unless ``tile`` is None.
 
@@ -57,6 +61,7 @@ def decode(
             the result should be small.
         progress: wraps the iteration.
         last: takes the last frames as they are decoded, too.
+        group: the machines among which the tiles are dealt out, at least one for each; all of them decode the same.
 
     Returns:
         An iterator over the frames of `VAE.decode`, 1 and then 4 at a time, after ``finish``. With tiles the first
@@ -70,6 +75,7 @@ def decode(
     _, count, height, width, _ = latents.shape
     last = last or LastFrames(0)
     last.begin(vae.geometry.spatial * height, vae.geometry.spatial * width, vae.geometry.num_frames(count))
+    tile = tile if group is None else dealt_tile(tile, latents.shape[3], vae.geometry.spatial, group.size)
     if tile is None:
         for frames in progress(whole, total=latents.shape[1]):
             last.take(frames)
@@ -78,7 +84,9 @@ def decode(
     starts = [0, *(vae.geometry.num_frames(index) for index in range(1, count + 1))]
     middle = list(run.flow(vae.decoder.whole, vae.unpack(latents), PacedCache()))
     tiles = tiles_of(vae, (height, width), tile, decoding=True)
-    canvas = None
+    tiles = tiles if group is None else tiles[group.rank :: group.size]
+    size = [n * vae.geometry.spatial for n in (height, width)]
+    canvas = np.zeros((1, starts[-1], *size, 3), finish(mx.zeros((1, 1, 1, 1, 3))).dtype)
     work = iter(progress(range(len(tiles) * count), total=len(tiles) * count))
     for one in tiles:
         cache, (rows, columns) = PacedCache(), one.pixels(vae.config.patch)
@@ -87,14 +95,29 @@ def decode(
             next(work)
             last.take(frames, start, slice(*rows), slice(*columns))
             pixels = finish(frames)
-            if canvas is None:
-                size = [n * vae.geometry.spatial for n in (height, width)]
-                canvas = np.empty((1, starts[-1], *size, 3), pixels.dtype)
             canvas[:, start : start + pixels.shape[1], slice(*rows), slice(*columns)] = pixels
     del middle
-    assert canvas is not None, "there is a tile"
+    if group is not None:
+        canvas = joined(group, canvas)
     for start, end in pairwise(starts):
         yield canvas[:, start:end]
+
+
+def dealt_tile(tile: tuple[int, int] | None, width: int, spatial: int, machines: int) -> tuple[int, int]:
+    """The tile (width, height) in pixels for a video ``width`` latents wide, each ``spatial`` pixels: no wider than a
+    machine's share."""
+    wide, high = tile or (LARGEST_SIDE, LARGEST_SIDE)
+    return min(wide, max(SMALLEST_TILE, spatial * math.ceil(width / machines))), high
+
+
+def joined(group: Group, canvas: np.ndarray) -> np.ndarray:
+    """The canvas with everybody's tiles, bit for bit; each pixel is zero on all machines but one."""
+    flat = canvas.reshape(-1).view(np.uint8)
+    flat = np.concatenate([flat, np.zeros(-len(flat) % 4, np.uint8)]).view(np.uint32)
+    for start in range(0, len(flat), WORDS_AT_ONCE):
+        piece = slice(start, start + WORDS_AT_ONCE)
+        flat[piece] = np.array(group.sum_bits(mx.array(flat[piece])))
+    return flat.view(np.uint8)[: canvas.nbytes].view(canvas.dtype).reshape(canvas.shape)
 
 
 def decode_in_memory(
@@ -104,18 +127,19 @@ def decode_in_memory(
     finish: Callable[[mx.array], Any],
     progress: Callable[..., Iterable],
     last: LastFrames | None = None,
+    group: Group | None = None,
 ) -> Iterator[Any]:
     """`decode`; when memory runs out, again with smaller tiles, which give the same frames."""
     given, size = 0, (run.vae.geometry.spatial * latents.shape[3], run.vae.geometry.spatial * latents.shape[2])
     while True:
         try:
-            for frames in islice(decode(run, latents, tile, finish, progress, last), given, None):
+            for frames in islice(decode(run, latents, tile, finish, progress, last, group), given, None):
                 given += 1
                 yield frames
             return
         except (RuntimeError, MemoryError) as error:
             tile = smaller_tile(tile, size)
-            if not is_out_of_memory(error) or tile is None:
+            if not is_out_of_memory(error) or tile is None or group is not None:  # the others are further on
                 raise
             log.warning("decoding ran out of memory; again in tiles of %dx%d", *tile)
         mx.clear_cache()

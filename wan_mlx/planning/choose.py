@@ -27,7 +27,7 @@ from ..types import Request
 from ..weights.parameters import Parameters
 from . import flops as work
 from . import peak_memory as peaks
-from . import speed
+from . import several, speed
 from .machine import available_memory, parse_memory
 from .plan import FILL, Plan, Row
 from .sizes import Networks, PartSizes, WeightBytes
@@ -51,6 +51,7 @@ class Wanted:
         quantize, memory, vae_tiling: as for `WanPipeline.from_pretrained`.
         kept: whether transformer and VAE stay loaded from one video to the next.
         tiny_vae: whether TAEHV decodes in the VAE's place.
+        parallel: how several machines would share it, of which the plan then tells; None if it need not.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Wanted:
     vae_tiling: str | tuple[int, int] | None = None
     kept: bool = False
     tiny_vae: bool = False
+    parallel: str | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -93,6 +95,13 @@ def plan_video(
         reading = parameters and parameters(nets.dtype, wanted.quantize)
         rates = speed.measure_rates(found, nets, wanted.latent_shape, wanted.request.passes, reading)
         found = speed.with_seconds(found, rates)
+    if wanted.parallel is not None:
+        (denoise,) = (row for row in found.rows if row.stage == "denoise")
+        rate = denoise.flop / denoise.seconds if denoise.seconds else None
+        tokens = nets.geometry.seq_len(wanted.latent_shape)
+        found = replace(found, several=tuple(
+            several.describe(nets.transformer, tokens, wanted.request.passes, rate, wanted.parallel)
+        ))  # fmt: skip
     return found
 
 

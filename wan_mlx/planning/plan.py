@@ -64,6 +64,7 @@ class Plan:
         rows: the stages in order.
         advice: changes that would make it fit, if it does not.
         without: LoRAs that are not on this machine, which it leaves out.
+        several: how fast several machines would be, in lines for people, if that was asked for.
         all_stay: whether, where networks stay loaded from one video to the next, all of several experts do.
         shares: whether a step's two passes share what precedes the text; there is no room for it otherwise.
     """
@@ -80,6 +81,7 @@ class Plan:
     all_stay: bool = True
     without: tuple[str, ...] = ()
     shares: bool = False
+    several: tuple[str, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -176,7 +178,7 @@ class Plan:
             return [*without, f"it does not fit; what would: {'; '.join(self.advice) or 'nothing'}"]
         hopeless = self.seconds is not None and self.seconds > HOPELESS and mx.default_device() == mx.cpu
         slow = ["but a real model needs a GPU: this machine computes on its CPU"] * hopeless
-        return [*without, "it fits", *slow]
+        return [*without, "it fits", *slow, *self.several]
 
 
 @contextmanager

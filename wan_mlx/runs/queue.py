@@ -15,7 +15,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -280,13 +280,12 @@ class Queue:
         finally:
             os.close(file)
 
-    def take(self) -> Queued | None:
-        """The next job, which is running from now on; None if none waits."""
+    def take(self, accepts: Callable[[Queued], bool] = lambda job: True) -> Queued | None:
+        """The next job that is accepted, which is running from now on; None if none waits."""
         with self._change():
-            found = self._select("WHERE state = ? ORDER BY place LIMIT 1", [QUEUED])
-            if not found:
+            job = next(filter(accepts, self._select("WHERE state = ? ORDER BY place", [QUEUED])), None)
+            if job is None:
                 return None
-            job = found[0]
             self._set(job.id, state=RUNNING, wish="", started=job.started or time.time(), ended=None)
         return self.get(job.id)
 

@@ -47,6 +47,7 @@ def make_record(
     """
     fields = normal(request.settings()) | {"geometry": list(astuple(request.geometry))}
     sources = [path for path in request.source_files if path.is_file()]
+    weights = files_of_weights(pipe, request.interpolate)
     record = {
         "request": fields,
         "steps": request.steps_of_clips,
@@ -55,7 +56,7 @@ def make_record(
         "overwrite": overwrite,
         "preview": previews and {"path": _absolute(str(previews.path)), "every": previews.every},
         "settings": pipe.settings(request),
-        "weights": {name: storage.fingerprint(path) for name, path in _weights(pipe, request.interpolate).items()},
+        "weights": {name: storage.fingerprint(path) for name, path in weights.items()},
         "sources": {_absolute(str(path)): storage.fingerprint(path) for path in sources},
         "machine": _machine(),
     }
@@ -149,7 +150,7 @@ def check_identity(record: Mapping[str, Any], pipe: OpenedModel, folder: RunFold
     Raises:
         WanError: weights or sources that are still needed are not those that the run was begun with.
     """
-    encoded, weights = folder.is_unfinished, _weights(pipe, record["request"].get("interpolate"))
+    encoded, weights = folder.is_unfinished, files_of_weights(pipe, record["request"].get("interpolate"))
     kinds = ENCODERS * encoded + ("transformer",) * folder.is_sampled
     done = {part.name for part in pipe.checkpoint.parts if part.kind in kinds}
     if "transformer" in kinds:
@@ -166,7 +167,7 @@ def check_identity(record: Mapping[str, Any], pipe: OpenedModel, folder: RunFold
             yield f"the run was begun with {name} {record['machine'][name]}, this is {value}: last bits may differ"
 
 
-def _weights(pipe: OpenedModel, interpolate: str | None) -> dict[str, Path]:
+def files_of_weights(pipe: OpenedModel, interpolate: str | None) -> dict[str, Path]:
     """Every file that the run reads weights from."""
     between = {"interpolate": pipe.interpolator(interpolate)} if interpolate else {}
     tiny = {"taehv": pipe.taehv} if pipe.tiny_vae and pipe.taehv else {}

@@ -41,6 +41,7 @@ from ..models import chips
 from ..models.execution import Execution
 from ..models.vae_tiling import LastFrames
 from ..opened import OpenedModel
+from ..parallel import Team
 from ..planning.plan import Plan, limited_memory
 from ..recipes import scheduler_for
 from ..tasks import TASKS
@@ -48,6 +49,7 @@ from ..types import Conditioning, Request, RunState, Step
 from ..weights.parts import Part
 from ..weights.set_loras import set_loras
 from .time_left import TimeLeft
+from .together import FINISH, STOP, assemble, failing_together, shared_state
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ class Run:
         forwards: the transformer's forwards computed so far, and how many a run without step cache and with guidance
             all along makes; None before the first step.
         stopped_after: the number of steps after which `finish` ended sampling; None if it did not.
+        team: the machines that make it, once it has begun; None if this one is alone.
 
     Raises:
         MemoryPlanError: it does not fit.
@@ -104,6 +107,8 @@ class Run:
         self._listeners: list[Listener] = []
         self._happened: deque[Event] = deque()
         self._begun = self._finishing = False
+        self.team: Team | None = None
+        self._agreed = False  # that all machines stop
         self._stopping = ""  # why
         first, switch = resume.steps if resume else 0, pipe.switch(request)
         self._left = TimeLeft(self.plan, request.steps_made, first, chips.likely_rate(), switch, clips=request.clips)
@@ -148,15 +153,30 @@ class Run:
         """
         if self._begun:
             raise ValueError("this run has begun already; pipe.run(request) makes another")
-        with self._alone(), limited_memory(self.plan), mac.awake(self.pipe.caffeinate), gpu_failures_told():
+        with self._alone(), mac.awake(self.pipe.caffeinate), failing_together(self.pipe.group), gpu_failures_told():
             self._begun = True
-            for _ in self._stages():
-                while self._happened:
-                    yield self._happened.popleft()
-                if self._stopping:
-                    raise Stopped(why=self._stopping)
+            self._assemble()
+            with limited_memory(self.plan):
+                yield from self._events()
+
+    def _assemble(self) -> None:
+        """Have the other machines, if there are any, begin the same run."""
+        if (group := self.pipe.group) is not None:
+            note = partial(Note, important=True)
+            self.team, self.request, self.plan = assemble(
+                group, self.pipe, self.request, self.plan, lambda text: self._tell(note(text))
+            )
+            self.pipe.plan_at_work = self.plan
+            self._tell(Note(f"machines  {group.size}, by {group.backend}: {self.team.mode}"))
+
+    def _events(self) -> Iterator[Event]:
+        for _ in self._stages():
             while self._happened:
                 yield self._happened.popleft()
+            if self._stopping and not self._must_agree:
+                raise Stopped(why=self._stopping, agreed=self.team is not None)
+        while self._happened:
+            yield self._happened.popleft()
 
     def outputs(self) -> Generator[Output, None, None]:
         """Run, and yield the stages' results: the Conditioning, each Step, then decoded frames uint8 (n, H, W, 3)."""
@@ -207,7 +227,8 @@ class Run:
 
     def _stages(self) -> Iterator[None]:
         self.pipe.check_files()  # a damaged file is not for after an hour's work to find
-        self.pipe.check_interpolation(self.request)
+        if self._is_first:
+            self.pipe.check_interpolation(self.request)
         reached = yield from self._condition()
         while True:
             latents = yield from self._sample(reached)
@@ -224,13 +245,17 @@ class Run:
 
     def _condition(self) -> Generator[None, None, RunState]:
         reached, self._resume = self._resume, None
-        if reached is None:
+        if reached is None and self._is_first:
             for line in self.pipe.notes(self.request):
                 self._tell(Note(line, important=True))
             with self._stage("conditioning"):
                 yield
                 reached = RunState(TASKS[self.request.task].condition(self.request, self.pipe))
                 mx.eval(reached.conditioning.arrays())
+        if self.team is not None:
+            self.team.group.meet("conditioned")
+            reached = shared_state(self.team.group, reached if self._is_first else None)
+        assert reached is not None, "rank 0 has it"
         self._tell(Conditioned(reached.conditioning))
         yield
         return reached
@@ -269,13 +294,15 @@ class Run:
             switch = self.pipe.switch(request)
             start = request.begin, switch, request.image is not None
             cache = make_cache(request.cache, request.steps_made, self.pipe.preset.name, *start)
-            steps = denoise(serving, conditioning, scheduler, cache, first, reached.state, self.pipe.wider_dtype)
+            steps = denoise(serving, conditioning, scheduler, cache, first, reached.state, self.pipe.wider_dtype,
+                            self.team)  # fmt: skip
             with closing(counted(self._tell, "denoising")(steps, total=total, initial=first)) as steps:
                 for step in steps:
                     computed = conditioning.forwards_before + cache.computed
                     self.forwards = (computed, request.passes * total * (conditioning.clip + 1))
                     latents = self._step(step, conditioning)
                     self._heed_battery()
+                    self._heed_others()
                     yield
                     if self._finishing and step.index + 1 < total:
                         self.stopped_after = conditioning.clip * total + step.index + 1
@@ -315,6 +342,26 @@ class Run:
         if least is not None and (left := mac.battery()) is not None and left < least:
             self.stop(f"the battery is at {left} %, below {least} %")
 
+    @property
+    def _is_first(self) -> bool:
+        """Whether this machine is alone, or the one that encodes and makes the file."""
+        return self.team is None or self.team.group.rank == 0
+
+    @property
+    def _must_agree(self) -> bool:
+        """Whether a wish to stop has to wait until all machines know of it."""
+        return self.team is not None and self.stage == "denoise" and not self._agreed
+
+    def _heed_others(self) -> None:
+        """After a step: what one machine was asked, all do."""
+        if self.team is None:
+            return
+        wish = self.team.group.most(STOP if self._stopping else FINISH if self._finishing else 0)
+        self._agreed = wish == STOP
+        self._finishing = wish == FINISH
+        if self._agreed and not self._stopping:
+            self._stopping = "another machine had to stop"
+
     def _decode(self, latents: mx.array, conditioning: Conditioning) -> Generator[None, None, np.ndarray]:
         """Decode a clip; returns its last frames, as many as the next one needs, as they were before rounding."""
         clips = TASKS[self.request.task].clips
@@ -324,7 +371,8 @@ class Run:
         done, trim, most = conditioning.frames_before, conditioning.trim_frames, self.request.frames_written
         with self._stage("decode"):
             yield
-            for frames in self.pipe.smoothed(self.request, self.pipe.decode(latents, last)):
+            decoded = self.pipe.decode(latents, last)
+            for frames in self.pipe.smoothed(self.request, decoded) if self._is_first else decoded:
                 mx.synchronize()  # only now a failed command buffer is sure to show
                 frames, trim = frames[trim : trim + most - done], max(0, trim - len(frames))
                 if len(frames):

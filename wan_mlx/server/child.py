@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..cli.terminal import write
@@ -29,16 +29,22 @@ class Child:
     Args:
         hear: called with each object that it says, in a thread of this child's.
         gone: called with how it ended, in words, in that thread, once it has ended.
+        command: that is run instead, and says and hears the same.
     """
 
     def __init__(
-        self, module: str, arguments: list[str], hear: Callable[[Line], Any], gone: Callable[[str], Any]
+        self,
+        module: str,
+        arguments: list[str],
+        hear: Callable[[Line], Any],
+        gone: Callable[[str], Any],
+        command: Sequence[str] = (),
     ):
         # The packages of this process, and never those of the folder that one happens to be in.
         path = [os.path.abspath(entry) for entry in sys.path if entry]
         self._hear, self._gone = hear, gone
         self._process = subprocess.Popen(
-            [sys.executable, "-c", START.format(path=path, module=module, arguments=arguments)],
+            command or [sys.executable, "-c", START.format(path=path, module=module, arguments=arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self._last_words: deque[str] = deque(maxlen=LAST_WORDS)

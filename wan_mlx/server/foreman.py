@@ -91,15 +91,23 @@ class Foreman:
     def _take_jobs(self) -> None:
         self._say("idle")
         while not self._ending.is_set():
-            job = self.queue.take()
+            job = self.queue.take(self.accepts)
             if job is not None:
                 self._tell_state(job.id)
                 self._make(job)
                 continue
-            if self.until_empty:
+            if self.until_empty and self._is_over():
                 return
             self._asked.wait(OFTEN)
             self._asked.clear()
+
+    def accepts(self, job: Queued) -> bool:
+        """Whether a job that waits is for this worker."""
+        return True
+
+    def _is_over(self) -> bool:
+        """Whether nothing is left, where no more is waited for."""
+        return True
 
     def _make(self, job: Queued) -> None:
         """Have a job made, as far as that goes."""
@@ -109,11 +117,7 @@ class Foreman:
         self._say("working")
         self.live[job.id] = {"stage": "waiting for the worker"}
         watch = Watch(job)
-        preview = self.queue.folder / "previews"
-        order = {"make": job.id, "options": job.options, "output": job.output}
-        if preview.is_dir():
-            order["preview"] = str(preview.relative_to(self.queue.library) / f"{job.id}.webp")
-        self._worker.send(order)
+        self._worker.send(self._order(job))
         told_wish = ""
         while not self._ending.is_set():
             try:
@@ -140,6 +144,14 @@ class Foreman:
                 told_wish = wish
                 self._worker.send({"stop": job.id})
 
+    def _order(self, job: Queued) -> dict[str, Any]:
+        """What the worker is told to make."""
+        order = {"make": job.id, "options": job.options, "output": job.output}
+        preview = self.queue.folder / "previews"
+        if preview.is_dir():
+            order["preview"] = str(preview.relative_to(self.queue.library) / f"{job.id}.webp")
+        return order
+
     def _wish(self, id: str) -> str:
         try:
             return self.queue.get(id).wish
@@ -149,7 +161,10 @@ class Foreman:
     def _start_worker(self) -> None:
         self._say("starting")
         self._heard = SimpleQueue()  # the last one's words are over
-        self._worker = self._make_child(WORKER, [str(self.queue.library)], self._heard.put, self._heard.put)
+        self._worker = self._child()
+
+    def _child(self) -> Child:
+        return self._make_child(WORKER, [str(self.queue.library)], self._heard.put, self._heard.put)
 
     def _end_worker(self) -> None:
         if self._worker is not None:
@@ -289,21 +304,3 @@ class Watch:
         found = {"seconds": self.job.seconds + self._seconds, "peak": self._peak}
         steps = self._steps[1:] or self._steps  # the first compiles kernels
         return {**found, "step_seconds": sum(steps) / len(steps)} if steps else found
-
-
-def work_off(queue: Queue, told: Told) -> None:
-    """Make everything that waits, and return.
-
-    Raises:
-        BusyError: another process works on the queue.
-        WanError: the queue failed.
-    """
-    foreman = Foreman(queue, told, until_empty=True)
-    foreman.start()
-    try:
-        foreman.join()
-    except BaseException:
-        foreman.end()
-        raise
-    if foreman.error is not None:
-        raise foreman.error if isinstance(foreman.error, WanError) else WanError(str(foreman.error))

@@ -7,6 +7,7 @@ import secrets
 import socket
 import threading
 import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
@@ -16,6 +17,7 @@ from .app import make_app
 from .fields import is_name
 from .guard import is_loopback, names_of
 from .library import default_library
+from .machines import Machine
 from .studio import Studio
 
 PATIENCE = 3  # seconds for open connections, once it is told to end
@@ -35,7 +37,9 @@ class Serving:
         WanError: the port is taken, or the address is not this machine's.
     """
 
-    def __init__(self, host: str, port: int, library: Path | None, model: str):
+    def __init__(
+        self, host: str, port: int, library: Path | None, model: str, machines: Sequence[Machine] = ()
+    ):
         if not 0 <= port < 65_536:
             raise UsageError(f"--port is {port}, expected 0 to 65535; nearest: {min(max(port, 0), 65_535)}")
         if not is_name(model):
@@ -43,6 +47,7 @@ class Serving:
         self.token = None if is_loopback(host) else os.environ.get(TOKEN) or secrets.token_urlsafe(24)
         if self.token is not None and len(self.token) < LEAST_TOKEN:
             raise UsageError(f"{TOKEN} has {len(self.token)} characters, expected at least {LEAST_TOKEN}")
+        self.machines = machines
         self.host, self.library, self.model = host, (library or default_library()).expanduser(), model
         self._socket = listen(host, port)
         name = "127.0.0.1" if host in ANY else f"[{host}]" if ":" in host else host
@@ -55,7 +60,7 @@ class Serving:
 
     def run(self, opens_browser: bool = False) -> int:
         """Serve until a signal comes; returns the exit code."""
-        app = make_app(Studio(self.library, self.model), names_of(self.host), self.token)
+        app = make_app(Studio(self.library, self.model, machines=self.machines), names_of(self.host), self.token)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=PATIENCE, server_header=False,
             ws="none",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .downloads import Download
 from .feed import Feed
 from .foreman import Foreman
 from .library import Library, plain
+from .machines import Crew, Machine
 from .objects import as_video, shown_options
 from .refused import Refused
 from .uploads import KINDS, MOST_BYTES, Uploads, is_here
@@ -37,6 +38,7 @@ class Studio:
     Args:
         folder: the library's.
         default_model: of a request without one.
+        machines: others that make its videos, too.
         make_child: starts the processes that work for it; of tests.
 
     Attributes:
@@ -45,13 +47,17 @@ class Studio:
         has_token: whether requests must have one.
     """
 
-    def __init__(self, folder: Path, default_model: str = "nano", make_child: Callable[..., Child] = Child):
+    def __init__(
+        self, folder: Path, default_model: str = "nano", make_child: Callable[..., Child] = Child,
+        machines: Sequence[Machine] = (),
+    ):  # fmt: skip
         self.library, self.default_model = Library(folder), default_model
         self.queue, self.feed, self.has_token = self.library.queue, Feed(), False
         self.desk = Desk(str(self.library.folder), make_child)
         self.uploads = Uploads(self.library, self.desk)
         self.catalog = Catalog(self.library, self.desk)
-        self.foreman = Foreman(self.queue, self._hear, make_child)
+        hired = (self.queue, self._hear, [*machines], make_child)
+        self.foreman: Foreman = Crew(*hired) if machines else Foreman(self.queue, self._hear, make_child)
         self.downloads: dict[str, Download] = {}
         self._make_child = make_child
         self._told_at: dict[str, float] = {}

@@ -1,0 +1,188 @@
+"""Several machines = one: the same bits, whatever is shared, also resumed on another number; and what ends a run."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import machines
+import numpy as np
+import pytest
+import tiny_mlx_model
+
+CACHES = ("none", "teacache", "magcache", "easycache", "spectrum", "spectrum hidden")
+CASES = Path(__file__).parent / "machine_cases.py"
+
+
+def case(folder, size: int, *words: str) -> list[dict]:
+    """What each rank finds."""
+    ran = machines.ended(machines.start(folder, size, [sys.executable, str(CASES), *words]))
+    for rank, (code, _, error) in enumerate(ran):
+        assert code == 0, f"rank {rank} of {size} ended with {code}: {error}"
+    return [json.loads(out) for _, out, _ in ran]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one machine finds; each case once."""
+    folder, found = tmp_path_factory.mktemp("alone"), {}
+
+    def run(*words: str) -> dict:
+        if words not in found:
+            (found[words],) = case(folder, 1, *words)
+        return found[words]
+
+    return run
+
+
+slow = pytest.mark.slow  # rings of busy processes on two cores
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=slow), pytest.param(4, marks=slow)])
+def test_forwards_divided_among_machines_are_the_same_bits(tmp_path, alone, size):
+    for found in case(tmp_path, size, "forwards"):
+        assert found == alone("forwards")
+
+
+FEW = ("none,teacache,easycache", "part")  # of the caches, and of guidance: in part of the steps
+
+
+@pytest.mark.parametrize(
+    ("size", "modes", "which"),
+    [(2, "cfg", FEW), (2, "tokens", FEW), (4, "cfg+tokens", ("teacache", "part")),
+     *(pytest.param(*case, (), marks=slow)
+       for case in [(2, "cfg"), (2, "tokens"), (3, "tokens"), (4, "cfg+tokens"), (3, "off")])],
+)  # fmt: skip
+def test_samplings_of_machines_are_the_same_bits(tmp_path, alone, size, modes, which):
+    first, *others = case(tmp_path, size, "walks", modes, *which)
+    assert first == alone("walks", "off", *which)
+    for found in others:
+        assert {name: latents for name, (latents, *_) in found.items()} == {n: one[0] for n, one in first.items()}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "caches"),
+    [((2, "tokens"), (1, "off"), "teacache,spectrum hidden"),
+     *(pytest.param(*case, ",".join(CACHES), marks=slow)
+       for case in [((2, "tokens"), (3, "tokens")), ((4, "cfg+tokens"), (1, "off")), ((1, "off"), (2, "cfg")),
+                    ((2, "cfg"), (4, "cfg+tokens"))])],
+)  # fmt: skip
+def test_a_run_goes_on_with_another_number_of_machines(tmp_path, alone, before, after, caches):
+    case(tmp_path, before[0], "cut", before[1], str(tmp_path), caches)
+    found = alone("walks", "off", caches, "both")
+    whole = {name.partition(",")[0]: one[0] for name, one in found.items()}
+    for found in case(tmp_path, after[0], "resumed", after[1], str(tmp_path), caches):
+        assert found == whole
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=slow)])
+def test_tiles_dealt_out_are_the_same_frames(tmp_path, alone, size):
+    for found in case(tmp_path, size, "tiles"):
+        assert found == alone("tiles")
+
+
+def test_words_and_arrays_are_told_bit_for_bit(tmp_path):
+    for found in case(tmp_path, 3, "group_itself"):
+        assert found["same"] and found["most"] == 2 and found["link"]
+        assert found["values"] == [{"rank": rank, "text": "ä" * rank} for rank in range(3)]
+
+
+# What ends a run
+
+
+def endless(folder, size: int, *words: str):
+    processes = machines.start(folder, size, [sys.executable, str(CASES), "endless", *words])
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+    return processes
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_rank_ends_all(tmp_path, lost):
+    processes = endless(tmp_path, 3, "20")
+    processes[lost].kill()
+    started = time.monotonic()
+    for rank, (code, _, error) in enumerate(machines.ended(processes, 30)):
+        assert rank == lost or (code == 1 and f"(rank {lost})" in error and "was lost" in error), error
+        assert rank == lost or error.count("\nerror: ") == 1, error
+    assert time.monotonic() - started < 20
+
+
+def test_a_stopped_rank_ends_all(tmp_path):
+    processes = endless(tmp_path, 3, "4")
+    processes[2].send_signal(signal.SIGSTOP)
+    ended = machines.ended(processes[:2], 30)
+    for code, _, error in ended:
+        assert code == 1 and "(rank 2) has given no sign of life" in error, error
+    processes[2].send_signal(signal.SIGCONT)
+    ((code, _, error),) = machines.ended(processes[2:], 30)  # no orphan
+    assert code == 1 and error.count("\nerror: ") == 1, error
+
+
+def test_a_rank_that_fails_is_heard_by_all(tmp_path):
+    first, _, last = machines.ended(endless(tmp_path, 3, "20", "fails"), 30)
+    for code, _, error in (first, last):
+        assert code == 1 and "(rank 1): the disk is full" in error
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def pico(tmp_path_factory):
+    return tiny_mlx_model.write(tmp_path_factory.mktemp("pico") / "pico")
+
+
+QUICK = ["--prompt", "a red circle", "--size", "32x32", "--frames", "5", "--steps", "3", "--seed", "3", "--dtype",
+         "float32", "--model", "pico"]  # fmt: skip
+
+
+def command(folder: Path, *words: str, before: str = "") -> list[str]:
+    """``wan-mlx`` in a folder."""
+    script = f"import os, sys; os.chdir({str(folder)!r}); {before}\nfrom wan_mlx.cli.main import main\n"
+    return [sys.executable, "-c", f"{script}sys.exit(main({list(words)!r}))"]
+
+
+def folders(tmp_path: Path, pico: Path, count: int) -> list[Path]:
+    """A folder for each machine, with the model."""
+    found = [tmp_path / f"mac{rank}" for rank in range(count)]
+    for folder in found:
+        shutil.copytree(pico, folder / "pico")
+    return found
+
+
+def test_a_video_of_two_machines_is_that_of_one(tmp_path, pico):
+    one, two, other = folders(tmp_path, pico, 3)
+    os.remove(other / "pico" / "text_encoder.safetensors")  # rank 0 encodes
+    shutil.copy(pico / "text_encoder.safetensors", other / "pico")
+    ((code, _, error),) = machines.ended(machines.start(tmp_path, 1, command(one, *QUICK, "--output", "v.npz")))
+    assert code == 0, error
+    words = (*QUICK, "--output", "v.npz")
+    ran = machines.ended(machines.start(tmp_path, 2, command(two, *words), {1: command(other, *words)}))
+    for code, _, error in ran:
+        assert code == 0, error
+    assert "machines  2, by ring: cfg" in ran[0][2] and not ran[1][1].strip() and not ran[1][2].strip()
+    assert sorted(path.name for path in other.iterdir()) == ["pico"]
+    assert json.loads((two / "v.npz.status.json").read_text())["state"] == "done"
+    with np.load(one / "v.npz") as a, np.load(two / "v.npz") as b:
+        assert np.array_equal(a["frames"], b["frames"]) and np.array_equal(a["latents"], b["latents"])
+
+
+@pytest.mark.parametrize("what", ["weights", "version"])
+def test_machines_that_differ_are_told(tmp_path, pico, what):
+    two, other = folders(tmp_path, pico, 2)
+    before = "import wan_mlx; wan_mlx.__version__ = '0.0.9'" if what == "version" else ""
+    if what == "weights":
+        file = other / "pico" / "transformer.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    words = (*QUICK, "--output", "v.npz")
+    own = {1: command(other, *words, before=before)}
+    first, second = machines.ended(machines.start(tmp_path, 2, command(two, *words), own))
+    assert first[0] == 1 and f"{what} differs" in first[2], first[2]
+    assert "(rank 1)" in first[2] and second[0] in (0, 1)
+    assert json.loads((two / "v.npz.status.json").read_text())["state"] == "failed"

@@ -1,0 +1,118 @@
+"""A run on several machines: what they agree on before it begins, and what rank 0 tells the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import astuple, replace
+from typing import Any
+
+from .. import __version__
+from ..distributed import Group
+from ..errors import Differing, SamplingError, Stopped, WanError
+from ..opened import OpenedModel
+from ..parallel import Team
+from ..planning.machine import mlx_version
+from ..planning.plan import Plan
+from ..planning.several import choose_mode
+from ..storage import sample_digest
+from ..types import Conditioning, Request, RunState
+from .record import files_of_weights, normal, request_of
+
+# What the others need no files of: rank 0 encodes.
+ENCODED_BY_FIRST = ("text_encoder", "image_encoder", "tokenizer")
+TASKS_SHARED = ("t2v", "i2v", "flf2v", "ti2v", "vace", "inp", "control")
+STOP, FINISH = 2, 1  # what may be asked of a run while it samples
+
+
+def words_of(pipe: OpenedModel, request: Request) -> dict[str, Any]:
+    """What the others are told, so that they make the same run."""
+    fields = normal(request.settings()) | {"geometry": list(astuple(request.geometry))}
+    told = {"model": pipe.opened_with, "request": fields, "keeps": pipe.keeps_loaded}
+    return json.loads(json.dumps(told, default=str))
+
+
+def request_in(words: Mapping[str, Any]) -> Request:
+    """The request that rank 0 has told."""
+    return request_of({**words, "machine": {"wan_mlx": __version__}})
+
+
+def assemble(
+    group: Group, pipe: OpenedModel, request: Request, plan: Plan, note: Callable[[str], Any]
+) -> tuple[Team, Request, Plan]:
+    """Have all machines begin the same run: the team, and the request and plan that all have.
+
+    Raises:
+        WanError: the machines differ in what must be the same.
+    """
+    if request.clips > 1 or request.task not in TASKS_SHARED:
+        raise ValueError(f"several machines do not share {request.task} videos yet; nearest: --parallel off, on one")
+    words = words_of(pipe, request)
+    if group.rank == 0:
+        group.heartbeat.say({"run": words})
+    elif (told := group.heartbeat.hear()) != {"end": True}:
+        drawn = {"seed": told["run"]["request"]["seed"]}  # where none is given, each would draw its own
+        request, words["request"] = replace(request, **drawn), words["request"] | drawn
+    else:
+        raise Stopped(why="rank 0 has ended")
+    group.heartbeat.meet("run", lambda name: note(f"waiting for {name}"))
+    group.agree("the version", {"wan_mlx": __version__, "mlx": mlx_version()})
+    opened = {name: words["model"].get(name) for name in ("dtype", "quantize", "loras")}
+    group.agree("the request", {**words["request"], **opened})
+    group.agree("the checksum of weights", _weights(pipe))
+    how = group.gather_values([plan.tokens_at_once, plan.decode_tile])
+    plan = replace(plan, tokens_at_once=min(tokens for tokens, _ in how))
+    tiles = [tile for _, tile in how if tile]
+    if tiles:
+        plan = replace(plan, decode_tile=tuple(map(min, zip(*tiles, strict=True))))
+    tokens = request.geometry.seq_len(request.latent_shape)
+    mode = choose_mode(pipe.parallel, pipe.config, tokens, request.passes, group.size, group.link)
+    return Team(group, group.gather_values(mode)[0]), request, plan
+
+
+def _weights(pipe: OpenedModel) -> dict[str, str]:
+    """A digest of samples of each file of weights that every machine reads."""
+    kinds = {part.name: part.kind for part in pipe.checkpoint.parts}
+    found = files_of_weights(pipe, None).items()
+    return {name: sample_digest(path) for name, path in found if kinds.get(name) not in ENCODED_BY_FIRST}
+
+
+def shared_state(group: Group, reached: RunState | None) -> RunState:
+    """Rank 0's state of the run, on all ranks."""
+    arrays, values = None, None
+    if reached is not None:
+        arrays = {f"conditioning.{name}": array for name, array in reached.conditioning.arrays().items()}
+        arrays |= {f"state.{name}": array for name, array in reached.state.items()}
+        given = reached.conditioning
+        values = {"steps": reached.steps, "context_scale": given.context_scale, "trim_latents": given.trim_latents}
+    values = group.gather_values(values)[0]
+    told = group.broadcast(arrays)
+    if reached is not None:
+        return reached
+    parts: dict[str, dict[str, Any]] = {"conditioning": {}, "state": {}}
+    for name, array in told.items():
+        owner, _, entry = name.partition(".")
+        parts[owner][entry] = array
+    steps = values.pop("steps")
+    return RunState(Conditioning(**parts["conditioning"], **values), steps, parts["state"])
+
+
+@contextmanager
+def failing_together(group: Group | None) -> Iterator[None]:
+    """Within this block a failure here ends the other machines' processes, which would wait for this one for ever.
+
+    What all ranks raise alike passes: latents that are not finite, differences, and a stop that was agreed upon.
+    """
+    try:
+        yield
+    except (SamplingError, Differing, GeneratorExit):
+        raise
+    except BaseException as error:
+        if group is not None and not (isinstance(error, Stopped) and error.agreed):
+            if isinstance(error, RuntimeError) and "peer" in str(error):
+                group.heartbeat.wait_for_cause()
+            group.heartbeat.fail(str(error) or type(error).__name__)
+            if isinstance(error, RuntimeError) and "peer" in str(error):
+                raise WanError("the connection to another machine was lost") from error
+        raise
