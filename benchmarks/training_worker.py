@@ -1,10 +1,12 @@
-"""One case of `training.py` in a process of its own: ``training_worker.py ENGINE CASE``, then a line a measuring.
+"""One engine and model of `training.py`: ``training_worker.py ENGINE MODEL``, then a line for each command.
 
-"step" is answered by seconds and peak of a step, "parts" by seconds of its parts.
+"prepare" makes a case and runs a step of it, "step" is answered by seconds and peak of a step, "parts" by seconds of
+its parts.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import math
@@ -12,31 +14,43 @@ import os
 import sys
 import tempfile
 import time
+import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from wan_mlx.presets import PRESETS
 
 RANK, SIGMA = 32, 0.6
-# Of an engine's memory that it has freed and keeps; processes of all cases share the device until they are measured.
-KEPT = 6 * 2**30
+KEPT = 12 * 2**30  # of what MLX has freed: processes of several models share the device
 
 
 class Ours:
-    def __init__(self, case: dict[str, Any]):
+    def __init__(self, model: str):
+        import mlx.core as mx
+
+        mx.set_cache_limit(KEPT)
+        self.mx, self.preset = mx, PRESETS[model]
+        config = self.preset.transformer
+        if layers := os.environ.get("TRAINING_LAYERS"):  # to try the script where a whole model is too much
+            config = replace(config, num_layers=int(layers))
+        # A step of one block compiles most kernels.
+        self.config = replace(config, num_layers=1)
+        self.prepare({"model": model, "size": "256x128", "frames": 1, "base": "resident"})
+        self.step()
+        self.config = config
+
+    def prepare(self, case: dict[str, Any]) -> None:
         from wan_mlx.models.execution import Execution
         from wan_mlx.training.backward import Sample
         from wan_mlx.training.factors import layer_shapes, new_factors
         from wan_mlx.training.optimizer import make_optimizer
         from wan_mlx.training.recipe import Recipe
 
-        import mlx.core as mx
-
-        self.mx, self.case, preset = mx, case, PRESETS[case["model"]]
-        mx.set_cache_limit(KEPT)
-        self.config, self.recipe = preset.transformer, Recipe(rank=RANK, alpha=RANK)
-        if layers := os.environ.get("TRAINING_LAYERS"):  # to try the script where a whole model is too much
-            self.config = type(self.config)(**{**vars(self.config), "num_layers": int(layers)})
+        mx, self.case, preset = self.mx, case, self.preset
+        self.model = self.samples = self.factors = self.optimizer = None
+        mx.clear_cache()
+        self.recipe = Recipe(rank=RANK, alpha=RANK)
         base = case["base"]
         if base == "streamed":
             self.model = streamed(self.config)
@@ -176,13 +190,18 @@ def streamed(config):
 class Diffusers:
     """The same in PyTorch: Diffusers' transformer in bfloat16, PEFT's layers, gradient checkpointing, autocast."""
 
-    def __init__(self, case: dict[str, Any]):
+    def __init__(self, model: str):
         import torch
+
+        self.torch, self.preset = torch, PRESETS[model]
+
+    def prepare(self, case: dict[str, Any]) -> None:
         from diffusers import WanTransformer3DModel
         from peft import LoraConfig
 
-        self.torch, preset = torch, PRESETS[case["model"]]
-        c = preset.transformer
+        torch, preset, c = self.torch, self.preset, self.preset.transformer
+        self.model = self.optimizer = self.trained = None
+        torch.cuda.empty_cache()
         with torch.device("cuda"):
             torch.set_default_dtype(torch.bfloat16)
             model = WanTransformer3DModel(
@@ -233,19 +252,30 @@ class Diffusers:
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING)
-    engine = {"wan_mlx": Ours, "diffusers": Diffusers}[sys.argv[1]](json.loads(sys.argv[2]))
-    started = time.perf_counter()
-    engine.step()  # compiles kernels
-    print(json.dumps({"ready": round(time.perf_counter() - started, 1)}), flush=True)
-    for what in sys.stdin:
-        if what.strip() == "parts":
-            print(json.dumps({"parts": engine.parts()}), flush=True)
-            continue
-        engine.peak(reset=True)
-        started = time.perf_counter()
-        told = engine.step()
-        seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds, "peak_gib": engine.peak(), **told, **engine.plan()}), flush=True)
+    faulthandler.dump_traceback_later(75, exit=False)
+    began = time.perf_counter()
+    engine = {"wan_mlx": Ours, "diffusers": Diffusers}[sys.argv[1]](sys.argv[2])
+    print(json.dumps({"ready": round(time.perf_counter() - began, 1)}), flush=True)
+    print(f"{sys.argv[1:]} ready after {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    for line in sys.stdin:
+        command = json.loads(line)
+        faulthandler.cancel_dump_traceback_later()
+        answer: dict[str, Any] = {}
+        try:
+            if command["do"] == "prepare":
+                engine.prepare(command["case"])
+                engine.step()  # chooses kernels for its sizes, and takes memory
+                answer = {"prepared": True}
+            elif command["do"] == "parts":
+                answer = {"parts": engine.parts()}
+            else:
+                engine.peak(reset=True)
+                started = time.perf_counter()
+                told = engine.step()
+                answer = {"seconds": time.perf_counter() - started, "peak_gib": engine.peak(), **told, **engine.plan()}
+        except Exception:
+            traceback.print_exc()
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from ..models.execution import DEFERRED, Execution, Pacer
 from ..models.transformer import Block, ForwardPass
 from .block_backward import BlockFactors, Pieces, block_gradients
 from .factors import Factors, of_block, placed
+from .slopes import try_kernels
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def loss_and_gradients(
         samples: of one step; they go through each block together.
         scale: alpha / rank.
     """
+    config = model.model.config
+    try_kernels(model.model.dtype, config.dim, config.ffn_dim, config.head_dim)
     ways = [_enter(model, sample) for sample in samples]
     inputs = list(_forward(model, factors, ways, scale))
     losses = []
