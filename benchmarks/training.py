@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import queue
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -30,9 +28,9 @@ SIZES = {"still": ("832x480", 1), "33": ("480x272", 33), "81": ("832x480", 81)}
 MODELS = {"1.3B": "t2v-1.3B", "14B": "t2v-14B", "5B": "ti2v-5B"}
 # Name → base, and what is asked: (share of Diffusers' seconds, share of its peak or None, GiB or None).
 CASES = {
-    "1.3B-81": ("resident", (1.0, 0.7, None)),
     "1.3B-33": ("resident", (1.2, 1.0, None)),
     "1.3B-still": ("resident", (1.2, 1.0, None)),
+    "1.3B-81": ("resident", (1.0, 0.7, None)),
     "14B-still-q4": ("q4", (None, None, 12.0)),
     "1.3B-33-streamed": ("streamed", (None, None, 3.7)),
     "1.3B-still-streamed": ("streamed", (None, None, 2.7)),
@@ -48,9 +46,7 @@ class Worker:
 
     def __init__(self, engine: str, model: str):
         command = [sys.executable, "-u", str(HERE / "training_worker.py"), engine, model]
-        # Of several processes that share MLX's folder of compiled kernels one may read a file half written.
-        own = {**os.environ, "MLX_PTX_CACHE_DIR": tempfile.mkdtemp()}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._said: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -110,6 +106,7 @@ def main() -> None:
     parser.add_argument("--against", choices=["diffusers"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", action="store_true", help="also time the parts of a step")
+    parser.add_argument("--check", action="store_true", help="also compare gradients with those in float32")
     parser.add_argument("--seconds", type=float, default=1e6, help="end after these")
     parser.add_argument("--limit", type=float, default=600, help="seconds that a case may take")
     parser.add_argument("--ready", type=float, default=600, help="seconds that a process may take to get ready")
@@ -122,47 +119,72 @@ def main() -> None:
         for engine in ("wan_mlx", *([args.against] if args.against and name in AGAINST else [])):
             model = case_of(name)["model"]
             workers[engine, model] = workers.get((engine, model)) or Worker(engine, model)
-    for worker in workers.values():
-        worker.said(min(until, began + args.ready))  # all, before any is timed
-    print(f"ready after {time.monotonic() - began:.0f} s", flush=True)
+    soon = min(until, began + args.ready)
     rows: list[dict[str, Any]] = []
-    for name in args.only:
-        case = case_of(name)
-        limit = min(until, time.monotonic() + args.limit)
-        engines = {engine: worker for (engine, model), worker in workers.items() if model == case["model"]}
-        if name not in AGAINST:
-            engines = {engine: worker for engine, worker in engines.items() if engine == "wan_mlx"}
+    say = threading.Lock()
+
+    def run(name: str, engines: dict[str, Worker], rounds: int) -> None:
+        case, limit = case_of(name), min(until, time.monotonic() + args.limit)
+        found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
         for worker in engines.values():
             worker.tell("prepare", case=case)
-        prepared = {engine: worker for engine, worker in engines.items() if worker.said(limit)}
-        found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
-        for _ in range(args.rounds):
-            for engine, worker in prepared.items():
+        for engine, worker in engines.items():
+            if (first := worker.said(limit)) and not rounds:
+                found[engine].append(first)
+        for _ in range(rounds):
+            for engine, worker in engines.items():
                 worker.tell("step")
                 if measured := worker.said(limit):
                     found[engine].append(measured)
-        more: dict[str, Any] = {}
-        if args.parts and found["wan_mlx"]:
-            engines["wan_mlx"].tell("parts")
-            more = engines["wan_mlx"].said(limit) or {}
         best = {
             engine: {**case, "engine": engine, **min(runs, key=lambda run: run["seconds"]),
                      "all": [run["seconds"] for run in runs], "peak_gib": max(run["peak_gib"] for run in runs)}
             for engine, runs in found.items() if runs
         }  # fmt: skip
-        for engine in engines:
-            if engine not in best:
-                print(f"{name:<22}{engine:<11} was not measured", flush=True)
-                continue
-            row = best[engine]
-            told = verdict(row, best.get("diffusers")) if engine == "wan_mlx" else ""
-            print(f"{name:<22}{engine:<11}{row['seconds']:>8.3f} s{row['peak_gib']:>8.2f} GiB  {told}", flush=True)
-        if more:
-            best["wan_mlx"] |= more
-            print(f"    {more}", flush=True)
-        rows += best.values()
-        if args.json:
-            args.json.write_text(json.dumps(rows, indent=1))
+        with say:
+            for engine in engines:
+                if engine not in best:
+                    print(f"{name:<22}{engine:<11} was not measured", flush=True)
+                    continue
+                row = best[engine]
+                told = verdict(row, best.get("diffusers")) if engine == "wan_mlx" else ""
+                print(f"{name:<22}{engine:<11}{row['seconds']:>8.3f} s{row['peak_gib']:>8.2f} GiB  {told}", flush=True)
+            rows.extend(best.values())
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=1))
+
+    def ask(what: str, worker: Worker) -> None:
+        worker.tell(what)
+        if answer := worker.said(min(until, time.monotonic() + args.limit)):
+            print(f"    {answer}", flush=True)
+
+    timed = [name for name in args.only if name in AGAINST]
+    for name in timed:
+        engines = {engine: worker for (engine, model), worker in workers.items() if model == case_of(name)["model"]}
+        if name == timed[0]:
+            for worker in engines.values():
+                worker.said(soon)
+            print(f"ready after {time.monotonic() - began:.0f} s", flush=True)
+        run(name, engines, args.rounds)
+    if args.parts and timed:
+        ask("parts", engines["wan_mlx"])
+
+    def memory(model: str) -> None:
+        """The cases of a model in which only the peak counts; those of several models side by side."""
+        worker = workers["wan_mlx", model]
+        if not any(case_of(name)["model"] == model for name in timed):
+            worker.said(soon)
+        for name in args.only:
+            if name not in AGAINST and case_of(name)["model"] == model:
+                run(name, {"wan_mlx": worker}, 0)
+
+    threads = [threading.Thread(target=memory, args=(model,)) for engine, model in workers if engine == "wan_mlx"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if args.check:
+        ask("check", workers["wan_mlx", case_of(args.only[0])["model"]])
     for worker in workers.values():
         worker.process.kill()
 

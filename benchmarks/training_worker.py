@@ -1,7 +1,7 @@
 """One engine and model of `training.py`: ``training_worker.py ENGINE MODEL``, then a line for each command.
 
-"prepare" makes a case and runs a step of it, "step" is answered by seconds and peak of a step, "parts" by seconds of
-its parts.
+"prepare" makes a case and runs a step of it, "step" runs another; both are answered by its seconds and peak. "parts"
+times its parts, "check" compares gradients with those in float32.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class Ours:
 
     def parts(self) -> dict[str, Any]:
         """Seconds: of forward; of attention and its gradient by the ways there are; of the update; by chunk size."""
+        from wan_mlx.models.execution import Pacer, attention
         from wan_mlx.training import attention_backward, block_backward
         from wan_mlx.training.backward import loss, loss_and_gradients
         from wan_mlx.training.optimizer import gradient_norm, update
@@ -114,35 +115,54 @@ class Ours:
             update(self.optimizer, gradients, self.factors, gradient_norm(gradients), 0.0)
 
         timed("update", updated)
-        if self.case["name"] in ("1.3B-81", "1.3B-33"):
-            first = block_backward.TOKENS_AT_ONCE
-            for count in (2048, 8192):
-                block_backward.TOKENS_AT_ONCE = count
-                timed(f"with {count} tokens at once", lambda: mx.eval(run()[1]), times=1, warm=False)
-            block_backward.TOKENS_AT_ONCE = first
-        if self.case["name"] == "1.3B-81":
-            self._attention(timed, attention_backward)
-        return found
-
-    def _attention(self, timed, attention_backward) -> None:
-        from wan_mlx.models.execution import Pacer, attention
-
-        mx, c = self.mx, self.config
+        c = self.config
         q, k, v, g = (mx.random.normal((1, 32760, c.num_heads, c.head_dim)).astype(mx.bfloat16) for _ in range(4))
         g = g.flatten(2)
         mx.eval(q, k, v, g)
         timed("attention", lambda: mx.eval(attention(q, k, v, Pacer())))
-        timed("attention's gradient", lambda: mx.eval(attention_backward.attention_gradients(q, k, v, None, g)))
-        whole = [mx.contiguous(mx.pad(x, [(0, 0), (0, 8), (0, 0), (0, 0)])) for x in (q, k, v)]
-        padded = mx.pad(g, [(0, 0), (0, 8), (0, 0)])
-        mx.eval(whole, padded)
-        timed("with whole tiles of keys", lambda: mx.eval(attention_backward.attention_gradients(*whole, None, padded)))
+        timed("attention's gradient", lambda: mx.eval(attention_backward.attention_gradients(q, k, v, g, g)))
+        first = block_backward.TOKENS_AT_ONCE
+        for count in (2048, 8192):
+            block_backward.TOKENS_AT_ONCE = count
+            timed(f"with {count} tokens at once", lambda: mx.eval(run()[1]), times=1, warm=False)
+        block_backward.TOKENS_AT_ONCE = first
+        return found
+
+    def check(self) -> dict[str, Any]:
+        """How far gradients in bfloat16 are from those in float32, and whether they repeat; of two blocks."""
+        from wan_mlx.models import kernels
+        from wan_mlx.training import attention_backward, slopes
+        from wan_mlx.training.backward import loss_and_gradients
+
+        from mlx.utils import tree_map
+
+        mx, c = self.mx, self.config
+        self.config = replace(c, num_layers=2)
+        self.prepare({"name": "check", "size": "480x272", "frames": 33, "base": "resident"})
+        self.config, (sample,) = c, self.samples
+        sums = slopes.scaled, slopes.modulated_norm, slopes.norm_and_rotate
+        found: dict[str, Any] = {one.__name__: kernels.agrees(one, mx.bfloat16, c.dim, 1, 128) for one in sums}
+
+        def gradients():
+            _, arrays = loss_and_gradients(self.model, self.factors, [sample], 1.0)
+            mx.eval(arrays)
+            return arrays
+
+        ours, again = gradients(), gradients()
+        found["the same bits"] = all(mx.array_equal(ours[name], again[name]).item() for name in ours)
         fused, attention_backward.has_fused_gradient = attention_backward.has_fused_gradient, lambda q: False
-        attended = attention(q, k, v, Pacer())
-        mx.eval(attended)
-        timed("by chunks", lambda: mx.eval(attention_backward.attention_gradients(q, k, v, attended, g, mx.async_eval)),
-              times=1)  # fmt: skip
+        chunks = gradients()
         attention_backward.has_fused_gradient = fused
+        model = self.model.model
+        model.update(tree_map(lambda x: x.astype(mx.float32), model.parameters()))
+        with kernels.turned_off():
+            want = gradients()
+        for way, got in (("fused", ours), ("by chunks", chunks)):
+            parts = [((got[name] - want[name]).square().sum(), want[name].square().sum()) for name in want]
+            off, whole = (mx.stack(list(column)).sum() for column in zip(*parts, strict=True))
+            worst = max((a / b).sqrt().item() for a, b in parts)
+            found[way] = {"distance": (off / whole).sqrt().item(), "worst factor": worst}
+        return found
 
     def peak(self, reset: bool = False) -> float:
         if reset:
@@ -241,6 +261,9 @@ class Diffusers:
     def parts(self) -> dict[str, Any]:
         return {}
 
+    def check(self) -> dict[str, Any]:
+        return {}
+
     def plan(self) -> dict[str, float]:
         return {}
 
@@ -262,13 +285,11 @@ def main() -> None:
         faulthandler.cancel_dump_traceback_later()
         answer: dict[str, Any] = {}
         try:
-            if command["do"] == "prepare":
-                engine.prepare(command["case"])
-                engine.step()  # chooses kernels for its sizes, and takes memory
-                answer = {"prepared": True}
-            elif command["do"] == "parts":
-                answer = {"parts": engine.parts()}
+            if command["do"] in ("parts", "check"):
+                answer = {command["do"]: getattr(engine, command["do"])()}
             else:
+                if command["do"] == "prepare":  # its step chooses kernels for these sizes, and takes memory
+                    engine.prepare(command["case"])
                 engine.peak(reset=True)
                 started = time.perf_counter()
                 told = engine.step()

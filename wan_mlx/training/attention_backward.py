@@ -65,6 +65,11 @@ def _in_one_graph(heads: Heads, rest: Callable[[mx.array], mx.array], run: Calla
     return found
 
 
+def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """`attention`, within what is differentiated or evaluated later: it computes nothing yet."""
+    return _filled(q, k, v) if has_fused_gradient(q) else attention(q, k, v, lambda *arrays: None)
+
+
 def _filled(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """`attention`, with queries filled up to whole tiles."""
     length = q.shape[1]

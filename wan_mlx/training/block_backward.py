@@ -18,13 +18,12 @@ import mlx.core as mx
 from ..models import kernels
 from ..models.attention import Pairs, SelfAttention, split_heads
 from ..models.execution import Pacer
-from ..models.execution import attention as attention_in_dispatches
 from ..models.layers import SIDE_KEYS
 from ..models.quantized_linear import QuantizedLinear
 from ..models.rope import rows_of
 from ..models.transformer import Block, ForwardPass, Modulation, Runs
 from . import slopes
-from .attention_backward import Heads, attention_and_gradients, attention_gradients
+from .attention_backward import Heads, attend, attention_and_gradients, attention_gradients
 from .factors import Factors
 
 # Tokens whose part after attention is made again at a time: eight arrays as wide as the feed-forward are alive then.
@@ -255,7 +254,7 @@ def _after(
     x1, y = kernels.add_and_norm(x, o(attended), m.gate_attn, norm3.weight, norm3.bias, block.eps)
     row = cross_q(y)
     q = split_heads(mx.fast.rms_norm(row, layer.norm_q.weight.astype(row.dtype), layer.eps), layer.heads)
-    results = [attention_in_dispatches(q, *pair, _no_pace) for pair in cross.pairs]
+    results = [attend(q, *pair) for pair in cross.pairs]
     x2, y = kernels.add_and_norm(x1, cross_o(_total(results)), one, m.scale_ffn, m.shift_ffn, block.eps)
     wide = up(y)
     down(kernels.gelu_tanh(wide))
@@ -269,10 +268,6 @@ def _after(
     y = cross_q.back(slopes.rms_norm(row, _total([dq for dq, *_ in found]).flatten(2), layer.norm_q.weight, layer.eps))
     for_x = for_x + slopes.modulated_norm(x1, y, norm3.weight, block.eps)
     return for_x, o.back(slopes.scaled(for_x, m.gate_attn))
-
-
-def _no_pace(*arrays: mx.array) -> None:
-    """Nothing is computed while it is written down."""
 
 
 def _total(arrays: Sequence[mx.array]) -> mx.array:

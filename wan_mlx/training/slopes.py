@@ -105,7 +105,6 @@ EACH_PAIR {
 """
 
 
-@mx.compile
 def _scaled(x, gate):
     return (x.astype(mx.float32) * gate).astype(x.dtype)
 
@@ -118,7 +117,6 @@ def _gelu_tanh(x, y):
     return (g * slope).astype(x.dtype)
 
 
-@mx.compile
 def _modulated_norm(x, y, scale, eps):
     v, g = x.astype(mx.float32), y.astype(mx.float32) * scale
     v = v - v.mean(-1, keepdims=True)
@@ -127,7 +125,6 @@ def _modulated_norm(x, y, scale, eps):
     return (factor * (g - g.mean(-1, keepdims=True) - n * (g * n).mean(-1, keepdims=True))).astype(x.dtype)
 
 
-@mx.compile
 def _norm_and_rotate(x, y, weight, heads, table, eps):
     cosines, sines = table
     v = x.astype(mx.float32)
