@@ -3,6 +3,7 @@
 The package's own ``__init__`` pulls in CUDA-only and unrelated models, so bare package objects stand in for it.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import re
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from arrays import relative_error as relative_error  # the tests of parity take it from here
+from PIL import Image
 
 torch = pytest.importorskip("torch")
 
@@ -69,11 +71,27 @@ def diffusers_transformer(config):
     if config.model_type == "vace":
         vace = dict(vace_layers=list(config.vace_layers), vace_in_channels=config.vace_in_dim)
         return WanVACETransformer3DModel(**sizes, **vace).eval()
+    if config.model_type == "animate":
+        return diffusers_animate(config, **sizes)
     if config.has_image_branch:
         sizes |= dict(image_dim=config.image_dim, added_kv_proj_dim=config.dim)
     if config.model_type == "flf2v":
         sizes["pos_embed_seq_len"] = 2 * 257
     return WanTransformer3DModel(**sizes).eval()
+
+
+def diffusers_animate(config, **sizes):
+    from diffusers import WanAnimateTransformer3DModel
+
+    features, count, dim = config.motion_dims
+    width, tokens = config.face_dims
+    channels = {str(config.face_side // 2**n): width for n, width in enumerate(config.motion_widths)}
+    return WanAnimateTransformer3DModel(
+        **sizes, image_dim=config.image_dim, added_kv_proj_dim=config.dim, motion_encoder_size=config.face_side,
+        motion_encoder_channel_sizes=channels, motion_style_dim=features, motion_dim=count, motion_encoder_dim=dim,
+        face_encoder_hidden_dim=width, face_encoder_num_heads=tokens,
+        inject_face_latents_blocks=config.num_layers // len(config.face_layers),
+    ).eval()  # fmt: skip
 
 
 def unmasked_attention(q, k, v, k_lens=None, **_):
@@ -131,6 +149,53 @@ def official_clip():
         clip = official("modules.animate.clip")
     clip.flash_attention = unmasked_attention
     return clip
+
+
+def official_animate():
+    """The official module of Animate's transformer, its CUDA-only attention replaced."""
+    clip = official_clip()
+    root = Path(clip.__file__).parents[2]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("modules.animate", "distributed"):
+            patch.setitem(sys.modules, f"wan.{name}", types.ModuleType(f"wan.{name}"))
+            sys.modules[f"wan.{name}"].__path__ = [str(root.joinpath(*name.split(".")))]
+        animate, faces = official("modules.animate.model_animate"), official("modules.animate.face_blocks")
+    animate.flash_attention = unmasked_attention
+    faces.attention = lambda q, k, v, **_: unmasked_attention(q, k, v).flatten(2)
+    return animate
+
+
+def official_animation():
+    """The official module of Animate's loop, in float32 on the CPU; of OpenCV it has what it needs, by PyTorch."""
+
+    class Float32:
+        bfloat16, autocast = torch.float32, staticmethod(lambda **_: contextlib.nullcontext())
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+    def resize(image, size, interpolation):
+        picture = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
+        resized = torch.nn.functional.interpolate(picture, size=size[::-1], mode="bilinear")[0]
+        return (resized + 0.5).floor().byte().permute(1, 2, 0).numpy()
+
+    animate, clip = official_animate(), official_clip()
+    root = Path(clip.__file__).parents[2]
+    stubs = {
+        "cv2": dict(INTER_LINEAR=1, resize=resize, imread=lambda path: np.asarray(Image.open(path))[..., ::-1]),
+        "decord": dict(VideoReader=None),
+        "peft": dict(set_peft_model_state_dict=None, LoraConfig=None),
+        "wan.distributed": dict(__path__=[str(root / "distributed")]),
+        "wan.modules.animate": dict(__path__=[str(root / "modules/animate")], CLIPModel=None,
+                                    WanAnimateModel=animate.WanAnimateModel),
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, attributes in stubs.items():
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+            vars(sys.modules[name]).update(attributes)
+        module = official("animate")
+    module.torch = Float32()
+    return module
 
 
 def official_clip_model(seed: int, **sizes):

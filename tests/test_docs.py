@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from crafted import header_only
 from mlx.utils import tree_flatten
 from PIL import Image
 from rife_files import save_tiny
+from test_sources import write_video
 from test_speech import tone, write_wav
 from tiny_mlx_model import random_vae
 
@@ -37,7 +39,7 @@ from wan_mlx.models.configs import AudioEncoderConfig, ImageEncoderConfig, Trans
 from wan_mlx.other_models import ADVICE
 from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning import speed as timing
-from wan_mlx.presets import BUNDLED, EXPERTS, PRESETS
+from wan_mlx.presets import BUNDLED, EXPERTS, PRESETS, RELIGHTING
 from wan_mlx.prompts.extend import Extension
 from wan_mlx.training import Training
 from wan_mlx.weights.configs import shapes_of
@@ -55,6 +57,7 @@ NAMES = {
     "Wan-AI/Wan2.2-S2V-14B": "s2v-14B",
     "alibaba-pai/Wan2.2-Fun-5B-Control": "fun-5B-Control", "alibaba-pai/Wan2.2-Fun-5B-InP": "fun-5B-InP",
     "Wan-AI/Wan2.2-T2V-A14B": "t2v-A14B", "Wan-AI/Wan2.2-I2V-A14B": "i2v-A14B",
+    "Wan-AI/Wan2.2-Animate-14B": "animate-14B",
     "city96/Wan2.1-T2V-14B-gguf:wan2.1-t2v-14b-Q4_K_M.gguf": "t2v-14B",
     "city96/umt5-xxl-encoder-gguf:umt5-xxl-encoder-Q8_0.gguf": "t2v-14B",
     f"{configs.COMFYUI_TRANSFORMERS}/wan2.1_t2v_1.3B_fp16.safetensors": "t2v-1.3B",
@@ -165,7 +168,8 @@ def write_model(folder: Path, name: str, pico: Path, is_tiny: bool) -> None:
     if is_tiny:
         sizes = replace(sizes, dim=128, ffn_dim=128, num_heads=1, num_layers=1, text_dim=128,
                         image_dim=sizes.image_dim and 80, vace_layers=(0,) if sizes.vace_layers else (), audio_dim=32,
-                        audio_inject_layers=(0,) if sizes.hears else ())  # fmt: skip
+                        audio_inject_layers=(0,) if sizes.hears else (), face_layers=(0,) if sizes.face_layers else (),
+                        motion_widths=(1,) * 8, motion_dims=(4, 2, 8), face_dims=(8, 4))  # fmt: skip
         if sizes.hears:
             config["audio_encoder"] = asdict(HEARS)
             tiny(folder / "audio_encoder.safetensors", HEARS, 0)
@@ -185,8 +189,19 @@ def write_model(folder: Path, name: str, pico: Path, is_tiny: bool) -> None:
             config[part] = asdict(of_kind)
     for part in parts:
         (folder / part.name).symlink_to(part)
+    if sizes.face_layers:
+        write_lora(folder / RELIGHTING, sizes)
     config |= {"model": name, **{part: asdict(sizes) for part in transformers}}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_prepared(folder: Path) -> None:
+    """What Animate starts from: two frames."""
+    folder.mkdir()
+    for name, side in (("src_pose", 16), ("src_bg", 16), ("src_mask", 16), ("src_face", 512)):
+        write_video(folder / "a.mkv", np.full((2, side, side, 3), 100, np.uint8), rate=30)
+        (folder / "a.mkv").rename(folder / f"{name}.mp4")
+    Image.new("RGB", (16, 16)).save(folder / "src_ref.png")
 
 
 def write_lora(path: Path, config: TransformerConfig) -> None:
@@ -212,6 +227,7 @@ def homes(tmp_path_factory, pico):
         write_wav(home / "talk.wav", tone(0.3, 16000), 16000)
         for name, source in (("clip.mp4", "clip.mp4"), ("depth.mp4", "guide.mp4")):
             shutil.copy(sources / source, home / name)
+        write_prepared(home / "prepared")
         lines = next(block.text for block in blocks() if block.language == "json" and "a cat boxing" in block.text)
         (home / "cats.jsonl").write_text(lines)
         (home / "clips").mkdir()  # to train on

@@ -49,7 +49,6 @@ def of(config: TransformerConfig, *keys: str, without: str = "-", **sizes: int):
 FILES = {
     "Lucy Edit, made from Wan2.2 TI2V-5B": of(OF_5B, in_dim=96, out_dim=48),
     "a model made from Wan2.2 TI2V-5B": of(OF_5B, in_dim=104, out_dim=48),
-    "Wan2.2 Animate-14B": of(I2V_14B, "face_adapter.fuser_blocks.0.k_norm.weight", "pose_patch_embedding.weight"),
     "a Fun-Control model of Wan2.1": of(I2V_14B, "ref_conv.weight", "ref_conv.bias", in_dim=48),
     "a control model of Fun (Fun-Control)": of(I2V_14B, in_dim=48),
     "a camera model of Fun (Control-Camera)": of(I2V_14B, "control_adapter.conv.weight", in_dim=32),
@@ -163,7 +162,7 @@ class TestFolders:
         "file, entries, name",
         [
             ("model_index.json", {"_class_name": "FluxPipeline"}, "FLUX, or one of its kind such as Chroma"),
-            ("model_index.json", {"_class_name": "WanAnimatePipeline"}, "Wan2.2 Animate-14B"),
+            ("model_index.json", {"_class_name": "WanAnimate2Pipeline"}, "Wan2.2 Animate-2"),
             ("model_index.json", {"_class_name": "NewPipeline"}, "a 'NewPipeline'"),
         ],
     )
@@ -201,7 +200,6 @@ class TestNames:
     @pytest.mark.parametrize(
         "name, model",
         [
-            ("Wan2.2-Animate-14B", "Wan2.2 Animate-14B"),
             ("wan2.1_fun_control_1.3B_bf16", "a Fun-Control"), ("Phantom-Wan-14B_fp16", "Phantom"),
             ("alibaba-pai/Wan2.1-Fun-14B-InP", "Fun-InP"),
             ("wan2.1_fun_inp_1.3B_bf16", "Fun-InP"), ("Wan2_1-I2V-ATI-14B_fp8", "ATI"),
@@ -218,14 +216,14 @@ class TestNames:
         ["wan2.1_t2v_14B_lightx2v_4step", "Wan21_CausVid_14B", "nano", "umt5_xxl_fp16", "animate_24fps",
          "Wan2.2-TI2V-5B", "my_fun_style_inpaint", "fun_inpaint", "wan_movement", "phantom_menace", "latte_mocha",
          "wan2.2_fun_control_high_noise_14B", "Wan2.2-Fun-A14B-InP", "Wan2_2-Fun-InP-5B", "Wan2.2-VACE-Fun-A14B",
-         "my_ati_style"],
+         "my_ati_style", "Wan2.2-Animate-14B", "wan2.2_animate_14B_bf16"],
     )  # fmt: skip
     def test_of_others(self, name):
         assert of_name(name) is None
 
     def test_a_known_header_leaves_only_models_of_the_same_shapes(self):
-        assert of_name("Wan2.2-Animate-14B") and of_name("wan2.1_fun_control")
-        assert not any(of_name(name, known=True) for name in ("Wan2.2-Animate-14B", "fun_control"))
+        assert of_name("Wan-Animate-2") and of_name("wan2.1_fun_control")
+        assert not any(of_name(name, known=True) for name in ("Wan-Animate-2", "fun_control"))
         assert of_name("Phantom-Wan-14B", known=True).name == "Phantom"
 
 
@@ -277,11 +275,11 @@ class TestHub:
         from wan_mlx.hub.resolve import Places
 
         big = {"text_encoder/model.safetensors": b"t" * 50, "vae/diffusion_pytorch_model.safetensors": b"v" * 50}
-        index = json.dumps({"_class_name": "WanAnimatePipeline"}).encode()
+        index = json.dumps({"_class_name": "WanAnimate2Pipeline"}).encode()
         transformer = {"transformer/diffusion_pytorch_model.safetensors": b"d" * 50, "tokenizer/spiece.model": b"s"}
         repo = {"model_index.json": index, **transformer, **big}
         with serving({"Wan-AI/Five": repo}, monkeypatch, tmp_path) as hub:
-            with pytest.raises(UnsupportedModel, match="Wan-AI/Five: this is Wan2.2 Animate-14B, which is not"):
+            with pytest.raises(UnsupportedModel, match="Wan-AI/Five: this is Wan2.2 Animate-2, which is not"):
                 Places("Wan-AI/Five").fetch()
             assert {*hub.got()} == {"model_index.json"}
 

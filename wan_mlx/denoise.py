@@ -119,6 +119,8 @@ def with_condition(model: Model, conditioning: Conditioning) -> Model:
     given: dict[str, Any] = {name: getattr(conditioning, name) for name in ("condition", "image_features", "reference")}
     if conditioning.first_latents is not None:
         given["clean_frames"] = conditioning.first_latents.shape[1]
+    if conditioning.pose is not None:
+        given["pose"] = conditioning.pose
     return partial(model, **given)
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from .media.interpolate import Between, even_moments, interpolate
 from .media.preview import Previewer, latent_map, tiny_autoencoder, tiny_preview
 from .media.write import to_uint8
 from .models import vae_tiling as tiling
+from .models.animate_face import FACES_AT_ONCE
 from .models.configs import geometry_of
 from .models.execution import Execution, encode_images
 from .models.text_encoder import pad_context
@@ -54,6 +56,7 @@ from .weights.load import (
     check_loras,
     config_of,
     load_audio_encoder,
+    load_face,
     load_image_encoder,
     load_text_encoder,
     load_transformer,
@@ -445,6 +448,25 @@ class OpenedModel:
         with self._loading("image encoder"):
             encoder = load_image_encoder(self.checkpoint, progress=counted(self.listener, "loading CLIP"))
         return encode_images(encoder, images)
+
+    def encode_face(self, pictures: Iterable[np.ndarray], blank: bool) -> tuple[mx.array, mx.array | None]:
+        """Pictures float32 (side, side, 3) in [-1, 1] of a face → tokens float32 (1, t, tokens, D) for Animate, and the
+        same of no face if ``blank``."""
+        with self._loading("face encoder"):
+            part = self.checkpoint.part("transformer")
+            face = load_face(part, progress=counted(self.listener, "loading face encoder"))
+        frames, left = 0, iter(pictures)
+
+        def chunks() -> Iterator[mx.array]:
+            nonlocal frames
+            while chunk := list(islice(left, FACES_AT_ONCE)):
+                frames += len(chunk)
+                yield mx.array(np.stack(chunk))
+
+        tokens = face(counted(self.listener, "encoding face")(chunks()))
+        nothing = face.blank(frames) if blank else None
+        mx.eval(tokens, nothing)
+        return tokens, nothing
 
     def encode_videos(self, videos: Sequence[Iterable[mx.array]]) -> list[mx.array]:
         """Videos in chunks of frames in [-1, 1] → normalised latents (1, t, h, w, C) each."""

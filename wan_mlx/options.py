@@ -49,11 +49,7 @@ FITS = ("official", "crop", "pad")
 SIZES = ("16:9", "9:16", "1:1", *LANDSCAPE)
 PARALLEL = ("auto", "cfg", "tokens", "cfg+tokens", "off")
 CACHES = ("none", "teacache", "magcache", "easycache", "spectrum")
-# Flags of the official generate.py for models that are not supported.
-OTHER_TASKS = {
-    "Wan2.2 Animate-14B": ("--src_root_path DIR", "--refert_num N", "--replace_flag", "--use_relighting_lora"),
-}
-# Those by which the official S2V has another model make the sound.
+# Flags of the official generate.py by which the official S2V has another model make the sound.
 TTS = ("--enable_tts", "--tts_prompt_audio FILE", "--tts_prompt_text TEXT", "--tts_text TEXT")
 
 
@@ -211,6 +207,18 @@ class RequestOptions(TypedDict, total=False):
     start_from_ref: Annotated[bool, Option(
         "--start_from_ref", "begin with the picture itself (s2v)", SOURCES,
     )]
+    src_root_path: Annotated[str | Path | None, Option(
+        "--src_root_path DIR", "folder that the official preprocessing made: poses, face, picture (animate)", SOURCES,
+        more="Its videos set the size and the length. A --prompt may then be left out. See [tasks](tasks.md)",
+        place="file",
+    )]
+    refert_num: Annotated[int, Option(
+        "--refert_num N", "with how many frames of a clip the next one begins: 1 (default) or 5 (animate)", SOURCES,
+        default=1,
+    )]
+    replace_flag: Annotated[bool, Option(
+        "--replace_flag", "put the person into the video, whose folder has its background and mask (animate)", SOURCES,
+    )]
     fit: Annotated[str | None, Option(
         "--fit NAME", "how a picture or video of other proportions comes to the size: {choices}", SOURCES,
         more="`official` takes the proportions of a picture (i2v, flf2v, ti2v, Fun-InP, s2v) or of --src_video, and "
@@ -335,6 +343,10 @@ class ModelOptions(TypedDict, total=False):
         "merge a LoRA: style.safetensors:0.8; may be repeated", WEIGHTS,
         more="It is merged into the transformer, or into both experts. Also from a hub: "
         'owner/name:style.safetensors:0.8. In Python also `{"high": …, "low": …}`', repeats=True, place="name",
+    )]
+    use_relighting_lora: Annotated[bool, Option(
+        "--use_relighting_lora", "take the LoRA beside Animate's weights that lights the person as the scene is lit",
+        WEIGHTS, more="For --replace_flag",
     )]
     loras_high: Annotated["LoraChoices", Option(
         "--lora-high FILE[:STRENGTH]", "into the high-noise expert alone", WEIGHTS, repeats=True, place="name",
@@ -485,8 +497,6 @@ COMMAND_OPTIONS = [
     Option("--ulysses_size N", "", OFFICIAL, no_effect=ONE_GPU),
     Option("--ring_size N", "", OFFICIAL, no_effect=ONE_GPU),
     *(Option(flag, "", OFFICIAL, no_effect="no speech is made here; give a recording with --audio") for flag in TTS),
-    *(Option(flag, "", OFFICIAL, no_effect=f"it is for {model}, which is not supported")
-      for model, spelled in OTHER_TASKS.items() for flag in spelled),
 ]
 
 

@@ -17,8 +17,8 @@ from .errors import UnsupportedModel
 
 # Kind of file → the advice in its refusal.
 ADVICE = {
-    "transformer": "supported are Wan2.1's T2V, I2V, FLF2V and VACE models, Wan2.2's T2V-A14B, I2V-A14B, TI2V-5B and "
-    "S2V-14B, and the VACE-Fun, Fun-InP and Fun-Control made from them",
+    "transformer": "supported are Wan2.1's T2V, I2V, FLF2V and VACE models, Wan2.2's T2V-A14B, I2V-A14B, TI2V-5B, "
+    "S2V-14B and Animate-14B, and the VACE-Fun, Fun-InP and Fun-Control made from them",
     "addition": "of additions to a model only LoRAs are supported",
     "text_encoder": "Wan's is umT5-XXL, such as umt5_xxl_fp16.safetensors",
     "vae": "take Wan2.1's, wan_2.1_vae.safetensors, or for TI2V-5B Wan2.2's, wan2.2_vae.safetensors",
@@ -118,13 +118,6 @@ def _first(fits: Callable[[OtherModel], Any]) -> OtherModel | None:
 # The first row that fits counts, so that special ones come first.
 OTHER_MODELS = (
     # Wan2.2.
-    OtherModel(
-        "Wan2.2 Animate-14B", "transformer", "official, comfy, diffusers",
-        keys=("face_adapter.fuser_blocks.0.k_norm.weight", "face_adapter.0.to_q.weight pose_patch_embedding.weight"),
-        entries={"_class_name": r"WanAnimate(?!2)\w*"},
-        lora="face_adapter_",
-        names=r"wan2[._]2[-_]animate[-_]14b",
-    ),
     OtherModel(
         "Wan2.2 Animate-2", "transformer", "diffusers",
         keys=("blocks.0.self_attn.to_q.weight text_embedding.0.weight",),

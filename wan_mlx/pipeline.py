@@ -27,7 +27,7 @@ from .planning.choose import Wanted, parse_tiling, plan_video
 from .planning.machine import parse_memory
 from .planning.plan import Plan
 from .planning.sizes import not_here, sizes_of
-from .presets import GIVEN_APART, MODULE, PRESETS, Preset, find_preset
+from .presets import GIVEN_APART, MODULE, PRESETS, RELIGHTING, Preset, find_preset
 from .progress_bars import ProgressBars, progress_of
 from .prompts.extend import extend_requests
 from .request_builder import build_request
@@ -71,7 +71,16 @@ def checked(model: str | Path, given: dict[str, Any]) -> tuple[dict[str, Any], P
     if given["preset"]:
         find_preset(given["preset"])
     parts = {part: given[part] for part in GIVEN_APART if given[part] is not None}
+    if given["use_relighting_lora"]:
+        given["loras"] = with_relighting(model, lora_lists(given)["loras"])
     return given, Places(model, parts, [lora for loras in lora_lists(given).values() for lora in loras])
+
+
+def with_relighting(model: str | Path, loras: list[tuple[Path, float]]) -> list[tuple[Path, float]]:
+    """The LoRAs with the one beside Animate's weights, which is there already where a run goes on."""
+    folder = Path(model).expanduser()
+    place = folder / RELIGHTING if folder.is_dir() else Path(f"{PRESETS['animate-14B'].repo}:{RELIGHTING}")
+    return loras if any(path.name == place.name for path, _ in loras) else [*loras, (place, 1.0)]
 
 
 class WanPipeline(OpenedModel):
@@ -104,6 +113,7 @@ class WanPipeline(OpenedModel):
         quantize_high: str | int | None = None,
         quantize_low: str | int | None = None,
         loras: LoraChoices = None,
+        use_relighting_lora: bool = False,
         loras_high: LoraChoices = None,
         loras_low: LoraChoices = None,
         vae_tiling: str | tuple[int, int] | None = None,
@@ -196,6 +206,9 @@ class WanPipeline(OpenedModel):
         num_clip: int | None = None,
         infer_frames: int = 80,
         start_from_ref: bool = False,
+        src_root_path: str | Path | None = None,
+        refert_num: int = 1,
+        replace_flag: bool = False,
         fit: str | None = "official",
         context_scale: float = 1.0,
         steps: int | None = None,

@@ -31,7 +31,7 @@ NEGATIVE_PROMPT = (
 TASK_NAMES = dict(t2v="text to video", i2v="image to video", flf2v="first and last frame", vace="editing (VACE)",
                   ti2v="text, image to video", inp="both ends (Fun)",
                   control="control video (Fun)",
-                  s2v="speech to video")  # fmt: skip
+                  s2v="speech to video", animate="picture moves (Animate)")  # fmt: skip
 # Models that come with the package: name → folder.
 BUNDLED = {name: Path(__file__).parent / "assets" / name for name in ("nano", "nano-i2v")}
 # A LoRA beside a bundled model's weights, with which it is sampled by its preset's recipe.
@@ -70,6 +70,7 @@ class Preset:
     ``recipe``: the one by which it is sampled, with the LoRA `FOUR_STEPS`, unless something is said of how to sample;
     ``recipe_steps``: its number of steps.
     ``itemsize``: bytes of a value of its transformer, as published.
+    ``prompt``: the one that it was trained with, where an empty one is given.
     ``cinematic``: trained on captions in a film crew's words, which can also be written out of its first frame alone.
     """
 
@@ -95,6 +96,7 @@ class Preset:
     recipe_steps: int = 0
     cinematic: bool = False
     itemsize: int = 4
+    prompt: str = ""
 
     @property
     def experts(self) -> int:
@@ -175,6 +177,7 @@ NETWORKS = ("transformer", "text_encoder", "vae", "image_encoder", "audio_encode
 PARTS = (*NETWORKS, "tokenizer")
 OPTIONAL = ("image_encoder", "audio_encoder")  # which only models have that see, or hear
 EXPERTS = ("high_noise", "low_noise")  # the transformers of a model that has two
+RELIGHTING = "relighting_lora.ckpt"  # Animate's LoRA, beside its weights
 MODULE = "vace_module"  # VACE's part of a transformer, in a file of its own
 GIVEN_APART = (*PARTS, *EXPERTS, MODULE)
 
@@ -245,6 +248,13 @@ _RELEASED = (
         sampling=Sampling(steps=40, shift=3.0, guidance_scale=4.5), negative_prompt=NEGATIVE_SPEECH,
         gguf="QuantStack/Wan2.2-S2V-14B-GGUF", itemsize=2,
         comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_s2v_14B_bf16.safetensors",
+    ),
+    Preset(
+        "animate-14B", "animate", "Wan-AI/Wan2.2-Animate-14B",
+        replace(_I2V_14B, model_type="animate", face_layers=tuple(range(0, 40, 5))), 17_274_816_884, _720P, 77, 30,
+        sampling=Sampling(steps=20, guidance_scale=1.0), prompt="视频中的人在做动作",
+        diffusers="Wan-AI/Wan2.2-Animate-14B-Diffusers", gguf="QuantStack/Wan2.2-Animate-14B-GGUF",
+        comfyui=f"{_COMFYUI_22}/diffusion_models/wan2.2_animate_14B_bf16.safetensors",
     ),
     # Alibaba PAI's, made from Wan2.2; constants follow the configurations and examples of its repository VideoX-Fun.
     Preset(

@@ -104,7 +104,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "lightx2v-4step", "lightx2v's step- and guidance-distilled 14B models and LoRAs; of two experts each takes "
             "two steps",
-            models=(*OF_14B, *OF_A14B, "s2v-14B"),
+            models=(*OF_14B, *OF_A14B, "s2v-14B", "animate-14B"),
             solver="euler", steps=4, shift=5.0, grid=lambda steps: Grid.shifted((1000, 750, 500, 250), 5.0),
             hints=r"lightx2v|lightning|seko|step_?distill|cfg_?distill",
             files=(
@@ -119,7 +119,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "lightx2v-8step", "the same in 8 steps, for which they were not trained; where experts change is not "
             "published, and is at the model's boundary",
-            models=(*OF_14B, *OF_A14B),
+            models=(*OF_14B, *OF_A14B, "animate-14B"),
             solver="euler", steps=8, shift=5.0,
             grid=lambda steps: Grid.shifted((1000, 875, 750, 625, 500, 375, 250, 125), 5.0),
             hints=r"(?!)", files=("those of lightx2v-4step",),

@@ -56,6 +56,7 @@ def build_request(
         TypeError: an option of no such name; names the nearest.
         ValueError: a value is wrong; names the nearest valid one. A source is missing, or not for this model.
     """
+    prompt = prompt if (prompt or "").strip() else preset.prompt or prompt
     values = options.filled(REQUEST, {"prompt": prompt, **given})
     for option in options.of(REQUEST):
         option.check_type(values[option.name])
@@ -100,6 +101,9 @@ def build_request(
     request = fit_sources(request, preset, planned)
     if request.interpolate and request.num_frames == 1:
         raise ValueError("one frame has none between; leave out fps and interpolate, or make a video")
+    if request.interpolate and request.clips > 1:
+        raise ValueError(f"a video of {request.clips} clips gets no frames between while it is made; leave out fps and "
+                         "interpolate, and smooth it when it is made")  # fmt: skip
     return halved(request, full_steps) if draft else request
 
 

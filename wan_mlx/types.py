@@ -39,7 +39,9 @@ LoraChoices: TypeAlias = "Iterable[LoraChoice] | LoraChoice | Mapping[str, Itera
 
 MOST_IMAGES = 10_000  # of a series
 # Fields of a `Request` that hold one source each; src_ref_images holds several.
-SOURCE_FIELDS = ("image", "last_image", "src_video", "src_mask", "video", "audio", "pose_video")
+SOURCE_FIELDS = ("image", "last_image", "src_video", "src_mask", "video", "audio", "pose_video", "src_root_path")
+# Files of the folder that is a source; without a replacement the first three.
+PREPARED = ("src_pose.mp4", "src_face.mp4", "src_ref.png", "src_bg.mp4", "src_mask.mp4")
 
 
 def describe_source(source: Source | None, name: Callable[[str], str] = str) -> str | None:
@@ -105,6 +107,9 @@ class Request:
     num_clip: int | None = None
     infer_frames: int = 80
     start_from_ref: bool = False
+    src_root_path: str | Path | None = None
+    refert_num: int = 1
+    replace_flag: bool = False
     clips: int = 1
     clip_frames: int | None = None
     geometry: Geometry = WAN_2_1
@@ -122,6 +127,9 @@ class Request:
     def source_files(self) -> list[Path]:
         """The sources that are files, not pictures and videos in memory."""
         sources = [*(getattr(self, name) for name in SOURCE_FIELDS), *self.src_ref_images]
+        if self.src_root_path is not None:
+            prepared = PREPARED if self.replace_flag else PREPARED[:3]
+            sources += [Path(self.src_root_path) / name for name in prepared]
         return [Path(source) for source in sources if isinstance(source, str | Path)]
 
     @property
@@ -208,8 +216,8 @@ class Conditioning:
         remade: bool (1, t or 1, h, w, 1): where that video is made anew; elsewhere it stays. None: everywhere.
         first_latents: float32 (1, n, h, w, C), ti2v, and 5B's inp and control: the first latent frames, which are given
             and stay as they are.
-        condition: float32 (1, t, h, w, 4 + C), i2v, flf2v and inp: a mask channel for each of a latent frame's frames,
-            1 where they are given, then latents; control: after C channels of the control video.
+        condition: float32 (1, t, h, w, 4 + C), i2v, flf2v, inp and animate: a mask channel for each of a latent frame's
+            frames, 1 where they are given, then latents; control: after C channels of the control video.
         reference: float32 (1, 1, h, w, C), control: latents of the reference image.
         image_features: (N, 257, image_dim), CLIP features of the N given images.
         vace_context: float32 (1, t, h, w, 2C + 64), VACE: latents of the kept part, of the changed part, and the mask.
@@ -217,10 +225,14 @@ class Conditioning:
             hears nothing.
         heard: (first, end): the frames of this clip.
         motion: float32 (1, n, h, w, C), S2V: latents of the frames before the clip, if there are such.
-        pose: float32 (1, t, h, w, C), S2V: latents of the poses, if there are such.
+        pose: float32 (1, t, h, w, C), S2V and animate: latents of the poses, if there are such; t without animate's
+            reference image.
         last_frames: float32 (n, H, W, 3), S2V: the frames before the clip, where the next one needs these too.
         context_scale: strength of VACE's hints.
-        trim_latents: latent frames to cut from the start before decoding: VACE's reference images, counted in t.
+        face: float32 (1, t, tokens, D), animate: what the face does in each latent frame.
+        negative_face: the same of no face, for the pass without prompt.
+        trim_latents: latent frames to cut from the start before decoding: VACE's and animate's reference images,
+            counted in t.
         trim_frames: decoded frames to leave out of the start.
         clip: which of the request's clips it is, from 0; when it begins there are ``frames_before``, and
             ``forwards_before`` are computed.
@@ -240,6 +252,8 @@ class Conditioning:
     heard: tuple[int, int] = (0, 0)
     motion: mx.array | None = None
     pose: mx.array | None = None
+    face: mx.array | None = None
+    negative_face: mx.array | None = None
     last_frames: mx.array | None = None
     context_scale: float = 1.0
     trim_latents: int = 0
@@ -255,8 +269,11 @@ class Conditioning:
         """The fields that hold an array, by name."""
         return {name: value for name, value in vars(self).items() if hasattr(value, "dtype")}
 
-    def of_pass(self, negative: bool) -> dict[str, mx.array]:
-        """What the passes with the prompt and without it do not share beside the text: the latter hears nothing."""
+    def of_pass(self, negative: bool) -> dict[str, mx.array | None]:
+        """What the passes with the prompt and without it do not share beside the text: the latter hears nothing, and
+        sees no face."""
+        if self.face is not None:
+            return {"face": self.negative_face if negative else self.face}
         if self.audio is None:
             return {}
         heard = self.audio[:, :, slice(*self.heard)]
@@ -277,6 +294,10 @@ class Encoders(Protocol):
 
     def encode_images(self, images: mx.array) -> mx.array:
         """Images float32 (N, H, W, 3) in [-1, 1] → CLIP features (N, 257, image_dim)."""
+
+    def encode_face(self, pictures: Iterable[np.ndarray], blank: bool) -> tuple[mx.array, mx.array | None]:
+        """Pictures float32 (side, side, 3) in [-1, 1] of a face → float32 (1, t, tokens, D); the same of a ``blank``
+        one, if it is asked for."""
 
     def encode_videos(self, videos: Sequence[Iterable[mx.array]]) -> list[mx.array]:
         """Videos, each in chunks float32 (1, 1, H, W, 3), then (1, 4, H, W, 3), in [-1, 1] → normalised latents
@@ -323,6 +344,8 @@ class Step:
 @dataclass(repr=False)
 class RunState:
     """How far a run has come: its conditioning, how many steps are done, and `Step.state` of the last of them.
+
+    The conditioning is that of a clip, and the steps are those of all clips so far.
 
     ``how`` is the `Plan.how` of the run; empty if that does not matter. ``notes`` were kept with the last step.
     """

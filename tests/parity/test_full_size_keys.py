@@ -10,13 +10,12 @@ from wan_mlx.errors import WeightsError
 from wan_mlx.files.base import TensorInfo, WeightsFile
 from wan_mlx.models.configs import ImageEncoderConfig, TextEncoderConfig, VAEConfig
 from wan_mlx.models.image_encoder import ImageEncoder, last_block_shapes
-from wan_mlx.models.networks import new_transformer
 from wan_mlx.models.text_encoder import TextEncoder
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vae import VAE
 from wan_mlx.presets import PRESETS
 from wan_mlx.weights.component import ComponentWeights, check_keys, parameter_shapes
-from wan_mlx.weights.configs import network_config
+from wan_mlx.weights.configs import network_config, shapes_of
 
 
 class HeaderOnly(WeightsFile):
@@ -79,7 +78,7 @@ def test_every_released_transformer(name, layout):
         assert weights.layout.name == layout.replace("comfyui", "official")
         if lacking is None:
             assert network_config(weights, {}) == config
-            check_keys(weights, parameter_shapes(new_transformer(config)))
+            check_keys(weights, shapes_of(config))
     with pytest.raises(WeightsError, match="lacks|without|missing"):
         network_config(weights, {})
     with pytest.raises(WeightsError, match="head.more"):

@@ -11,7 +11,6 @@ from wan_mlx.other_models import of_entries, of_keys
 
 TINY_CLIP = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 OF_DIFFUSERS = {
-    "WanAnimateTransformer3DModel": "Wan2.2 Animate-14B",
     "WanAnimate2Transformer3DModel": "Wan2.2 Animate-2",
     "FluxTransformer2DModel": "FLUX",
     "SD3Transformer2DModel": "Stable Diffusion 3",

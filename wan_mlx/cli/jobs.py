@@ -39,6 +39,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UsageError("--model is missing: a preset, a folder, a file or a hub id, as in --model t2v-1.3B; "
                              "`wan-mlx models` lists those released")  # fmt: skip
         args.model = "nano-i2v" if args.image else "nano"
+    if args.prompt is None and args.src_root_path:
+        args.prompt = ""  # the model has its own
     if args.prompt is None and not args.plan:
         raise UsageError('--prompt is missing: say what the video should show, as in wan-mlx "a red circle"')
     if (args.width is None) != (args.height is None):

@@ -14,11 +14,16 @@ AUDIO_INJECT_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)  # of the re
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of the diffusion transformer. ``model_type`` is t2v, i2v, flf2v, vace, ti2v, control or s2v; ``image_dim``
-    is the width of CLIP's features, None for Wan2.2's I2V-A14B, which reads none; ``ref_dim`` the channels of the
-    latents of Fun-Control's reference image, which no other model reads. S2V's: ``audio_inject_layers`` are followed by
-    sound; ``audio_layers`` hidden states of ``audio_dim`` become ``audio_tokens`` and one more for each latent frame,
-    and, with ``audio_adain``, the norm before them is the sound's too."""
+    """Sizes of the diffusion transformer. ``model_type`` is t2v, i2v, flf2v, vace, ti2v, control, s2v or animate;
+    ``image_dim`` is the width of CLIP's features, None for Wan2.2's I2V-A14B, which reads none; ``ref_dim`` the
+    channels of the latents of Fun-Control's reference image, which no other model reads.
+
+    S2V's: ``audio_inject_layers`` are followed by sound; ``audio_layers`` hidden states of ``audio_dim`` become
+    ``audio_tokens`` and one more for each latent frame, and, with ``audio_adain``, the norm before them is the sound's
+    too. Animate's: ``face_layers``, after which the face is looked at; ``motion_widths``, the channels of its motion
+    encoder at each resolution; ``motion_dims``: the width of a picture's features, the number of directions, and their
+    width; ``face_dims``: the width of the face encoder, and into how many tokens it makes a frame.
+    """
 
     model_type: str = "t2v"
     dim: int = 1536
@@ -41,6 +46,15 @@ class TransformerConfig:
     audio_dim: int = 1024
     audio_tokens: int = 4
     audio_adain: bool = True
+    face_layers: tuple[int, ...] = ()
+    motion_widths: tuple[int, ...] = (32, 64, 128, 256, 512, 512, 512, 512)
+    motion_dims: tuple[int, ...] = (512, 20, 512)
+    face_dims: tuple[int, ...] = (1024, 4)
+
+    @property
+    def face_side(self) -> int:
+        """Pixels along each side of the pictures of a face."""
+        return 4 * 2 ** (len(self.motion_widths) - 1)
 
     @property
     def head_dim(self) -> int:
@@ -49,7 +63,7 @@ class TransformerConfig:
     @property
     def has_image_branch(self) -> bool:
         """Whether cross-attention also reads CLIP features (``k_img``, ``v_img``)."""
-        return self.model_type in ("i2v", "flf2v") and self.image_dim is not None
+        return self.model_type in ("i2v", "flf2v", "animate") and self.image_dim is not None
 
     @property
     def hears(self) -> bool:

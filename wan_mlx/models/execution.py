@@ -24,6 +24,7 @@ import numpy as np
 from ..cuda.forward import DeferredFrees, fill_last_tile
 from ..distributed import Part, Shard
 from . import kernels
+from .animate import FaceBlock
 from .attention import Pairs, SelfAttention, split_heads
 from .chips import dispatch_flop
 from .configs import TextEncoderConfig
@@ -209,6 +210,9 @@ class Execution:
                 pace(tokens[0])
             elif isinstance(block, AudioInjector):
                 tokens.append(self.inject(block, tokens.pop(), this_pass, pace))
+            elif isinstance(block, FaceBlock):
+                assert this_pass.face is not None, "`enter` puts it there"
+                tokens.append(look_at_face(block, tokens.pop(), this_pass.face, pace))
             else:
                 tokens.append(self.run_block(block, tokens.pop(), this_pass, pace, once(name)))
             if self.blocks is not None:  # a streamed block is emptied when the next one is requested
@@ -455,6 +459,30 @@ def _inject(injector: AudioInjector, heard: Heard | None, pace: Pacer, pieces: l
         x = x + injector.o(injector.attend(injector.normed(x, heard), heard[2], partial(attention, pace=pace)))
         pace(x)
     return x
+
+
+def look_at_face(block: FaceBlock, x: mx.array, face: mx.array, pace: Pacer) -> mx.array:
+    """Same as `FaceBlock.__call__`, some frames at a time, or a part of one."""
+    ((keys, values),) = block.keys_values(face)
+    batch, frames = face.shape[:2]
+    each, dispatch = x.shape[1] // frames, tokens_per_dispatch(block.linear1_q, x)
+    at_once = max(1, min(pace.tokens_at_once, dispatch))
+    several, parts = max(1, at_once // each), list[mx.array]()
+    for first in range(0, frames, several):
+        count = min(several, frames - first)
+        k, v = (a.reshape(batch, frames, *a.shape[1:])[:, first : first + count].flatten(0, 1) for a in (keys, values))
+
+        def look(pieces: list[mx.array], pairs: Pairs = [(k, v)], count: int = count) -> mx.array:  # noqa: B006
+            y = block.look(pieces.pop(), pairs, count)
+            pace(y)
+            return y
+
+        some = x[:, first * each : (first + count) * each]
+        parts += token_parts(look, [some], max(at_once, several * each) if several > 1 else at_once)
+    whole = kernels.joined(parts)
+    if len(parts) > 1:
+        pace.submit(whole)
+    return whole
 
 
 def has_fused_kernel(dtype: mx.Dtype, head_dim: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .animate import AnimateTransformer
 from .audio_encoder import AudioEncoder
 from .configs import (
     AudioEncoderConfig,
@@ -23,7 +24,7 @@ from .vae22 import VAE22
 
 TRANSFORMERS = {
     "t2v": Transformer, "i2v": Transformer, "flf2v": Transformer, "vace": VaceTransformer, "ti2v": Transformer,
-    "control": Transformer, "s2v": S2VTransformer,
+    "control": Transformer, "s2v": S2VTransformer, "animate": AnimateTransformer,
 }  # fmt: skip
 NETWORKS = {
     TextEncoderConfig: TextEncoder, VAEConfig: VAE, VAE22Config: VAE22, ImageEncoderConfig: ImageEncoder,

@@ -10,6 +10,7 @@ Everything here is a function of arrays: it can be differentiated, compiled and 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +28,12 @@ from .rope import RopeTable, rope_table
 T = TypeVar("T")
 
 # Attributes that are lists of blocks, in all transformers.
-BLOCK_LISTS = ("blocks", "vace_blocks", "audio_injectors")
+BLOCK_LISTS = ("blocks", "vace_blocks", "audio_injectors", "face_adapter.fuser_blocks")
+BLOCK = re.compile(rf"((?P<list>{'|'.join(map(re.escape, BLOCK_LISTS))})\.(?P<number>\d+))\.")
 # Parameters that stay float32 in any dtype: few bytes, and rounding them is visible.
 FLOAT32_PARAMETERS = (
-    r"(^|.*\.)(time_\w+|\w*patch_embedding|ref_conv|head|modulation|norm\w*|emb_pos|"
-    r"cond_encoder|frame_packer|casual_audio_encoder)(\..*|$)"
+    r"(^|.*\.)(time_\w+|\w*patch_embedding|ref_conv|head|modulation|norm\w*|[qk]_norm|emb_pos|"
+    r"cond_encoder|frame_packer|casual_audio_encoder|motion_encoder|face_encoder)(\..*|$)"
 )
 
 
@@ -173,6 +175,7 @@ class ForwardPass:
     vace_context: mx.array | None = None  # latents of VACE's control video
     vace_scale: float = 1.0  # strength of its hints
     voice: tuple[mx.array, mx.array | None] | None = None  # what each latent frame hears (`s2v.Voice`)
+    face: mx.array | None = None  # tokens of Animate's face for each frame of the grid (B, frames, tokens, D)
 
     @property
     def for_blocks(self) -> tuple[mx.array, mx.array, mx.array | None, RopeTable, Clean | None]:
@@ -302,8 +305,15 @@ class Transformer(nn.Module):
 
     def block(self, name: str) -> Block:
         """The block of this name."""
-        kind, index = name.split(".")
-        return self[kind][int(index)]
+        blocks, _, index = name.rpartition(".")
+        return self.block_list(blocks)[int(index)]
+
+    def block_list(self, name: str) -> list[Block]:
+        """The blocks of this name in `BLOCK_LISTS`; empty if there are none."""
+        found: Any = self
+        for part in name.split("."):
+            found = found.get(part, {})
+        return found or []
 
     @staticmethod
     def new_block(config: TransformerConfig, name: str) -> Block:

@@ -65,12 +65,12 @@ class Wanted:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(t, h, w) of the latents to denoise; each reference image is one more latent frame, which Fun-Control always
-        has; S2V has three, one for what FramePack makes of the frames before."""
+        """(t, h, w) of the latents to denoise; each reference image is one more latent frame, which Fun-Control and
+        Animate always have; S2V has three, one for what FramePack makes of the frames before."""
         t, h, w = self.request.latent_shape
         if self.request.task == "s2v":
             return t + 3, h, w
-        return t + max(len(self.request.src_ref_images), self.request.task == "control"), h, w
+        return t + max(len(self.request.src_ref_images), self.request.task in ("control", "animate")), h, w
 
 
 def plan_video(
@@ -169,6 +169,9 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
                for frames in TASKS[request.task].encodes(request)]  # fmt: skip
     encode_tile, row = vae("encode video", encoded or [shape], decoding=False)
     rows += [row] if encoded else []
+    if c.face_layers:
+        faces, needed = (request.clip_frames or request.num_frames) + (request.passes == 2), peaks.encode_face(nets)
+        rows.append(Row("encode face", "resident", needed + held, faces * work.face_flop(c), needed // 4))
     tokens = nets.geometry.seq_len(shape)
     saved = work.shared_parts(c, tokens) if shares else {}
     parts = {name: sum(forwards) * flop - shared * saved.get(name, 0.0)

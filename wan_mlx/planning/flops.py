@@ -25,6 +25,7 @@ def forward_parts(config: TransformerConfig, tokens: int) -> dict[str, float]:
         "cross attention": blocks * 4.0 * tokens * context * d,
         "feed-forward": blocks * 4.0 * tokens * d * config.ffn_dim,
         "audio": len(config.audio_inject_layers) * 4.0 * tokens * d**2,
+        "face": len(config.face_layers) * 4.0 * tokens * d**2,
         "vace": (len(config.vace_layers) + bool(config.vace_layers)) * 2.0 * tokens * d**2,
     }
 
@@ -56,6 +57,15 @@ def audio_flop(config: AudioEncoderConfig, frames: int) -> float:
         flop, into = flop + rate * 2.0 * kernel * into * width, width
     flop += 2.0 * into * d + 2.0 * config.pos_kernel * d**2 / config.pos_groups
     return frames * (flop + config.num_layers * (8.0 * d**2 + 4.0 * d * config.ffn_dim + 4.0 * frames * d))
+
+
+def face_flop(config: TransformerConfig) -> float:
+    """FLOP of encoding one picture of a face; what comes after its convolutions is little."""
+    flop, side = 0.0, config.face_side
+    for into, out in zip(config.motion_widths, config.motion_widths[1:], strict=False):
+        flop += side**2 * (18.0 * into**2 + (18.0 + 2.0) / 4 * into * out)  # the second convolution halves the sides
+        side //= 2
+    return flop
 
 
 def image_flop(config: ImageEncoderConfig) -> float:

@@ -13,6 +13,7 @@ from functools import lru_cache
 import mlx.core as mx
 
 from ..caching import StepCache
+from ..models.animate_face import FACES_ALIVE, FACES_ALIVE_CPU, FACES_AT_ONCE, Face
 from ..models.audio_encoder import FRAMES_AT_ONCE, HOP
 from ..models.configs import TransformerConfig, VAE22Config, VAEConfig
 from ..models.execution import (
@@ -111,6 +112,14 @@ def heard(config: TransformerConfig, frames: int, clip_frames: int) -> int:
     """What S2V hears in so many ``frames``, and what becomes of those of a clip and of the ones before it."""
     states = config.audio_layers * config.audio_dim
     return ITEMSIZE * (frames * states + STATES_ALIVE * (MOTION_FRAMES + clip_frames) * states)
+
+
+def encode_face(nets: Networks) -> int:
+    """The encoders of a face, and the arrays of a few pictures at their first resolution, float32."""
+    c = nets.transformer
+    weights = sum(math.prod(shape) for shape in parameter_shapes(Face(c)).values())
+    alive = FACES_ALIVE_CPU if on_cpu() else FACES_ALIVE
+    return ITEMSIZE * round(weights + alive * FACES_AT_ONCE * c.face_side**2 * c.motion_widths[0]) + overhead()
 
 
 def denoise(

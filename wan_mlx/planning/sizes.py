@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..geometry import Geometry
+from ..models.animate_face import FACE
 from ..models.configs import (
     AudioEncoderConfig,
     ImageEncoderConfig,
@@ -22,7 +23,7 @@ from ..models.configs import (
 )
 from ..models.quantized_linear import Packing
 from ..models.rope import row_order
-from ..models.transformer import BLOCK_LISTS
+from ..models.transformer import BLOCK
 from ..presets import EXPERTS, OPTIONAL, PARTS, Preset
 from ..weights.configs import shapes_of
 from ..weights.load import open_network, parse_dtype
@@ -85,6 +86,8 @@ def weight_bytes(
     stays: dict[str, int] = defaultdict(int)  # and of those what is beside the weights of a resident one, too
     unpacked = 0
     for name, shape in shapes_of(config).items():
+        if name.startswith(FACE):  # at work before sampling
+            continue
         if name in packings:
             size = sum(math.prod(s) * d.size for s, d in packings[name].shapes(shape).values())
             unpacked = max(unpacked, math.prod(shape) * dtype.size)
@@ -92,7 +95,8 @@ def weight_bytes(
             size = math.prod(shape) * dtype_of("transformer", name, dtype).size
         resized = stored[name] != size
         anew = resized or row_order(name, config.dim, config.head_dim) is not None
-        block = ".".join(name.split(".")[:2]) if name.split(".")[0] in BLOCK_LISTS else "outside"
+        found = BLOCK.match(name)
+        block = found[1] if found else "outside"
         blocks[block].append((size, stored[name], anew, resized and name in packings))
         values = sum(change.values_beside() for change in (loras or {}).get(name, ()))
         beside[block] += values * dtype.size

@@ -88,7 +88,7 @@ def with_seconds(plan: Plan, rates: Rates) -> Plan:
         if row.stage == "encode video":
             assert rates.encode is not None, "there is such a stage"
             seconds = row.flop / rates.encode
-        elif row.stage in ("decode", "encode images", "encode audio"):  # all are float32
+        elif row.stage in ("decode", "encode images", "encode audio", "encode face"):  # all are float32
             seconds = row.flop / rates.decode
         else:
             seconds = row.attention / rates.attention + (row.flop - row.attention) / rates.transformer
@@ -134,8 +134,9 @@ def transformer_rate(nets: Networks, tokens: int, at_a_time: int, tokens_at_once
     """Rate of a forward without self-attention, which is taken to run at ``attending`` FLOP per second."""
     whole = nets.transformer
     # Tokens of a reference image are tokens like the others.
-    few = replace(whole, num_layers=1, vace_layers=whole.vace_layers[:1], ref_dim=None)
-    model = random_transformer(replace(few, model_type="t2v") if whole.hears else few, nets)
+    few = replace(whole, num_layers=1, vace_layers=whole.vace_layers[:1], ref_dim=None, face_layers=())
+    plain = "t2v" if whole.hears else "i2v" if whole.face_layers else whole.model_type
+    model = random_transformer(replace(few, model_type=plain), nets)
     run = Execution(model, tokens_at_once=tokens_at_once)
 
     def forward(count: int, **hooks) -> float:

@@ -157,7 +157,8 @@ def check_identity(record: Mapping[str, Any], pipe: OpenedModel, folder: RunFold
         done |= {name for name in weights if name.startswith(("lora", MODULE))}
     needed = [(path, record["weights"].get(name)) for name, path in weights.items() if name not in done]
     speech = record["request"].get("audio")  # which goes into the file
-    needed += [(Path(name), known) for name, known in record["sources"].items() if not encoded or name == speech]
+    again = not encoded or (record["request"].get("src_root_path") and not folder.is_sampled)  # by each clip
+    needed += [(Path(name), known) for name, known in record["sources"].items() if again or name == speech]
     for path, known in needed:
         if not path.is_file() or storage.fingerprint(path) != known:
             raise WanError(f"{path} is not the file that the run was begun with; put that back, or start anew with "

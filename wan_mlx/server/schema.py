@@ -23,6 +23,7 @@ CHINESE_GROUPS = {
 CHINESE_TASKS = {
     "t2v": "文生视频", "i2v": "图生视频", "flf2v": "首尾帧", "vace": "编辑（VACE）", "ti2v": "文或图生视频",
     "inp": "首帧、尾帧（Fun-InP）", "control": "控制视频（Fun-Control）", "s2v": "声音驱动（S2V）",
+    "animate": "人物动作（Animate）",
 }  # fmt: skip
 # Task → the sources that it takes; a test compares with `tasks.TASKS`, which needs MLX.
 SOURCES_OF = {
@@ -34,11 +35,13 @@ SOURCES_OF = {
     "control": ("src_video", "src_ref_images", "image", "last_image"),
     "s2v": ("image", "audio", "pose_video"),
     "vace": ("src_video", "src_mask", "src_ref_images"),
+    "animate": ("src_root_path",),
 }
 # Options of one task that are no sources.
 OF_TASK = {
     **dict.fromkeys(("context_scale", "vace_module"), ["vace"]),
     **dict.fromkeys(("num_clip", "infer_frames", "start_from_ref"), ["s2v"]),
+    **dict.fromkeys(("refert_num", "replace_flag", "use_relighting_lora"), ["animate"]),
 }
 # Source → what it may be, of uploads; those that are not here are videos.
 KINDS_OF = {

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..presets import Preset, model_for
 from ..types import SOURCE_FIELDS, Conditioning, Encoders, Request
-from . import fun, i2v, s2v, t2v, ti2v, vace
+from . import animate, fun, i2v, s2v, t2v, ti2v, vace
 from .canvas import notes
 
 __all__ = ["TASKS", "Clips", "Task", "fit_sources", "notes"]
@@ -68,6 +68,10 @@ TASKS: dict[str, Task] = {
         fun.condition_control, ("src_video", "src_ref_images", "image", "last_image"), fun.fit_control,
         fun.encodes_control,
     ),
+    "animate": Task(
+        animate.condition, ("src_root_path", "refert_num", "replace_flag"), animate.fit, animate.encodes,
+        Clips(animate.following, animate.last_frames),
+    ),
     "s2v": Task(
         s2v.condition, ("image", "audio", "pose_video", "num_clip", "infer_frames", "start_from_ref"), s2v.fit,
         s2v.encodes, Clips(s2v.following, s2v.last_frames, s2v.before, s2v.latents_before), s2v.planned,
@@ -89,6 +93,7 @@ def fit_sources(request: Request, preset: Preset, planned: bool = False) -> Requ
     task = TASKS[request.task]
     absent: dict[str, Any] = {name: None for name in (*SOURCE_FIELDS, "num_clip")}
     absent |= {"src_ref_images": (), "context_scale": 1.0, "infer_frames": 80, "start_from_ref": False}
+    absent |= {"refert_num": 1, "replace_flag": False}
     for name, nothing in absent.items():
         source = getattr(request, name)
         given = source is not None if nothing is None else source != nothing

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..geometry import WAN_2_1, Geometry
 from ..media.read import Clip, in_chunks, open_video, read_image, to_float
+from ..resize import resize_bilinear
 from ..types import Conditioning, Encoders, Request
 from . import t2v
 from .canvas import check_mask, drawn
@@ -160,8 +161,7 @@ def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
     new_height, new_width = max(1, int(old_height * scale)), max(1, int(old_width * scale))
     top, left = (height - new_height) // 2, (width - new_width) // 2
     canvas = np.ones((height, width, 3), np.float32)
-    inside = _resize_bilinear(_resize_bilinear(to_float(image), 1, new_width), 0, new_height)
-    canvas[top : top + new_height, left : left + new_width] = inside
+    canvas[top : top + new_height, left : left + new_width] = resize_bilinear(to_float(image), new_height, new_width)
     return canvas
 
 
@@ -182,13 +182,3 @@ def _where(frames: np.ndarray, chosen: np.ndarray) -> Iterable[np.ndarray]:
     """Frames in [-1, 1], grey where ``chosen`` (T, H, W) is False, one at a time."""
     return (to_float(frame) * keep[..., None] for frame, keep in zip(frames, chosen, strict=True))
 
-
-def _resize_bilinear(image: np.ndarray, axis: int, size: int) -> np.ndarray:
-    """Resize one axis as ``torch.nn.functional.interpolate(mode="bilinear")``: corners not aligned, no antialiasing."""
-    length = image.shape[axis]
-    scale = np.float64(np.float32(length) / np.float32(size))  # rounded as in `wan_mlx.resize`
-    positions = np.maximum((scale * (np.arange(size) + 0.5) - 0.5).astype(np.float32), 0)
-    before = positions.astype(int)
-    after = np.minimum(before + 1, length - 1)
-    weight = np.expand_dims((positions - before.astype(np.float32)), tuple(i for i in range(image.ndim) if i != axis))
-    return image.take(before, axis) * (1 - weight) + image.take(after, axis) * weight

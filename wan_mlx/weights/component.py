@@ -213,7 +213,7 @@ class ComponentWeights:
         if name in self.packings:  # `_check_packed` reports wrong ones
             rows, columns = (*shape, 0, 0)[:2]
             return rows, columns * 32 // self.packings[name].bits
-        if name.endswith(".gamma"):  # (C, 1, 1) or (C, 1, 1, 1), to broadcast over channels-first video
+        if name.endswith((".gamma", ".bias")):  # (C, 1, 1) or such, to broadcast over channels-first video
             return (math.prod(shape),)
         if self.channels_last:
             return shape

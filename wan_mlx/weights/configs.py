@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import WeightsError
+from ..models.animate_face import Face
 from ..models.configs import (
     AUDIO_INJECT_LAYERS,
     AudioEncoderConfig,
@@ -58,9 +59,14 @@ def network_config(weights: ComponentWeights, config: Mapping[str, Any]) -> Any:
 
 @lru_cache(maxsize=32)
 def shapes_of(config: Any) -> Mapping[str, tuple[int, ...]]:
-    """Name → shape of every tensor of a network of these sizes; of CLIP also its last block's, which is not used."""
-    unused = last_block_shapes(config) if isinstance(config, ImageEncoderConfig) else {}
-    return {**parameter_shapes(new_network(config)), **unused}
+    """Name → shape of every tensor in a file of a network of these sizes: of CLIP also its last block's, which is not
+    used, and of Animate's transformer the encoders of its face."""
+    more: Mapping[str, tuple[int, ...]] = {}
+    if isinstance(config, ImageEncoderConfig):
+        more = last_block_shapes(config)
+    elif isinstance(config, TransformerConfig) and config.face_layers:
+        more = parameter_shapes(Face(config))
+    return {**parameter_shapes(new_network(config)), **more}
 
 
 def _count(shapes: Mapping[str, Any], pattern: str) -> int:
@@ -137,6 +143,7 @@ def _transformer_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> di
     kind = (
         "vace" if "vace_patch_embedding.weight" in shapes
         else "s2v" if "casual_audio_encoder.weights" in shapes
+        else "animate" if "face_adapter.fuser_blocks.0.k_norm.weight" in shapes
         else "flf2v" if "img_emb.emb_pos" in shapes
         else "i2v" if "img_emb.proj.1.weight" in shapes
         else "control" if "ref_conv.weight" in shapes
@@ -156,11 +163,13 @@ def _transformer_sizes(weights: ComponentWeights, said: Mapping[str, Any]) -> di
         num_heads=_heads(weights, said, dim, 128),
     )
     _check_channels(weights.path, found)
-    if kind in ("i2v", "flf2v"):
+    if kind in ("i2v", "flf2v", "animate"):
         has_clip = "img_emb.proj.1.weight" in shapes
         found["image_dim"] = _shape_of(weights, "img_emb.proj.1.weight")[1] if has_clip else None
     if kind == "control":
         found["ref_dim"] = _shape_of(weights, "ref_conv.weight")[1] // patch
+    if kind == "animate":
+        found |= _face_sizes(weights, said, found["num_layers"])
     if kind == "vace":
         found["vace_in_dim"] = _shape_of(weights, "vace_patch_embedding.weight")[1] // patch
         found["vace_layers"] = _vace_layers(weights, said, found["num_layers"])
@@ -221,7 +230,8 @@ def _check_channels(path: Path, sizes: Mapping[str, Any]) -> None:
     """Raise WeightsError if no model here reads so many channels: the latents', or with an image twice and a mask, or
     with a control video besides."""
     kind, channels, latents = sizes["model_type"], sizes["in_dim"], sizes["out_dim"]
-    expected = {"i2v": 2 * latents + 4, "flf2v": 2 * latents + 4, "control": 3 * latents + 4}.get(kind, latents)
+    of_picture = dict.fromkeys(("i2v", "flf2v", "animate"), 2 * latents + 4)
+    expected = {**of_picture, "control": 3 * latents + 4}.get(kind, latents)
     if channels == expected:
         return
     if other := of_sizes("transformer", sizes):
@@ -229,6 +239,26 @@ def _check_channels(path: Path, sizes: Mapping[str, Any]) -> None:
     raise WeightsError(
         f"{path}: this is a transformer of another model than Wan2.1's and Wan2.2's: as {TASK_NAMES[kind]} of "
         f"{latents} latent channels it would read {expected}, and it reads {channels}"
+    )
+
+
+def _face_sizes(weights: ComponentWeights, said: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """Sizes of what Animate adds to a transformer. Face blocks are evenly spaced, unless config.json says otherwise."""
+    convs = "motion_encoder.enc.net_app.convs"
+    blocks = _count(weights.shapes, convs + r"\.(\d+)\.conv1\.")
+    widths = [_shape_of(weights, f"{convs}.0.0.weight", 4)[0]]
+    widths += [_shape_of(weights, f"{convs}.{n + 1}.skip.1.weight", 4)[0] for n in range(blocks)]
+    dim, count = _shape_of(weights, "motion_encoder.dec.direction.weight")
+    features = _shape_of(weights, f"{convs}.{blocks + 1}.weight", 4)[0]
+    width = _shape_of(weights, "face_encoder.conv2.conv.weight", 3)[0]
+    tokens = _shape_of(weights, "face_encoder.conv1_local.conv.weight", 3)[0] // width
+    layers = _count(weights.shapes, r"face_adapter\.fuser_blocks\.(\d+)\.")
+    spaced = tuple(num_layers * n // layers for n in range(layers))
+    return dict(
+        face_layers=said.get("face_layers") or spaced,
+        motion_widths=tuple(widths),
+        motion_dims=(features, count, dim),
+        face_dims=(width, tokens),
     )
 
 

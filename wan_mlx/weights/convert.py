@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from ..errors import WeightsError, some
 from ..files.safetensors import save_arrays
 from ..files.sentencepiece import read_tokenizer
 from ..hub.names import MLX_FILES
+from ..models.transformer import BLOCK
 from ..presets import EXPERTS, NETWORKS, OPTIONAL, PRESETS
 from ..storage import MARKER, fingerprint, free_space, gigabytes, new_folder, parse_json, sha256
 from .checkpoint import open_checkpoint
@@ -42,7 +42,6 @@ Specs = dict[str, tuple[tuple[int, ...], mx.Dtype]]
 SHARD_BYTES = 2 * 10**9  # a shard is in memory as it is written; umT5's embedding alone has 2.1 GB
 # Files of a converted folder beside those that its config.json lists.
 CONVERTED = ("config.json", "README.md", *(names[0] for names in MLX_FILES.values()), MARKER, ".DS_Store")
-BLOCK = re.compile(r"(vace_blocks|blocks)\.(\d+)\.")
 
 
 def convert(
@@ -178,7 +177,8 @@ class Network:
     def shards(self) -> list[list[str]]:
         """The names of each file in storage order: blocks last, in order, never split."""
         # Tensors outside blocks come first, each its own group; VACE's blocks are computed before the others.
-        blocks = {name: (block[1] == "blocks", int(block[2])) for name in self.kept if (block := BLOCK.match(name))}
+        found = {name: block for name in self.kept if (block := BLOCK.match(name))}
+        blocks = {name: (block["list"] == "blocks", int(block["number"])) for name, block in found.items()}
         ordered = sorted(self.kept, key=lambda name: blocks.get(name, ()))
         shards: list[list[str]] = [[]]
         room = self.shard_bytes
@@ -249,7 +249,8 @@ def _card(name: str, config: Mapping[str, Any], nbytes: int) -> str:
     transformer = next(config[name] for name in ("transformer", *EXPERTS) if name in config)
     kind = model.task if model else transformer["model_type"]
     sources = {"i2v": " --image first.png", "flf2v": " --image first.png --last-image last.png",
-               "vace": " --src_video in.mp4", "control": " --src_video poses.mp4"}  # fmt: skip
+               "vace": " --src_video in.mp4", "control": " --src_video poses.mp4",
+               "animate": " --src_root_path DIR"}  # fmt: skip
     packed = config.get("quantization", {})
     precision = ", ".join(
         f"{component} {packed.get(component) or '/'.join(dtypes)}" for component, dtypes in config["dtypes"].items()
@@ -257,7 +258,7 @@ def _card(name: str, config: Mapping[str, Any], nbytes: int) -> str:
     tags = {"t2v": "text-to-video", "ti2v": "text-to-video", "i2v": "image-to-video", "flf2v": "image-to-video",
             "inp": "image-to-video"}  # fmt: skip
     tag = tags.get(kind, "video-to-video")
-    family = "Wan2.2" if kind in ("ti2v", "inp", "control") or EXPERTS[0] in config else "Wan2.1"
+    family = "Wan2.2" if kind in ("ti2v", "inp", "control", "animate") or EXPERTS[0] in config else "Wan2.1"
     base = f"base_model: {model.repo}\n" if model and model.repo else ""
     return f"""---
 library_name: mlx

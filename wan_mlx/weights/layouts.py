@@ -28,13 +28,15 @@ PLACEHOLDERS = {
     "of": "text|time",
     "q": "[qkvo]",
     "part": "[qkv]",
+    "pair": "[kv]",
     "coder": "encoder|decoder",
     "attn": "self_attn|cross_attn",
     "conv": r"resample\.1|time_conv",
     "end": "weight|bias",
     "any": ".+",
 }
-STACKED = "qkv"  # values of ``part``: tensors that are one in the official layout, in this order along axis 0
+# Placeholder → its values: tensors that are one in the official layout, in this order along axis 0.
+STACKED = {"part": "qkv", "pair": "kv"}
 UNUSED = ""  # in place of an official name
 # A checkpoint of a whole model, as ComfyUI's nodes CheckpointSave and ImageOnlyCheckpointSave write it: network → the
 # beginning of its keys.
@@ -97,7 +99,12 @@ class Layout:
                     fields["flat"] = str(_flat(fields["n"], fields.get("m"), keys))
                 if "{last}" in ours:
                     fields["last"] = str(_resnets(theirs.split(".{n}.")[0], fields["n"], keys))
-                parts = [theirs.format(**fields | {"part": part}) for part in STACKED] if "part" in fields else [key]
+                if "{next}" in ours:
+                    fields["next"] = str(int(fields["n"]) + 1)
+                if "{after}" in ours:
+                    fields["after"] = str(1 + _number("motion_encoder.res_blocks", keys))
+                several = next((name for name in STACKED if name in fields), None)
+                parts = [theirs.format(**fields | {several: one}) for one in STACKED[several]] if several else [key]
                 return ours.format(**fields), tuple(parts)
         return (key, (key,)) if self.name == "official" else None
 
@@ -187,7 +194,12 @@ def _flat(block: str, resnet: str | None, keys: Collection[str]) -> int:
 
 def _resnets(blocks: str, block: str, keys: Collection[str]) -> int:
     """The number of resnets in a block of Diffusers' VAE; what resamples has the place after them."""
-    return next(n for n in count() if f"{blocks}.{block}.resnets.{n}.conv1.weight" not in keys)
+    return _number(f"{blocks}.{block}.resnets", keys)
+
+
+def _number(blocks: str, keys: Collection[str]) -> int:
+    """The number of residual blocks in a list."""
+    return next(n for n in count() if f"{blocks}.{n}.conv1.weight" not in keys)
 
 
 def _inside(theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, str]:
@@ -205,6 +217,7 @@ _RESIDUAL = {
 }
 _RESNET = {**_RESIDUAL, "conv_shortcut.{end}": "shortcut.{end}"}  # where the width may change
 _RESAMPLER = {"{conv}.{end}": "{conv}.{end}"}
+_MOTION = "motion_encoder.enc.net_app.convs"
 # Of Diffusers' VAE, both kinds.
 _AROUND_STAGES = {
     "{coder}.conv_in.{end}": "{coder}.conv1.{end}",
@@ -223,9 +236,13 @@ LAYOUTS = (
         "transformer",
         anchors=("patch_embedding.weight", "blocks.0.self_attn.q.weight", "head.modulation"),
         prefix=r"(?:model\.)?diffusion_model\.",
-        names={  # S2V's injectors, which are blocks here
+        names={
+            # S2V's injectors, which are blocks here.
             "audio_injector.injector.{n}.{any}": "audio_injectors.{n}.{any}",
             "audio_injector.injector_adain_layers.{n}.linear.{end}": "audio_injectors.{n}.adain.{end}",
+            # Of Animate's blurs, which are constants.
+            f"{_MOTION}.{{n}}.conv2.0.kernel": UNUSED,
+            f"{_MOTION}.{{n}}.skip.0.kernel": UNUSED,
         },
     ),
     Layout(
@@ -258,6 +275,24 @@ LAYOUTS = (
             "{blocks}.{n}.ffn.net.2.{end}": "{blocks}.{n}.ffn.2.{end}",
             "vace_blocks.0.proj_in.{end}": "vace_blocks.0.before_proj.{end}",
             "vace_blocks.{n}.proj_out.{end}": "vace_blocks.{n}.after_proj.{end}",
+            "pose_patch_embedding.{end}": "pose_patch_embedding.{end}",
+            "motion_encoder.conv_in.weight": f"{_MOTION}.0.0.weight",
+            "motion_encoder.conv_in.act_fn.bias": f"{_MOTION}.0.1.bias",
+            "motion_encoder.res_blocks.{n}.conv1.weight": f"{_MOTION}.{{next}}.conv1.0.weight",
+            "motion_encoder.res_blocks.{n}.conv1.act_fn.bias": f"{_MOTION}.{{next}}.conv1.1.bias",
+            "motion_encoder.res_blocks.{n}.conv2.weight": f"{_MOTION}.{{next}}.conv2.1.weight",
+            "motion_encoder.res_blocks.{n}.conv2.act_fn.bias": f"{_MOTION}.{{next}}.conv2.2.bias",
+            "motion_encoder.res_blocks.{n}.conv_skip.weight": f"{_MOTION}.{{next}}.skip.1.weight",
+            "motion_encoder.conv_out.weight": f"{_MOTION}.{{after}}.weight",
+            "motion_encoder.motion_network.{n}.{end}": "motion_encoder.enc.fc.{n}.{end}",
+            "motion_encoder.motion_synthesis_weight": "motion_encoder.dec.direction.weight",
+            "face_encoder.conv{any}.{end}": "face_encoder.conv{any}.conv.{end}",
+            "face_encoder.out_proj.{end}": "face_encoder.out_proj.{end}",
+            "face_encoder.padding_tokens": "face_encoder.padding_tokens",
+            "face_adapter.{n}.to_q.{end}": "face_adapter.fuser_blocks.{n}.linear1_q.{end}",
+            "face_adapter.{n}.to_{pair}.{end}": "face_adapter.fuser_blocks.{n}.linear1_kv.{end}",
+            "face_adapter.{n}.to_out.{end}": "face_adapter.fuser_blocks.{n}.linear2.{end}",
+            "face_adapter.{n}.norm_{q}.weight": "face_adapter.fuser_blocks.{n}.{q}_norm.weight",
             "scale_shift_table": "head.modulation",
             "proj_out.{end}": "head.head.{end}",
         },

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import nearest
 from ..events import counted, unheard
+from ..models.animate_face import Face
 from ..models.audio_encoder import AudioEncoder
 from ..models.configs import TransformerConfig
 from ..models.execution import Execution, StreamedTextEncoder
@@ -193,6 +194,12 @@ def load_audio_encoder(path: Source, progress: Progress = no_progress) -> AudioE
     """
     weights, config = open_network(path, "audio_encoder")
     return load_module(AudioEncoder(config), Parameters(weights, mx.float32), progress)
+
+
+def load_face(path: Source, progress: Progress = no_progress) -> Face:
+    """Load the encoders of a face from Animate's transformer, in float32; ``path`` and ``progress``: as for that."""
+    weights, config = open_network(path, "transformer")
+    return load_module(Face(config), Parameters(weights, mx.float32), progress)
 
 
 def load_text_encoder(

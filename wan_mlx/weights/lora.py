@@ -25,6 +25,7 @@ from ..files.open import open_weights
 from ..files.scaled import fold
 from ..hub.model_folders import find_model, nearest_model
 from ..hub.names import WEIGHT_ENDINGS, parse_location
+from ..models.animate_face import FACE
 from ..models.configs import TransformerConfig
 from ..options import LORAS
 from ..other_models import of_keys, of_lora
@@ -189,9 +190,11 @@ def file_of(path: Path) -> Path:
 def spellings(shapes: Iterable[str]) -> dict[str, str]:
     """All layouts' names of a transformer's parameters, also with underscores in place of dots → the parameters."""
     found = {}
-    tables = [layout.names for layout in LAYOUTS if layout.component == "transformer"]
-    for name in shapes:
-        matches = ((theirs, pattern(ours).fullmatch(name)) for table in tables for theirs, ours in table.items())
+    names = [pair for layout in LAYOUTS if layout.component == "transformer" for pair in layout.names.items()]
+    # A LoRA changes no encoder of Animate's face, nor the half of a matrix.
+    names = [(theirs, ours) for theirs, ours in names if not ours.startswith(FACE) and "{pair}" not in theirs]
+    for name in (name for name in shapes if not name.startswith(FACE)):
+        matches = ((theirs, pattern(ours).fullmatch(name)) for theirs, ours in names)
         for spelling in (name, *(theirs.format(**match.groupdict()) for theirs, match in matches if match)):
             found[spelling] = found[spelling.replace(".", "_")] = name
     return found

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from ..errors import WeightsError, nearest
 from ..models.quantized_linear import MODE_NAMES, Packing
+from ..models.transformer import BLOCK
 from ..storage import parse_json
 
 # The matrices of the blocks, nearly all of the bytes. Weights outside the blocks, norms and modulation are not
@@ -17,7 +18,7 @@ from ..storage import parse_json
 QUANTIZED = {
     "transformer": (
         r"(?:(?:vace_)?blocks\.\d+\.(?:(?:self|cross)_attn\.\w+|ffn\.[02]|(?:before|after)_proj)"
-        r"|audio_injectors\.\d+\.(?:[qkvo]|adain))\.weight"
+        r"|audio_injectors\.\d+\.(?:[qkvo]|adain)|face_adapter\.fuser_blocks\.\d+\.linear\w+)\.weight"
     ),
     "text_encoder": r"blocks\.\d+\.(?:attn\.[qkvo]|ffn\.(?:gate\.0|fc1|fc2))\.weight",
 }
@@ -92,7 +93,7 @@ def _auto(component: str, names: Iterable[str]) -> dict[str, str]:
     """Each matrix's mode in `AUTO`."""
     if component != "transformer":
         return dict.fromkeys(names, "q8")
-    places = {name: tuple(name.split(".")[:2]) for name in names}  # "blocks", "3"
+    places = {name: match.group("list", "number") for name in names if (match := BLOCK.match(name))}
     counts = Counter(kind for kind, _ in set(places.values()))
     modes = {}
     for name, (kind, index) in places.items():

@@ -133,8 +133,7 @@ class StreamedBlocks:
 def load_streamed(model: Transformer, parameters: Parameters, progress: Progress) -> Execution:
     """Fill all of ``model`` but its blocks, which are streamed."""
     for name in BLOCK_LISTS:
-        if name in model:
-            model[name] = []
+        model.block_list(name).clear()
     spare_cache(parameters.weights)
     load_module(model, parameters, progress)
     # Not a method of the model, which would keep the model alive after its last use.
