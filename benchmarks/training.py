@@ -3,13 +3,12 @@
     python benchmarks/training.py --against diffusers --json training.json
     python benchmarks/training.py --only 1.3B-still 14B-still-q4
 
-Every case is a process of its own (`training_worker.py`). They get ready side by side and are then measured one after
-the other; both engines take turns. A step is forward, backward, the gradients' norm and AdamW; LoRAs of rank 32 on
-every linear layer of the blocks, batch 1, in bfloat16. Streamed cases read a file whose blocks are one block's bytes,
-from the system's cache: reading takes as long as from memory, not as from a disk.
+A process per engine and model (`training_worker.py`) has one case ready at a time; both engines take turns. A step is
+forward, backward, the gradients' norm and AdamW; LoRAs of rank 32 on every linear layer of the blocks, batch 1, in
+bfloat16. Streamed cases read a file whose blocks are one block's bytes, from the system's cache: reading takes as long
+as from memory, not as from a disk.
 
-``worth`` compares with what was asked: seconds with Diffusers' of the same size, peaks with a number of GiB or a share
-of Diffusers' peak.
+Each row tells what issue 24 asks: a share of Diffusers' seconds and peak, or GiB; and what ``--plan`` says.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ SIZES = {"still": ("832x480", 1), "33": ("480x272", 33), "81": ("832x480", 81)}
 MODELS = {"1.3B": "t2v-1.3B", "14B": "t2v-14B", "5B": "ti2v-5B"}
 # Name → base, and what is asked: (share of Diffusers' seconds, share of its peak or None, GiB or None).
 CASES = {
-    "1.3B-81": ("resident", (1.0, 0.7, None)),
     "1.3B-33": ("resident", (1.2, 1.0, None)),
     "1.3B-still": ("resident", (1.2, 1.0, None)),
+    "1.3B-81": ("resident", (1.0, 0.7, None)),
     "14B-still-q4": ("q4", (None, None, 12.0)),
     "1.3B-33-streamed": ("streamed", (None, None, 3.7)),
     "1.3B-still-streamed": ("streamed", (None, None, 2.7)),
@@ -43,12 +42,11 @@ AGAINST = ("1.3B-81", "1.3B-33", "1.3B-still")
 
 
 class Worker:
-    """A process that has one case ready, and measures it when told to."""
+    """A process of one engine and model, which is told what to do and answers with one line."""
 
-    def __init__(self, engine: str, case: dict[str, Any]):
-        command = [sys.executable, "-u", str(HERE / "training_worker.py"), engine, json.dumps(case)]
+    def __init__(self, engine: str, model: str):
+        command = [sys.executable, "-u", str(HERE / "training_worker.py"), engine, model]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.engine, self.case = engine, case
         self._said: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -59,25 +57,23 @@ class Worker:
                 self._said.put(json.loads(line))
         self._said.put(None)
 
-    def said(self, until: float) -> dict[str, Any] | None:
-        """What it says next; None if it has ended, or says nothing before then."""
-        try:
-            return self._said.get(timeout=max(0.1, until - time.monotonic()))
-        except queue.Empty:
-            return None
-
-    def measure(self, what: str, until: float) -> dict[str, Any] | None:
+    def tell(self, what: str, **more: Any) -> None:
         try:
             assert self.process.stdin is not None
-            self.process.stdin.write(what + "\n")
+            self.process.stdin.write(json.dumps({"do": what, **more}) + "\n")
             self.process.stdin.flush()
         except OSError:
-            return None
-        return self.said(until)
+            pass  # it has ended, as `said` will tell
 
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+    def said(self, until: float) -> dict[str, Any] | None:
+        """Its answer; None if it has ended, or says nothing before then: then it is ended."""
+        try:
+            found = self._said.get(timeout=max(0.1, until - time.monotonic()))
+        except queue.Empty:
+            found = None
+        if found is None:
+            self.process.kill()
+        return found
 
 
 def case_of(name: str) -> dict[str, Any]:
@@ -110,53 +106,87 @@ def main() -> None:
     parser.add_argument("--against", choices=["diffusers"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", action="store_true", help="also time the parts of a step")
+    parser.add_argument("--check", action="store_true", help="also compare gradients with those in float32")
     parser.add_argument("--seconds", type=float, default=1e6, help="end after these")
+    parser.add_argument("--limit", type=float, default=600, help="seconds that a case may take")
     parser.add_argument("--ready", type=float, default=600, help="seconds that a process may take to get ready")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    until = time.monotonic() + args.seconds
-    started = time.monotonic()
-    groups: list[list[Worker]] = []
+    began = time.monotonic()
+    until = began + args.seconds
+    workers: dict[tuple[str, str], Worker] = {}
     for name in args.only:
-        engines = ["wan_mlx", *([args.against] if args.against and name in AGAINST else [])]
-        groups.append([Worker(engine, case_of(name)) for engine in engines])
+        for engine in ("wan_mlx", *([args.against] if args.against and name in AGAINST else [])):
+            model = case_of(name)["model"]
+            workers[engine, model] = workers.get((engine, model)) or Worker(engine, model)
+    soon = min(until, began + args.ready)
     rows: list[dict[str, Any]] = []
-    soon = min(until, time.monotonic() + args.ready)
-    ready = {id(worker) for group in groups for worker in group if worker.said(soon)}  # all, before any is timed
-    print(f"{len(ready)} processes are ready after {time.monotonic() - started:.0f} s", flush=True)
-    for group in groups:
-        alive = [worker for worker in group if id(worker) in ready]
-        found: dict[str, list[dict[str, Any]]] = {worker.engine: [] for worker in alive}
-        for _ in range(args.rounds):
-            for worker in alive:
-                if measured := worker.measure("step", until):
-                    found[worker.engine].append(measured)
-        more = {}
-        for worker in alive:
-            if args.parts and worker.engine == "wan_mlx":
-                more = worker.measure("parts", until) or {}
-        best = {}
-        for engine, runs in found.items():
-            if runs:
-                best[engine] = {**group[0].case, "engine": engine, **min(runs, key=lambda run: run["seconds"]),
-                                "all": [run["seconds"] for run in runs],
-                                "peak_gib": max(run["peak_gib"] for run in runs),
-                                **(more if engine == "wan_mlx" else {})}  # fmt: skip
-        for engine, row in best.items():
-            told = verdict(row, best.get("diffusers")) if engine == "wan_mlx" else ""
-            print(
-                f"{row['name']:<22}{engine:<11}{row['seconds']:>8.3f} s{row['peak_gib']:>8.2f} GiB  {told}", flush=True
-            )
-            if more and engine == "wan_mlx":
-                print(f"    {more}", flush=True)
-        rows += best.values()
-        missing = [worker for worker in group if worker.engine not in best]
-        for worker in missing:
-            print(f"{group[0].case['name']:<22}{worker.engine:<11} was not measured", flush=True)
-        for worker in group:
-            worker.close()
-        if args.json:
-            args.json.write_text(json.dumps(rows, indent=1))
+    say = threading.Lock()
+
+    def run(name: str, engines: dict[str, Worker], rounds: int) -> None:
+        case, limit = case_of(name), min(until, time.monotonic() + args.limit)
+        found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
+        for worker in engines.values():
+            worker.tell("prepare", case=case)
+        for engine, worker in engines.items():
+            if (first := worker.said(limit)) and not rounds:
+                found[engine].append(first)
+        for _ in range(rounds):
+            for engine, worker in engines.items():
+                worker.tell("step")
+                if measured := worker.said(limit):
+                    found[engine].append(measured)
+        best = {
+            engine: {**case, "engine": engine, **min(runs, key=lambda run: run["seconds"]),
+                     "all": [run["seconds"] for run in runs], "peak_gib": max(run["peak_gib"] for run in runs)}
+            for engine, runs in found.items() if runs
+        }  # fmt: skip
+        with say:
+            for engine in engines:
+                if engine not in best:
+                    print(f"{name:<22}{engine:<11} was not measured", flush=True)
+                    continue
+                row = best[engine]
+                told = verdict(row, best.get("diffusers")) if engine == "wan_mlx" else ""
+                print(f"{name:<22}{engine:<11}{row['seconds']:>8.3f} s{row['peak_gib']:>8.2f} GiB  {told}", flush=True)
+            rows.extend(best.values())
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=1))
+
+    def ask(what: str, worker: Worker) -> None:
+        worker.tell(what)
+        if answer := worker.said(min(until, time.monotonic() + args.limit)):
+            print(f"    {answer}", flush=True)
+
+    timed = [name for name in args.only if name in AGAINST]
+    for name in timed:
+        engines = {engine: worker for (engine, model), worker in workers.items() if model == case_of(name)["model"]}
+        if name == timed[0]:
+            for worker in engines.values():
+                worker.said(soon)
+            print(f"ready after {time.monotonic() - began:.0f} s", flush=True)
+        run(name, engines, args.rounds)
+    if args.parts and timed:
+        ask("parts", engines["wan_mlx"])
+
+    def memory(model: str) -> None:
+        """The cases of a model in which only the peak counts; those of several models side by side."""
+        worker = workers["wan_mlx", model]
+        if not any(case_of(name)["model"] == model for name in timed):
+            worker.said(soon)
+        for name in args.only:
+            if name not in AGAINST and case_of(name)["model"] == model:
+                run(name, {"wan_mlx": worker}, 0)
+
+    threads = [threading.Thread(target=memory, args=(model,)) for engine, model in workers if engine == "wan_mlx"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if args.check:
+        ask("check", workers["wan_mlx", case_of(args.only[0])["model"]])
+    for worker in workers.values():
+        worker.process.kill()
 
 
 if __name__ == "__main__":

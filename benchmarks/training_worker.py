@@ -1,10 +1,12 @@
-"""One case of `training.py` in a process of its own: ``training_worker.py ENGINE CASE``, then a line a measuring.
+"""One engine and model of `training.py`: ``training_worker.py ENGINE MODEL``, then a line for each command.
 
-"step" is answered by seconds and peak of a step, "parts" by seconds of its parts.
+"prepare" makes a case and runs a step of it, "step" runs another; both are answered by its seconds and peak. "parts"
+times its parts, "check" compares gradients with those in float32.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import math
@@ -12,31 +14,43 @@ import os
 import sys
 import tempfile
 import time
+import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from wan_mlx.presets import PRESETS
 
 RANK, SIGMA = 32, 0.6
-# Of an engine's memory that it has freed and keeps; processes of all cases share the device until they are measured.
-KEPT = 6 * 2**30
+KEPT = 12 * 2**30  # of what MLX has freed: processes of several models share the device
 
 
 class Ours:
-    def __init__(self, case: dict[str, Any]):
+    def __init__(self, model: str):
+        import mlx.core as mx
+
+        mx.set_cache_limit(KEPT)
+        self.mx, self.preset = mx, PRESETS[model]
+        config = self.preset.transformer
+        if layers := os.environ.get("TRAINING_LAYERS"):  # to try the script where a whole model is too much
+            config = replace(config, num_layers=int(layers))
+        # A step of one block compiles most kernels.
+        self.config = replace(config, num_layers=1)
+        self.prepare({"model": model, "size": "256x128", "frames": 1, "base": "resident"})
+        self.step()
+        self.config = config
+
+    def prepare(self, case: dict[str, Any]) -> None:
         from wan_mlx.models.execution import Execution
         from wan_mlx.training.backward import Sample
         from wan_mlx.training.factors import layer_shapes, new_factors
         from wan_mlx.training.optimizer import make_optimizer
         from wan_mlx.training.recipe import Recipe
 
-        import mlx.core as mx
-
-        self.mx, self.case, preset = mx, case, PRESETS[case["model"]]
-        mx.set_cache_limit(KEPT)
-        self.config, self.recipe = preset.transformer, Recipe(rank=RANK, alpha=RANK)
-        if layers := os.environ.get("TRAINING_LAYERS"):  # to try the script where a whole model is too much
-            self.config = type(self.config)(**{**vars(self.config), "num_layers": int(layers)})
+        mx, self.case, preset = self.mx, case, self.preset
+        self.model = self.samples = self.factors = self.optimizer = None
+        mx.clear_cache()
+        self.recipe = Recipe(rank=RANK, alpha=RANK)
         base = case["base"]
         if base == "streamed":
             self.model = streamed(self.config)
@@ -71,6 +85,7 @@ class Ours:
 
     def parts(self) -> dict[str, Any]:
         """Seconds: of forward; of attention and its gradient by the ways there are; of the update; by chunk size."""
+        from wan_mlx.models.execution import Pacer, attention
         from wan_mlx.training import attention_backward, block_backward
         from wan_mlx.training.backward import loss, loss_and_gradients
         from wan_mlx.training.optimizer import gradient_norm, update
@@ -100,35 +115,54 @@ class Ours:
             update(self.optimizer, gradients, self.factors, gradient_norm(gradients), 0.0)
 
         timed("update", updated)
-        if self.case["name"] in ("1.3B-81", "1.3B-33"):
-            first = block_backward.TOKENS_AT_ONCE
-            for count in (2048, 8192):
-                block_backward.TOKENS_AT_ONCE = count
-                timed(f"with {count} tokens at once", lambda: mx.eval(run()[1]), times=1, warm=False)
-            block_backward.TOKENS_AT_ONCE = first
-        if self.case["name"] == "1.3B-81":
-            self._attention(timed, attention_backward)
-        return found
-
-    def _attention(self, timed, attention_backward) -> None:
-        from wan_mlx.models.execution import Pacer, attention
-
-        mx, c = self.mx, self.config
+        c = self.config
         q, k, v, g = (mx.random.normal((1, 32760, c.num_heads, c.head_dim)).astype(mx.bfloat16) for _ in range(4))
         g = g.flatten(2)
         mx.eval(q, k, v, g)
         timed("attention", lambda: mx.eval(attention(q, k, v, Pacer())))
-        timed("attention's gradient", lambda: mx.eval(attention_backward.attention_gradients(q, k, v, None, g)))
-        whole = [mx.contiguous(mx.pad(x, [(0, 0), (0, 8), (0, 0), (0, 0)])) for x in (q, k, v)]
-        padded = mx.pad(g, [(0, 0), (0, 8), (0, 0)])
-        mx.eval(whole, padded)
-        timed("with whole tiles of keys", lambda: mx.eval(attention_backward.attention_gradients(*whole, None, padded)))
-        fused, attention_backward.has_fused_gradient = attention_backward.has_fused_gradient, lambda q: False
-        attended = attention(q, k, v, Pacer())
-        mx.eval(attended)
-        timed("by chunks", lambda: mx.eval(attention_backward.attention_gradients(q, k, v, attended, g, mx.async_eval)),
-              times=1)  # fmt: skip
+        timed("attention's gradient", lambda: mx.eval(attention_backward.attention_gradients(q, k, v, g, g)))
+        first = block_backward.TOKENS_AT_ONCE
+        for count in (2048, 8192):
+            block_backward.TOKENS_AT_ONCE = count
+            timed(f"with {count} tokens at once", lambda: mx.eval(run()[1]), times=1, warm=False)
+        block_backward.TOKENS_AT_ONCE = first
+        return found
+
+    def check(self) -> dict[str, Any]:
+        """How far gradients in bfloat16 are from those in float32, and whether they repeat; of two blocks."""
+        from wan_mlx.models import kernels
+        from wan_mlx.training import attention_backward, slopes
+        from wan_mlx.training.backward import loss_and_gradients
+
+        from mlx.utils import tree_map
+
+        mx, c = self.mx, self.config
+        self.config = replace(c, num_layers=2)
+        self.prepare({"name": "check", "size": "480x272", "frames": 33, "base": "resident"})
+        self.config, (sample,) = c, self.samples
+        sums = slopes.scaled, slopes.modulated_norm, slopes.norm_and_rotate
+        found: dict[str, Any] = {one.__name__: kernels.agrees(one, mx.bfloat16, c.dim, 1, 128) for one in sums}
+
+        def gradients():
+            _, arrays = loss_and_gradients(self.model, self.factors, [sample], 1.0)
+            mx.eval(arrays)
+            return arrays
+
+        ours, again = gradients(), gradients()
+        found["the same bits"] = all(mx.array_equal(ours[name], again[name]).item() for name in ours)
+        fused, attention_backward.has_fused_gradient = attention_backward.has_fused_gradient, lambda *given: False
+        chunks = gradients()
         attention_backward.has_fused_gradient = fused
+        model = self.model.model
+        model.update(tree_map(lambda x: x.astype(mx.float32), model.parameters()))
+        with kernels.turned_off():
+            want = gradients()
+        for way, got in (("fused", ours), ("by chunks", chunks)):
+            parts = [((got[name] - want[name]).square().sum(), want[name].square().sum()) for name in want]
+            off, whole = (mx.stack(list(column)).sum() for column in zip(*parts, strict=True))
+            worst = max((a / b).sqrt().item() for a, b in parts)
+            found[way] = {"distance": (off / whole).sqrt().item(), "worst factor": worst}
+        return found
 
     def peak(self, reset: bool = False) -> float:
         if reset:
@@ -176,13 +210,18 @@ def streamed(config):
 class Diffusers:
     """The same in PyTorch: Diffusers' transformer in bfloat16, PEFT's layers, gradient checkpointing, autocast."""
 
-    def __init__(self, case: dict[str, Any]):
+    def __init__(self, model: str):
         import torch
+
+        self.torch, self.preset = torch, PRESETS[model]
+
+    def prepare(self, case: dict[str, Any]) -> None:
         from diffusers import WanTransformer3DModel
         from peft import LoraConfig
 
-        self.torch, preset = torch, PRESETS[case["model"]]
-        c = preset.transformer
+        torch, preset, c = self.torch, self.preset, self.preset.transformer
+        self.model = self.optimizer = self.trained = None
+        torch.cuda.empty_cache()
         with torch.device("cuda"):
             torch.set_default_dtype(torch.bfloat16)
             model = WanTransformer3DModel(
@@ -222,6 +261,9 @@ class Diffusers:
     def parts(self) -> dict[str, Any]:
         return {}
 
+    def check(self) -> dict[str, Any]:
+        return {}
+
     def plan(self) -> dict[str, float]:
         return {}
 
@@ -233,19 +275,28 @@ class Diffusers:
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING)
-    engine = {"wan_mlx": Ours, "diffusers": Diffusers}[sys.argv[1]](json.loads(sys.argv[2]))
-    started = time.perf_counter()
-    engine.step()  # compiles kernels
-    print(json.dumps({"ready": round(time.perf_counter() - started, 1)}), flush=True)
-    for what in sys.stdin:
-        if what.strip() == "parts":
-            print(json.dumps({"parts": engine.parts()}), flush=True)
-            continue
-        engine.peak(reset=True)
-        started = time.perf_counter()
-        told = engine.step()
-        seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds, "peak_gib": engine.peak(), **told, **engine.plan()}), flush=True)
+    faulthandler.dump_traceback_later(75, exit=False)
+    began = time.perf_counter()
+    engine = {"wan_mlx": Ours, "diffusers": Diffusers}[sys.argv[1]](sys.argv[2])
+    print(json.dumps({"ready": round(time.perf_counter() - began, 1)}), flush=True)
+    print(f"{sys.argv[1:]} ready after {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    for line in sys.stdin:
+        command = json.loads(line)
+        faulthandler.cancel_dump_traceback_later()
+        answer: dict[str, Any] = {}
+        try:
+            if command["do"] in ("parts", "check"):
+                answer = {command["do"]: getattr(engine, command["do"])()}
+            else:
+                if command["do"] == "prepare":  # its step chooses kernels for these sizes, and takes memory
+                    engine.prepare(command["case"])
+                engine.peak(reset=True)
+                started = time.perf_counter()
+                told = engine.step()
+                answer = {"seconds": time.perf_counter() - started, "peak_gib": engine.peak(), **told, **engine.plan()}
+        except Exception:
+            traceback.print_exc()
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

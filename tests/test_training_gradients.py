@@ -68,7 +68,7 @@ def in_small_pieces(monkeypatch):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_gradients_by_blocks_are_those_of_the_whole_loss(kind, fused, in_small_pieces, monkeypatch):
     """Also by the way that serves CUDA's kernel, here with MLX's own gradient of attention."""
-    monkeypatch.setattr(attention_backward, "has_fused_gradient", lambda q: fused)
+    monkeypatch.setattr(attention_backward, "has_fused_gradient", lambda *given: fused)
     config = CONFIGS[kind]
     model, factors, step = randomized(Transformer(config)), factors_of(config), samples(config)
 

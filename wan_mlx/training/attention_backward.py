@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from ..models import attention as plain
 from ..models.execution import attention, has_fused_kernel
+from .pieces import Pieces
 
 # Attention's scores that are made again at a time: 128 MB in float32, and as much again for what is made of them.
 SCORES_AT_ONCE = 1 << 25
@@ -21,32 +22,32 @@ TILE = 128  # queries, of cuDNN's gradient
 Heads = list[mx.array]  # queries, keys and values, or their gradients: (B, L, heads, head_dim)
 
 
-def has_fused_gradient(q: mx.array) -> bool:
-    """Whether MLX computes gradients for these queries (B, L, heads, head_dim) by a fused kernel."""
-    return mx.cuda.is_available() and has_fused_kernel(q.dtype, q.shape[-1])
+def has_fused_gradient(dtype: mx.Dtype, head_dim: int) -> bool:
+    """Whether MLX computes attention's gradients by a fused kernel."""
+    return mx.cuda.is_available() and has_fused_kernel(dtype, head_dim)
 
 
-def attention_and_gradients(heads: Heads, rest: Callable[[mx.array], mx.array], run: Callable[..., None]) -> Heads:
+def attention_and_gradients(heads: Heads, rest: Callable[[mx.array], mx.array], pieces: Pieces) -> Heads:
     """Gradients for queries, keys and values of self-attention, whose result is needed once.
 
     Args:
         heads: emptied.
         rest: the result of attention (B, L, heads * head_dim) → the gradient for it. It must not compute anything.
-        run: submits what waits to be computed, and the arrays it is given.
+        pieces: what waits to be computed before.
     """
-    if has_fused_gradient(heads[0]):
-        return _in_one_graph(heads, rest, run)
-    run()
+    if has_fused_gradient(heads[0].dtype, heads[0].shape[-1]):
+        return _in_one_graph(heads, rest, pieces)
+    pieces.run()
     q, k, v = heads
     heads.clear()
-    attended = attention(q, k, v, run)
-    run(attended)
+    attended = attention(q, k, v, pieces.run)
+    pieces.run(attended)
     gradient = rest(attended)
-    run(gradient)
-    return attention_gradients(q, k, v, attended, gradient, run)
+    pieces.run(gradient)
+    return attention_gradients(q, k, v, attended, gradient, pieces)
 
 
-def _in_one_graph(heads: Heads, rest: Callable[[mx.array], mx.array], run: Callable[..., None]) -> Heads:
+def _in_one_graph(heads: Heads, rest: Callable[[mx.array], mx.array], pieces: Pieces) -> Heads:
     """Both in one graph, because what the kernel keeps of the forward pass for the backward one cannot be had
     otherwise. The function that is differentiated is attention and then one whose "gradient" is ``rest``: nothing of it
     is evaluated before the graph is whole."""
@@ -60,9 +61,15 @@ def _in_one_graph(heads: Heads, rest: Callable[[mx.array], mx.array], run: Calla
 
     _, found = mx.vjp(lambda *heads: last(_filled(*heads)), heads, [mx.array(1.0, heads[0].dtype)])
     heads.clear()
-    run(gradients.pop())
-    run(*found)
+    pieces.add(gradients.pop())
+    pieces.finish()
+    pieces.run(*found)  # not waited for: the next block is prepared meanwhile
     return found
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """`attention`, within what is differentiated or evaluated later: it computes nothing yet."""
+    return _filled(q, k, v) if has_fused_gradient(q.dtype, q.shape[-1]) else attention(q, k, v, lambda *arrays: None)
 
 
 def _filled(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
@@ -78,16 +85,16 @@ def attention_gradients(
     v: mx.array,
     attended: mx.array,
     gradient: mx.array,
-    run: Callable[..., None] | None = None,
+    pieces: Pieces | None = None,
 ) -> Heads:
     """Gradients for queries, keys and values (B, L, heads, head_dim) of `attention`, whose result ``attended``
     (B, L, heads * head_dim) has ``gradient``.
 
     Some queries and heads at a time, whose scores are made again: ``dS = P * (dO V^T - sum(dO * O))``. Scores, softmax
-    and all sums over queries are float32. ``run`` computes each group before the next is built; without it one is only
-    made after the other when the results are computed.
+    and all sums over queries are float32. With ``pieces`` each group is computed before the next is written down;
+    without them one is only made after the other when the results are computed.
     """
-    if has_fused_gradient(q):
+    if has_fused_gradient(q.dtype, q.shape[-1]):
         _, found = mx.vjp(_filled, [q, k, v], [gradient])
         return found
     batch, rows, heads, head_dim = q.shape
@@ -119,8 +126,8 @@ def attention_gradients(
             dk = dk + (slopes.swapaxes(-1, -2) @ query).astype(mx.float32)
             dq.append(slopes @ key)
             before = [dk, dv, dq[-1]]
-            if run:
-                run(*before)
+            if pieces:
+                pieces.run(*before)
                 before = []
         groups.append([mx.concatenate(dq, axis=2), dk.astype(dtype), dv.astype(dtype)])
     joined = (mx.concatenate(list(group), axis=1) for group in zip(*groups, strict=True))

@@ -18,10 +18,12 @@ from typing import Any
 import mlx.core as mx
 
 from ..cuda.forward import DeferredFrees
-from ..models.execution import DEFERRED, Execution, Pacer
+from ..models.execution import DEFERRED, DEFERRED_WHOLE, FEED_FORWARD_TOKENS, Execution, Pacer
 from ..models.transformer import Block, ForwardPass
-from .block_backward import BlockFactors, Pieces, block_gradients
+from .block_backward import BlockFactors, block_gradients
 from .factors import Factors, of_block, placed
+from .pieces import Pieces
+from .slopes import try_kernels
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def loss_and_gradients(
         samples: of one step; they go through each block together.
         scale: alpha / rank.
     """
+    config = model.model.config
+    try_kernels(model.model.dtype, config.dim, config.ffn_dim, config.head_dim)
     ways = [_enter(model, sample) for sample in samples]
     inputs = list(_forward(model, factors, ways, scale))
     losses = []
@@ -79,7 +83,7 @@ def loss_and_gradients(
         mx.eval(value, way.x)
         losses.append(number(value))
     gradients: Factors = {}
-    pieces = Pieces(Pacer(frees=DeferredFrees(DEFERRED)))
+    pieces = Pieces()
     for place, block in _blocks(model, reversed(model.model.block_order())):
         own = BlockFactors(of_block(factors, place), scale, model.model.dtype)
         for way, x in zip(ways, inputs.pop(), strict=True):
@@ -116,7 +120,8 @@ def _blocks(model: Execution, places: Iterable[str]) -> Iterator[tuple[str, Bloc
 
 def _forward(model: Execution, factors: Factors, ways: Sequence[_Way], scale: float) -> Iterator[list[mx.array]]:
     """Sends the samples through the blocks; yields their tokens before each."""
-    pace = Pacer(model.tokens_at_once, DeferredFrees(DEFERRED))
+    late = DEFERRED_WHOLE if model.tokens_at_once > FEED_FORWARD_TOKENS else DEFERRED
+    pace = Pacer(model.tokens_at_once, DeferredFrees(late))
     for place, block in _blocks(model, model.model.block_order()):
         before = [way.x for way in ways]
         with placed(block, of_block(factors, place), scale, model.model.dtype):

@@ -17,65 +17,51 @@ import mlx.core as mx
 
 from ..models import kernels
 from ..models.attention import Pairs, SelfAttention, split_heads
-from ..models.execution import Pacer
-from ..models.execution import attention as attention_in_dispatches
 from ..models.layers import SIDE_KEYS
 from ..models.quantized_linear import QuantizedLinear
 from ..models.rope import rows_of
 from ..models.transformer import Block, ForwardPass, Modulation, Runs
 from . import slopes
-from .attention_backward import Heads, attention_and_gradients, attention_gradients
+from .attention_backward import TILE, Heads, attend, attention_and_gradients, attention_gradients
 from .factors import Factors
+from .pieces import Pieces
 
-# Tokens whose part after attention is made again at a time: eight arrays as wide as the feed-forward are alive then.
-# Fewer are slower on a fast GPU, more take more memory.
-TOKENS_AT_ONCE = 4096 if mx.cuda.is_available() else 2048
-
-
-class Pieces:
-    """Arrays to be computed in the order in which they came, two pieces at a time.
-
-    A piece waits until `run`, so that what comes after it can be prepared while the GPU is busy with what came before.
-    """
-
-    def __init__(self, pace: Pacer):
-        self._pace, self._waiting = pace, list[tuple[mx.array, ...]]()
-
-    def add(self, *arrays: mx.array) -> None:
-        self._waiting.append(arrays)
-
-    def run(self, *arrays: mx.array) -> None:
-        """Submit all pieces, and these arrays as the last."""
-        waiting, self._waiting = [*self._waiting, arrays][::-1], []
-        while waiting:
-            if piece := waiting.pop():
-                self._pace(*piece)
-
-    def finish(self) -> None:
-        self.run()
-        self._pace.finish()
+# Tokens whose part after attention is made again at a time, at most: six arrays as wide as the feed-forward are alive
+# then. Fewer are slower on a fast GPU, more take more memory.
+TOKENS_AT_ONCE = 8192 if mx.cuda.is_available() else 2048
 
 
 class BlockFactors:
-    """LoRA's factors of one block, as its layers add them, and the sums of their gradients (float32)."""
+    """LoRA's factors of one block, as its layers add them, and their gradients, a part for each piece of the tokens."""
 
     def __init__(self, own: Mapping[str, mx.array], scale: float, dtype: mx.Dtype):
-        self.scale, self.sums = scale, Factors()
+        self.scale = scale
         self.down = {_layer(name): array.astype(dtype) for name, array in own.items() if name.endswith(".down")}
         self.up = {_layer(name): (array * scale).astype(dtype) for name, array in own.items() if name.endswith(".up")}
+        self._parts: dict[str, list[mx.array]] = {}
+        self._new: list[mx.array] = []
 
     def add(self, layer: str, down: mx.array, up: mx.array) -> None:
         """Gradients for the factors as the layer adds them."""
+        self._new += [down, up]
         for name, array in ((f"{layer}.down", down), (f"{layer}.up", up)):
-            self.sums[name] = self.sums[name] + array if name in self.sums else array.astype(mx.float32)
+            self._parts.setdefault(name, []).append(array)
+
+    def new(self) -> list[mx.array]:
+        """What was added since the last call: to be computed, so that what it is made of can go."""
+        new, self._new = self._new, []
+        return new
 
     def gradients(self, samples: int) -> Factors:
-        """For the factors themselves, of the samples' mean."""
-        # Contiguous, as factors read from a file are: products of transposed arrays round otherwise.
-        return {
-            name: mx.contiguous(array * ((self.scale if name.endswith(".up") else 1) / samples))
-            for name, array in self.sums.items()
-        }
+        """For the factors themselves, float32, of the samples' mean."""
+        found = {}
+        for name, parts in self._parts.items():
+            total = parts[0].astype(mx.float32)
+            if len(parts) > 1:
+                total = mx.stack(parts).astype(mx.float32).sum(0)
+            # Contiguous, as factors read from a file are: products of transposed arrays round otherwise.
+            found[name] = mx.contiguous(total * ((self.scale if name.endswith(".up") else 1) / samples))
+        return found
 
 
 def _layer(name: str) -> str:
@@ -133,7 +119,7 @@ def block_gradients(
 ) -> mx.array:
     """The gradient for a block's input x (1, L, D), given that for its result; adds those for its factors.
 
-    What is returned, and the sums, wait in ``pieces``.
+    What is returned, and the factors' gradients, wait in ``pieces``.
     """
     chunks = list(_chunks(block.runs(this_pass.modulation, this_pass.clean), x.shape[1]))
     cross = _Pairs(block, factors, this_pass)
@@ -146,31 +132,35 @@ def block_gradients(
     def rest(attended: mx.array) -> mx.array:
         parts = []
         for some, m in chunks:
-            one, other = _after(block, factors, x[:, some], attended[:, some], m, cross, gradient[:, some])
-            pieces.add(one, other, *cross.sums, *factors.sums.values())
+            one, other = _after(block, factors, x[:, some], attended[:, some], m, cross, gradient[:, some], pieces)
+            pieces.add(one, other, *cross.sums, *factors.new())
             for_x.append(one)
             parts.append(other)
         return mx.concatenate(parts, axis=1)
 
-    heads = attention_and_gradients(heads, rest, pieces.run)
+    heads = attention_and_gradients(heads, rest, pieces)
     cross.back()
     parts = []
     for (some, m), after in zip(chunks, for_x, strict=True):
         before = _Before(block, factors, x[:, some], m, this_pass, some)
         before.heads()
         parts.append(after + before.back([one[:, some] for one in heads]))
-        pieces.add(parts[-1], *factors.sums.values())
+        pieces.add(parts[-1], *factors.new())
     result = mx.concatenate(parts, axis=1)
     pieces.add(result)
     return result
 
 
 def _chunks(runs: Runs[Modulation], length: int) -> Iterator[tuple[slice, Modulation]]:
-    """`TOKENS_AT_ONCE` of each run's tokens, and its modulation."""
+    """At most `TOKENS_AT_ONCE` of each run's tokens, about equally many, and its modulation."""
     for tokens, m in runs:
         first, last, _ = tokens.indices(length)
-        for start in range(first, last, TOKENS_AT_ONCE):
-            yield slice(start, min(start + TOKENS_AT_ONCE, last)), m
+        count = -(-(last - first) // TOKENS_AT_ONCE)
+        each = (
+            min(TOKENS_AT_ONCE, -(-(last - first) // count // TILE) * TILE) if TOKENS_AT_ONCE > TILE else TOKENS_AT_ONCE
+        )
+        for start in range(first, last, each):
+            yield slice(start, min(start + each, last)), m
 
 
 class _Before:
@@ -246,6 +236,7 @@ def _after(
     m: Modulation,
     cross: _Pairs,
     gradient: mx.array,
+    pieces: Pieces,
 ) -> tuple[mx.array, mx.array]:
     """`Block.after_attention` of some tokens, and back: the gradients for x and ``attended``."""
     o, cross_q, cross_o, up, down = (
@@ -255,24 +246,24 @@ def _after(
     x1, y = kernels.add_and_norm(x, o(attended), m.gate_attn, norm3.weight, norm3.bias, block.eps)
     row = cross_q(y)
     q = split_heads(mx.fast.rms_norm(row, layer.norm_q.weight.astype(row.dtype), layer.eps), layer.heads)
-    results = [attention_in_dispatches(q, *pair, _no_pace) for pair in cross.pairs]
+    results = [attend(q, *pair) for pair in cross.pairs]
     x2, y = kernels.add_and_norm(x1, cross_o(_total(results)), one, m.scale_ffn, m.shift_ffn, block.eps)
+    pieces.add(x1, row, x2, y, *results)
     wide = up(y)
-    down(kernels.gelu_tanh(wide))
+    fed = kernels.gelu_tanh(wide)
+    pieces.add(wide, fed)
+    down(fed)
 
-    y = up.back(slopes.gelu_tanh(wide, down.back(slopes.scaled(gradient, m.gate_ffn))))
-    del wide
-    for_x = gradient + slopes.modulated_norm(x2, y, m.scale_ffn, block.eps)
+    y = slopes.gelu_tanh(wide, down.back(slopes.scaled(gradient, m.gate_ffn)))
+    pieces.add(y, *factors.new())
+    for_x = gradient + slopes.modulated_norm(x2, up.back(y), m.scale_ffn, block.eps)
+    pieces.add(for_x, *factors.new())
     y = cross_o.back(for_x)
     found = [attention_gradients(q, *pair, result, y) for pair, result in zip(cross.pairs, results, strict=True)]
     cross.add([array for _, *pair in found for array in pair])
     y = cross_q.back(slopes.rms_norm(row, _total([dq for dq, *_ in found]).flatten(2), layer.norm_q.weight, layer.eps))
     for_x = for_x + slopes.modulated_norm(x1, y, norm3.weight, block.eps)
     return for_x, o.back(slopes.scaled(for_x, m.gate_attn))
-
-
-def _no_pace(*arrays: mx.array) -> None:
-    """Nothing is computed while it is written down."""
 
 
 def _total(arrays: Sequence[mx.array]) -> mx.array:

@@ -1,7 +1,7 @@
 """What a training run would need, before anything is downloaded: bytes, and floating-point operations of a step.
 
-The arrays that are counted stand in `backward`: the inputs that are kept of each block, and the widest of the pieces
-that are made again. It is arithmetic: no measurement on a GPU has confirmed it yet.
+The arrays that are counted stand in `block_backward`. ``benchmarks/training.py`` measures them; nine cases on an H200
+were within 8 % (benchmarks/LOG.md).
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from ..planning.flops import forward_parts
 from ..planning.peak_memory import overhead
 from ..planning.plan import FILL
 from ..planning.sizes import Networks
-from .attention_backward import SCORES_AT_ONCE
+from .attention_backward import SCORES_AT_ONCE, has_fused_gradient
 from .block_backward import TOKENS_AT_ONCE
 from .dataset import TrainingClip
 from .factors import layer_shapes
 from .recipe import Recipe
 
-# Arrays as wide as tokens alive in the widest part of a block's backward pass, and of its token-wise piece as wide as
-# the feed-forward, in float32; float32 arrays of scores.
-WIDE, FED, SCORES = 14, 12, 5
+# Arrays as wide as all tokens that are alive in a block's backward pass: in its attention; and in what is made of some
+# tokens, beside arrays as wide as these and as their feed-forward. Unpacked matrices in two pieces.
+ATTENDING, BESIDE, NARROW, FED, UNPACKED = 13, 7, 12, 6, 2
+SCORES = 2 * 14  # bytes for each score that is made at a time, where no kernel keeps them, in two pieces
 FLOAT32_COPIES = 4  # of each trained number: itself, its gradient and two moments
 
 
@@ -83,13 +84,16 @@ def plan_of(
     tokens = max(lengths)
     trained = sum(recipe.rank * (outputs + inputs) for outputs, inputs in layer_shapes(config, recipe.targets).values())
     wide = tokens * config.dim * nets.dtype.size
-    kept = (config.num_layers + 1) * wide * recipe.clips
-    at_once = min(tokens, TOKENS_AT_ONCE)
-    piece = FED * at_once * config.ffn_dim * nets.dtype.size
-    scores = SCORES * 4 * min(SCORES_AT_ONCE, config.num_heads * tokens**2)
-    rest = FLOAT32_COPIES * 4 * trained + kept + WIDE * wide + max(piece, scores) + overhead()
+    kept = config.num_layers * wide * recipe.clips + (recipe.clips - 1) * wide
+    at_once = min(tokens, TOKENS_AT_ONCE) * nets.dtype.size
+    piece = BESIDE * wide + at_once * (NARROW * config.dim + FED * config.ffn_dim)
+    attending = ATTENDING * wide
+    if not has_fused_gradient(nets.dtype, config.head_dim):
+        attending += SCORES * min(SCORES_AT_ONCE, config.num_heads * tokens**2)
     weights = nets.weights
-    held = weights.outside + 2 * weights.largest if stream else weights.all
+    held = weights.outside + 2 * weights.largest + weights.in_flight if stream else weights.all
+    held += UNPACKED * weights.unpacked
+    rest = FLOAT32_COPIES * 4 * trained + kept + max(piece, attending) + overhead()
     flop = sum(step_flop(config, length) for length in lengths) / len(lengths) * recipe.clips
     reads = 2 * weights.stored_blocks * stream
     return TrainingPlan(math.ceil(held + rest), budget, stream, flop, trained, tuple(lengths), reads)

@@ -11,7 +11,7 @@ import math
 
 import mlx.core as mx
 
-from ..models.kernels import READ, READ_PAIRS, ROOT_MEAN_SQUARE, _run, with_kernel
+from ..models.kernels import READ, READ_PAIRS, ROOT_MEAN_SQUARE, _run, trial, with_kernel
 
 READ_GRADIENT = """
 Four<T> back[N];
@@ -105,7 +105,6 @@ EACH_PAIR {
 """
 
 
-@mx.compile
 def _scaled(x, gate):
     return (x.astype(mx.float32) * gate).astype(x.dtype)
 
@@ -118,7 +117,6 @@ def _gelu_tanh(x, y):
     return (g * slope).astype(x.dtype)
 
 
-@mx.compile
 def _modulated_norm(x, y, scale, eps):
     v, g = x.astype(mx.float32), y.astype(mx.float32) * scale
     v = v - v.mean(-1, keepdims=True)
@@ -127,7 +125,6 @@ def _modulated_norm(x, y, scale, eps):
     return (factor * (g - g.mean(-1, keepdims=True) - n * (g * n).mean(-1, keepdims=True))).astype(x.dtype)
 
 
-@mx.compile
 def _norm_and_rotate(x, y, weight, heads, table, eps):
     cosines, sines = table
     v = x.astype(mx.float32)
@@ -167,6 +164,14 @@ def norm_and_rotate(x, y, weight, heads, table, eps):
     rows = {"x": x, "y": y, "weight": weight.astype(mx.float32), "cosines": cosines, "sines": sines}
     steps = READ_PAIRS + ROOT_MEAN_SQUARE + ROTATE_BACK
     return _run("rms_norm_and_rotate_slope", steps, eps, rows, HEAD=channels // heads)[0]
+
+
+def try_kernels(dtype: mx.Dtype, dim: int, ffn_dim: int, head_dim: int) -> None:
+    """Try each kernel now: a trial within a graph that is differentiated would keep all that it computes."""
+    if mx.default_device() == mx.gpu:
+        for fused in (scaled, modulated_norm, norm_and_rotate, gelu_tanh):
+            channels = ffn_dim if fused is gelu_tanh else dim
+            fused.usable(*trial(fused, dtype, channels, 8, 1, head_dim))
 
 
 def rms_norm(x: mx.array, y: mx.array, weight: mx.array, eps: float) -> mx.array:
