@@ -25,7 +25,7 @@ MEMORY = {
     "M5": 16, "M5 Pro": 24, "M5 Max": 36,
 }  # fmt: skip
 # On the first pages.
-FEW = {"M1": 8, "M2": 16, "M4": 16, "M5": 16, "M4 Pro": 24, "M1 Max": 32, "M4 Max": 64, "M3 Ultra": 96}
+FEW = {"M1": 8, "M4": 16, "M5": 16, "M4 Pro": 24, "M4 Max": 64, "M3 Ultra": 96}
 
 
 class Run(NamedTuple):
