@@ -32,6 +32,11 @@ def text_model(folder: Path, device, lora: str | None = None):
     return model, models.use_short_text(model), encoder
 
 
+def beside(folder: Path) -> Path:
+    """Where nano-i2v stands beside nano's ``folder``."""
+    return folder.with_name(folder.name + "-i2v")
+
+
 def counted(args, count: int) -> int:
     return (args.prompts or count) if args.clips is None else 2
 
@@ -166,11 +171,11 @@ def animated(folder: Path, vae, workers, device, args) -> list[Reader]:
 
 def measure_all(args, device, workers, measured: set[str]) -> list[Reader]:
     """Readers of what there is in ``args.out`` and is not ``measured``."""
-    vae, readers = load_vae(args.out, device), []
-    other = args.out.with_name(args.out.name + "-i2v")
+    other, readers = beside(args.out), []
+    vae = load_vae(args.out if (args.out / "vae").exists() else other, device)
     there = {"truth": args.out, "i2v": other, "transformer": args.out / "transformer",
              "four_steps": args.out / FOUR_STEPS}  # fmt: skip
-    for name in sorted(set(args.measure.split(",")) - measured):
+    for name in sorted(set(args.measure.split(",")) - measured - {"two"}):
         if not there[name].exists():
             continue
         measured.add(name)
@@ -180,5 +185,6 @@ def measure_all(args, device, workers, measured: set[str]) -> list[Reader]:
             readers += animated(other, vae, workers, device, args)
         else:
             readers += made(args.out, vae, workers, device, args, name)
-            readers += made(args.out, vae, workers, device, args, name, two=True)
+            if "two" in args.measure:
+                readers += made(args.out, vae, workers, device, args, name, two=True)
     return readers

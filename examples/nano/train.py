@@ -8,7 +8,7 @@ that is there and was not measured yet. DIR receives vae/, transformer/, text_en
 Diffusers, weights rounded to bfloat16, four_steps.safetensors, and a JSON log; DIR-i2v the same of nano-i2v, with its
 image_encoder/. FOLDER is such a DIR, or an MLX folder as ``weights_convert.py`` makes of one, such as
 wan_mlx/assets/nano (wan_mlx/assets/nano-i2v). With ``--steps`` the schedule counts steps instead of seconds and so does
-not depend on speed. "distil" needs "dit" before it in the same command.
+not depend on speed.
 """
 
 from __future__ import annotations
@@ -148,7 +148,6 @@ def main() -> None:
         "--start-i2v", type=Path, help="i2v: go on from this MLX folder, such as wan_mlx/assets/nano-i2v"
     )
     parser.add_argument("--warmup", type=int, default=300, help="steps until the highest rate")
-    parser.add_argument("--encoding", type=float, default=0.13, help="dit, i2v: share of the time to encode clips")
     parser.add_argument("--keep-latents", action="store_true", help="vae: only the decoder is trained")
     parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--seconds", type=float, nargs="+", help="for each stage (default: vae 390, dit 360, ...)")
@@ -156,13 +155,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="clips per step; the VAE takes a sixteenth")
     parser.add_argument("--clips", type=int, help="clips drawn; also makes the evaluation tiny, for a trial run")
     parser.add_argument("--prompts", type=int, help="measure: per size (default 512)")
-    parser.add_argument("--measure", default="transformer,four_steps,i2v", help="and truth (default %(default)s)")
+    parser.add_argument("--measure", default="transformer,four_steps,two,i2v", help="and truth (default %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="distil, measure")
     parser.add_argument("--sampling", type=int, default=12, help="measure: steps")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("fork")  # before CUDA starts: its state does not survive a fork
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_one_thread) as workers:
+    cores = len(os.sched_getaffinity(0))
+    with concurrent.futures.ProcessPoolExecutor(cores, mp_context=context, initializer=_one_thread) as workers:
         list(workers.map(abs, range(64)))
         torch.manual_seed(0)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -175,10 +175,17 @@ def main() -> None:
 
 def run(args, device, workers) -> None:
     """The stages one after the other; videos are read by the workers while the next stage trains."""
-    found, readers, measured, sets = {}, [], set(), None
+    found, readers, measured = {}, [], set()
 
     def write() -> None:
         (args.out / "training.json").write_text(json.dumps(found, indent=1))
+
+    def tell(waiting: bool) -> None:
+        while readers and (waiting or all(job.done() for job in readers[0].jobs)):
+            reader = readers.pop(0)
+            found[reader.name] = reader.table()
+            write()
+            reader.strips(args.out)
 
     for stage, seconds in zip(args.stages, args.seconds or map(SECONDS.get, args.stages), strict=True):
         say(stage)
@@ -187,19 +194,15 @@ def run(args, device, workers) -> None:
             found[stage] = train_vae(args, device, workers, begun, seconds)
         elif stage == "dit":
             found[stage] = train_dit(args, device, workers, begun, seconds)
-            sets = found[stage].pop("sets")
         elif stage == "distil":
-            found[stage] = train_distil(args, device, workers, begun, seconds, sets)
-            sets = None
+            found[stage] = train_distil(args, device, workers, begun, seconds)
         elif stage == "i2v":
             found[stage] = train_i2v(args, device, workers, begun, seconds)
         else:
             readers += measure_all(args, device, workers, measured)
         write()
-    for reader in readers:
-        found[reader.name] = reader.table()
-        write()
-        reader.strips(args.out)
+        tell(waiting=False)
+    tell(waiting=True)
 
 
 STAGES = ("vae", "dit", "distil", "i2v", "measure")

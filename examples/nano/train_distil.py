@@ -14,10 +14,10 @@ import models
 import numpy as np
 import torch
 import world
-from measure import FOUR_STEPS, noise_for, text_model
-from training import CAPTIONS, Clock, Trainer, half, nothing_said, say
+from measure import FOUR_STEPS, text_model
+from training import Clock, Trainer, draw, half, nothing_said, pick_size, say, some_unknown
 
-RANK, RATE = 14, 7e-4
+RANK, RATE = 16, 7e-4
 LEARNS = re.compile(r"^blocks\..*\.weight|time_proj\.weight")
 STEPS, FINE = 4, 5  # FINE steps of the teacher in each of the student's
 TEACHING = 0.35  # of the time, in which the teacher samples
@@ -25,34 +25,80 @@ ALONE = 0.6  # of the training, until the student also starts from where it has 
 
 
 @torch.no_grad()
-def teach(model, short, sets, empty, args, seconds: float):
+def captions(encoder, workers, tokenizer, device, args) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per size: contexts (N, SHORT_LEN, 128) in bfloat16 and how many tokens each has."""
+    found = []
+    for size in world.SIZES:
+        texts = draw(workers, 8, 4096 if args.clips is None else args.clips, size, device)[1]
+        ids = some_unknown(torch.as_tensor(models.token_rows(tokenizer, texts)).long().to(device))
+        context = torch.cat([models.encode_text(encoder, part)[0].to(torch.bfloat16) for part in ids.split(8192)])
+        found.append((context, (ids != models.PAD).sum(1)))
+    return found
+
+
+class Teacher:
+    """Guided velocities of batches of one shape; on a GPU recorded once and then replayed."""
+
+    def __init__(self, model, short, empty, guidance: float):
+        self.model, self.short, self.empty, self.guidance = model, short, empty, guidance
+        self.graph, self.inputs, self.output = None, None, None
+
+    def __call__(self, *inputs):
+        """Of latents, timestep (1,), context and bias; the result is overwritten by the next call."""
+        if not inputs[0].is_cuda:
+            return self._plain(*inputs)
+        if self.graph is None:
+            self.inputs = [x.clone() for x in inputs]
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(3):
+                    self._plain(*self.inputs)
+            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = self._plain(*self.inputs)
+        for kept, value in zip(self.inputs, inputs, strict=True):
+            kept.copy_(value)
+        self.graph.replay()
+        return self.output
+
+    def _plain(self, x, timestep, context, bias):
+        count = len(x)
+        self.short.bias = torch.cat([bias, models.padding_bias(torch.ones(count, dtype=torch.long, device=x.device))])
+        both = torch.cat([context, self.empty.expand_as(context)])
+        with half():
+            v = self.model(torch.cat([x, x]), timestep.expand(2 * count), both, return_dict=False)[0].float()
+        said, unsaid = v.chunk(2)
+        return unsaid + self.guidance * (said - unsaid)
+
+
+@torch.no_grad()
+def teach(model, short, told, empty, args, seconds: float):
     """Per size: latents at the STEPS + 1 levels (N, STEPS + 1, 16, t, h, w), context and bias; bfloat16."""
     begun, sigmas, rng = time.monotonic(), models.levels(STEPS * FINE), np.random.default_rng(6)
-    found = [([], [], []) for _ in sets]
+    found, teachers = [([], [], []) for _ in told], [Teacher(model, short, empty, args.guidance) for _ in told]
     for turn in range(10**6):
-        if turn >= len(sets) and time.monotonic() - begun > seconds:
+        if turn >= len(told) and time.monotonic() - begun > seconds:
             break
         # Every size once first, so that time may run out at any moment.
-        which = turn if turn < len(sets) else int(rng.choice(len(sets), p=world.SIZE_SHARE))
-        clips, batch = sets[which], args.batch // 2 if which == 1 else args.batch
-        index = torch.randint(len(clips.context), (batch,), device=empty.device)
-        caption = torch.randint(CAPTIONS, (batch,), device=empty.device)
-        context, bias = clips.context[index, caption].float(), models.padding_bias(clips.words[index, caption])
-        nothing, silent = empty.expand_as(context).contiguous(), models.padding_bias(torch.ones_like(index))
-        x = noise_for(world.SIZES[which], batch, 100_000 + turn, empty.device)
+        which = turn if turn < len(told) else pick_size(rng)
+        (contexts, words), batch = told[which], args.batch // 2 if which == 1 else args.batch
+        index = torch.randint(len(contexts), (batch,), device=empty.device)
+        context, bias = contexts[index].float(), models.padding_bias(words[index])
+        width, height, frames = world.SIZES[which]
+        x = torch.randn(batch, 16, (frames - 1) // 4 + 1, height // 8, width // 8, device=empty.device)
         kept = [x.to(torch.bfloat16)]
         for step in range(STEPS * FINE):
-            t = torch.full((batch,), float(1000 * sigmas[step]), device=empty.device)
-            with half():
-                short.bias = bias
-                said = model(x, t, context, return_dict=False)[0].float()
-                short.bias = silent
-                unsaid = model(x, t, nothing, return_dict=False)[0].float()
-            x = x + float(sigmas[step + 1] - sigmas[step]) * (unsaid + args.guidance * (said - unsaid))
+            t = torch.full((1,), float(1000 * sigmas[step]), device=empty.device)
+            x = x + float(sigmas[step + 1] - sigmas[step]) * teachers[which](x, t, context, bias)
             if step % FINE == FINE - 1:
                 kept.append(x.to(torch.bfloat16))
         for part, values in zip(found[which], (torch.stack(kept, 1), context.to(torch.bfloat16), bias), strict=True):
             part.append(values)
+        if turn % 8 == 0 and x.is_cuda:
+            torch.cuda.synchronize()
     say(f"the teacher made {[sum(map(len, pairs)) for pairs, _, _ in found]} clips")
     return [tuple(torch.cat(part) for part in parts) for parts in found]
 
@@ -74,6 +120,18 @@ class LowRank(torch.nn.Module):
             torch.randn(RANK, w.shape[1], device=device) * w.shape[1] ** -0.5 for w in self.begin
         )
         self.up = torch.nn.ParameterList(torch.zeros(len(w), RANK, device=device) for w in self.begin)
+
+    @torch.no_grad()
+    def go_on(self, path: Path) -> None:
+        """Begin with the products in a file of `save`, of this rank or less."""
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+        for name, up, down in zip(self.names, self.up, self.down, strict=True):
+            layer = f"transformer.{name.removesuffix('.weight')}"
+            first, second = (state[f"{layer}.lora_{part}.weight"] for part in "AB")
+            down[: len(first)] = first
+            up[:, : len(first)] = second
 
     @torch.no_grad()
     def write(self) -> None:
@@ -99,14 +157,18 @@ class LowRank(torch.nn.Module):
         save_file({name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in state.items()}, path)
 
 
-def train_distil(args, device, workers, begun: float, seconds: float, sets) -> dict:
-    """Writes ``args.out``/four_steps.safetensors; ``sets``: as `train_dit` returns them."""
+def train_distil(args, device, workers, begun: float, seconds: float) -> dict:
+    """Writes ``args.out``/four_steps.safetensors."""
     model, short, encoder = text_model(args.out, device)
     empty = nothing_said(encoder)
     if device.type == "cuda":
         model.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    taught = teach(model, short, sets, empty, args, TEACHING * seconds)
+    tokenizer = models.load_tokenizer(args.out / "tokenizer" / "spiece.model")
+    told = captions(encoder, workers, tokenizer, device, args)
+    taught = teach(model, short, told, empty, args, TEACHING * seconds)
     lora, clock = LowRank(model), Clock(begun + seconds, args.steps)
+    if args.start and (args.start / FOUR_STEPS).exists():
+        lora.go_on(args.start / FOUR_STEPS)
     trainer = Trainer([lora], clock, RATE, 100, 0.998, gather=lora.take, weight_decay=0.0, betas=(0.9, 0.99))
     sigmas = torch.as_tensor(models.levels(STEPS), device=device, dtype=torch.float32)
 
@@ -142,8 +204,8 @@ def train_distil(args, device, workers, begun: float, seconds: float, sets) -> d
     trainer.keep = keep
     chooser = np.random.default_rng(7)
     while clock.progress() < 1:
-        which, alone = int(chooser.choice(len(taught), p=world.SIZE_SHARE)), clock.progress() > ALONE
+        which, alone = pick_size(chooser), clock.progress() > ALONE
         trainer.step(lambda which=which, alone=alone: loss_of(which, alone), (which, alone))
     keep(*trainer.averaged())
     say(f"{clock.step} steps")
-    return {"log": trainer.log}
+    return {"steps": clock.step, "log": trainer.log}

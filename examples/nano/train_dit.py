@@ -5,16 +5,16 @@ from __future__ import annotations
 import models
 import numpy as np
 import torch
-import world
 from training import (
     Clock,
+    Stock,
     Trainer,
     channels_last,
     draw_batch,
-    encode_clips,
     flow_matching,
     load_vae,
     nothing_said,
+    pick_size,
     save,
     say,
     start_from,
@@ -30,13 +30,18 @@ def train_dit(args, device, workers, begun: float, seconds: float) -> dict:
     tokenizer = models.load_tokenizer(args.out / "tokenizer" / "spiece.model")
     vae = load_vae(args.out, device)
     fast = channels_last(vae) if device.type == "cuda" else vae
-    sets = encode_clips(fast, encoder, workers, tokenizer, args, args.encoding * seconds)
-    log = train(model, sets, nothing_said(encoder), args, Clock(begun + seconds, args.steps), args.out / "transformer")
-    return {"log": log, "sets": sets}
+    stock = Stock(fast, encoder, workers, tokenizer, args)
+    clock = Clock(begun + seconds, args.steps)
+    return train(model, stock, nothing_said(encoder), args, clock, args.out / "transformer")
 
 
-def train(model, sets, empty, args, clock: Clock, folder) -> list[dict]:
-    """Flow matching of ``model`` on ``sets``; ``folder`` gets its average. Returns the log."""
+FIRST = 12.0  # seconds at most, in which clips are encoded before the first step
+FRESH = 7  # steps for 32 fresh clips; twice as many clips at the beginning
+
+
+def train(model, stock: Stock, empty, args, clock: Clock, folder) -> dict:
+    """Flow matching of ``model`` on clips of ``stock``; ``folder`` gets its average. Returns the log."""
+    stock.fill(min(FIRST, 0.05 * (clock.seconds - clock.begin)))
     short = models.use_short_text(model)
     if empty.is_cuda:
         model.compile_repeated_blocks(fullgraph=True, dynamic=False)
@@ -47,7 +52,7 @@ def train(model, sets, empty, args, clock: Clock, folder) -> list[dict]:
         say("saved")
 
     def loss_of(which: int):
-        drawn = draw_batch(sets[which], args.batch // 2 if which == 1 else args.batch, empty)
+        drawn = draw_batch(stock.sets[which], args.batch // 2 if which == 1 else args.batch, empty)
         short.bias = drawn.bias
 
         def predict(x, t):
@@ -59,8 +64,10 @@ def train(model, sets, empty, args, clock: Clock, folder) -> list[dict]:
     trainer.keep = keep
     chooser = np.random.default_rng(4)
     while clock.progress() < 1:
-        which = int(chooser.choice(len(sets), p=world.SIZE_SHARE))
+        if clock.step % (FRESH // 2 if clock.progress() < 0.15 else FRESH) == 0:
+            stock.more(pick_size(chooser))
+        which = pick_size(chooser)
         trainer.step(lambda which=which: loss_of(which), which)
     keep(*trainer.averaged())
-    say(f"{clock.step} steps")
-    return trainer.log
+    say(f"{clock.step} steps, {stock.made} clips")
+    return {"steps": clock.step, "clips": stock.made, "log": trainer.log}

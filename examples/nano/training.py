@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import json
 import math
@@ -19,7 +20,7 @@ import world
 
 START = time.monotonic()
 CAPTIONS = 4  # captions kept per clip
-SAVE_EVERY = 150  # seconds between checkpoints
+SAVE_EVERY = 60  # seconds between checkpoints
 
 
 class Clock:
@@ -309,12 +310,13 @@ class Clips(NamedTuple):
     Text and image encoders stay as they are in these stages, so all is encoded once, in bfloat16.
     """
 
+    filled: torch.Tensor  # (): how many of the N places are
     latents: torch.Tensor  # (N, 16, t, h, w)
     boxes: torch.Tensor  # bool (N, 1, t, h, w): where things are
     context: torch.Tensor  # (N, CAPTIONS, SHORT_LEN, 128)
     words: torch.Tensor  # (N, CAPTIONS): tokens of each caption
-    features: torch.Tensor | None  # (N, 257, IMAGE_DIM): of the first frame
-    start: torch.Tensor | None  # (N, 16, t, h, w): latents of the first frame followed by grey
+    features: torch.Tensor | None = None  # (N, 257, IMAGE_DIM): of the first frame
+    start: torch.Tensor | None = None  # (N, 16, t, h, w): latents of the first frame followed by grey
 
 
 class Batch(NamedTuple):
@@ -331,7 +333,7 @@ class Batch(NamedTuple):
 def draw_batch(clips: Clips, count: int, empty: torch.Tensor) -> Batch:
     """``count`` clips with one of their captions each, or in one of ten with none: ``empty`` (1, SHORT_LEN, 128)."""
     device = clips.latents.device
-    index = torch.randint(len(clips.latents), (count,), device=device)
+    index = (torch.rand(count, device=device) * clips.filled).long()
     which = torch.randint(CAPTIONS, (count,), device=device)
     silent = torch.rand(count, device=device) < 0.1
     context = torch.where(silent[:, None, None], empty, clips.context[index, which].float())
@@ -342,42 +344,84 @@ def draw_batch(clips: Clips, count: int, empty: torch.Tensor) -> Batch:
     return Batch(clips.latents[index].float(), clips.boxes[index].float(), context, bias, features, condition)
 
 
-@torch.no_grad()
-def encode_clips(vae, encoder, workers, tokenizer, args, seconds: float, image_encoder=None) -> list[Clips]:
-    """Clips of each size, as many as ``seconds`` are enough for; with ``image_encoder`` those of nano-i2v."""
-    device = next(vae.parameters()).device
-    given, glyphs = image_encoder is not None, render.atlas(device)
-    total = 48000 if args.clips is None else args.clips
-    counts = [max(int(total * share), 2) for share in world.SIZE_SHARE]
-    begun, sets = time.monotonic(), []
-    for index, (size, count) in enumerate(zip(world.SIZES, counts, strict=True)):
-        packed, captions = draw(workers, 5, count, size, device, given=given)
-        limit = begun + seconds * sum(counts[: index + 1]) / sum(counts)
-        ids = torch.as_tensor(models.token_rows(tokenizer, captions)).view(count, CAPTIONS, -1)
-        parts = []
-        for start in range(0, count, 32):
-            video, boxes = render.paint(pick(packed, slice(start, start + 32)), glyphs, *size[:2])
-            latents = encode_normalised(vae, video)
-            boxes = F.max_pool3d(torch.cat([boxes[:, :, :1].expand(-1, -1, 3, -1, -1), boxes], 2), (4, 8, 8)) > 0
-            if given:
-                image = to_bytes(video[:, :, 0])
-                with half():
-                    features = models.encode_image(image_encoder, image).to(torch.bfloat16)
-                parts.append((latents, boxes, features, encode_normalised(vae, then_grey(image, size[2]))))
-            else:
-                parts.append((latents, boxes))
-            if start % 1024 == 0 and device.type == "cuda":
+class Stock:
+    """Encoded clips of each size, on the device; with ``image_encoder`` those of nano-i2v.
+
+    `more` has processes draw, and encodes, 32 fresh ones at a time. When the places are filled, they take those of the
+    oldest: what is trained on is hardly ever seen more than a few dozen times. Tensors stay where they are, so that
+    recorded steps go on with what is in them.
+    """
+
+    DRAWN = 256
+
+    def __init__(self, vae, encoder, workers, tokenizer, args, image_encoder=None):
+        self.vae, self.encoder, self.image_encoder, self.tokenizer = vae, encoder, image_encoder, tokenizer
+        self.workers, self.device = workers, next(vae.parameters()).device
+        self.glyphs = render.atlas(self.device)
+        places, self.chunk = (24576, 32) if args.clips is None else (args.clips, 2)
+        self.places = [max(int(places * share) // self.chunk, 1) * self.chunk for share in world.SIZE_SHARE]
+        self.made, self.sets = [0] * len(world.SIZES), [None] * len(world.SIZES)
+        self.scenes = [None] * len(world.SIZES)  # drawn ones, and how many of them have been encoded
+        self.jobs = [collections.deque() for _ in world.SIZES]
+        self.seed = 0
+        for which in (*range(len(world.SIZES)),) * 2:
+            self._order(which)
+
+    def _order(self, which: int) -> None:
+        self.seed += 1
+        given, size = self.image_encoder is not None, world.SIZES[which]
+        self.jobs[which].append(self.workers.submit(_draw, 9000 + self.seed, self.DRAWN, size, False, given))
+
+    @torch.no_grad()
+    def more(self, which: int) -> None:
+        """``chunk`` more clips of one size."""
+        if self.scenes[which] is None:
+            packed, captions = self.jobs[which].popleft().result()
+            self._order(which)
+            ids = torch.as_tensor(models.token_rows(self.tokenizer, captions)).to(self.device).long()
+            self.scenes[which] = render.upload([packed], self.device), ids.view(self.DRAWN, CAPTIONS, -1), 0
+        packed, ids, begin = self.scenes[which]
+        part = slice(begin, begin + self.chunk)
+        self.scenes[which] = (packed, ids, part.stop) if part.stop < self.DRAWN else None
+        values = self._encoded(pick(packed, part), ids[part], world.SIZES[which])
+        if self.sets[which] is None:
+            empty = (torch.zeros(self.places[which], *v.shape[1:], dtype=v.dtype, device=self.device) for v in values)
+            self.sets[which] = Clips(torch.zeros((), device=self.device), *empty)
+        at = self.made[which] % self.places[which]
+        for kept, value in zip(self.sets[which][1:], values, strict=False):
+            kept[at : at + self.chunk] = value
+        self.made[which] += self.chunk
+        self.sets[which].filled.fill_(min(self.made[which], self.places[which]))
+
+    def _encoded(self, packed, ids, size) -> list[torch.Tensor]:
+        """All but the first field of `Clips`."""
+        video, boxes = render.paint(packed, self.glyphs, *size[:2])
+        boxes = F.max_pool3d(torch.cat([boxes[:, :, :1].expand(-1, -1, 3, -1, -1), boxes], 2), (4, 8, 8)) > 0
+        ids = some_unknown(ids.flatten(0, 1))
+        context = models.encode_text(self.encoder, ids)[0].to(torch.bfloat16).unflatten(0, (-1, CAPTIONS))
+        values = [encode_normalised(self.vae, video), boxes, context, (ids != models.PAD).sum(1).view(-1, CAPTIONS)]
+        if self.image_encoder is None:
+            return values
+        image = to_bytes(video[:, :, 0])
+        with half():
+            features = models.encode_image(self.image_encoder, image).to(torch.bfloat16)
+        return [*values, features, encode_normalised(self.vae, then_grey(image, size[2]))]
+
+    def fill(self, seconds: float) -> None:
+        """Clips of each size for so long, a few of each at least."""
+        begun, turn = time.monotonic(), 0
+        chooser = np.random.default_rng(5)
+        while turn < 2 * len(self.sets) or time.monotonic() - begun < seconds:
+            which = turn % len(self.sets) if turn < 2 * len(self.sets) else pick_size(chooser)
+            self.more(which)
+            turn += 1
+            if turn % 16 == 0 and self.device.type == "cuda":
                 torch.cuda.synchronize()
-            if time.monotonic() > limit and len(parts) * 32 >= 256:
-                break
-        latents, boxes, *first = (torch.cat(column) for column in zip(*parts, strict=True))
-        ids = some_unknown(ids[: len(latents)].flatten(0, 1).long().to(device))
-        context = torch.cat([models.encode_text(encoder, part)[0].to(torch.bfloat16) for part in ids.split(8192)])
-        words = (ids != models.PAD).sum(1)
-        sets.append(Clips(latents, boxes, context.unflatten(0, (-1, CAPTIONS)), words.view(-1, CAPTIONS),
-                          *(first or (None, None))))  # fmt: skip
-        say(f"{size}: {len(latents)} of {count} clips encoded, captions of at most {int(words.max())} tokens")
-    return sets
+        say(f"{self.made} clips encoded, of {world.SIZES}")
+
+
+def pick_size(rng: np.random.Generator) -> int:
+    return int(rng.choice(len(world.SIZES), p=world.SIZE_SHARE))
 
 
 def encode_normalised(vae, video: torch.Tensor) -> torch.Tensor:

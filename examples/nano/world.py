@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 FPS = 16
-TWO_SHARE = 0.2  # of the clips show two things
+TWO_SHARE = 0.15  # of the clips show two things
 SIZES = ((128, 128, 17), (128, 128, 33), (160, 96, 17), (96, 160, 17))  # width, height, frames
-SIZE_SHARE = (0.58, 0.14, 0.14, 0.14)
+SIZE_SHARE = (0.4, 0.18, 0.2, 0.22)  # of the steps
 
 COLOURS = {
     "red": (222, 40, 38),
@@ -49,7 +49,7 @@ DIRECTIONS = {
     "up-right": (1, -1), "up-left": (-1, -1), "down-right": (1, 1), "down-left": (-1, 1),
 }  # fmt: skip
 MOTIONS = (*DIRECTIONS, "bounce", "grow", "shrink", "spin", "still")
-MOTION_SHARE = {"spin": 3.5, "bounce": 2.0, "grow": 1.3}  # beside 1 of each other
+MOTION_SHARE = {"spin": 4.5, "bounce": 3.5, "grow": 1.3}  # beside 1 of each other
 DIGITS = tuple(f"digit {d}" for d in range(10))
 MARGIN = 3.0  # pixels that stay free between a thing and the edge
 GLYPH_REACH = 1.25  # the glyph atlas covers [-1.25, 1.25] radii
