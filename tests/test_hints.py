@@ -60,8 +60,7 @@ SHOWN = {
     "wan-mlx serve": "serve --help",  # tests/test_serve.py runs it
     "wan-mlx serve --model t2v-1.3B --library ~/Movies/wan": "serve --help",
     "wan-mlx serve --host 0.0.0.0 --no-browser": "serve --help",
-    "wan-mlx train clips -o zorb --steps 150 --lr 2e-3 --rank 8":
-        "train clips -o zorb --steps 150 --lr 2e-3 --rank 8 --frames 5 --dry-run",
+    "wan-mlx train clips -o zorb --trigger zorb": "train clips -o zorb --trigger zorb --frames 5 --dry-run",
     "wan-mlx train clips -m t2v-1.3B -o style --size 480x272 --frames 33":
         "train clips -m t2v-1.3B -o style --size 480x272 --frames 33 --dry-run --memory 24GB",
     "wan-mlx train clips -m t2v-1.3B -o style --resume": "train --help",  # tests/test_training.py resumes

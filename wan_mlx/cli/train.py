@@ -50,11 +50,11 @@ ABOUT = {
     "clip": "largest norm of the gradients; 0: any",
     "batch": "clips of a step",
     "accumulate": "times as many clips of a step",
-    "timesteps": f"how noise levels are drawn: {', '.join(TIMESTEP_SAMPLING)}",
+    "timesteps": ", ".join(TIMESTEP_SAMPLING),
     "shift": "of the noise levels",
-    "preserve": "share of clips that, without the trigger, stay as they were",
-    "given_frame": "share of clips whose first frame is given (TI2V)",
-    "caption_dropout": "share of clips without their caption",
+    "preserve": "share kept as it was, without the trigger",
+    "given_frame": "share of TI2V's clips with a first frame",
+    "caption_dropout": "share of clips without caption",
     "dropout": "share of ranks that a step leaves out",
     "seed": "of all chance",
     "save_every": "steps between kept states",
@@ -79,14 +79,14 @@ def build_parser() -> Parser:
         prog="wan-mlx train", usage="wan-mlx train DATA --output OUT [flags]", description=DESCRIPTION, epilog=EPILOG
     )
     parser.add_argument(
-        "data", metavar="DATA", type=Path, help="folder of pictures, videos and captions, or a .toml file"
+        "data", metavar="DATA", type=Path, help="folder of files and captions, or a .toml file"
     )
     parser.add_argument("-m", "--model", metavar="NAME", default="nano", help="what --model of a video takes (nano)")
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="new folder for the LoRA")
     parser.add_argument("--size", metavar="WxH", type=parse_size, help="area of the clips (the model's own size)")
     parser.add_argument("--frames", metavar="N", type=int, help="longest length of the clips (the model's own)")
     parser.add_argument(
-        "--expert", metavar="NAME", default="both", help="of a model of two experts: high, low (noise), or both"
+        "--expert", metavar="NAME", default="both", help="of a model of two experts: high, low, or both"
     )
     parser.add_argument("--trigger", metavar="WORD", default="", help="put in front of captions that lack it")
     parser.add_argument(
@@ -103,8 +103,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "-q", "--quantize", metavar="MODE", type=parse_mode, help="of the model that is trained beside: q8, q4, ..."
     )
-    parser.add_argument("--dtype", metavar="NAME", default="bfloat16", help=named("dtype").described)
-    parser.add_argument("--memory", metavar="SIZE", help=named("memory").described)
+    parser.add_argument("--dtype", metavar="NAME", default="bfloat16", help="bfloat16, float16 or float32 (bfloat16)")
+    parser.add_argument("--memory", metavar="SIZE", help="what MLX may hold, such as 8GB (what is free)")
     parser.add_argument(
         "--sample-prompts", metavar="FILE", type=Path, help="a prompt a line, of each a video now and then"
     )
