@@ -66,6 +66,7 @@ NAMES = {
 }  # fmt: skip
 STAND_INS = sorted(set(NAMES.values()))
 SMALL = "--size 16x16 --frames 5 --dtype float32 --overwrite --quiet"
+SAYS_WHAT = {"--prompt", "--src_root_path"}  # a command with one of them makes a video
 FOLDERS = ("-m", "--model", "--ckpt_dir", "--text-encoder", "--vae")
 
 
@@ -136,7 +137,7 @@ def covering(commands: dict[str, tuple[str, ...]]) -> set[str]:
         words = spelled_out(words)
         tasks = {PRESETS[NAMES[word]].task for word in words if word in NAMES}
         flags = {(word, task) for word in words if word.startswith("--") for task in tasks or {""}}
-        if flags - seen or "--prompt" not in words:
+        if flags - seen or not SAYS_WHAT & {*words}:
             chosen.add(text)
             seen |= flags
     return chosen
@@ -352,7 +353,7 @@ def test_command_runs(command, homes, monkeypatch, capsys):
         assert code in ((0, None) if is_dry else (0, 3)), said.err
         assert "has no effect here" not in said.err or "--offload_model" in command
     words = spelled_out(COMMANDS[command])
-    makes = "--prompt" in words and not {"--plan", "--dry-run"} & set(words)
+    makes = SAYS_WHAT & {*words} and not {"--plan", "--dry-run"} & set(words)
     assert bool(made) == bool(command in MADE and (makes or "--config" in words))
 
 
