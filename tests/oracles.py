@@ -109,7 +109,9 @@ def official_s2v():
             sys.modules[name] = types.ModuleType(name)
             path = [str(Path(sys.modules["wan"].__path__[0]).joinpath(*name.split(".")[1:]))]
             sys.modules[name].__path__ = path
-    module = official("modules.s2v.model_s2v")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's autocast
+        module = official("modules.s2v.model_s2v")
     module.flash_attention = official("modules.model").flash_attention = unmasked_attention
     return module
 

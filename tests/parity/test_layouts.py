@@ -2,15 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from math import prod
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from oracles import diffusers_transformer, official, official_animate, randomize, relative_error
-from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+from oracles import diffusers_transformer, official, official_animate, official_s2v, randomize, relative_error
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
 
 from wan_mlx.errors import WeightsError
 from wan_mlx.files.scaled_names import without_scales
@@ -29,6 +36,7 @@ COUNTS = {
     "vace-1.3B": 1264,
     "vace-14B": 1331,
     "ti2v-5B": 825,
+    "s2v-14B": 1260,
     "animate-14B": 1441 - 14,  # without the kernels of blurs, which are constants
 }
 
@@ -52,6 +60,8 @@ def official_transformer(config: TransformerConfig) -> Shapes:
     dim, width = config.dim, config.image_dim
     names = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim")
     sizes = {name: getattr(config, name) for name in names}
+    if config.model_type == "s2v":
+        return official_speech_transformer(config)
     if config.model_type == "animate":
         return shapes_of(lambda: official_animate().WanAnimateModel(**sizes))
     shapes = shapes_of(lambda: official("modules.model").WanModel(model_type="t2v", **sizes))
@@ -74,6 +84,20 @@ def official_transformer(config: TransformerConfig) -> Shapes:
             shapes |= {name.replace("blocks.0.", f"vace_blocks.{n}."): shape for name, shape in block.items()}
             shapes |= linear(f"vace_blocks.{n}.after_proj", dim, dim)
     return shapes
+
+
+def official_speech_transformer(config: TransformerConfig) -> Shapes:
+    names = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "audio_dim")
+    sizes = {name: getattr(config, name) for name in names} | {"audio_inject_layers": [*config.audio_inject_layers]}
+    kind = official_s2v().WanModel_S2V
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "init_weights", lambda self: None)  # takes minutes
+        return shapes_of(
+            lambda: kind(
+                cond_dim=16, zero_timestep=True, enable_motioner=False, enable_framepack=True,
+                framepack_drop_mode="padd", enable_adain=config.audio_adain, **sizes,
+            )
+        )  # fmt: skip
 
 
 @cache
@@ -195,7 +219,44 @@ class Case:
 
 def transformer_case(layout: str, build: Callable, config: TransformerConfig) -> Case:
     kernels = 14 if layout == "official" and config.face_layers else 0  # of blurs
-    return Case(f"{layout} transformer", lambda: build(config), lambda: official_transformer(config), kernels)
+    official_shapes = partial(official_transformer, config)
+    return Case(f"{layout} transformer", partial(build, config), lambda: canonical(official_shapes()), kernels)
+
+
+def canonical(shapes: Shapes) -> Shapes:
+    """S2V's injectors are blocks here."""
+    for theirs in ("audio_injector.injector.", "audio_injector.injector_adain_layers."):
+        shapes = {name.replace(theirs, "audio_injectors."): shape for name, shape in shapes.items()}
+    return {
+        name.replace(".linear.", ".adain.") if name.startswith("audio_injectors") else name: shape
+        for name, shape in shapes.items()
+    }
+
+
+@cache
+def hf_audio_encoder() -> Shapes:
+    return shapes_of(
+        lambda: Wav2Vec2ForCTC(
+            Wav2Vec2Config(
+                hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+                do_stable_layer_norm=True, feat_extract_norm="layer", conv_bias=True, vocab_size=33,
+            )
+        )
+    )  # fmt: skip
+
+
+def official_audio_encoder() -> Shapes:
+    """As it is published: written by an older PyTorch."""
+    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    shapes = hf_audio_encoder()
+    for new, name in old.items():
+        shapes = {key.replace(new, name): shape for key, shape in shapes.items()}
+    return shapes
+
+
+def sound_alone() -> Shapes:
+    shapes = {name.removeprefix("wav2vec2."): shape for name, shape in official_audio_encoder().items()}
+    return {name: shape for name, shape in shapes.items() if not name.startswith(("lm_head", "masked_spec"))}
 
 
 def comfyui_fp8() -> Shapes:
@@ -244,7 +305,8 @@ CASES = {
     f"{layout} {name}": transformer_case(layout, build, preset.transformer)
     for name, preset in PRESETS.items()
     for layout, build in (("official", official_transformer), ("diffusers", diffusers_shapes))
-    if layout == "official" or preset.transformer.ref_dim is None  # Diffusers has no class of Fun-Control
+    # Diffusers has no class of Fun-Control, nor of S2V.
+    if layout == "official" or (preset.transformer.ref_dim is None and preset.transformer.model_type != "s2v")
 } | {
     "comfyui i2v": Case(
         "official transformer",
@@ -289,6 +351,8 @@ CASES = {
     "official clip": Case("official image_encoder", open_clip, official_image_encoder, 9),
     "official visual tower": Case("official image_encoder", official_image_encoder, official_image_encoder),
     "hf clip": Case("huggingface image_encoder", hf_image_encoder, official_image_encoder, 2),
+    "official wav2vec": Case("official audio_encoder", official_audio_encoder, sound_alone, 3),
+    "wav2vec of a newer PyTorch": Case("official audio_encoder", hf_audio_encoder, sound_alone, 3),
     "hf clip published": Case("huggingface image_encoder", hf_clip_published, official_image_encoder, 4),
 }
 ONE_OF_EACH = {case.layout: name for name, case in CASES.items()}.values()
