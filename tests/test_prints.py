@@ -6,7 +6,7 @@ from pathlib import Path
 import wan_mlx
 
 PACKAGE = Path(wan_mlx.__file__).parent
-SPEAKERS = ("progress_bars.py",)  # a listener, for notebooks too
+SPEAKERS = ("progress_bars.py", "heartbeat.py")  # a listener, for notebooks too; the last words of a process
 STREAMS = ("sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__")
 
 

@@ -312,6 +312,7 @@ class TestModels:
         whole = {"model": "t2v-1.3B", "memory": "8GB", "size": "832x480", "steps": 40}
         drafted = client.post("/v1/plan", json={**whole, "draft": True}).json()
         assert (drafted["size"], drafted["steps"]) == ("416x240", 10) and drafted["peak_bytes"] < fits["peak_bytes"]
+        assert client.post("/v1/plan", json={"draft": True}).json()["size"] == "64x64"  # of nano, by its own VAE
         assert {"options": {"size": "832x464"}, "text": "--size 832x464"} in large["advice"] or large["advice"]
 
     def test_a_hub_that_hangs_holds_nobody_up(self, tmp_path, monkeypatch):
@@ -404,7 +405,7 @@ class TestGuard:
 WRONG_VALUES = (None, True, -1, 0, 1e99, "x", "", [], {}, ["a", 1], "../../etc/passwd", "/etc/passwd", "~/x", "\0")
 # Values of those that are right for an option.
 RIGHT = {
-    "seed": (0, -1), "steps": (), "cfg_zero": (True, 0), "draft": (), "context_scale": (-1, 0), "shift": (1e99,),
+    "seed": (0, -1), "steps": (), "cfg_zero": (True, 0), "draft": (True,), "context_scale": (-1, 0), "shift": (1e99,),
     "guidance_scale": (-1, 0, 1e99), "memory": (), "stop_below": (), "prompt_cache": (True,), "negative_prompt":
     ("x", "", "../../etc/passwd", "/etc/passwd", "~/x", "\0"), "prompt": ("x", "../../etc/passwd", "/etc/passwd",
     "~/x", "\0"), "src_ref_images": ([], ""), "loras": ([], ""), "loras_high": ([], ""), "loras_low": ([], ""),

@@ -194,7 +194,7 @@ def test_packed_weights_are_timed_packed():
     nets = sizes_of(PRESETS["nano"], "bfloat16", "q8")
     model = timing.random_transformer(replace(nets.transformer, num_layers=1), nets)
     assert isinstance(model.blocks[0].ffn[0], QuantizedLinear) and model.dtype == mx.bfloat16
-    latents, context, more = timing._inputs(model.config, 4, mx.bfloat16)
+    latents, context, more = timing.random_inputs(model.config, 4, mx.bfloat16)
     assert mx.isfinite(model(latents, 500.0, context, **more)).all()
 
 

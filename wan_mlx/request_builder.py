@@ -56,7 +56,8 @@ def build_request(
         TypeError: an option of no such name; names the nearest.
         ValueError: a value is wrong; names the nearest valid one. A source is missing, or not for this model.
     """
-    prompt = prompt if (prompt or "").strip() else preset.prompt or prompt
+    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+        prompt = preset.prompt or prompt
     values = options.filled(REQUEST, {"prompt": prompt, **given})
     for option in options.of(REQUEST):
         option.check_type(values[option.name])

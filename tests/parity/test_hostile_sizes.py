@@ -22,6 +22,8 @@ COMPONENTS = {
     "image_encoder": configs.ImageEncoderConfig,
 }
 VALUES = ("x", -1, 0, 1.5, 10**30, [], {}, [1, "a"], True, float("inf"), float("nan"), [float("nan")] * 16)
+# Lists that other kinds of transformers have.
+OTHERS = ("vace_layers", "audio_inject_layers", "face_layers", "motion_widths", "motion_dims", "face_dims")
 # What sizes are read from.
 KEYS = {
     "transformer": ("patch_embedding.weight", "text_embedding.0.weight", "blocks.0.ffn.0.weight", "head.head.weight"),
@@ -53,8 +55,8 @@ def test_configs(component, shapes):
         assert judge(component, shapes[component], {field.name: None}) is None
         for value in VALUES:
             refusal = judge(component, shapes[component], {field.name: value})
-            fits = isinstance(field.default, float) and value == 1.5
-            unread = (field.name, value) == ("vace_layers", [])
+            fits = (isinstance(field.default, float) and value == 1.5) or value is field.default is True
+            unread = field.name in OTHERS and value == []
             assert (refusal is None) == (fits or unread), (field.name, value, refusal)
 
 

@@ -133,10 +133,7 @@ def measure_rates(
 def transformer_rate(nets: Networks, tokens: int, at_a_time: int, tokens_at_once: int, attending: float) -> Rate:
     """Rate of a forward without self-attention, which is taken to run at ``attending`` FLOP per second."""
     whole = nets.transformer
-    # Tokens of a reference image are tokens like the others.
-    few = replace(whole, num_layers=1, vace_layers=whole.vace_layers[:1], ref_dim=None, face_layers=())
-    plain = "t2v" if whole.hears else "i2v" if whole.face_layers else whole.model_type
-    model = random_transformer(replace(few, model_type=plain), nets)
+    model = random_transformer(one_block(whole), nets)
     run = Execution(model, tokens_at_once=tokens_at_once)
 
     def forward(count: int, **hooks) -> float:
@@ -161,6 +158,14 @@ def transformer_rate(nets: Networks, tokens: int, at_a_time: int, tokens_at_once
         seconds += max(seconds - least, LEAST_REST * seconds) * (tokens - count) / (count - 1)
     parts = work.forward_parts(whole, tokens)
     return Rate((sum(parts.values()) - parts["self attention"]) / seconds, first)
+
+
+def one_block(config: TransformerConfig) -> TransformerConfig:
+    """Sizes of a network of one block of this kind. What is added to tokens for sound, or for a face, is left out."""
+    plain = "t2v" if config.hears else "i2v" if config.face_layers else config.model_type
+    # Tokens of a reference image are tokens like the others.
+    few = dict(num_layers=1, vace_layers=config.vace_layers[:1], ref_dim=None, face_layers=())
+    return replace(config, model_type=plain, **few)
 
 
 def attention_rate(nets: Networks, tokens: int, at_a_time: int) -> Rate:

@@ -7,8 +7,8 @@ Wan2.2 on such as tell light, tone, lens and framing in a film crew's words.
 from ..presets import Preset
 
 LANGUAGES = ("zh", "en")
-# Task → kind of instructions, of Wan2.1.
-KINDS = {"t2v": "text", "vace": "text", "i2v": "image", "flf2v": "transition"}
+# Task → kind of instructions, where they are not a film crew's.
+KINDS = {"t2v": "text", "vace": "text", "i2v": "image", "flf2v": "transition", "s2v": "image", "animate": "image"}
 
 
 def kind_of(preset: Preset, prompt: str, with_image: bool) -> str:

@@ -68,8 +68,8 @@ def check(given: Mapping[str, Any]) -> Answer:
     extension_of(args)
     model = keywords(args, options.MODEL)
     checked(model.pop("model"), model)
-    if (args.draft or args.tiny_vae) and args.model in BUNDLED:
-        raise UsageError(f"draft and tiny_vae need TAEHV, which is not for {args.model}'s latents; leave them out")
+    if args.tiny_vae and args.model in BUNDLED:
+        raise UsageError(f"tiny_vae is TAEHV, which is not for {args.model}'s latents; leave it out")
     preset = PRESETS.get(args.model)
     if preset is None or args.preset:
         return {}  # its files would tell
