@@ -164,8 +164,8 @@ def one_block(config: TransformerConfig) -> TransformerConfig:
     """Sizes of a network of one block of this kind. What is added to tokens for sound, or for a face, is left out."""
     plain = "t2v" if config.hears else "i2v" if config.face_layers else config.model_type
     # Tokens of a reference image are tokens like the others.
-    few = dict(num_layers=1, vace_layers=config.vace_layers[:1], ref_dim=None, face_layers=())
-    return replace(config, model_type=plain, **few)
+    few = replace(config, num_layers=1, vace_layers=config.vace_layers[:1], ref_dim=None, face_layers=())
+    return replace(few, model_type=plain)
 
 
 def attention_rate(nets: Networks, tokens: int, at_a_time: int) -> Rate:
