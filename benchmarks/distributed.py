@@ -27,7 +27,7 @@ from wan_mlx import heartbeat
 from wan_mlx.caching import StepCache
 from wan_mlx.distributed import Group, open_group
 from wan_mlx.guidance import Guidance, guided_velocity
-from wan_mlx.models import execution
+from wan_mlx.models import sequence_parallel
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.execution import Execution
 from wan_mlx.models.networks import new_network, new_transformer
@@ -156,9 +156,9 @@ class Bench:
         self.gathers({f"{model} keys of 1/{count} of the heads": shard // count for count in GROUPS})
         self.case(f"{model}, 1 pass, alone", partial(step, 1))
         for count in GROUPS:
-            execution.HEAD_GROUPS = execution.HEAD_GROUPS_ON_GPU = count
+            sequence_parallel.HEAD_GROUPS = sequence_parallel.HEAD_GROUPS_ON_GPU = count
             shared(1, TOKENS, f" in {count} groups of heads")
-        execution.HEAD_GROUPS = execution.HEAD_GROUPS_ON_GPU = self.args.groups
+        sequence_parallel.HEAD_GROUPS = sequence_parallel.HEAD_GROUPS_ON_GPU = self.args.groups
         self.case(f"{model}, 2 passes, alone", partial(step, 2), is_warm=True)
         if size % 2 == 0:
             shared(2, CFG if size == 2 else BOTH)
@@ -233,7 +233,8 @@ def main() -> int:
     parser.add_argument("--size", default="832x480")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--groups", type=int, default=execution.HEAD_GROUPS_ON_GPU, help="of heads, for two passes")
+    groups = sequence_parallel.HEAD_GROUPS_ON_GPU
+    parser.add_argument("--groups", type=int, default=groups, help="of heads, for two passes")
     parser.add_argument("--all", action="store_true", help="also both passes with divided tokens")
     parser.add_argument("--no-vae", action="store_true")
     parser.add_argument("--json")

@@ -25,7 +25,7 @@ from wan_mlx.caching.residual import MAGCACHE
 from wan_mlx.denoise import denoise
 from wan_mlx.distributed import Part, open_group
 from wan_mlx.guidance import Guidance
-from wan_mlx.models import execution
+from wan_mlx.models import sequence_parallel
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.execution import Execution
 from wan_mlx.models.transformer import Transformer
@@ -175,6 +175,6 @@ def endless(group, silence: str, fails: str = "") -> None:
 
 if __name__ == "__main__":
     mx.set_default_device(mx.cpu)
-    execution.HEAD_GROUPS = 2
+    sequence_parallel.HEAD_GROUPS = 2
     case, *arguments = sys.argv[1:]
     print(json.dumps(globals()[case](open_group(), *arguments)))

@@ -8,10 +8,10 @@ import pytest
 from arrays import relative_error
 
 from wan_mlx.cuda import forward as cuda_attention
-from wan_mlx.models import execution
+from wan_mlx.models import attention_execution
 from wan_mlx.models.attention import SelfAttention, attention
 from wan_mlx.models.configs import TransformerConfig
-from wan_mlx.models.execution import Pacer
+from wan_mlx.models.pieces import Pacer
 from wan_mlx.models.rope import rope_table
 
 LENGTH, COUNT, HEADS, HEAD_DIM = 1016, 8, 2, 16
@@ -73,11 +73,12 @@ def test_self_attention_appends_to_keys_and_values_alone(monkeypatch):
     for i, project in enumerate((layer.q, layer.k, layer.v)):
         project.weight = mx.random.normal((48, 48), key=mx.random.key(2 + i)) * 48**-0.5
     table, pace = rope_table((1, 63, 65), 24), Pacer()
-    q, k, v = execution.queries_keys_values(layer, x, table, pace)
+    q, k, v = attention_execution.queries_keys_values(layer, x, table, pace)
     monkeypatch.setattr(cuda_attention, "keys_to_append", lambda length: -length % 128)
-    assert execution.queries_keys_values(layer, x, table, pace)[1].shape[1] == 4095  # no kernel that it would speed up
-    monkeypatch.setattr(execution, "has_fused_kernel", lambda dtype, head_dim: True)
-    more = execution.queries_keys_values(layer, x, table, pace)
+    same = attention_execution.queries_keys_values(layer, x, table, pace)
+    assert same[1].shape[1] == 4095  # no kernel that it would speed up
+    monkeypatch.setattr(attention_execution, "has_fused_kernel", lambda dtype, head_dim: True)
+    more = attention_execution.queries_keys_values(layer, x, table, pace)
     assert [a.shape[1] for a in more] == [4095, 4096, 4096]
     assert mx.array_equal(more[0], q) and mx.array_equal(more[1][:, :-1], k) and mx.array_equal(more[2][:, :-1], v)
     error = relative_error(attention(*more), attention(q, k, v))

@@ -11,12 +11,13 @@ import mlx.core as mx
 import pytest
 from test_execution import CONFIGS, filled, inputs, transformer
 
-from wan_mlx.models import chips, execution, kernels
+from wan_mlx.models import attention_execution, chips, kernels, pieces
 from wan_mlx.models.attention import SelfAttention
 from wan_mlx.models.configs import TransformerConfig, VAEConfig
-from wan_mlx.models.execution import Execution, Pacer
+from wan_mlx.models.execution import Execution
 from wan_mlx.models.layers import Linear
 from wan_mlx.models.networks import new_transformer
+from wan_mlx.models.pieces import Pacer
 from wan_mlx.models.quantized_linear import QuantizedLinear
 from wan_mlx.models.rope import rope_table
 from wan_mlx.models.vae import VAE
@@ -68,7 +69,7 @@ def dispatches(monkeypatch):
     monkeypatch.setattr(mx, "conv2d", convolution)
     monkeypatch.setattr(mx, "eval", lambda *arrays: None)
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: None)
-    monkeypatch.setattr(execution, "has_fused_kernel", lambda *_: True)
+    monkeypatch.setattr(attention_execution, "has_fused_kernel", lambda *_: True)
     return found
 
 
@@ -114,19 +115,19 @@ def test_without_metal_nothing_is_cut(dispatches, monkeypatch):
 @pytest.mark.parametrize("limit", [1, 2 * 48 * 48 * 7, 2 * 48 * 80 * 20, 4 * 45 * 45 * 24])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_execution_in_small_dispatches_equals_plain(monkeypatch, kind, limit):
-    monkeypatch.setattr(execution, "has_fused_kernel", lambda *_: True)
+    monkeypatch.setattr(attention_execution, "has_fused_kernel", lambda *_: True)
     model, arguments = transformer(kind), inputs(kind, (3, 6, 10))
     plain = model(*arguments)
-    monkeypatch.setattr(execution, "dispatch_flop", lambda: limit)
+    monkeypatch.setattr(chips, "dispatch_flop", lambda: limit)
     assert mx.array_equal(Execution(model)(*arguments), plain)
     assert mx.array_equal(Execution(model, tokens_at_once=20)(*arguments), plain)
 
 
 def test_pieces_are_alike_and_paced(monkeypatch):
     paced = []
-    monkeypatch.setattr(execution, "dispatch_flop", lambda: 2 * 6 * 4 * 10)
+    monkeypatch.setattr(chips, "dispatch_flop", lambda: 2 * 6 * 4 * 10)
     linear, x = filled(Linear(6, 4)), mx.random.normal((1, 21, 6))
-    got = execution.in_dispatches(linear, x, paced.append)
+    got = pieces.in_dispatches(linear, x, paced.append)
     assert mx.array_equal(got, linear(x)) and [part.shape[1] for part in paced] == [7, 7, 7]
 
 
@@ -136,11 +137,11 @@ def test_dispatches_hold_no_more_memory(monkeypatch):
     layer, table = filled(SelfAttention(config)), rope_table((4, 24, 32), 48)
 
     def peak(limit: float) -> int:
-        monkeypatch.setattr(execution, "dispatch_flop", lambda: limit)
+        monkeypatch.setattr(chips, "dispatch_flop", lambda: limit)
         x, pace = mx.random.normal((1, 3072, 96)), Pacer(1024)
         mx.eval(x, table)
         mx.clear_cache(), mx.reset_peak_memory()
-        heads = execution.queries_keys_values(layer, x, table, pace)
+        heads = attention_execution.queries_keys_values(layer, x, table, pace)
         pace.finish()
         return mx.get_peak_memory() - sum(a.nbytes for a in (x, *heads))
 

@@ -20,7 +20,7 @@ import wan_mlx
 from wan_mlx.cli import doctor, macos, measure, selftest
 from wan_mlx.cli.main import main
 from wan_mlx.cli.selftest import Check
-from wan_mlx.models import chips, execution, kernels
+from wan_mlx.models import chips, kernels
 from wan_mlx.models.configs import VAEConfig
 from wan_mlx.models.quantized_linear import Packing
 from wan_mlx.planning import choose, speed
@@ -264,7 +264,7 @@ def test_real_dispatches_are_timed_as_runs_cut_them(monkeypatch, kind):
     small = replace(measure.BIG, dim=32, ffn_dim=64, num_heads=2)
     monkeypatch.setattr(measure, "BIG", small)
     monkeypatch.setattr(measure, "TOKENS_720P", 1000)
-    monkeypatch.setattr(execution, "dispatch_flop", lambda: 2.0 * 32 * 32 * 300)
+    monkeypatch.setattr(chips, "dispatch_flop", lambda: 2.0 * 32 * 32 * 300)
     monkeypatch.setattr(measure, "random_array", lambda shape, *rest: shapes.append(shape) or mx.zeros(shape[-2:]))
     shapes = []
     if kind in ("product", "feed-forward"):

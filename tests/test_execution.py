@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from wan_mlx.models import execution, vae_execution
+from wan_mlx.models import attention_execution, vae_execution
+from wan_mlx.models.block_execution import run_block
 from wan_mlx.models.configs import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
-from wan_mlx.models.execution import Execution, Pacer, StreamedTextEncoder, encode_images
+from wan_mlx.models.execution import Execution, StreamedTextEncoder, encode_images
 from wan_mlx.models.image_encoder import ImageEncoder
+from wan_mlx.models.pieces import Pacer
 from wan_mlx.models.text_encoder import TextEncoder
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vace import VaceTransformer
@@ -100,7 +102,7 @@ def test_transformer_execution_equals_plain_in_a_batch_and_streamed(kind):
 
 
 def test_attention_in_dispatches_equals_plain(monkeypatch):
-    monkeypatch.setattr(execution, "UNFUSED_SCORES", 2 * 15 * 4)
+    monkeypatch.setattr(attention_execution, "UNFUSED_SCORES", 2 * 15 * 4)
     model, arguments = transformer("t2v"), inputs("t2v", (3, 6, 10))
     assert mx.array_equal(Execution(model)(*arguments), model(*arguments))
 
@@ -244,11 +246,10 @@ class TestOrder:
         model = transformer("t2v")
         x, this_pass = model.enter(*inputs("t2v", grid))
         mx.eval(x, *(array for array in this_pass.for_blocks if isinstance(array, mx.array)), this_pass.rope)
-        execution_of = Execution(model, tokens_at_once=tokens_at_once)
         entries, tokens = log(), [x]
         del x
         pace = Pacer(tokens_at_once)
-        after = execution_of.run_block(model.blocks[0], tokens.pop(), this_pass, pace)
+        after = run_block(model.blocks[0], tokens.pop(), this_pass, pace)
         pace.finish()
         assert after.shape == (1, grid[0] * grid[1] * grid[2] // 4, 48)
         return entries

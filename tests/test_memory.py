@@ -13,9 +13,10 @@ from wan_mlx.cli.main import main
 from wan_mlx.cuda.forward import DeferredFrees
 from wan_mlx.errors import MemoryPlanError
 from wan_mlx.models import vae_tiling as tiling
+from wan_mlx.models.attention_execution import queries_keys_values
 from wan_mlx.models.configs import TransformerConfig, VAE22Config, VAEConfig
-from wan_mlx.models.execution import FEW_TOKENS, Pacer, queries_keys_values
 from wan_mlx.models.networks import new_network
+from wan_mlx.models.pieces import FEW_TOKENS, Pacer
 from wan_mlx.models.rope import rope_table
 from wan_mlx.models.transformer import SelfAttention
 from wan_mlx.models.vae_execution import VAEExecution

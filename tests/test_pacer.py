@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from wan_mlx.models.execution import FEED_FORWARD_TOKENS, FEW_TOKENS, Pacer
+from wan_mlx.models.pieces import FEED_FORWARD_TOKENS, FEW_TOKENS, Pacer
 
 MB = 1 << 20
 

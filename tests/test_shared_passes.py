@@ -14,7 +14,7 @@ from wan_mlx import guidance as passes
 from wan_mlx.caching import StepCache
 from wan_mlx.denoise import denoise, with_condition
 from wan_mlx.guidance import Guidance, guided_velocity
-from wan_mlx.models import execution
+from wan_mlx.models import block_execution
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.execution import Execution, Shared
 from wan_mlx.models.networks import new_transformer
@@ -79,13 +79,13 @@ def ran(model, streamed: bool, tokens_at_once: int, shares: bool) -> Execution:
 @pytest.fixture
 def attended(monkeypatch):
     """Counts the self-attentions that are computed."""
-    seen, attend = [], execution._attended
+    seen, attend = [], block_execution._attended
 
     def counting(*args):
         seen.append(args)
         return attend(*args)
 
-    monkeypatch.setattr(execution, "_attended", counting)
+    monkeypatch.setattr(block_execution, "_attended", counting)
     return seen
 
 

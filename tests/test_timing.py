@@ -8,7 +8,7 @@ import pytest
 import tiny_mlx_model
 
 import wan_mlx
-from wan_mlx.models import vae_execution
+from wan_mlx.models import execution, vae_execution
 from wan_mlx.models.configs import VAEConfig
 from wan_mlx.models.execution import Execution
 from wan_mlx.models.quantized_linear import QuantizedLinear
@@ -90,11 +90,11 @@ def test_predicted_forward_is_blocks_plus_rest(nets, clock, monkeypatch, passes,
     monkeypatch.setattr(timing, "ENOUGH", enough)
     counts = []
 
-    def block(_, block, x, *rest):
+    def block(block, x, *rest):
         counts.append(x.shape[1])
         return ANYWAY + BLOCK * x.shape[1] / 32
 
-    takes(monkeypatch, clock, Execution, "run_block", block)
+    takes(monkeypatch, clock, execution, "run_block", block)
     takes(monkeypatch, clock, Execution, "leave", lambda _, x, *rest: OUTSIDE * x.shape[1] / 32)
     rate = timing.transformer_rate(nets, 32, passes, 8192, attending=1e30).flop
     assert max(counts) == (16 if enough == 0.1 else 32)
@@ -105,7 +105,7 @@ def test_predicted_forward_is_blocks_plus_rest(nets, clock, monkeypatch, passes,
 
 def test_attention_is_counted_once(nets, clock, monkeypatch):
     """With the two rates together, a forward takes what it took, whatever rate attention seemed to have."""
-    takes(monkeypatch, clock, Execution, "run_block", lambda *_: BLOCK)
+    takes(monkeypatch, clock, execution, "run_block", lambda *_: BLOCK)
     parts = work.forward_parts(nets.transformer, 12)
     for attending in (parts["self attention"] / 0.5, 1e30):
         rate = timing.transformer_rate(nets, 12, 1, 8192, attending).flop

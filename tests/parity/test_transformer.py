@@ -9,9 +9,10 @@ from diffusers import WanTransformer3DModel
 from mlx.utils import tree_flatten
 from oracles import diffusers_transformer, in_halves, official, randomize, relative_error, unmasked_attention
 
-from wan_mlx.models import execution
+from wan_mlx.models import attention_execution, chips
 from wan_mlx.models.configs import TransformerConfig
-from wan_mlx.models.execution import Execution, Pacer
+from wan_mlx.models.execution import Execution
+from wan_mlx.models.pieces import Pacer
 from wan_mlx.models.rope import rope_table, scale_and_rotate
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.weights.layouts import canonical_keys, recognise
@@ -213,19 +214,19 @@ def test_tokens_in_chunks_equal_whole(monkeypatch):
     mx.random.seed(0)
     latents, context = mx.random.normal((1, 3, 6, 10, 16)), mx.random.normal((1, TEXT_LEN, config.text_dim))
     whole = np.array(model(latents, 500.0, context))
-    monkeypatch.setattr(execution, "UNFUSED_SCORES", 2 * 512 * 3)
+    monkeypatch.setattr(attention_execution, "UNFUSED_SCORES", 2 * 512 * 3)
     assert relative_error(Execution(model, tokens_at_once=7)(latents, 500.0, context), whole) < 1e-6
 
 
 @pytest.mark.parametrize("flop", [1, 4 * 45 * 24 * 5, 4 * 45 * 45 * 24, 1e12])
 def test_attention_split_as_on_metal_equals_whole(monkeypatch, flop):
-    monkeypatch.setattr(execution, "dispatch_flop", lambda: flop)
-    monkeypatch.setattr(execution, "has_fused_kernel", lambda *_: True)
+    monkeypatch.setattr(chips, "dispatch_flop", lambda: flop)
+    monkeypatch.setattr(attention_execution, "has_fused_kernel", lambda *_: True)
     mx.random.seed(1)
     q, k, v = (mx.random.normal((1, 45, 3, 24)) for _ in range(3))
     heads_first = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     want = mx.fast.scaled_dot_product_attention(*heads_first, scale=24**-0.5).transpose(0, 2, 1, 3).flatten(2)
-    assert relative_error(execution.attention(q, k, v, Pacer()), want) < 1e-6
+    assert relative_error(attention_execution.attention(q, k, v, Pacer()), want) < 1e-6
 
 
 @pytest.mark.parametrize(

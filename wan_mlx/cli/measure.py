@@ -15,9 +15,10 @@ from mlx.utils import tree_flatten
 
 from ..errors import WanError, duration
 from ..models import chips, kernels
+from ..models.attention_execution import attention
 from ..models.configs import VAEConfig
-from ..models.execution import FEED_FORWARD_TOKENS, Pacer, attention, tokens_per_dispatch
 from ..models.layers import Linear
+from ..models.pieces import FEED_FORWARD_TOKENS, Pacer, tokens_per_dispatch
 from ..models.quantized_linear import Packing, QuantizedLinear
 from ..models.vae import VAE
 from ..models.vae_execution import VAEExecution

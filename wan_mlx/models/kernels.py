@@ -5,7 +5,7 @@ registers. Statistics and arithmetic are float32, and only the result is rounded
 
 A kernel is used after its results on this machine match MLX's operations, on a few rows of the wanted width; otherwise,
 and on the CPU, the plain function is. Kernels have no gradient, so the networks call the plain functions, and
-`execution` calls these.
+`block_execution` and `attention_execution` call these.
 """
 
 from __future__ import annotations

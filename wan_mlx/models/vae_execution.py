@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..cuda.forward import DeferredFrees
-from .execution import Pacer
+from .pieces import Pacer
 from .vae import VAE, AttentionBlock, Downsample, ResidualBlock, Upsample, flow
 from .vae22 import Branched
 from .vae_layers import CausalCache, CausalConv, TemporalConv, check_latents, convolve

@@ -18,7 +18,7 @@ from ..caching import StepCache, make_cache
 from ..geometry import WAN_2_1, Geometry
 from ..guidance import Guidance
 from ..models.audio_encoder import SAMPLE_RATE, frames_heard
-from ..models.execution import TOKENS_AT_ONCE
+from ..models.pieces import TOKENS_AT_ONCE
 from ..models.taehv import TAEHVConfig
 from ..models.vae_tiling import SMALLEST_TILE
 from ..recipes import phase_of, timesteps_of

@@ -2,7 +2,8 @@
 
 Weights and stored results are counted exactly. The number of temporaries alive at once follows from the order of the
 code and from MLX, which allocates all submitted work before it runs. These numbers stand beside that code, in
-`wan_mlx.models.execution` and `vae_execution`; ``benchmarks/memory_table.py`` measures them.
+`wan_mlx.models.block_execution`, `attention_execution` and `vae_execution`; ``benchmarks/memory_table.py`` measures
+them.
 """
 
 from __future__ import annotations
@@ -14,25 +15,26 @@ import mlx.core as mx
 
 from ..caching import StepCache
 from ..models.animate_face import FACES_ALIVE, FACES_ALIVE_CPU, FACES_AT_ONCE, Face
-from ..models.audio_encoder import FRAMES_AT_ONCE, HOP
-from ..models.configs import TransformerConfig, VAE22Config, VAEConfig
-from ..models.execution import (
-    FEED_FORWARD_TOKENS,
-    FEW_TOKENS,
-    PIECE_TOKENS,
-    PIECE_WIDE,
+from ..models.attention_execution import (
     TOKENS_ALIVE,
-    TOKENS_ALIVE_AT_JOIN,
-    TOKENS_ALIVE_IN_PIECES,
     TOKENS_ALIVE_OPERATIONS,
     TOKENS_ALIVE_SETTLED,
-    TOKENS_ALIVE_WHOLE,
     UNFUSED_SCORES,
-    WHOLE_RESIDENT,
-    WHOLE_WIDE,
     has_fused_kernel,
 )
+from ..models.audio_encoder import FRAMES_AT_ONCE, HOP
+from ..models.block_execution import (
+    PIECE_TOKENS,
+    PIECE_WIDE,
+    TOKENS_ALIVE_AT_JOIN,
+    TOKENS_ALIVE_IN_PIECES,
+    TOKENS_ALIVE_WHOLE,
+    WHOLE_RESIDENT,
+    WHOLE_WIDE,
+)
+from ..models.configs import TransformerConfig, VAE22Config, VAEConfig
 from ..models.networks import new_network
+from ..models.pieces import FEED_FORWARD_TOKENS, FEW_TOKENS
 from ..models.rife import CHANNELS_ALIVE, CHANNELS_ALIVE_CPU, RIFE, padded
 from ..models.s2v import MOTION_FRAMES
 from ..models.taehv import TAEHVConfig

@@ -1,8 +1,8 @@
 """How fast several machines make a step together: predicted from the model, the video, the chip and the link.
 
-The time of a forward of which each machine computes a share follows the order in which `models.execution` works:
-keys, values and queries are made, and meanwhile keys and values arrive, a group of heads after the other, each while
-the one before is attended to. ``benchmarks/distributed.py`` compares the prediction with measurements.
+The time of a forward of which each machine computes a share follows the order in which `models.sequence_parallel`
+works: keys, values and queries are made, and meanwhile keys and values arrive, a group of heads after the other, each
+while the one before is attended to. ``benchmarks/distributed.py`` compares the prediction with measurements.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..distributed import Link
 from ..errors import duration
 from ..models.chips import likely_rate
 from ..models.configs import TransformerConfig
-from ..models.execution import HEAD_GROUPS
+from ..models.sequence_parallel import HEAD_GROUPS
 from ..parallel import ALONE, BOTH, CFG, TOKENS
 from .flops import forward_parts
 

@@ -23,9 +23,11 @@ from mlx.utils import tree_flatten
 
 from .. import cuda
 from ..guidance import at_once
+from ..models.attention_execution import attention
 from ..models.configs import TransformerConfig, VAEConfig
-from ..models.execution import Execution, Pacer, attention
+from ..models.execution import Execution
 from ..models.networks import new_network, new_transformer
+from ..models.pieces import Pacer
 from ..models.quantized_linear import QuantizedLinear
 from ..models.transformer import ForwardPass, Transformer
 from ..models.vae_execution import VAEExecution

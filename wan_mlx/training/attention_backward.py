@@ -12,7 +12,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from ..models import attention as plain
-from ..models.execution import attention, has_fused_kernel
+from ..models.attention_execution import attention, has_fused_kernel
 from .pieces import Pieces
 
 # Attention's scores that are made again at a time: 128 MB in float32, and as much again for what is made of them.

@@ -1,6 +1,6 @@
 """The loss of a batch and its gradients for LoRA's factors, one block at a time.
 
-The forward pass is the package's own (`Execution.run_block`: kernels, fused attention, streamed weights) and keeps
+The forward pass is the package's own (`run_block`: kernels, fused attention, streamed weights) and keeps
 each block's input. The backward pass goes from the last block to the first and makes each block's inside again
 (`block_backward`), so no graph is larger than a block, and streamed blocks can be read in the other direction. All
 samples of a step go through a block before the next is read.
@@ -18,7 +18,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..cuda.forward import DeferredFrees
-from ..models.execution import DEFERRED, DEFERRED_WHOLE, FEED_FORWARD_TOKENS, Execution, Pacer
+from ..models.block_execution import run_block
+from ..models.execution import DEFERRED, DEFERRED_WHOLE, Execution
+from ..models.pieces import FEED_FORWARD_TOKENS, Pacer
 from ..models.transformer import Block, ForwardPass
 from .block_backward import BlockFactors, block_gradients
 from .factors import Factors, of_block, placed
@@ -126,7 +128,7 @@ def _forward(model: Execution, factors: Factors, ways: Sequence[_Way], scale: fl
         before = [way.x for way in ways]
         with placed(block, of_block(factors, place), scale, model.model.dtype):
             for way in ways:
-                way.x = model.run_block(block, way.x, way.this_pass, pace)
+                way.x = run_block(block, way.x, way.this_pass, pace)
             if model.blocks is not None:
                 mx.eval([way.x for way in ways])
         yield before

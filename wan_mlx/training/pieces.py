@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..models.execution import Pacer
+from ..models.pieces import Pacer
 
 
 class Pieces:
