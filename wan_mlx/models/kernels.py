@@ -129,7 +129,7 @@ EACH for (int k = 0; k < 4; k++) {
 }
 EACH WRITE(out, start + c) = kept[i];
 """
-LAYER_NORM = """
+MEAN_AND_FACTOR = """
 float sum = 0;
 EACH for (int k = 0; k < 4; k++) sum += static_cast<float>(kept[i].at[k]);
 const float mean = sum_lanes(sum) / C;
@@ -139,6 +139,8 @@ EACH for (int k = 0; k < 4; k++) {
   squares += v * v;
 }
 const float factor = rsqrt(sum_lanes(squares) / C + EPS);
+"""
+LAYER_NORM = MEAN_AND_FACTOR + """\
 EACH {
   Four<float> w = FLOATS(scale, c), b = FLOATS(shift, c);
   for (int k = 0; k < 4; k++)

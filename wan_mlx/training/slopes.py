@@ -11,7 +11,7 @@ import math
 
 import mlx.core as mx
 
-from ..models.kernels import READ, READ_PAIRS, ROOT_MEAN_SQUARE, _run, trial, with_kernel
+from ..models.kernels import MEAN_AND_FACTOR, READ, READ_PAIRS, ROOT_MEAN_SQUARE, _run, trial, with_kernel
 
 READ_GRADIENT = """
 Four<T> back[N];
@@ -34,16 +34,7 @@ EACH for (int k = 0; k < 4; k++) {
 }
 """
 # With n the normed values and g the gradient for them: factor (g - mean(g) - n mean(g n)).
-LAYER_NORM = """
-float sum = 0;
-EACH for (int k = 0; k < 4; k++) sum += static_cast<float>(kept[i].at[k]);
-const float mean = sum_lanes(sum) / C;
-float squares = 0;
-EACH for (int k = 0; k < 4; k++) {
-  float v = static_cast<float>(kept[i].at[k]) - mean;
-  squares += v * v;
-}
-const float factor = rsqrt(sum_lanes(squares) / C + EPS);
+LAYER_NORM = MEAN_AND_FACTOR + """\
 float first = 0, second = 0;
 EACH {
   Four<float> w = FLOATS(scale, c);
