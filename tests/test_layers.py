@@ -36,7 +36,7 @@ LAYERS = [
     "request_builder",
     "planning",
     "prompts",
-    "experts opened smoothing",
+    "experts model_choices opened smoothing",
     "runs",
     "pipeline",
     "cli server training",

@@ -106,5 +106,5 @@ def test_a_prompt_that_was_written_out(command, capsys, monkeypatch):
 def test_short_prompts_need_no_tokenizer(pipe, monkeypatch):
     """Of a model that does not know a few words alone."""
     monkeypatch.setattr(pipe, "preset", replace(pipe.preset, vocabulary=()))
-    monkeypatch.setattr(wan_mlx.opened, "read_tokenizer", None)
+    monkeypatch.setattr(wan_mlx.model_choices, "read_tokenizer", None)
     assert pipe.notes(pipe.request("a red circle moves " * 20, negative_prompt="", **SMALL)) == []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import wan_mlx
-from wan_mlx import opened
+from wan_mlx import model_choices, opened
 from wan_mlx.cli.main import main
 from wan_mlx.prompts import cache as prompt_cache
 from wan_mlx.prompts.cache import ENDING, PromptCache
@@ -50,7 +50,7 @@ def no_encoder(monkeypatch):
 
     def forbid():
         monkeypatch.setattr(opened, "load_text_encoder", refused)
-        monkeypatch.setattr(opened, "Tokenizer", refused)
+        monkeypatch.setattr(model_choices, "Tokenizer", refused)
 
     return forbid
 
@@ -79,12 +79,12 @@ def test_another_dtype_or_quantisation_is_another_entry(folder, option):
 
 def test_only_the_text_that_is_new_is_encoded(monkeypatch):
     pipe().encode_text(TEXTS[:1])
-    asked, tokenizer = [], opened.Tokenizer
+    asked, tokenizer = [], model_choices.Tokenizer
 
     def recording(path):
         return lambda text, most: asked.append(text) or tokenizer(path)(text, most)
 
-    monkeypatch.setattr(opened, "Tokenizer", recording)
+    monkeypatch.setattr(model_choices, "Tokenizer", recording)
     got = pipe().encode_text(TEXTS)
     assert asked == TEXTS[1:]
     assert all(mx.array_equal(a, b) for a, b in zip(got, pipe(prompt_cache=False).encode_text(TEXTS), strict=True))
@@ -93,7 +93,7 @@ def test_only_the_text_that_is_new_is_encoded(monkeypatch):
 def test_only_the_real_length_is_stored(folder):
     pipe().encode_text(TEXTS)
     shapes = sorted(mx.load(str(path))["embedding"].shape[0] for path in entries(folder))
-    tokenizer = opened.Tokenizer(pipe().checkpoint.files["tokenizer"])
+    tokenizer = model_choices.Tokenizer(pipe().checkpoint.files["tokenizer"])
     assert shapes == sorted(len(tokenizer(text)) for text in TEXTS)
 
 
