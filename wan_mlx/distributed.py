@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import Differing, WanError
-from .heartbeat import Heartbeat, accept_all, end_process, listening, reach
+from .heartbeat import WAITS, Heartbeat, accept_all, end_process, listening, reach
 
 START = 50.0  # seconds within which all ranks must have come; MLX itself may wait for ever
 PROBE = 4 << 20  # bytes of each rank's piece, by which the link is tried and measured
@@ -47,6 +47,12 @@ def rank_given() -> int:
     """This process's rank, by its environment; 0 where it is the only one."""
     rank = os.environ.get("MLX_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
     return int(rank) if backend_given() and rank.isdecimal() else 0
+
+
+def awaited(*arrays: Any) -> None:
+    """Wait for data of other machines; the heartbeat tells if all do so for ever."""
+    with WAITS.of("data"):
+        mx.eval(*arrays)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class Group:
         # Its own stream, so that data moves while others compute; several for sending and receiving at once.
         self._streams = [mx.new_thread_local_stream(device) for _ in range(5 if self.on_host else 1)]
         self._halves: dict[int, Any] = {}
+        self._pairs: list[Any] = []  # NCCL's groups with a neighbour, of which the lower rank is even, and odd
         self._sent: list[mx.array] = []  # to neighbours, perhaps not there yet
 
     # Collectives
@@ -121,19 +128,53 @@ class Group:
 
     def _settle(self) -> None:
         """Wait for what is being sent to neighbours: a collective uses the same sockets."""
-        mx.eval(self._sent)
+        awaited(self._sent)
         self._sent = []
 
     def arrived(self, joined: mx.array) -> mx.array:
         """What `begin` began to gather, once it is here."""
         if self.on_host:
-            mx.eval(joined)
+            awaited(joined)
+        return joined
+
+    # From neighbour to neighbour
+
+    def pair_up(self) -> None:
+        """Before pieces are handed down; all ranks come here."""
+        if self.backend == "nccl" and not self._pairs:
+            several = self.size > 2
+            self._pairs = [self._group.split((self.rank + odd) // 2) for odd in (0, 1)] if several else [self._group]
+        self._settle()
+
+    def hand_down(self, piece: mx.array) -> mx.array:
+        """Begin to hand a piece to the rank below, which takes it; once the result is evaluated, it is there."""
+        mx.async_eval(piece)  # by itself, so that on CUDA the other stream waits for it by an event
+        if self.backend == "nccl":
+            return self._between(self.rank - 1, piece)
+        sent = mx.distributed.send(piece, self.rank - 1, group=self._group, stream=self._streams[1])
+        mx.async_eval(sent)
+        return sent
+
+    def begin_taking(self, like: mx.array) -> mx.array:
+        """Begin to take a piece shaped ``like`` this from the rank above, which hands it down; `arrived` waits for it.
+        """
+        if self.backend == "nccl":
+            return self._between(self.rank, like)[len(like) :]
+        taken = mx.distributed.recv_like(like, self.rank + 1, group=self._group, stream=self._streams[2])
+        mx.async_eval(taken)
+        return taken
+
+    def _between(self, low: int, piece: mx.array) -> mx.array:
+        """The pieces of ranks ``low`` and ``low + 1``, joined; NCCL has no sending in MLX."""
+        pair = self._pairs[low % 2 if self.size > 2 else 0]
+        joined = mx.distributed.all_gather(piece, group=pair, stream=self._streams[0])
+        mx.async_eval(joined)
         return joined
 
     def gather(self, piece: mx.array, ranks: range | None = None) -> mx.array:
         """Everybody's ``piece`` (n, ...), joined; of ``ranks`` alone, if given."""
         joined = self.begin(piece, ranks)
-        mx.eval(joined)
+        awaited(joined)
         return joined
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
@@ -152,14 +193,14 @@ class Group:
         """The largest of everybody's values."""
         self._settle()
         found = mx.distributed.all_max(mx.array([value], dtype=mx.int32), group=self._group, stream=self._streams[0])
-        mx.eval(found)
+        awaited(found)
         return int(np.array(found)[0])
 
     def sum_bits(self, bits: mx.array) -> mx.array:
         """The sum of everybody's ``bits``, of which each is zero on all ranks but one: uint32."""
         self._settle()
         found = mx.distributed.all_sum(bits, group=self._group, stream=self._streams[0])
-        mx.eval(found)
+        awaited(found)
         return found
 
     def broadcast(self, arrays: Mapping[str, mx.array] | None, source: int = 0) -> dict[str, mx.array]:
@@ -333,6 +374,11 @@ def open_group() -> Group | None:
     global _group, _is_open
     if not _is_open:
         _group, _is_open = _opened(), True
+    return _group
+
+
+def opened_group() -> Group | None:
+    """The group, if it is open."""
     return _group
 
 

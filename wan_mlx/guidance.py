@@ -14,6 +14,7 @@ from .caching import COND, UNCOND, StepCache
 from .distributed import Part
 from .lasting import lasting_thread
 from .models.execution import Shared
+from .models.pieces import finished
 from .parallel import Team
 from .presets import EXPERTS
 from .recipes import phase_of
@@ -147,7 +148,7 @@ def guided_velocity(
             return model(latents, timestep, contexts[branch], **hooks).astype(mx.float32)
 
         result = cache.velocity(branch, forward)
-        mx.eval(result)  # frees this pass's arrays before the other pass
+        finished(result)  # frees this pass's arrays before the other pass
         return result
 
     cache.begin_step(index, latents, passes)

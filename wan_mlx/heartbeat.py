@@ -5,6 +5,9 @@ interrupted. So there is a second connection, TCP from every rank to rank 0. A t
 lives, and listens; if another does not, it says so in one line and ends its own process, whatever that is waiting for.
 What a run keeps on disk bears that at any moment.
 
+A process may live although its GPU, or the link, does not go on: so main threads say what they wait for (`WAITS`), and
+the line tells it.
+
 The line also carries words between main threads: what rank 0 wants done, and meeting points. Nobody burns a core while
 he waits there, as they do in collectives.
 """
@@ -16,8 +19,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -28,7 +31,42 @@ SILENCE = 20.0  # seconds without any, after which a machine is taken for lost
 REACH = 15.0  # seconds for reaching rank 0
 PATIENCE = 2.0  # seconds, after which it is told who is waited for
 LAST_WORD = 5.0  # seconds for which one that failed waits, for whoever failed first to say so
+HANG = 50.0  # seconds for which a GPU may be at work on what is waited for, or all machines wait for data
+LONGER = 20  # or so many times as long as it has been before
 Words = dict[str, Any]
+
+
+class Waits:
+    """What this process's main thread waits for, and since when."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+        self._longest = 0.0  # that the GPU has been at work
+
+    @contextmanager
+    def of(self, what: str) -> Iterator[None]:
+        """Within this block it waits for the "gpu", or for "data" of others."""
+        self._since[what] = started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since.pop(what, None)
+            if what == "gpu":
+                self._longest = max(self._longest, time.monotonic() - started)
+
+    def seconds(self, what: str) -> float:
+        since = self._since.get(what)
+        return 0.0 if since is None else time.monotonic() - since
+
+    def gpu_hangs(self) -> bool:
+        return self.seconds("gpu") > max(HANG, LONGER * self._longest)
+
+    def begin_anew(self) -> None:
+        """The process itself was asleep."""
+        self._since = dict.fromkeys(self._since, time.monotonic())
+
+
+WAITS = Waits()
 
 
 def end_process(message: str) -> None:
@@ -51,6 +89,7 @@ class Heartbeat:
         self.rank, self.names = rank, names
         self.at_end: Callable[[str], Any] = end_process
         self._peers, self._seen = peers, dict.fromkeys(peers, time.monotonic())
+        self._waited = dict.fromkeys(peers, 0.0)  # seconds for which each has waited for data
         self._words: SimpleQueue[Words] = SimpleQueue()
         self._peeked: Words | None = None
         self._arrived: dict[int, SimpleQueue[str]] = {peer: SimpleQueue() for peer in peers}
@@ -141,6 +180,7 @@ class Heartbeat:
             for line in lines:
                 self._seen[peer] = time.monotonic()
                 words = json.loads(line)
+                self._waited[peer] = words.get("waited", 0.0)
                 if "do" in words:
                     self._words.put(words["do"])
                 elif "at" in words:
@@ -159,15 +199,22 @@ class Heartbeat:
         while not self._closed:
             time.sleep(BEAT)
             for peer in self._peers:
-                self._send(peer, {})
+                self._send(peer, {"waited": WAITS.seconds("data")})
             now = time.monotonic()
             if now - looked > SILENCE / 2:  # this process itself was asleep: what it has not heard may be in the buffer
                 self._seen = dict.fromkeys(self._seen, now)
+                WAITS.begin_anew()
             looked = now
             for peer, seen in self._seen.items():
                 if now - seen > SILENCE and peer not in self._left:
                     self._end(f"{self.named(peer)} has given no sign of life for {now - seen:.0f} s: it is stopped, "
                               "asleep or cut off")  # fmt: skip
+            if WAITS.gpu_hangs():
+                self._end(f"the GPU of {self.named(self.rank)} has not finished its work for "
+                          f"{WAITS.seconds('gpu'):.0f} s: it hangs; restart that machine")  # fmt: skip
+            if not self.rank and min(WAITS.seconds("data"), *self._waited.values()) > HANG:  # it alone hears all
+                self._end(f"all machines have waited for each other's data for {HANG:.0f} s: the link hangs; try "
+                          "another backend, cable or port")  # fmt: skip
 
 
 def listening() -> tuple[socket.socket, int]:

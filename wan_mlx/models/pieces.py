@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..cuda.forward import DeferredFrees
+from ..heartbeat import WAITS
 from . import chips, kernels
 from .transformer import Runs
 
@@ -20,6 +21,12 @@ TOKENS_AT_ONCE = 32768 if mx.cuda.is_available() else 8192
 FEED_FORWARD_TOKENS = 8192
 # With at most this many tokens memory is so short that no work is submitted while wide arrays are in use.
 FEW_TOKENS = 1024
+
+
+def finished(*arrays: mx.array) -> None:
+    """Wait until arrays are computed; with other machines, the heartbeat tells if that never ends."""
+    with WAITS.of(mx.default_device().type.name):
+        mx.eval(*arrays)
 
 
 class Pacer:
@@ -42,7 +49,7 @@ class Pacer:
     def __call__(self, *arrays: mx.array) -> None:
         """Submit the computation of ``arrays``, and wait until the piece before it is done."""
         mx.async_eval(*arrays)
-        mx.eval(*self.running)
+        finished(*self.running)
         self.running = arrays
         if self.frees:
             self.frees.limit()
@@ -62,11 +69,11 @@ class Pacer:
     def settle(self) -> None:
         """Wait for the running piece where memory is short, so that its temporaries are freed before the next one."""
         if self.tokens_at_once <= FEW_TOKENS:
-            mx.eval(*self.running)
+            finished(*self.running)
 
     def finish(self) -> None:
         """Wait for all submitted work, and release its arrays."""
-        mx.eval(*self.running)
+        finished(*self.running)
         self.running = ()
 
 
