@@ -6,11 +6,13 @@ Its network is Diffusers', at a tiny size; `test_animate_network` compares that 
 import json
 import shlex
 import shutil
+import sys
 import warnings
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import machines
 import numpy as np
 import official_checkpoints as checkpoints
 import pytest
@@ -213,6 +215,16 @@ def test_a_resumed_run_has_the_same_bits(model, folder, tmp_path, monkeypatch, c
         assert kept.state().conditioning.clip == (cut == "step") and kept.steps_done == STEPS + (cut == "step")
     assert main(["--resume", str(output), "--quiet"]) == 0
     assert output.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+def test_two_machines_make_the_same_bytes(model, folder, tmp_path):
+    """Both clips, each with tokens divided within frames."""
+    assert main(command(model[1], folder, 5, tmp_path / "whole.npz")) == 0
+    words = [*command(model[1], folder, 5, tmp_path / "two.npz"), "--parallel", "tokens"]
+    processes = machines.start(tmp_path, 2, [sys.executable, "-m", "wan_mlx.generate", *words])
+    for code, _, error in machines.ended(processes):
+        assert code == 0, error
+    assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
 def test_what_is_wrong_with_a_folder(model, folder, tmp_path, capsys):

@@ -2,9 +2,11 @@
 """
 
 import json
+import sys
 import wave
 
 import av
+import machines
 import numpy as np
 import official_checkpoints as checkpoints
 import published
@@ -110,6 +112,16 @@ def test_resume_inside_the_second_clip(models, files, whole, tmp_path, monkeypat
     with av.open(str(whole)) as file:
         seconds = {stream.type: float(stream.duration * stream.time_base) for stream in file.streams}
     assert seconds["video"] == 5 / 16 and abs(seconds["audio"] - 5 / 16) < 0.01
+
+
+@pytest.mark.parametrize("mode", ["tokens", pytest.param("cfg", marks=pytest.mark.slow)])
+def test_two_machines_make_the_same_bytes(models, files, whole, tmp_path, mode):
+    """Both clips: tokens of the picture and of the frames before are divided, too; rank 0 encodes the second clip."""
+    words = [*options(models("s2v")[1], files, tmp_path / "two.mp4"), "--parallel", mode]
+    processes = machines.start(tmp_path, 2, [sys.executable, "-m", "wan_mlx.generate", *words])
+    for code, _, error in machines.ended(processes):
+        assert code == 0, error
+    assert (tmp_path / "two.mp4").read_bytes() == whole.read_bytes()
 
 
 def fail(patch, owner, name, when) -> None:

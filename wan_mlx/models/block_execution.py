@@ -6,7 +6,8 @@ order of the code changes them. ``benchmarks/memory_table.py`` measures them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import mlx.core as mx
@@ -158,15 +159,16 @@ def _inject(injector: AudioInjector, heard: Heard | None, pace: Pacer, pieces: l
     return x
 
 
-def look_at_face(block: FaceBlock, x: mx.array, face: mx.array, pace: Pacer) -> mx.array:
+def look_at_face(block: FaceBlock, x: mx.array, this_pass: ForwardPass, pace: Pacer) -> mx.array:
     """Same as `FaceBlock.__call__`, some frames at a time, or a part of one."""
-    ((keys, values),) = block.keys_values(face)
-    batch, frames = face.shape[:2]
-    each, dispatch = x.shape[1] // frames, tokens_per_dispatch(block.linear1_q, x)
+    assert this_pass.face is not None, "`enter` puts it there"
+    ((keys, values),) = block.keys_values(this_pass.face)
+    batch, frames = this_pass.face.shape[:2]
+    each, dispatch = math.prod(this_pass.grid) // frames, tokens_per_dispatch(block.linear1_q, x)
     at_once = max(1, min(pace.tokens_at_once, dispatch))
     several, parts = max(1, at_once // each), list[mx.array]()
-    for first in range(0, frames, several):
-        count = min(several, frames - first)
+    first_token = this_pass.shard.start if isinstance(this_pass, DividedPass) else 0
+    for tokens, first, count in _runs_of_frames(first_token, x.shape[1], each, frames, several):
         k, v = (a.reshape(batch, frames, *a.shape[1:])[:, first : first + count].flatten(0, 1) for a in (keys, values))
 
         def look(pieces: list[mx.array], pairs: Pairs = [(k, v)], count: int = count) -> mx.array:  # noqa: B006
@@ -174,9 +176,22 @@ def look_at_face(block: FaceBlock, x: mx.array, face: mx.array, pace: Pacer) -> 
             pace(y)
             return y
 
-        some = x[:, first * each : (first + count) * each]
-        parts += token_parts(look, [some], max(at_once, several * each) if several > 1 else at_once)
+        parts += token_parts(look, [x[:, tokens]], max(at_once, several * each) if several > 1 else at_once)
     whole = kernels.joined(parts)
     if len(parts) > 1:
         pace.submit(whole)
     return whole
+
+
+def _runs_of_frames(start: int, length: int, each: int, frames: int, several: int) -> Iterator[tuple[slice, int, int]]:
+    """Of ``length`` tokens from number ``start`` on, ``each`` of which are a frame: runs of ``several`` whole frames or
+    of a part of one, with the first frame and how many it is. What fills up the end counts to the last frame."""
+    at = 0
+    while at < length:
+        frame, inside = divmod(start + at, each)
+        whole = 0 if inside else min(several, frames - frame, (length - at) // each)
+        end = min(length, at + (whole * each if whole > 0 else each - inside))
+        if frame >= frames:
+            frame, whole, end = frames - 1, 0, length
+        yield slice(at, end), frame, max(whole, 1)
+        at = end

@@ -26,7 +26,7 @@ from .image_encoder import ImageEncoder
 from .layers import gated_add
 from .pieces import FEED_FORWARD_TOKENS, TOKENS_AT_ONCE, Pacer, in_dispatches, in_token_chunks
 from .s2v import AudioInjector, S2VTransformer
-from .sequence_parallel import DividedPass, own_tokens
+from .sequence_parallel import DividedPass, own_runs, own_tokens
 from .text_encoder import EncoderBlock, checked_ids
 from .transformer import Block, BlocksHook, ForwardPass, Transformer
 from .vace import VaceBlock, VaceTransformer
@@ -138,10 +138,10 @@ class Execution:
                 pace(tokens[0])
             elif isinstance(block, AudioInjector):
                 assert isinstance(self.model, S2VTransformer), "it alone has injectors"
-                tokens.append(inject(block, self.model.hearing(block, this_pass), tokens.pop(), pace))
+                hearing = own_runs(self.model.hearing(block, this_pass), this_pass)
+                tokens.append(inject(block, hearing, tokens.pop(), pace))
             elif isinstance(block, FaceBlock):
-                assert this_pass.face is not None, "`enter` puts it there"
-                tokens.append(look_at_face(block, tokens.pop(), this_pass.face, pace))
+                tokens.append(look_at_face(block, tokens.pop(), this_pass, pace))
             else:
                 tokens.append(run_block(block, tokens.pop(), this_pass, pace, once(name)))
             if self.blocks is not None:  # a streamed block is emptied when the next one is requested
@@ -149,7 +149,8 @@ class Execution:
 
     def leave(self, x: mx.array, this_pass: ForwardPass, pace: Pacer) -> mx.array:
         """Same as `Transformer.leave`: tokens (B, L, D) → velocity, float32 (B, t, h, w, out_dim)."""
-        x, this_pass = self.model.of_video(x, this_pass)
+        if not isinstance(this_pass, DividedPass):  # else what is not of the video is left out of everybody's
+            x, this_pass = self.model.of_video(x, this_pass)
 
         def project(time: mx.array, pieces: list[mx.array]) -> mx.array:
             y = self.model.head(pieces.pop(), time)
@@ -159,7 +160,7 @@ class Execution:
         projects = [(tokens, partial(project, time)) for tokens, time in this_pass.times]
         patches = in_token_chunks(projects, [x], pace, min(FEED_FORWARD_TOKENS, pace.tokens_at_once))
         if isinstance(this_pass, DividedPass):
-            patches = this_pass.shard.whole(patches)
+            patches, _ = self.model.of_video(this_pass.shard.whole(patches), this_pass)
         return self.model.unpatchify(patches, this_pass.grid)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,9 @@ from ..distributed import Shard
 from .attention import SelfAttention, split_heads
 from .attention_execution import attention, has_fused_kernel, rotated
 from .pieces import Pacer, in_dispatches
-from .transformer import ForwardPass
+from .transformer import ForwardPass, Runs
+
+T = TypeVar("T")
 
 # Keys and values of so many groups of heads are gathered one after the other: one arrives while the one before is
 # attended to. By NCCL fewer are faster: two H200 took 1.52, 1.49 and 1.51 s for a forward of the 14B in 4, 2 and 1.
@@ -24,6 +27,14 @@ class DividedPass(ForwardPass):
     """A forward pass of which this machine computes a share of the tokens; positions and clean tokens are its own's."""
 
     shard: Shard = None  # type: ignore[assignment]  # always given: fields before it have defaults
+
+
+def own_runs(runs: Runs[T], this_pass: ForwardPass) -> Runs[T]:
+    """Runs of all tokens as they are on this machine, which may have none of some."""
+    if not isinstance(this_pass, DividedPass):
+        return runs
+    here = ((this_pass.shard.span(tokens), row) for tokens, row in runs)
+    return [(tokens, row) for tokens, row in here if tokens is not None]
 
 
 def own_tokens(x: mx.array, this_pass: ForwardPass, shard: Shard) -> tuple[mx.array, ForwardPass]:

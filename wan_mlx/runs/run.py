@@ -18,7 +18,7 @@ import numpy as np
 from .. import mac
 from ..caching import make_cache
 from ..denoise import denoise, step_of, with_condition, without_references
-from ..errors import BusyError, Stopped, WanError, gpu_failures_told
+from ..errors import BusyError, SamplingError, Stopped, WanError, gpu_failures_told
 from ..events import (
     ClipStarted,
     Conditioned,
@@ -136,8 +136,8 @@ class Run:
     @property
     def stops_soon(self) -> bool:
         """Whether `stop` would be heard soon: in the midst of steps or decoded frames, not while weights are read, nor
-        where a video is decoded in tiles, whose frames all come at the end."""
-        whole = self.pipe.tiny_vae or self.pipe.tile_of("decode_tile") is None
+        where a video is decoded in tiles, whose frames all come at the end, or by several machines."""
+        whole = self.team is None and (self.pipe.tiny_vae or self.pipe.tile_of("decode_tile") is None)
         return self.stage == "denoise" or (self.stage == "decode" and whole)
 
     @yields_computed
@@ -215,7 +215,7 @@ class Run:
         if self.forwards:
             settings["forwards"] = list(self.forwards)
         return Video(
-            frames=np.concatenate(frames),
+            frames=np.concatenate(frames or [np.zeros((0, self.request.height, self.request.width, 3), np.uint8)]),
             latents=latents_to_numpy(latents),
             fps=self.request.fps,
             settings=settings,
@@ -252,27 +252,36 @@ class Run:
                 yield
                 reached = RunState(TASKS[self.request.task].condition(self.request, self.pipe))
                 mx.eval(reached.conditioning.arrays())
+        reached = self._shared(reached)
+        self._tell(Conditioned(reached.conditioning))
+        yield
+        return reached
+
+    def _shared(self, reached: RunState | None) -> RunState:
+        """What rank 0 has encoded, on all machines."""
         if self.team is not None:
             self.team.group.meet("conditioned")
             reached = shared_state(self.team.group, reached if self._is_first else None)
         assert reached is not None, "rank 0 has it"
-        self._tell(Conditioned(reached.conditioning))
-        yield
         return reached
 
     def _follow(self, conditioning: Conditioning, last: np.ndarray) -> Generator[None, None, RunState]:
         """The next clip, from the conditioning of the one before and its last frames (n, H, W, 3)."""
         clips, number = TASKS[self.request.task].clips, conditioning.clip + 1
         assert clips is not None, "there is more than one"
-        with self._stage("conditioning"):
-            yield
-            following = clips.following(self.request, self.pipe, conditioning, last)
-            forwards, _ = self.forwards or self._forwards_noted
-            following = replace(following, clip=number, frames_before=self._frames, forwards_before=forwards)
-            mx.eval(following.arrays())
-        self._tell(Conditioned(following))
+        reached = None
+        if self._is_first:
+            with self._stage("conditioning"):
+                yield
+                following = clips.following(self.request, self.pipe, conditioning, last)
+                forwards, _ = self.forwards or self._forwards_noted
+                following = replace(following, clip=number, frames_before=self._frames, forwards_before=forwards)
+                mx.eval(following.arrays())
+                reached = RunState(following, number * self.request.steps_made)
+        reached = self._shared(reached)
+        self._tell(Conditioned(reached.conditioning))
         yield
-        return RunState(following, number * self.request.steps_made)
+        return reached
 
     def _sample(self, reached: RunState) -> Generator[None, None, mx.array]:
         """Make the steps of a clip that are left; returns the latents (1, t, h, w, C) to decode."""
@@ -350,7 +359,7 @@ class Run:
     @property
     def _must_agree(self) -> bool:
         """Whether a wish to stop has to wait until all machines know of it."""
-        return self.team is not None and self.stage == "denoise" and not self._agreed
+        return self.team is not None and self.stage in ("denoise", "decode") and not self._agreed
 
     def _heed_others(self) -> None:
         """After a step: what one machine was asked, all do."""
@@ -371,7 +380,7 @@ class Run:
         done, trim, most = conditioning.frames_before, conditioning.trim_frames, self.request.frames_written
         with self._stage("decode"):
             yield
-            decoded = self.pipe.decode(latents, last)
+            decoded = self._told_if_bad(self.pipe.decode(latents, last))
             for frames in self.pipe.smoothed(self.request, decoded) if self._is_first else decoded:
                 mx.synchronize()  # only now a failed command buffer is sure to show
                 frames, trim = frames[trim : trim + most - done], max(0, trim - len(frames))
@@ -382,6 +391,15 @@ class Run:
                     yield
         self._frames = done
         return last.frames
+
+    def _told_if_bad(self, decoded: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """Decoded frames, none on other machines than the first; these are told if one is not finite."""
+        try:
+            yield from decoded
+        except SamplingError as error:
+            if self.team is not None:
+                self.team.group.heartbeat.fail(str(error))
+            raise
 
     def _tell(self, event: Event) -> None:
         for listener in self._listeners:

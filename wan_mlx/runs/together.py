@@ -21,8 +21,8 @@ from ..types import Conditioning, Request, RunState
 from .record import files_of_weights, normal, request_of
 
 # What the others need no files of: rank 0 encodes.
-ENCODED_BY_FIRST = ("text_encoder", "image_encoder", "tokenizer")
-TASKS_SHARED = ("t2v", "i2v", "flf2v", "ti2v", "vace", "inp", "control")
+ENCODED_BY_FIRST = ("text_encoder", "image_encoder", "audio_encoder", "tokenizer")
+OF_FIRST = ("last_frames",)  # of a conditioning: what only rank 0 needs, which encodes the next clip
 STOP, FINISH = 2, 1  # what may be asked of a run while it samples
 
 
@@ -46,8 +46,6 @@ def assemble(
     Raises:
         WanError: the machines differ in what must be the same.
     """
-    if request.clips > 1 or request.task not in TASKS_SHARED:
-        raise ValueError(f"several machines do not share {request.task} videos yet; nearest: --parallel off, on one")
     words = words_of(pipe, request)
     if group.rank == 0:
         group.heartbeat.say({"run": words})
@@ -82,10 +80,11 @@ def shared_state(group: Group, reached: RunState | None) -> RunState:
     """Rank 0's state of the run, on all ranks."""
     arrays, values = None, None
     if reached is not None:
-        arrays = {f"conditioning.{name}": array for name, array in reached.conditioning.arrays().items()}
+        given = reached.conditioning.arrays()
+        arrays = {f"conditioning.{name}": array for name, array in given.items() if name not in OF_FIRST}
         arrays |= {f"state.{name}": array for name, array in reached.state.items()}
-        given = reached.conditioning
-        values = {"steps": reached.steps, "context_scale": given.context_scale, "trim_latents": given.trim_latents}
+        plain = {name: value for name, value in vars(reached.conditioning).items() if isinstance(value, int | float)}
+        values = {"steps": reached.steps, "heard": reached.conditioning.heard, **plain}
     values = group.gather_values(values)[0]
     told = group.broadcast(arrays)
     if reached is not None:
@@ -94,8 +93,8 @@ def shared_state(group: Group, reached: RunState | None) -> RunState:
     for name, array in told.items():
         owner, _, entry = name.partition(".")
         parts[owner][entry] = array
-    steps = values.pop("steps")
-    return RunState(Conditioning(**parts["conditioning"], **values), steps, parts["state"])
+    steps, heard = values.pop("steps"), tuple(values.pop("heard"))
+    return RunState(Conditioning(**parts["conditioning"], **values, heard=heard), steps, parts["state"])
 
 
 @contextmanager
