@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, options
+from ..distributed import opened_group
 from ..errors import UsageError, size
 from ..events import Finished
 from ..media.write import check_output
@@ -159,7 +160,7 @@ def show_version() -> int:
 def show_plan(args: argparse.Namespace, say: Terminal) -> int:
     """``--plan``: print it; 1 if it does not fit."""
     options_given = {**keywords(args, options.MODEL), **asked_of(args)}
-    if "parallel" not in args.given:  # several machines are told of where they are asked for
+    if "parallel" not in args.given and opened_group() is None:  # several machines are told of where they are asked for
         del options_given["parallel"]
     planned = partial(plan, **options_given, kept=is_series(args))
     found = planned()

@@ -15,6 +15,7 @@ from typing import TypeVar
 import mlx.core as mx
 
 from ..caching import StepCache, make_cache
+from ..distributed import opened_group
 from ..geometry import WAN_2_1, Geometry
 from ..guidance import Guidance
 from ..models.audio_encoder import SAMPLE_RATE, frames_heard
@@ -100,7 +101,7 @@ def plan_video(
         rate = denoise.flop / denoise.seconds if denoise.seconds else None
         tokens = nets.geometry.seq_len(wanted.latent_shape)
         found = replace(found, several=tuple(
-            several.describe(nets.transformer, tokens, wanted.request.passes, rate, wanted.parallel)
+            several.describe(nets.transformer, tokens, wanted.request.passes, rate, wanted.parallel, opened_group())
         ))  # fmt: skip
     return found
 

@@ -7,10 +7,9 @@ while the one before is attended to. ``benchmarks/distributed.py`` compares the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..distributed import Link
+from ..distributed import Group, Link
 from ..errors import duration
 from ..models.chips import likely_rate
 from ..models.configs import TransformerConfig
@@ -124,15 +123,17 @@ def choose_mode(
 
 
 def describe(
-    config: TransformerConfig, tokens: int, passes: int, rate: float | None, asked: str, sizes: Sequence[int] = (2, 4)
+    config: TransformerConfig, tokens: int, passes: int, rate: float | None, asked: str, group: Group | None = None
 ) -> list[str]:
-    """For people: how long a step takes so many machines, each of ``rate`` FLOP per second, over each of `LINKS`."""
+    """For people: how long a step takes 2 and 4 machines, each of ``rate`` FLOP per second, over each of `LINKS`; if
+    there is a ``group``, as many as it has, over its link as it was measured."""
+    sizes, links = ((2, 4), LINKS) if group is None else ((group.size,), {f"{group.backend}, as measured": group.link})
     rate = rate or likely_rate()
     whose = f"of {(rate or TYPICAL) / 1e12:.3g} TFLOP/s" + " (an M4 Max)" * (rate is None)
     work = Work(config, tokens, rate or TYPICAL, passes)
     lines = [f"on several machines {whose} a step, of {duration(work.alone())} on one, is predicted to take"]
     for size in sizes:
-        for name, link in LINKS.items():
+        for name, link in links.items():
             mode = choose_mode(asked, config, tokens, passes, size, link, work.rate)
             seconds = work.seconds(mode, size, link)
             lines.append(f"  {size}, {name:<20} {duration(seconds):>12}: {work.alone() / seconds:.2f} times as fast, "
