@@ -6,6 +6,7 @@ Prints a JSON object of digests, or of whatever else the case finds; every rank 
 import hashlib
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 from arrays import random_array, randomized
 from sampling import SHIFT, SIZES, always, conditioning
 from test_execution import CONFIGS, inputs, transformer
-from tiny_mlx_model import random, random_vae
+from tiny_mlx_model import VAE_CONFIGS, random, random_vae
 
 from wan_mlx import heartbeat
 from wan_mlx.caching import EasyCache, MagCache, Spectrum, StepCache, TeaCache
@@ -26,11 +27,13 @@ from wan_mlx.denoise import denoise
 from wan_mlx.distributed import Part, open_group
 from wan_mlx.guidance import Guidance
 from wan_mlx.models import sequence_parallel
+from wan_mlx.models.animate import AnimateTransformer
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.execution import Execution
+from wan_mlx.models.s2v import MOTION_LATENTS, S2VTransformer
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vae_execution import VAEExecution
-from wan_mlx.models.vae_tiling import decode
+from wan_mlx.models.vae_tiling import LastFrames, decode
 from wan_mlx.parallel import Team
 from wan_mlx.runs.together import failing_together
 from wan_mlx.schedulers import SOLVERS
@@ -74,6 +77,31 @@ def forwards(group) -> dict:
     for frames in (0, 2):
         named = {"reference": reference, "clean_frames": frames}
         found[f"reference, given frames {frames}"] = divided(group, Execution(control), given, **named)
+    return found | speech(group) | animation(group)
+
+
+def speech(group) -> dict:
+    """S2V, which has tokens behind the video's, and hears in each latent frame something else."""
+    found, sizes = {}, dict(audio_inject_layers=(0, 2), audio_layers=3, audio_dim=16, audio_tokens=2)
+    s2v = randomized(S2VTransformer(replace(CONFIGS["t2v"], model_type="s2v", **sizes)))
+    latents, still = random_array(4, 1, 3, 8, 8, 16), random_array(5, 1, 1, 8, 8, 16)
+    given = latents, 500.0, random_array(6, 1, 7, 24), still, random_array(7, 1, 3, 12, 16)
+    for motion in (None, random_array(8, 1, MOTION_LATENTS, 8, 8, 16)):
+        for at_once in (5, 100):
+            run = Execution(s2v, tokens_at_once=at_once)
+            found[f"s2v {motion is not None} {at_once}"] = divided(group, run, given, motion=motion, pose=latents)
+    return found
+
+
+def animation(group) -> dict:
+    """Animate, whose frames each look at a face of their own."""
+    found, sizes = {}, dict(in_dim=36, image_dim=32, face_layers=(0, 2), face_dims=(16, 2), motion_widths=(2, 2))
+    animate = randomized(AnimateTransformer(replace(CONFIGS["t2v"], model_type="animate", **sizes)))
+    given = (random_array(4, 1, 4, 6, 10, 16), 500.0, random_array(5, 1, 7, 24), random_array(6, 1, 4, 6, 10, 20),
+             random_array(7, 1, 257, 32))  # fmt: skip
+    named = {"pose": random_array(8, 1, 3, 6, 10, 16), "face": random_array(9, 1, 3, 3, 48)}
+    for at_once in (7, 40, 1000):
+        found[f"animate {at_once}"] = divided(group, Execution(animate, tokens_at_once=at_once), given, **named)
     return found
 
 
@@ -141,11 +169,17 @@ def resumed(group, mode: str, folder: str, caches: str) -> dict:
 
 
 def tiles(group) -> dict:
-    """A decode, whole and in tiles, dealt out."""
-    run, latents = VAEExecution(random_vae()), random(1, 2, 3, 18, 4)
+    """Decodes: in a relay, in columns, and in tiles dealt out."""
     found = {}
-    for tile in (None, (64, 64)):
-        found[f"{tile}"] = digest(np.concatenate(list(decode(run, latents, tile, group=group)), axis=1))
+    for kind, config in VAE_CONFIGS.items():
+        run, latents = VAEExecution(random_vae(config)), random(1, 3, 3, 18, 4)
+        for tile, relayed in ((None, True), (None, False), ((64, 64), None)):
+            last = LastFrames(6)
+            frames = list(decode(run, latents, tile, last=last, group=group, relayed=relayed))
+            is_first = group is None or group.rank == 0
+            assert is_first or not frames
+            name = f"{kind} {tile} {relayed}"
+            found[name] = [digest(np.concatenate(frames, axis=1)), digest(last.frames)] if is_first else []
     return found
 
 
@@ -163,13 +197,16 @@ def group_itself(group) -> dict:
 
 
 def endless(group, silence: str, fails: str = "") -> None:
-    """Exchange for ever; with ``fails`` rank 1 gives up."""
-    heartbeat.SILENCE = float(silence)
+    """Exchange for ever; with ``fails`` rank 1 gives up, or waits for its "gpu", or all wait for "data", for ever."""
+    heartbeat.SILENCE, heartbeat.HANG = float(silence), 3.0
     print("ready", flush=True)
     with failing_together(group):
+        if fails == "data" or (fails == "gpu" and group.rank == 1):
+            with heartbeat.WAITS.of(fails):
+                time.sleep(60)
         for count in range(1_000_000):
             group.most(count)
-            if fails and group.rank == 1 and count == 20:
+            if fails == "disk" and group.rank == 1 and count == 20:
                 raise OSError("the disk is full")
 
 

@@ -12,6 +12,7 @@ import machines
 import numpy as np
 import pytest
 import tiny_mlx_model
+from test_two_experts import as_pair, lora
 
 CACHES = ("none", "teacache", "magcache", "easycache", "spectrum", "spectrum hidden")
 CASES = Path(__file__).parent / "machine_cases.py"
@@ -79,9 +80,10 @@ def test_a_run_goes_on_with_another_number_of_machines(tmp_path, alone, before, 
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=slow)])
-def test_tiles_dealt_out_are_the_same_frames(tmp_path, alone, size):
-    for found in case(tmp_path, size, "tiles"):
-        assert found == alone("tiles")
+def test_decodes_of_machines_are_the_same_frames(tmp_path, alone, size):
+    """In a relay, in columns, and tiles dealt out; they come out at rank 0."""
+    first, *_ = case(tmp_path, size, "tiles")
+    assert first == alone("tiles")
 
 
 def test_words_and_arrays_are_told_bit_for_bit(tmp_path):
@@ -123,9 +125,22 @@ def test_a_stopped_rank_ends_all(tmp_path):
 
 
 def test_a_rank_that_fails_is_heard_by_all(tmp_path):
-    first, _, last = machines.ended(endless(tmp_path, 3, "20", "fails"), 30)
+    first, _, last = machines.ended(endless(tmp_path, 3, "20", "disk"), 30)
     for code, _, error in (first, last):
         assert code == 1 and "(rank 1): the disk is full" in error
+
+
+def test_a_gpu_that_hangs_is_noticed(tmp_path):
+    """Its process lives, and beats; the others wait for its data."""
+    started = time.monotonic()
+    for code, _, error in machines.ended(endless(tmp_path, 3, "20", "gpu"), 30):
+        assert code == 1 and "(rank 1) has not finished its work for" in error and error.count("\nerror: ") == 1, error
+    assert time.monotonic() - started < 20
+
+
+def test_a_link_that_hangs_is_noticed(tmp_path):
+    for code, _, error in machines.ended(endless(tmp_path, 2, "20", "data"), 30):
+        assert code == 1 and "all machines have waited for each other's data" in error, error
 
 
 # The command
@@ -169,6 +184,34 @@ def test_a_video_of_two_machines_is_that_of_one(tmp_path, pico):
     assert json.loads((two / "v.npz.status.json").read_text())["state"] == "done"
     with np.load(one / "v.npz") as a, np.load(two / "v.npz") as b:
         assert np.array_equal(a["frames"], b["frames"]) and np.array_equal(a["latents"], b["latents"])
+
+
+@pytest.mark.parametrize("mode", ["cfg", "tokens"])
+def test_experts_with_loras_are_those_of_one_machine(tmp_path, pico, mode):
+    """Both experts of Wan2.2, a LoRA for each of another strength, and a step cache."""
+    one, two, other = folders(tmp_path, pico, 3)
+    for folder in (one, two, other):
+        as_pair(folder / "pico")
+        lora(folder / "lora.safetensors")
+    words = (*QUICK, "--steps", "5", "--shift", "3", "--lora-high", "lora.safetensors", "--lora-low",
+             "lora.safetensors:-0.5", "--output", "v.npz")  # fmt: skip
+    ((code, _, error),) = machines.ended(machines.start(tmp_path, 1, command(one, *words)))
+    assert code == 0, error
+    shared = (*words, "--parallel", mode)
+    processes = machines.start(tmp_path, 2, command(two, *shared), {1: command(other, *shared)})
+    for code, _, error in machines.ended(processes):
+        assert code == 0, error
+    with np.load(one / "v.npz") as a, np.load(two / "v.npz") as b:
+        assert np.array_equal(a["frames"], b["frames"]) and np.array_equal(a["latents"], b["latents"])
+
+
+def test_a_plan_is_of_the_link_as_measured(tmp_path, pico):
+    two, other = folders(tmp_path, pico, 2)
+    words = ("plan", *QUICK[2:])
+    processes = machines.start(tmp_path, 2, command(two, *words), {1: command(other, *words)})
+    (code, out, error), (other_code, *_) = machines.ended(processes)
+    assert code == 0 and other_code == 0, error
+    assert "  2, ring, as measured" in out and "Thunderbolt" not in out, out
 
 
 @pytest.mark.parametrize("what", ["weights", "version"])

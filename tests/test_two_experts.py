@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -45,12 +46,17 @@ def pair(pico, tmp_path_factory):
     """A folder of two experts as `convert` writes it."""
     folder = tmp_path_factory.mktemp("pair") / "pair"
     shutil.copytree(pico, folder)
+    as_pair(folder)
+    return folder
+
+
+def as_pair(folder: Path) -> None:
+    """Make a model of one transformer one of two experts."""
     config = json.loads((folder / "config.json").read_text())
     config |= {"high_noise": config["transformer"], "low_noise": config.pop("transformer"), "boundary": 0.8}
     (folder / "config.json").write_text(json.dumps(config))
     changed(folder / "transformer.safetensors", folder / "low_noise.safetensors")
     (folder / "transformer.safetensors").rename(folder / "high_noise.safetensors")
-    return folder
 
 
 def opened(*args, **options) -> wan_mlx.WanPipeline:

@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise, product
+from itertools import islice, pairwise, product, repeat
 from typing import Any
 
 import mlx.core as mx
@@ -22,10 +22,12 @@ import numpy as np
 from ..distributed import Group
 from ..errors import is_out_of_memory
 from ..geometry import LARGEST_SIDE
+from .chips import likely_rate
 from .vae import VAE, Downsample, ResidualBlock, Upsample
 from .vae22 import Branched
 from .vae_execution import PacedCache, VAEExecution
 from .vae_layers import CausalCache, CausalConv
+from .vae_relay import legs_of, pays, relay
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ def decode(
     progress: Callable[..., Iterable] = lambda items, total=None: items,
     last: LastFrames | None = None,
     group: Group | None = None,
+    relayed: bool | None = None,
 ) -> Iterator[np.ndarray]:
     """Decode, in tiles unless ``tile`` is None.
 
@@ -57,15 +60,17 @@ def decode(
         run: the VAE; computes in the dtype of its weights.
         latents: float32 (1, t, h, w, C), normalised.
         tile: largest (width, height) in pixels, without margins.
-        finish: converts float32 (1, n, H, W, 3) in [-1, 1] for keeping, same shape; all of a tiled video is kept, so
-            the result should be small.
+        finish: converts float32 (1, n, H, W, 3) in [-1, 1] for keeping, same shape; all of a video in several tiles is
+            kept, so the result should be small.
         progress: wraps the iteration.
         last: takes the last frames as they are decoded, too.
-        group: the machines among which the tiles are dealt out, at least one for each; all of them decode the same.
+        group: the machines that decode together; the frames come out at rank 0.
+        relayed: whether they do it in a relay, or else in tiles, at least one for each; None: as suits the link, if
+            ``tile`` is None.
 
     Returns:
-        An iterator over the frames of `VAE.decode`, 1 and then 4 at a time, after ``finish``. With tiles the first
-        come when the last tile is done.
+        An iterator over the frames of `VAE.decode`, 1 and then 4 at a time, after ``finish``. With several tiles for
+        a machine they come while the last ones are decoded.
 
     Raises:
         ValueError: ``latents`` has another shape.
@@ -75,32 +80,62 @@ def decode(
     _, count, height, width, _ = latents.shape
     last = last or LastFrames(0)
     last.begin(vae.geometry.spatial * height, vae.geometry.spatial * width, vae.geometry.num_frames(count))
-    tile = tile if group is None else dealt_tile(tile, latents.shape[3], vae.geometry.spatial, group.size)
+    ahead = tile is None
+    if group is not None:
+        legs = legs_of(run, (height, width), group.size) if relayed or ahead else []
+        if relayed if relayed is not None else ahead and pays(group, legs, likely_rate()):
+            whole = relay(run, latents, group, legs)
+        else:
+            tile = dealt_tile(tile, width, vae.geometry.spatial, group.size)
     if tile is None:
-        for frames in progress(whole, total=latents.shape[1]):
+        for frames in progress(whole, total=count):
             last.take(frames)
             yield finish(frames)
         return
     starts = [0, *(vae.geometry.num_frames(index) for index in range(1, count + 1))]
-    middle = list(run.flow(vae.decoder.whole, vae.unpack(latents), PacedCache()))
-    tiles = tiles_of(vae, (height, width), tile, decoding=True)
-    tiles = tiles if group is None else tiles[group.rank :: group.size]
-    size = [n * vae.geometry.spatial for n in (height, width)]
-    canvas = np.zeros((1, starts[-1], *size, 3), finish(mx.zeros((1, 1, 1, 1, 3))).dtype)
-    work = iter(progress(range(len(tiles) * count), total=len(tiles) * count))
-    for one in tiles:
-        cache, (rows, columns) = PacedCache(), one.pixels(vae.config.patch)
-        parts = run.decode_frames((one.source(frame, cache) for frame in middle), one.layers, cache)
-        for start, frames in zip(starts, parts, strict=False):
-            next(work)
-            last.take(frames, start, slice(*rows), slice(*columns))
-            pixels = finish(frames)
-            canvas[:, start : start + pixels.shape[1], slice(*rows), slice(*columns)] = pixels
-    del middle
+    middle = list(run.flow(vae.decoder.whole, vae.unpack(latents), PacedCache(ahead)))
+    tiles, rank, machines = tiles_of(vae, (height, width), tile, decoding=True), 0, 1
     if group is not None:
-        canvas = joined(group, canvas)
-    for start, end in pairwise(starts):
-        yield canvas[:, start:end]
+        rank, machines = group.rank, group.size
+    rounds = [tiles[first : first + machines] for first in range(0, len(tiles), machines)]
+    kind = finish(mx.zeros((1, 1, 1, 1, 3))).dtype
+    sides = (vae.geometry.spatial * height, vae.geometry.spatial * width)
+    canvas = np.zeros((1, starts[-1] if rank == 0 else 0, *sides, 3), kind)
+    work = iter(progress(range(len(rounds) * count), total=len(rounds) * count))
+    for dealt in rounds:
+        places = [tuple(slice(*span) for span in one.pixels(vae.config.patch)) for one in dealt]
+        parts = _decoded(run, dealt[rank], middle, PacedCache(ahead)) if rank < len(dealt) else repeat(None)
+        for (start, end), frames in zip(pairwise(starts), parts, strict=False):
+            next(work)
+            pixels = None
+            if frames is not None:
+                last.take(frames, start, *places[rank])
+                pixels = finish(frames)
+            blocks = [pixels] if group is None else _gathered(group, pixels, places, (1, end - start), kind)
+            if rank == 0:
+                for (rows, columns), block in zip(places, blocks, strict=True):
+                    canvas[:, start:end, rows, columns] = block
+                if dealt is rounds[-1]:
+                    yield canvas[:, start:end]
+    if group is not None and last.count:
+        last.frames = joined(group, last.frames)
+
+
+def _decoded(run: VAEExecution, tile: Tile, middle: Sequence[mx.array], cache: PacedCache) -> Iterator[mx.array]:
+    """A tile of the frames whose middle layers are done."""
+    return run.decode_frames((tile.source(frame, cache) for frame in middle), tile.layers, cache)
+
+
+def _gathered(
+    group: Group, own: np.ndarray | None, places: Sequence[tuple[slice, ...]], shape: tuple[int, int], kind: np.dtype
+) -> list[np.ndarray]:
+    """Everybody's tile of some frames, (1, n, height, width, 3) each; a machine beyond them has none of its own."""
+    sides = [tuple(span.stop - span.start for span in place) for place in places]
+    padded = np.zeros((*shape, *(max(side) for side in zip(*sides, strict=True)), 3), kind)
+    if own is not None:
+        padded[:, :, : own.shape[2], : own.shape[3]] = own
+    found = np.array(group.gather(mx.array(padded)))
+    return [found[rank : rank + 1, :, :high, :wide] for rank, (high, wide) in enumerate(sides)]
 
 
 def dealt_tile(tile: tuple[int, int] | None, width: int, spatial: int, machines: int) -> tuple[int, int]:
@@ -111,7 +146,7 @@ def dealt_tile(tile: tuple[int, int] | None, width: int, spatial: int, machines:
 
 
 def joined(group: Group, canvas: np.ndarray) -> np.ndarray:
-    """The canvas with everybody's tiles, bit for bit; each pixel is zero on all machines but one."""
+    """The canvas with everybody's tiles, bit for bit, on all; each pixel is zero on all machines but one."""
     flat = canvas.reshape(-1).view(np.uint8)
     flat = np.concatenate([flat, np.zeros(-len(flat) % 4, np.uint8)]).view(np.uint32)
     for start in range(0, len(flat), WORDS_AT_ONCE):
@@ -154,7 +189,7 @@ class LastFrames:
 
     def begin(self, height: int, width: int, total: int) -> None:
         """Before the first of ``total`` frames."""
-        self.frames = np.empty((min(self.count, total), height, width, 3), np.float32)
+        self.frames = np.zeros((min(self.count, total), height, width, 3), np.float32)
         self._first, self._next = total - len(self.frames), 0
 
     def take(
