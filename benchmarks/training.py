@@ -2,13 +2,16 @@
 
     python benchmarks/training.py --against diffusers --json training.json
     python benchmarks/training.py --only 1.3B-still 14B-still-q4
+    python benchmarks/training.py --only 1.3B-81 --parts --set 1.3B-81:training.block_backward.TOKENS_AT_ONCE=4096
 
 A process per engine and model (`training_worker.py`) has one case ready at a time; both engines take turns. A step is
 forward, backward, the gradients' norm and AdamW; LoRAs of rank 32 on every linear layer of the blocks, batch 1, in
 bfloat16. Streamed cases read a file whose blocks are one block's bytes, from the system's cache: reading takes as long
 as from memory, not as from a disk.
 
-Each row tells what issue 24 asks: a share of Diffusers' seconds and peak, or GiB; and what ``--plan`` says.
+Each row tells what issue 24 asks: a share of Diffusers' seconds and peak, or GiB; and what ``--plan`` says. ``--parts``
+tells a step's stages, and milliseconds of single operations; with ``--set`` also the stages with other numbers in the
+package.
 """
 
 from __future__ import annotations
@@ -44,8 +47,8 @@ AGAINST = ("1.3B-81", "1.3B-33", "1.3B-still")
 class Worker:
     """A process of one engine and model, which is told what to do and answers with one line."""
 
-    def __init__(self, engine: str, model: str):
-        command = [sys.executable, "-u", str(HERE / "training_worker.py"), engine, model]
+    def __init__(self, engine: str, model: str, *more: str):
+        command = [sys.executable, "-u", str(HERE / "training_worker.py"), engine, model, *more]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._said: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -100,12 +103,21 @@ def verdict(row: dict[str, Any], other: dict[str, Any] | None) -> str:
     return ", ".join(told)
 
 
+def other_numbers(text: str) -> tuple[str, dict[str, float]]:
+    """``CASE:module.NAME=1,module.OTHER=2`` → the case, and the numbers by name."""
+    case, _, changes = text.partition(":")
+    pairs = [one.split("=") for one in changes.split(",")]
+    return case, {f"wan_mlx.{name}": json.loads(value) for name, value in pairs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE")
     parser.add_argument("--against", choices=["diffusers"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--parts", action="store_true", help="also time the parts of a step")
+    parser.add_argument("--parts", action="store_true", help="also tell a step's stages, and single operations")
+    parser.add_argument("--set", nargs="+", default=[], type=other_numbers, metavar="CASE:MODULE.NAME=N",
+                        help="with --parts: a case's stages with other numbers in the package")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="also compare gradients with those in float32")
     parser.add_argument("--seconds", type=float, default=1e6, help="end after these")
     parser.add_argument("--limit", type=float, default=600, help="seconds that a case may take")
@@ -119,6 +131,7 @@ def main() -> None:
         for engine in ("wan_mlx", *([args.against] if args.against and name in AGAINST else [])):
             model = case_of(name)["model"]
             workers[engine, model] = workers.get((engine, model)) or Worker(engine, model)
+    checker = Worker("wan_mlx", case_of(args.only[0])["model"], "checks") if args.check else None
     soon = min(until, began + args.ready)
     rows: list[dict[str, Any]] = []
     say = threading.Lock()
@@ -131,11 +144,13 @@ def main() -> None:
         for engine, worker in engines.items():
             if (first := worker.said(limit)) and not rounds:
                 found[engine].append(first)
-        for _ in range(rounds):
+        for count in range(rounds):
             for engine, worker in engines.items():
                 worker.tell("step")
                 if measured := worker.said(limit):
                     found[engine].append(measured)
+                    told = f"{measured['seconds']:.3f} s, {measured['peak_gib']:.2f} GiB"
+                    print(f"    {name} {engine} round {count + 1}: {told}", flush=True)
         best = {
             engine: {**case, "engine": engine, **min(runs, key=lambda run: run["seconds"]),
                      "all": [run["seconds"] for run in runs], "peak_gib": max(run["peak_gib"] for run in runs)}
@@ -153,10 +168,17 @@ def main() -> None:
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=1))
 
-    def ask(what: str, worker: Worker) -> None:
-        worker.tell(what)
+    def ask(what: str, worker: Worker, before: str, **given: Any) -> None:
+        worker.tell(what, given=given)
         if answer := worker.said(min(until, time.monotonic() + args.limit)):
-            print(f"    {answer}", flush=True)
+            told = ", ".join(f"{key} {value}" for key, value in answer.items())
+            print(f"    {time.monotonic() - began:.0f} s: {before}: {told}", flush=True)
+
+    def stages(name: str, worker: Worker) -> None:
+        for case, changes in [(name, {}), *args.set] if args.parts else []:
+            if case == name:
+                told = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in changes.items())
+                ask("stages", worker, f"{name} {told}".strip(), changes=changes)
 
     timed = [name for name in args.only if name in AGAINST]
     for name in timed:
@@ -166,8 +188,9 @@ def main() -> None:
                 worker.said(soon)
             print(f"ready after {time.monotonic() - began:.0f} s", flush=True)
         run(name, engines, args.rounds)
+        stages(name, engines["wan_mlx"])
     if args.parts and timed:
-        ask("parts", engines["wan_mlx"])
+        ask("parts", engines["wan_mlx"], "ms")
 
     def memory(model: str) -> None:
         """The cases of a model in which only the peak counts; those of several models side by side."""
@@ -177,14 +200,22 @@ def main() -> None:
         for name in args.only:
             if name not in AGAINST and case_of(name)["model"] == model:
                 run(name, {"wan_mlx": worker}, 0)
+                if CASES[name][0] != "streamed":
+                    stages(name, worker)
+
+    def check(worker: Worker) -> None:
+        worker.said(soon)
+        ask("check", worker, "gradients in bfloat16")
 
     threads = [threading.Thread(target=memory, args=(model,)) for engine, model in workers if engine == "wan_mlx"]
+    if checker:
+        threads.append(threading.Thread(target=check, args=(checker,)))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if args.check:
-        ask("check", workers["wan_mlx", case_of(args.only[0])["model"]])
+    if checker:
+        checker.process.kill()
     for worker in workers.values():
         worker.process.kill()
 

@@ -1,12 +1,14 @@
-"""One engine and model of `training.py`: ``training_worker.py ENGINE MODEL``, then a line for each command.
+"""One engine and model of `training.py`: ``training_worker.py ENGINE MODEL [checks]``, then a line for each command.
 
-"prepare" makes a case and runs a step of it, "step" runs another; both are answered by its seconds and peak. "parts"
-times its parts, "check" compares gradients with those in float32.
+"prepare" makes a case and runs a step of it, "step" runs another; both are answered by its seconds and peak. "stages"
+tells those of a step's stages, with other numbers in the package if some are given; "parts" times single operations,
+"check" compares gradients with those in float32.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import json
 import logging
 import math
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,23 +25,26 @@ from typing import Any
 from wan_mlx.presets import PRESETS
 
 RANK, SIGMA = 32, 0.6
+# To try the script where true sizes are too much: {"num_layers": 2, "dim": 256, "ffn_dim": 512, "num_heads": 2}.
+SMALLER = json.loads(os.environ.get("TRAINING_SMALLER", "{}"))
 KEPT = 12 * 2**30  # of what MLX has freed: processes of several models share the device
 
 
 class Ours:
-    def __init__(self, model: str):
+    def __init__(self, model: str, checks: bool):
         import mlx.core as mx
 
         mx.set_cache_limit(KEPT)
         self.mx, self.preset = mx, PRESETS[model]
         config = self.preset.transformer
-        if layers := os.environ.get("TRAINING_LAYERS"):  # to try the script where a whole model is too much
-            config = replace(config, num_layers=int(layers))
+        config = replace(config, **SMALLER)
         # A step of one block compiles most kernels.
         self.config = replace(config, num_layers=1)
         self.prepare({"model": model, "size": "256x128", "frames": 1, "base": "resident"})
         self.step()
         self.config = config
+        if checks:
+            self.check("256x128", 1)
 
     def prepare(self, case: dict[str, Any]) -> None:
         from wan_mlx.models.execution import Execution
@@ -74,61 +80,115 @@ class Ours:
         mx.eval(self.factors, self.optimizer.state, noisy, context, self.samples[0].target)
         del clean, noise
 
-    def step(self) -> dict[str, float]:
+    def step(self, differentiated: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """``differentiated`` is called before the update."""
         from wan_mlx.training.backward import loss_and_gradients
         from wan_mlx.training.optimizer import gradient_norm, update
 
         losses, gradients = loss_and_gradients(self.model, self.factors, self.samples, self.recipe.scale)
+        differentiated()
         norm = gradient_norm(gradients)
         update(self.optimizer, gradients, self.factors, norm, self.recipe.clip)
         return {"loss": losses[0], "norm": norm}
 
+    def stages(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Seconds and peak of a step's stages; ``changes``: numbers of the package by name, "module.NAME"."""
+        from wan_mlx.training import backward
+
+        mx, before, found, real = self.mx, {}, {}, backward._loss
+
+        def ended(stage: str) -> None:
+            mx.synchronize()
+            now = time.perf_counter()
+            found[stage] = (round(now - self.began, 3), round(self.peak(), 3))
+            self.began = now
+            self.peak(reset=True)
+
+        def loss(*given):
+            if "forward" not in found:
+                ended("forward")
+            return real(*given)
+
+        for name, value in changes.items():
+            module, _, attribute = name.rpartition(".")
+            before[name] = importlib.import_module(module), attribute
+            before[name] = (*before[name], getattr(*before[name]))
+            setattr(before[name][0], attribute, value)
+        try:
+            self.step()
+            backward._loss = loss
+            self.peak(reset=True)
+            self.began = time.perf_counter()
+            self.step(lambda: ended("backward"))
+            ended("update")
+        finally:
+            backward._loss = real
+            for module, attribute, value in before.values():
+                setattr(module, attribute, value)
+        return found
+
     def parts(self) -> dict[str, Any]:
-        """Seconds: of forward; of attention and its gradient by the ways there are; of the update; by chunk size."""
+        """Milliseconds of attention, and of operations on a piece of tokens, each several times in one evaluation; MiB of
+        one, with its result."""
+        from wan_mlx.models import kernels
         from wan_mlx.models.execution import Pacer, attention
-        from wan_mlx.training import attention_backward, block_backward
-        from wan_mlx.training.backward import loss, loss_and_gradients
-        from wan_mlx.training.optimizer import gradient_norm, update
+        from wan_mlx.models.rope import rope_table
+        from wan_mlx.training import attention_backward, block_backward, slopes
 
-        mx, found = self.mx, {}
+        mx, c, found = self.mx, self.config, {}
+        length = math.prod(self.preset.geometry.latent_shape(832, 480, 81)[:3]) // 4 if mx.cuda.is_available() else 999
+        count = min(block_backward.TOKENS_AT_ONCE, length)
 
-        def timed(name, function, times=2, warm=True):
+        def timed(name: str, function: Callable[[], Any], times: int = 10) -> None:
             try:
-                if warm:
-                    function()
-                best = math.inf
-                for _ in range(times):
-                    mx.reset_peak_memory()
-                    started = time.perf_counter()
-                    function()
-                    best = min(best, time.perf_counter() - started)
-                found[name] = (round(best, 4), round(mx.get_peak_memory() / 2**30, 2))
+                mx.eval(function())
+                mx.synchronize()
+                self.peak(reset=True)
+                before = mx.get_active_memory()
+                mx.eval(function())
+                mx.synchronize()
+                most = mx.get_peak_memory() - before
+                started = time.perf_counter()
+                mx.eval([function() for _ in range(times)])
+                found[name] = (round((time.perf_counter() - started) / times * 1e3, 3), most >> 20)
             except Exception as error:
                 found[name] = str(error)[:200]
 
-        run = lambda: loss_and_gradients(self.model, self.factors, self.samples, self.recipe.scale)  # noqa: E731
-        timed("forward", lambda: loss(self.model, self.factors, self.samples, self.recipe.scale))
-        timed("forward and backward", lambda: mx.eval(run()[1]), warm=False)
+        def random(*shape):
+            return mx.random.normal(shape).astype(mx.bfloat16)
 
-        def updated():
-            gradients = dict(self.factors)
-            update(self.optimizer, gradients, self.factors, gradient_norm(gradients), 0.0)
-
-        timed("update", updated)
-        c = self.config
-        q, k, v, g = (mx.random.normal((1, 32760, c.num_heads, c.head_dim)).astype(mx.bfloat16) for _ in range(4))
-        g = g.flatten(2)
-        mx.eval(q, k, v, g)
-        timed("attention", lambda: mx.eval(attention(q, k, v, Pacer())))
-        timed("attention's gradient", lambda: mx.eval(attention_backward.attention_gradients(q, k, v, g, g)))
-        first = block_backward.TOKENS_AT_ONCE
-        for count in (2048, 8192):
-            block_backward.TOKENS_AT_ONCE = count
-            timed(f"with {count} tokens at once", lambda: mx.eval(run()[1]), times=1, warm=False)
-        block_backward.TOKENS_AT_ONCE = first
+        q, k, v = (random(1, length, c.num_heads, c.head_dim) for _ in range(3))
+        g, gate, table = random(1, length, c.dim), mx.random.normal((c.dim,)), rope_table((count, 1, 1), c.head_dim)
+        x, y, wide, other, inner = (random(1, count, n) for n in (c.dim, c.dim, c.ffn_dim, c.ffn_dim, RANK))
+        w, f, b, few = random(c.dim, c.dim), random(c.ffn_dim, c.dim), random(c.ffn_dim), q[:, :512]
+        a, a_wide = random(RANK, c.dim), random(RANK, c.ffn_dim)
+        mx.eval(q, k, v, g, x, y, wide, other, w, f, b, a, a_wide, inner, gate, table)
+        gradient = attention_backward.attention_gradients
+        timed("attention", lambda: attention(q, k, v, Pacer()), 3)
+        timed("attention's gradient", lambda: gradient(q, k, v, g, g), 3)
+        some, part = q[:, :count], g[:, :count]
+        timed("cross-attention's gradient", lambda: gradient(some, few, few, part, part))
+        timed("product", lambda: x @ w.T)
+        timed("product, wide", lambda: mx.addmm(b, x, f.T))
+        timed("product back, wide", lambda: wide @ f)
+        timed("down", lambda: x @ a.T)
+        timed("down, wide", lambda: wide @ a_wide.T)
+        timed("up", lambda: mx.addmm(x, inner, a))
+        timed("up, wide", lambda: mx.addmm(wide, inner, a_wide))
+        timed("factor's gradient", lambda: inner[0].T @ x[0])
+        timed("factor's gradient, wide", lambda: inner[0].T @ wide[0])
+        timed("factor's gradient, wide, turned", lambda: wide[0].T @ inner[0])
+        timed("add", lambda: x + y)
+        timed("norm", lambda: kernels.modulated_norm(x, gate, gate, c.eps))
+        timed("gelu", lambda: kernels.gelu_tanh(wide))
+        timed("slope of gelu", lambda: slopes.gelu_tanh(wide, other))
+        timed("slope of norm", lambda: slopes.modulated_norm(x, y, gate, c.eps))
+        timed("slope of rotation", lambda: slopes.norm_and_rotate(x, y, gate, c.num_heads, table, c.eps))
+        timed("slope of rms norm", lambda: slopes.rms_norm(x, y, gate, c.eps))
+        timed("times gate", lambda: slopes.scaled(x, gate))
         return found
 
-    def check(self) -> dict[str, Any]:
+    def check(self, size: str = "480x272", frames: int = 33) -> dict[str, Any]:
         """How far gradients in bfloat16 are from those in float32, and whether they repeat; of two blocks."""
         from wan_mlx.models import kernels
         from wan_mlx.training import attention_backward, slopes
@@ -138,7 +198,7 @@ class Ours:
 
         mx, c = self.mx, self.config
         self.config = replace(c, num_layers=2)
-        self.prepare({"name": "check", "size": "480x272", "frames": 33, "base": "resident"})
+        self.prepare({"name": "check", "size": size, "frames": frames, "base": "resident"})
         self.config, (sample,) = c, self.samples
         sums = slopes.scaled, slopes.modulated_norm, slopes.norm_and_rotate
         found: dict[str, Any] = {one.__name__: kernels.agrees(one, mx.bfloat16, c.dim, 1, 128) for one in sums}
@@ -210,24 +270,26 @@ def streamed(config):
 class Diffusers:
     """The same in PyTorch: Diffusers' transformer in bfloat16, PEFT's layers, gradient checkpointing, autocast."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, checks: bool):
         import torch
 
         self.torch, self.preset = torch, PRESETS[model]
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def prepare(self, case: dict[str, Any]) -> None:
         from diffusers import WanTransformer3DModel
         from peft import LoraConfig
 
-        torch, preset, c = self.torch, self.preset, self.preset.transformer
+        torch, preset, c = self.torch, self.preset, replace(self.preset.transformer, **SMALLER)
         self.model = self.optimizer = self.trained = None
-        torch.cuda.empty_cache()
-        with torch.device("cuda"):
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        with torch.device(self.device):
             torch.set_default_dtype(torch.bfloat16)
             model = WanTransformer3DModel(
                 num_attention_heads=c.num_heads, attention_head_dim=c.head_dim, in_channels=c.in_dim,
                 out_channels=c.out_dim, text_dim=c.text_dim, freq_dim=c.freq_dim, ffn_dim=c.ffn_dim,
-                num_layers=int(os.environ.get("TRAINING_LAYERS", c.num_layers)),
+                num_layers=c.num_layers,
             )  # fmt: skip
             torch.set_default_dtype(torch.float32)
         model.requires_grad_(False)
@@ -240,7 +302,7 @@ class Diffusers:
         model.train()
         self.model, self.optimizer = model, torch.optim.AdamW(self.trained, lr=1e-4)
         t, h, w = preset.geometry.latent_shape(*map(int, case["size"].split("x")), case["frames"])
-        with torch.device("cuda"):
+        with torch.device(self.device):
             self.clean, self.noise = torch.randn(2, 1, c.in_dim, t, h, w)
             self.context = torch.randn(1, c.text_len, c.text_dim).bfloat16()
             self.timestep = torch.tensor([1000 * SIGMA])
@@ -248,26 +310,23 @@ class Diffusers:
     def step(self) -> dict[str, float]:
         torch = self.torch
         noisy = ((1 - SIGMA) * self.clean + SIGMA * self.noise).bfloat16()
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(self.device, torch.bfloat16):
             out = self.model(noisy, self.timestep, self.context, return_dict=False)[0]
         loss = torch.nn.functional.mse_loss(out.float(), self.noise - self.clean)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        torch.cuda.synchronize()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         return {"loss": loss.item(), "norm": norm.item()}
-
-    def parts(self) -> dict[str, Any]:
-        return {}
-
-    def check(self) -> dict[str, Any]:
-        return {}
 
     def plan(self) -> dict[str, float]:
         return {}
 
     def peak(self, reset: bool = False) -> float:
+        if self.device == "cpu":
+            return 0.0
         if reset:
             self.torch.cuda.reset_peak_memory_stats()
         return self.torch.cuda.max_memory_allocated() / 2**30
@@ -277,7 +336,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     faulthandler.dump_traceback_later(75, exit=False)
     began = time.perf_counter()
-    engine = {"wan_mlx": Ours, "diffusers": Diffusers}[sys.argv[1]](sys.argv[2])
+    name, model, *more = sys.argv[1:]
+    engine = {"wan_mlx": Ours, "diffusers": Diffusers}[name](model, checks="checks" in more)
     print(json.dumps({"ready": round(time.perf_counter() - began, 1)}), flush=True)
     print(f"{sys.argv[1:]} ready after {time.perf_counter() - began:.1f} s", file=sys.stderr)
     for line in sys.stdin:
@@ -285,8 +345,8 @@ def main() -> None:
         faulthandler.cancel_dump_traceback_later()
         answer: dict[str, Any] = {}
         try:
-            if command["do"] in ("parts", "check"):
-                answer = {command["do"]: getattr(engine, command["do"])()}
+            if command["do"] in ("parts", "check", "stages"):
+                answer = getattr(engine, command["do"])(**command.get("given", {}))
             else:
                 if command["do"] == "prepare":  # its step chooses kernels for these sizes, and takes memory
                     engine.prepare(command["case"])

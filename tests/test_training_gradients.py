@@ -7,7 +7,9 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from arrays import random_array, randomized, relative_error
+from mlx.utils import tree_flatten
 
+from wan_mlx.cuda import forward
 from wan_mlx.models import layers, rope
 from wan_mlx.models.attention import attention
 from wan_mlx.models.configs import TransformerConfig
@@ -18,7 +20,8 @@ from wan_mlx.training import attention_backward, block_backward, slopes
 from wan_mlx.training.attention_backward import attention_gradients
 from wan_mlx.training.backward import Sample, loss, loss_and_gradients
 from wan_mlx.training.factors import layer_shapes, new_factors, of_block, placed
-from wan_mlx.training.optimizer import gradient_norm, update
+from wan_mlx.training.optimizer import gradient_norm, make_optimizer, update
+from wan_mlx.training.recipe import OPTIMIZERS, Recipe
 from wan_mlx.weights.load import load_transformer
 
 SIZES = dict(dim=32, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=4)
@@ -58,6 +61,20 @@ def factors_of(config: TransformerConfig):
     }
 
 
+def of_the_whole_loss(model, factors, step):
+    """The loss and its gradients, as MLX derives them."""
+
+    def whole(factors):
+        with ExitStack() as stack:
+            for place in model.block_order():
+                stack.enter_context(placed(model.block(place), of_block(factors, place), SCALE, mx.float32))
+            outs = [model(s.latents, s.timestep, s.context, **s.conditions) - s.target for s in step]
+            outs = [error[:, s.conditions.get("clean_frames", 0) :] for error, s in zip(outs, step, strict=True)]
+            return sum((error**2).mean() for error in outs) / len(step)
+
+    return mx.value_and_grad(whole)(factors)
+
+
 @pytest.fixture
 def in_small_pieces(monkeypatch):
     monkeypatch.setattr(block_backward, "TOKENS_AT_ONCE", 5)
@@ -71,17 +88,7 @@ def test_gradients_by_blocks_are_those_of_the_whole_loss(kind, fused, in_small_p
     monkeypatch.setattr(attention_backward, "has_fused_gradient", lambda *given: fused)
     config = CONFIGS[kind]
     model, factors, step = randomized(Transformer(config)), factors_of(config), samples(config)
-
-    def whole(factors):
-        with ExitStack() as stack:
-            for i in range(config.num_layers):
-                place = f"blocks.{i}"
-                stack.enter_context(placed(model.block(place), of_block(factors, place), SCALE, mx.float32))
-            outs = [model(s.latents, s.timestep, s.context, **s.conditions) - s.target for s in step]
-            outs = [error[:, s.conditions.get("clean_frames", 0) :] for error, s in zip(outs, step, strict=True)]
-            return sum((error**2).mean() for error in outs) / len(step)
-
-    want_loss, want = mx.value_and_grad(whole)(factors)
+    want_loss, want = of_the_whole_loss(model, factors, step)
     losses, got = loss_and_gradients(Execution(model), factors, step, SCALE)
     assert np.mean(losses) == pytest.approx(want_loss.item(), rel=1e-5)
     assert losses == pytest.approx(loss(Execution(model), factors, step, SCALE), rel=1e-6)
@@ -111,6 +118,19 @@ def test_a_lora_beside_the_weights_stays():
         assert loss_and_gradients(Execution(model), none, step, SCALE)[0] == pytest.approx(first, rel=1e-6)
         assert loss(Execution(model), {}, step, SCALE) == first
     assert loss(Execution(model), {}, step, SCALE) != pytest.approx(first, rel=1e-3)
+
+
+def test_gradients_pass_through_a_lora_beside_the_weights():
+    config = CONFIGS["t2v"]
+    model, factors, step = randomized(Transformer(config)), factors_of(config), samples(config, 1)
+    with ExitStack() as stack:
+        for place in model.block_order():
+            own = {name: 0.5 * array for name, array in of_block(factors, place).items()}
+            stack.enter_context(placed(model.block(place), own, SCALE, mx.float32))
+        want = of_the_whole_loss(model, factors, step)[1]
+        got = loss_and_gradients(Execution(model), factors, step, SCALE)[1]
+    for name in factors:
+        assert relative_error(got[name], want[name]) <= 1e-5, name
 
 
 def test_streamed_blocks_give_the_same_bits():
@@ -151,6 +171,25 @@ def test_gradients_of_attention_are_those_of_mlx(at_once, monkeypatch):
         assert relative_error(one, other) <= 1e-5
 
 
+def test_keys_are_filled_up_as_in_the_forward_pass(monkeypatch):
+    """By their mean, which is a constant to gradients."""
+    monkeypatch.setattr(attention_backward, "has_fused_gradient", lambda *given: True)
+    monkeypatch.setattr(forward, "keys_to_append", lambda length: 2)
+    q, k, v = random_array(1, 1, 5, 3, 8), random_array(2, 1, 7, 3, 8), random_array(3, 1, 7, 3, 8)
+    gradient = random_array(4, 1, 5, 24)
+
+    def filled(q, k, v):
+        more = [mx.repeat(mx.stop_gradient(one.mean(1, keepdims=True)), 2, axis=1) for one in (k, v)]
+        return attention(q, *(mx.concatenate(pair, axis=1) for pair in zip((k, v), more, strict=True)))
+
+    _, want = mx.vjp(filled, [q, k, v], [gradient])
+    _, without = mx.vjp(attention, [q, k, v], [gradient])
+    got = attention_gradients(q, k, v, filled(q, k, v), gradient)
+    for one, other in zip(got, want, strict=True):
+        assert relative_error(one, other) <= 1e-5
+    assert relative_error(got[1], without[1]) > 1e-3
+
+
 RNG = np.random.default_rng(1)
 X, Y = (mx.array(2.5 * RNG.standard_normal((1, 9, 64), np.float32)) for _ in range(2))
 GATE, SHIFT = (mx.array(RNG.uniform(-1, 1, 64).astype(np.float32)) for _ in range(2))
@@ -180,19 +219,25 @@ def test_slopes_are_mlx_s_gradients(name):
     assert relative_error(ours(X, Y), want) <= 2e-6
 
 
-def test_an_update_by_blocks_is_mlx_s():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_by_blocks_is_mlx_s(name):
+    """At another rate and step each time: neither is a constant of what is compiled."""
     config = CONFIGS["t2v"]
     factors = factors_of(config)
     gradients = {name: random_array(50 + i, *array.shape) for i, (name, array) in enumerate(factors.items())}
-    whole, by_blocks = (optim.AdamW(1e-2, bias_correction=True) for _ in range(2))
+    whole, by_blocks = (make_optimizer(Recipe(rank=3, optimizer=name)) for _ in range(2))
     whole.init(factors)
     by_blocks.init(factors)
     want, got = factors, dict(factors)
-    for clip in (1.0, 1e6):
-        clipped, norm = optim.clip_grad_norm(gradients, clip)
+    for clip, rate in ((1.0, 1e-2), (1e6, 3e-3), (0.0, 1e-3)):
+        whole.learning_rate = by_blocks.learning_rate = mx.array(rate)
+        clipped, norm = optim.clip_grad_norm(gradients, clip or 1e9)
         want = whole.apply_gradients(clipped, want)
         assert gradient_norm(gradients) == pytest.approx(norm.item(), rel=1e-6)
         update(by_blocks, dict(gradients), got, gradient_norm(gradients), clip)
     for name in factors:
         assert relative_error(got[name], want[name]) <= 1e-6, name
-    assert by_blocks.step.item() == 2
+    assert by_blocks.step.item() == 3
+    state, wanted = dict(tree_flatten(by_blocks.state)), dict(tree_flatten(whole.state))
+    assert state.keys() == wanted.keys()
+    assert all(relative_error(state[name], wanted[name]) <= 1e-6 for name in state if ".m" in name or ".v" in name)

@@ -29,12 +29,16 @@ def fill_last_tile(x: mx.array) -> mx.array:
 
 
 def append_mean(x: mx.array, count: int) -> mx.array:
-    """x (B, L, heads, head_dim) with its mean over L appended ``count`` times: (B, L + count, heads, head_dim)."""
+    """x (B, L, heads, head_dim) with its mean over L appended ``count`` times: (B, L + count, heads, head_dim).
+
+    The mean is a constant to gradients: through it each row would get ``count / L`` of an average row's.
+    """
     if not count:
         return x
     batch, length, *rest = x.shape
     rows = x.flatten(2)
-    mean = mx.full((1, length), 1 / length, x.dtype) @ rows  # summed in float32, unlike `mx.mean` on CUDA
+    # Summed in float32, unlike `mx.mean` on CUDA.
+    mean = mx.full((1, length), 1 / length, x.dtype) @ mx.stop_gradient(rows)
     rows = mx.concatenate([rows, mx.broadcast_to(mean, (batch, count, rows.shape[-1]))], axis=1)
     return rows.reshape(batch, length + count, *rest)
 

@@ -37,7 +37,7 @@ def with_side(layer: nn.Module, x: mx.array, linear: Callable[[mx.array], mx.arr
     if "lora_rows" in layer:
         y = scale_rows(y, layer.lora_rows, layer.bias if "bias" in layer else mx.array(0.0))
     if "lora_a" in layer:
-        y = y + (x @ layer.lora_a.T) @ layer.lora_b.T
+        y = mx.addmm(y, x @ layer.lora_a.T, layer.lora_b.T)
     if "lora_dense" in layer:
         y = y + x @ layer.lora_dense.T
     for left, right in zip(layer.get("lora_left", ()), layer.get("lora_right", ()), strict=True):

@@ -1,8 +1,8 @@
 """Gradients of attention without an array of all queries by all keys.
 
 On CUDA cuDNN's kernel computes them. MLX calls it where the queries fill tiles of 128, in 16 bits, so queries are
-filled up with zeros, whose result's gradient is zero: they add nothing. Elsewhere MLX would store the scores; here some
-queries and heads at a time make theirs again.
+filled up with zeros, whose result's gradient is zero: they add nothing. Keys are filled up as in the forward pass.
+Elsewhere MLX would store the scores; here some queries and heads at a time make theirs again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from ..cuda.forward import fill_last_tile
 from ..models import attention as plain
 from ..models.attention_execution import attention, has_fused_kernel
 from .pieces import Pieces
@@ -73,10 +74,10 @@ def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
 
 
 def _filled(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """`attention`, with queries filled up to whole tiles."""
+    """`attention`, with queries filled up to whole tiles, and keys where that is faster."""
     length = q.shape[1]
     q = mx.pad(q, [(0, 0), (0, -length % TILE), (0, 0), (0, 0)]) if length % TILE else q
-    return plain.attention(q, k, v)[:, :length]
+    return plain.attention(q, fill_last_tile(k), fill_last_tile(v))[:, :length]
 
 
 def attention_gradients(

@@ -23,7 +23,7 @@ from ..models.rope import rows_of
 from ..models.transformer import Block, ForwardPass, Modulation, Runs
 from . import slopes
 from .attention_backward import TILE, Heads, attend, attention_and_gradients, attention_gradients
-from .factors import Factors
+from .factors import Factors, times
 from .pieces import Pieces
 
 # Tokens whose part after attention is made again at a time, at most: six arrays as wide as the feed-forward are alive
@@ -37,7 +37,8 @@ class BlockFactors:
     def __init__(self, own: Mapping[str, mx.array], scale: float, dtype: mx.Dtype):
         self.scale = scale
         self.down = {_layer(name): array.astype(dtype) for name, array in own.items() if name.endswith(".down")}
-        self.up = {_layer(name): (array * scale).astype(dtype) for name, array in own.items() if name.endswith(".up")}
+        ups = {_layer(name): times(array, scale) for name, array in own.items() if name.endswith(".up")}
+        self.up = {name: array.astype(dtype) for name, array in ups.items()}
         self._parts: dict[str, list[mx.array]] = {}
         self._new: list[mx.array] = []
 
@@ -60,7 +61,7 @@ class BlockFactors:
             if len(parts) > 1:
                 total = mx.stack(parts).astype(mx.float32).sum(0)
             # Contiguous, as factors read from a file are: products of transposed arrays round otherwise.
-            found[name] = mx.contiguous(total * ((self.scale if name.endswith(".up") else 1) / samples))
+            found[name] = mx.contiguous(times(total, (self.scale if name.endswith(".up") else 1) / samples))
         return found
 
 
@@ -85,11 +86,12 @@ class Product:
         self.inner = x @ self.factors.down[self.name].T
         return mx.addmm(y, self.inner, self.factors.up[self.name].T)
 
-    def back(self, y: mx.array, wanted: bool = True) -> Any:
-        """The gradient for x, if it is ``wanted``, of that for the result; adds those for the factors."""
+    def back(self, y: mx.array, wanted: bool = True, others: mx.array | None = None) -> Any:
+        """The gradient for x, if it is ``wanted``, of that for the result, and of ``others`` that x goes to; adds those
+        for the factors."""
         x = self.x
         del self.x
-        found: Any = self._through(x, y) if wanted else None
+        found: Any = self._through(x, y, others) if wanted else None
         if self.name not in self.factors.up:
             return found
         down, up = self.factors.down[self.name], self.factors.up[self.name]
@@ -98,16 +100,18 @@ class Product:
         del self.inner
         return mx.addmm(found, inner, down) if wanted else None
 
-    def _through(self, x: mx.array, y: mx.array) -> mx.array:
+    def _through(self, x: mx.array, y: mx.array, others: mx.array | None) -> mx.array:
         """The gradient through the layer as it is, with LoRAs of its own."""
         if any(key in self.layer for key in SIDE_KEYS):
-            return mx.vjp(self.layer, [x], [y])[1][0]
-        if not isinstance(self.layer, QuantizedLinear):
-            return y @ self.layer.weight
-        # Unpacked again, but not before y is there: all layers' matrices would lie unpacked side by side.
-        packed = {key: array for key, array in self.layer.items() if isinstance(array, mx.array)}
-        packed["weight"] = mx.depends([packed["weight"]], [y])[0]
-        return y @ self.layer.packing.unpack(packed, y.dtype)
+            (found,) = mx.vjp(self.layer, [x], [y])[1]
+            return found if others is None else found + others
+        weight = self.layer.weight
+        if isinstance(self.layer, QuantizedLinear):
+            # Unpacked again, but not before y is there: all layers' matrices would lie unpacked side by side.
+            packed = {key: array for key, array in self.layer.items() if isinstance(array, mx.array)}
+            packed["weight"] = mx.depends([packed["weight"]], [y])[0]
+            weight = self.layer.packing.unpack(packed, y.dtype)
+        return y @ weight if others is None else mx.addmm(others, y, weight)
 
 
 def _rows(x: mx.array) -> mx.array:
@@ -189,7 +193,8 @@ class _Before:
         for product, row, norm, one in zip(
             (self.q, self.k), self.rows, (layer.norm_q, layer.norm_k), (dq, dk), strict=True
         ):
-            y = y + product.back(slopes.norm_and_rotate(row, one, norm.weight, layer.heads, self.rope, layer.eps))
+            slope = slopes.norm_and_rotate(row, one, norm.weight, layer.heads, self.rope, layer.eps)
+            y = product.back(slope, others=y)
         del self.rows
         return slopes.modulated_norm(self.x, y, self.m.scale_attn, self.eps)
 

@@ -7,7 +7,7 @@ layer adds ``alpha / rank * up @ down @ x``. Rows of ``up`` are in the order of 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,7 +76,7 @@ def placed(block: Block, own: Mapping[str, mx.array], scale: float, dtype: mx.Dt
     before = {name: (layer.get("lora_a"), layer.get("lora_b")) for name, layer in found.items()}
     try:
         for name, layer in found.items():
-            down, up = own[f"{name}.down"].astype(dtype), (own[f"{name}.up"] * scale).astype(dtype)
+            down, up = own[f"{name}.down"].astype(dtype), times(own[f"{name}.up"], scale).astype(dtype)
             a, b = before[name]
             if a is not None:
                 down, up = mx.concatenate([a, down]), mx.concatenate([b, up], axis=1)
@@ -97,6 +97,6 @@ def _layer(block: Any, name: str) -> Any:
     return block
 
 
-def parts(own: Mapping[str, mx.array], layers: Sequence[str]) -> Factors:
-    """Of a block's factors those of some ``layers``, such as "self_attn.q"."""
-    return {name: array for name, array in own.items() if name.rpartition(".")[0] in layers}
+def times(array: mx.array, number: float) -> mx.array:
+    """``array * number``, without an operation where that changes nothing."""
+    return array if number == 1 else array * number
