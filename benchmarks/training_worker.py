@@ -128,8 +128,7 @@ class Ours:
         return found
 
     def parts(self) -> dict[str, Any]:
-        """Milliseconds of attention, and of operations on a piece of tokens, each several times in one evaluation; MiB of
-        one, with its result."""
+        """Of attention, and of operations on a piece of tokens: milliseconds, and MiB with the result."""
         from wan_mlx.models import kernels
         from wan_mlx.models.execution import Pacer, attention
         from wan_mlx.models.rope import rope_table
