@@ -200,7 +200,7 @@ class Ours:
         self.prepare({"name": "check", "size": size, "frames": frames, "base": "resident"})
         self.config, (sample,) = c, self.samples
         sums = slopes.scaled, slopes.modulated_norm, slopes.norm_and_rotate
-        found: dict[str, Any] = {one.__name__: kernels.agrees(one, mx.bfloat16, c.dim, 1, 128) for one in sums}
+        found: dict[str, Any] = {one.__name__: kernels.agrees(one, mx.bfloat16, c.dim, 1, c.head_dim) for one in sums}
 
         def gradients():
             _, arrays = loss_and_gradients(self.model, self.factors, [sample], 1.0)
