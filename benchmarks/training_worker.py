@@ -325,7 +325,7 @@ class Diffusers:
 
     def peak(self, reset: bool = False) -> float:
         if self.device == "cpu":
-            return 0.0
+            return math.nan
         if reset:
             self.torch.cuda.reset_peak_memory_stats()
         return self.torch.cuda.max_memory_allocated() / 2**30
