@@ -130,7 +130,8 @@ class Ours:
     def parts(self) -> dict[str, Any]:
         """Of attention, and of operations on a piece of tokens: milliseconds, and MiB with the result."""
         from wan_mlx.models import kernels
-        from wan_mlx.models.execution import Pacer, attention
+        from wan_mlx.models.attention_execution import attention
+        from wan_mlx.models.pieces import Pacer
         from wan_mlx.models.rope import rope_table
         from wan_mlx.training import attention_backward, block_backward, slopes
 

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from ..models.execution import Pacer
+from ..models.pieces import Pacer
 from .factors import Factors
 from .recipe import Recipe
 
