@@ -21,7 +21,8 @@ PACKAGE = Path(wan_mlx.__file__).parent
 
 # Bottom to top. A name is a module or a folder; those of one line may import each other, but not in a circle.
 LAYERS = [
-    "types errors events lasting option progress_bars geometry resize noise mac storage phases heartbeat distributed",
+    "types errors events lasting option option_texts progress_bars geometry resize noise mac storage phases heartbeat "
+    "distributed",
     "files",
     "cuda",
     "models",

@@ -10,15 +10,24 @@ Nothing here imports MLX: ``wan-mlx --help`` is to be quick.
 """
 
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, TypeVar
 
 from .errors import nearest
-from .geometry import LANDSCAPE
 from .option import COMMAND, MODEL, REQUEST, Limits, Option
+from .option_texts import (
+    SIZES,
+    parse_guidance,
+    parse_mode,
+    parse_percent,
+    parse_range,
+    parse_size,
+    parse_skip,
+    read,
+    skip_text,
+)
 from .presets import PRESETS
 from .types import MOST_IMAGES, LoraChoices, Source
 
@@ -46,76 +55,20 @@ RECIPES = (
 )  # fmt: skip
 ONE_GPU = "there is one GPU"
 FITS = ("official", "crop", "pad")
-SIZES = ("16:9", "9:16", "1:1", *LANDSCAPE)
 PARALLEL = ("auto", "cfg", "tokens", "cfg+tokens", "off")
 CACHES = ("none", "teacache", "magcache", "easycache", "spectrum")
 # Flags of the official generate.py by which the official S2V has another model make the sound.
 TTS = ("--enable_tts", "--tts_prompt_audio FILE", "--tts_prompt_text TEXT", "--tts_text TEXT")
 
 
-def _read(pattern: str, text: str, kind: str, expected: str) -> tuple[str, ...]:
-    match = re.fullmatch(pattern, text.strip().lower())
-    if not match:
-        raise ValueError(f"{text!r} is no {kind}; expected {expected}")
-    return match.groups()
-
-
-def parse_size(text: str) -> str | tuple[int, int]:
-    """(width, height), or a name that `Geometry.named_size` knows."""
-    expected = f"WIDTHxHEIGHT in pixels, such as 832x480, or {', '.join(SIZES)}"
-    ratio = r"[1-9]\d{0,3}:[1-9]\d{0,3}"
-    width, height, name = _read(rf"(\d+)[x*×](\d+)|({'|'.join([ratio, *LANDSCAPE])})", text, "size", expected)
-    return name or (int(width), int(height))
-
-
 def parse_seeds(text: str) -> tuple[int, ...]:
-    _read(r"\d+(,\d+)*", text, "list of seeds", "whole numbers, such as 1,2,3")
+    read(r"\d+(,\d+)*", text, "list of seeds", "whole numbers, such as 1,2,3")
     seeds = tuple(int(seed) for seed in text.split(","))
     for seed in seeds:
         named("seed").check(seed)
         if seeds.count(seed) > 1:
             raise ValueError(f"seed {seed} is in {text!r} {seeds.count(seed)} times, expected each once")
     return seeds
-
-
-def parse_range(text: str) -> tuple[float, float]:
-    expected = "FROM-TO in fractions of the steps, such as 0.1-0.9"
-    first, last = _read(r"(\d+(?:\.\d+)?|\.\d+)-(\d+(?:\.\d+)?|\.\d+)", text, "range", expected)
-    return float(first), float(last)
-
-
-def parse_guidance(text: str) -> float | tuple[float, float]:
-    try:
-        scales = [float(word) for word in text.split(",")]
-    except ValueError:
-        scales = []
-    if not 1 <= len(scales) <= 2:
-        raise ValueError(f"{text!r} is no guidance; expected one number, or two, LOW,HIGH, such as 3,4")
-    return scales[0] if len(scales) == 1 else (scales[0], scales[1])
-
-
-def guidance_text(scale: float | tuple[float, float]) -> str:
-    return ",".join(f"{one:g}" for one in (scale if isinstance(scale, tuple) else (scale,)))
-
-
-def parse_skip(text: str) -> tuple[tuple[int, ...], tuple[float, float] | None]:
-    expected = "layers and where to skip them, such as 9,10:0.1-0.9"
-    layers, span = _read(r"(\d+(?:,\d+)*)(?::(.*))?", text, "list of layers", expected)
-    return tuple(int(layer) for layer in layers.split(",")), parse_range(span) if span is not None else None
-
-
-def _skip(layers: Sequence[int] | None, span: Sequence[float] | None) -> str:
-    """"" if there are no layers."""
-    return ",".join(map(str, layers)) + (":{}-{}".format(*span) if span else "") if layers else ""
-
-
-def parse_percent(text: str) -> int:
-    (number,) = _read(r"(\d+) ?%?", text, "share", "percent, such as 20%")
-    return int(number)
-
-
-def parse_mode(text: str) -> str:
-    return f"q{text}" if text.isdecimal() else text
 
 
 PROMPT = Option(
@@ -274,7 +227,7 @@ class RequestOptions(TypedDict, total=False):
     )]
     skip_layers: Annotated[Sequence[int], Option(
         "--slg LAYERS[:A-B]", "skip-layer guidance, such as 9 or 9,10:0.1-0.9 (default part 0.1-1)", GUIDE, default=(),
-        parse=parse_skip, sets=("skip_layers", "skip_range"), text=_skip,
+        parse=parse_skip, sets=("skip_layers", "skip_range"), text=skip_text,
     )]
     skip_range: Annotated[tuple[float, float], Option(
         "", "in which part of the steps the layers are skipped (default 0.1-1)", default=(0.1, 1.0),

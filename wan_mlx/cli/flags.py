@@ -16,6 +16,7 @@ from typing import Any
 from .. import options
 from ..errors import UsageError
 from ..option import Option
+from ..option_texts import guidance_text
 from ..other_words import suggestion
 from ..presets import PRESETS
 from ..storage import parse_json
@@ -137,7 +138,7 @@ def defaults_table() -> str:
     for preset in PRESETS.values():
         sampling, size = preset.sampling_for(*preset.size), "x".join(map(str, preset.size))
         lines.append(f"  {preset.name:<16}{size:<11}{preset.num_frames:>6}{sampling.steps:>7}{sampling.shift:>7g}"
-                     f"{options.guidance_text(sampling.guidance_scale):>10}")  # fmt: skip
+                     f"{guidance_text(sampling.guidance_scale):>10}")  # fmt: skip
         if preset.recipe:
             lines.append(f"    or, with no option of sampling, the recipe {preset.recipe}")
     return "\n".join(lines) + "\n"

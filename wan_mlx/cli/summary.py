@@ -18,6 +18,7 @@ from ..hub.resolve import Places
 from ..mac import can_stay_awake
 from ..media.preview import PreviewFiles
 from ..opened import OpenedModel
+from ..option_texts import guidance_text
 from ..other_models import of_name
 from ..phases import phase_at, read_phases
 from ..presets import BUNDLED, EXPERTS, GIVEN_APART, Preset, of_same_shapes
@@ -59,7 +60,7 @@ def tell_downloads(model: Mapping[str, Any], say: Terminal) -> bool:
 
 def describe(pipe: OpenedModel, request: Request, say: Terminal, outputs: Mapping[Path, int]) -> None:
     """``outputs``: each file → its seed."""
-    guidance = "off" if request.passes == 1 else options.guidance_text(request.guidance_scale)
+    guidance = "off" if request.passes == 1 else guidance_text(request.guidance_scale)
     packed = "".join(f", {component.replace('_', ' ')} {mode}" for component, mode in pipe.quantized.items())
     path, name, defaults = pipe.checkpoint.path, pipe.preset.name, f"{pipe.preset.name} defaults"
     bundled = "bundled" if path.name == name else f"bundled, {defaults}"

@@ -9,7 +9,8 @@ from pathlib import Path
 from ..errors import UsageError, duration, size
 from ..events import Listener, unheard
 from ..geometry import Geometry
-from ..options import named, parse_mode, parse_size
+from ..option_texts import parse_mode, parse_size
+from ..options import named
 from ..pipeline import WanPipeline
 from ..planning.machine import available_memory, parse_memory
 from ..planning.sizes import Networks, sizes_of
