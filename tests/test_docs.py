@@ -347,6 +347,7 @@ def test_command_runs(command, homes, monkeypatch, capsys):
     made = []
     monkeypatch.setattr(wan_mlx.Run, "__iter__", counted(wan_mlx.Run.__iter__, made))
     monkeypatch.setattr(timing, "measure_rates", lambda *_: timing.Rates(1e12, 1e12, 1e12, 1e12))
+    monkeypatch.setattr("wan_mlx.training.timing._step", lambda *_: 1.0)  # `test_training` times a real one
     for is_dry in (True, False) if command in MADE else (True,):
         monkeypatch.chdir(homes[not is_dry])
         code = run(COMMANDS[command], homes[not is_dry], monkeypatch, is_dry)

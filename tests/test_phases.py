@@ -19,7 +19,6 @@ from wan_mlx.request_builder import build_request
 from wan_mlx.types import Conditioning, RunState, Step
 from wan_mlx.weights.load import load_transformer
 
-THREE = RECIPES["lightx2v-3phase"]
 SMALL = dict(width=16, height=16, num_frames=1, seed=3)
 
 

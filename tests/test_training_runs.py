@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from wan_mlx.errors import UsageError, WanError
 from wan_mlx.files.safetensors import load_arrays
 from wan_mlx.geometry import WAN_2_1
 from wan_mlx.models.execution import Execution
+from wan_mlx.presets import Sampling
 from wan_mlx.training import Training, TrainingError, encoded, train
 from wan_mlx.training.backward import loss_and_gradients
 from wan_mlx.training.batches import Batches, without_word
@@ -314,8 +316,9 @@ def test_a_trigger_is_a_word_that_is_known(pipe, data, tmp_path, monkeypatch):  
     assert not nano.unknown_words(nano.request("a Zorb circle"))
 
 
-def test_sample_prompts_and_callback_from_python(pipe, data, tmp_path):  # noqa: F811
-    heard = []
+def test_sample_prompts_and_callback_from_python(pipe, data, tmp_path, monkeypatch):  # noqa: F811
+    heard, small = [], replace(pipe.preset, size=(32, 32), num_frames=5, sampling=Sampling(2, 3.0, 1.0))
+    monkeypatch.setattr(pipe, "preset", small)  # of the sample
 
     def callback(step):
         heard.append(step.step)

@@ -182,19 +182,25 @@ def test_official_commands(model, tmp_path_factory, tmp_path, monkeypatch, frame
     assert_same(tmp_path / "a.npz", latents, video)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A prepared folder of eight frames."""
     prepared(place := tmp_path_factory.getbasetemp() / "prepared8", 8)
     return place
 
 
+@pytest.fixture(scope="module")
+def whole(model, folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "whole.npz"
+    assert main(command(model[1], folder, 5, path)) == 0
+    return path
+
+
 @pytest.mark.parametrize("cut", ["step", "clip"])
-def test_a_resumed_run_has_the_same_bits(model, folder, tmp_path, monkeypatch, cut):
+def test_a_resumed_run_has_the_same_bits(model, folder, whole, tmp_path, monkeypatch, cut):
     """Cut after the first step of the second clip, and after the first clip, whose last frames are decoded again."""
     output = tmp_path / "a.npz"
     given = command(model[1], folder, 5, output)
-    assert main(command(model[1], folder, 5, tmp_path / "whole.npz")) == 0
     save_step, save_conditioning = RunFolder.save_step, RunFolder.save_conditioning
 
     def failing_step(self, step, notes):
@@ -214,7 +220,7 @@ def test_a_resumed_run_has_the_same_bits(model, folder, tmp_path, monkeypatch, c
     with RunFolder(output) as kept:
         assert kept.state().conditioning.clip == (cut == "step") and kept.steps_done == STEPS + (cut == "step")
     assert main(["--resume", str(output), "--quiet"]) == 0
-    assert output.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert output.read_bytes() == whole.read_bytes()
 
 
 def test_two_machines_make_the_same_bytes(model, folder, tmp_path):
