@@ -25,7 +25,7 @@ from .media.write import to_uint8
 from .model_choices import ModelChoices
 from .models import vae_tiling as tiling
 from .models.animate_face import FACES_AT_ONCE
-from .models.execution import Execution, encode_images
+from .models.execution import Execution, encode_face, encode_images
 from .models.text_encoder import pad_context
 from .models.vae_execution import VAEExecution
 from .planning.choose import Wanted, plan_video
@@ -280,7 +280,7 @@ class OpenedModel(ModelChoices):
                 frames += len(chunk)
                 yield mx.array(np.stack(chunk))
 
-        tokens = face(counted(self.listener, "encoding face")(chunks()))
+        tokens = encode_face(face, counted(self.listener, "encoding face")(chunks()))
         nothing = face.blank(frames) if blank else None
         mx.eval(tokens, nothing)
         return tokens, nothing

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from wan_mlx.events import counted, unheard
 from wan_mlx.models.animate import AnimateTransformer
 from wan_mlx.models.animate_face import Face
-from wan_mlx.models.execution import Execution
+from wan_mlx.models.execution import Execution, encode_face
 from wan_mlx.weights.load import load_transformer, open_network
 from wan_mlx.weights.parameters import Parameters
 from wan_mlx.weights.stream import load_module
@@ -97,7 +97,7 @@ def run_ours(model, face: Face, given, **options) -> mx.array:
     """Channels last."""
     latents, pictures = last(given["latents"]), last(given["face"])[0]
     return model(latents[..., :16], 500.0, mx.array(given["text"].numpy()), latents[..., 16:],
-                 mx.array(given["image"].numpy()), pose=last(given["pose"]), face=face([pictures]),
+                 mx.array(given["image"].numpy()), pose=last(given["pose"]), face=face(pictures),
                  **options)  # fmt: skip
 
 
@@ -114,7 +114,9 @@ def test_official(official):
                          pose_latents=given["pose"], face_pixel_values=given["face"] * 0 - 1)  # fmt: skip
     face, ours = face_of(folder), load_transformer(folder, "float32")
     assert relative_error(face.motion_encoder(last(given["face"])[0]), motion) < BOUND
-    assert relative_error(face([last(given["face"])[0]]), model.face_encoder(motion[None])) < BOUND
+    pictures = last(given["face"])[0]
+    assert relative_error(face(pictures), model.face_encoder(motion[None])) < BOUND
+    assert relative_error(encode_face(face, mx.split(pictures, len(pictures))), face(pictures)) < 1e-6
     assert relative_error(np.moveaxis(np.array(run_ours(ours, face, given))[0], -1, 0), want) < BOUND
     assert relative_error(blank, want) > 1e-3  # what a face shows is seen
 

@@ -8,7 +8,6 @@ which are constants, have none. All is float32: it is a small part of the work, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -170,18 +169,16 @@ class Face(nn.Module):
         self.motion_encoder = MotionEncoder(config)
         self.face_encoder = FaceEncoder(config)
 
-    def __call__(self, pictures: Iterable[mx.array]) -> mx.array:
-        """A video of a face, a few frames (n, side, side, 3) in [-1, 1] at a time → tokens float32 (1, t, tokens, D).
+    def __call__(self, pictures: mx.array) -> mx.array:
+        """A video of a face (n, side, side, 3) in [-1, 1] → tokens float32 (1, t, tokens, D)."""
+        return self.face_encoder(self.motion(pictures)[None])
 
-        ValueError: another shape.
-        """
-        side, motion = self.config.face_side, []
-        for some in pictures:
-            if some.shape[1:] != (side, side, 3):
-                raise ValueError(f"the face has shape {some.shape}, expected (n, {side}, {side}, 3)")
-            motion.append(self.motion_encoder(some))
-            mx.eval(motion)
-        return self.face_encoder(mx.concatenate(motion)[None])
+    def motion(self, pictures: mx.array) -> mx.array:
+        """Of each picture; ValueError: another shape."""
+        side = self.config.face_side
+        if pictures.shape[1:] != (side, side, 3):
+            raise ValueError(f"the face has shape {pictures.shape}, expected (n, {side}, {side}, 3)")
+        return self.motion_encoder(pictures)
 
     def blank(self, frames: int) -> mx.array:
         """The same of so many frames that show no face: all pixels are -1."""

@@ -20,6 +20,7 @@ import numpy as np
 from ..cuda.forward import DeferredFrees
 from ..distributed import Part
 from .animate import FaceBlock
+from .animate_face import Face
 from .block_execution import Once, inject, look_at_face, run_block
 from .configs import TextEncoderConfig
 from .image_encoder import ImageEncoder
@@ -180,6 +181,15 @@ class StreamedTextEncoder:
             states = [block(x) for x in states]
             mx.eval(states)
         return [mx.fast.rms_norm(x, self.norm_weight, self.config.eps)[0] for x in states]
+
+
+def encode_face(face: Face, pictures: Iterable[mx.array]) -> mx.array:
+    """Same as `Face.__call__`, of a few pictures at a time."""
+    motion = []
+    for some in pictures:
+        motion.append(face.motion(some))
+        mx.eval(motion)
+    return face.face_encoder(mx.concatenate(motion)[None])
 
 
 def encode_images(encoder: ImageEncoder, images: np.ndarray | mx.array) -> mx.array:
