@@ -92,8 +92,10 @@ class Ours:
         return {"loss": losses[0], "norm": norm}
 
     def stages(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """Seconds and peak of a step's stages; ``changes``: numbers of the package by name, "module.NAME"."""
+        """Seconds and peak of a step's stages, and the plan's seconds of a step; ``changes``: numbers of the package by
+        name, "module.NAME"."""
         from wan_mlx.training import backward
+        from wan_mlx.training.timing import with_seconds
 
         mx, before, found, real = self.mx, {}, {}, backward._loss
 
@@ -125,6 +127,8 @@ class Ours:
             backward._loss = real
             for module, attribute, value in before.values():
                 setattr(module, attribute, value)
+        if not changes and not SMALLER:
+            found["planned"] = round(with_seconds(*self._plan(), self.recipe).seconds, 3)
         return found
 
     def parts(self) -> dict[str, Any]:
@@ -175,9 +179,10 @@ class Ours:
         timed("down, wide", lambda: wide @ a_wide.T)
         timed("up", lambda: mx.addmm(x, inner, a))
         timed("up, wide", lambda: mx.addmm(wide, inner, a_wide))
-        timed("factor's gradient", lambda: inner[0].T @ x[0])
-        timed("factor's gradient, wide", lambda: inner[0].T @ wide[0])
-        timed("factor's gradient, wide, turned", lambda: wide[0].T @ inner[0])
+        rows, x_rows, wide_rows = (array.reshape(count, -1) for array in (inner, x, wide))
+        timed("factor's gradient", lambda: rows.T @ x_rows)
+        timed("factor's gradient, wide", lambda: rows.T @ wide_rows)
+        timed("factor's gradient, wide, turned", lambda: wide_rows.T @ rows)
         timed("add", lambda: x + y)
         timed("norm", lambda: kernels.modulated_norm(x, gate, gate, c.eps))
         timed("gelu", lambda: kernels.gelu_tanh(wide))
@@ -208,10 +213,14 @@ class Ours:
             mx.eval(arrays)
             return arrays
 
-        ours, again = gradients(), gradients()
-        found["the same bits"] = all(mx.array_equal(ours[name], again[name]).item() for name in ours)
+        def repeated(way: str) -> dict[str, Any]:
+            first, again = gradients(), gradients()
+            found[f"the same bits, {way}"] = all(mx.array_equal(first[name], again[name]).item() for name in first)
+            return first
+
+        ours = repeated("fused")
         fused, attention_backward.has_fused_gradient = attention_backward.has_fused_gradient, lambda *given: False
-        chunks = gradients()
+        chunks = repeated("by chunks")
         attention_backward.has_fused_gradient = fused
         model = self.model.model
         model.update(tree_map(lambda x: x.astype(mx.float32), model.parameters()))
@@ -230,15 +239,18 @@ class Ours:
         return self.mx.get_peak_memory() / 2**30
 
     def plan(self) -> dict[str, float]:
-        """What ``--plan`` says of the same."""
+        """What ``--plan`` says of the same: of a file whose blocks are read as they are."""
+        plan, nets = self._plan()
+        return {"plan_gib": (plan.peak - nets.weights.in_flight * plan.stream) / 2**30}
+
+    def _plan(self) -> tuple[Any, Any]:
         from wan_mlx.planning.sizes import sizes_of
         from wan_mlx.training.estimate import plan_of
 
         preset, base = PRESETS[self.case["model"]], self.case["base"]
         nets = sizes_of(preset, "bfloat16", base if base.startswith("q") else None)
         shape = (*map(int, self.case["size"].split("x")), self.case["frames"])
-        plan = plan_of(nets, [shape], self.recipe, stream=base == "streamed")
-        return {"plan_gib": plan.peak / 2**30}
+        return plan_of(nets, [shape], self.recipe, stream=base == "streamed"), nets
 
 
 def streamed(config):

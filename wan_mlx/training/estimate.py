@@ -17,16 +17,16 @@ from ..planning.peak_memory import overhead
 from ..planning.plan import FILL
 from ..planning.sizes import Networks
 from .attention_backward import SCORES_AT_ONCE, has_fused_gradient
-from .block_backward import TOKENS_AT_ONCE
+from .block_backward import tokens_of_piece
 from .dataset import TrainingClip
 from .factors import layer_shapes
 from .recipe import Recipe
 
 # Arrays as wide as all tokens that are alive in a block's backward pass: in its attention; and in what is made of some
 # tokens, beside arrays as wide as these and as their feed-forward. Unpacked matrices in two pieces.
-ATTENDING, BESIDE, NARROW, FED, UNPACKED = 13, 7, 12, 6, 2
+ATTENDING, BESIDE, NARROW, FED, UNPACKED = 17, 7, 12, 6, 4
 SCORES = 2 * 14  # bytes for each score that is made at a time, where no kernel keeps them, in two pieces
-FLOAT32_COPIES = 4  # of each trained number: itself, its gradient and two moments
+FLOAT32_COPIES = 3  # of each trained number: itself and two moments; its gradient takes the place of kept inputs
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def plan_of(
     trained = sum(recipe.rank * (outputs + inputs) for outputs, inputs in layer_shapes(config, recipe.targets).values())
     wide = tokens * config.dim * nets.dtype.size
     kept = config.num_layers * wide * recipe.clips + (recipe.clips - 1) * wide
-    at_once = min(tokens, TOKENS_AT_ONCE) * nets.dtype.size
+    at_once = tokens_of_piece(tokens) * nets.dtype.size
     piece = BESIDE * wide + at_once * (NARROW * config.dim + FED * config.ffn_dim)
     attending = ATTENDING * wide
     if not has_fused_gradient(nets.dtype, config.head_dim):
@@ -93,7 +93,7 @@ def plan_of(
     weights = nets.weights
     held = weights.outside + 2 * weights.largest + weights.in_flight if stream else weights.all
     held += UNPACKED * weights.unpacked
-    rest = FLOAT32_COPIES * 4 * trained + kept + max(piece, attending) + overhead()
+    rest = FLOAT32_COPIES * 4 * trained + max(kept, 4 * trained) + max(piece, attending) + overhead()
     flop = sum(step_flop(config, length) for length in lengths) / len(lengths) * recipe.clips
     reads = 2 * weights.stored_blocks * stream
     return TrainingPlan(math.ceil(held + rest), budget, stream, flop, trained, tuple(lengths), reads)
