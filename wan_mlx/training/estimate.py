@@ -1,7 +1,7 @@
 """What a training run would need, before anything is downloaded: bytes, and floating-point operations of a step.
 
-The arrays that are counted stand in `block_backward`. ``benchmarks/training.py`` measures them; nine cases on an H200
-were within 8 % (benchmarks/LOG.md).
+The arrays that are counted stand in `block_backward`. ``benchmarks/training.py`` measures them; ten cases on an H200
+were within 4 % (benchmarks/LOG.md).
 """
 
 from __future__ import annotations
