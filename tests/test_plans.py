@@ -1,9 +1,11 @@
 """A plan is of the run that the same options would make: of its own request, on every face."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from crafted import header_only
 from PIL import Image
+from test_speech import tone, write_wav
 
 import wan_mlx
 from wan_mlx.cli.main import main
@@ -11,6 +13,7 @@ from wan_mlx.errors import WeightsError
 from wan_mlx.media.write import save_video
 from wan_mlx.planning import choose, speed
 from wan_mlx.planning import flops as work
+from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning.sizes import not_here, sizes_of
 from wan_mlx.presets import PRESETS
 from wan_mlx.request_builder import build_request
@@ -202,3 +205,54 @@ class TestLoras:
     def test_one_that_is_not_here_is_left_out_and_told(self, style):
         plan = wan_mlx.plan("t2v-14B", memory="200GB", loras=["a/b:c.safetensors:0.5", style])
         assert plan.without == ("a/b:c.safetensors",) and "\na/b:c.safetensors is not on this machine" in str(plan)
+
+
+# What an H200 took (benchmarks/LOG.md), streamed within 8 GiB in bfloat16: a run of two clips of 832x448 that speak for
+# nine seconds, with guidance, and of two clips of 832x480 by Animate, without it; GiB of each stage.
+TOOK = {
+    "s2v-14B": {"encode text": 0.74, "encode audio": 1.32, "encode video": 3.32, "denoise": 6.02, "decode": 5.22},
+    "animate-14B": {"encode text": 0.72, "encode images": 2.35, "encode video": 3.53, "encode face": 1.85,
+                    "denoise": 5.95, "decode": 5.33},
+}  # fmt: skip
+ASKED = {"s2v-14B": dict(size="832x480", num_clip=2), "animate-14B": dict(size="832x480")}
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """As planned where it was measured."""
+    monkeypatch.setattr(peaks, "on_cpu", lambda: False)
+    monkeypatch.setattr(peaks, "has_fused_kernel", lambda dtype, head_dim: dtype == mx.bfloat16)
+    monkeypatch.setattr(choose, "TOKENS_AT_ONCE", 32768)
+    monkeypatch.setattr(choose, "LADDER", [(True, 32768), *choose.LADDER])
+
+
+class TestClips:
+    @pytest.mark.parametrize("name", TOOK)
+    def test_peaks_are_within_a_tenth_of_those_measured(self, name, on_cuda):
+        found = {stage: row.peak / GIB for stage, row in rows(wan_mlx.plan(name, memory="8GiB", **ASKED[name])).items()}
+        assert found.keys() == TOOK[name].keys()
+        assert found == pytest.approx(TOOK[name], rel=0.1)
+
+    @pytest.mark.parametrize("states, took", [(49, 1.288), (449, 1.320), (2999, 2.016), (8999, 2.912), (29999, 6.943)])
+    def test_sound_of_a_second_and_of_ten_minutes(self, states, took, on_cuda):
+        nets = sizes_of(not_here(PRESETS["s2v-14B"]), "bfloat16", released=PRESETS["s2v-14B"])
+        assert peaks.encode_audio(nets, states) / GIB == pytest.approx(took, rel=0.1)
+
+    @pytest.mark.parametrize("shape, took", [((1, 40, 60), 1.425), ((1, 56, 104), 2.772), ((1, 88, 160), 5.936)])
+    def test_a_picture_alone(self, shape, took, on_cuda):
+        assert peaks.vae(PRESETS["s2v-14B"].vae, shape, None, False) / GIB == pytest.approx(took, rel=0.1)
+
+    def test_a_clip_more_takes_longer_and_a_longer_sound_more(self):
+        one, two = (rows(wan_mlx.plan("s2v-14B", memory="200GB", num_clip=clips)) for clips in (1, 2))
+        assert two["denoise"].flop == pytest.approx(2 * one["denoise"].flop, rel=1e-3)
+        assert two["decode"].flop > 2 * one["decode"].flop  # what is before a clip is decoded, too
+        assert two["encode audio"].peak > one["encode audio"].peak
+
+    def test_all_of_a_sound_is_heard_however_much_is_made(self, tmp_path, on_cuda):
+        """One clip of a minute's sound."""
+        write_wav(tmp_path / "talk.wav", tone(60, 16000), 16000)
+        Image.fromarray(np.full((480, 832, 3), 90, np.uint8)).save(tmp_path / "a.png")
+        given = dict(image=str(tmp_path / "a.png"), audio=str(tmp_path / "talk.wav"))
+        clip, minute = (rows(wan_mlx.plan("s2v-14B", num_clip=1, memory="200GB", **sources))["encode audio"]
+                        for sources in ({}, given))  # fmt: skip
+        assert minute.peak > clip.peak + 0.5 * GIB and minute.flop > 10 * clip.flop

@@ -28,7 +28,7 @@ from .presets import EXPERTS, FOUR_STEPS, MODULE, find_preset, preset_for
 from .progress_bars import progress_of
 from .recipes import phase_of, timesteps_of
 from .storage import sha256
-from .tasks import notes as canvas_notes
+from .tasks import notes as source_notes
 from .types import Request
 from .weights.load import check_loras, config_of, modes_of
 from .weights.lora import describe_lora, lora_lists
@@ -153,7 +153,7 @@ class ModelChoices:
             f"the {name.replace('_', ' ')} has {count} tokens, of which the model reads {most}: its end is left out"
             for name, (most, count) in self.cut_texts(request).items()
         ]
-        return [*texts, *self.unknown_words(request), *canvas_notes(request)]
+        return [*texts, *self.unknown_words(request), *source_notes(request)]
 
     def unknown_words(self, request: Request) -> list[str]:
         """For a model that knows few words: which of the prompt neither it nor a LoRA knows, and the ones it does."""

@@ -287,6 +287,8 @@ class OpenedModel(ModelChoices):
 
     def encode_videos(self, videos: Sequence[Iterable[mx.array]]) -> list[mx.array]:
         """Videos in chunks of frames in [-1, 1] → normalised latents (1, t, h, w, C) each."""
+        if not videos:
+            return []
         vae, tile = self.load_vae(), self.tile_of("encode_tile")
         progress = counted(self.listener, "encoding video")
         return [tiling.encode(vae, progress(video), tile) for video in videos]

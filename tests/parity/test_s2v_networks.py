@@ -7,6 +7,7 @@ from oracles import official_s2v, randomize, relative_error, torch
 from safetensors.torch import save_file
 from test_full_size_keys import on_meta
 
+from wan_mlx.models import audio_encoder
 from wan_mlx.models.audio_encoder import AudioEncoder
 from wan_mlx.models.configs import AudioEncoderConfig
 from wan_mlx.models.execution import Execution
@@ -78,19 +79,22 @@ def official_states(model, sound: np.ndarray) -> torch.Tensor:
     return torch.cat([*result.hidden_states[:-1], result.last_hidden_state])
 
 
-def test_audio_encoder(tmp_path):
-    """Sound longer than what is computed at once."""
+def test_audio_encoder(tmp_path, monkeypatch):
+    """Sound longer than what is computed at once; attention in pieces has the same bits."""
     model = wav2vec()
     randomize(model, 3)
     state = model.state_dict()
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
     sound = np.random.default_rng(4).normal(0.1, 0.3, 16000 * 11 + 77).astype(np.float32)
-    got = load_audio_encoder(tmp_path / "model.safetensors")(mx.array(sound))
+    encoder = load_audio_encoder(tmp_path / "model.safetensors")
+    got = encoder(mx.array(sound))
     want = official_states(model, sound)
     assert got.shape == (4, 549, 32)
     for index in range(4):
         assert relative_error(got[index], want[index]) < BOUND, index
+    monkeypatch.setattr(audio_encoder, "SCORES_AT_ONCE", 2 * 549 * 100)  # a hundred rows
+    assert mx.array_equal(encoder(mx.array(sound)), got)
 
 
 def test_too_little_sound():

@@ -28,11 +28,13 @@ DECODERS = (
     "libopencore_amrwb,wmav1,wmav2,adpcm_ima_wav,adpcm_ms,gsm_ms,pcm_u8,pcm_s8,pcm_s16le,pcm_s16be,pcm_s24le,pcm_s24be,"
     "pcm_s32le,pcm_s32be,pcm_f32le,pcm_f32be,pcm_f64le,pcm_f64be,pcm_alaw,pcm_mulaw"
 )
+COARSE = ("pcm_u8", "pcm_s8")
 OPEN = {**CLOSED, "format_whitelist": SOUNDS, "codec_whitelist": DECODERS}
 FILTER = "filter_size=160:cutoff=0.957:filter_type=kaiser:kaiser_beta=9"
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 AAC_BITS = 192_000  # a second, as officially
 AAC_SAMPLES = 1024  # in a packet
+SILENT = 1e-4  # what is never louder has nothing to say: 80 decibels below the loudest
 
 
 def decoded(path: Path) -> Iterator[np.ndarray]:
@@ -61,6 +63,21 @@ def sound_rate(path: Path) -> int:
     return rates[0]
 
 
+def sound_notes(path: Path) -> list[str]:
+    """Lines about a sound that is not what a model is used to; as `read_sound`."""
+    with open_container(path, "sound", OPEN) as container:
+        codec = container.streams.audio[0].codec_context
+        channels, is_coarse = codec.layout.nb_channels, codec.name in COARSE
+    lines = []
+    if not np.abs(read_sound(path)).max() > SILENT:
+        lines.append(f"{path.name} is silent: there is nothing in it to say or sing")
+    if channels > 1:
+        lines.append(f"{path.name} has {channels} channels, of which the model hears the mean")
+    if is_coarse:
+        lines.append(f"{path.name} has 8 bits a sample, whose noise the model hears, too")
+    return lines
+
+
 def read_sound(path: str | Path) -> np.ndarray:
     """A file's sound, float32 (samples,), 16,000 a second: the mean of its channels.
 
@@ -79,6 +96,11 @@ def sound_seconds(path: str | Path) -> Fraction:
     read_sound(path)
     about = Path(path).stat()
     return _read(Path(path), about.st_mtime_ns, about.st_size)[1]
+
+
+def frames_spoken(path: str | Path, fps: float) -> int:
+    """How many of a video's frames belong to a sound, at least one; as `read_sound`."""
+    return max(1, int(sound_seconds(path) * Fraction(fps).limit_denominator(10_000)))
 
 
 @lru_cache(maxsize=1)
@@ -131,8 +153,7 @@ class Speech:
     """
 
     def __init__(self, source: Path, into: OutputContainer, fps: float):
-        rate = sound_rate(source)
-        self.frames = max(1, int(sound_seconds(source) * Fraction(fps).limit_denominator(10_000)))
+        rate, self.frames = sound_rate(source), frames_spoken(source, fps)
         sound = np.concatenate(list(decoded(source)), axis=1)
         sound = sound if len(sound) <= 2 else sound.mean(axis=0, keepdims=True)
         self._layout, self._rate = ("mono", "stereo")[len(sound) - 1], min(AAC_RATES, key=lambda r: abs(r - rate))

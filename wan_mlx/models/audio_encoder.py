@@ -20,6 +20,8 @@ SAMPLE_RATE = 16_000  # of the sound that it reads
 # Samples between two frames, and those that make one; of every released wav2vec 2.0.
 HOP, REACH = 320, 400
 FRAMES_AT_ONCE = 512  # of sound's features, which are independent of each other: ten seconds
+# Attention scores that are there at once: all of 40 seconds, some rows of ten minutes'.
+SCORES_AT_ONCE = 1 << 26
 
 
 def frames_heard(samples: int) -> int:
@@ -119,7 +121,11 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         q, k, v = (split_heads(layer(x), self.heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v))
+        rows, parts = max(1, SCORES_AT_ONCE // (self.heads * x.shape[1])), []
+        for row in range(0, x.shape[1], rows):
+            parts.append(attention(q[:, row : row + rows], k, v))
+            mx.eval(parts[-1])  # otherwise the scores of all parts would be alive at once
+        return self.out_proj(mx.concatenate(parts, axis=1))
 
 
 class FeedForward(nn.Module):

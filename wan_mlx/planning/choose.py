@@ -18,12 +18,11 @@ from ..caching import StepCache, make_cache
 from ..distributed import opened_group
 from ..geometry import WAN_2_1, Geometry
 from ..guidance import Guidance
-from ..models.audio_encoder import SAMPLE_RATE, frames_heard
 from ..models.pieces import TOKENS_AT_ONCE
 from ..models.taehv import TAEHVConfig
 from ..models.vae_tiling import SMALLEST_TILE
 from ..recipes import phase_of, timesteps_of
-from ..tasks import TASKS
+from ..tasks import TASKS, s2v
 from ..types import Request
 from ..weights.parameters import Parameters
 from . import flops as work
@@ -70,7 +69,7 @@ class Wanted:
         Animate always have; S2V has three, one for what FramePack makes of the frames before."""
         t, h, w = self.request.latent_shape
         if self.request.task == "s2v":
-            return t + 3, h, w
+            return t + peaks.BESIDE_SPEECH, h, w
         return t + max(len(self.request.src_ref_images), self.request.task in ("control", "animate")), h, w
 
 
@@ -163,7 +162,7 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
         rows.append(Row("encode images", "resident", peaks.encode_images(nets) + held,
                         images * work.image_flop(nets.image_encoder), peaks.encode_images(nets) // 2))  # fmt: skip
     if c.hears:
-        states = frames_heard(round(request.clips * request.infer_frames / request.model_fps * SAMPLE_RATE))
+        states = s2v.states_heard(request)
         rows.append(Row("encode audio", "resident", peaks.encode_audio(nets, states) + held,
                         work.audio_flop(nets.audio_encoder, states), peaks.audio_weights(nets)))  # fmt: skip
     encoded = [nets.geometry.latent_shape(request.width, request.height, frames)

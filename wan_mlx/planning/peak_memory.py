@@ -22,7 +22,7 @@ from ..models.attention_execution import (
     UNFUSED_SCORES,
     has_fused_kernel,
 )
-from ..models.audio_encoder import FRAMES_AT_ONCE, HOP
+from ..models.audio_encoder import FRAMES_AT_ONCE, HOP, SCORES_AT_ONCE
 from ..models.block_execution import (
     PIECE_TOKENS,
     PIECE_WIDE,
@@ -63,8 +63,10 @@ ITEMSIZE = 4  # of the VAE, which computes in float32
 # unfolds what a convolution reads; elsewhere counted, not measured.
 TINY_ALIVE, TINY_ALIVE_CPU = 12, 38
 TINY_WEIGHTS = 50_000_000
-# wav2vec's features alive at once after its first convolution; and the states of a clip, while they are mixed.
-FEATURES_ALIVE, STATES_ALIVE = 4, 3
+# wav2vec's features alive at once after its first convolution, measured on an H200, and on a CPU, where MLX unfolds
+# what they read; copies of its positions' weights, while they are normed; the states of a clip, while they are mixed.
+FEATURES_ALIVE, FEATURES_ALIVE_CPU, POSITIONS_ALIVE, STATES_ALIVE = 1.75, 11.8, 3, 3
+BESIDE_SPEECH = 3  # latent frames beside a clip of S2V: its reference image, and what FramePack makes of those before
 Shape = tuple[int, int, int]  # (t, h, w) of latents
 Tile = tuple[int, int] | None  # (width, height) in pixels
 
@@ -97,12 +99,16 @@ def encode_images(nets: Networks) -> int:
 
 
 def encode_audio(nets: Networks, frames: int) -> int:
-    """wav2vec, float32: its weights, all states of so many ``frames``, and a layer's arrays or those of a few features.
-    """
-    c = nets.audio_encoder
-    features = FRAMES_AT_ONCE * HOP // c.conv_stride[0] * c.conv_dim[0] * FEATURES_ALIVE
-    layer = frames * (6 * c.dim + 2 * c.ffn_dim)
-    return audio_weights(nets) + ITEMSIZE * (2 * frames * c.num_layers * c.dim + max(features, layer)) + overhead()
+    """wav2vec, float32: its weights, and the arrays of a few features, or of the positions, or all states of so many
+    ``frames`` and beside them a layer's arrays, or the states joined."""
+    c, alive = nets.audio_encoder, FEATURES_ALIVE_CPU if on_cpu() else FEATURES_ALIVE
+    features = alive * min(frames, FRAMES_AT_ONCE) * HOP // c.conv_stride[0] * c.conv_dim[0]
+    positions = POSITIONS_ALIVE * c.dim**2 // c.pos_groups * c.pos_kernel + 6 * frames * c.dim
+    states, layer = frames * (c.num_layers + 1) * c.dim, frames * (6 * c.dim + 2 * c.ffn_dim)
+    if not has_fused_kernel(mx.float32, c.dim // c.num_heads):
+        layer += min(SCORES_AT_ONCE, c.num_heads * frames**2)
+    at_work = max(features, positions, states + max(states, layer))
+    return audio_weights(nets) + round(ITEMSIZE * at_work) + overhead()
 
 
 def audio_weights(nets: Networks) -> int:
@@ -143,8 +149,11 @@ def denoise(
     attending = TOKENS_ALIVE_SETTLED if tokens_at_once <= FEW_TOKENS else TOKENS_ALIVE
     attending += TOKENS_ALIVE_OPERATIONS * on_cpu()
     if tokens_at_once > FEED_FORWARD_TOKENS:
-        piece = min(tokens, tokens_at_once) / tokens
-        beside = TOKENS_ALIVE_AT_JOIN * (piece < 1) + TOKENS_ALIVE_WHOLE * piece
+        # S2V's tokens of the video come first, at once if these are few enough: little waits to be joined with them.
+        first = nets.geometry.seq_len((latent_shape[0] - BESIDE_SPEECH, *latent_shape[1:])) if c.hears else tokens
+        piece = min(first, tokens_at_once) / tokens
+        joined = 1 - piece if first <= tokens_at_once else 1.0
+        beside = TOKENS_ALIVE_AT_JOIN * joined + TOKENS_ALIVE_WHOLE * piece
         fed = min(tokens, FEED_FORWARD_TOKENS) * c.ffn_dim * nets.dtype.size
         alive = max(attending * wide, beside * wide + WHOLE_WIDE * fed) + WHOLE_RESIDENT * (not stream)
     else:
@@ -259,6 +268,7 @@ def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> i
     With tiles also the latents beside the middle block and, of encoding, the video.
     """
     t, h, w = latent_shape
+    kept = 2 - (t == 1 and not decoding)  # frames, of which a picture has one
     # Pixels of the largest tile at each stage: input and output.
     sizes, right_sizes = (
         [(max(heights), max(widths)) for heights, widths in zip(*axes, strict=True)]
@@ -272,7 +282,7 @@ def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> i
     temporal = config.temporal_downsample[::-1] if decoding else config.temporal_downsample
     frames = 1 if t == 1 or decoding else 2 ** sum(temporal)
     for stage, (into, width, _) in enumerate(stages(config, decoding)):
-        caches += 2 * given[stage] * (into + (2 * blocks - 1) * width)
+        caches += kept * given[stage] * (into + (2 * blocks - 1) * width)
         wide = max(into, width)
         frame = given[stage] * wide * ITEMSIZE
         count = max(1, min(frames, VALUES_AT_ONCE // (given[stage] * wide)))

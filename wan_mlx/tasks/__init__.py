@@ -11,8 +11,7 @@ import numpy as np
 
 from ..presets import Preset, model_for
 from ..types import SOURCE_FIELDS, Conditioning, Encoders, Request
-from . import animate, fun, i2v, s2v, t2v, ti2v, vace
-from .canvas import notes
+from . import animate, canvas, fun, i2v, s2v, t2v, ti2v, vace
 
 __all__ = ["TASKS", "Clips", "Task", "fit_sources", "notes"]
 
@@ -109,3 +108,8 @@ def fit_sources(request: Request, preset: Preset, planned: bool = False) -> Requ
     if request.fit != "official" and not fitted.source_sizes:
         raise ValueError(f"fit is {request.fit}, but there is no picture or video to fit; give one, or leave it out")
     return fitted
+
+
+def notes(request: Request) -> list[str]:
+    """Lines about sources that are not taken whole, or as they are."""
+    return [*canvas.notes(request), *(s2v.notes(request) if request.audio is not None else [])]

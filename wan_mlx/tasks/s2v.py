@@ -19,7 +19,7 @@ from PIL import Image
 from ..geometry import Geometry
 from ..media.interpolate import even_rate
 from ..media.read import Clip, in_chunks, open_video, read_image, to_float
-from ..media.speech import read_sound
+from ..media.speech import RATE, frames_spoken, read_sound, sound_notes, sound_seconds
 from ..models.audio_encoder import frames_heard
 from ..models.s2v import MOTION_FRAMES, MOTION_LATENTS
 from ..noise import latent_noise
@@ -109,6 +109,17 @@ def planned(request: Request) -> Request:
 def in_clips(request: Request, clips: int) -> Request:
     frames = clips * request.infer_frames - LEFT_OUT * (not request.start_from_ref)
     return replace(request, clips=clips, clip_frames=request.infer_frames, num_frames=frames)
+
+
+def notes(request: Request) -> list[str]:
+    """Lines about a sound that is not what the model is used to, or ends before the clips that are made of it."""
+    path = request.speech
+    assert path is not None, "`fit` refuses that"
+    lines, frames = sound_notes(path), frames_spoken(path, request.fps)
+    if frames < request.num_frames:
+        seconds = f"{float(sound_seconds(path)):.3g} s"
+        lines.append(f"{path.name} lasts {seconds}: an .mp4 has {frames} of the {request.num_frames} frames")
+    return lines
 
 
 def encodes(request: Request) -> list[int]:
@@ -261,6 +272,14 @@ def _centred(picture: np.ndarray, request: Request, beyond: float) -> np.ndarray
             first = round((there - wanted) / 2)
             picture = picture.take(range(first, first + wanted), axis)
     return picture
+
+
+def states_heard(request: Request) -> int:
+    """How many hidden states, 50 a second, the sound has, all of which is encoded, however much of it is used; without
+    one, for a plan, those of the clips."""
+    if request.audio is not None:
+        return frames_heard(len(read_sound(request.audio)))
+    return frames_heard(round(request.clips * request.infer_frames / FPS * RATE))
 
 
 def _features_heard(samples: int) -> int:
