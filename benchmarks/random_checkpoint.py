@@ -3,8 +3,9 @@
     python benchmarks/random_checkpoint.py OUT [--preset t2v-1.3B] [--bfloat16] [--small-text]
 
 The files have the names, formats and shapes that Wan-AI publishes: a transformer as safetensors, in float32 or as
-Animate's in bfloat16, umT5-XXL in bfloat16, the VAE in float32 and CLIP's vision tower in float16 as .pth. The pictures
-they make are noise; their time and memory are real. A small text encoder has two layers and few words.
+S2V's and Animate's in bfloat16, umT5-XXL in bfloat16, the VAE in float32 and CLIP's vision tower in float16 as .pth,
+wav2vec in a folder of its own. The pictures they make are noise; their time and memory are real. A small text encoder
+has two layers and few words.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ import argparse
 import io
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
-from wan_mlx.models.configs import ImageEncoderConfig, TextEncoderConfig
+from wan_mlx.hub.names import WAV2VEC
+from wan_mlx.models.configs import AudioEncoderConfig, ImageEncoderConfig, TextEncoderConfig, TransformerConfig
 from wan_mlx.presets import Preset, find_preset
+from wan_mlx.weights.component import KERNELS, is_convolution
 from wan_mlx.weights.configs import shapes_of
 
 import sentencepiece
@@ -27,14 +32,27 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORDS = "two anthropomorphic cats in comfy boxing gear and bright gloves fight intensely on a spotlighted stage"
 
 
-def published_shape(name: str, shape: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
-    """Our channels-last shape → the shape in the published file; ``patch``: of a patch embedding."""
-    if name.endswith("patch_embedding.weight"):
-        return (shape[0], shape[1] // math.prod(patch), *patch)
+def published(config: Any) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor in the published file of a network of these sizes."""
+    is_clip = isinstance(config, ImageEncoderConfig)
+    kernels = {"patch_embedding.weight": (config.patch_size,) * 2} if is_clip else KERNELS
+    return {published_name(name): published_shape(name, shape, kernels) for name, shape in shapes_of(config).items()}
+
+
+def published_name(name: str) -> str:
+    """Our name → the published file's: only S2V's injectors have others."""
+    name = re.sub(r"^audio_injectors\.(\d+)\.adain\.", r"audio_injector.injector_adain_layers.\1.linear.", name)
+    return re.sub(r"^audio_injectors\.", "audio_injector.injector.", name)
+
+
+def published_shape(name: str, shape: tuple[int, ...], kernels: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Our channels-last shape → the shape in the published file; ``kernels``: of patches, by the ends of names."""
+    for ending, kernel in kernels.items():
+        if name.endswith(ending):
+            return (shape[0], shape[1] // math.prod(kernel), *kernel)
     if name.endswith(".gamma"):
         return (*shape, 1, 1, 1)
-    is_convolution = name.endswith(".weight") and len(shape) >= 3
-    return (shape[0], shape[-1], *shape[1:-1]) if is_convolution else shape
+    return (shape[0], shape[-1], *shape[1:-1]) if is_convolution(name, shape) else shape
 
 
 def random_state(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -69,22 +87,32 @@ def write(
     (folder / "google/umt5-xxl").mkdir(parents=True)
     (folder / "google/umt5-xxl/spiece.model").write_bytes(small_tokenizer())
     c, clip = preset.transformer, ImageEncoderConfig()
-    patches = {preset.vae: (), clip: (clip.patch_size,) * 2, c: c.patch_size}
-    states = {
-        config: random_state({k: published_shape(k, s, patch) for k, s in shapes_of(config).items()}, of)
-        for (config, patch), of in zip(patches.items(), (torch.float32, torch.float16, dtype), strict=True)
-        if config is not clip or c.has_image_branch
-    }
-    torch.save(random_state(dict(shapes_of(text)), torch.bfloat16), folder / "models_t5_umt5-xxl-enc-bf16.pth")
-    torch.save(states[preset.vae], folder / "Wan2.1_VAE.pth")
-    if clip in states:
-        named = {f"visual.{name}": array for name, array in states[clip].items()}
-        torch.save(named, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
-    save_file(states[c], folder / "diffusion_pytorch_model.safetensors")
-    config = {"_class_name": "WanModel", "dim": c.dim, "ffn_dim": c.ffn_dim, "num_heads": c.num_heads,
-              "num_layers": c.num_layers, "in_dim": c.in_dim, "out_dim": c.out_dim, "freq_dim": c.freq_dim,
-              "model_type": c.model_type, "text_dim": c.text_dim, "text_len": c.text_len, "eps": c.eps}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(random_state(published(text), torch.bfloat16), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    torch.save(random_state(published(preset.vae), torch.float32), folder / "Wan2.1_VAE.pth")
+    if c.has_image_branch:
+        tower = random_state({f"visual.{name}": shape for name, shape in published(clip).items()}, torch.float16)
+        torch.save(tower, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+    if c.hears:
+        write_wav2vec(folder / WAV2VEC, AudioEncoderConfig())
+    save_file(random_state(published(c), dtype), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(described(c)))
+
+
+def write_wav2vec(folder: Path, config: AudioEncoderConfig) -> None:
+    """As transformers saves it."""
+    folder.mkdir()
+    shapes = {f"wav2vec2.{name}": shape for name, shape in published(config).items()}
+    save_file(random_state(shapes, torch.float32), folder / "model.safetensors")
+    sizes = {"num_attention_heads": config.num_heads, "conv_stride": config.conv_stride, "layer_norm_eps": config.eps}
+    (folder / "config.json").write_text(json.dumps({"model_type": "wav2vec2", **sizes}))
+
+
+def described(c: TransformerConfig) -> dict[str, Any]:
+    """The transformer's config.json."""
+    kind = {"s2v": "WanModel_S2V", "animate": "WanAnimateModel"}.get(c.model_type, "WanModel")
+    names = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim", "model_type", "text_dim",
+             "text_len", "eps", *["audio_inject_layers"] * c.hears)  # fmt: skip
+    return {"_class_name": kind, **{name: getattr(c, name) for name in names}}
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """At full size: the reference classes' own lists of keys and shapes (torch's meta device) load strictly into ours."""
 
+import math
 from pathlib import Path
 
 import pytest
 import test_layouts
 from oracles import official, torch
 
+from benchmarks.random_checkpoint import published
 from wan_mlx.errors import WeightsError
 from wan_mlx.files.base import TensorInfo, WeightsFile
-from wan_mlx.models.configs import ImageEncoderConfig, TextEncoderConfig, VAEConfig
+from wan_mlx.models.configs import AudioEncoderConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig
 from wan_mlx.models.image_encoder import ImageEncoder, last_block_shapes
 from wan_mlx.models.text_encoder import TextEncoder
 from wan_mlx.models.transformer import Transformer
@@ -83,6 +85,22 @@ def test_every_released_transformer(name, layout):
         network_config(weights, {})
     with pytest.raises(WeightsError, match="head.more"):
         network_config(ComponentWeights(HeaderOnly({**shapes, "head.more": (1,)})), {})
+
+
+@pytest.mark.parametrize("name", ["t2v-1.3B", "i2v-14B-480P", "s2v-14B", "animate-14B"])
+def test_a_random_checkpoint_is_as_published(name):
+    """What the benchmarks write has the official names and shapes, but for biases' axes of size 1 and constants."""
+    config = PRESETS[name].transformer
+    official_shapes = test_layouts.official_transformer(config)
+    want = {key: (math.prod(shape),) if key.endswith(".bias") else shape
+            for key, shape in official_shapes.items() if not key.endswith(".kernel")}  # fmt: skip
+    assert published(config) == want
+    if config.hears:
+        want = test_layouts.official_audio_encoder()
+        kept = {key.removeprefix("wav2vec2."): shape for key, shape in want.items()}
+        unused = {"masked_spec_embed", "lm_head.weight", "lm_head.bias"}
+        assert published(AudioEncoderConfig()) == {key: kept[key] for key in kept.keys() - unused}
+        assert len(kept) - len(published(AudioEncoderConfig())) <= 3
 
 
 def test_huggingface_text_encoder():
