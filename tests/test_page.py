@@ -16,8 +16,10 @@ import httpx
 import numpy as np
 import pytest
 from hub_server import Hub
+from test_speech import tone, write_wav
 
 from wan_mlx.media.read import open_video
+from wan_mlx.media.write import save_video
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 if not os.environ.get("WAN_MLX_NEEDS_BROWSER"):
@@ -32,6 +34,8 @@ PATIENCE = 240_000  # ms: two cores may have other work
 SOURCES = Path(__file__).parent.parent / "examples/sources"
 OFFICIAL = ("config.json", "diffusion_pytorch_model.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth",
             "google/umt5-xxl/spiece.model")  # fmt: skip
+OF_SOME = ("wav2vec2-large-xlsr-53-english/config.json", "wav2vec2-large-xlsr-53-english/model.safetensors",
+           "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "relighting_lora.ckpt")  # fmt: skip
 PROMPT = "a red circle moves right on a black background"
 # Chromium's own words about a preview that is not there yet.
 NOT_YET = "Failed to load resource: the server responded with a status of 404"
@@ -39,9 +43,10 @@ NOT_YET = "Failed to load resource: the server responded with a status of 404"
 
 @pytest.fixture(scope="module")
 def hub():
-    """One on loopback, with the files of two models by their names: 3 MB."""
+    """One on loopback, with the files of some models by their names: 3 MB each."""
     files = dict.fromkeys(OFFICIAL, b"{}") | {"Wan2.1_VAE.pth": bytes(3_000_000)}
-    found = Hub({"Wan-AI/Wan2.1-T2V-1.3B": files, "Wan-AI/Wan2.1-FLF2V-14B-720P": files})
+    repos = ("Wan2.1-T2V-1.3B", "Wan2.1-FLF2V-14B-720P", "Wan2.2-S2V-14B", "Wan2.2-Animate-14B")
+    found = Hub({f"Wan-AI/{repo}": files | dict.fromkeys(OF_SOME, b"{}") for repo in repos})
     yield found
     found.close()
 
@@ -237,6 +242,69 @@ def test_two_pictures_are_both_ends_and_never_left_out_silently(page):
     page.select_option("#model", "flf2v-14B-720P")
     expect(page.locator(".source").nth(1).locator("select")).to_have_value("last_image")
     expect(page.locator("#found")).to_be_hidden()
+
+
+def asked_last(server) -> dict:
+    """The newest video that was asked for, and is now taken out of the queue."""
+    with httpx.Client(base_url=server[0], timeout=PATIENCE / 1000) as client:
+        (video,) = client.get("/v1/videos?limit=1").json()["data"]
+        client.delete(f"/v1/videos/{video['id']}")
+    return video["settings"]
+
+
+def uploaded(server, id: str) -> dict:
+    return httpx.get(f"{server[0]}/v1/uploads/{id}").json()
+
+
+def test_a_picture_and_a_voice(page, server, tmp_path):
+    """The job has both, whichever comes first."""
+    write_wav(tmp_path / "talk.wav", tone(0.5, 16000), 16000)
+    page.set_input_files("#file", [tmp_path / "talk.wav", SOURCES / "first.png"])
+    expect(page.locator("#found")).to_contain_text("get one of: s2v-14B", timeout=PATIENCE)
+    page.select_option("#model", "s2v-14B")
+    roles = page.locator(".source select")
+    expect(roles).to_have_count(2)
+    assert [roles.nth(place).input_value() for place in (0, 1)] == ["audio", "image"]
+    expect(page.locator("#length")).to_be_hidden()  # the sound says how long it is
+    page.fill("#prompt", "a circle that speaks")
+    page.click("#make")
+    expect(page.locator("#now, #queue").get_by_text("a circle that speaks").first).to_be_visible(timeout=PATIENCE)
+    made = asked_last(server)
+    assert (made["model"], uploaded(server, made["audio"])["kind"]) == ("s2v-14B", "audio")
+    assert uploaded(server, made["image"])["filename"] == "first.png"
+
+
+def test_a_prepared_folder(page, server, tmp_path):
+    """Dropped as a whole, or its files chosen; no prompt is needed."""
+    folder = tmp_path / "prepared"
+    folder.mkdir()
+    shutil.copy(SOURCES / "clip.mp4", folder / "src_pose.mp4")
+    save_video(folder / "src_face.mp4", np.zeros((17, 512, 512, 3), np.uint8), 30, {})
+    shutil.copy(SOURCES / "first.png", folder / "src_ref.png")
+    for how in ("chosen", "dropped"):
+        if how == "chosen":
+            page.set_input_files("#file", sorted(folder.iterdir()))
+        else:
+            drop(page, folder)
+        expect(page.locator(".source")).to_have_count(1, timeout=PATIENCE)
+        page.select_option("#model", "animate-14B")
+        expect(page.locator(".source select")).to_have_value("src_root_path")
+        page.fill("#prompt", "")
+        page.click("#make")
+        expect(page.locator("#now, #queue").get_by_text("视频中的人在做动作").first).to_be_visible(timeout=PATIENCE)
+        made = asked_last(server)
+        assert uploaded(server, made["src_root_path"])["files"] == ["src_face.mp4", "src_pose.mp4", "src_ref.png"]
+        page.click(".source button")
+
+
+def drop(page: Page, folder: Path) -> None:
+    """Drop a folder on the page, as from the Finder."""
+    devtools = page.context.new_cdp_session(page)
+    box = page.locator("#choose").bounding_box()
+    place = {"x": box["x"] + 5, "y": box["y"] + 5}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
+        devtools.send("Input.dispatchDragEvent", {"type": kind, **place, "data": data})
 
 
 def test_phone_width_chinese_and_no_barrier(page):

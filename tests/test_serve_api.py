@@ -11,12 +11,16 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_children import Children, begin, make
 from fastapi.testclient import TestClient
 from PIL import Image
+from test_speech import tone, write_wav
 
 from wan_mlx import options
+from wan_mlx.media.write import save_video
+from wan_mlx.presets import PRESETS
 from wan_mlx.runs.queue import FOLDER
 from wan_mlx.server.app import make_app
 from wan_mlx.server.child import Child
@@ -220,6 +224,49 @@ class TestSources:
             assert client.get(f"/v1/uploads/{upload['id']}/preview").headers["content-type"] == "image/webp"
             assert client.delete(f"/v1/uploads/{upload['id']}").json()["deleted"] and not folder.exists()
 
+    def test_a_picture_speaks(self, client, studio, tmp_path):
+        """Its sound is a source as pictures are: a file of the form, or an upload; a size is an area."""
+        data = write_wav(tmp_path / "talk.wav", tone(0.5, 16000), 16000).read_bytes()
+        asked = {"model": "s2v-14B", "prompt": "she speaks", "size": "832x480", "num_clip": "1"}
+        files = {"image": ("a.png", picture()), "audio": ("talk.wav", data)}
+        answer = client.post("/v1/videos", data=asked, files=files)
+        assert answer.status_code == 200, answer.text
+        settings = answer.json()["settings"]
+        upload = client.get(f"/v1/uploads/{settings['audio']}").json()
+        assert (upload["kind"], upload["seconds"], upload["filename"]) == ("audio", 0.5, "talk.wav")
+        job = studio.library.queue.get(answer.json()["id"])
+        assert job.options["num_clip"] == 1
+        assert (studio.library.folder / job.options["audio"]).read_bytes() == data
+        url = "data:audio/wav;base64," + base64.b64encode(data).decode()
+        again = client.post("/v1/videos", json={**asked, "audio": url, "image": settings["image"]}).json()
+        assert again["settings"]["audio"].startswith("upload_")
+        for wrong, said in (
+            (dict(fit="crop"), "expected a positive multiple of 64"), (dict(model="ti2v-5B"), "it is for s2v-14B"),
+            (dict(audio="upload_none"), "expected a file, upload_ID"),
+        ):  # fmt: skip
+            refused = client.post("/v1/videos", json={**asked, "image": settings["image"], "audio": url, **wrong})
+            assert refused.status_code == 400 and said in refused.json()["error"]["message"], refused.text
+
+    def test_a_prepared_folder_and_no_prompt(self, client, studio, pico_video, tmp_path):
+        """Its files are of the form, in a zip, or an upload; they are looked at as a run does."""
+        face = save_video(tmp_path / "face.mp4", np.zeros((5, 512, 512, 3), np.uint8), 30, {}).read_bytes()
+        files = {"src_pose.mp4": pico_video, "src_face.mp4": face, "src_ref.png": picture()}
+        sent = client.post("/v1/uploads", files=[("file", each) for each in files.items()]).json()["id"]
+        packed = {"src_root_path": ("a.zip", zip_of(files))}
+        each = [("src_root_path", one) for one in files.items()]
+        for body in (dict(data={"model": "animate-14B"}, files=each), dict(data={"model": "animate-14B"}, files=packed),
+                     dict(json={"model": "animate-14B", "prompt": "", "src_root_path": sent})):  # fmt: skip
+            answer = client.post("/v1/videos", **body)
+            assert answer.status_code == 200, answer.text
+            job = studio.library.queue.get(answer.json()["id"])
+            folder = studio.library.folder / job.options["src_root_path"]
+            assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+            assert job.options["prompt"] == PRESETS["animate-14B"].prompt
+        wrong = {"src_root_path": ("a.zip", zip_of(files | {"src_face.mp4": pico_video}))}
+        refused = client.post("/v1/videos", data={"model": "animate-14B"}, files=wrong)
+        said = "src_face.mp4 is of 64x64 pixels, expected 512x512"
+        assert refused.status_code == 400 and said in refused.json()["error"]["message"]
+
     def test_folders_that_are_refused(self, client, studio):
         before = sorted(studio.library.folder.rglob("*"))
         many = {f"{number}.png": picture() for number in range(17)}
@@ -251,10 +298,6 @@ class TestSources:
 @pytest.fixture(scope="module")
 def pico_video(tmp_path_factory):
     """A video as wan_mlx writes it."""
-    import numpy as np
-
-    from wan_mlx.media.write import save_video
-
     made = {"model": "nano", "checkpoint": "nano", "prompt": "old", "width": 64, "height": 64, "num_frames": 5,
             "steps": 2, "seed": 3, "fps": 16, "task": "t2v"}  # fmt: skip
     path = tmp_path_factory.mktemp("old") / "old.mp4"

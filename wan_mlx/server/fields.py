@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
@@ -59,6 +60,8 @@ def options_of(fields: Mapping[str, Any], default_model: str, needs_prompt: bool
             raise Refused(400, "guidance_scale_2 is given without guidance_scale, the high-noise expert's",
                           param="guidance_scale_2")  # fmt: skip
         given["guidance_scale"] = checked(known["guidance_scale"], f"{low},{high}")
+    if preset is not None and preset.prompt and not given.get("prompt"):
+        given["prompt"] = preset.prompt
     if not needs_prompt:
         given.setdefault("prompt", "x")
     if "prompt" not in given:
@@ -203,8 +206,11 @@ def _check_sizes(found: Mapping[str, Any], preset: Preset) -> None:
     for name, other in (("width", "height"), ("height", "width")):
         if found.get(name) is not None and found.get(other) is None:
             raise Refused(400, f"{name} is given alone; expected {other}, too, or size", param=name)
+    geometry = preset.geometry
+    if preset.task == "s2v" and found.get("fit", "official") == "official":  # an area, which need be no video's size
+        geometry = replace(geometry, together=1)
     try:
-        preset.geometry.check_size(*size_in(found, preset))
+        geometry.check_size(*size_in(found, preset))
     except ValueError as error:
         raise Refused(400, str(error), param="size") from error
     if found.get("num_frames") is not None:
