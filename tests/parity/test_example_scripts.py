@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_animate import prepared
+from test_speech import tone, write_wav
 
 from wan_mlx import presets as configs
 from wan_mlx.media.read import open_video, read_image
@@ -44,7 +46,7 @@ def run(monkeypatch, script: Path, *arguments) -> None:
 
 def test_every_script_is_here():
     tools = {"fit_preview.py"}  # of a developer; tests/test_preview.py looks at what it made
-    assert {path.name for path in EXAMPLES.glob("*.py")} - tools == set(SCRIPTS)
+    assert {path.name for path in EXAMPLES.glob("*.py")} - tools == {*SCRIPTS, "speech_to_video.py", "animate.py"}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -65,6 +67,27 @@ def test_script(name, models, small, monkeypatch, tmp_path, capsys):
     assert settings["seed"] == 42 and settings["task"] == SCRIPTS[name]
     given = [key for key in (*SOURCE_FIELDS, "src_ref_images") if settings[key]]
     assert given == GIVEN.get(name, [])
+
+
+def test_speech_to_video(models, small, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write_wav(tmp_path / "talk.wav", tone(0.3, 16000), 16000)
+    words = [EXAMPLES / "sources/first.png", "talk.wav", "--model", models("s2v")[1], "--size", "64x64", "--clips", 1]
+    run(monkeypatch, EXAMPLES / "speech_to_video.py", *words)
+    settings = read_settings(tmp_path / "speech_to_video.mp4")
+    assert settings["audio"] == "talk.wav" and settings["num_clip"] == 1
+    assert open_video(tmp_path / "speech_to_video.mp4").num_frames == 4  # as long as the sound
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_animate(models, small, monkeypatch, tmp_path, replace):
+    monkeypatch.chdir(tmp_path)
+    prepared(tmp_path / "prepared", 8)
+    words = ["prepared", "--model", models("animate")[1], "--frames", 5, *["--replace"] * replace]
+    run(monkeypatch, EXAMPLES / "animate.py", *words)
+    settings = read_settings(tmp_path / "animate.mp4")
+    assert (settings["replace_flag"], settings["clip_frames"], "loras" in settings) == (replace, 5, replace)
+    assert open_video(tmp_path / "animate.mp4").num_frames == 8
 
 
 def test_example_sources_are_up_to_date(monkeypatch, tmp_path):
