@@ -13,6 +13,7 @@ from wan_mlx.weights.layouts import canonical_keys, recognise
 
 DIT = dict(dim=48, ffn_dim=80, num_heads=2, num_layers=2, freq_dim=32)
 TEXT = dict(dim=24, dim_attn=32, dim_ffn=40, num_heads=4, num_layers=2, num_buckets=32)
+WIDE_TEXT = TEXT | dict(dim=32, dim_ffn=64)  # whose matrices can be quantised in groups of 32
 VAE22 = dict(dim=4, dec_dim=8, z_dim=48, temperal_downsample=[False, True, True])
 VAE = dict(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
 CLIP = dict(
@@ -50,16 +51,19 @@ def sentencepiece_model(vocab_size: int = 120) -> bytes:
     return model.getvalue()
 
 
-def networks(seed: int = 0, kind: str = "t2v") -> dict[str, torch.nn.Module]:
-    """The official classes at tiny sizes, with random weights; Diffusers' transformer for "i2v", "flf2v", "vace"."""
+def networks(seed: int = 0, kind: str = "t2v", sizes: dict = TEXT) -> dict[str, torch.nn.Module]:
+    """The official classes at tiny sizes, with random weights; Diffusers' transformer for "i2v", "flf2v", "vace".
+
+    ``sizes``: of the text encoder.
+    """
     spm = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
-    text = official("modules.t5").T5Encoder(vocab=spm.vocab_size(), shared_pos=False, dropout=0.0, **TEXT)
+    text = official("modules.t5").T5Encoder(vocab=spm.vocab_size(), shared_pos=False, dropout=0.0, **sizes)
     new = kind == "ti2v"
     small = {**VAE, "dim": 4} if kind == "s2v" else VAE  # whose clips are decoded with the nineteen latents before
     vae = official("modules.vae2_2").WanVAE_(**VAE22) if new else official("modules.vae2_1").WanVAE_(**small)
     if kind in ("t2v", "ti2v"):
         channels = dict.fromkeys(("in_dim", "out_dim"), vae.z_dim)
-        dit = official("modules.model").WanModel(model_type=kind, text_dim=TEXT["dim"], **DIT, **channels)
+        dit = official("modules.model").WanModel(model_type=kind, text_dim=sizes["dim"], **DIT, **channels)
     elif kind == "s2v":
         dit = official_s2v().WanModel_S2V(text_dim=TEXT["dim"], **DIT, **SPEECH, **KINDS[kind])
     else:

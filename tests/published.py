@@ -115,7 +115,7 @@ def scaled_fp8(state: State, dialect: str, dtype=torch.float8_e4m3fn) -> tuple[S
     stored, true = {}, {}
     rows = dialect == "per row"
     for name, tensor in state.items():
-        if tensor.ndim != 2 or "blocks." not in name:
+        if tensor.ndim != 2 or not re.search(r"blocks\.|injector\.", name):
             stored[name] = true[name] = tensor
             continue
         scale = (tensor.abs().amax(1, keepdim=True) if rows else tensor.abs().amax()) / torch.finfo(dtype).max

@@ -11,6 +11,11 @@ def models(tmp_path_factory):
     made = {}
 
     def make(kind: str):
+        if kind == "animate" and kind not in made:
+            import test_animate
+
+            folder = tmp_path_factory.mktemp(kind) / "Wan2.2-Animate-14B"
+            made[kind] = test_animate.write_model(folder), folder
         if kind not in made:
             modules = checkpoints.networks(5, kind)
             folder = tmp_path_factory.mktemp(kind) / f"Wan2.1-tiny-{kind}"

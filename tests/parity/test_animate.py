@@ -13,9 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import machines
+import mlx.core as mx
 import numpy as np
 import official_checkpoints as checkpoints
 import pytest
+from mlx.utils import tree_flatten
 from oracles import official_animation, official_text, torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -30,11 +32,12 @@ from wan_mlx.models.configs import VAEConfig
 from wan_mlx.presets import NEGATIVE_PROMPT, PRESETS
 from wan_mlx.runs.folder import RunFolder
 from wan_mlx.tasks.animate import bounced, letterbox
+from wan_mlx.weights import load
 from wan_mlx.weights.layouts import canonical_keys, recognise
 
 SIZE, STEPS, SEED = (48, 32), 2, 42
-NETWORK = dict(num_attention_heads=2, attention_head_dim=24, text_dim=24, freq_dim=32, ffn_dim=80, num_layers=6,
-               image_dim=80, added_kv_proj_dim=48, motion_encoder_size=512, motion_style_dim=8, motion_dim=5,
+NETWORK = dict(num_attention_heads=2, attention_head_dim=32, text_dim=32, freq_dim=32, ffn_dim=128, num_layers=6,
+               image_dim=80, added_kv_proj_dim=64, motion_encoder_size=512, motion_style_dim=8, motion_dim=5,
                motion_encoder_channel_sizes={str(2**n): 2 - n // 9 for n in range(2, 10)}, motion_encoder_dim=16,
                face_encoder_hidden_dim=16, inject_face_latents_blocks=3)  # fmt: skip
 NORMAL = scale(VAEConfig())
@@ -56,16 +59,20 @@ def published(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The networks, and their folder as it is published, with the relighting LoRA."""
+def model(models):
+    """The networks, and their folder."""
+    return models("animate")
+
+
+def write_model(folder: Path) -> dict:
+    """Write a folder as it is published, with the relighting LoRA; returns the networks."""
     from diffusers import WanAnimateTransformer3DModel
 
-    modules = checkpoints.networks(5, "i2v")
+    modules = checkpoints.networks(5, "i2v", checkpoints.WIDE_TEXT)
     modules["transformer"] = dit = randomized(WanAnimateTransformer3DModel(**NETWORK), 7)
-    folder = tmp_path_factory.mktemp("model") / "Wan2.2-Animate-14B"
     checkpoints.write_official_folder(folder, {**modules, "transformer": checkpoints.networks()["transformer"]})
     save_file(published(dit), folder / "diffusion_pytorch_model.safetensors")
-    sizes = dict(dim=48, ffn_dim=80, num_heads=2, num_layers=6, freq_dim=32, in_dim=36, out_dim=16, text_dim=24)
+    sizes = dict(dim=64, ffn_dim=128, num_heads=2, num_layers=6, freq_dim=32, in_dim=36, out_dim=16, text_dim=32)
     (folder / "config.json").write_text(json.dumps({"_class_name": "WanAnimateModel", **sizes}))
     generator, lora = torch.Generator().manual_seed(0), {}
     for name, weight in published(dit).items():
@@ -74,7 +81,7 @@ def model(tmp_path_factory):
                 key = f"base_model.model.{name.removesuffix('.weight')}.lora_{end}.weight"
                 lora[key] = torch.randn(shape, generator=generator) * 0.2
     torch.save({"state_dict": lora, "step": 1}, folder / "relighting_lora.ckpt")
-    return modules, folder
+    return modules
 
 
 def relit(dit, lora: dict[str, torch.Tensor]):
@@ -165,6 +172,7 @@ def command(place: Path, folder: Path, clip: int, output: Path, *extra: str) -> 
     "frames, clip, words",
     [
         (8, 5, "--refert_num 1"),
+        pytest.param(11, 9, "--refert_num 5", marks=pytest.mark.slow),
         (11, 9, "--refert_num 5 --replace_flag --use_relighting_lora"),
         (8, 5, "--refert_num 1 --replace_flag --sample_guide_scale 3"),
     ],
@@ -233,37 +241,62 @@ def test_two_machines_make_the_same_bytes(model, folder, tmp_path):
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
-def test_what_is_wrong_with_a_folder(model, folder, tmp_path, capsys):
-    """One line each, before any work."""
-    short = np.zeros((7, SIZE[1], SIZE[0], 3), np.uint8)
+def test_in_float32_nothing_is_narrower(model, folder, monkeypatch, tmp_path):
+    """Nothing is cast to bfloat16 or float16, nor loaded so: neither weights, nor pixels, nor CLIP's features."""
+    cast, networks, kept = [], [], []
+    astype, save = mx.array.astype, RunFolder.save_conditioning
+    monkeypatch.setattr(mx.array, "astype", lambda self, dtype, **more: cast.append(dtype) or
+                        astype(self, dtype, **more))  # fmt: skip
+    monkeypatch.setattr(RunFolder, "save_conditioning", lambda self, conditioning, how: kept.append(conditioning) or
+                        save(self, conditioning, how))  # fmt: skip
+    real = load.load_module
+    monkeypatch.setattr(load, "load_module", lambda *given: networks.append(real(*given)) or networks[-1])
+    assert main(command(model[1], folder, 5, tmp_path / "a.npz", "--replace_flag", "--use_relighting_lora")) == 0
+    found = {array.dtype for network in networks for _, array in tree_flatten(network.parameters())}
+    found |= {array.dtype for conditioning in kept for array in conditioning.arrays().values()}
+    assert len(networks) > 4 and len(kept) == 2 and found == {mx.float32}
+    assert cast and not {mx.bfloat16, mx.float16}.intersection(cast)
 
-    def broken(name: str, video: np.ndarray | None = None) -> Path:
-        place = tmp_path / f"{name}_{len([*tmp_path.iterdir()])}"
-        shutil.copytree(folder, place)
-        (place / name).unlink()
-        if video is not None:
-            write_video(place / "a.mkv", video, rate=30)
-            (place / "a.mkv").rename(place / name)
-        return place
 
-    for place, words, line in (
-        (tmp_path / "none", "", "none is no folder; expected one with src_pose.mp4, src_face.mp4, src_ref.png"),
-        (broken("src_face.mp4"), "", "lacks src_face.mp4, which the official preprocessing writes"),
-        (broken("src_ref.png"), "", "lacks src_ref.png"),
-        (broken("src_bg.mp4"), "--replace_flag", "lacks src_bg.mp4, which the official preprocessing writes (src_"),
-        (broken("src_mask.mp4", short), "--replace_flag", "src_mask.mp4 has 7 frames, expected 8 as "),
-        (broken("src_bg.mp4", short[:, ::2].repeat(2, axis=0)[:8]), "--replace_flag",
-         "src_bg.mp4 is of 48x16 pixels, expected 48x32 as "),
-        (broken("src_face.mp4", short.repeat(2, axis=0)[:8]), "", "src_face.mp4 is of 48x32 pixels, expected 512x512"),
-        (broken("src_pose.mp4", short[:, :, 1:]), "", "src_face.mp4 has 8 frames, expected 7 as "),
-        (folder, "--refert_num 3", "refert_num is 3, expected 1 or 5"),
-        (folder, "--refert_num 5", "frames is 5, expected more than refert_num, which is 5; nearest: 9"),
-        (folder, "--fit crop", "fit is crop, but there is no picture or video to fit"),
-        (folder, "--image a.png", "image was given to a animate model"),
-    ):
-        assert main(command(model[1], place, 5, tmp_path / "a.npz", *words.split(), "--dry-run")) == 2
-        error = capsys.readouterr().err
-        assert line in error and error.startswith("error: ") and error.count("\n") == 1
+SHORT = np.zeros((7, SIZE[1], SIZE[0], 3), np.uint8)
+LOW = np.zeros((8, SIZE[1] // 2, SIZE[0], 3), np.uint8)
+# What is wrong → a file of the folder, what is there in its place, more words of the command, and what is said.
+WRONG_FOLDERS = {
+    "a file is missing": ("src_face.mp4", None, "", "lacks src_face.mp4, which the official preprocessing writes"),
+    "the picture is missing": ("src_ref.png", None, "", "lacks src_ref.png"),
+    "no background": ("src_bg.mp4", None, "--replace_flag",
+                      "lacks src_bg.mp4, which the official preprocessing writes (src_"),
+    "different length": ("src_mask.mp4", SHORT, "--replace_flag", "src_mask.mp4 has 7 frames, expected 8 as "),
+    "shorter poses": ("src_pose.mp4", SHORT[:, :, 1:], "", "src_face.mp4 has 8 frames, expected 7 as "),
+    "different size": ("src_bg.mp4", LOW, "--replace_flag", "src_bg.mp4 is of 48x16 pixels, expected 48x32 as "),
+    "another face": ("src_face.mp4", SHORT.repeat(2, axis=0)[:8], "",
+                     "src_face.mp4 is of 48x32 pixels, expected 512x512"),
+    "refert_num": (None, None, "--refert_num 3", "refert_num is 3, expected 1 or 5"),
+    "short clips": (None, None, "--refert_num 5",
+                    "frames is 5, expected more than refert_num, which is 5; nearest: 9"),
+    "nothing to fit": (None, None, "--fit crop", "fit is crop, but there is no picture or video to fit"),
+    "a picture": (None, None, "--image a.png", "image was given to a animate model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG_FOLDERS)
+def test_a_wrong_folder_is_refused_in_one_line(model, folder, tmp_path, capsys, wrong):
+    """Before any work."""
+    name, video, words, line = WRONG_FOLDERS[wrong]
+    if name is not None:
+        folder = Path(shutil.copytree(folder, tmp_path / "broken"))
+        (folder / name).unlink()
+    if video is not None:
+        write_video(folder / "a.mkv", video, rate=30)
+        (folder / "a.mkv").rename(folder / name)
+    assert main(command(model[1], folder, 5, tmp_path / "a.npz", *words.split(), "--dry-run")) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_no_folder(model, tmp_path, capsys):
+    assert main(command(model[1], tmp_path / "none", 5, tmp_path / "a.npz", "--dry-run")) == 2
+    assert "none is no folder; expected one with src_pose.mp4, src_face.mp4, src_ref.png" in capsys.readouterr().err
 
 
 def test_frames_go_back_and_forth():

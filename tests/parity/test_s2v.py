@@ -15,6 +15,7 @@ from official_speech import official_size, official_video
 from oracles import torch
 from PIL import Image
 from test_sources import write_video
+from test_speech import tone, write_wav
 from test_tasks import noise_image, noise_video
 
 from wan_mlx import WanPipeline
@@ -59,7 +60,10 @@ def files(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("pose, start_from_ref", [(False, False), (True, True)])
+@pytest.mark.parametrize("pose, start_from_ref", [
+    (False, False), (True, True), pytest.param(True, False, marks=pytest.mark.slow),
+    pytest.param(False, True, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_official_commands(models, files, tmp_path, monkeypatch, pose, start_from_ref):
     """Two clips, of 5 or 8 frames and of 8."""
     modules, folder = models("s2v")
@@ -152,6 +156,73 @@ def test_what_is_refused(models, files, monkeypatch, wrong, words):
     given = {"image": "first.png", "audio": "talk.wav", **wrong}
     with pytest.raises(ValueError, match=words):
         pipe.request("a", **{name: value for name, value in given.items() if value is not None})
+
+
+# What is odd about a sound → how it is made, and the line that is said, if it is not refused.
+ODD_SOUNDS = {
+    "silent": (lambda path: write_wav(path, np.zeros(16000), 16000), "a.wav is silent: there is nothing in it to say"),
+    "stereo": (lambda path: write_wav(path, tone(1, 16000)[:, None].repeat(2, axis=1), 16000),
+               "a.wav has 2 channels, of which the model hears the mean"),
+    "8-bit": (lambda path: write_wav(path, tone(1, 16000), 16000, 1),
+              "a.wav has 8 bits a sample, whose noise the model hears, too"),
+    "3 seconds": (lambda path: write_wav(path, tone(3, 16000), 16000),
+                  "a.wav lasts 3 s: an .mp4 has 48 of the 77 frames"),
+    "empty": (lambda path: write_wav(path, np.zeros(0), 16000), "a.wav is empty: there is no sound in it"),
+    "no file": (lambda path: None, "a.wav does not exist, expected a file"),
+    "cut": (lambda path: path.write_bytes(b"RIFF" + bytes(30)), "a.wav cannot be read as a sound"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD_SOUNDS)
+def test_an_odd_sound_is_told_in_one_line(models, files, tmp_path, capsys, kind):
+    """What can be heard is made all the same; what cannot is refused before any work."""
+    make, said = ODD_SOUNDS[kind]
+    make(tmp_path / "a.wav")
+    is_refused = kind in ("empty", "no file", "cut")
+    command = ["--model", models("s2v")[1], "--size", "64x64", "--prompt", PROMPT, "--image", files / "first.png",
+               "--audio", tmp_path / "a.wav", "--dry-run", "--dtype", "float32"]  # fmt: skip
+    assert main([*map(str, command)]) == 2 * is_refused
+    lines = [line for line in capsys.readouterr().err.splitlines() if "a.wav " in line]
+    told = [line for line in lines if said in line]
+    assert len(told) == 1 and told[0].startswith("error: ") == is_refused
+    assert kind != "3 seconds" or lines == told
+
+
+def test_no_speech_is_made(models, files, capsys):
+    """Official flags that have another model make the sound are taken, with a line that says so."""
+    command = ["--model", models("s2v")[1], "--size", "64x64", "--prompt", PROMPT, "--image", files / "first.png",
+               "--dry-run", "--enable_tts"]  # fmt: skip
+    said = "--enable_tts has no effect here: no speech is made here; give a recording with --audio"
+    assert main([*map(str, [*command, "--audio", files / "talk.wav"])]) == 0
+    assert capsys.readouterr().err.splitlines().count(said) == 1
+    assert main([*map(str, command)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == said and len(told) == 2 and "give the audio with --audio FILE" in told[1]
+
+
+def test_silence_makes_a_video(models, files, tmp_path):
+    """Of finite pixels: nothing divides by its loudness."""
+    write_wav(tmp_path / "a.wav", np.zeros(4000), 16000)
+    pipe = WanPipeline.from_pretrained(models("s2v")[1], **OPEN)
+    given = dict(image=files / "first.png", audio=tmp_path / "a.wav", infer_frames=4, num_clip=1, steps=1, seed=1)
+    assert np.isfinite(pipe(PROMPT, size="64x64", guidance_scale=1, **given).latents).all()
+
+
+@pytest.mark.parametrize("seconds, frames", [(0.27, 4), (0.6, 5)])
+def test_the_sound_of_the_file_is_right_to_a_frame(models, files, tmp_path, seconds, frames):
+    """Of a whole run: as long as the frames, whichever of the two ends the file; and they are the sound's first."""
+    write_wav(tmp_path / "a.wav", tone(seconds, 44100), 44100)
+    command = ["--model", models("s2v")[1], "--size", "64x64", "--prompt", PROMPT, "--image", files / "first.png",
+               "--audio", tmp_path / "a.wav", "--infer_frames", 8, "--num_clip", 1, "--steps", 1, "--guidance", 1,
+               "--seed", 1, "--dtype", "float32", "--output", tmp_path / "a.mp4", "--quiet"]  # fmt: skip
+    assert main([*map(str, command)]) == 0
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        seen = sum(1 for _ in file.decode(video=0))
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        rate, heard = file.streams.audio[0].rate, np.concatenate([f.to_ndarray()[0] for f in file.decode(audio=0)])
+    assert (seen, rate) == (frames, 44100) and abs(len(heard) / rate - frames / 16) < 1 / 16
+    middle = slice(2000, round(frames / 16 * rate) - 2000)
+    assert np.abs(heard[middle] - tone(seconds, 44100)[middle]).max() < 0.05
 
 
 def test_other_models_do_not_hear(files):
