@@ -171,6 +171,24 @@ def test_painted_clips_are_read_as_they_are(nano):
         assert score_two(measure_two(frames), scene)["sharp"]
 
 
+def test_marks_of_what_is_round_stand_out_from_every_backdrop(nano):
+    """Where a dark band would be as dark as the backdrop, and cut the thing in two, it is a light one."""
+    world = nano.world
+    pairs = (("circle", "green", "dark green"), ("ring", "blue", "navy"), ("circle", "orange", "brown"))
+    scenes = [world.Scene((world.Thing(kind, colour, "spin"),), ground, seed=n)
+              for n, (kind, colour, ground) in enumerate(pairs)]  # fmt: skip
+    for frames, scene in zip(painted(nano, scenes), scenes, strict=True):
+        assert nano.score(nano.measure(frames), scene)["sharp"], scene
+
+
+def test_spins_begin_upright_and_are_no_smear_in_the_four_frames_of_a_latent_one(nano):
+    world = nano.world
+    for seed in range(20):
+        scene = world.Scene((world.Thing("star", "red", "spin"),), "black", seed=seed)
+        angles = world.trajectory(scene)[2][0]
+        assert abs(angles[0]) <= 0.12 and angles[4] - angles[0] < 0.5 and angles[-1] - angles[0] > 1.5
+
+
 def test_an_outline_that_does_not_hold_is_no_shape(nano):
     """Half the clip a star, half a circle: neither is named; and a blurred outline is not sharp."""
     world = nano.world

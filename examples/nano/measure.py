@@ -6,6 +6,7 @@ same through the VAE: no model can be read better than the first, and hardly bet
 
 from __future__ import annotations
 
+import collections
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,9 @@ class Reader:
             for (prompt, scene), read, right in zip(self.prompts, readings, scores, strict=True)
             if not right["all four"]
         ]
+        if not self.two:
+            table["wrong, by motion"] = dict(collections.Counter(motions[0] for _, motions, _ in wrong))
+            say(f"{self.name}: wrong {table['wrong, by motion']}")
         return {**table, "wrong": wrong[:24]}
 
     def strips(self, folder: Path) -> None:

@@ -13,6 +13,9 @@ from world import Scene
 
 EDGE = 1.5  # pixels over which an outline fades
 SHADOW = 0.24
+OF_THINGS = ("centre", "radius", "angle", "glyph", "colour", "stripe", "mark")
+BLUE = np.array((30, 50, 250)) / 255  # of marks, where that is seen better than a dark or a light one
+BAND = 0.18  # half the width of the band across what is round and spins, in radii
 
 
 def pack(scenes: list[Scene]) -> dict[str, np.ndarray]:
@@ -26,6 +29,7 @@ def pack(scenes: list[Scene]) -> dict[str, np.ndarray]:
         "glyph": np.zeros((count, things), int),
         "colour": np.zeros((count, things, 3)),
         "stripe": np.zeros((count, things)),
+        "mark": np.zeros((count, things, 3)),
         "background": np.zeros((count, 3)),
         "slope": np.zeros((count, 2)),
         "light": np.zeros((count, 2)),
@@ -44,12 +48,27 @@ def pack(scenes: list[Scene]) -> dict[str, np.ndarray]:
             arrays["colour"][i, j] = np.array(world.COLOURS[thing.colour]) / 255 + rng.normal(0, 0.012, 3)
             if thing.kind in world.SHAPES:
                 arrays["glyph"][i, j] = world.SHAPES.index(thing.kind)
-                # Turning is invisible on what is round, so there it is marked.
-                arrays["stripe"][i, j] = thing.motion == "spin" and thing.kind in ("circle", "ring")
+                if thing.motion == "spin" and thing.kind in ("circle", "ring"):  # whose turning is invisible
+                    arrays["stripe"][i, j], arrays["mark"][i, j] = 1, _mark(thing.colour, scene.background)
             else:
                 pool = np.flatnonzero(world.handwriting()[1] == int(thing.kind[6:]))
                 arrays["glyph"][i, j] = len(world.SHAPES) + pool[thing.sample % len(pool)]
     return {name: a if name == "glyph" else a.astype(np.float32) for name, a in arrays.items()}
+
+
+def _mark(colour: str, background: str) -> np.ndarray:
+    """The colour of a band that is seen on the thing, and not taken for the backdrop in shadow.
+
+    Blue only where it does not stand out so much more than the thing that its colour would be taken for the thing's.
+    """
+    own, ground = np.array(world.COLOURS[colour]) / 255, np.array(world.BACKGROUNDS[background]) / 255
+
+    def least(mark: np.ndarray) -> float:
+        shadow = np.clip(mark @ ground / (ground @ ground), 0.7, 1) * ground
+        return min(float(np.linalg.norm(mark - other)) for other in (own, shadow))
+
+    loud = np.linalg.norm(BLUE - ground) > 1.5 * np.linalg.norm(own - ground)
+    return max((0.15 * own, 0.2 * own + 0.78, *(() if loud else (BLUE,))), key=least)
 
 
 def upload(packs: list[dict[str, np.ndarray]], device: torch.device | str) -> dict[str, torch.Tensor]:
@@ -88,7 +107,7 @@ def paint(packed: dict[str, torch.Tensor], glyphs: torch.Tensor, width: int, hei
     video = _ground(packed, grid, width, height)  # (B, T, H, W, 3)
     boxes = torch.zeros(video.shape[:-1], device=device)
     for index in range(packed["radius"].shape[1]):
-        thing = {name: packed[name][:, index] for name in ("centre", "radius", "angle", "glyph", "colour", "stripe")}
+        thing = {name: packed[name][:, index] for name in OF_THINGS}
         video, alpha = _stamp(video, thing, packed["light"], glyphs, grid)
         rows, columns = alpha.amax(-1) > 0.05, alpha.amax(-2) > 0.05
         boxes = torch.maximum(boxes, (rows[..., :, None] & columns[..., None, :]).float())
@@ -131,7 +150,7 @@ def _stamp(video, thing, light, glyphs, grid):
     facing = (q * light[:, None, None, None]).sum(-1)
     glint = torch.exp(-((q - 0.45 * light[:, None, None, None]) ** 2).sum(-1) / 0.12)
     shade = (1 + 0.16 * facing) * (0.8 + 0.2 * (level / 0.22).clamp(0, 1)) * (0.75 + 0.25 * ink)
-    band = (1.5 - (u[..., 1].abs() - 0.2) * radius / EDGE).clamp(0, 1) * thing["stripe"][:, None, None, None]
-    shade = shade * (1 - 0.45 * band)
-    body = thing["colour"][:, None, None, None] * shade[..., None] + 0.10 * glint[..., None]
+    band = (0.5 - (u[..., 1].abs() - BAND) * radius / EDGE).clamp(0, 1) * thing["stripe"][:, None, None, None]
+    own, mark = (thing[name][:, None, None, None] for name in ("colour", "mark"))
+    body = (own + band[..., None] * (mark - own)) * shade[..., None] + 0.10 * glint[..., None]
     return video + alpha[..., None] * (body.clamp(0, 1) - video), alpha

@@ -1,7 +1,7 @@
 """Stage 3: a LoRA with which the transformer goes in four steps without guidance where it goes in twenty with it.
 
 The transformer samples from noise; its latents at the four levels that matter are kept. With the LoRA it then learns to
-go from each of them to the next in one step: first from where it was, at the end also from where it now gets to.
+go from each of them to the next in one step: first from where it was, then also from where it gets to by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RANK, RATE = 16, 7e-4
 LEARNS = re.compile(r"^blocks\..*\.weight|time_proj\.weight")
 STEPS, FINE = 4, 5  # FINE steps of the teacher in each of the student's
 TEACHING = 0.35  # of the time, in which the teacher samples
-ALONE = 0.6  # of the training, until the student also starts from where it has got to
+ALONE = 0.3  # of the training, until the student also starts from where it has got to
 
 
 @torch.no_grad()
@@ -175,7 +175,10 @@ def train_distil(args, device, workers, begun: float, seconds: float) -> dict:
     def move(x, sigma, context):
         return model(x, 1000 * sigma, context, return_dict=False)[0].float()
 
-    def loss_of(which: int, alone: bool):
+    reached = [states.clone() for states, _, _ in taught]  # where the student got to when it was last there
+    alone = torch.zeros((), device=device)  # how often it starts from there
+
+    def loss_of(which: int):
         states, contexts, biases = taught[which]
         lora.write()
         count = args.batch // 2 if which == 1 else args.batch
@@ -184,16 +187,15 @@ def train_distil(args, device, workers, begun: float, seconds: float) -> dict:
         context, short.bias = contexts[index].float(), biases[index]
         x, target = states[index, place].float(), states[index, place + 1].float()
         sigma, following = sigmas[place], sigmas[place + 1]
-        if alone:  # from where the student itself gets to, every other one: its errors are then its own to mend
-            with torch.no_grad():
-                before = (place - 1).clamp(min=0)
-                came = states[index, before].float()
-                length = (sigma - sigmas[before]).view(-1, 1, 1, 1, 1)
-                came = came + length * move(came, sigmas[before], context)
-                own = (place > 0) & (torch.rand(count, device=device) < 0.5)
-                x = torch.where(own.view(-1, 1, 1, 1, 1), came, x)
+        # From where the student itself gets to: its errors are then its own to mend.
+        own = (torch.rand(count, device=device) < alone).view(-1, 1, 1, 1, 1)
+        x = torch.where(own, reached[which][index, place].float(), x)
         wanted = (target - x) / (following - sigma).view(-1, 1, 1, 1, 1)
-        error = ((move(x, sigma, context) - wanted) ** 2).mean((1, 2, 3, 4))
+        velocity = move(x, sigma, context)
+        with torch.no_grad():
+            came = x + velocity * (following - sigma).view(-1, 1, 1, 1, 1)
+            reached[which][index, place + 1] = came.to(states.dtype)
+        error = ((velocity - wanted) ** 2).mean((1, 2, 3, 4))
         # As errors of the latents that follow, but the first steps, which are short, are not forgotten.
         return (error * (sigma - following)).mean() * STEPS
 
@@ -204,8 +206,9 @@ def train_distil(args, device, workers, begun: float, seconds: float) -> dict:
     trainer.keep = keep
     chooser = np.random.default_rng(7)
     while clock.progress() < 1:
-        which, alone = pick_size(chooser), clock.progress() > ALONE
-        trainer.step(lambda which=which, alone=alone: loss_of(which, alone), (which, alone))
+        which = pick_size(chooser)
+        alone.fill_(0.5 if clock.progress() > ALONE else 0.0)
+        trainer.step(lambda which=which: loss_of(which), which)
     keep(*trainer.averaged())
     say(f"{clock.step} steps")
     return {"steps": clock.step, "log": trainer.log}

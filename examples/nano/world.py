@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 FPS = 16
-TWO_SHARE = 0.15  # of the clips show two things
+TWO_SHARE = 0.22  # of the clips show two things
 SIZES = ((128, 128, 17), (128, 128, 33), (160, 96, 17), (96, 160, 17))  # width, height, frames
-SIZE_SHARE = (0.4, 0.18, 0.2, 0.22)  # of the steps
+SIZE_SHARE = (0.36, 0.18, 0.22, 0.24)  # of the steps
 
 COLOURS = {
     "red": (222, 40, 38),
@@ -52,6 +52,9 @@ MOTIONS = (*DIRECTIONS, "bounce", "grow", "shrink", "spin", "still")
 MOTION_SHARE = {"spin": 4.5, "bounce": 3.5, "grow": 1.3}  # beside 1 of each other
 DIGITS = tuple(f"digit {d}" for d in range(10))
 MARGIN = 3.0  # pixels that stay free between a thing and the edge
+# Four frames share a frame of latents: what turns or falls fast is a smear in them. Radians and pixels:
+TURN = (0.125, 0.145)  # in a frame: a third of a turn in a second
+FALL = 44.0  # of a bounce at most
 GLYPH_REACH = 1.25  # the glyph atlas covers [-1.25, 1.25] radii
 GLYPH_SIZE = 64
 
@@ -192,7 +195,7 @@ def trajectory(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     stacked = horizontal or (not vertical and scene.height >= scene.width)
     for index, thing in enumerate(scene.things):
         low, high = np.zeros(2), np.array([scene.width, scene.height], float)
-        scale = (min(scene.width, scene.height) / 128) ** 0.5
+        scale = (min(scene.width, scene.height) / 128) ** 0.25
         radius = rng.uniform(18, 26) * scale
         if len(scene.things) == 2:
             axis = int(stacked)
@@ -220,7 +223,7 @@ def _path(rng, thing: Thing, low, high, radius: float, frames: int, given: bool)
         travel = clock[:, None] * step * length
     elif thing.motion == "bounce":  # falls for half a second, rises for half a second
         fall = np.abs((np.arange(frames) / 8) % 2 - 1)
-        travel[:, 1] = (1 - fall) ** 2 * rng.uniform(shortest, 1) * room[1]
+        travel[:, 1] = (1 - fall) ** 2 * rng.uniform(shortest, 1) * min(room[1], FALL)
     extent = travel.max(0) - travel.min(0)
     free = np.maximum(room - extent, 0)
     # In-place motions prefer the middle; what travels may start anywhere it fits.
@@ -232,9 +235,9 @@ def _path(rng, thing: Thing, low, high, radius: float, frames: int, given: bool)
         radii = largest * (grow if thing.motion == "grow" else grow[::-1])
     angles = np.full(frames, rng.uniform(-0.12, 0.12))
     if thing.motion == "spin":
-        angles = (0 if given and rng.random() < 0.5 else rng.uniform(0, 2 * np.pi)) + np.arange(frames) * rng.uniform(
-            0.17, 0.22
-        )
+        if given and rng.random() < 0.5:  # what is given may have turned before
+            angles += rng.uniform(0, 2 * np.pi)
+        angles += np.arange(frames) * rng.uniform(*TURN)
     return start + travel, radii, angles
 
 
