@@ -20,7 +20,7 @@ from training import Clock, Trainer, draw, half, nothing_said, pick_size, say, s
 RANK, RATE = 16, 7e-4
 LEARNS = re.compile(r"^blocks\..*\.weight|time_proj\.weight")
 STEPS, FINE = 4, 5  # FINE steps of the teacher in each of the student's
-TEACHING = 0.35  # of the time, in which the teacher samples
+TEACHING = 0.28  # of the time, in which the teacher samples
 ALONE = 0.3  # of the training, until the student also starts from where it has got to
 
 

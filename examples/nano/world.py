@@ -42,14 +42,14 @@ BACKGROUNDS = {
     "yellow": (212, 178, 62),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring")
-SHAPE_SHARE = (0.11, 0.15, 0.16, 0.2, 0.15, 0.23)  # what is hard to draw is drawn more often
+SHAPE_SHARE = (0.1, 0.15, 0.14, 0.24, 0.14, 0.23)  # what is hard to draw is drawn more often
 # Unit steps in pixels, y down; the other motions stay in place or, for "bounce", return to where they began.
 DIRECTIONS = {
     "right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1),
     "up-right": (1, -1), "up-left": (-1, -1), "down-right": (1, 1), "down-left": (-1, 1),
 }  # fmt: skip
 MOTIONS = (*DIRECTIONS, "bounce", "grow", "shrink", "spin", "still")
-MOTION_SHARE = {"spin": 4.5, "bounce": 3.5, "grow": 1.3}  # beside 1 of each other
+MOTION_SHARE = {"spin": 4.0, "bounce": 2.0, "grow": 1.7, **dict.fromkeys([*DIRECTIONS][4:], 1.4)}  # beside 1 of others
 DIGITS = tuple(f"digit {d}" for d in range(10))
 MARGIN = 3.0  # pixels that stay free between a thing and the edge
 # Four frames share a frame of latents: what turns or falls fast is a smear in them. Radians and pixels:
