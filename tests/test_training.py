@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from contextlib import ExitStack
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +21,7 @@ from wan_mlx.storage import locked
 from wan_mlx.training import clips_of as training_clips
 from wan_mlx.training.backward import Sample, loss
 from wan_mlx.training.dataset import DataSet
+from wan_mlx.training.factors import of_block, placed
 from wan_mlx.training.loop import Training, TrainingError
 from wan_mlx.training.recipe import Recipe
 from wan_mlx.weights.load import load_transformer
@@ -247,6 +249,25 @@ class TestTraining:
             assert loss(Execution(loaded), {}, step, 1.0) == pytest.approx(live, rel=2e-5)
         plain = loss(Execution(load_transformer(pipe.checkpoint, "float32")), {}, step, 1.0)
         assert abs(plain[0] - live[0]) > 1e-3 * live[0]
+
+    def test_the_file_gives_the_video_of_the_model_that_was_trained(self, straight, pipe):
+        """By ``--lora``, and by the factors as the trainer holds them: within 2 of 255 levels."""
+        training, _ = straight
+        asked = {"prompt": "a square", "width": 32, "height": 32, "num_frames": 5, "steps": 2, "seed": 1}
+        model = load_transformer(pipe.checkpoint, "float32")
+        with ExitStack() as held:
+            for place in model.block_order():
+                own = of_block(training.factors, place)
+                held.enter_context(placed(model.block(place), own, RECIPE.scale, mx.float32))
+            with pipe.keeping(training.part, Execution(model)):
+                live = pipe(**asked).frames.astype(int)
+        plain = pipe(**asked).frames
+        pipe.set_loras([training.path])
+        try:
+            again = pipe(**asked).frames
+        finally:
+            pipe.set_loras([])
+        assert np.abs(again - live).max() <= 2 < np.abs(plain - live).max()
 
     def test_streamed_is_resident(self, straight, pipe, data, tmp_path):
         training = Training(pipe, clips_of(data), RECIPE, tmp_path / "style", clips_of(data)[:1])

@@ -69,8 +69,15 @@ def write_data(what: str, folder: Path) -> None:
 
 
 def prompts(what: str, new: bool) -> list[tuple[str, Scene]]:
-    rng = np.random.default_rng(50 + new)
-    return [(world.caption(one, rng, complete=True), one) for one in scenes(what, new, PROMPTS, seed=100 + new)]
+    """Prompts of combinations that were not trained."""
+    rng, trained = np.random.default_rng(50 + new), [details(scene) for scene in scenes(what, True, CLIPS, seed=1)]
+    found = [one for one in scenes(what, new, 2 * PROMPTS, seed=100 + new) if details(one) not in trained]
+    return [(world.caption(one, rng, complete=True), one) for one in found[:PROMPTS]]
+
+
+def details(scene: Scene) -> tuple[str, ...]:
+    thing = scene.things[0]
+    return thing.kind, thing.colour, thing.motion, scene.background
 
 
 def judge(pipe: Any, asks: list[tuple[str, Scene]]) -> dict[str, float]:
