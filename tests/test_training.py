@@ -259,6 +259,7 @@ class TestTraining:
             for place in model.block_order():
                 own = of_block(training.factors, place)
                 held.enter_context(placed(model.block(place), own, RECIPE.scale, mx.float32))
+            mx.eval(model.parameters())  # here: a video is made in another thread
             with pipe.keeping(training.part, Execution(model)):
                 live = pipe(**asked).frames.astype(int)
         plain = pipe(**asked).frames
