@@ -18,7 +18,7 @@ from wan_mlx.models.rope import rope_table
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.training import attention_backward, block_backward, slopes
 from wan_mlx.training.attention_backward import attention_gradients
-from wan_mlx.training.backward import Sample, loss, loss_and_gradients
+from wan_mlx.training.backward import Sample, _in_one_thread, loss, loss_and_gradients
 from wan_mlx.training.factors import layer_shapes, new_factors, of_block, placed
 from wan_mlx.training.optimizer import gradient_norm, make_optimizer, update
 from wan_mlx.training.recipe import OPTIMIZERS, Recipe
@@ -148,6 +148,16 @@ def test_streamed_blocks_give_the_same_bits():
     assert all(mx.array_equal(want[1][name], got[1][name]) for name in factors)
     # One reading each way for all samples of the step.
     assert order == [["blocks.0", "blocks.1"], ["blocks.1", "blocks.0"]]
+
+
+def test_samples_in_two_threads_have_the_gradients_of_one():
+    config = CONFIGS["t2v"]
+    model, factors, step = Execution(randomized(Transformer(config))), factors_of(config), samples(config, 3)
+    losses, got = loss_and_gradients(model, factors, step, SCALE)
+    want_losses, want = _in_one_thread(model, factors, step, SCALE, 3)
+    assert losses == want_losses and got.keys() == want.keys()
+    for name in factors:
+        assert relative_error(got[name], want[name]) <= 1e-6, name
 
 
 def test_a_quantised_base_passes_gradients_on(pico):

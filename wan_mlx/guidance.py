@@ -160,7 +160,7 @@ def guided_velocity(
     if len(passes) == 1:
         return velocity(COND)
     if mx.default_device().type == mx.DeviceType.cpu:
-        return guidance.combine(*at_once(velocity, COND, UNCOND))
+        return guidance.combine(*at_once(velocity, (COND,), (UNCOND,)))
     return guidance.combine(velocity(COND), velocity(UNCOND))
 
 
@@ -174,11 +174,11 @@ def _within(span: tuple[float, float], index: int, total: int) -> bool:
     return first <= index < end
 
 
-def at_once(velocity: Callable[[int], T], *branches: int) -> tuple[T, T]:
-    """Both passes at once, on the CPU, where MLX uses one core per thread; same values as one after the other."""
+def at_once(work: Callable[..., T], first: tuple, other: tuple) -> tuple[T, T]:
+    """Both calls at once, on the CPU, where MLX uses one core per thread; same values as one after the other."""
     with lasting_thread() as thread:
-        second = thread.start(partial(velocity, branches[1]))
+        second = thread.start(partial(work, *other))
         try:
-            return velocity(branches[0]), second.result()
+            return work(*first), second.result()
         finally:
             wait([second])  # Ctrl-C must not end the process while a thread computes

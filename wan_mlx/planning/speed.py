@@ -361,7 +361,7 @@ def _seconds(run: Callable[[], None], at_a_time: int) -> float:
     """Seconds of one ``run``, when ``at_a_time`` run at once."""
     started = perf_counter()
     if at_a_time == 2:
-        at_once(lambda branch: run(), 0, 1)
+        at_once(run, (), ())
     else:
         run()
     return (perf_counter() - started) / at_a_time

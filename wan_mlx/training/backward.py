@@ -18,12 +18,13 @@ from typing import Any
 import mlx.core as mx
 
 from ..cuda.forward import DeferredFrees
+from ..guidance import at_once
 from ..models.block_execution import run_block
 from ..models.execution import DEFERRED, DEFERRED_WHOLE, Execution
 from ..models.pieces import FEED_FORWARD_TOKENS, Pacer
 from ..models.transformer import Block, ForwardPass
 from .block_backward import BlockFactors, block_gradients
-from .factors import Factors, of_block, placed
+from .factors import Factors, of_block, placed, twin
 from .pieces import Pieces
 from .slopes import try_kernels
 
@@ -77,6 +78,25 @@ def loss_and_gradients(
     """
     config = model.model.config
     try_kernels(model.model.dtype, config.dim, config.ffn_dim, config.head_dim)
+    if len(samples) < 2 or model.blocks is not None or mx.default_device().type != mx.DeviceType.cpu:
+        return _in_one_thread(model, factors, samples, scale, len(samples))
+    # On a CPU, where MLX uses one core per thread, half of the samples each; in layers of their own, since factors are
+    # placed in them.
+    given = [(one.latents, one.context, one.target, dict(one.conditions)) for one in samples]
+    mx.eval(model.model.parameters(), factors, given)  # here: the other thread could not
+    middle = (len(samples) + 1) // 2
+    (losses, gradients), (more, others) = at_once(
+        lambda model, some: _in_one_thread(model, factors, some, scale, len(samples)),
+        (model, samples[:middle]),
+        (Execution(twin(model.model), tokens_at_once=model.tokens_at_once), samples[middle:]),
+    )
+    return [*losses, *more], {name: array + others[name] for name, array in gradients.items()}
+
+
+def _in_one_thread(
+    model: Execution, factors: Factors, samples: Sequence[Sample], scale: float, count: int
+) -> tuple[list[float], Factors]:
+    """`loss_and_gradients` of some samples of ``count``."""
     ways = [_enter(model, sample) for sample in samples]
     inputs = list(_forward(model, factors, ways, scale))
     losses = []
@@ -90,7 +110,7 @@ def loss_and_gradients(
         own = BlockFactors(of_block(factors, place), scale, model.model.dtype)
         for way, x in zip(ways, inputs.pop(), strict=True):
             way.x = block_gradients(block, own, x, way.x, way.this_pass, pieces)
-        of_this = own.gradients(len(samples))
+        of_this = own.gradients(count)
         pieces.add(*of_this.values())
         gradients |= {f"{place}.{name}": array for name, array in of_this.items()}
         if model.blocks is not None:  # a streamed block is emptied when the next one is requested
