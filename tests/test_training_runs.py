@@ -26,7 +26,7 @@ from wan_mlx.models.execution import Execution
 from wan_mlx.presets import Sampling
 from wan_mlx.training import Training, TrainingError, encoded, train
 from wan_mlx.training.backward import loss_and_gradients
-from wan_mlx.training.batches import Batches, without_word
+from wan_mlx.training.batches import Batches, with_word
 from wan_mlx.training.dataset import DataSet
 from wan_mlx.training.encoded import Encoded
 from wan_mlx.training.recipe import Recipe
@@ -203,8 +203,20 @@ class TestWhatStays:
         assert [value < 1e-9 for value in losses] == kept
 
     def test_the_trigger_is_left_out_as_a_word(self):
-        assert without_word("zorb, a cat", "zorb") == "a cat"
-        assert without_word("a Zorb circle on zorbs", "zorb") == "a circle on zorbs"
+        assert with_word("zorb, a cat", "zorb", "") == "a cat"
+        assert with_word("a Zorb circle on zorbs", "zorb", "") == "a circle on zorbs"
+
+    def test_other_words_stand_in_its_place(self, pipe, data, tmp_path):  # noqa: F811
+        assert with_word("zorb, a cat", "zorb", "red") == "red, a cat"
+        recipe = Recipe(batch=4, preserve=0.5, preserve_words="red, blue,", caption_dropout=0.0)
+        assert {recipe.word(step, 1) for step in range(20)} == {"red", "blue", ""}
+        batches = batches_of(pipe, data, tmp_path / "cache", recipe)
+        assert {"a red of 10", "a blue of 10", "a of 10", "a square of 10"} <= set(batches.captions())
+        asked = []
+        batches.encoded.text = lambda caption, text=batches.encoded.text: asked.append(caption) or text(caption)
+        batches.of_step(3, Execution(load_transformer(pipe.checkpoint, "float32")))
+        want = [recipe.word(3, number) if kept else "square" for number, kept in enumerate(recipe.preserved(3))]
+        assert [caption.removeprefix("a ").partition("of")[0].strip() for caption in asked] == want
 
     def test_it_needs_a_trigger(self, pipe, data, tmp_path):  # noqa: F811
         with pytest.raises(UsageError, match="preserve is 0.5, which is of captions without the trigger"):

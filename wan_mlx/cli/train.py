@@ -54,6 +54,7 @@ ABOUT = {
     "timesteps": ", ".join(TIMESTEP_SAMPLING),
     "shift": "of the noise levels",
     "preserve": "share kept as it was, without the trigger",
+    "preserve_words": "in the trigger's place there: red,blue",
     "given_frame": "share of TI2V's clips with a first frame",
     "caption_dropout": "share of clips without caption",
     "dropout": "share of ranks that a step leaves out",
@@ -97,7 +98,7 @@ def build_parser() -> Parser:
         kind = float if field.name == "alpha" else type(field.default)
         of_nano = OF_MODELS["nano"].get(field.name)
         others = "" if of_nano is None else f"; nano {of_nano}"
-        default = "" if field.default is None else f" ({field.default}{others})"
+        default = "" if field.default in (None, "") else f" ({field.default}{others})"
         flag = f"--{field.name.replace('_', '-')}"
         parser.add_argument(flag, *ALSO.get(field.name, ()), dest=field.name, type=kind,
                             metavar="NAME" if kind is str else "N", help=ABOUT[field.name] + default)  # fmt: skip

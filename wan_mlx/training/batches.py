@@ -26,7 +26,7 @@ class Batches:
     Args:
         clips: what is trained, each as often as it comes.
         held_out: clips for the validation.
-        trigger: the word that `Recipe.preserve` leaves out of captions.
+        trigger: the word that `Recipe.preserve` leaves out of captions, or puts another in the place of.
         levels: from which noise level to which the model is trained: of an expert those that it serves.
         may_be_given: whether the model can be given a clip's first frame (`Recipe.given_frame`).
     """
@@ -47,7 +47,8 @@ class Batches:
     def captions(self) -> list[str]:
         """All texts that samples may have."""
         captions = [clip.caption for clip in (*self.clips, *self.held_out)]
-        return ["", *captions, *(without_word(caption, self.trigger) for caption in captions if self.recipe.preserve)]
+        words = self.recipe.words() if self.recipe.preserve else []
+        return ["", *captions, *(with_word(caption, self.trigger, word) for caption in captions for word in words)]
 
     def of_step(self, step: int, model: Execution, rank: int = 0, ranks: int = 1) -> tuple[list[Sample], list[str]]:
         """The samples of a step, of several processes those of one, and the names of their files."""
@@ -57,7 +58,9 @@ class Batches:
         samples, names = [], []
         for number in range(rank, recipe.clips, ranks):
             clip = self.clips[order[number]]
-            caption = without_word(clip.caption, self.trigger) if preserved[number] else clip.caption
+            caption = clip.caption
+            if preserved[number]:
+                caption = with_word(caption, self.trigger, recipe.word(step, number))
             caption = "" if bare[number] else caption
             sample = self._sample(clip, sigmas[number], caption, (step, number))
             stays = preserved[number] or (bare[number] and recipe.preserve)
@@ -91,9 +94,10 @@ def as_before(model: Execution, sample: Sample) -> Sample:
     return replace(sample, target=answer.astype(mx.float32))
 
 
-def without_word(text: str, word: str) -> str:
-    """A caption without the trigger, and without the comma behind it."""
-    return re.sub(rf"(?<!\w){re.escape(word)}(?!\w),?\s*", "", text, flags=re.IGNORECASE)
+def with_word(text: str, trigger: str, word: str) -> str:
+    """A caption with ``word`` in the trigger's place; if it is empty, without the trigger and the comma behind it."""
+    found = rf"(?<!\w){re.escape(trigger)}(?!\w)" + ("" if word else r",?\s*")
+    return re.sub(found, lambda _: word, text, flags=re.IGNORECASE)
 
 
 def levels_of(timesteps: tuple[float, float]) -> tuple[float, float]:

@@ -17,7 +17,8 @@ from ..option import Limits
 from ..presets import Preset
 from .factors import TARGETS
 
-ORDER, NOISE, TIMESTEPS, CAPTIONS, DROPPED, HELD_OUT, PRESERVED, GIVEN = range(8)  # what chance is drawn for
+# What chance is drawn for.
+ORDER, NOISE, TIMESTEPS, CAPTIONS, DROPPED, HELD_OUT, PRESERVED, GIVEN, WORDS = range(9)
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps after the warm-up → share of the rate
     "constant": lambda share: 1.0,
     "linear": lambda share: 1.0 - share,
@@ -96,6 +97,7 @@ class Recipe:
         shift: of "shift" and "uniform-shift".
         preserve: the share of clips that are trained to be, without the trigger in their caption, what the model made
             of them before; where it is not 0, clips without a caption are, too.
+        preserve_words: words of the model's, with commas, of which one stands in the trigger's place in such a caption.
         given_frame: TI2V's: the share of clips whose first frame is given.
         caption_dropout: the share of clips that are trained without their caption.
         dropout: the share of a factor's ranks that a step leaves out.
@@ -119,6 +121,7 @@ class Recipe:
     timesteps: str = "shift"
     shift: float = 3.0
     preserve: float = 0.0
+    preserve_words: str = ""
     given_frame: float = 0.0
     caption_dropout: float = 0.05
     dropout: float = 0.0
@@ -200,6 +203,14 @@ class Recipe:
             step * self.clips, (step + 1) * self.clips + 1
         )
         return (np.diff(np.floor(places)) > 0).tolist()
+
+    def words(self) -> list[str]:
+        """Those of `preserve_words`; none is an empty one, which stands for no word."""
+        return [word.strip() for word in self.preserve_words.split(",")]
+
+    def word(self, step: int, number: int) -> str:
+        """The word in the trigger's place in a preserved clip's caption."""
+        return str(self.chance(WORDS, step, number).choice(self.words()))
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""
