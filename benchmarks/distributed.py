@@ -45,7 +45,7 @@ import mlx.core as mx
 import numpy as np
 
 WORKER = "WAN_MLX_BENCHMARK_WORKER"
-GROUPS = (2, 4, 1)  # of heads
+GROUPS = (1, 2)  # of heads
 TINY = {"dim": 256, "num_heads": 2, "num_layers": 2, "ffn_dim": 512, "text_dim": 32, "freq_dim": 32}
 
 

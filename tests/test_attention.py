@@ -57,6 +57,15 @@ def test_the_mean_of_bfloat16_is_summed_in_more_digits():
     assert mx.abs(cuda_attention.append_mean(x, 1)[0, -1].astype(mx.float32) - 1).max() < 0.01
 
 
+@pytest.mark.parametrize("room", [0, 3, 5])
+def test_means_go_into_room_that_there_is(room):
+    """Where others' tokens have been gathered: what stands there does not count."""
+    x = mx.random.normal((2, 40, 3, 4), key=mx.random.key(0))
+    with_room = mx.concatenate([x, mx.full((2, room, 3, 4), mx.nan)], axis=1)
+    assert mx.array_equal(cuda_attention.append_mean(with_room, 3, 40), cuda_attention.append_mean(x, 3))
+    assert mx.array_equal(cuda_attention.append_mean(with_room, 0, 40), x)
+
+
 @pytest.mark.parametrize("length, expected", [(32760, 8), (75600, 48), (32768, 0), (1000, 0), (127 * 1024 - 127, 0)])
 def test_keys_are_appended_on_cuda_where_they_are_few(monkeypatch, length, expected):
     assert cuda_attention.keys_to_append(length) == 0  # here

@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,11 @@ class Group:
         self._halves: dict[int, Any] = {}
         self._pairs: list[Any] = []  # NCCL's groups with a neighbour, of which the lower rank is even, and odd
         self._sent: list[mx.array] = []  # to neighbours, perhaps not there yet
+
+    @property
+    def stream(self) -> Any:
+        """That of the collectives."""
+        return self._streams[0]
 
     # Collectives
 
@@ -297,11 +302,13 @@ class Part:
 
     Attributes:
         group, ranks: this process is one of the ranks.
+        room: a number of tokens → how many more there is room for behind all of them.
         length: tokens of the forward that it divided last.
     """
 
     group: Group
     ranks: range
+    room: Callable[[int], int] = lambda length: 0
     length: int = field(default=0, compare=False)
 
     @property
@@ -323,7 +330,7 @@ class Shard:
 
     @property
     def size(self) -> int:
-        return -(-self.length // len(self.part.ranks))
+        return -(-(self.length + self.part.room(self.length)) // len(self.part.ranks))
 
     @property
     def start(self) -> int:
@@ -345,20 +352,53 @@ class Shard:
             return None
         return slice(first, end if self.start + end < self.length and end < self.size else None)
 
-    def begin(self, x: mx.array) -> mx.array:
-        """Begin to gather everybody's tokens x (B, size, ...); `whole_once_arrived` has the result."""
-        piece = mx.contiguous(x.swapaxes(0, 1))
-        mx.async_eval(piece)  # by itself, so that on CUDA the other stream waits for it by an event
-        return self.part.group.begin(piece, self.part.ranks)
+    def begin(self, x: mx.array, finish: Callable[[mx.array, int], mx.array] | None = None) -> Coming:
+        """Begin to gather everybody's tokens x (B, size, ...).
 
-    def whole_once_arrived(self, joined: mx.array) -> mx.array:
-        """(B, length, ...)."""
-        return self.part.group.arrived(joined)[: self.length].swapaxes(0, 1)
+        ``finish``: (the tokens, and what fills them up; how many these are without) → what is wanted of them.
+        """
+        piece, group = mx.contiguous(_swapped(x)), self.part.group
+        mx.async_eval(piece)  # by itself, so that on CUDA the other stream waits for it by an event
+        finish = finish or (lambda joined, length: joined[:, :length])
+        if group.on_host:
+            return Coming(self, group.begin(piece, self.part.ranks), finish)
+        with mx.stream(group.stream):
+            begun = piece[:1, :1, :1] + 0
+            mx.async_eval(begun)
+            found = finish(_swapped(group.begin(piece, self.part.ranks)), self.length)
+            mx.async_eval(found)
+        return Coming(self, found, None, begun)
 
     def whole(self, x: mx.array) -> mx.array:
         """Everybody's tokens x (B, size, ...) → (B, length, ...), waited for."""
         mx.eval(x)
-        return self.whole_once_arrived(self.begin(x))
+        return self.begin(x).whole()
+
+
+def _swapped(x: mx.array) -> mx.array:
+    """x with the first two axes in each other's place."""
+    return x.swapaxes(0, 1) if min(x.shape[:2]) > 1 else x.reshape(x.shape[1], x.shape[0], *x.shape[2:])
+
+
+@dataclass
+class Coming:
+    """Everybody's tokens on their way."""
+
+    shard: Shard
+    _joined: mx.array
+    _finish: Callable[[mx.array, int], mx.array] | None  # where the host moves them, once they are here
+    _begun: mx.array | None = None  # where the GPU does, what it computes just before
+
+    def before(self, x: mx.array) -> mx.array:
+        """x, but nothing is computed of it before the tokens have set out. A product takes all of a GPU, so that
+        a gathering that is not the first would begin at its end."""
+        return x if self._begun is None else mx.depends([x], [self._begun])[0]
+
+    def whole(self) -> mx.array:
+        """What is wanted of the tokens, once they are here."""
+        if self._finish is None:
+            return self._joined
+        return self._finish(_swapped(self.shard.part.group.arrived(self._joined)), self.shard.length)
 
 
 _group: Group | None = None

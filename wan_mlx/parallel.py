@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from .caching import COND, UNCOND, StepCache
 from .caching.protocol import NAMES
+from .cuda.forward import keys_to_append
 from .distributed import Group, Part
 
 ALONE, CFG, TOKENS, BOTH = "off", "cfg", "tokens", "cfg+tokens"
@@ -32,7 +33,7 @@ class Team:
 
     def part(self, ranks: range) -> Part | None:
         """Those ranks, if they share a forward; this one is among them."""
-        return self._parts.setdefault(ranks, Part(self.group, ranks)) if len(ranks) > 1 else None
+        return self._parts.setdefault(ranks, Part(self.group, ranks, keys_to_append)) if len(ranks) > 1 else None
 
     def _owners(self) -> dict[int, range]:
         """The ranks that compute each pass of two, and hold what a large step cache keeps of it."""

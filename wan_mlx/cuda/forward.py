@@ -17,30 +17,38 @@ def keys_to_append(length: int) -> int:
     return missing if mx.cuda.is_available() and missing <= MOST_APPENDED * length else 0
 
 
-def fill_last_tile(x: mx.array) -> mx.array:
+def fill_last_tile(x: mx.array, length: int | None = None) -> mx.array:
     """Pad keys or values with their mean to whole tiles, where that is faster; (B, L, heads, head_dim).
+
+    With ``length`` only so many of x are keys or values, and what is behind them is room.
 
     The appended keys have almost no weight, for any query: the mean key's product with a query is the mean of all
     keys' products, and the exponential of a mean is at most the mean of the exponentials. So it has at most the average
     weight, and n of them at most n / L of the total. By that share, at most, a result moves towards the mean value;
     bfloat16 rounds a number by up to twice `MOST_APPENDED` of it.
     """
-    return append_mean(x, keys_to_append(x.shape[1]))
+    length = length or x.shape[1]
+    return append_mean(x, keys_to_append(length), length)
 
 
-def append_mean(x: mx.array, count: int) -> mx.array:
-    """x (B, L, heads, head_dim) with its mean over L appended ``count`` times: (B, L + count, heads, head_dim).
+def append_mean(x: mx.array, count: int, length: int | None = None) -> mx.array:
+    """x (B, L, heads, head_dim), or the first ``length`` of L, with its mean appended ``count`` times, in room if any.
 
     The mean is a constant to gradients: through it each row would get ``count / L`` of an average row's.
     """
+    length = length or x.shape[1]
+    room, x = x[:, : length + count], x[:, :length]
     if not count:
         return x
-    batch, length, *rest = x.shape
+    batch, _, *rest = x.shape
     rows = x.flatten(2)
     # Summed in float32, unlike `mx.mean` on CUDA.
     mean = mx.full((1, length), 1 / length, x.dtype) @ mx.stop_gradient(rows)
-    rows = mx.concatenate([rows, mx.broadcast_to(mean, (batch, count, rows.shape[-1]))], axis=1)
-    return rows.reshape(batch, length + count, *rest)
+    means = mx.broadcast_to(mean, (batch, count, rows.shape[-1]))
+    if room.shape[1] > length:  # a third of the time that joining takes
+        room[:, length:] = means.reshape(batch, count, *rest)
+        return room
+    return mx.concatenate([rows, means], axis=1).reshape(batch, length + count, *rest)
 
 
 class DeferredFrees:

@@ -18,8 +18,8 @@ from .transformer import ForwardPass, Runs
 T = TypeVar("T")
 
 # Keys and values of so many groups of heads are gathered one after the other: one arrives while the one before is
-# attended to. By NCCL fewer are faster: two H200 took 1.52, 1.49 and 1.51 s for a forward of the 14B in 4, 2 and 1.
-HEAD_GROUPS, HEAD_GROUPS_ON_GPU = 4, 2
+# attended to. NCCL is so fast that all of them arrive while values and queries are computed.
+HEAD_GROUPS, HEAD_GROUPS_ON_GPU = 4, 1
 
 
 @dataclass(frozen=True)
@@ -59,25 +59,25 @@ def attend_with_others(layer: SelfAttention, tokens: list[mx.array], this_pass: 
     tokens.clear()
     count = min(layer.heads, HEAD_GROUPS if shard.part.group.on_host else HEAD_GROUPS_ON_GPU)
     groups = [slice(group[0], group[-1] + 1) for group in np.array_split(range(layer.heads), count)]
+    fill = fill_last_tile if has_fused_kernel(x.dtype, x.shape[-1] // layer.heads) else None
     k = rotated(layer, "k", x, rope, pace)
     pace(k)
-    keys = [shard.begin(k[:, :, groups[0]])]
+    keys = [shard.begin(k[:, :, groups[0]], fill)]
+    x = keys[0].before(x)
     v = in_dispatches(layer.v, x, pace, lambda y, tokens: split_heads(y, layer.heads))
     pace(v)
-    values = [shard.begin(v[:, :, groups[0]])]
+    values = [shard.begin(v[:, :, groups[0]], fill)]
+    x = values[0].before(x)
     for group in groups[1:]:
-        keys.append(shard.begin(k[:, :, group]))
-        values.append(shard.begin(v[:, :, group]))
+        keys.append(shard.begin(k[:, :, group], fill))
+        values.append(shard.begin(v[:, :, group], fill))
     del k, v
     q = rotated(layer, "q", x, rope, pace)
-    fill = has_fused_kernel(q.dtype, q.shape[-1])
     del x
     pace(q)
     parts = []
     for group in groups:
-        k, v = (shard.whole_once_arrived(joined.pop(0)) for joined in (keys, values))
-        if fill:
-            k, v = fill_last_tile(k), fill_last_tile(v)
+        k, v = (coming.pop(0).whole() for coming in (keys, values))
         parts.append(attention(q[:, :, group], k, v, pace))
         del k, v
         pace(parts[-1])
