@@ -14,6 +14,8 @@ import pytest
 import tiny_mlx_model
 from test_two_experts import as_pair, lora
 
+from wan_mlx.models.vae_relay import balanced
+
 CACHES = ("none", "teacache", "magcache", "easycache", "spectrum", "spectrum hidden")
 CASES = Path(__file__).parent / "machine_cases.py"
 
@@ -84,6 +86,11 @@ def test_decodes_of_machines_are_the_same_frames(tmp_path, alone, size):
     """In a relay, in columns, and tiles dealt out; they come out at rank 0."""
     first, *_ = case(tmp_path, size, "tiles")
     assert first == alone("tiles")
+
+
+@pytest.mark.parametrize("count, ends", [(1, [5]), (2, [3, 5]), (3, [2, 4, 5]), (9, [1, 3, 4, 5])])
+def test_legs_of_a_relay_are_of_nearly_equal_work(count, ends):
+    assert [end for _, end in balanced([2, 3, 1, 2, 4], count)] == ends
 
 
 def test_words_and_arrays_are_told_bit_for_bit(tmp_path):

@@ -24,14 +24,15 @@ from .pieces import finished
 from .vae import flow
 from .vae22 import Branched
 from .vae_execution import PacedCache, VAEExecution, run_layer
-from .vae_layers import CausalCache
+from .vae_layers import CausalCache, TemporalConv
 
 Layer = Callable | None
 Shape = tuple[int, ...]
 AHEAD = 2  # pieces on their way to the next machine, beside the one at work
-# FLOP for which a machine takes as long as for moving a byte of what a layer is given or makes. Measured on an H200,
-# layer by layer; on a Mac, which computes less for each byte it reads, from its published rates.
-FLOP_PER_BYTE = 1500.0 if mx.cuda.is_available() else 500.0
+# FLOP for which a machine takes as long as for a byte that a layer is given or makes: where it convolves over time, and
+# elsewhere. Measured on an H200, layer by layer (832x480: 14 to 15 ms for a block of 96 channels, 8 to 9 for one of
+# 192, which has as many FLOP); on a Mac, which computes less for each byte it reads, from published rates.
+FLOP_PER_BYTE, FLOP_PER_BYTE_ELSEWHERE = (4700.0, 800.0) if mx.cuda.is_available() else (1400.0, 240.0)
 TYPICAL = 10e12  # FLOP per second of a machine whose rate is not known
 
 
@@ -72,8 +73,9 @@ def legs_of(run: VAEExecution, size: tuple[int, int], count: int) -> list[Leg]:
     given = [_given(run, layers, size, frames) for frames in (1, 2)]
     # Where a layer without a shape (SiLU) stands, there is no cut.
     cuts = [place for place, shapes in enumerate(given[1]) if shapes]
-    values = size[0] * size[1] * len(decoder.conv1.bias)
-    middle = sum(_work(layer, [(1, *size, 1)], 0) for layer in whole) + 4.0 * size[0] * size[1] * values
+    entered = (1, *size, len(decoder.conv1.bias))
+    middle = sum(_work(layer, [entered], 2 * _bytes([entered])) for layer in whole)
+    middle += 4.0 * size[0] * size[1] * math.prod(entered)  # of attention
     works = [_work(layers[a], given[1][a], _bytes(given[1][a]) + _bytes(given[1][b]))
              for a, b in zip(cuts, cuts[1:], strict=False)]  # fmt: skip
     works[0] += middle
@@ -111,7 +113,9 @@ def _work(layer: Layer, given: Sequence[Shape], moved: int) -> float:
     parts = layer.layers if isinstance(layer, Branched) else [layer] if isinstance(layer, nn.Module) else []
     flat: list[Any] = [pair for part in parts for pair in tree_flatten(part.parameters())]
     weights = sum(array.size for _, array in flat)
-    return 2.0 * weights * sum(math.prod(shape[:3]) for shape in given) + FLOP_PER_BYTE * moved
+    looks_back = any(isinstance(module, TemporalConv) for part in parts for module in part.modules())
+    each = FLOP_PER_BYTE if looks_back else FLOP_PER_BYTE_ELSEWHERE
+    return 2.0 * weights * sum(math.prod(shape[:3]) for shape in given) + each * moved
 
 
 def balanced(works: Sequence[float], count: int) -> list[tuple[int, int]]:
