@@ -195,7 +195,7 @@ def test_a_video_of_two_machines_is_that_of_one(tmp_path, pico):
 
 @pytest.mark.parametrize("mode", ["cfg", "tokens"])
 def test_experts_with_loras_are_those_of_one_machine(tmp_path, pico, mode):
-    """Both experts of Wan2.2, a LoRA for each of another strength, and a step cache."""
+    """Both experts of Wan2.2, and a LoRA for each of another strength."""
     one, two, other = folders(tmp_path, pico, 3)
     for folder in (one, two, other):
         as_pair(folder / "pico")

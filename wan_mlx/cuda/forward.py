@@ -45,7 +45,7 @@ def append_mean(x: mx.array, count: int, length: int | None = None) -> mx.array:
     # Summed in float32, unlike `mx.mean` on CUDA.
     mean = mx.full((1, length), 1 / length, x.dtype) @ mx.stop_gradient(rows)
     means = mx.broadcast_to(mean, (batch, count, rows.shape[-1]))
-    if room.shape[1] > length:  # a third of the time that joining takes
+    if room.shape[1] > length:
         room[:, length:] = means.reshape(batch, count, *rest)
         return room
     return mx.concatenate([rows, means], axis=1).reshape(batch, length + count, *rest)
