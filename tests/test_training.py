@@ -176,6 +176,8 @@ class TestRecipe:
             (dict(alpha=0), "alpha is 0, expected a number above 0"),
             (dict(alpha="1"), "alpha is '1', expected a number"),
             (dict(learning_rate=0), "learning rate is 0, expected above 0 and up to 1"),
+            (dict(preserve_words="red"), "preserve words is 'red', but preserve is 0"),
+            (dict(preserve=0.3, preserve_words=["red"]), "preserve words is ['red'], expected text"),
             (
                 dict(timesteps="shifted"),
                 "timesteps is 'shifted', expected one of uniform, sigmoid, shift, uniform-shift; nearest: shift",

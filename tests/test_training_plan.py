@@ -42,20 +42,24 @@ def test_peaks_are_within_a_tenth_of_those_measured(name, base, shape, at_once, 
 
 def test_seconds_are_those_of_all_blocks_and_of_what_is_around_them(monkeypatch):
     """Timed as if a token took 3 seconds outside the blocks and 2 in each."""
-    monkeypatch.setattr(timing, "_step", lambda nets, recipe, tokens, layers, count: count * (3.0 + 2.0 * layers))
+    monkeypatch.setattr(timing, "_step", lambda *given: given[-1] * (3.0 + 2.0 * given[-2]))
     nets = nets_of("t2v-1.3B")
     plan = plan_of(nets, [(832, 480, 1)], RECIPE)
     assert plan.lengths == (1560,)
     few = 16  # tokens, of which a step takes long enough to be timed
     work = (plan.flop, timing.step_flop(nets.transformer, few, round(512 * few / 1560)))
     assert timing.with_seconds(plan, nets, RECIPE).seconds == pytest.approx(few * (3 + 2 * 30) * work[0] / work[1])
-    twice = Recipe(rank=32, accumulate=2)
-    two = plan_of(nets, [(832, 480, 1)], twice)
-    assert timing.with_seconds(two, nets, twice).seconds == pytest.approx(2 * few * (3 + 2 * 30) * work[0] / work[1])
+    for clips, rounds in ((1, 1), (2, 1), (3, 2)):  # two at once, on a CPU
+        recipe = Recipe(rank=32, accumulate=clips)
+        found = timing.with_seconds(plan_of(nets, [(832, 480, 1)], recipe), nets, recipe).seconds
+        assert found == pytest.approx(rounds * few * (3 + 2 * 30) * work[0] / work[1])
+    monkeypatch.setattr(timing, "threads", lambda *given: 1)
+    one_by_one = timing.with_seconds(plan_of(nets, [(832, 480, 1)], recipe), nets, recipe).seconds
+    assert one_by_one == pytest.approx(1.5 * found)
 
 
 def test_a_streamed_step_takes_as_long_as_reading_twice(monkeypatch):
-    monkeypatch.setattr(timing, "_step", lambda nets, recipe, tokens, layers, count: 1e-6 * layers * count)
+    monkeypatch.setattr(timing, "_step", lambda nets, recipe, tokens, clips, layers, count: 1e-6 * layers * count)
     monkeypatch.setattr(timing, "reading_rate", lambda parameters, stream: 1e9)
     nets = nets_of("t2v-1.3B")
     plan = plan_of(nets, [(832, 480, 1)], RECIPE, stream=True)

@@ -205,6 +205,7 @@ class TestWhatStays:
     def test_the_trigger_is_left_out_as_a_word(self):
         assert with_word("zorb, a cat", "zorb", "") == "a cat"
         assert with_word("a Zorb circle on zorbs", "zorb", "") == "a circle on zorbs"
+        assert with_word("zorb，一个zorb圆形", "zorb", "") == "一个圆形"
 
     def test_other_words_stand_in_its_place(self, pipe, data, tmp_path):  # noqa: F811
         assert with_word("zorb, a cat", "zorb", "red") == "red, a cat"

@@ -75,6 +75,14 @@ def prompts(what: str, new: bool) -> list[tuple[str, Scene]]:
     return [(world.caption(one, rng, complete=True), one) for one in found[:PROMPTS]]
 
 
+def value_of(text: str) -> Any:
+    """A number, or words as they are: ``timesteps=uniform-shift``."""
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def details(scene: Scene) -> tuple[str, ...]:
     thing = scene.things[0]
     return thing.kind, thing.colour, thing.motion, scene.background
@@ -96,7 +104,7 @@ def main() -> None:
     from wan_mlx import WanPipeline
     from wan_mlx.training import TrainStep, train
 
-    settings = {name: literal_eval(value) for name, _, value in (one.partition("=") for one in args.settings)}
+    settings = {name: value_of(text) for name, _, text in (one.partition("=") for one in args.settings)}
     know(args.what)
     write_data(args.what, args.output / "clips")
     began = time.monotonic()

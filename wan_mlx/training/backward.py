@@ -78,10 +78,9 @@ def loss_and_gradients(
     """
     config = model.model.config
     try_kernels(model.model.dtype, config.dim, config.ffn_dim, config.head_dim)
-    if len(samples) < 2 or model.blocks is not None or mx.default_device().type != mx.DeviceType.cpu:
+    if threads(len(samples), model.blocks is not None) == 1:
         return _in_one_thread(model, factors, samples, scale, len(samples))
-    # On a CPU, where MLX uses one core per thread, half of the samples each; in layers of their own, since factors are
-    # placed in them.
+    # Half of the samples each; in layers of their own, since factors are placed in them.
     given = [(one.latents, one.context, one.target, dict(one.conditions)) for one in samples]
     mx.eval(model.model.parameters(), factors, given)  # here: the other thread could not
     middle = (len(samples) + 1) // 2
@@ -91,6 +90,11 @@ def loss_and_gradients(
         (Execution(twin(model.model), tokens_at_once=model.tokens_at_once), samples[middle:]),
     )
     return [*losses, *more], {name: array + others[name] for name, array in gradients.items()}
+
+
+def threads(clips: int, is_streamed: bool) -> int:
+    """In how many a step's clips are trained: two on a CPU, where MLX uses one core per thread."""
+    return 2 if clips > 1 and not is_streamed and mx.default_device().type == mx.DeviceType.cpu else 1
 
 
 def _in_one_thread(

@@ -95,8 +95,12 @@ def as_before(model: Execution, sample: Sample) -> Sample:
 
 
 def with_word(text: str, trigger: str, word: str) -> str:
-    """A caption with ``word`` in the trigger's place; if it is empty, without the trigger and the comma behind it."""
-    found = rf"(?<!\w){re.escape(trigger)}(?!\w)" + ("" if word else r",?\s*")
+    """A caption with ``word`` in the trigger's place; if it is empty, without the trigger and the comma behind it.
+
+    Chinese characters may stand right beside it: there no space parts words.
+    """
+    letter = r"[^\W\u3400-\u9fff]"
+    found = rf"(?<!{letter}){re.escape(trigger)}(?!{letter})" + ("" if word else r"[,，]?\s*")
     return re.sub(found, lambda _: word, text, flags=re.IGNORECASE)
 
 

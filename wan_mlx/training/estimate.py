@@ -17,6 +17,7 @@ from ..planning.peak_memory import overhead
 from ..planning.plan import FILL
 from ..planning.sizes import Networks
 from .attention_backward import SCORES_AT_ONCE, has_fused_gradient
+from .backward import threads
 from .block_backward import tokens_of_piece
 from .dataset import TrainingClip
 from .factors import layer_shapes
@@ -93,7 +94,8 @@ def plan_of(
     weights = nets.weights
     held = weights.outside + 2 * weights.largest + weights.in_flight if stream else weights.all
     held += UNPACKED * weights.unpacked
-    rest = FLOAT32_COPIES * 4 * trained + max(kept, 4 * trained) + max(piece, attending) + overhead()
+    at_work = threads(recipe.clips, stream) * max(piece, attending)
+    rest = FLOAT32_COPIES * 4 * trained + max(kept, 4 * trained) + at_work + overhead()
     flop = sum(step_flop(config, length) for length in lengths) / len(lengths) * recipe.clips
     reads = 2 * weights.stored_blocks * stream
     return TrainingPlan(math.ceil(held + rest), budget, stream, flop, trained, tuple(lengths), reads)

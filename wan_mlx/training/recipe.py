@@ -155,6 +155,11 @@ class Recipe:
             if (value := getattr(self, name)) not in choices:
                 shown = ", ".join(choices)
                 raise ValueError(f"{name} is {value!r}, expected one of {shown}{nearest(str(value), choices)}")
+        if not isinstance(self.preserve_words, str):
+            raise ValueError(f"preserve words is {self.preserve_words!r}, expected text, such as 'red,blue'")
+        if self.preserve_words and not self.preserve:
+            raise ValueError(f"preserve words is {self.preserve_words!r}, but preserve is 0, so that no clip has them; "
+                             "give --preserve 0.3, or leave them out")  # fmt: skip
 
     @property
     def scale(self) -> float:

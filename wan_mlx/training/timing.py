@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -12,7 +13,7 @@ from ..models.execution import Execution
 from ..planning.sizes import Networks
 from ..planning.speed import random_inputs, random_transformer, reading_rate, typical, worth_timing
 from ..weights.parameters import Parameters
-from .backward import Sample, loss_and_gradients
+from .backward import Sample, loss_and_gradients, threads
 from .estimate import TrainingPlan, step_flop
 from .factors import layer_shapes, new_factors
 from .optimizer import gradient_norm, make_optimizer, update
@@ -27,20 +28,21 @@ def with_seconds(
     ``parameters``: the transformer's, if its weights are here: then reading streamed blocks is timed, too.
     """
     tokens = max(plan.lengths)
-    count, one, _ = worth_timing(partial(_step, nets, recipe, tokens, 1), 16, tokens)
-    none = typical(lambda: _step(nets, recipe, tokens, 0, count))
+    clips = threads(recipe.clips, plan.stream)  # that are trained at once
+    count, one, _ = worth_timing(partial(_step, nets, recipe, tokens, clips, 1), 16, tokens)
+    none = typical(lambda: _step(nets, recipe, tokens, clips, 0, count))
     whole = none + nets.transformer.num_layers * max(one - none, 0.0)
     # Where all tokens would have taken long, some were timed: with as many fewer tokens of text.
     share = min(1.0, count / tokens)
     flop = step_flop(nets.transformer, count, max(1, round(nets.transformer.text_len * share)))
-    seconds = whole * plan.flop / flop
+    seconds = whole * plan.flop / flop * math.ceil(recipe.clips / clips) / recipe.clips
     if plan.stream and parameters and (rate := reading_rate(parameters, stream=True)):
         seconds = max(seconds, plan.reads / rate)
     return replace(plan, seconds=seconds)
 
 
-def _step(nets: Networks, recipe: Recipe, tokens: int, layers: int, count: int) -> float:
-    """Seconds of a step over ``count`` of the tokens, with so many blocks."""
+def _step(nets: Networks, recipe: Recipe, tokens: int, clips: int, layers: int, count: int) -> float:
+    """Seconds of a step of so many clips over ``count`` of the tokens, with so many blocks."""
     whole = nets.transformer
     text_len = max(1, round(whole.text_len * count / tokens))
     config = replace(whole, num_layers=layers, vace_layers=(), ref_dim=None, text_len=text_len)
@@ -52,7 +54,7 @@ def _step(nets: Networks, recipe: Recipe, tokens: int, layers: int, count: int) 
     mx.eval(factors, optimizer.state)
     sample = Sample(latents, 500.0, context, latents, more)
     started = perf_counter()
-    _, gradients = loss_and_gradients(Execution(model), factors, [sample], recipe.scale)
+    _, gradients = loss_and_gradients(Execution(model), factors, [sample] * clips, recipe.scale)
     if gradients:
         update(optimizer, gradients, factors, gradient_norm(gradients), recipe.clip)
     return perf_counter() - started
