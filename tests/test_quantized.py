@@ -253,14 +253,14 @@ def test_a_packed_file_that_contradicts_itself_is_refused(q8_folder, tmp_path, c
 
 
 # How far one step of the whole pipeline may be from the unquantised one.
-STEP_ERRORS = {"q8": 0.01, "q6": 0.04, "auto": 0.04, "q5": 0.08, "q4-g32": 0.15, "q4": 0.15, "q3": 0.6}
+STEP_ERRORS = {"q8": 0.01, "q6": 0.04, "auto": 0.04, "q5": 0.08, "q4-g32": 0.15, "q4": 0.15, "q3": 0.35}
 STEP_ERRORS |= {"mxfp8": 0.05, "mxfp4": 0.25, "nvfp4": 0.2, "none": 0.0}
 
 
 def sampled(quantize):
     """Latents after one step of a picture."""
     pipe = wan_mlx.WanPipeline.from_pretrained("nano", dtype="float32", quantize=quantize, progress=False)
-    request = pipe.request("a red star spins", width=32, height=32, num_frames=1, steps=1, guidance_scale=1, seed=1)
+    request = pipe.request("a red star spins", width=32, height=32, num_frames=1, steps=1, guidance_scale=1, seed=2)
     with contextlib.closing(pipe.stages(request)) as events:
         step = next(event for event in events if isinstance(event, wan_mlx.Step))
         return step.latents, pipe.settings(request).get("quantize")

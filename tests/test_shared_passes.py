@@ -93,7 +93,7 @@ def attended(monkeypatch):
 def how(request, monkeypatch):
     """Two threads, as on a CPU, or one pass after the other, as on a GPU."""
     if request.param == "in turns":
-        monkeypatch.setattr(passes, "at_once", lambda velocity, *branches: tuple(map(velocity, branches)))
+        monkeypatch.setattr(passes, "at_once", lambda work, *calls: tuple(work(*call) for call in calls))
 
 
 @pytest.mark.parametrize("tokens_at_once", [4, 7, 100_000])

@@ -36,8 +36,7 @@ A caption is a text file beside each picture or video: a.mp4, a.txt. OUT gets
 OUT.safetensors (the LoRA), checkpoints/, state/ (to resume from), log.jsonl.
 examples:
   wan-mlx train clips -o zorb --trigger zorb
-  wan-mlx train clips -m t2v-1.3B -o style --size 480x272 --frames 33
-  wan-mlx train clips -m t2v-1.3B -o style --resume"""
+  wan-mlx train clips -m t2v-1.3B -o style --size 480x272 --frames 33"""
 ABOUT = {
     "rank": "of the LoRA",
     "alpha": "the LoRA counts alpha / rank times (the rank)",
