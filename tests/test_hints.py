@@ -63,7 +63,6 @@ SHOWN = {
     "wan-mlx train clips -o zorb --trigger zorb": "train clips -o zorb --trigger zorb --frames 5 --dry-run",
     "wan-mlx train clips -m t2v-1.3B -o style --size 480x272 --frames 33":
         "train clips -m t2v-1.3B -o style --size 480x272 --frames 33 --dry-run --memory 24GB",
-    "wan-mlx train clips -m t2v-1.3B -o style --resume": "train --help",  # tests/test_training.py resumes
     "wan-mlx resume {}": "resume made.mp4",
     "wan-mlx resume cat.mp4": "resume made.mp4",
     "wan-mlx resume FILE": "resume made.mp4",
