@@ -1,6 +1,7 @@
 """Predicted times: from given rates, and rates from a clock that only the networks move. No time is measured here."""
 
 import random
+import threading
 from dataclasses import replace
 
 import mlx.core as mx
@@ -44,10 +45,12 @@ def clock(monkeypatch):
 
 def takes(monkeypatch, clock, owner, name, seconds):
     """Have the method take ``seconds(its arguments)``."""
-    original = getattr(owner, name)
+    original, one_at_a_time = getattr(owner, name), threading.Lock()
 
     def slow(*args, **kwargs):
-        clock[0] += seconds(*args)
+        spent = seconds(*args)
+        with one_at_a_time:  # two passes run in two threads, and += is not one step
+            clock[0] += spent
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, slow)
