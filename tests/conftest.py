@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # isort: split
 import pytest
+import quick  # noqa: F401  before mlx, which then finds it
 
 import wan_mlx  # noqa: F401  before mlx, so that on a Mac float32 means float32
 
