@@ -44,6 +44,7 @@ ROLES = {
     # Scales of activations, which are not quantised here.
     **dict.fromkeys((".scale_input", ".input_scale", ".output_scale", "._weight_act_quant_scale"), "unused"),
 }
+_ENDS = tuple(ROLES)
 _MARKER = "scaled_fp8"
 # End of a tensor's name → the format, which is refused.
 REFUSED = {
@@ -119,8 +120,10 @@ def _role(key: str) -> tuple[str, str]:
     """The role of a tensor, empty for a weight of its own, and the name of its weight."""
     if key == _MARKER or key.endswith(f".{_MARKER}"):
         return "marker", key
-    role, end = next(((role, end) for end, role in ROLES.items() if key.endswith(end)), ("", ""))
-    return role, f"{key.removesuffix(end)}.weight" if role else key
+    if not key.endswith(_ENDS):  # at once: nearly every key of every file
+        return "", key
+    end = next(end for end in _ENDS if key.endswith(end))
+    return ROLES[end], f"{key.removesuffix(end)}.weight"
 
 
 def _refuse_others(file: WeightsFile) -> None:

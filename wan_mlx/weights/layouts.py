@@ -80,13 +80,12 @@ class Layout:
 
     def strip(self, key: str) -> str:
         """``key`` without its prefix."""
-        match = re.match(self.prefix, key)
+        match = re.match(self.prefix, key) if self.prefix else None
         return key[match.end() :] if match else key
 
-    def lacks(self, keys: Iterable[str]) -> list[str]:
-        """The anchors that are not among ``keys``."""
-        present = {self.strip(key) for key in keys}
-        return [anchor for anchor in self.anchors if anchor not in present]
+    def lacks(self, stripped: Collection[str]) -> list[str]:
+        """The anchors that are not among keys without this layout's prefix."""
+        return [anchor for anchor in self.anchors if anchor not in stripped]
 
     def rename(self, key: str, keys: Collection[str]) -> tuple[str, tuple[str, ...]] | None:
         """The canonical name of ``key``, or `UNUSED`, and the keys of that tensor; None if it is in no table."""
@@ -121,7 +120,10 @@ def pattern(template: str) -> re.Pattern[str]:
 def recognise(keys: Iterable[str]) -> Layout:
     """Recognise network and layout from the keys alone; WeightsError if none fits."""
     keys = list(keys)
-    lacking = ((layout, layout.lacks(keys)) for layout in (*LAYOUTS, *MODULES))
+    layouts = (*LAYOUTS, *MODULES)
+    each = {layout.prefix: layout for layout in layouts}
+    stripped = {prefix: {layout.strip(key) for key in keys} for prefix, layout in each.items()}
+    lacking = ((layout, layout.lacks(stripped[layout.prefix])) for layout in layouts)
     nearest, lost = min(lacking, key=lambda found: len(found[1]) / len(found[0].anchors))
     if not lost:
         return nearest
