@@ -23,7 +23,7 @@ STILL = dict(width=64, height=64, num_frames=1, steps=2, seed=3)  # a second, no
 
 @pytest.fixture(scope="module")
 def pipe():
-    return wan_mlx.WanPipeline.from_pretrained("nano", progress=False)
+    return wan_mlx.WanPipeline.from_pretrained("nano", dtype="float32", progress=False)  # the faster on a CPU
 
 
 @pytest.fixture(scope="module")
@@ -227,13 +227,13 @@ def test_the_first_command_of_the_readme(tmp_path, nano):
 def test_held_out_prompts_are_shown(nano):
     (ask,) = nano.held_out((0, 0, 4, 0))[3:]
     assert not ask.prompt.isascii() and ask.size == "160x96, 17 frames"
-    (row,) = nano.evaluate("nano", [ask])
+    (row,) = nano.evaluate("nano", [ask], dtype="float32")
     assert row["right"]["all three"], row
 
 
 def test_a_held_out_image_is_animated_as_prompted(nano):
     pytest.importorskip("torch")  # paints the image
-    (row,) = nano.evaluate("nano-i2v", nano.held_out((1, 0, 0, 0), with_images=True), steps=4)
+    (row,) = nano.evaluate("nano-i2v", nano.held_out((1, 0, 0, 0), with_images=True), dtype="float32", steps=4)
     assert row["right"]["all three"] and row["first frame, dB"] >= 28, row
 
 

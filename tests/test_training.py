@@ -19,6 +19,7 @@ from wan_mlx.models.execution import Execution
 from wan_mlx.presets import PRESETS
 from wan_mlx.storage import locked
 from wan_mlx.training import clips_of as training_clips
+from wan_mlx.training import timing
 from wan_mlx.training.backward import Sample, loss
 from wan_mlx.training.dataset import DataSet
 from wan_mlx.training.factors import of_block, placed
@@ -354,7 +355,8 @@ class TestCommand:
     def run(self, *words):
         return main(["train", *map(str, words)])
 
-    def test_a_plan_of_a_released_model_reads_and_downloads_nothing(self, data, tmp_path, capsys):
+    def test_a_plan_of_a_released_model_reads_and_downloads_nothing(self, data, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(timing, "_step", lambda *given: 1.0)  # of a real block takes seconds
         code = self.run(
             data, "-m", "t2v-1.3B", "-o", tmp_path / "x", "--size", "480p", "--frames", 5, "--plan", "--memory", "24GB"
         )

@@ -10,6 +10,7 @@ from time import perf_counter
 import mlx.core as mx
 
 from ..models.execution import Execution
+from ..models.transformer import Transformer
 from ..planning.sizes import Networks
 from ..planning.speed import random_inputs, random_transformer, reading_rate, typical, worth_timing
 from ..weights.parameters import Parameters
@@ -29,8 +30,9 @@ def with_seconds(
     """
     tokens = max(plan.lengths)
     clips = threads(recipe.clips, plan.stream)  # that are trained at once
-    count, one, _ = worth_timing(partial(_step, nets, recipe, tokens, clips, 1), 16, tokens)
-    none = typical(lambda: _step(nets, recipe, tokens, clips, 0, count))
+    step = partial(_step, {}, nets, recipe, tokens, clips)
+    count, one, _ = worth_timing(partial(step, 1), 16, tokens)
+    none = typical(partial(step, 0, count))
     whole = none + nets.transformer.num_layers * max(one - none, 0.0)
     # Where all tokens would have taken long, some were timed: with as many fewer tokens of text.
     share = min(1.0, count / tokens)
@@ -41,12 +43,20 @@ def with_seconds(
     return replace(plan, seconds=seconds)
 
 
-def _step(nets: Networks, recipe: Recipe, tokens: int, clips: int, layers: int, count: int) -> float:
-    """Seconds of a step of so many clips over ``count`` of the tokens, with so many blocks."""
+def _step(
+    models: dict[int, Transformer], nets: Networks, recipe: Recipe, tokens: int, clips: int, layers: int, count: int
+) -> float:
+    """Seconds of a step of so many clips over ``count`` of the tokens, with so many blocks.
+
+    ``models``: number of blocks → the model, kept for the next such step: making one can take longer than the step.
+    """
     whole = nets.transformer
     text_len = max(1, round(whole.text_len * count / tokens))
     config = replace(whole, num_layers=layers, vace_layers=(), ref_dim=None, text_len=text_len)
-    model = random_transformer(config, nets)
+    if layers not in models:
+        models[layers] = random_transformer(config, nets)
+    model = models[layers]
+    model.config = config
     latents, context, more = random_inputs(config, count, nets.dtype)
     factors = new_factors(layer_shapes(config, recipe.targets), recipe.rank, recipe.seed) if layers else {}
     optimizer = make_optimizer(recipe)
