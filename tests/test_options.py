@@ -23,6 +23,7 @@ from wan_mlx.presets import PRESETS
 from wan_mlx.recipes import RECIPES
 from wan_mlx.runs.record import check_same
 from wan_mlx.schedulers import SOLVERS
+from wan_mlx.server import schema
 from wan_mlx.types import Request
 
 DOCS = Path(__file__).parent.parent / "docs/flags.md"
@@ -102,8 +103,9 @@ class TestAMadeUpOption:
         text = make_flags.page(DOCS.read_text(encoding="utf-8"))
         assert text.count(row) == 1 and text.index("## Sampling") < text.index(row) < text.index("## Speed")
 
-    def test_schema(self, made_up):
-        assert options.schema()["properties"]["sparkle"] == {
+    def test_schema(self, made_up, monkeypatch):
+        monkeypatch.setattr(schema, "served", schema.served.__wrapped__)  # not what was found before it was made up
+        assert schema.request_schema()["properties"]["sparkle"] == {
             "description": "how many sparks fly", "type": "integer", "default": 3, "minimum": 1, "maximum": 9,
         }  # fmt: skip
 
@@ -264,8 +266,8 @@ def test_limits(name, value, said):
 
 
 def test_schema_is_one_of_a_request():
-    schema = options.schema()
-    assert schema["required"] == ["prompt"] and {*schema["properties"]} == {o.name for o in options.of(REQUEST)}
-    assert schema["properties"]["image"]["type"] == "string"
-    assert schema["properties"]["solver"]["enum"] == list(SOLVERS)
-    assert "dtype" in options.schema(REQUEST, MODEL)["properties"]
+    found = schema.request_schema()
+    names = {option.name for option in (*options.of(REQUEST), *options.of(MODEL))} - {*schema.NOT_HERE}
+    assert found["required"] == ["prompt"] and names < {*found["properties"]}
+    assert found["properties"]["image"]["type"] == "string"
+    assert found["properties"]["solver"]["enum"] == list(SOLVERS)

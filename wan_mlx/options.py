@@ -4,7 +4,7 @@
 gives a keyword's type, for editors too, and its `Option` the rest. `COMMAND_OPTIONS` are those that only the command
 line has. From them are made the flags of ``wan-mlx`` and their help (`cli.flags`), the keys of ``--config`` and of
 prompt files, the rules of ``--resume``, shell completion, the tables of docs/flags.md, signatures and docstrings
-(`told`), and a JSON schema (`schema`). To add an option, declare it here and use it.
+(`told`), and the JSON schema of HTTP (`server.schema`). To add an option, declare it here and use it.
 
 Nothing here imports MLX: ``wan-mlx --help`` is to be quick.
 """
@@ -543,15 +543,3 @@ def told(face: str, in_order: Sequence[str] = ()) -> Callable[[Function], Functi
         return function
 
     return tell
-
-
-def schema(*faces: str) -> dict[str, Any]:
-    """The JSON schema of a request, as an object of its keywords; of other ``faces`` too, if given."""
-    options = [option for option in OPTIONS if option.of in (faces or (REQUEST,))]
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "type": "object",
-        "properties": {option.name: option.schema() for option in options},
-        "required": [PROMPT.name] if REQUEST in (faces or (REQUEST,)) else [],
-        "additionalProperties": False,
-    }
