@@ -210,6 +210,11 @@ def test_imports_inside_functions_have_a_reason():
     assert not found, f"inside a function without a reason: {described(found)}"
 
 
+def test_only_cuda_asks_for_nvidia():
+    asking = {path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py") if "mx.cuda." in path.read_text()}
+    assert asking == {"cuda"}
+
+
 @pytest.mark.parametrize(
     "command",
     ["--help", "-h", "help plan", "--help-all", "genrate", "models", "models --json", "doctor --help",

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import tempfile
 import types
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import world
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanAttentionBlock,
@@ -93,41 +89,6 @@ def latent_scale(vae: AutoencoderKLWan, device) -> tuple[torch.Tensor, torch.Ten
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------
-
-
-def build_tokenizer(path: Path) -> None:
-    """Write a sentencepiece model whose pieces are the world's words; capitals and full-width stops are folded."""
-    import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
-
-    rng = np.random.default_rng(7)
-    english, chinese = set(), set(world.ZH_WORDS)
-    for index in range(20000):
-        scene = world.sample_scene(rng)
-        english.update(re.findall(r"[a-z]+|[0-9]|[,.]", world.caption(scene, rng, "en", complete=True)))
-        if index % 4 == 0:
-            chinese.update(re.findall(r"[\u4e00-\u9fff]", world.caption(scene, rng, "zh", complete=True)))
-    words = [w if w in ",." else "▁" + w for w in sorted(english | {"an", ",", "."})]
-    pieces = ["▁", *words, *"0123456789", *sorted(chinese)]
-
-    fold = {chr(c): chr(c + 32) for c in range(65, 91)} | {"，": ",", "。": ".", "、": ","}
-    with tempfile.TemporaryDirectory() as folder:
-        rules = Path(folder, "fold.tsv")
-        rules.write_text("".join(f"{ord(a):X}\t{ord(b):X}\n" for a, b in fold.items()))
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(  # only for its normalisation rules: the pieces are replaced below
-            sentence_iterator=iter(["a red circle moves right"] * 10), model_writer=model, vocab_size=30,
-            hard_vocab_limit=False, normalization_rule_tsv=str(rules), pad_id=PAD, eos_id=EOS, unk_id=UNK, bos_id=-1,
-            minloglevel=2,
-        )  # fmt: skip
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
-    del proto.pieces[3:]
-    for piece in pieces:
-        proto.pieces.add(piece=piece, score=-5.0)  # equal scores: the fewest pieces win
-    proto.trainer_spec.vocab_size = len(proto.pieces)
-    proto.normalizer_spec.normalization_rule_tsv = ""  # the rules are compiled in; the file is gone
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(proto.SerializeToString())
 
 
 def load_tokenizer(path: Path):

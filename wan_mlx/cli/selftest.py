@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 from huggingface_hub import constants
 
-from .. import __version__
+from .. import __version__, cuda
 from ..mac import tf32_is_on
 from ..media.write import read_settings, save_video
 from ..models import kernels
@@ -82,10 +82,14 @@ def all_checks() -> Iterator[Check]:
         yield nano(dtype)
 
 
+def backend() -> str:
+    """What MLX computes with, as it names it itself."""
+    return "Metal" if mx.metal.is_available() else "CUDA" if cuda.available() else "CPU"
+
+
 def machine() -> dict[str, str]:
     """The machine and its packages, one line each."""
     info = mx.device_info()
-    backend = "Metal" if mx.metal.is_available() else "CUDA" if mx.cuda.is_available() else "CPU"
     memory = f"{installed_memory() / 1e9:.1f} GB"
     if working_set := info.get("max_recommended_working_set_size"):
         memory += f", of which the GPU may use {int(working_set) / 1e9:.1f}"
@@ -94,7 +98,7 @@ def machine() -> dict[str, str]:
     installed = {found.name.lower().replace("_", "-"): found.version for found in metadata.distributions()}
     about = {
         "wan_mlx": f"{__version__} in {Path(__file__).parent.parent}",
-        "device": f"{info.get('device_name', 'unknown')}, {backend}, {os.cpu_count()} cores",
+        "device": f"{info.get('device_name', 'unknown')}, {backend()}, {os.cpu_count()} cores",
         "memory": memory,
         "system": platform.platform(),
         "python": f"{platform.python_version()} ({platform.machine()}) at {sys.executable}",
@@ -120,14 +124,13 @@ def macos_version() -> str:
 
 def shared() -> dict[str, str]:
     """The machine without names and paths."""
-    backend = "Metal" if mx.metal.is_available() else "CUDA" if mx.cuda.is_available() else "CPU"
     macos = macos_version() if platform.system() == "Darwin" else ""
     return {
         "wan_mlx": __version__,
         "chip": str(mx.device_info().get("device_name", platform.machine())),
         "memory": f"{installed_memory() / 1e9:.1f} GB",
         "system": f"macOS {macos}" if macos else f"{platform.system()} {platform.release()}",
-        "mlx": f"{mlx_version()}, {wheel_tag()}, {backend}",
+        "mlx": f"{mlx_version()}, {wheel_tag()}, {backend()}",
         "python": platform.python_version(),
     }
 

@@ -10,6 +10,11 @@ import mlx.core as mx
 from .read import StagingBuffers, driver
 
 
+def available() -> bool:
+    """Whether MLX computes on NVIDIA GPUs, unless it is told to compute on the CPU."""
+    return mx.cuda.is_available()
+
+
 def in_use() -> bool:
     """Whether the current device is an NVIDIA GPU with a CUDA driver."""
     return mx.default_device().type == mx.DeviceType.gpu and not mx.metal.is_available() and driver() is not None

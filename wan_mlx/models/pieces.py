@@ -8,6 +8,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import cuda
 from ..cuda.forward import DeferredFrees
 from ..heartbeat import WAITS
 from . import chips, kernels
@@ -16,7 +17,7 @@ from .transformer import Runs
 # Everything after self-attention treats tokens one by one, so it runs on this many at a time: the 5.8x wider
 # feed-forward arrays stay small, and matmuls are still large enough for full speed. `wan_mlx.planning.choose` lowers it
 # where memory is short.
-TOKENS_AT_ONCE = 32768 if mx.cuda.is_available() else 8192
+TOKENS_AT_ONCE = 32768 if cuda.available() else 8192
 # The feed-forward never takes more: it would be no faster, and its arrays are the largest of all.
 FEED_FORWARD_TOKENS = 8192
 # With at most this many tokens memory is so short that no work is submitted while wide arrays are in use.

@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .. import cuda
 from ..distributed import Group, awaited
 from .pieces import finished
 from .vae import flow
@@ -32,7 +33,7 @@ AHEAD = 2  # pieces on their way to the next machine, beside the one at work
 # FLOP for which a machine takes as long as for a byte that a layer is given or makes: where it convolves over time, and
 # elsewhere. Measured on an H200, layer by layer (832x480: 14 to 15 ms for a block of 96 channels, 8 to 9 for one of
 # 192, which has as many FLOP); on a Mac, which computes less for each byte it reads, from published rates.
-FLOP_PER_BYTE, FLOP_PER_BYTE_ELSEWHERE = (4700.0, 800.0) if mx.cuda.is_available() else (1400.0, 240.0)
+FLOP_PER_BYTE, FLOP_PER_BYTE_ELSEWHERE = (4700.0, 800.0) if cuda.available() else (1400.0, 240.0)
 TYPICAL = 10e12  # FLOP per second of a machine whose rate is not known
 
 

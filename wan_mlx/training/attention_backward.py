@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from .. import cuda
 from ..cuda.forward import fill_last_tile
 from ..models import attention as plain
 from ..models.attention_execution import attention, has_fused_kernel
@@ -25,7 +26,7 @@ Heads = list[mx.array]  # queries, keys and values, or their gradients: (B, L, h
 
 def has_fused_gradient(dtype: mx.Dtype, head_dim: int) -> bool:
     """Whether MLX computes attention's gradients by a fused kernel."""
-    return mx.cuda.is_available() and has_fused_kernel(dtype, head_dim)
+    return cuda.available() and has_fused_kernel(dtype, head_dim)
 
 
 def attention_and_gradients(heads: Heads, rest: Callable[[mx.array], mx.array], pieces: Pieces) -> Heads:

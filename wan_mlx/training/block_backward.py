@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import cuda
 from ..models import kernels
 from ..models.attention import Pairs, SelfAttention, split_heads
 from ..models.layers import SIDE_KEYS
@@ -28,7 +29,7 @@ from .pieces import Pieces
 
 # Tokens whose part after attention is made again at a time, at most: six arrays as wide as the feed-forward are alive
 # then. Fewer are slower on a fast GPU, more take more memory: on an H200 4,096 take 5 % longer than 8,192.
-TOKENS_AT_ONCE = 4096 if mx.cuda.is_available() else 2048
+TOKENS_AT_ONCE = 4096 if cuda.available() else 2048
 
 
 class BlockFactors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from .. import cuda
 from ..models.pieces import Pacer
 
 
@@ -30,5 +31,5 @@ class Pieces:
         """Run all, and wait until their memory is free: on CUDA MLX frees it in a thread, which may be late."""
         self.run()
         self._pace.finish()
-        if mx.cuda.is_available():
+        if cuda.available():
             mx.synchronize()
