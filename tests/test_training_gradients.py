@@ -1,6 +1,7 @@
 """A LoRA's gradients block by block: as of the whole loss, streamed as resident, and in pieces as at once."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -11,14 +12,14 @@ from mlx.utils import tree_flatten
 
 from wan_mlx.cuda import forward
 from wan_mlx.models import layers, rope
-from wan_mlx.models.attention import attention
+from wan_mlx.models.attention import CrossAttention, attention
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.execution import Execution
 from wan_mlx.models.rope import rope_table
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.training import attention_backward, block_backward, slopes
 from wan_mlx.training.attention_backward import attention_gradients
-from wan_mlx.training.backward import Sample, _in_one_thread, loss, loss_and_gradients
+from wan_mlx.training.backward import Sample, _in_one_thread, answer, loss, loss_and_gradients
 from wan_mlx.training.factors import layer_shapes, new_factors, of_block, placed
 from wan_mlx.training.optimizer import gradient_norm, make_optimizer, update
 from wan_mlx.training.recipe import OPTIMIZERS, Recipe
@@ -50,6 +51,12 @@ def samples(config: TransformerConfig, count: int = 2) -> list[Sample]:
             Sample(random_array(seed + 1, *shape), 300.0 + seed * 20, context, random_array(seed + 3, *shape), given)
         )
     return found
+
+
+def with_text(sample: Sample, length: int, padded: int = 0) -> Sample:
+    """With so many rows of its text, and zeros up to ``padded`` of them."""
+    context = sample.context[:, :length]
+    return replace(sample, context=mx.pad(context, [(0, 0), (0, max(0, padded - length)), (0, 0)]))
 
 
 def factors_of(config: TransformerConfig):
@@ -95,6 +102,53 @@ def test_gradients_by_blocks_are_those_of_the_whole_loss(kind, fused, in_small_p
     assert got.keys() == want.keys() == factors.keys()
     for name in factors:
         assert relative_error(got[name], want[name]) <= 1e-5, name
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_one_row_of_text_stands_for_all_padding(kind, in_small_pieces, monkeypatch):
+    """Texts of one row, some, all but one and all, beside the same with their padding."""
+    config = replace(CONFIGS[kind], text_len=40)
+    model, factors, step = randomized(Transformer(config)), factors_of(config), samples(config, 4)
+    short = [with_text(sample, length) for sample, length in zip(step, (1, 7, 39, 40), strict=True)]
+    padded = [with_text(sample, length, 40) for sample, length in zip(step, (1, 7, 39, 40), strict=True)]
+    rows = []
+    keys_values = CrossAttention.keys_values
+    monkeypatch.setattr(CrossAttention, "keys_values", lambda layer, text, *others: (
+        rows.append(text.shape[1]), keys_values(layer, text, *others))[1])  # fmt: skip
+    want_losses, want = loss_and_gradients(Execution(model), factors, padded, SCALE)
+    assert set(rows) == {40}
+    rows.clear()
+    for path in (Execution(model), Execution(model, lambda places: map(model.block, places))):  # streamed
+        losses, got = loss_and_gradients(path, factors, short, SCALE)
+        assert losses == pytest.approx(want_losses, rel=1e-5)
+        assert losses == pytest.approx(loss(path, factors, short, SCALE), rel=1e-6)
+        for name in factors:
+            assert relative_error(got[name], want[name]) <= 1e-5, name
+    assert set(rows) == {2, 8, 40}
+
+
+def test_padding_in_16_bits_is_as_near_as_its_rows():
+    config = replace(CONFIGS["t2v"], text_len=400)
+    model, factors = randomized(Transformer(config)), factors_of(config)
+    (sample,) = samples(config, 1)
+    want = loss_and_gradients(Execution(model), factors, [with_text(sample, 7, 400)], SCALE)[1]
+    model.apply(lambda array: array.astype(mx.bfloat16))
+    of_rows, of_one = (
+        loss_and_gradients(Execution(model), factors, [with_text(sample, 7, padded)], SCALE)[1] for padded in (400, 0)
+    )
+    errors = [np.mean([relative_error(got[name], want[name]) for name in factors]) for got in (of_rows, of_one)]
+    assert 0 < errors[1] <= 1.2 * errors[0]
+
+
+def test_what_a_model_answers_without_factors_is_what_it_is_called_for():
+    """Bit for bit where nothing stands for padding."""
+    config = replace(CONFIGS["t2v"], text_len=40)
+    model = Execution(randomized(Transformer(config)))
+    sample = replace(samples(CONFIGS["t2v"], 1)[0], context=random_array(7, 1, 40, config.text_dim))
+    want = model(sample.latents, sample.timestep, sample.context)
+    assert mx.array_equal(answer(model, sample), want)
+    want = model(sample.latents, sample.timestep, with_text(sample, 7, 40).context)
+    assert 0 < relative_error(answer(model, with_text(sample, 7)), want) <= 1e-5
 
 
 def test_nothing_stays_in_the_layers():
@@ -168,6 +222,10 @@ def test_a_quantised_base_passes_gradients_on(pico):
     got = loss_and_gradients(quantised, factors, step, SCALE)[1]
     worst = max(relative_error(got[name], want[name]) for name in factors)
     assert 0 < worst < 0.1
+    of_short = loss_and_gradients(quantised, factors, [with_text(step[0], 3)], SCALE)[1]
+    of_padded = loss_and_gradients(quantised, factors, [with_text(step[0], 3, config.text_len)], SCALE)[1]
+    for name in factors:
+        assert relative_error(of_short[name], of_padded[name]) <= 1e-4, name
 
 
 @pytest.mark.parametrize("at_once", [1 << 25, 60, 7])

@@ -47,7 +47,7 @@ def test_seconds_are_those_of_all_blocks_and_of_what_is_around_them(monkeypatch)
     plan = plan_of(nets, [(832, 480, 1)], RECIPE)
     assert plan.lengths == (1560,)
     few = 16  # tokens, of which a step takes long enough to be timed
-    work = (plan.flop, timing.step_flop(nets.transformer, few, round(512 * few / 1560)))
+    work = (plan.flop, timing.step_flop(nets.transformer, few, max(1, round(estimate.rows_of_text(nets) * few / 1560))))
     assert timing.with_seconds(plan, nets, RECIPE).seconds == pytest.approx(few * (3 + 2 * 30) * work[0] / work[1])
     for clips, rounds in ((1, 1), (2, 1), (3, 2)):  # two at once, on a CPU
         recipe = Recipe(rank=32, accumulate=clips)

@@ -69,9 +69,11 @@ def _in_one_graph(heads: Heads, rest: Callable[[mx.array], mx.array], pieces: Pi
     return found
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+def attend(q: mx.array, k: mx.array, v: mx.array, bias: mx.array | None = None) -> mx.array:
     """`attention`, within what is differentiated or evaluated later: it computes nothing yet."""
-    return _filled(q, k, v) if has_fused_gradient(q.dtype, q.shape[-1]) else attention(q, k, v, lambda *arrays: None)
+    if bias is None and has_fused_gradient(q.dtype, q.shape[-1]):
+        return _filled(q, k, v)
+    return attention(q, k, v, lambda *arrays: None, bias)
 
 
 def _filled(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
@@ -88,15 +90,16 @@ def attention_gradients(
     attended: mx.array,
     gradient: mx.array,
     pieces: Pieces | None = None,
+    bias: mx.array | None = None,
 ) -> Heads:
     """Gradients for queries, keys and values (B, L, heads, head_dim) of `attention`, whose result ``attended``
-    (B, L, heads * head_dim) has ``gradient``.
+    (B, L, heads * head_dim) has ``gradient``; ``bias`` (keys,) was added to the scores.
 
     Some queries and heads at a time, whose scores are made again: ``dS = P * (dO V^T - sum(dO * O))``. Scores, softmax
     and all sums over queries are float32. With ``pieces`` each group is computed before the next is written down;
     without them one is only made after the other when the results are computed.
     """
-    if has_fused_gradient(q.dtype, q.shape[-1]):
+    if bias is None and has_fused_gradient(q.dtype, q.shape[-1]):
         _, found = mx.vjp(_filled, [q, k, v], [gradient])
         return found
     batch, rows, heads, head_dim = q.shape
@@ -121,6 +124,7 @@ def attention_gradients(
             # The product of two 16-bit numbers is exact in float32: scores rounded to 16 bits would make weights that
             # are some percent off.
             scores = (query.astype(mx.float32) * head_dim**-0.5) @ wide_key
+            scores = scores if bias is None else scores + bias
             total = mx.logsumexp(scores, axis=-1, keepdims=True)
             off = _dot(back, out)
             weights, slopes = _weights_and_slopes(scores, total, back @ value.swapaxes(-1, -2), off, head_dim**-0.5)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..models.execution import Execution
-from .backward import Sample
+from .backward import Sample, answer
 from .dataset import TrainingClip
 from .encoded import Encoded
 from .recipe import GIVEN, NOISE, Recipe
@@ -90,8 +90,7 @@ class Batches:
 
 def as_before(model: Execution, sample: Sample) -> Sample:
     """The sample with what the model answers without the LoRA for its target."""
-    answer = model(sample.latents, sample.timestep, sample.context, **sample.conditions)
-    return replace(sample, target=answer.astype(mx.float32))
+    return replace(sample, target=answer(model, sample))
 
 
 def with_word(text: str, trigger: str, word: str) -> str:

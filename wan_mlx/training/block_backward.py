@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from .. import cuda
 from ..models import kernels
-from ..models.attention import Pairs, SelfAttention, split_heads
+from ..models.attention import SelfAttention, split_heads
 from ..models.layers import SIDE_KEYS
 from ..models.quantized_linear import QuantizedLinear
 from ..models.rope import rows_of
@@ -212,7 +212,8 @@ class _Pairs:
             sources.append(("_img", this_pass.image_context, layer.norm_k_img))
         self.heads, self.eps = layer.heads, layer.eps
         self.layers: list[tuple[Product, Product, mx.array]] = []
-        self.pairs: Pairs = []
+        self.pairs: list[tuple[mx.array, mx.array]] = []
+        self.biases = [this_pass.text_bias, None]  # added to the scores of text, and of an image
         self.rows: list[mx.array] = []
         for name, context, norm in sources:
             k, v = (Product(block, f"cross_attn.{letter}{name}", factors) for letter in "kv")
@@ -255,7 +256,7 @@ def _after(
     x1, y = kernels.add_and_norm(x, o(attended), m.gate_attn, norm3.weight, norm3.bias, block.eps)
     row = cross_q(y)
     q = split_heads(mx.fast.rms_norm(row, layer.norm_q.weight.astype(row.dtype), layer.eps), layer.heads)
-    results = [attend(q, *pair) for pair in cross.pairs]
+    results = [attend(q, *pair, bias) for pair, bias in zip(cross.pairs, cross.biases, strict=False)]
     x2, y = kernels.add_and_norm(x1, cross_o(_total(results)), one, m.scale_ffn, m.shift_ffn, block.eps)
     pieces.add(x1, row, x2, y, *results)
     wide = up(y)
@@ -268,7 +269,10 @@ def _after(
     for_x = gradient + slopes.modulated_norm(x2, up.back(y), m.scale_ffn, block.eps)
     pieces.add(for_x, *factors.new())
     y = cross_o.back(for_x)
-    found = [attention_gradients(q, *pair, result, y) for pair, result in zip(cross.pairs, results, strict=True)]
+    found = [
+        attention_gradients(q, *pair, result, y, bias=bias)
+        for pair, result, bias in zip(cross.pairs, results, cross.biases, strict=False)
+    ]
     cross.add([array for _, *pair in found for array in pair])
     y = cross_q.back(slopes.rms_norm(row, _total([dq for dq, *_ in found]).flatten(2), layer.norm_q.weight, layer.eps))
     for_x = for_x + slopes.modulated_norm(x1, y, norm3.weight, block.eps)

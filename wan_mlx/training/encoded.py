@@ -64,10 +64,8 @@ class Encoded:
                     self._write("clip", self._vae, self._about(clip), self._encode(clip, encoders))
 
     def text(self, caption: str) -> mx.array:
-        """(1, text_len, text_dim), zero-padded."""
-        context = self._read("text", self._text, caption)["context"]
-        missing = self.opened.config.text_len - context.shape[1]
-        return mx.pad(context, [(0, 0), (0, missing), (0, 0)])
+        """(1, length, text_dim), without padding."""
+        return self._read("text", self._text, caption)["context"]
 
     def clip(self, clip: TrainingClip) -> tuple[mx.array, dict[str, Any]]:
         """Clean latents, float32 (1, t, h, w, C), and the model's other inputs by name."""

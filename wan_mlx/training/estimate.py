@@ -17,7 +17,7 @@ from ..planning.peak_memory import overhead
 from ..planning.plan import FILL
 from ..planning.sizes import Networks
 from .attention_backward import SCORES_AT_ONCE, has_fused_gradient
-from .backward import threads
+from .backward import shortens_text, threads
 from .block_backward import tokens_of_piece
 from .dataset import TrainingClip
 from .factors import layer_shapes
@@ -27,6 +27,7 @@ from .recipe import Recipe
 # tokens, beside arrays as wide as these and as their feed-forward. Unpacked matrices in two pieces.
 ATTENDING, BESIDE, NARROW, FED, UNPACKED = 17, 7, 12, 6, 4
 SCORES = 2 * 14  # bytes for each score that is made at a time, where no kernel keeps them, in two pieces
+CAPTION = 64  # rows of text that a step works on, where one stands for the padding: a long caption's
 FLOAT32_COPIES = 3  # of each trained number: itself and two moments; its gradient takes the place of kept inputs
 
 
@@ -96,13 +97,19 @@ def plan_of(
     held += UNPACKED * weights.unpacked
     at_work = threads(recipe.clips, stream) * max(piece, attending)
     rest = FLOAT32_COPIES * 4 * trained + max(kept, 4 * trained) + at_work + overhead()
-    flop = sum(step_flop(config, length) for length in lengths) / len(lengths) * recipe.clips
+    flop = sum(step_flop(config, length, rows_of_text(nets)) for length in lengths) / len(lengths) * recipe.clips
     reads = 2 * weights.stored_blocks * stream
     return TrainingPlan(math.ceil(held + rest), budget, stream, flop, trained, tuple(lengths), reads)
 
 
-def step_flop(config: TransformerConfig, tokens: int, text_len: int | None = None) -> float:
+def rows_of_text(nets: Networks) -> int:
+    """So many rows of text does a step work on."""
+    config = nets.transformer
+    return min(config.text_len, CAPTION) if shortens_text(nets.dtype, config.head_dim) else config.text_len
+
+
+def step_flop(config: TransformerConfig, tokens: int, text_len: int) -> float:
     """Of one clip: forward, forward again, and backward: linears three times the forward pass's work, attention 4.5
-    times; ``text_len``: other than the model's."""
-    work = forward_parts(config if text_len is None else replace(config, text_len=text_len), tokens)
+    times; ``text_len``: rows of text, in place of the model's."""
+    work = forward_parts(replace(config, text_len=text_len), tokens)
     return sum((4.5 if "attention" in kind else 3.0) * flop for kind, flop in work.items())

@@ -15,7 +15,7 @@ from ..planning.sizes import Networks
 from ..planning.speed import random_inputs, random_transformer, reading_rate, typical, worth_timing
 from ..weights.parameters import Parameters
 from .backward import Sample, loss_and_gradients, threads
-from .estimate import TrainingPlan, step_flop
+from .estimate import TrainingPlan, rows_of_text, step_flop
 from .factors import layer_shapes, new_factors
 from .optimizer import gradient_norm, make_optimizer, update
 from .recipe import Recipe
@@ -36,7 +36,7 @@ def with_seconds(
     whole = none + nets.transformer.num_layers * max(one - none, 0.0)
     # Where all tokens would have taken long, some were timed: with as many fewer tokens of text.
     share = min(1.0, count / tokens)
-    flop = step_flop(nets.transformer, count, max(1, round(nets.transformer.text_len * share)))
+    flop = step_flop(nets.transformer, count, max(1, round(rows_of_text(nets) * share)))
     seconds = whole * plan.flop / flop * math.ceil(recipe.clips / clips) / recipe.clips
     if plan.stream and parameters and (rate := reading_rate(parameters, stream=True)):
         seconds = max(seconds, plan.reads / rate)
@@ -51,7 +51,7 @@ def _step(
     ``models``: number of blocks → the model, kept for the next such step: making one can take longer than the step.
     """
     whole = nets.transformer
-    text_len = max(1, round(whole.text_len * count / tokens))
+    text_len = max(1, round(rows_of_text(nets) * count / tokens))
     config = replace(whole, num_layers=layers, vace_layers=(), ref_dim=None, text_len=text_len)
     if layers not in models:
         models[layers] = random_transformer(config, nets)
