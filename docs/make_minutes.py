@@ -5,6 +5,7 @@ the plan for what MLX may hold. Where times.md has measured that very run on tha
 """
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -56,13 +57,20 @@ def usable(memory: int) -> int:
     return round(0.95 * memory * (2 / 3 if memory <= 36 else 3 / 4) * 1e9)
 
 
-def seconds(run: Run, chip: str, memory: int) -> float | None:
-    """Computed; None if it does not fit."""
+@cache
+def work(run: Run, memory: int) -> float | None:
+    """Floating-point operations; None if it does not fit into so many GB."""
     gpu = {"on_cpu": lambda: False, "on_metal": lambda: True, "has_fused_kernel": lambda *_: True}
     with patch.multiple(peak_memory, **gpu):
         options = {"guidance_scale": 1.0} if run.few else {}
         plan = wan_mlx.plan(run.model, *run.size, run.frames, run.steps, usable(memory), **options)
-    return sum(row.flop for row in plan.rows) / (SHARE * 1e12 * CHIPS[chip].tflops) if plan.fits else None
+    return sum(row.flop for row in plan.rows) if plan.fits else None
+
+
+def seconds(run: Run, chip: str, memory: int) -> float | None:
+    """Computed; None if it does not fit."""
+    flop = work(run, memory)
+    return flop and flop / (SHARE * 1e12 * CHIPS[chip].tflops)
 
 
 def measured(text: str) -> dict[tuple[str, Run], float]:
