@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 
-from wan_mlx.media.speech import read_sound, resampled, sound_seconds
+from wan_mlx.media.speech import read_sound, resampled, sound_notes, sound_seconds
 from wan_mlx.media.write import VideoWriter
 
 TONE = 0.5
@@ -25,6 +25,20 @@ def write_wav(path, sound: np.ndarray, rate: int, width: int = 2):
         file.setframerate(rate)
         whole = np.rint(sound * 127 + 128).astype(np.uint8) if width == 1 else np.rint(sound * 32767).astype("<i2")
         file.writeframes(whole.tobytes())
+    return path
+
+
+def write_encoded(path, sound: np.ndarray, rate: int, *codecs: str):
+    """The same sound (n,) in [-1, 1], once for each codec."""
+    with av.open(str(path), "w") as file:
+        for stream in [file.add_stream(codec, rate=rate, layout="mono") for codec in codecs]:
+            frame = av.AudioFrame.from_ndarray(np.rint(sound * 32767).astype(np.int16)[None], "s16", "mono")
+            frame.sample_rate, frame.pts = rate, 0
+            codec = stream.codec_context
+            fit = av.AudioResampler(codec.format.name, "mono", rate, codec.frame_size or None)
+            for part in [*fit.resample(frame), *fit.resample(None)]:
+                file.mux(stream.encode(part))
+            file.mux(stream.encode(None))
     return path
 
 
@@ -54,17 +68,15 @@ def test_rates(tmp_path, rate):
 ])  # fmt: skip
 def test_formats(tmp_path, codec, ending, off):
     rate = 48000 if codec == "libopus" else 16000
-    with av.open(str(tmp_path / f"a.{ending}"), "w") as file:
-        stream = file.add_stream(codec, rate=rate, layout="mono")
-        whole = np.rint(tone(0.5, rate) * 32767).astype(np.int16)[None]
-        frame = av.AudioFrame.from_ndarray(whole, "s16", "mono")
-        frame.sample_rate, frame.pts = rate, 0
-        fit = av.AudioResampler(stream.codec_context.format.name, "mono", rate, stream.codec_context.frame_size or None)
-        for part in [*fit.resample(frame), *fit.resample(None)]:
-            file.mux(stream.encode(part))
-        file.mux(stream.encode(None))
-    got = read_sound(tmp_path / f"a.{ending}")
+    got = read_sound(write_encoded(tmp_path / f"a.{ending}", tone(0.5, rate), rate, codec))
     assert np.abs(got[1000:7000] - tone(0.5, 16000)[1000:7000]).max() < off
+
+
+def test_a_sound_of_an_unknown_codec_is_passed_over(tmp_path):
+    file = write_encoded(tmp_path / "a.mka", tone(0.5, 16000), 16000, "flac", "pcm_u8")
+    file.write_bytes(file.read_bytes().replace(b"A_FLAC", b"A_NONE"))
+    assert len(read_sound(file)) == 8000
+    assert sound_notes(file) == ["a.mka has 8 bits a sample, whose noise the model hears, too"]
 
 
 def test_silence(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 import av
 import av.filter
 import numpy as np
-from av.container import OutputContainer
+from av.container import InputContainer, OutputContainer
 
 from .read import CLOSED, VIDEOS, open_container
 
@@ -37,6 +37,14 @@ AAC_SAMPLES = 1024  # in a packet
 SILENT = 1e-4  # what is never louder has nothing to say: 80 decibels below the loudest
 
 
+def _readable(container: InputContainer, path: Path) -> av.AudioStream:
+    """The first sound of an opened file that can be decoded; raises ValueError if there is none."""
+    for stream in container.streams.audio:
+        if stream.codec_context is not None and stream.codec_context.sample_rate:
+            return stream
+    raise ValueError(f"{path} has no sound in it that can be read")
+
+
 def decoded(path: Path) -> Iterator[np.ndarray]:
     """The channels of a file's first sound, float32 (channels, n) at a time, as they are stored.
 
@@ -44,9 +52,7 @@ def decoded(path: Path) -> Iterator[np.ndarray]:
         ValueError: it cannot be read, or has no sound.
     """
     with open_container(path, "sound", OPEN) as container:
-        stream = next((s for s in container.streams.audio if s.codec_context is not None), None)
-        if stream is None:
-            raise ValueError(f"{path} has no sound in it that can be read")
+        stream = _readable(container, path)
         stream.codec_context.options = OPEN
         planar = av.AudioResampler(format="fltp")
         for frame in container.decode(stream):
@@ -57,16 +63,13 @@ def decoded(path: Path) -> Iterator[np.ndarray]:
 def sound_rate(path: Path) -> int:
     """Samples a second of a file's first sound; as `decoded`."""
     with open_container(path, "sound", OPEN) as container:
-        rates = [s.codec_context.sample_rate for s in container.streams.audio if s.codec_context is not None]
-    if not rates or not rates[0]:
-        raise ValueError(f"{path} has no sound in it that can be read")
-    return rates[0]
+        return _readable(container, path).codec_context.sample_rate
 
 
 def sound_notes(path: Path) -> list[str]:
     """Lines about a sound that is not what a model is used to; as `read_sound`."""
     with open_container(path, "sound", OPEN) as container:
-        codec = container.streams.audio[0].codec_context
+        codec = _readable(container, path).codec_context
         channels, is_coarse = codec.layout.nb_channels, codec.name in COARSE
     lines = []
     if not np.abs(read_sound(path)).max() > SILENT:
