@@ -248,6 +248,14 @@ class TestClips:
         assert two["decode"].flop > 2 * one["decode"].flop  # what is before a clip is decoded, too
         assert two["encode audio"].peak > one["encode audio"].peak
 
+    @pytest.mark.parametrize("stage", ["encode video", "denoise", "decode"])
+    @pytest.mark.parametrize("length, kept", [(76, 0), (72, 73)])
+    def test_short_clips_keep_the_frames_before_them(self, stage, length, kept):
+        """The next clip goes on from 73 frames, more than one has; what is heard takes some megabytes."""
+        given = dict(memory="200GB", infer_frames=length, start_from_ref=True, size="832x448", fit="crop")
+        one, two = (rows(wan_mlx.plan("s2v-14B", num_clip=clips, **given))[stage].peak for clips in (1, 2))
+        assert two - one == pytest.approx(kept * 832 * 448 * 3 * 4, abs=10e6)
+
     def test_all_of_a_sound_is_heard_however_much_is_made(self, tmp_path, on_cuda):
         """One clip of a minute's sound."""
         write_wav(tmp_path / "talk.wav", tone(60, 16000), 16000)

@@ -117,10 +117,12 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
         """Bytes of the transformers that stay from one video to the next."""
         return wanted.kept * (sum if all_stay else max)(_loaded(weights, stream) for weights in experts)
 
+    older = 3 * peaks.ITEMSIZE * request.width * request.height * s2v.frames_kept(request) if c.hears else 0
+
     def denoise(step: tuple[bool, int], all_stay: bool = True, shares: bool = False) -> int:
         kept = wanted.kept * (stays(step[0], all_stay) - _loaded(nets.weights, step[0]) + vae_weights)
         heard = peaks.heard(c, request.clips * request.infer_frames, request.infer_frames) if c.hears else 0
-        return peaks.denoise(nets, shape, *step, cache, request.passes == 2, shares) + kept + heard
+        return peaks.denoise(nets, shape, *step, cache, request.passes == 2, shares) + kept + heard + older
 
     def denoise_alone(step: tuple[bool, int]) -> int:
         return denoise(step, all_stay=False)
@@ -144,7 +146,7 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
         longest = max(videos)
 
         def peak(tile: tuple[int, int] | None) -> int:
-            return peaks.vae(nets.vae, longest, tile, decoding) + held + between * decoding
+            return peaks.vae(nets.vae, longest, tile, decoding) + held + older + between * decoding
 
         tiling = parse_tiling(wanted.vae_tiling, nets.geometry)
         tiles = tile_choices(longest, nets.geometry) if isinstance(tiling, str) else [tiling]
@@ -187,7 +189,7 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     decode_tile, row = vae("decode", [decoded], decoding=True)
     if wanted.tiny_vae:
         tiny = TAEHVConfig(z_dim=nets.vae.z_dim, patch=nets.vae.patch)
-        decode_tile, peak = None, peaks.tiny(tiny, decoded) + held
+        decode_tile, peak = None, peaks.tiny(tiny, decoded) + held + older
         row = Row("decode", "by TAEHV", peak, work.tiny_flop(tiny, decoded), peaks.TINY_WEIGHTS)
     if added:
         flop = row.flop + added * work.rife_flop(request.width, request.height)

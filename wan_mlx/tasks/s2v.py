@@ -162,6 +162,11 @@ def last_frames(request: Request) -> int:
     return MOTION_FRAMES
 
 
+def frames_kept(request: Request) -> int:
+    """How many of the frames before a clip are kept beside it, for the next one to go on from as well."""
+    return MOTION_FRAMES if request.clips > 1 and _needs_older(request) else 0
+
+
 def latents_before(request: Request) -> int:
     """How many latent frames are decoded before a clip's."""
     return MOTION_LATENTS if request.clips > 1 or request.start_from_ref else 1
