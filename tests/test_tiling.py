@@ -6,6 +6,7 @@ import pytest
 from tiny_mlx_model import VAE_CONFIGS, random, random_vae
 
 import wan_mlx
+from wan_mlx.events import counted
 from wan_mlx.hub.resolve import resolve
 from wan_mlx.media.write import to_uint8
 from wan_mlx.models import vae_tiling as tiling
@@ -70,6 +71,14 @@ def test_margins_are_as_wide_as_the_convolutions_reach(vae, direction, stage):
     # Each halving takes pixels in pairs, but of the last pair only one is read.
     spare = 2 ** (4 - max(1, stage)) - 1 if direction == "encoder" else 0
     assert reached(start)[0] and reached(end - 1 - spare)[-1]
+
+
+@pytest.mark.parametrize("tile", [None, (64, 64)])
+def test_progress_goes_to_the_end(vae, tile):
+    told = []
+    decoded(vae, random(1, 2, 2, 9, 4), tile, progress=counted(told.append, "decoding"))
+    counts = [event.done for event in told]
+    assert counts == list(range(told[-1].total + 1)) and len(counts) > 2
 
 
 def test_a_still_and_frames_in_order(vae):

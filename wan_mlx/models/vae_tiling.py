@@ -117,6 +117,7 @@ def decode(
                     canvas[:, start:end, rows, columns] = block
                 if dealt is rounds[-1]:
                     yield canvas[:, start:end]
+    next(work, None)  # which tells that the last one is done
     if group is not None and last.count:
         last.frames = joined(group, last.frames)
 
