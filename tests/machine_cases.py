@@ -25,6 +25,7 @@ from wan_mlx.caching import EasyCache, MagCache, Spectrum, StepCache, TeaCache
 from wan_mlx.caching.residual import MAGCACHE
 from wan_mlx.denoise import denoise
 from wan_mlx.distributed import Part, open_group
+from wan_mlx.errors import Stopped
 from wan_mlx.guidance import Guidance
 from wan_mlx.models import sequence_parallel
 from wan_mlx.models.animate import AnimateTransformer
@@ -195,6 +196,21 @@ def group_itself(group) -> dict:
                for name in given)  # fmt: skip
     values = group.gather_values({"rank": group.rank, "text": "ä" * group.rank})
     return {"same": bool(same), "values": values, "most": group.most(group.rank), "link": group.link.latency < 60}
+
+
+def early(group, model: str, how: str, when: str) -> list:
+    """A run that rank 0 is asked to end while it handles an event: how it ended, and after how many steps."""
+    pipe = wan_mlx.WanPipeline.from_pretrained(model, dtype="float32", progress=False, prompt_cache=False)
+    run, steps = pipe.run(pipe.request("a red circle", size="32x32", num_frames=5, steps=3, seed=3)), 0
+    try:
+        for event in run:
+            steps += event.kind == "step"
+            if group.rank == 0 and event.kind == when:
+                getattr(run, how)()
+    except Stopped as stopped:
+        time.sleep(2 * (not stopped.agreed))  # what the others do then is no news
+        return [stopped.why, steps]
+    return [run.stopped_after, steps]
 
 
 def endless(group, silence: str, fails: str = "") -> None:

@@ -4,9 +4,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
+import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 
 import machines
 import numpy as np
@@ -14,6 +17,8 @@ import pytest
 import tiny_mlx_model
 from test_two_experts import as_pair, lora
 
+from wan_mlx.errors import WanError
+from wan_mlx.heartbeat import Heartbeat
 from wan_mlx.models.vae_relay import balanced
 
 CACHES = ("none", "teacache", "magcache", "easycache", "spectrum", "spectrum hidden")
@@ -100,6 +105,51 @@ def test_words_and_arrays_are_told_bit_for_bit(tmp_path):
 
 
 # What ends a run
+
+
+@pytest.fixture
+def line():
+    """Both ends of the line between two machines, and what ended each process."""
+    names, ends = ["mac1", "mac2"], socket.socketpair()
+    found = [Heartbeat(rank, names, {1 - rank: end}) for rank, end in enumerate(ends)]
+    for one in found:
+        one.at_end, one.ended_by = (reasons := SimpleQueue()).put, reasons
+    yield found
+    for one, end in zip(found, ends, strict=True):
+        one.close()
+        end.close()
+
+
+def meeting(one: Heartbeat) -> str:
+    """What becomes of a meeting: "" if all come."""
+    became = ["nobody comes"]
+
+    def meet():
+        try:
+            became[0] = one.meet("there") or ""
+        except WanError as error:
+            became[0] = str(error)
+
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    thread.join(5)
+    return became[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_has_left_is_not_waited_for(line, rank):
+    line[1 - rank].close()
+    for _ in range(2):
+        assert meeting(line[rank]) == f"mac{2 - rank} (rank {1 - rank}) has ended"
+    assert line[rank].ended_by.empty()
+
+
+def test_who_has_failed_is_not_ended_by_the_others_end(line):
+    first, other = line
+    first.fail("the disk is full")
+    assert other.ended_by.get(timeout=5) == "mac1 (rank 0): the disk is full"
+    other.close()
+    assert meeting(first) == "mac2 (rank 1) has ended" and first.ended_by.empty()
 
 
 def endless(folder, size: int, *words: str):
@@ -210,6 +260,21 @@ def test_experts_with_loras_are_those_of_one_machine(tmp_path, pico, mode):
         assert code == 0, error
     with np.load(one / "v.npz") as a, np.load(two / "v.npz") as b:
         assert np.array_equal(a["frames"], b["frames"]) and np.array_equal(a["latents"], b["latents"])
+
+
+@pytest.mark.parametrize(
+    ("how", "first", "other"), [("finish", 1, 1), ("stop", "interrupted", "another machine had to stop")]
+)
+def test_all_end_after_the_step_at_which_one_was_asked(tmp_path, pico, how, first, other):
+    assert case(tmp_path, 2, "early", str(pico), how, "step") == [[first, 1], [other, 1]]
+
+
+def test_a_machine_that_stops_alone_says_why(tmp_path, pico):
+    """While it encodes: the others have no step at which they could agree."""
+    words = [sys.executable, str(CASES), "early", str(pico), "stop", "stage_started"]
+    (code, out, error), (other_code, _, other) = machines.ended(machines.start(tmp_path, 2, words), 40)
+    assert code == 0 and json.loads(out) == ["interrupted", 0], error
+    assert other_code == 1 and "(rank 0): interrupted\n" in other and other.count("\nerror: ") == 1, other
 
 
 def test_a_plan_is_of_the_link_as_measured(tmp_path, pico):

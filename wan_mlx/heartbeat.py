@@ -92,7 +92,8 @@ class Heartbeat:
         self._waited = dict.fromkeys(peers, 0.0)  # seconds for which each has waited for data
         self._words: SimpleQueue[Words] = SimpleQueue()
         self._peeked: Words | None = None
-        self._arrived: dict[int, SimpleQueue[str]] = {peer: SimpleQueue() for peer in peers}
+        # Where each has come; None if nothing more will be heard of it.
+        self._arrived: dict[int, SimpleQueue[str | None]] = {peer: SimpleQueue() for peer in peers}
         self._sending, self._ending = threading.Lock(), threading.Lock()
         self._left: set[int] = set()  # those that have said goodbye
         self._closed = False
@@ -120,7 +121,7 @@ class Heartbeat:
         """Wait until all have come here; calls ``waits`` with the name of one that takes long.
 
         Raises:
-            WanError: another has come elsewhere.
+            WanError: another has come elsewhere, or has ended.
         """
         for peer in self._peers:
             if self.rank:
@@ -130,6 +131,9 @@ class Heartbeat:
             except Empty:
                 waits(self.named(peer))
                 came = self._arrived[peer].get()
+            if came is None:
+                self._arrived[peer].put(None)
+                raise WanError(f"{self.named(peer)} has ended")
             if came != where:
                 raise WanError(f"{self.named(peer)} is at {came!r} where {self.named(self.rank)} is at {where!r}; "
                                "every machine must run the same command")  # fmt: skip
@@ -140,7 +144,8 @@ class Heartbeat:
     # The end
 
     def fail(self, message: str) -> None:
-        """Tell the others that this process fails; they end."""
+        """Tell the others that this process fails: they end, which is no news here."""
+        self._closed = True
         for peer in self._peers:
             self._send(peer, {"failed": f"{self.named(self.rank)}: {message}"})
 
@@ -191,8 +196,8 @@ class Heartbeat:
                     self._left.add(peer)
         if peer not in self._left:
             self._end(f"the connection to {self.named(peer)} was lost: its process or its machine has ended")
-        elif self.rank:  # rank 0 has left, and nobody gives orders any more
-            self._words.put({"end": True})
+        self._arrived[peer].put(None)
+        self._words.put({"end": True})  # where it is rank 0, who gives the orders
 
     def _beat(self) -> None:
         looked = time.monotonic()

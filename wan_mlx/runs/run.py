@@ -106,10 +106,10 @@ class Run:
         self._expert: Loaded | None = None  # the transformer that is there
         self._listeners: list[Listener] = []
         self._happened: deque[Event] = deque()
-        self._begun = self._finishing = False
+        self._begun = False
         self.team: Team | None = None
-        self._agreed = False  # that all machines stop
-        self._stopping = ""  # why
+        self._finishing, self._stopping = False, ""  # what this machine was asked: `finish`, and why `stop`
+        self._agreed = 0  # what all machines do: `STOP`, `FINISH`, or neither
         first, switch = resume.steps if resume else 0, pipe.switch(request)
         self._left = TimeLeft(self.plan, request.steps_made, first, chips.likely_rate(), switch, clips=request.clips)
         self._eta_at = 0.0
@@ -174,7 +174,7 @@ class Run:
             while self._happened:
                 yield self._happened.popleft()
             if self._stopping and not self._must_agree:
-                raise Stopped(why=self._stopping, agreed=self.team is not None)
+                raise Stopped(why=self._stopping)
         while self._happened:
             yield self._happened.popleft()
 
@@ -237,7 +237,7 @@ class Run:
             last = yield from self._decode(latents, conditioning)
             if conditioning.clip + 1 == self.request.clips:
                 return
-            if self._finishing:
+            if self._ends_early:
                 self.stopped_after = self.stopped_after or (conditioning.clip + 1) * self.request.steps_made
                 return
             reached = yield from self._follow(conditioning, last)
@@ -311,9 +311,9 @@ class Run:
                     self.forwards = (computed, request.passes * total * (conditioning.clip + 1))
                     latents = self._step(step, conditioning)
                     self._heed_battery()
-                    self._heed_others()
                     yield
-                    if self._finishing and step.index + 1 < total:
+                    self._heed_others()
+                    if self._ends_early and step.index + 1 < total:
                         self.stopped_after = conditioning.clip * total + step.index + 1
                         return without_references(step, conditioning.trim_latents).denoised
         return latents
@@ -359,17 +359,23 @@ class Run:
     @property
     def _must_agree(self) -> bool:
         """Whether a wish to stop has to wait until all machines know of it."""
-        return self.team is not None and self.stage in ("denoise", "decode") and not self._agreed
+        return self.team is not None and self.stage in ("denoise", "decode")
+
+    @property
+    def _ends_early(self) -> bool:
+        """Whether no more is sampled: as this machine was asked, or with others as all have agreed."""
+        return self._finishing if self.team is None else self._agreed == FINISH
 
     def _heed_others(self) -> None:
-        """After a step: what one machine was asked, all do."""
-        if self.team is None:
-            return
-        wish = self.team.group.most(STOP if self._stopping else FINISH if self._finishing else 0)
-        self._agreed = wish == STOP
-        self._finishing = wish == FINISH
-        if self._agreed and not self._stopping:
-            self._stopping = "another machine had to stop"
+        """After a step: what one machine was asked, all do.
+
+        Raises:
+            Stopped: that is to stop.
+        """
+        if self.team is not None:
+            self._agreed = self.team.group.most(STOP if self._stopping else FINISH if self._finishing else 0)
+            if self._agreed == STOP:
+                raise Stopped(why=self._stopping or "another machine had to stop", agreed=True)
 
     def _decode(self, latents: mx.array, conditioning: Conditioning) -> Generator[None, None, np.ndarray]:
         """Decode a clip; returns its last frames, as many as the next one needs, as they were before rounding."""

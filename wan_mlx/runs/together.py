@@ -111,7 +111,8 @@ def failing_together(group: Group | None) -> Iterator[None]:
         if group is not None and not (isinstance(error, Stopped) and error.agreed):
             if isinstance(error, RuntimeError) and "peer" in str(error):
                 group.heartbeat.wait_for_cause()
-            group.heartbeat.fail(str(error) or type(error).__name__)
+            why = error.why if isinstance(error, Stopped) else str(error)
+            group.heartbeat.fail(why or type(error).__name__)
             if isinstance(error, RuntimeError) and "peer" in str(error):
                 raise WanError("the connection to another machine was lost") from error
         raise
