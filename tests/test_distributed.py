@@ -8,10 +8,12 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
 import machines
+import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_mlx_model
@@ -20,6 +22,8 @@ from test_two_experts import as_pair, lora
 from wan_mlx.errors import WanError
 from wan_mlx.heartbeat import Heartbeat
 from wan_mlx.models.vae_relay import balanced
+from wan_mlx.runs.together import shared_state
+from wan_mlx.types import Conditioning, RunState
 
 CACHES = ("none", "teacache", "magcache", "easycache", "spectrum", "spectrum hidden")
 CASES = Path(__file__).parent / "machine_cases.py"
@@ -105,6 +109,30 @@ def test_words_and_arrays_are_told_bit_for_bit(tmp_path):
 
 
 # What ends a run
+
+
+class Told:
+    """Rank 0's group, then that of another, which is told the same."""
+
+    def gather_values(self, values):
+        self.values = self.values if values is None else json.loads(json.dumps(values))
+        return [dict(self.values)]
+
+    def broadcast(self, arrays):
+        self.arrays = self.arrays if arrays is None else arrays
+        return self.arrays
+
+
+def test_what_a_clip_shares_with_the_one_before_is_told_once():
+    names = ("noise", "context", "audio", "motion")
+    first = Conditioning(**{name: mx.array([float(place)]) for place, name in enumerate(names)})
+    other, told = replace(first, audio=first.audio + 0), Told()
+    second = RunState(replace(first, noise=first.noise + 4, motion=None, last_frames=first.noise, clip=1), 3)
+    assert shared_state(told, second, first) is second
+    assert [*told.arrays] == ["conditioning.noise"]
+    found = shared_state(told, None, other)
+    assert found.steps == 3 and found.conditioning.clip == 1 and found.conditioning.audio is other.audio
+    assert found.conditioning.noise == 4 and found.conditioning.motion is found.conditioning.last_frames is None
 
 
 @pytest.fixture

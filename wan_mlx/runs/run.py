@@ -257,11 +257,11 @@ class Run:
         yield
         return reached
 
-    def _shared(self, reached: RunState | None) -> RunState:
-        """What rank 0 has encoded, on all machines."""
+    def _shared(self, reached: RunState | None, before: Conditioning | None = None) -> RunState:
+        """What rank 0 has encoded, on all machines, which have that of the clip ``before``, if there is one."""
         if self.team is not None:
             self.team.group.meet("conditioned")
-            reached = shared_state(self.team.group, reached if self._is_first else None)
+            reached = shared_state(self.team.group, reached if self._is_first else None, before)
         assert reached is not None, "rank 0 has it"
         return reached
 
@@ -278,7 +278,7 @@ class Run:
                 following = replace(following, clip=number, frames_before=self._frames, forwards_before=forwards)
                 mx.eval(following.arrays())
                 reached = RunState(following, number * self.request.steps_made)
-        reached = self._shared(reached)
+        reached = self._shared(reached, conditioning)
         self._tell(Conditioned(reached.conditioning))
         yield
         return reached

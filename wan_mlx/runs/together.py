@@ -9,6 +9,7 @@ from dataclasses import astuple, replace
 from typing import Any
 
 from .. import __version__
+from ..denoise import named, part_of
 from ..distributed import Group
 from ..errors import Differing, SamplingError, Stopped, WanError
 from ..opened import OpenedModel
@@ -76,25 +77,24 @@ def _weights(pipe: OpenedModel) -> dict[str, str]:
     return {name: sample_digest(path) for name, path in found if kinds.get(name) not in ENCODED_BY_FIRST}
 
 
-def shared_state(group: Group, reached: RunState | None) -> RunState:
-    """Rank 0's state of the run, on all ranks."""
+def shared_state(group: Group, reached: RunState | None, before: Conditioning | None = None) -> RunState:
+    """Rank 0's state of the run, on all ranks, which have the conditioning of the clip ``before``, if there is one."""
     arrays, values = None, None
     if reached is not None:
-        given = reached.conditioning.arrays()
-        arrays = {f"conditioning.{name}": array for name, array in given.items() if name not in OF_FIRST}
-        arrays |= {f"state.{name}": array for name, array in reached.state.items()}
+        given = {name: array for name, array in reached.conditioning.arrays().items() if name not in OF_FIRST}
+        same = [name for name, array in given.items() if array is getattr(before, name, None)]
+        new = {name: array for name, array in given.items() if name not in same}
+        arrays = named("conditioning", new) | named("state", reached.state)
         plain = {name: value for name, value in vars(reached.conditioning).items() if isinstance(value, int | float)}
-        values = {"steps": reached.steps, "heard": reached.conditioning.heard, **plain}
+        values = {"steps": reached.steps, "heard": reached.conditioning.heard, "same": same, **plain}
     values = group.gather_values(values)[0]
     told = group.broadcast(arrays)
     if reached is not None:
         return reached
-    parts: dict[str, dict[str, Any]] = {"conditioning": {}, "state": {}}
-    for name, array in told.items():
-        owner, _, entry = name.partition(".")
-        parts[owner][entry] = array
-    steps, heard = values.pop("steps"), tuple(values.pop("heard"))
-    return RunState(Conditioning(**parts["conditioning"], **values, heard=heard), steps, parts["state"])
+    steps, heard, same = (values.pop(name) for name in ("steps", "heard", "same"))
+    fields: dict[str, Any] = {name: getattr(before, name) for name in same}
+    fields |= {**part_of(told, "conditioning"), **values, "heard": tuple(heard)}
+    return RunState(Conditioning(**fields), steps, part_of(told, "state"))
 
 
 @contextmanager
