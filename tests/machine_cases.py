@@ -35,7 +35,9 @@ from wan_mlx.models.s2v import MOTION_LATENTS, S2VTransformer
 from wan_mlx.models.transformer import Transformer
 from wan_mlx.models.vae_execution import VAEExecution
 from wan_mlx.models.vae_tiling import LastFrames, decode
+from wan_mlx.opened import OpenedModel
 from wan_mlx.parallel import Team
+from wan_mlx.runs.run import Run
 from wan_mlx.runs.together import failing_together
 from wan_mlx.schedulers import SOLVERS
 
@@ -198,10 +200,15 @@ def group_itself(group) -> dict:
     return {"same": bool(same), "values": values, "most": group.most(group.rank), "link": group.link.latency < 60}
 
 
+def small_run(model: str) -> Run:
+    """Of the model in a folder: three steps."""
+    pipe = wan_mlx.WanPipeline.from_pretrained(model, dtype="float32", progress=False, prompt_cache=False)
+    return pipe.run(pipe.request("a red circle", size="32x32", num_frames=5, steps=3, seed=3))
+
+
 def early(group, model: str, how: str, when: str) -> list:
     """A run that rank 0 is asked to end while it handles an event: how it ended, and after how many steps."""
-    pipe = wan_mlx.WanPipeline.from_pretrained(model, dtype="float32", progress=False, prompt_cache=False)
-    run, steps = pipe.run(pipe.request("a red circle", size="32x32", num_frames=5, steps=3, seed=3)), 0
+    run, steps = small_run(model), 0
     try:
         for event in run:
             steps += event.kind == "step"
@@ -211,6 +218,14 @@ def early(group, model: str, how: str, when: str) -> list:
         time.sleep(2 * (not stopped.agreed))  # what the others do then is no news
         return [stopped.why, steps]
     return [run.stopped_after, steps]
+
+
+def unequal_disks(group, model: str) -> str:
+    """A run of which rank 1 reads the weights for longer than a GPU may take, where it is GPUs that wait for data."""
+    waits, load = heartbeat.WAITS.of, OpenedModel.load_expert
+    heartbeat.HANG, heartbeat.LONGER, heartbeat.WAITS.of = 3.0, 1, lambda what: waits("gpu")
+    OpenedModel.load_expert = lambda *given: time.sleep(6 * group.rank) or load(*given)
+    return digest(small_run(model).video().latents)
 
 
 def endless(group, silence: str, fails: str = "") -> None:

@@ -305,6 +305,12 @@ def test_a_machine_that_stops_alone_says_why(tmp_path, pico):
     assert other_code == 1 and "(rank 0): interrupted\n" in other and other.count("\nerror: ") == 1, other
 
 
+def test_a_machine_that_reads_for_long_is_waited_for(tmp_path, pico):
+    """By NCCL it is the other's GPU that would wait for its data, as if it hung."""
+    first, other = case(tmp_path, 2, "unequal_disks", str(pico))
+    assert first == other
+
+
 def test_a_plan_is_of_the_link_as_measured(tmp_path, pico):
     two, other = folders(tmp_path, pico, 2)
     words = ("plan", *QUICK[2:])

@@ -329,6 +329,8 @@ class Run:
             stage.close()
             with self._stage(f"load {part.label}"):
                 network = self.pipe.load_expert(part, loras)
+                if self.team is not None:  # a GPU that waits for a machine which still reads would look as if it hung
+                    self.team.group.meet(f"load {part.label}")
                 self._expert = Loaded(part, network, with_condition(network, conditioning), loras)
             stage.callback(setattr, self, "_expert", None)
             stage.enter_context(self._stage("denoise"))
