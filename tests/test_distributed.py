@@ -19,6 +19,7 @@ import pytest
 import tiny_mlx_model
 from test_two_experts import as_pair, lora
 
+from wan_mlx import heartbeat
 from wan_mlx.errors import WanError
 from wan_mlx.heartbeat import Heartbeat
 from wan_mlx.models.vae_relay import balanced
@@ -170,6 +171,15 @@ def test_who_has_left_is_not_waited_for(line, rank):
     for _ in range(2):
         assert meeting(line[rank]) == f"mac{2 - rank} (rank {1 - rank}) has ended"
     assert line[rank].ended_by.empty()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_data_of_who_has_left_do_not_come(line, rank, monkeypatch):
+    """Not all links end with a peer."""
+    monkeypatch.setattr(heartbeat, "HANG", 0.5)
+    with heartbeat.WAITS.of("data"):
+        line[1 - rank].close()
+        assert line[rank].ended_by.get(timeout=5).startswith(f"mac{2 - rank} (rank {1 - rank}) has ended, whose data")
 
 
 def test_who_has_failed_is_not_ended_by_the_others_end(line):

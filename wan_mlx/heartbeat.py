@@ -217,9 +217,13 @@ class Heartbeat:
             if WAITS.gpu_hangs():
                 self._end(f"the GPU of {self.named(self.rank)} has not finished its work for "
                           f"{WAITS.seconds('gpu'):.0f} s: it hangs; restart that machine")  # fmt: skip
-            if not self.rank and min(WAITS.seconds("data"), *self._waited.values()) > HANG:  # it alone hears all
-                self._end(f"all machines have waited for each other's data for {HANG:.0f} s: the link hangs; try "
-                          "another backend, cable or port")  # fmt: skip
+            there = [seconds for peer, seconds in self._waited.items() if peer not in self._left]
+            if (not self.rank or self._left) and min([WAITS.seconds("data"), *there]) > HANG:  # rank 0 alone hears all
+                self._end(
+                    f"{self.named(min(self._left))} has ended, whose data are waited for" if self._left else
+                    f"all machines have waited for each other's data for {HANG:.0f} s: the link hangs; try another "
+                    "backend, cable or port"
+                )  # fmt: skip
 
 
 def listening() -> tuple[socket.socket, int]:
