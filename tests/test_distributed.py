@@ -19,7 +19,7 @@ import pytest
 import tiny_mlx_model
 from test_two_experts import as_pair, lora
 
-from wan_mlx import heartbeat
+from wan_mlx import distributed, heartbeat
 from wan_mlx.errors import WanError
 from wan_mlx.heartbeat import Heartbeat
 from wan_mlx.models.vae_relay import balanced
@@ -110,6 +110,18 @@ def test_words_and_arrays_are_told_bit_for_bit(tmp_path):
 
 
 # What ends a run
+
+
+def test_a_group_that_was_refused_ends_nothing_later(monkeypatch):
+    """The others are waited for no longer."""
+    ended = SimpleQueue()
+    monkeypatch.setattr(distributed, "backend_given", lambda: "none such")
+    monkeypatch.setattr(distributed, "START", 0.2)
+    monkeypatch.setattr(distributed, "end_process", ended.put)
+    with pytest.raises(WanError, match="do not find each other .none such"):
+        distributed._opened()
+    time.sleep(0.5)
+    assert ended.empty()
 
 
 class Told:

@@ -426,23 +426,20 @@ def _opened() -> Group | None:
     backend = backend_given()
     if backend is None:
         return None
-    came = threading.Event()
-
-    def guard() -> None:
-        if not came.wait(START):
-            end_process(f"not all machines came within {START:.0f} s; see that each is reachable, and its command runs")
-
-    threading.Thread(target=guard, name="wan_mlx-start", daemon=True).start()
+    late = f"not all machines came within {START:.0f} s; see that each is reachable, and its command runs"
+    guard = threading.Timer(START, end_process, [late])
+    guard.daemon = True
+    guard.start()
     try:
         joined = mx.distributed.init(strict=True, backend=backend)
         if joined.size() == 1:
-            came.set()
             return None
         group = Group(joined, backend)
         group.heartbeat = _heartbeat(group)
     except (RuntimeError, ValueError) as error:
         raise WanError(f"the machines do not find each other ({backend}: {str(error).strip()})") from error
-    came.set()
+    finally:
+        guard.cancel()
     atexit.register(group.heartbeat.close)
     group.try_link()
     return group
@@ -469,7 +466,9 @@ def _hosts_of_first() -> Sequence[str]:
             found += [address.rpartition(":")[0].strip("[]") for address in json.load(file)[0]]
     if coordinator := os.environ.get("MLX_JACCL_COORDINATOR"):
         found.append(coordinator.rpartition(":")[0])
-    return [*found, *filter(None, [os.environ.get("NCCL_HOST_IP")])]
+    if address := os.environ.get("NCCL_HOST_IP"):
+        found.append(address)
+    return found
 
 
 def _addresses() -> list[str]:

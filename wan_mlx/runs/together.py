@@ -108,11 +108,13 @@ def failing_together(group: Group | None) -> Iterator[None]:
     except (SamplingError, Differing, GeneratorExit):
         raise
     except BaseException as error:
-        if group is not None and not (isinstance(error, Stopped) and error.agreed):
-            if isinstance(error, RuntimeError) and "peer" in str(error):
-                group.heartbeat.wait_for_cause()
-            why = error.why if isinstance(error, Stopped) else str(error)
-            group.heartbeat.fail(why or type(error).__name__)
-            if isinstance(error, RuntimeError) and "peer" in str(error):
-                raise WanError("the connection to another machine was lost") from error
+        if group is None or (isinstance(error, Stopped) and error.agreed):
+            raise
+        is_lost = isinstance(error, RuntimeError) and "peer" in str(error)
+        if is_lost:
+            group.heartbeat.wait_for_cause()
+        why = error.why if isinstance(error, Stopped) else str(error)
+        group.heartbeat.fail(why or type(error).__name__)
+        if is_lost:
+            raise WanError("the connection to another machine was lost") from error
         raise
