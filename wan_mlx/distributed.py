@@ -213,7 +213,7 @@ class Group:
         heads = None if arrays is None else [(name, str(a.dtype)[9:], a.shape) for name, a in arrays.items()]
         found = {}
         for name, dtype, shape in self.gather_values(heads if self.rank == source else None)[source]:
-            given = None if arrays is None else arrays.get(name)
+            given = (arrays or {}).get(name)
             kind = mx.bool_ if dtype == "bool" else getattr(mx, dtype)
             found[name] = self.broadcast_array(given, kind, tuple(shape), source)
         return found

@@ -252,17 +252,19 @@ class Run:
                 yield
                 reached = RunState(TASKS[self.request.task].condition(self.request, self.pipe))
                 mx.eval(reached.conditioning.arrays())
-        reached = self._shared(reached)
-        self._tell(Conditioned(reached.conditioning))
-        yield
-        return reached
+        return (yield from self._shared(reached))
 
-    def _shared(self, reached: RunState | None, before: Conditioning | None = None) -> RunState:
-        """What rank 0 has encoded, on all machines, which have that of the clip ``before``, if there is one."""
+    def _shared(
+        self, reached: RunState | None, before: Conditioning | None = None
+    ) -> Generator[None, None, RunState]:
+        """What rank 0 has encoded, on all machines, which have that of the clip ``before``, if there is one; tells it.
+        """
         if self.team is not None:
             self.team.group.meet("conditioned")
             reached = shared_state(self.team.group, reached if self._is_first else None, before)
         assert reached is not None, "rank 0 has it"
+        self._tell(Conditioned(reached.conditioning))
+        yield
         return reached
 
     def _follow(self, conditioning: Conditioning, last: np.ndarray) -> Generator[None, None, RunState]:
@@ -278,10 +280,7 @@ class Run:
                 following = replace(following, clip=number, frames_before=self._frames, forwards_before=forwards)
                 mx.eval(following.arrays())
                 reached = RunState(following, number * self.request.steps_made)
-        reached = self._shared(reached, conditioning)
-        self._tell(Conditioned(reached.conditioning))
-        yield
-        return reached
+        return (yield from self._shared(reached, conditioning))
 
     def _sample(self, reached: RunState) -> Generator[None, None, mx.array]:
         """Make the steps of a clip that are left; returns the latents (1, t, h, w, C) to decode."""
