@@ -23,7 +23,7 @@ from ..runs.folder import RunFolder
 from ..runs.job import Job
 from ..runs.record import seed_of_made
 from ..storage import parse_json, place_of
-from .flags import build_parser, free_on_resume, json_flags, keywords
+from .flags import free_on_resume, json_flags, keywords, run_parser
 from .interrupt import Interrupts
 from .jobs import check_flags, extend, extension_of, is_series, jobs_from, open_model, request_from
 from .summary import tell_awake, tell_notes
@@ -204,7 +204,7 @@ def read_lines(path: Path, argv: list[str], overwrite: bool, say: Terminal) -> l
         texts = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prompts {path} cannot be read: {error}") from error
-    parser, lines = build_parser(), list[Line]()
+    parser, lines = run_parser(), list[Line]()
     pipes: dict[Any, Any] = {}
     made, replaced = dict[str, int](), dict[str, int]()  # place of an output → the line that makes it; makes it now
     for number, text in enumerate(texts, start=1):

@@ -15,7 +15,7 @@ from .. import options
 from ..errors import UsageError
 from ..hub.names import HUB_ID, WEIGHT_ENDINGS
 from ..presets import PRESETS
-from .flags import ABOUT, USAGE, Parser, arguments_of, build_parser
+from .flags import ABOUT, USAGE, Parser, arguments_of, run_parser
 
 NEAR = 0.75  # of difflib's ratios, from which on a word is taken for a command that is misspelled
 
@@ -135,7 +135,7 @@ def as_flags(name: str, argv: list[str], is_said: bool) -> list[str]:
     command = COMMANDS[name]
     _check_pairs({word.split("=")[0] for word in argv})
     placed = [_Word(word) for word in argv]  # equal words are told apart
-    given, unknown = build_parser().parse_known_args(placed)
+    given, unknown = run_parser().parse_known_args(placed)
     words = [word for word in unknown if not _is_flag(word)]
     if not words or len(words) < len(unknown):  # an unknown flag: the parser says so, later
         return [*command.flags, *argv]

@@ -10,7 +10,7 @@ import json
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from .. import options
@@ -77,6 +77,16 @@ class Parser(argparse.ArgumentParser):
                 flag = next(flag for flag in action.option_strings if flag.startswith("--"))
                 self.error(f"argument {flag}: expected a value, not '--'")
         return parsed
+
+
+def run_parser() -> Parser:
+    """`build_parser`'s, to parse with: built once, for a command asks several times."""
+    return _parser_of(tuple(options.flags()))
+
+
+@lru_cache(maxsize=1)
+def _parser_of(flags: tuple[Option, ...]) -> Parser:
+    return build_parser()
 
 
 def build_parser() -> Parser:
@@ -146,10 +156,9 @@ def defaults_table() -> str:
 
 def given_flags(argv: list[str]) -> dict[str, Any]:
     """The flags that a command line gives, without those left to their defaults."""
-    parser = build_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+    parser = run_parser()
+    nothing = argparse.Namespace(**dict.fromkeys(action.dest for action in parser._actions))
+    return {key: value for key, value in vars(parser.parse_args(argv, nothing)).items() if value is not None}
 
 
 def free_on_resume() -> set[str]:

@@ -12,7 +12,7 @@ from .. import check_backend
 from ..errors import Stopped, UsageError
 from .commands import COMMANDS, as_flags, help_page
 from .config_file import config_arguments
-from .flags import build_parser, given_flags
+from .flags import given_flags, run_parser
 from .interrupt import Interrupts
 from .notify import end_told
 from .terminal import INTERRUPTED, USAGE, Terminal, explain, say_logs, write
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         if not argv or {"-h", "--help"} & {*rest}:
             return show_help([name]) or (0 if argv else USAGE)
         argv = with_config(with_stdin(as_flags(name, rest, is_said)))
-        args = build_parser().parse_args(argv)
+        args = run_parser().parse_args(argv)
         args.given = given_flags(argv)
         say = Terminal.of(args)
         check_backend()

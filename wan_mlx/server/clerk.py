@@ -23,7 +23,7 @@ from PIL import Image
 from .. import options
 from ..cli.config_file import as_options, obeyed, of_draft
 from ..cli.flags import arguments as as_arguments
-from ..cli.flags import build_parser, given_flags, keywords
+from ..cli.flags import given_flags, keywords, run_parser
 from ..cli.jobs import asked_of, check_flags, check_needs, extension_of
 from ..cli.terminal import explain, write
 from ..errors import MemoryPlanError, UsageError, WanError
@@ -62,7 +62,7 @@ def check(given: Mapping[str, Any]) -> Answer:
     Raises:
         ValueError, UsageError: it is not.
     """
-    args = build_parser().parse_args(as_arguments(given))
+    args = run_parser().parse_args(as_arguments(given))
     check_flags(args)
     check_needs(args, ["preview"])
     extension_of(args)
@@ -118,13 +118,13 @@ def planned(given: Mapping[str, Any]) -> Plan:
 @lru_cache(maxsize=256)
 def _planned_in(text: str, memory: int) -> Plan:
     """The plan of a request's options, as JSON; ``memory``: that is free, roughly, so that it is planned anew."""
-    args = build_parser().parse_args(as_arguments(json.loads(text)))
+    args = run_parser().parse_args(as_arguments(json.loads(text)))
     return plan(**keywords(args, options.MODEL), **asked_of(args))
 
 
 def video_of(given: Mapping[str, Any]) -> Request:
     """A request with the model's defaults, of which neither the text nor the sources matter."""
-    args = build_parser().parse_args(as_arguments(given))
+    args = run_parser().parse_args(as_arguments(given))
     preset = find_preset(args.preset) if args.preset else PRESETS.get(args.model) or preset_of(args.model)
     preset = preset or PRESETS["t2v-1.3B"]
     of_model = (preset, preset.transformer, preset.geometry, "a video", preset.experts)

@@ -19,7 +19,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from .. import options
-from ..cli.flags import arguments, build_parser, free_on_resume, keywords
+from ..cli.flags import arguments, free_on_resume, keywords, run_parser
 from ..cli.jobs import check_flags, extend, extension_of, jobs_from, open_model, request_from
 from ..cli.terminal import Terminal, explain, write
 from ..errors import (
@@ -103,7 +103,7 @@ class Worker:
     def _made(self, given: Mapping[str, Any], output: Path, preview: str | None) -> Finished:
         """The file, made from the start or from where its run was cut."""
         watched = {"preview": preview} if preview else {}
-        args = build_parser().parse_args(arguments({**given, **watched}))
+        args = run_parser().parse_args(arguments({**given, **watched}))
         check_flags(args)
         pipe = self._opened(keywords(args, options.MODEL))
         request = request_from(pipe, args)
