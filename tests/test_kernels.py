@@ -28,14 +28,10 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++
 TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t"}
 BITS = {mx.float32: mx.uint32, mx.float16: mx.uint16, mx.bfloat16: mx.uint16}
 LANES = r"""
-#include <barrier>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <thread>
-#include <vector>
 using std::exp;
 using uint = unsigned;
 using float16_t = _Float16;
@@ -51,17 +47,40 @@ struct bfloat16_t {
     return value;
   }
 };
+static float rsqrt(float x) { return 1 / std::sqrt(x); }
+struct uint3 { uint x, y, z; };
+float other_lane(float value, int step);
+int on_lanes(int rows, void (*run)(const void*, uint thread), const void* given);
+"""
+# Threads stand for the lanes: each goes through all rows. 1 if some lane was not there when the others met.
+THREADS = """
+#include <barrier>
+#include <memory>
+#include <thread>
+#include <vector>
 static float slots[32];
 static std::unique_ptr<std::barrier<>> meet;
 thread_local int this_lane, meetings;
-static float other_lane(float value, int step) {
+float other_lane(float value, int step) {
   slots[this_lane] = value; meet->arrive_and_wait();
   float other = slots[this_lane ^ step]; meet->arrive_and_wait();
   meetings++;
   return other;
 }
-static float rsqrt(float x) { return 1 / std::sqrt(x); }
-struct uint3 { uint x, y, z; };
+int on_lanes(int rows, void (*run)(const void*, unsigned), const void* given) {
+  meet = std::make_unique<std::barrier<>>(32);
+  std::vector<std::thread> lanes;
+  static int met[32];
+  for (int lane = 0; lane < 32; lane++) lanes.emplace_back([=] {
+    this_lane = lane;
+    for (int row = 0; row < rows; row++) run(given, 32 * row + lane);
+    met[lane] = meetings;
+    meet->arrive_and_drop();
+  });
+  for (auto& lane : lanes) lane.join();
+  for (int lane = 1; lane < 32; lane++) if (met[lane] != met[0]) return 1;
+  return 0;
+}
 """
 LANGUAGE = {
     "cuda": """
@@ -84,21 +103,11 @@ namespace fast { static float exp(float x) { return std::exp(x); } }
 }
 """,
 }
-# Threads stand for the lanes: each goes through all rows. 1 if some lane was not there when the others met.
 RUN = """
 extern "C" int run(int rows, {parameters}) {{
-  meet = std::make_unique<std::barrier<>>(32);
-  std::vector<std::thread> lanes;
-  static int met[32];
-  for (int lane = 0; lane < 32; lane++) lanes.emplace_back([=] {{
-    this_lane = lane;
-    for (int row = 0; row < rows; row++) {name}({arguments}place(32 * row + lane));
-    met[lane] = meetings;
-    meet->arrive_and_drop();
-  }});
-  for (auto& lane : lanes) lane.join();
-  for (int lane = 1; lane < 32; lane++) if (met[lane] != met[0]) return 1;
-  return 0;
+  auto kernel = [=](uint thread) {{ {name}({arguments}place(thread)); }};
+  using Kernel = decltype(kernel);
+  return on_lanes(rows, [](const void* it, uint thread) {{ (*static_cast<const Kernel*>(it))(thread); }}, &kernel);
 }}
 """
 
@@ -171,7 +180,10 @@ def folder(tmp_path_factory):
     """Where kernels are compiled; beside them the lanes, compiled once for all, since most of the time goes there."""
     folder = tmp_path_factory.mktemp("kernels")
     (folder / "lanes.hpp").write_text(LANES)
+    (folder / "threads.cpp").write_text(THREADS)
     compile_cpp("-x", "c++-header", folder / "lanes.hpp", "-o", folder / "lanes.hpp.gch")
+    compile_cpp("-shared", folder / "threads.cpp", "-o", folder / "threads.so")
+    ctypes.CDLL(str(folder / "threads.so"), ctypes.RTLD_GLOBAL)
     return folder
 
 
