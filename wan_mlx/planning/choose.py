@@ -268,10 +268,12 @@ def _loaded(weights: WeightBytes, stream: bool) -> int:
 
 def _first_within(room: float, choices: Sequence[T], peak: Callable[[T], int]) -> T:
     """The first choice whose peak is within ``room``; if there is none, that with the lowest."""
+    peaks = []
     for choice in choices:
-        if peak(choice) <= room:
+        if (needed := peak(choice)) <= room:
             return choice
-    return min(choices, key=peak)
+        peaks.append(needed)
+    return choices[peaks.index(min(peaks))]
 
 
 @lru_cache

@@ -278,7 +278,8 @@ def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> i
     caches, peak, held = 0, 0, 0
     blocks = config.num_res_blocks + decoding
     each, unfolded = (DECODE_FRAMES, UNFOLDED_DECODE) if decoding else (ENCODE_FRAMES, UNFOLDED_ENCODE)
-    late = DEFERRED if decoding and not on_cpu() else 0
+    cpu, metal = on_cpu(), on_metal()
+    late = DEFERRED if decoding and not cpu else 0
     temporal = config.temporal_downsample[::-1] if decoding else config.temporal_downsample
     frames = 1 if t == 1 or decoding else 2 ** sum(temporal)
     for stage, (into, width, _) in enumerate(stages(config, decoding)):
@@ -286,8 +287,8 @@ def vae(config: VAEConfig, latent_shape: Shape, tile: Tile, decoding: bool) -> i
         wide = max(into, width)
         frame = given[stage] * wide * ITEMSIZE
         count = max(1, min(frames, VALUES_AT_ONCE // (given[stage] * wide)))
-        alive = (each - GIVEN_FRAMES) * width / wide + GIVEN_FRAMES + unfolded * on_cpu()
-        scratch = max(winograd_scratch(count, *sizes[stage], c, width) for c in (into, width)) if on_metal() else 0
+        alive = (each - GIVEN_FRAMES) * width / wide + GIVEN_FRAMES + unfolded * cpu
+        scratch = max(winograd_scratch(count, *sizes[stage], c, width) for c in (into, width)) if metal else 0
         peak = max(peak, (alive * count + (JOINED_FRAMES if count > 1 else 0)) * frame + scratch + late + held)
         if stage == len(given) - 1:
             caches += 2 * given[stage] * width * decoding
