@@ -118,7 +118,7 @@ def test_the_same_bits_with_less_computed(network, attended, how, kind, streamed
 def test_whole_walks_with_step_caches(network, how, kind, cache):
     conditioning, ends, forwards = given(kind), [], []
     for shares in (False, True):
-        run = with_condition(ran(network[kind], False, 5, shares), conditioning)
+        run = with_condition(ran(network[kind], False, 100_000, shares), conditioning)
         held = CACHES[cache]() if cache in CACHES else StepCache(STEPS)
         steps = list(denoise(always(run, Guidance(4.0)), conditioning, SOLVERS["unipc"](STEPS, 5.0), held))
         ends.append(steps[-1].latents)
