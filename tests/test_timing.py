@@ -236,6 +236,12 @@ def test_every_kind_of_model_can_be_timed(monkeypatch, model):
     assert mx.random.state[0].tolist() == state
 
 
+def test_a_block_that_seemed_to_take_nothing_leaves_a_rate(nets, monkeypatch):
+    monkeypatch.setattr(timing, "worth_timing", lambda *_: (16, 0.5, 0.0))
+    monkeypatch.setattr(timing, "typical", lambda *_: 1.0)
+    assert timing.transformer_rate(nets, 16, 1, 1024, 1e9).flop > 0
+
+
 def test_guidance_on_the_cpu_is_timed_with_both_passes_at_once(nets, monkeypatch):
     asked = []
     for name in ("attention_rate", "transformer_rate", "vae_rate"):

@@ -150,7 +150,8 @@ def transformer_rate(nets: Networks, tokens: int, at_a_time: int, tokens_at_once
         parts, one = (
             work.forward_parts(replace(c, text_len=model.config.text_len), count) for c in (whole, model.config)
         )
-        seconds = without + sum(parts.values()) / sum(one.values()) * (with_block - without)
+        block = max(with_block - without, 0.0)  # less where the machine was busy meanwhile
+        seconds = without + sum(parts.values()) / sum(one.values()) * block
         return max(seconds - parts["self attention"] / attending, LEAST_REST * seconds)
 
     count, seconds, first = worth_timing(forward, 16, tokens)
