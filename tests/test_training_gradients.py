@@ -12,14 +12,23 @@ from mlx.utils import tree_flatten
 
 from wan_mlx.cuda import forward
 from wan_mlx.models import layers, rope
-from wan_mlx.models.attention import CrossAttention, attention
+from wan_mlx.models.attention import attention
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.execution import Execution
 from wan_mlx.models.rope import rope_table
 from wan_mlx.models.transformer import Transformer
-from wan_mlx.training import attention_backward, block_backward, slopes
+from wan_mlx.presets import PRESETS
+from wan_mlx.training import attention_backward, backward, block_backward, slopes
 from wan_mlx.training.attention_backward import attention_gradients
-from wan_mlx.training.backward import Sample, _in_one_thread, answer, loss, loss_and_gradients
+from wan_mlx.training.backward import (
+    Sample,
+    _in_one_thread,
+    answer,
+    keeps_blocks,
+    kept_bytes,
+    loss,
+    loss_and_gradients,
+)
 from wan_mlx.training.factors import layer_shapes, new_factors, of_block, placed
 from wan_mlx.training.optimizer import gradient_norm, make_optimizer, update
 from wan_mlx.training.recipe import OPTIMIZERS, Recipe
@@ -88,15 +97,15 @@ def in_small_pieces(monkeypatch):
     monkeypatch.setattr(attention_backward, "SCORES_AT_ONCE", 40)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["chunks", "fused"])
+@pytest.mark.parametrize("way", ["kept", "chunks", "fused"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_gradients_by_blocks_are_those_of_the_whole_loss(kind, fused, in_small_pieces, monkeypatch):
+def test_gradients_by_blocks_are_those_of_the_whole_loss(kind, way, in_small_pieces, monkeypatch):
     """Also by the way that serves CUDA's kernel, here with MLX's own gradient of attention."""
-    monkeypatch.setattr(attention_backward, "has_fused_gradient", lambda *given: fused)
+    monkeypatch.setattr(attention_backward, "has_fused_gradient", lambda *given: way == "fused")
     config = CONFIGS[kind]
     model, factors, step = randomized(Transformer(config)), factors_of(config), samples(config)
     want_loss, want = of_the_whole_loss(model, factors, step)
-    losses, got = loss_and_gradients(Execution(model), factors, step, SCALE)
+    losses, got = loss_and_gradients(Execution(model), factors, step, SCALE, keeps=way == "kept")
     assert np.mean(losses) == pytest.approx(want_loss.item(), rel=1e-5)
     assert losses == pytest.approx(loss(Execution(model), factors, step, SCALE), rel=1e-6)
     assert got.keys() == want.keys() == factors.keys()
@@ -111,10 +120,14 @@ def test_one_row_of_text_stands_for_all_padding(kind, in_small_pieces, monkeypat
     model, factors, step = randomized(Transformer(config)), factors_of(config), samples(config, 4)
     short = [with_text(sample, length) for sample, length in zip(step, (1, 7, 39, 40), strict=True)]
     padded = [with_text(sample, length, 40) for sample, length in zip(step, (1, 7, 39, 40), strict=True)]
-    rows = []
-    keys_values = CrossAttention.keys_values
-    monkeypatch.setattr(CrossAttention, "keys_values", lambda layer, text, *others: (
-        rows.append(text.shape[1]), keys_values(layer, text, *others))[1])  # fmt: skip
+    rows, enter = [], backward._enter
+
+    def entered(*given):
+        way = enter(*given)
+        rows.append(way.this_pass.context.shape[1])
+        return way
+
+    monkeypatch.setattr(backward, "_enter", entered)
     want_losses, want = loss_and_gradients(Execution(model), factors, padded, SCALE)
     assert set(rows) == {40}
     rows.clear()
@@ -204,11 +217,38 @@ def test_streamed_blocks_give_the_same_bits():
     assert order == [["blocks.0", "blocks.1"], ["blocks.1", "blocks.0"]]
 
 
+def test_what_is_kept_gives_the_bits_of_what_is_made_again():
+    config = CONFIGS["i2v"]
+    model, factors, step = Execution(randomized(Transformer(config))), factors_of(config), samples(config, 3)
+    again, kept = (loss_and_gradients(model, factors, step, SCALE, keeps) for keeps in (False, True))
+    assert again[0] == kept[0]
+    assert all(mx.array_equal(again[1][name], kept[1][name]) for name in factors)
+
+
+def test_small_models_keep_what_blocks_make(monkeypatch):
+    """By sizes alone; streamed blocks, and those that a fused kernel differentiates, are made again."""
+    nano, wan = PRESETS["nano"].transformer, PRESETS["t2v-1.3B"].transformer
+    tokens = 2 * 5 * 64  # two clips
+    assert keeps_blocks(nano, mx.float32, tokens, is_streamed=False)
+    assert not keeps_blocks(nano, mx.float32, tokens, is_streamed=True)
+    assert not keeps_blocks(wan, mx.bfloat16, 1560, is_streamed=False)
+    kept = []
+    keep = backward._kept
+    monkeypatch.setattr(backward, "_kept", lambda *given: kept.append(given) or keep(*given))
+    config = CONFIGS["t2v"]
+    model, factors, step = Execution(randomized(Transformer(config))), factors_of(config), samples(config, 1)
+    loss_and_gradients(model, factors, step, SCALE)
+    assert len(kept) == config.num_layers
+    monkeypatch.setattr(backward, "KEPT_AT_MOST", kept_bytes(config, mx.float32, 12) - 1)
+    loss_and_gradients(model, factors, step, SCALE)
+    assert len(kept) == config.num_layers
+
+
 def test_samples_in_two_threads_have_the_gradients_of_one():
     config = CONFIGS["t2v"]
     model, factors, step = Execution(randomized(Transformer(config))), factors_of(config), samples(config, 3)
     losses, got = loss_and_gradients(model, factors, step, SCALE)
-    want_losses, want = _in_one_thread(model, factors, step, SCALE, 3)
+    want_losses, want = _in_one_thread(model, factors, step, SCALE, 3, keeps=True)
     assert losses == want_losses and got.keys() == want.keys()
     for name in factors:
         assert relative_error(got[name], want[name]) <= 1e-6, name

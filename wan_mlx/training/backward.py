@@ -3,7 +3,7 @@
 The forward pass is the package's own (`run_block`: kernels, fused attention, streamed weights) and keeps
 each block's input. The backward pass goes from the last block to the first and makes each block's inside again
 (`block_backward`), so no graph is larger than a block, and streamed blocks can be read in the other direction. All
-samples of a step go through a block before the next is read.
+samples of a step go through a block before the next is read. Of a small model the forward pass keeps everything.
 
 ``mx.checkpoint`` over whole blocks hardly saves memory in MLX, which evaluates breadth first: it makes all blocks
 again before it needs them.
@@ -22,13 +22,17 @@ from ..cuda.forward import DeferredFrees
 from ..guidance import at_once
 from ..models.attention_execution import has_fused_kernel
 from ..models.block_execution import run_block
+from ..models.configs import TransformerConfig
 from ..models.execution import DEFERRED, DEFERRED_WHOLE, Execution
 from ..models.pieces import FEED_FORWARD_TOKENS, Pacer
 from ..models.transformer import Block, ForwardPass
-from .block_backward import BlockFactors, block_gradients
+from .attention_backward import has_fused_gradient
+from .block_backward import BlockFactors, KeptBlock, block_gradients
 from .factors import Factors, of_block, placed, twin
 from .pieces import Pieces
 from .slopes import try_kernels
+
+KEPT_AT_MOST = 1 << 30  # bytes of what blocks made in the forward pass: nano's with some clips, not 1.3B's with one
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def loss(model: Execution, factors: Factors, samples: Sequence[Sample], scale: f
 
 
 def loss_and_gradients(
-    model: Execution, factors: Factors, samples: Sequence[Sample], scale: float
+    model: Execution, factors: Factors, samples: Sequence[Sample], scale: float, keeps: bool | None = None
 ) -> tuple[list[float], Factors]:
     """The mean squared error of each sample, and the gradient of their mean for every factor, float32.
 
@@ -77,17 +81,21 @@ def loss_and_gradients(
         factors: named as in `factors`.
         samples: of one step; they go through each block together.
         scale: alpha / rank.
+        keeps: whether the forward pass keeps all; None: where `keeps_blocks` says so.
     """
-    config = model.model.config
-    try_kernels(model.model.dtype, config.dim, config.ffn_dim, config.head_dim)
-    if threads(len(samples), model.blocks is not None) == 1:
-        return _in_one_thread(model, factors, samples, scale, len(samples))
+    config, dtype, is_streamed = model.model.config, model.model.dtype, model.blocks is not None
+    try_kernels(dtype, config.dim, config.ffn_dim, config.head_dim)
+    if keeps is None:
+        tokens = sum(math.prod(one.latents.shape[:4]) for one in samples) // math.prod(config.patch_size)
+        keeps = keeps_blocks(config, dtype, tokens, is_streamed)
+    if threads(len(samples), is_streamed) == 1:
+        return _in_one_thread(model, factors, samples, scale, len(samples), keeps)
     # Half of the samples each; in layers of their own, since factors are placed in them.
     given = [(one.latents, one.context, one.target, dict(one.conditions)) for one in samples]
     mx.eval(model.model.parameters(), factors, given)  # here: the other thread could not
     middle = (len(samples) + 1) // 2
     (losses, gradients), (more, others) = at_once(
-        lambda model, some: _in_one_thread(model, factors, some, scale, len(samples)),
+        lambda model, some: _in_one_thread(model, factors, some, scale, len(samples), keeps),
         (model, samples[:middle]),
         (Execution(twin(model.model), tokens_at_once=model.tokens_at_once), samples[middle:]),
     )
@@ -100,22 +108,31 @@ def threads(clips: int, is_streamed: bool) -> int:
 
 
 def _in_one_thread(
-    model: Execution, factors: Factors, samples: Sequence[Sample], scale: float, count: int
+    model: Execution, factors: Factors, samples: Sequence[Sample], scale: float, count: int, keeps: bool
 ) -> tuple[list[float], Factors]:
     """`loss_and_gradients` of some samples of ``count``."""
     ways = [_enter(model, sample) for sample in samples]
-    inputs = list(_forward(model, factors, ways, scale))
+    pieces, order = Pieces(), model.model.block_order()
+    factors_of = {place: BlockFactors(of_block(factors, place), scale, model.model.dtype) for place in order}
+    passed: list[Sequence[mx.array | KeptBlock]]  # of each block: the tokens before it, or all that its pass made
+    if keeps:
+        passed = [_kept(model.model.block(place), factors_of[place], ways, pieces) for place in order]
+    else:
+        passed = list(_forward(model, factors, ways, scale))
     losses = []
     for way in ways:
         value, way.x = mx.value_and_grad(lambda x, way=way: _loss(model, way, x))(way.x)
         mx.eval(value, way.x)
         losses.append(number(value))
     gradients: Factors = {}
-    pieces = Pieces()
-    for place, block in _blocks(model, reversed(model.model.block_order())):
-        own = BlockFactors(of_block(factors, place), scale, model.model.dtype)
-        for way, x in zip(ways, inputs.pop(), strict=True):
-            way.x = block_gradients(block, own, x, way.x, way.this_pass, pieces)
+    for place, block in _blocks(model, reversed(order)):
+        own, wanted = factors_of.pop(place), place != order[0]
+        for way, one in zip(ways, passed.pop(), strict=True):
+            if isinstance(one, KeptBlock):
+                found = one.back(way.x, wanted)
+            else:
+                found = block_gradients(block, own, one, way.x, way.this_pass, pieces, wanted)
+            way.x = way.x if found is None else found
         of_this = own.gradients(count)
         pieces.add(*of_this.values())
         gradients |= {f"{place}.{name}": array for name, array in of_this.items()}
@@ -123,6 +140,29 @@ def _in_one_thread(
             pieces.finish()
     pieces.finish()
     return losses, gradients
+
+
+def keeps_blocks(config: TransformerConfig, dtype: mx.Dtype, tokens: int, is_streamed: bool) -> bool:
+    """Whether what blocks make of so many tokens, of all clips, is kept for the backward pass, not made again.
+
+    It is where that is little: a third of the time for some hundred megabytes. By the sizes alone, not by what memory
+    is free: then one run is computed in one way. MLX's fused gradients make the forward pass again themselves.
+    """
+    is_possible = not is_streamed and not has_fused_gradient(dtype, config.head_dim)
+    return is_possible and kept_bytes(config, dtype, tokens) <= KEPT_AT_MOST
+
+
+def kept_bytes(config: TransformerConfig, dtype: mx.Dtype, tokens: int) -> int:
+    """What all blocks keep of so many tokens: arrays as wide as these, and as their feed-forward."""
+    return config.num_layers * tokens * (15 * config.dim + 2 * config.ffn_dim) * dtype.size
+
+
+def _kept(block: Block, factors: BlockFactors, ways: Sequence[_Way], pieces: Pieces) -> list[KeptBlock]:
+    """Sends the samples through a block."""
+    found = [KeptBlock(block, factors, way.x, way.this_pass, pieces) for way in ways]
+    for way, one in zip(ways, found, strict=True):
+        way.x = one.result
+    return found
 
 
 def number(array: mx.array) -> float:

@@ -10,7 +10,7 @@ tokens at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +18,7 @@ import mlx.core as mx
 from .. import cuda
 from ..models import kernels
 from ..models.attention import SelfAttention, split_heads
+from ..models.attention_execution import attention
 from ..models.layers import SIDE_KEYS
 from ..models.quantized_linear import QuantizedLinear
 from ..models.rope import rows_of
@@ -120,16 +121,23 @@ def _rows(x: mx.array) -> mx.array:
 
 
 def block_gradients(
-    block: Block, factors: BlockFactors, x: mx.array, gradient: mx.array, this_pass: ForwardPass, pieces: Pieces
-) -> mx.array:
-    """The gradient for a block's input x (1, L, D), given that for its result; adds those for its factors.
+    block: Block,
+    factors: BlockFactors,
+    x: mx.array,
+    gradient: mx.array,
+    this_pass: ForwardPass,
+    pieces: Pieces,
+    wanted: bool = True,
+) -> mx.array | None:
+    """The gradient for a block's input x (1, L, D), if it is ``wanted``, given that for its result; adds those for its
+    factors.
 
     What is returned, and the factors' gradients, wait in ``pieces``.
     """
     chunks = list(_chunks(block.runs(this_pass.modulation, this_pass.clean), x.shape[1]))
     cross = _Pairs(block, factors, this_pass)
     found = [_Before(block, factors, x[:, some], m, this_pass, some).heads() for some, m in chunks]
-    heads: Heads = [mx.concatenate(list(parts), axis=1) for parts in zip(*found, strict=True)]
+    heads = _joined(found)
     pieces.add(*heads, *cross.arrays)
     del found
     for_x: list[mx.array] = []
@@ -137,7 +145,8 @@ def block_gradients(
     def rest(attended: mx.array) -> mx.array:
         parts = []
         for some, m in chunks:
-            one, other = _after(block, factors, x[:, some], attended[:, some], m, cross, gradient[:, some], pieces)
+            after = _After(block, factors, x[:, some], attended[:, some], m, cross, pieces)
+            one, other = after.back(gradient[:, some], pieces)
             pieces.add(one, other, *cross.sums, *factors.new())
             for_x.append(one)
             parts.append(other)
@@ -145,12 +154,76 @@ def block_gradients(
 
     heads = attention_and_gradients(heads, rest, pieces)
     cross.back()
+
+    def again() -> Iterator[_Before]:
+        for some, m in chunks:
+            before = _Before(block, factors, x[:, some], m, this_pass, some)
+            before.heads()
+            yield before
+
+    return _to_input(again(), chunks, heads, for_x, factors, pieces, wanted)
+
+
+class KeptBlock:
+    """A block's forward pass, of which all is kept that `back` needs: it makes nothing again."""
+
+    def __init__(self, block: Block, factors: BlockFactors, x: mx.array, this_pass: ForwardPass, pieces: Pieces):
+        self.factors, self.pieces = factors, pieces
+        self.chunks = list(_chunks(block.runs(this_pass.modulation, this_pass.clean), x.shape[1]))
+        self.cross = _Pairs(block, factors, this_pass)
+        self.before = [_Before(block, factors, x[:, some], m, this_pass, some) for some, m in self.chunks]
+        q, k, v = self.heads = _joined([before.heads() for before in self.before])
+        pieces.run(q, k, v, *self.cross.arrays)
+        self.attended = attention(q, k, v, pieces.run)
+        pieces.add(self.attended)
+        self.after = [
+            _After(block, factors, x[:, some], self.attended[:, some], m, self.cross, pieces) for some, m in self.chunks
+        ]
+        self.result = kernels.joined([after.result for after in self.after])
+        pieces.run(self.result)
+
+    def back(self, gradient: mx.array, wanted: bool = True) -> mx.array | None:
+        """As `block_gradients`, once."""
+        pieces, factors, for_x, parts = self.pieces, self.factors, list[mx.array](), list[mx.array]()
+        del self.result
+        for after, (some, _) in zip(self.after, self.chunks, strict=True):
+            one, other = after.back(gradient[:, some], pieces)
+            pieces.add(one, other, *self.cross.sums, *factors.new())
+            for_x.append(one)
+            parts.append(other)
+        del self.after
+        gradient = mx.concatenate(parts, axis=1)
+        pieces.run(gradient)
+        q, k, v = self.heads
+        heads = attention_gradients(q, k, v, self.attended, gradient, pieces)
+        del q, k, v, self.heads, self.attended
+        self.cross.back()
+        return _to_input(self.before, self.chunks, heads, for_x, factors, pieces, wanted)
+
+
+def _joined(heads: Sequence[Heads]) -> Heads:
+    """Queries, keys and values of all tokens."""
+    return [mx.concatenate(list(parts), axis=1) for parts in zip(*heads, strict=True)]
+
+
+def _to_input(
+    befores: Iterable[_Before],
+    chunks: Sequence[tuple[slice, Modulation]],
+    heads: Heads,
+    for_x: Sequence[mx.array],
+    factors: BlockFactors,
+    pieces: Pieces,
+    wanted: bool,
+) -> mx.array | None:
+    """From gradients for queries, keys and values, and for the input beside them, to that for the input."""
     parts = []
-    for (some, m), after in zip(chunks, for_x, strict=True):
-        before = _Before(block, factors, x[:, some], m, this_pass, some)
-        before.heads()
-        parts.append(after + before.back([one[:, some] for one in heads]))
-        pieces.add(parts[-1], *factors.new())
+    for before, (some, _), beside in zip(befores, chunks, for_x, strict=True):
+        found = before.back([one[:, some] for one in heads], wanted)
+        if found is not None:
+            parts.append(beside + found)
+        pieces.add(*parts[-1:], *factors.new())
+    if not wanted:
+        return None
     result = mx.concatenate(parts, axis=1)
     pieces.add(result)
     return result
@@ -191,16 +264,16 @@ class _Before:
         )
         return [q, k, split_heads(self.v(normed), layer.heads)]
 
-    def back(self, heads: Heads) -> mx.array:
+    def back(self, heads: Heads, wanted: bool) -> mx.array | None:
         layer, (dq, dk, dv) = self.layer, (one.flatten(2) for one in heads)
-        y = self.v.back(dv)
+        y = self.v.back(dv, wanted)
         for product, row, norm, one in zip(
             (self.q, self.k), self.rows, (layer.norm_q, layer.norm_k), (dq, dk), strict=True
         ):
             slope = slopes.norm_and_rotate(row, one, norm.weight, layer.heads, self.rope, layer.eps)
-            y = product.back(slope, others=y)
+            y = product.back(slope, wanted, others=y)
         del self.rows
-        return slopes.modulated_norm(self.x, y, self.m.scale_attn, self.eps)
+        return slopes.modulated_norm(self.x, y, self.m.scale_attn, self.eps) if wanted else None
 
 
 class _Pairs:
@@ -238,45 +311,61 @@ class _Pairs:
             v.back(dv, wanted=False)
 
 
-def _after(
-    block: Block,
-    factors: BlockFactors,
-    x: mx.array,
-    attended: mx.array,
-    m: Modulation,
-    cross: _Pairs,
-    gradient: mx.array,
-    pieces: Pieces,
-) -> tuple[mx.array, mx.array]:
-    """`Block.after_attention` of some tokens, and back: the gradients for x and ``attended``."""
-    o, cross_q, cross_o, up, down = (
-        Product(block, name, factors) for name in ("self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
-    )
-    norm3, layer, one = block.norm3, block.cross_attn, mx.ones_like(m.gate_ffn)
-    x1, y = kernels.add_and_norm(x, o(attended), m.gate_attn, norm3.weight, norm3.bias, block.eps)
-    row = cross_q(y)
-    q = split_heads(mx.fast.rms_norm(row, layer.norm_q.weight.astype(row.dtype), layer.eps), layer.heads)
-    results = [attend(q, *pair, bias) for pair, bias in zip(cross.pairs, cross.biases, strict=False)]
-    x2, y = kernels.add_and_norm(x1, cross_o(_total(results)), one, m.scale_ffn, m.shift_ffn, block.eps)
-    pieces.add(x1, row, x2, y, *results)
-    wide = up(y)
-    fed = kernels.gelu_tanh(wide)
-    pieces.add(wide, fed)
-    down(fed)
+class _After:
+    """`Block.after_attention` of some tokens, and back: ``result`` is theirs after the block.
 
-    y = slopes.gelu_tanh(wide, down.back(slopes.scaled(gradient, m.gate_ffn)))
-    pieces.add(y, *factors.new())
-    for_x = gradient + slopes.modulated_norm(x2, up.back(y), m.scale_ffn, block.eps)
-    pieces.add(for_x, *factors.new())
-    y = cross_o.back(for_x)
-    found = [
-        attention_gradients(q, *pair, result, y, bias=bias)
-        for pair, result, bias in zip(cross.pairs, results, cross.biases, strict=False)
-    ]
-    cross.add([array for _, *pair in found for array in pair])
-    y = cross_q.back(slopes.rms_norm(row, _total([dq for dq, *_ in found]).flatten(2), layer.norm_q.weight, layer.eps))
-    for_x = for_x + slopes.modulated_norm(x1, y, norm3.weight, block.eps)
-    return for_x, o.back(slopes.scaled(for_x, m.gate_attn))
+    What `back` needs waits in ``pieces``, the result does not.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        factors: BlockFactors,
+        x: mx.array,
+        attended: mx.array,
+        m: Modulation,
+        cross: _Pairs,
+        pieces: Pieces,
+    ):
+        self.o, self.cross_q, self.cross_o, self.up, self.down = (
+            Product(block, name, factors) for name in ("self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
+        )
+        self.block, self.factors, self.cross, self.m = block, factors, cross, m
+        norm3, layer, one = block.norm3, block.cross_attn, mx.ones_like(m.gate_ffn)
+        self.x1, y = kernels.add_and_norm(x, self.o(attended), m.gate_attn, norm3.weight, norm3.bias, block.eps)
+        self.row = self.cross_q(y)
+        normed = mx.fast.rms_norm(self.row, layer.norm_q.weight.astype(self.row.dtype), layer.eps)
+        self.q = split_heads(normed, layer.heads)
+        self.results = [attend(self.q, *pair, bias) for pair, bias in zip(cross.pairs, cross.biases, strict=False)]
+        seen = self.cross_o(_total(self.results))
+        self.x2, y = kernels.add_and_norm(self.x1, seen, one, m.scale_ffn, m.shift_ffn, block.eps)
+        pieces.add(self.x1, self.row, self.x2, y, *self.results)
+        self.wide = self.up(y)
+        fed = kernels.gelu_tanh(self.wide)
+        pieces.add(self.wide, fed)
+        self.result = kernels.gated_add(self.x2, [self.down(fed)], m.gate_ffn)
+
+    def back(self, gradient: mx.array, pieces: Pieces) -> tuple[mx.array, mx.array]:
+        """The gradients for x and ``attended``, given that for the result; once."""
+        block, factors, cross, m = self.block, self.factors, self.cross, self.m
+        del self.result
+        y = slopes.gelu_tanh(self.wide, self.down.back(slopes.scaled(gradient, m.gate_ffn)))
+        del self.wide
+        pieces.add(y, *factors.new())
+        for_x = gradient + slopes.modulated_norm(self.x2, self.up.back(y), m.scale_ffn, block.eps)
+        del self.x2
+        pieces.add(for_x, *factors.new())
+        y = self.cross_o.back(for_x)
+        found = [
+            attention_gradients(self.q, *pair, result, y, bias=bias)
+            for pair, result, bias in zip(cross.pairs, self.results, cross.biases, strict=False)
+        ]
+        cross.add([array for _, *pair in found for array in pair])
+        norm_q = block.cross_attn.norm_q.weight
+        y = slopes.rms_norm(self.row, _total([dq for dq, *_ in found]).flatten(2), norm_q, block.cross_attn.eps)
+        for_x = for_x + slopes.modulated_norm(self.x1, self.cross_q.back(y), block.norm3.weight, block.eps)
+        del self.x1, self.row, self.q, self.results
+        return for_x, self.o.back(slopes.scaled(for_x, m.gate_attn))
 
 
 def _total(arrays: Sequence[mx.array]) -> mx.array:

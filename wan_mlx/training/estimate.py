@@ -17,7 +17,7 @@ from ..planning.peak_memory import overhead
 from ..planning.plan import FILL
 from ..planning.sizes import Networks
 from .attention_backward import SCORES_AT_ONCE, has_fused_gradient
-from .backward import shortens_text, threads
+from .backward import keeps_blocks, kept_bytes, shortens_text, threads
 from .block_backward import tokens_of_piece
 from .dataset import TrainingClip
 from .factors import layer_shapes
@@ -41,6 +41,7 @@ class TrainingPlan:
         flop, reads: floating-point operations, and bytes read, of one step.
         trained: numbers that are trained.
         lengths: tokens of each clip.
+        keeps: whether the forward pass keeps all that blocks make.
         seconds: of one step; None where nothing was timed (`timing.with_seconds`).
     """
 
@@ -51,6 +52,7 @@ class TrainingPlan:
     trained: int
     lengths: tuple[int, ...]
     reads: int
+    keeps: bool
     seconds: float | None = None
 
     @property
@@ -87,6 +89,9 @@ def plan_of(
     trained = sum(recipe.rank * (outputs + inputs) for outputs, inputs in layer_shapes(config, recipe.targets).values())
     wide = tokens * config.dim * nets.dtype.size
     kept = config.num_layers * wide * recipe.clips + (recipe.clips - 1) * wide
+    keeps = keeps_blocks(config, nets.dtype, tokens * recipe.clips, stream)
+    if keeps:
+        kept = kept_bytes(config, nets.dtype, tokens * recipe.clips)
     at_once = tokens_of_piece(tokens) * nets.dtype.size
     piece = BESIDE * wide + at_once * (NARROW * config.dim + FED * config.ffn_dim)
     attending = ATTENDING * wide
@@ -99,7 +104,7 @@ def plan_of(
     rest = FLOAT32_COPIES * 4 * trained + max(kept, 4 * trained) + at_work + overhead()
     flop = sum(step_flop(config, length, rows_of_text(nets)) for length in lengths) / len(lengths) * recipe.clips
     reads = 2 * weights.stored_blocks * stream
-    return TrainingPlan(math.ceil(held + rest), budget, stream, flop, trained, tuple(lengths), reads)
+    return TrainingPlan(math.ceil(held + rest), budget, stream, flop, trained, tuple(lengths), reads, keeps)
 
 
 def rows_of_text(nets: Networks) -> int:

@@ -30,7 +30,7 @@ def with_seconds(
     """
     tokens = max(plan.lengths)
     clips = threads(recipe.clips, plan.stream)  # that are trained at once
-    step = partial(_step, {}, nets, recipe, tokens, clips)
+    step = partial(_step, {}, nets, recipe, plan.keeps, tokens, clips)
     count, one, _ = worth_timing(partial(step, 1), 16, tokens)
     none = typical(partial(step, 0, count))
     whole = none + nets.transformer.num_layers * max(one - none, 0.0)
@@ -44,7 +44,14 @@ def with_seconds(
 
 
 def _step(
-    models: dict[int, Transformer], nets: Networks, recipe: Recipe, tokens: int, clips: int, layers: int, count: int
+    models: dict[int, Transformer],
+    nets: Networks,
+    recipe: Recipe,
+    keeps: bool,
+    tokens: int,
+    clips: int,
+    layers: int,
+    count: int,
 ) -> float:
     """Seconds of a step of so many clips over ``count`` of the tokens, with so many blocks.
 
@@ -64,7 +71,7 @@ def _step(
     mx.eval(factors, optimizer.state)
     sample = Sample(latents, 500.0, context, latents, more)
     started = perf_counter()
-    _, gradients = loss_and_gradients(Execution(model), factors, [sample] * clips, recipe.scale)
+    _, gradients = loss_and_gradients(Execution(model), factors, [sample] * clips, recipe.scale, keeps)
     if gradients:
         update(optimizer, gradients, factors, gradient_norm(gradients), recipe.clip)
     return perf_counter() - started
