@@ -23,11 +23,11 @@ from wan_mlx.training.attention_backward import attention_gradients
 from wan_mlx.training.backward import (
     Sample,
     _in_one_thread,
-    answer,
     keeps_blocks,
     kept_bytes,
     loss,
     loss_and_gradients,
+    with_targets,
 )
 from wan_mlx.training.factors import layer_shapes, new_factors, of_block, placed
 from wan_mlx.training.optimizer import gradient_norm, make_optimizer, update
@@ -153,15 +153,21 @@ def test_padding_in_16_bits_is_as_near_as_its_rows():
     assert 0 < errors[1] <= 1.2 * errors[0]
 
 
-def test_what_a_model_answers_without_factors_is_what_it_is_called_for():
+def test_without_a_target_it_is_what_the_model_answers_without_factors():
     """Bit for bit where nothing stands for padding."""
     config = replace(CONFIGS["t2v"], text_len=40)
-    model = Execution(randomized(Transformer(config)))
-    sample = replace(samples(CONFIGS["t2v"], 1)[0], context=random_array(7, 1, 40, config.text_dim))
-    want = model(sample.latents, sample.timestep, sample.context)
-    assert mx.array_equal(answer(model, sample), want)
-    want = model(sample.latents, sample.timestep, with_text(sample, 7, 40).context)
-    assert 0 < relative_error(answer(model, with_text(sample, 7)), want) <= 1e-5
+    model, (other, sample) = Execution(randomized(Transformer(config))), samples(config)
+    for length in (40, 7):
+        want = model(sample.latents, sample.timestep, with_text(sample, length, 40).context)
+        step = [other, replace(with_text(sample, length), target=None)]
+        first, second = with_targets(model, step)
+        assert mx.array_equal(first.target, other.target)
+        error = relative_error(second.target, want)
+        assert error == 0 if length == 40 else 0 < error <= 1e-5
+        factors = factors_of(config)
+        given, found = (loss_and_gradients(model, factors, some, SCALE) for some in ([first, second], step))
+        assert given[0] == found[0]
+        assert all(mx.array_equal(given[1][name], found[1][name]) for name in factors)
 
 
 def test_nothing_stays_in_the_layers():

@@ -197,7 +197,7 @@ class TestWhatStays:
         recipe = Recipe(batch=4, preserve=0.5, caption_dropout=0.0)
         model = Execution(load_transformer(pipe.checkpoint, "float32"))
         batches = batches_of(pipe, data, tmp_path / "cache", recipe)
-        samples, _ = batches.of_step(3, model)
+        samples, _ = batches.of_step(3)
         kept = recipe.preserved(3)
         assert sum(kept) == 2
         losses, _ = loss_and_gradients(model, {}, samples, 1.0)
@@ -216,7 +216,7 @@ class TestWhatStays:
         assert {"a red of 10", "a blue of 10", "a of 10", "a square of 10"} <= set(batches.captions())
         asked = []
         batches.encoded.text = lambda caption, text=batches.encoded.text: asked.append(caption) or text(caption)
-        batches.of_step(3, Execution(load_transformer(pipe.checkpoint, "float32")))
+        batches.of_step(3)
         want = [recipe.word(3, number) if kept else "square" for number, kept in enumerate(recipe.preserved(3))]
         assert [caption.removeprefix("a ").partition("of")[0].strip() for caption in asked] == want
 
@@ -233,7 +233,7 @@ class TestGivenFrame:
     def test_a_given_first_frame_is_clean_and_has_no_loss(self, pipe, data, tmp_path):  # noqa: F811
         recipe = Recipe(batch=3, given_frame=1.0)
         batches = batches_of(pipe, data, tmp_path / "cache", recipe, may_be_given=True)
-        samples, names = batches.of_step(0, None)
+        samples, names = batches.of_step(0)
         clips = {clip.path.name: batches.encoded.clip(clip)[0] for clip in batches.clips}
         for sample, name in zip(samples, names, strict=True):
             first = np.array(sample.latents[:, :1])
@@ -244,7 +244,7 @@ class TestGivenFrame:
     def test_the_share_of_clips(self, share, pipe, data, tmp_path):  # noqa: F811
         recipe = Recipe(batch=60, given_frame=share)
         batches = batches_of(pipe, data, tmp_path / "cache", recipe, may_be_given=True)
-        samples, _ = batches.of_step(0, None)
+        samples, _ = batches.of_step(0)
         videos = [sample for sample in samples if sample.latents.shape[1] > 1]
         given = sum("clean_frames" in sample.conditions for sample in videos) / len(videos)
         assert len(videos) == 20 and abs(given - share) <= 0.25

@@ -43,14 +43,14 @@ class Sample:
         latents: (1, t, h, w, C) with noise.
         timestep: in [0, 1000].
         context: text, (1, length, text_dim), of at most text_len rows; those that are missing are zero.
-        target: the velocity, float32 (1, t, h, w, C).
+        target: the velocity, float32 (1, t, h, w, C); None: what the model answers without factors.
         conditions: other arguments of `Transformer.enter`, by name.
     """
 
     latents: mx.array
     timestep: float
     context: mx.array
-    target: mx.array
+    target: mx.array | None
     conditions: Mapping[str, Any]
 
 
@@ -111,7 +111,7 @@ def _in_one_thread(
     model: Execution, factors: Factors, samples: Sequence[Sample], scale: float, count: int, keeps: bool
 ) -> tuple[list[float], Factors]:
     """`loss_and_gradients` of some samples of ``count``."""
-    ways = [_enter(model, sample) for sample in samples]
+    ways = [_enter(model, sample) for sample in with_targets(model, samples)]
     pieces, order = Pieces(), model.model.block_order()
     factors_of = {place: BlockFactors(of_block(factors, place), scale, model.model.dtype) for place in order}
     passed: list[Sequence[mx.array | KeptBlock]]  # of each block: the tokens before it, or all that its pass made
@@ -170,12 +170,16 @@ def number(array: mx.array) -> float:
     return float(array.item())  # type: ignore[arg-type]
 
 
-def answer(model: Execution, sample: Sample) -> mx.array:
-    """What the model makes of a sample, without factors: the velocity, float32 (1, t, h, w, C)."""
-    way = _enter(model, sample)
-    for _ in _forward(model, {}, [way], 1.0):
+def with_targets(model: Execution, samples: Sequence[Sample]) -> list[Sample]:
+    """The samples, each with a target."""
+    ways = {number: _enter(model, sample) for number, sample in enumerate(samples) if sample.target is None}
+    if not ways:
+        return list(samples)
+    for _ in _forward(model, {}, list(ways.values()), 1.0):
         pass
-    return model.leave(way.x, way.this_pass, Pacer(model.tokens_at_once))
+    answers = {number: model.leave(way.x, way.this_pass, Pacer(model.tokens_at_once)) for number, way in ways.items()}
+    mx.eval(answers)
+    return [replace(one, target=answers.get(number, one.target)) for number, one in enumerate(samples)]
 
 
 def shortens_text(dtype: mx.Dtype, head_dim: int) -> bool:
@@ -202,6 +206,7 @@ def _enter(model: Execution, sample: Sample) -> _Way:
 
 
 def _loss(model: Execution, way: _Way, x: mx.array) -> mx.array:
+    assert way.sample.target is not None, "`with_targets` gives it"
     given = way.sample.conditions.get("clean_frames", 0)  # their velocity is not used
     return ((model.model.leave(x, way.this_pass) - way.sample.target)[:, given:] ** 2).mean()
 

@@ -10,8 +10,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from ..models.execution import Execution
-from .backward import Sample, answer
+from .backward import Sample
 from .dataset import TrainingClip
 from .encoded import Encoded
 from .recipe import GIVEN, NOISE, Recipe
@@ -50,7 +49,7 @@ class Batches:
         words = self.recipe.words() if self.recipe.preserve else []
         return ["", *captions, *(with_word(caption, self.trigger, word) for caption in captions for word in words)]
 
-    def of_step(self, step: int, model: Execution, rank: int = 0, ranks: int = 1) -> tuple[list[Sample], list[str]]:
+    def of_step(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[list[Sample], list[str]]:
         """The samples of a step, of several processes those of one, and the names of their files."""
         recipe = self.recipe
         order, sigmas = recipe.order(step, len(self.clips)), recipe.sigmas(step, *self.levels)
@@ -64,7 +63,7 @@ class Batches:
             caption = "" if bare[number] else caption
             sample = self._sample(clip, sigmas[number], caption, (step, number))
             stays = preserved[number] or (bare[number] and recipe.preserve)
-            samples.append(as_before(model, sample) if stays else sample)
+            samples.append(replace(sample, target=None) if stays else sample)
             names.append(clip.path.name)
         return samples, names
 
@@ -86,11 +85,6 @@ class Batches:
                 noisy = mx.concatenate([latents[:, :1], noisy[:, 1:]], axis=1)
                 conditions = {**conditions, "clean_frames": 1}
         return Sample(noisy, 1000 * sigma, self.encoded.text(caption), target, conditions)
-
-
-def as_before(model: Execution, sample: Sample) -> Sample:
-    """The sample with what the model answers without the LoRA for its target."""
-    return replace(sample, target=answer(model, sample))
 
 
 def with_word(text: str, trigger: str, word: str) -> str:

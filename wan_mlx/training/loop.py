@@ -190,7 +190,7 @@ class Training:
             started = time.perf_counter()
             kept_ranks = self._with_ranks(step)
             with ranks.meeting():
-                samples, names = batches.of_step(step, model, ranks.rank, ranks.size)
+                samples, names = batches.of_step(step, ranks.rank, ranks.size)
                 losses, gradients = loss_and_gradients(model, kept_ranks(self.factors), samples, recipe.scale)
             # In one order, in which sums over all of them are taken: a file's is another than that of new factors.
             gradients = ranks.mean_gradients(kept_ranks(dict(sorted(gradients.items()))))
