@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -314,6 +315,13 @@ def test_taehv_makes_previews_and_drafts(wan_space, taehv, flags, tmp_path, caps
     plain = wan_mlx.WanPipeline.from_pretrained(wan_space, dtype="float32", progress=False)
     assert not np.array_equal(plain("a red circle", **options).frames, video.frames)
     assert not {"draft", "tiny_vae"} & {*plain.settings(plain.request("x"))}
+
+
+@pytest.mark.parametrize("rank, count", [(0, 2), (1, 0)])
+def test_of_several_machines_the_first_decodes_a_draft(wan_space, taehv, monkeypatch, rank, count):
+    pipe = wan_mlx.WanPipeline.from_pretrained(wan_space, dtype="float32", progress=False, taehv=taehv, tiny_vae=True)
+    monkeypatch.setattr(type(pipe), "group", SimpleNamespace(rank=rank))
+    assert len(list(pipe.decode(mx.zeros((1, 2, 4, 2, 16))))) == count
 
 
 def test_a_draft_goes_on_as_a_draft(wan_space, taehv, flags, tmp_path, monkeypatch, capsys):

@@ -296,11 +296,15 @@ class OpenedModel(ModelChoices):
     def decode(self, latents: mx.array, last: tiling.LastFrames | None = None) -> Iterator[np.ndarray]:
         """Latents (1, t, h, w, C) → uint8 frames (n, H, W, 3), one latent frame's worth at a time.
 
+        Of several machines the first has them.
+
         ``last``: takes the last of them as they are decoded, too.
         """
         still = latents.shape[1] == 1  # the official code rounds stills and truncates videos
         finish = partial(to_uint8, rounding=still)
         if self.tiny_vae and self._tiny:
+            if self.group is not None and self.group.rank:
+                return  # it is too little to share
             progress = counted(self.listener, "decoding by TAEHV")
             if last is not None:
                 geometry = self.geometry
