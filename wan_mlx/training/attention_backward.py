@@ -125,9 +125,9 @@ def attention_gradients(
             # are some percent off.
             scores = (query.astype(mx.float32) * head_dim**-0.5) @ wide_key
             scores = scores if bias is None else scores + bias
-            total = mx.logsumexp(scores, axis=-1, keepdims=True)
+            weights = mx.softmax(scores, axis=-1, precise=True)
             off = _dot(back, out)
-            weights, slopes = _weights_and_slopes(scores, total, back @ value.swapaxes(-1, -2), off, head_dim**-0.5)
+            weights, slopes = _weights_and_slopes(weights, back @ value.swapaxes(-1, -2), off, head_dim**-0.5)
             dv = dv + (weights.swapaxes(-1, -2) @ back).astype(mx.float32)
             dk = dk + (slopes.swapaxes(-1, -2) @ query).astype(mx.float32)
             dq.append(slopes @ key)
@@ -146,8 +146,7 @@ def _dot(a, b):
 
 
 @mx.compile
-def _weights_and_slopes(scores, total, products, off, scale):
-    """Softmax of the scores and, times ``scale``, its gradient for the scores, in one pass."""
-    weights = mx.exp(scores - total)
+def _weights_and_slopes(weights, products, off, scale):
+    """Softmax of the scores as the products need it and, times ``scale``, its gradient for the scores, in one pass."""
     slopes = weights * (products.astype(mx.float32) - off) * scale
     return weights.astype(products.dtype), slopes.astype(products.dtype)

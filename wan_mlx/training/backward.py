@@ -145,7 +145,7 @@ def _in_one_thread(
 def keeps_blocks(config: TransformerConfig, dtype: mx.Dtype, tokens: int, is_streamed: bool) -> bool:
     """Whether what blocks make of so many tokens, of all clips, is kept for the backward pass, not made again.
 
-    It is where that is little: a third of the time for some hundred megabytes. By the sizes alone, not by what memory
+    It is where that is little: a quarter of the time for some hundred megabytes. By the sizes alone, not by what memory
     is free: then one run is computed in one way. MLX's fused gradients make the forward pass again themselves.
     """
     is_possible = not is_streamed and not has_fused_gradient(dtype, config.head_dim)

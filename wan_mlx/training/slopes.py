@@ -103,9 +103,9 @@ def _scaled(x, gate):
 @mx.compile
 def _gelu_tanh(x, y):
     v, g = x.astype(mx.float32), y.astype(mx.float32)
-    t = mx.tanh(0.7978845608028654 * (v + 0.044715 * v * v * v))
-    slope = 0.5 * (1 + t) + 0.5 * v * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * v * v)
-    return (g * slope).astype(x.dtype)
+    w = 0.0713548162726 * v * v
+    s = 1 / (1 + mx.exp(-v * (1.5957691216 + w)))  # on a CPU half the time of a hyperbolic tangent
+    return (g * (s + v * s * (1 - s) * (1.5957691216 + 3 * w))).astype(x.dtype)
 
 
 def _modulated_norm(x, y, scale, eps):
