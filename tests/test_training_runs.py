@@ -110,8 +110,8 @@ class TestRanks:
 
     def test_two_that_share_a_folder_learn_what_one_does_of_both_their_clips(self, pico, data, tmp_path):  # noqa: F811
         words = ["train", str(data), "--model", str(pico), *SETTINGS, "--batch", "1", "--accumulate", "2",
-                 "--validate", "30%"]  # fmt: skip
-        done = self.launched(tmp_path, [*words, "-o", "two", "--steps", "2", "--schedule", "constant"])
+                 "--validate", "30%", "--schedule", "constant"]  # fmt: skip
+        done = self.launched(tmp_path, [*words, "-o", "two", "--steps", "2"])
         assert done.stdout.count("two.safetensors") == 1, (done.stdout, done.stderr)  # the first process alone speaks
         done = self.launched(tmp_path, [*words, "-o", "two", "--steps", "3", "--resume"])
         assert done.stdout.count("two.safetensors") == 1, done.stderr

@@ -2,10 +2,11 @@
 
     python examples/nano/teach.py colour --output learned
 
-Paints 16 clips of things in a colour that nano never saw, named by a word that it does not know, trains on them with
-the trainer's own defaults for nano, and reads from pixels what videos of other prompts show: with the new word, and
-with old words alone. ``stills`` is the same with pictures, ``shape`` teaches an outline. Settings of the trainer follow
-as NAME=VALUE: ``steps=200 learning_rate=1e-3``. It needs torch, for painting.
+Paints 16 clips of things in a colour that nano never saw, named by a word that it does not know, trains on the first
+five frames of each, and reads from pixels what videos of other prompts show: with the new word, and with old words
+alone. ``stills`` is the same with pictures, ``shape`` teaches an outline. What nano knows is guarded by `Recipe`'s
+``preserve``. Settings of the trainer follow as NAME=VALUE: ``steps=200 learning_rate=1e-3``. It needs torch, for
+painting; on a Linux CPU OpenBLAS makes it several times as fast (docs/training.md).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from world import Scene, Thing
 
 WORD, LIME = "zorb", (160, 230, 30)
 CLIPS, PROMPTS = 16, 24
+DTYPE = "float32"  # in which a CPU with a good BLAS is quicker
+STEPS = 12  # of the videos that are read: the model that was trained, with guidance, not its form of four steps
 
 
 def know(what: str) -> None:
@@ -90,7 +93,7 @@ def details(scene: Scene) -> tuple[str, ...]:
 
 def judge(pipe: Any, asks: list[tuple[str, Scene]]) -> dict[str, float]:
     """Percent right, per detail."""
-    videos = (pipe(prompt, seed=number) for number, (prompt, _) in enumerate(asks))
+    videos = (pipe(prompt, seed=number, steps=STEPS) for number, (prompt, _) in enumerate(asks))
     return summarise([score(measure(video.frames), scene) for video, (_, scene) in zip(videos, asks, strict=True)])
 
 
@@ -104,7 +107,9 @@ def main() -> None:
     from wan_mlx import WanPipeline
     from wan_mlx.training import TrainStep, train
 
-    settings = {name: value_of(text) for name, _, text in (one.partition("=") for one in args.settings)}
+    old_words = [*(world.SHAPES if args.what == "shape" else world.COLOURS)]
+    settings: dict[str, Any] = {"frames": 5, "preserve": 0.35, "preserve_words": ",".join(old_words), "dtype": DTYPE}
+    settings |= {name: value_of(text) for name, _, text in (one.partition("=") for one in args.settings)}
     know(args.what)
     write_data(args.what, args.output / "clips")
     began = time.monotonic()
@@ -117,7 +122,7 @@ def main() -> None:
     seconds = round(time.monotonic() - began)
     print(f"{seconds} s of training", flush=True)
     found: dict[str, Any] = {"what": args.what, "settings": settings, "seconds": seconds}
-    pipe = WanPipeline.from_pretrained("nano", loras=[lora], progress=False, prompt_cache=False)
+    pipe = WanPipeline.from_pretrained("nano", loras=[lora], dtype=DTYPE, progress=False, prompt_cache=False)
     with pipe.keep_loaded():
         for name, new in (("new word", True), ("old words", False)):
             found[name] = judge(pipe, prompts(args.what, new))

@@ -74,8 +74,8 @@ TIMESTEP_SAMPLING = {
 # Where a model's defaults differ: nano learns in minutes on a CPU.
 OF_MODELS: dict[str, dict[str, Any]] = {
     "nano": {
-        "rank": 8, "steps": 300, "learning_rate": 2e-3, "warmup": 10, "batch": 2, "save_every": 50,
-        "caption_dropout": 0.0,
+        "rank": 8, "steps": 700, "learning_rate": 3e-3, "schedule": "cosine", "warmup": 10, "batch": 4,
+        "timesteps": "uniform-shift", "save_every": 50, "caption_dropout": 0.0,
     },
 }  # fmt: skip
 
