@@ -32,8 +32,7 @@ from .terminal import write
 
 DESCRIPTION = "Train a LoRA from pictures and videos with captions."
 EPILOG = """\
-A caption is a text file beside each picture or video: a.mp4, a.txt. OUT gets
-OUT.safetensors (the LoRA), checkpoints/, state/ (to resume from), log.jsonl.
+Captions lie beside: a.mp4, a.txt. OUT gets OUT.safetensors, state/, log.jsonl.
 examples:
   wan-mlx train clips -o zorb --trigger zorb
   wan-mlx train clips -m t2v-1.3B -o style --size 480x272 --frames 33"""
