@@ -286,6 +286,20 @@ class TestTraining:
         with pytest.raises(UsageError, match="holds a training run; --resume goes on"):
             next(Training(pipe, clips_of(data), RECIPE, straight[0].folder).run())
 
+    def test_a_run_of_an_older_version_goes_on(self, straight, pipe, data, tmp_path):
+        """What its recipe lacks had its default."""
+        shutil.copytree(straight[0].folder, tmp_path / "style")
+        path = tmp_path / "style" / "recipe.json"
+        told = json.loads(path.read_text())
+        for name in ("preserve", "preserve_words", "given_frame", "clip"):
+            del told["recipe"][name]
+        path.write_text(json.dumps(told))
+        other = Recipe(**{**RECIPE.as_json(), "clip": 2.0})
+        with pytest.raises(UsageError, match=r"otherwise: clip is 2.0, it was started with 1.0$"):
+            trained(pipe, data, tmp_path / "style", other, resume=True)
+        training, steps = trained(pipe, data, tmp_path / "style", resume=True)
+        assert not steps and training.path.read_bytes() == straight[0].path.read_bytes()
+
     def test_the_data_may_go_and_a_damaged_cache_is_made_anew(self, straight, pipe, data, tmp_path, monkeypatch):
         shutil.copytree(data, tmp_path / "data")
         shutil.copytree(straight[0].folder / "cache", tmp_path / "style" / "cache")

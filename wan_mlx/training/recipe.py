@@ -174,12 +174,15 @@ class Recipe:
         return asdict(self)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """Lines about settings, of those that may not change, that another run's ``as_json`` has otherwise."""
-        own = self.as_json()
+        """Lines about settings, of those that may not change, that another run's ``as_json`` has otherwise.
+
+        One that it lacks, because it was started by an older version, had its default.
+        """
+        own, other = self.as_json(), {field.name: field.default for field in fields(self)} | other
         return [
-            f"{name} is {own[name]!r}, it was started with {other.get(name)!r}"
-            for name in (field.name for field in fields(self))
-            if name not in self.FREE and own[name] != other.get(name)
+            f"{name} is {value!r}, it was started with {other[name]!r}"
+            for name, value in own.items()
+            if name not in self.FREE and value != other[name]
         ]
 
     # Chance
