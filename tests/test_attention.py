@@ -1,12 +1,17 @@
-"""Keys that are appended to fill a GPU's last tile weigh next to nothing, whatever the queries are."""
+"""Attention has no mask; keys that are appended to fill a GPU's last tile weigh next to nothing, whatever the queries
+are."""
 
 from __future__ import annotations
+
+import ast
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from arrays import relative_error
 
+import wan_mlx
 from wan_mlx.cuda import forward as cuda_attention
 from wan_mlx.models import attention_execution
 from wan_mlx.models.attention import SelfAttention, attention
@@ -22,6 +27,14 @@ def weights(q: np.ndarray, k: np.ndarray) -> np.ndarray:
     scores = np.einsum("bqhd,bkhd->bhqk", q.astype(np.float64), k.astype(np.float64)) * HEAD_DIM**-0.5
     e = np.exp(scores - scores.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
+
+
+def test_mlx_s_attention_never_gets_a_mask():
+    files = Path(wan_mlx.__file__).parent.rglob("*.py")
+    nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ".scaled_dot_product" in ast.unparse(node.func)]
+    assert len(calls) == 5
+    assert {(len(call.args), *(one.arg for one in call.keywords)) for call in calls} == {(3, "scale")}
 
 
 @pytest.mark.parametrize("case", ["any", "all far from zero", "one key takes all", "two groups", "all the same"])

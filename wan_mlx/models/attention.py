@@ -15,18 +15,17 @@ from .configs import TransformerConfig
 from .layers import Linear
 from .rope import RopeTable, norm_and_rotate
 
-# Keys and values that tokens attend to, each (B, length, heads, head_dim), and what is added to their scores, if any.
-Pairs = list[tuple[mx.array, ...]]
+# Keys and values that tokens attend to, each (B, length, heads, head_dim).
+Pairs = list[tuple[mx.array, mx.array]]
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, bias: mx.array | None = None) -> mx.array:
+def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """Attention without a mask (Wan needs none), softmax in float32, scale 1/sqrt(head_dim).
 
-    Queries (B, Lq, heads, head_dim), keys and values (B, Lk, heads, head_dim) → (B, Lq, heads * head_dim). ``bias``
-    (Lk,) is added to the scores: the logarithm of how many equal keys and values each one stands for.
+    Queries (B, Lq, heads, head_dim), keys and values (B, Lk, heads, head_dim) → (B, Lq, heads * head_dim).
     """
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    attended = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=bias)
+    attended = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
     return attended.transpose(0, 2, 1, 3).flatten(2)
 
 
@@ -70,12 +69,9 @@ class CrossAttention(Attention):
             self.v_img = Linear(config.dim, config.dim)
             self.norm_k_img = RMSNorm(config.dim)
 
-    def keys_values(
-        self, context: mx.array, image_context: mx.array | None, text_bias: mx.array | None = None
-    ) -> Pairs:
-        """Keys and values of the text, whose scores ``text_bias`` is added to, and, if there is one, of the image."""
-        of_text = self._normed(self.k(context), self.norm_k), split_heads(self.v(context), self.heads)
-        pairs: Pairs = [of_text if text_bias is None else (*of_text, text_bias)]
+    def keys_values(self, context: mx.array, image_context: mx.array | None) -> Pairs:
+        """Keys and values of the text and, if there is one, of the image."""
+        pairs = [(self._normed(self.k(context), self.norm_k), split_heads(self.v(context), self.heads))]
         if image_context is not None:
             keys, values = self.k_img(image_context), self.v_img(image_context)
             pairs.append((self._normed(keys, self.norm_k_img), split_heads(values, self.heads)))
@@ -84,7 +80,7 @@ class CrossAttention(Attention):
     def attend(self, x: mx.array, pairs: Pairs, attention: Callable[..., mx.array] = attention) -> mx.array:
         """Normed tokens (B, L, D) and the keys and values that they attend to → (B, L, D), for ``o``."""
         q = self._normed(self.q(x), self.norm_q)
-        return reduce(mx.add, (attention(q, *pair) for pair in pairs))  # sum() would add them to 0
+        return reduce(mx.add, (attention(q, k, v) for k, v in pairs))  # sum() would add them to 0
 
     def __call__(self, x: mx.array, pairs: Pairs) -> mx.array:
         return self.o(self.attend(x, pairs))

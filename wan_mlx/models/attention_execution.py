@@ -61,13 +61,9 @@ def has_fused_kernel(dtype: mx.Dtype, head_dim: int) -> bool:
     return mx.metal.is_available() or dtype in (mx.float16, mx.bfloat16)
 
 
-def attention(
-    q: mx.array, k: mx.array, v: mx.array, pace: Callable[..., None], bias: mx.array | None = None
-) -> mx.array:
+def attention(q: mx.array, k: mx.array, v: mx.array, pace: Callable[..., None]) -> mx.array:
     """Same as `attention.attention`, in dispatches of bounded size; ``pace`` is called after each, if several."""
-    (batch, rows, heads, head_dim), dtype = q.shape, q.dtype
-    if bias is not None:  # a logarithm in 16 bits would be some percent off when it is raised again
-        q, k, v = (x.astype(mx.float32) for x in (q, k, v))
+    batch, rows, heads, head_dim = q.shape
     work_per_row = batch * k.shape[1]
     if fused := has_fused_kernel(q.dtype, head_dim):
         limit, work_per_row = chips.dispatch_flop(), 4.0 * work_per_row * head_dim
@@ -84,10 +80,10 @@ def attention(
         parts = []
         for row in range(0, rows, rows_at_once):
             part = mx.fast.scaled_dot_product_attention(
-                q[:, group, row : row + rows_at_once], k[:, group], v[:, group], scale=head_dim**-0.5, mask=bias
+                q[:, group, row : row + rows_at_once], k[:, group], v[:, group], scale=head_dim**-0.5
             )
             parts.append(part.transpose(0, 2, 1, 3))
             if heads_at_once < heads or rows_at_once < rows:
                 pace(parts[-1])
         groups.append(mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
-    return (mx.concatenate(groups, axis=2) if len(groups) > 1 else groups[0]).flatten(2).astype(dtype)
+    return (mx.concatenate(groups, axis=2) if len(groups) > 1 else groups[0]).flatten(2)

@@ -49,7 +49,7 @@ def run_block(block: Block, x: mx.array, this_pass: ForwardPass, pace: Pacer, on
     else:
         rest = _after_addition
         pieces[:] = [once(partial(_with_attention, block, pieces, runs, this_pass, pace, at_once))]
-    pairs = block.cross_attn.keys_values(*this_pass.sources)
+    pairs = block.cross_attn.keys_values(this_pass.context, this_pass.image_context)
     rests = [(tokens, partial(rest, block, m, pairs, pace)) for tokens, m in runs]
     return in_token_chunks(rests, pieces, pace, at_once)
 
@@ -117,7 +117,7 @@ def _after_norm(block: Block, m: Modulation, pairs: Pairs, pace: Pacer, pieces: 
     x, y = pieces
     pieces.clear()
     pace.small(x, y)
-    attended = block.cross_attn.attend(y, pairs, lambda q, k, v, *bias: attention(q, k, v, pace, *bias))
+    attended = block.cross_attn.attend(y, pairs, partial(attention, pace=pace))
     pace(attended)
     cross = block.cross_attn.o(attended)
     del attended

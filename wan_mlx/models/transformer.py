@@ -86,12 +86,11 @@ class Block(nn.Module):
         image_context: mx.array | None,
         rope: RopeTable,
         clean: Clean | None = None,
-        text_bias: mx.array | None = None,
     ) -> mx.array:
         """x (B, L, D), modulation float32 (B, 6, D), context (B, 512, D) → (B, L, D)."""
         runs = self.runs(modulation, clean)
         q, k, v = self.self_attn.queries_keys_values(by_runs(self.before_attention, runs, x), rope)
-        rest = partial(self.after_attention, self.cross_attn.keys_values(context, image_context, text_bias))
+        rest = partial(self.after_attention, self.cross_attn.keys_values(context, image_context))
         return by_runs(rest, runs, x, attention(q, k, v))
 
     def before_attention(self, x: mx.array, m: Modulation) -> mx.array:
@@ -177,17 +176,11 @@ class ForwardPass:
     vace_scale: float = 1.0  # strength of its hints
     voice: tuple[mx.array, mx.array | None] | None = None  # what each latent frame hears (`s2v.Voice`)
     face: mx.array | None = None  # tokens of Animate's face for each frame of the grid (B, frames, tokens, D)
-    text_bias: mx.array | None = None  # added to the scores of ``context`` (length,), where a row stands for several
 
     @property
-    def for_blocks(self) -> tuple[mx.array, mx.array, mx.array | None, RopeTable, Clean | None, mx.array | None]:
+    def for_blocks(self) -> tuple[mx.array, mx.array, mx.array | None, RopeTable, Clean | None]:
         """The inputs of `Block` beside the tokens."""
-        return self.modulation, self.context, self.image_context, self.rope, self.clean, self.text_bias
-
-    @property
-    def sources(self) -> tuple[mx.array, mx.array | None, mx.array | None]:
-        """The inputs of `CrossAttention.keys_values`."""
-        return self.context, self.image_context, self.text_bias
+        return self.modulation, self.context, self.image_context, self.rope, self.clean
 
     @property
     def times(self) -> Runs[mx.array]:

@@ -69,11 +69,29 @@ def _in_one_graph(heads: Heads, rest: Callable[[mx.array], mx.array], pieces: Pi
     return found
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, bias: mx.array | None = None) -> mx.array:
-    """`attention`, within what is differentiated or evaluated later: it computes nothing yet."""
-    if bias is None and has_fused_gradient(q.dtype, q.shape[-1]):
+def attend(q: mx.array, k: mx.array, v: mx.array, counts: mx.array | None = None) -> mx.array:
+    """`attention`, within what is differentiated or evaluated later: it computes nothing yet.
+
+    ``counts`` (keys,): how many equal keys and values each one stands for, where there is no fused kernel. It is
+    written out, as MLX does there itself, because MLX's own would need a mask.
+    """
+    if has_fused_gradient(q.dtype, q.shape[-1]):
         return _filled(q, k, v)
-    return attention(q, k, v, lambda *arrays: None, bias)
+    if counts is None:
+        return attention(q, k, v, lambda *arrays: None)
+    dtype = q.dtype
+    q, k, v = (x.astype(mx.float32).transpose(0, 2, 1, 3) for x in (q, k, v))
+    return (_weights(q, k.swapaxes(-1, -2), counts) @ v).transpose(0, 2, 1, 3).flatten(2).astype(dtype)
+
+
+def _weights(query: mx.array, key: mx.array, counts: mx.array | None) -> mx.array:
+    """Softmax of the scores, float32; ``key`` is float32, (B, heads, head_dim, keys).
+
+    The product of two 16-bit numbers is exact in float32: scores rounded to 16 bits would make weights that are some
+    percent off. c equal keys together weigh as one whose score has log(c) added.
+    """
+    scores = (query.astype(mx.float32) * query.shape[-1] ** -0.5) @ key
+    return mx.softmax(scores if counts is None else scores + mx.log(counts), axis=-1, precise=True)
 
 
 def _filled(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
@@ -90,16 +108,16 @@ def attention_gradients(
     attended: mx.array,
     gradient: mx.array,
     pieces: Pieces | None = None,
-    bias: mx.array | None = None,
+    counts: mx.array | None = None,
 ) -> Heads:
     """Gradients for queries, keys and values (B, L, heads, head_dim) of `attention`, whose result ``attended``
-    (B, L, heads * head_dim) has ``gradient``; ``bias`` (keys,) was added to the scores.
+    (B, L, heads * head_dim) has ``gradient``; ``counts`` as for `attend`.
 
     Some queries and heads at a time, whose scores are made again: ``dS = P * (dO V^T - sum(dO * O))``. Scores, softmax
     and all sums over queries are float32. With ``pieces`` each group is computed before the next is written down;
     without them one is only made after the other when the results are computed.
     """
-    if bias is None and has_fused_gradient(q.dtype, q.shape[-1]):
+    if has_fused_gradient(q.dtype, q.shape[-1]):
         _, found = mx.vjp(_filled, [q, k, v], [gradient])
         return found
     batch, rows, heads, head_dim = q.shape
@@ -121,13 +139,10 @@ def attention_gradients(
             query, out, back = q[:, own, some], o[:, own, some], g[:, own, some]
             if before:
                 query, back = mx.depends([query, back], before)
-            # The product of two 16-bit numbers is exact in float32: scores rounded to 16 bits would make weights that
-            # are some percent off.
-            scores = (query.astype(mx.float32) * head_dim**-0.5) @ wide_key
-            scores = scores if bias is None else scores + bias
-            weights = mx.softmax(scores, axis=-1, precise=True)
             off = _dot(back, out)
-            weights, slopes = _weights_and_slopes(weights, back @ value.swapaxes(-1, -2), off, head_dim**-0.5)
+            weights, slopes = _weights_and_slopes(
+                _weights(query, wide_key, counts), back @ value.swapaxes(-1, -2), off, head_dim**-0.5
+            )
             dv = dv + (weights.swapaxes(-1, -2) @ back).astype(mx.float32)
             dk = dk + (slopes.swapaxes(-1, -2) @ query).astype(mx.float32)
             dq.append(slopes @ key)

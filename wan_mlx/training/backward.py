@@ -1,9 +1,9 @@
 """The loss of a batch and its gradients for LoRA's factors, one block at a time.
 
-The forward pass is the package's own (`run_block`: kernels, fused attention, streamed weights) and keeps
-each block's input. The backward pass goes from the last block to the first and makes each block's inside again
-(`block_backward`), so no graph is larger than a block, and streamed blocks can be read in the other direction. All
-samples of a step go through a block before the next is read. Of a small model the forward pass keeps everything.
+The forward pass, the package's own (`run_block`) where attention has a fused kernel, keeps each block's input. The
+backward pass goes from the last block to the first and makes each block's inside again (`block_backward`), so no graph
+is larger than a block, and streamed blocks can be read in the other direction. All samples of a step go through a block
+before the next is read. Of a small model the forward pass keeps everything.
 
 ``mx.checkpoint`` over whole blocks hardly saves memory in MLX, which evaluates breadth first: it makes all blocks
 again before it needs them.
@@ -28,7 +28,7 @@ from ..models.pieces import FEED_FORWARD_TOKENS, Pacer
 from ..models.transformer import Block, ForwardPass
 from .attention_backward import has_fused_gradient
 from .block_backward import BlockFactors, KeptBlock, block_gradients
-from .factors import Factors, of_block, placed, twin
+from .factors import Factors, of_block, placed
 from .pieces import Pieces
 from .slopes import try_kernels
 
@@ -56,11 +56,15 @@ class Sample:
 
 @dataclass
 class _Way:
-    """A sample on its way: its tokens, or their gradient, and what the blocks take beside them."""
+    """A sample on its way: its tokens, or their gradient, and what the blocks take beside them.
+
+    ``counts``: how many equal rows of text each one stands for; None: itself.
+    """
 
     sample: Sample
     this_pass: ForwardPass
     x: mx.array
+    counts: mx.array | None = None
 
 
 def loss(model: Execution, factors: Factors, samples: Sequence[Sample], scale: float) -> list[float]:
@@ -90,14 +94,14 @@ def loss_and_gradients(
         keeps = keeps_blocks(config, dtype, tokens, is_streamed)
     if threads(len(samples), is_streamed) == 1:
         return _in_one_thread(model, factors, samples, scale, len(samples), keeps)
-    # Half of the samples each; in layers of their own, since factors are placed in them.
+    # Half of the samples each, of the same layers: on a CPU no factors are `placed` in them.
     given = [(one.latents, one.context, one.target, dict(one.conditions)) for one in samples]
     mx.eval(model.model.parameters(), factors, given)  # here: the other thread could not
     middle = (len(samples) + 1) // 2
     (losses, gradients), (more, others) = at_once(
-        lambda model, some: _in_one_thread(model, factors, some, scale, len(samples), keeps),
-        (model, samples[:middle]),
-        (Execution(twin(model.model), tokens_at_once=model.tokens_at_once), samples[middle:]),
+        lambda some: _in_one_thread(model, factors, some, scale, len(samples), keeps),
+        (samples[:middle],),
+        (samples[middle:],),
     )
     return [*losses, *more], {name: array + others[name] for name, array in gradients.items()}
 
@@ -131,7 +135,7 @@ def _in_one_thread(
             if isinstance(one, KeptBlock):
                 found = one.back(way.x, wanted)
             else:
-                found = block_gradients(block, own, one, way.x, way.this_pass, pieces, wanted)
+                found = block_gradients(block, own, one, way.x, way.this_pass, pieces, wanted, way.counts)
             way.x = way.x if found is None else found
         of_this = own.gradients(count)
         pieces.add(*of_this.values())
@@ -159,7 +163,7 @@ def kept_bytes(config: TransformerConfig, dtype: mx.Dtype, tokens: int) -> int:
 
 def _kept(block: Block, factors: BlockFactors, ways: Sequence[_Way], pieces: Pieces) -> list[KeptBlock]:
     """Sends the samples through a block."""
-    found = [KeptBlock(block, factors, way.x, way.this_pass, pieces) for way in ways]
+    found = [KeptBlock(block, factors, way.x, way.this_pass, pieces, way.counts) for way in ways]
     for way, one in zip(ways, found, strict=True):
         way.x = one.result
     return found
@@ -186,7 +190,7 @@ def shortens_text(dtype: mx.Dtype, head_dim: int) -> bool:
     """Whether one row of text stands for all the padding.
 
     It does where attention stores its scores, such as on a CPU, where all rows of padding cost nano two fifths of a
-    step. A fused kernel takes 512 keys in no time, and a bias would make it another, slower one.
+    step. A fused kernel takes 512 keys in no time.
     """
     return not has_fused_kernel(dtype, head_dim)
 
@@ -197,11 +201,11 @@ def _enter(model: Execution, sample: Sample) -> _Way:
     padded = mx.pad(context, [(0, 0), (0, missing), (0, 0)])
     x, this_pass = network.enter(sample.latents, sample.timestep, padded, **sample.conditions)
     if missing > 1 and shortens_text(network.dtype, config.head_dim):
-        # Rows of zeros stay equal: their keys, values and scores. One with log(count) added to its score has the weight
-        # of all of them, and its gradient is the sum of theirs.
-        count = context.shape[1]
-        bias = mx.array([0.0] * count + [math.log(missing)])
-        this_pass = replace(this_pass, context=network.embed_text(padded[:, : count + 1]), text_bias=bias)
+        # Rows of zeros stay equal, as do their keys and values: one has the weight of all of them, and its gradient is
+        # the sum of theirs.
+        rows = context.shape[1]
+        this_pass = replace(this_pass, context=network.embed_text(padded[:, : rows + 1]))
+        return _Way(sample, this_pass, x, mx.array([1.0] * rows + [missing]))
     return _Way(sample, this_pass, x)
 
 
@@ -221,11 +225,17 @@ def _forward(model: Execution, factors: Factors, ways: Sequence[_Way], scale: fl
     """Sends the samples through the blocks; yields their tokens before each."""
     late = DEFERRED_WHOLE if model.tokens_at_once > FEED_FORWARD_TOKENS else DEFERRED
     pace = Pacer(model.tokens_at_once, DeferredFrees(late))
+    dtype, pieces = model.model.dtype, Pieces()
     for place, block in _blocks(model, model.model.block_order()):
-        before = [way.x for way in ways]
-        with placed(block, of_block(factors, place), scale, model.model.dtype):
+        before, own = [way.x for way in ways], of_block(factors, place)
+        if shortens_text(dtype, model.model.config.head_dim):  # `run_block` knows no rows that stand for several
+            factors_of = BlockFactors(own, scale, dtype)
             for way in ways:
-                way.x = run_block(block, way.x, way.this_pass, pace)
-            if model.blocks is not None:
-                mx.eval([way.x for way in ways])
+                way.x = KeptBlock(block, factors_of, way.x, way.this_pass, pieces, way.counts).result
+        else:
+            with placed(block, own, scale, dtype):
+                for way in ways:
+                    way.x = run_block(block, way.x, way.this_pass, pace)
+        if model.blocks is not None:
+            mx.eval([way.x for way in ways])
         yield before

@@ -128,14 +128,15 @@ def block_gradients(
     this_pass: ForwardPass,
     pieces: Pieces,
     wanted: bool = True,
+    counts: mx.array | None = None,
 ) -> mx.array | None:
     """The gradient for a block's input x (1, L, D), if it is ``wanted``, given that for its result; adds those for its
-    factors.
+    factors. ``counts``: how many equal rows of text each one stands for.
 
     What is returned, and the factors' gradients, wait in ``pieces``.
     """
     chunks = list(_chunks(block.runs(this_pass.modulation, this_pass.clean), x.shape[1]))
-    cross = _Pairs(block, factors, this_pass)
+    cross = _Pairs(block, factors, this_pass, counts)
     found = [_Before(block, factors, x[:, some], m, this_pass, some).heads() for some, m in chunks]
     heads = _joined(found)
     pieces.add(*heads, *cross.arrays)
@@ -167,10 +168,18 @@ def block_gradients(
 class KeptBlock:
     """A block's forward pass, of which all is kept that `back` needs: it makes nothing again."""
 
-    def __init__(self, block: Block, factors: BlockFactors, x: mx.array, this_pass: ForwardPass, pieces: Pieces):
+    def __init__(
+        self,
+        block: Block,
+        factors: BlockFactors,
+        x: mx.array,
+        this_pass: ForwardPass,
+        pieces: Pieces,
+        counts: mx.array | None = None,
+    ):
         self.factors, self.pieces = factors, pieces
         self.chunks = list(_chunks(block.runs(this_pass.modulation, this_pass.clean), x.shape[1]))
-        self.cross = _Pairs(block, factors, this_pass)
+        self.cross = _Pairs(block, factors, this_pass, counts)
         self.before = [_Before(block, factors, x[:, some], m, this_pass, some) for some, m in self.chunks]
         q, k, v = self.heads = _joined([before.heads() for before in self.before])
         pieces.run(q, k, v, *self.cross.arrays)
@@ -279,14 +288,14 @@ class _Before:
 class _Pairs:
     """Keys and values of cross-attention, and the sums of their gradients over the tokens."""
 
-    def __init__(self, block: Block, factors: BlockFactors, this_pass: ForwardPass):
+    def __init__(self, block: Block, factors: BlockFactors, this_pass: ForwardPass, counts: mx.array | None):
         layer, sources = block.cross_attn, [("", this_pass.context, block.cross_attn.norm_k)]
         if this_pass.image_context is not None:
             sources.append(("_img", this_pass.image_context, layer.norm_k_img))
         self.heads, self.eps = layer.heads, layer.eps
         self.layers: list[tuple[Product, Product, mx.array]] = []
         self.pairs: list[tuple[mx.array, mx.array]] = []
-        self.biases = [this_pass.text_bias, None]  # added to the scores of text, and of an image
+        self.counts = [counts, None]  # of equal rows that each row of text, and of an image, stands for
         self.rows: list[mx.array] = []
         for name, context, norm in sources:
             k, v = (Product(block, f"cross_attn.{letter}{name}", factors) for letter in "kv")
@@ -336,7 +345,7 @@ class _After:
         self.row = self.cross_q(y)
         normed = mx.fast.rms_norm(self.row, layer.norm_q.weight.astype(self.row.dtype), layer.eps)
         self.q = split_heads(normed, layer.heads)
-        self.results = [attend(self.q, *pair, bias) for pair, bias in zip(cross.pairs, cross.biases, strict=False)]
+        self.results = [attend(self.q, *pair, counts) for pair, counts in zip(cross.pairs, cross.counts, strict=False)]
         seen = self.cross_o(_total(self.results))
         self.x2, y = kernels.add_and_norm(self.x1, seen, one, m.scale_ffn, m.shift_ffn, block.eps)
         pieces.add(self.x1, self.row, self.x2, y, *self.results)
@@ -357,8 +366,8 @@ class _After:
         pieces.add(for_x, *factors.new())
         y = self.cross_o.back(for_x)
         found = [
-            attention_gradients(self.q, *pair, result, y, bias=bias)
-            for pair, result, bias in zip(cross.pairs, self.results, cross.biases, strict=False)
+            attention_gradients(self.q, *pair, result, y, counts=counts)
+            for pair, result, counts in zip(cross.pairs, self.results, cross.counts, strict=False)
         ]
         cross.add([array for _, *pair in found for array in pair])
         norm_q = block.cross_attn.norm_q.weight

@@ -9,7 +9,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 import mlx.core as mx
@@ -90,18 +89,6 @@ def placed(block: Block, own: Mapping[str, mx.array], scale: float, dtype: mx.Dt
                 layer.pop(key, None)
                 if array is not None:
                     dict.update(layer, {key: array})
-
-
-def twin(model: Any) -> Any:
-    """A network of the same arrays, with layers of its own, in which factors can be `placed` at the same time."""
-    if isinstance(model, list):
-        return [twin(one) for one in model]
-    if not isinstance(model, dict):
-        return model
-    found = copy(model)
-    for name, one in model.items():
-        dict.__setitem__(found, name, twin(one))
-    return found
 
 
 def _layer(block: Any, name: str) -> Any:
