@@ -97,12 +97,36 @@ class TestTheWordWithoutAFlag:
             (["a cat", "--lora", "x.safetensors", "0.8"], "--lora x.safetensors:0.8"),
             (["--lora", "x.safetensors", "0.8", "a cat"], "--lora x.safetensors:0.8"),
             (["generate"], "--prompt is missing"),
-            (["plan"], "--model is missing"),
             (["help", "genrate"], "expected one of generate, plan"),
+            (["help", "plna"], "; nearest: plan\n"),
+            (["plna", "t2v-1.3B"], "nearest: wan-mlx plan t2v-1.3B; as a prompt: wan-mlx -p 'plna t2v-1.3B'"),
+            (["modles", "rm", "t2v-1.3B"], "nearest: wan-mlx models rm t2v-1.3B;"),
+            (["resum", "x.mp4"], "nearest: wan-mlx resume x.mp4;"),
+            (["doctr", "--share"], "nearest: wan-mlx doctor --share;"),
+            (["plna", "--help"], "nearest: wan-mlx plan --help;"),
+            (["-m", "nano", "plan", "--frames", "5"], "goes first; nearest: wan-mlx plan --frames 5 -m nano;"),
+            (["-m", "nano", "resume", "x.mp4"], "goes first; nearest: wan-mlx resume x.mp4 -m nano;"),
+            (["models", "lst"], "models lst: expected one of list, rm; nearest: list\n"),
+            (["models", "remove", "nano"], "models remove: expected one of list, rm; nearest: rm\n"),
+            (["models", "list", "nano"], "a name and --yes have no effect without rm"),
+            (["queue", "ad", "a cat"], "; nearest: add\n"),
+            (["completion", "fsh"], "; nearest: fish\n"),
         ],
     )
     def test_is_refused_with_what_may_be_meant(self, capsys, argv, said):
         assert said in refused(capsys, *argv)
+
+    def test_in_a_prompt_of_several_a_command_s_name_is_a_word(self, capsys):
+        assert "prompt    plna b" in dry(capsys, "plna b")
+
+    @pytest.mark.parametrize("argv", ["plan", "generate red --seeds 1,2 --plan"])
+    def test_a_plan_without_a_model_is_nano_s(self, capsys, monkeypatch, argv):
+        monkeypatch.setattr(speed, "measure_rates", lambda *_: speed.Rates(1e12, 1e12, 1e12, 1e12))
+        assert main(argv.split()) == 0
+        assert "\nnano 128x128, 17 frames" in "\n" + capsys.readouterr().out
+
+    def test_models_list_is_the_table(self, capsys):
+        assert main(["models", "list"]) == 0 and "\nnano " in capsys.readouterr().out
 
     def test_an_unknown_flag_is_told_and_not_its_value(self, capsys):
         assert "unknown argument --sise 16x16; nearest: --size" in refused(capsys, "--sise", "16x16")

@@ -34,7 +34,6 @@ SHOWN = {
     "wan-mlx help plan": "help plan",
     "wan-mlx help COMMAND": "help plan",
     "wan-mlx --help-all": "--help-all",
-    "wan-mlx {}": "plan nano",
     "wan-mlx {} {}": "generate 'a red circle' --dry-run",
     "wan-mlx plan": "plan nano",
     "wan-mlx recipes": "recipes",

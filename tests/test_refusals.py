@@ -126,7 +126,7 @@ class TestOtherCommands:
     def test_one_line(self, capsys, argv):
         refused(capsys, *argv)
 
-    @pytest.mark.parametrize("flags", ["--plan", "--task t2v-1.3B", "--vae nano"])
+    @pytest.mark.parametrize("flags", ["--task t2v-1.3B", "--vae nano", "--vae nano --plan"])
     def test_no_model(self, capsys, flags):
         assert "--model is missing" in refused(capsys, "--prompt", "a cat", *flags.split())
 

@@ -208,7 +208,7 @@ class TestQueueCommand:
             ("stop", "queue stop: expected the id of a job"),
             ("list x", "queue list takes no id"),
             ("list --before x", "--before goes with move"),
-            ("fly", "invalid choice: 'fly'"),
+            ("fly", "queue fly: expected one of list, add"),
         ],
     )
     def test_wrong_usage(self, capsys, command, line):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from .. import options
@@ -137,6 +139,8 @@ def as_flags(name: str, argv: list[str], is_said: bool) -> list[str]:
     placed = [_Word(word) for word in argv]  # equal words are told apart
     given, unknown = run_parser().parse_known_args(placed)
     words = [word for word in unknown if not _is_flag(word)]
+    if words and not is_said:
+        check_command(words[0], argv)
     if not words or len(words) < len(unknown):  # an unknown flag: the parser says so, later
         return [*command.flags, *argv]
     word, option = words[0], options.keyed(command.takes)
@@ -172,17 +176,29 @@ def _is_flag(word: str) -> bool:
     return word.startswith("-") and word != "-" and " " not in word
 
 
+def check_command(word: str, argv: Sequence[str]) -> None:
+    """Refuse a word without a flag that is a command misspelled, or one that stands behind options.
+
+    Args:
+        argv: the whole command line.
+    """
+    near = difflib.get_close_matches(word.lower(), COMMANDS, 1, NEAR)
+    if near and not _is_flag(word) and len(word.split()) == 1:
+        place = [*argv].index(word)
+        meant = shlex.join(["wan-mlx", near[0], *argv[place + 1 :], *argv[:place]])
+        text = " ".join(takewhile(lambda other: not _is_flag(other), argv[place:]))
+        wrong = "stands behind options, and a command goes first" if word in COMMANDS else "looks like no prompt"
+        raise UsageError(f"{word!r} {wrong}; nearest: {meant}; as a prompt: wan-mlx -p {shlex.quote(text)}")
+
+
 def _check_prompt(word: str) -> None:
-    """Refuse one word that is a command misspelled, a model, or a file: a prompt is hardly so."""
+    """Refuse one word that is a model or a file: a prompt is hardly so."""
     if not word.isascii() or len(word.split()) != 1:
         return
     quoted, path = shlex.quote(word), Path(word).expanduser()
-    if near := difflib.get_close_matches(word.lower(), COMMANDS, 1, NEAR):
-        meant = f"wan-mlx {near[0]}"
-    else:
-        meant = next((text.format(quoted) for endings, text in MEANT.items() if path.suffix.lower() in endings), "")
-        if word in PRESETS or path.is_dir() or (not meant and HUB_ID.fullmatch(word)):
-            meant = f'wan-mlx plan {quoted}, or wan-mlx -m {quoted} "what the video should show"'
+    meant = next((text.format(quoted) for endings, text in MEANT.items() if path.suffix.lower() in endings), "")
+    if word in PRESETS or path.is_dir() or (not meant and HUB_ID.fullmatch(word)):
+        meant = f'wan-mlx plan {quoted}, or wan-mlx -m {quoted} "what the video should show"'
     if meant or re.fullmatch(r"\.[A-Za-z]\w{1,9}", path.suffix):
         nearest = f"; nearest: {meant}" if meant else ", but like a file's name"
         raise UsageError(f"{word!r} looks like no prompt{nearest}; as a prompt: wan-mlx -p {quoted}")

@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from .. import options
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from ..option import Option
 from ..option_texts import guidance_text
 from ..other_words import suggestion
@@ -26,6 +26,7 @@ USAGE = '''wan-mlx "what the video should show" [flags]
 ABOUT = "Makes videos with the open Wan models, on Apple silicon or another MLX backend."
 ABOUT_GROUP = {options.SAMPLE: "Defaults are the model's own: see the table below."}
 WIDEST = 100  # columns of a page of help
+SAME_WORDS = {"remove": "rm", "delete": "rm", "ls": "list"}  # of other programs → of our commands
 
 
 class Page(argparse.RawDescriptionHelpFormatter):
@@ -63,6 +64,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(**{"formatter_class": Page, "allow_abbrev": False, **options})
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            of = self.prog.removeprefix("wan-mlx ")
+            near = nearest(SAME_WORDS.get(value, value), action.choices)
+            raise UsageError(f"{of} {value}: expected one of {', '.join(action.choices)}{near}")
 
     def parse_args(  # type: ignore[override]  # argparse has overloads for other namespaces
         self, args: Sequence[str] | None = None, namespace: Any = None

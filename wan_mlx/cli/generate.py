@@ -54,10 +54,10 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     """Carry out the flags; returns the exit code."""
     is_chosen = args.model is not None or args.high_noise is not None
     check_flags(args)
-    if args.plan:
-        return show_plan(args, say)
     if not is_chosen:
         say.note(f"model     {args.model}, which comes with the package: a first look; larger ones: wan-mlx models")
+    if args.plan:
+        return show_plan(args, say)
     if args.output:
         # Before a download or an hour of work; of a series the names are not known yet.
         check_output(args.output, args.overwrite or is_series(args))

@@ -35,7 +35,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.model is None and args.high_noise and args.low_noise:
         args.model, args.high_noise = args.high_noise, None
     if args.model is None:
-        if args.plan or args.preset or any(getattr(args, part) for part in GIVEN_APART):
+        if args.preset or any(getattr(args, part) for part in GIVEN_APART):
             raise UsageError("--model is missing: a preset, a folder, a file or a hub id, as in --model t2v-1.3B; "
                              "`wan-mlx models` lists those released")  # fmt: skip
         args.model = "nano-i2v" if args.image else "nano"

@@ -49,7 +49,8 @@ def row_of(preset: Preset) -> dict[str, Any]:
 
 def build_parser() -> Parser:
     parser = Parser(prog="wan-mlx models", description="Released models and what is on this machine.")
-    parser.add_argument("action", nargs="?", choices=["rm"], help="rm NAME: delete what was downloaded or converted")
+    parser.add_argument("action", nargs="?", choices=["list", "rm"], default="list", metavar="ACTION",
+                        help="list (default); rm NAME: delete what was downloaded or converted")  # fmt: skip
     parser.add_argument("name", nargs="?", help="a model of the table, a hub id, or a folder that convert wrote")
     parser.add_argument("--yes", action="store_true", help="of rm: do not ask")
     parser.add_argument("--json", action="store_true", help="print a JSON array")
@@ -65,8 +66,8 @@ def main(argv: list[str]) -> int:
         from .remove_models import remove
 
         return remove(args.name, args.yes)
-    if args.yes:
-        raise UsageError("--yes has no effect without rm; leave it out")
+    if args.yes or args.name is not None:
+        raise UsageError("a name and --yes have no effect without rm; leave them out")
     rows = [row_of(preset) for preset in PRESETS.values()]
     if args.json:
         for line in json.dumps(rows, indent=1).splitlines():

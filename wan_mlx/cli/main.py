@@ -9,8 +9,8 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from .. import check_backend
-from ..errors import Stopped, UsageError
-from .commands import COMMANDS, as_flags, help_page
+from ..errors import Stopped, UsageError, nearest
+from .commands import COMMANDS, as_flags, check_command, help_page
 from .config_file import config_arguments
 from .flags import given_flags, run_parser
 from .interrupt import Interrupts
@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         is_said = bool(argv) and argv[0] in COMMANDS
         name, rest = (argv[0], argv[1:]) if is_said else ("generate", argv)
+        if argv and not is_said:
+            check_command(argv[0], argv)
         if name == "help":
             return show_help(rest)
         if module := COMMANDS[name].module:
@@ -83,7 +85,7 @@ def show_help(words: list[str]) -> int:
     """``help`` and ``help COMMAND``."""
     name = words[0] if words else "generate"
     if len(words) > 1 or name not in COMMANDS:
-        raise UsageError(f"help {' '.join(words)}: expected one of {', '.join(COMMANDS)}")
+        raise UsageError(f"help {' '.join(words)}: expected one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
     if module := COMMANDS[name].module:
         of_inspect = {"inspects": True} if name == "inspect" else {}
         page = importlib.import_module(module, __package__).build_parser(**of_inspect).format_help()
