@@ -5,6 +5,7 @@ it names lie at their true sizes (headers; the data are holes). Then it makes it
 and few small frames, unless others show all its flags. What is not run is listed here.
 """
 
+import importlib
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from crafted import header_only
+from mlx._distributed_utils import config, launch
 from mlx.utils import tree_flatten
 from PIL import Image
 from rife_files import save_tiny
@@ -41,13 +43,18 @@ from wan_mlx.planning import peak_memory as peaks
 from wan_mlx.planning import speed as timing
 from wan_mlx.presets import BUNDLED, EXPERTS, PRESETS, RELIGHTING
 from wan_mlx.prompts.extend import Extension
+from wan_mlx.recipes import RECIPES
+from wan_mlx.server.machines import parse_machines
 from wan_mlx.training import Training
 from wan_mlx.weights.configs import shapes_of
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "README.zh-CN.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "examples/nano/README.md",
+         *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]  # fmt: skip
 # They install (see test_install.py), or run the tests themselves.
-NOT_RUN = ("pip install", "pytest", "ruff", "curl", "uv ", "python3.12 -m venv", "'~/wan-mlx/bin/pip' install")
+NOT_RUN = ("pip install", "pytest", "ruff", "curl", "uv ", "python3.12 -m venv", "'~/wan-mlx/bin/pip' install",
+           "WAN_MLX_TESTS_ON=gpu pytest", "python tests/")  # fmt: skip
+PROGRAMS = ("wan-mlx", "mlx.", "python", "pip", "uv", "pytest")  # a line that begins so is a command
 # A name in the pages → the folder here that stands for it; whatever else they name must be a preset, or be here.
 NAMES = {
     "Wan-AI/Wan2.1-T2V-1.3B": "t2v-1.3B", "./Wan2.1-T2V-1.3B": "t2v-1.3B", "Wan-AI/Wan2.1-T2V-14B": "t2v-14B",
@@ -62,11 +69,15 @@ NAMES = {
     "city96/umt5-xxl-encoder-gguf:umt5-xxl-encoder-Q8_0.gguf": "t2v-14B",
     f"{configs.COMFYUI_TRANSFORMERS}/wan2.1_t2v_1.3B_fp16.safetensors": "t2v-1.3B",
     configs.COMFYUI_PARTS["text_encoder"]: "t2v-1.3B", configs.COMFYUI_PARTS["vae"]: "t2v-1.3B",
-    **{name: name for name in ("t2v-1.3B", "t2v-14B", "i2v-14B-480P", "nano", "nano-i2v")},
+    **{name: name for name in ("t2v-1.3B", "t2v-14B", "t2v-A14B", "i2v-14B-480P", "nano", "nano-i2v")},
 }  # fmt: skip
+# A LoRA of a repository, as the recipe names it → the file here that stands for it.
+LORAS = {file: "causvid.safetensors" if "1_3B" in file else "lightx2v.safetensors"
+         for name in ("causvid-1.3B", "lightx2v-4step") for file in RECIPES[name].files}  # fmt: skip
 STAND_INS = sorted(set(NAMES.values()))
 SMALL = "--size 16x16 --frames 5 --dtype float32 --overwrite --quiet"
 SAYS_WHAT = {"--prompt", "--src_root_path"}  # a command with one of them makes a video
+FROM_FILE = {"--config", "--from-draft"}
 FOLDERS = ("-m", "--model", "--ckpt_dir", "--text-encoder", "--vae")
 
 
@@ -115,7 +126,9 @@ def split(words: list[str]) -> list[list[str]]:
 
 
 def spelled_out(words: Sequence[str]) -> list[str]:
-    """A command with long flags for short ones, and for words without one."""
+    """A command with long flags for short ones, and for words without one; of `mlx.launch` what it starts."""
+    if words[0] == "mlx.launch":
+        words = ["wan-mlx", *words[words.index("wan_mlx.generate") + 1 :]]
     if "wan-mlx" not in words[:2]:
         return [*words]
     begin = words.index("wan-mlx") + 1
@@ -242,12 +255,12 @@ def homes(tmp_path_factory, pico):
             write_lora(home / f"{name}.safetensors", small if is_tiny else PRESETS[big].transformer)
         (home / "style").mkdir()  # of a training run
         shutil.copy(home / "style.safetensors", home / "style")
-        made = ["--model", "t2v-1.3B", "--prompt", "a cat", "--seed", "1", "--steps", "1", "--output", "cat.mp4"]
+        made = ["--model", "t2v-1.3B", "--prompt", "a cat", "--seed", "1", "--steps", "1"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(home)
+            patch.chdir(home / "models")
             quick = ["--model", str(homes[True] / "models/t2v-1.3B"), *shlex.split(SMALL)]
-            assert generate.main([*made, *quick]) in (0, 3)
-        shutil.copy(home / "cat.mp4", home / "models")
+            assert generate.main([*made, *quick, "--output", "cat.mp4"]) in (0, 3)
+            assert generate.main([*made, *quick, "--draft", "--size", "32x32", "--output", "look.mp4"]) in (0, 3)
     return homes
 
 
@@ -268,13 +281,15 @@ def quick(monkeypatch, rife):
 
 
 def substituted(words: list[str], home: Path, keep_nano: bool) -> list[str]:
-    """With the folders of ``home`` for the models."""
+    """With the folders of ``home`` for the models, and its files for LoRAs of repositories."""
     found = list(words)
     for place, word in enumerate(words[1:], start=1):
         if words[place - 1] in FOLDERS:
             name = NAMES[word]  # a KeyError: a name in the pages that nothing here stands for
             if not (keep_nano and name.startswith("nano")):
                 found[place] = str(home / "models" / name)
+        elif words[place - 1].startswith("--lora") and re.fullmatch(r"[^/]+/[^/]+:.+", word):
+            found[place] = LORAS[word]  # a KeyError: of a repository, and no recipe names it
     return found
 
 
@@ -285,6 +300,9 @@ def run(words: tuple[str, ...], home: Path, monkeypatch, dry: bool) -> int | Non
         monkeypatch.setenv(*words.pop(0).split("=", 1))
     if ">" in words:
         del words[words.index(">") :]
+    if words[0].startswith("mlx."):
+        if not (words := started_by_mlx(words, monkeypatch)):
+            return 0
     program, *rest = words
     if program == "python":
         program, *rest = rest if rest[0] != "-m" else rest[1:]
@@ -295,8 +313,11 @@ def run(words: tuple[str, ...], home: Path, monkeypatch, dry: bool) -> int | Non
     assert program in ("wan-mlx", "wan_mlx.generate"), program
     if rest[0] in ("convert", "inspect", "info"):
         return None if dry else main(with_folders(rest, home))
-    if rest[0] in ("serve", "queue", "mcp"):  # test_serve.py and test_mcp.py run them
-        return None if dry else main([rest[0], "--help"])
+    if rest[0] in ("serve", "queue", "mcp"):  # test_serve.py, test_queue.py and test_mcp.py run them
+        args, flags = importlib.import_module(f"wan_mlx.cli.{rest[0]}").build_parser().parse_known_args(rest[1:])
+        assert rest[1:2] == ["add"] or not flags
+        parse_machines(getattr(args, "machines", None))
+        return 0
     if rest[0] == "train":
         return None if dry else main([*rest, "--dry-run", "--memory", "24GB"])
     only_shows = {"plan", "--plan", "-h", "--help", "--help-all", "--version", "help"} & {*rest}
@@ -304,14 +325,40 @@ def run(words: tuple[str, ...], home: Path, monkeypatch, dry: bool) -> int | Non
         return None if dry else main(rest)
     rest = substituted(rest, home, keep_nano=dry)
     flags = spelled_out(["wan-mlx", *rest])
-    shutil.copy(home / "models/cat.mp4", home)
-    if "--config" in flags:
+    for name in ("cat.mp4", "look.mp4"):
+        shutil.copy(home / "models" / name, home)
+    if FROM_FILE & {*flags}:
         rest += ["--model", str(home / "models/t2v-1.3B")]
     if dry:
         return main([*rest, "--dry-run", "--overwrite"])
-    if not {*FOLDERS, "--config"} & {*flags}:  # nano, which is tiny here
+    if not {*FOLDERS, *FROM_FILE} & {*flags}:  # nano, which is tiny here
         rest += ["--model", str(home / "models/nano")]
     return main([*rest, *shlex.split(SMALL), *smaller(flags)])
+
+
+class Started(Exception):
+    """What MLX's launcher would start."""
+
+
+def started_by_mlx(words: list[str], monkeypatch) -> list[str]:
+    """The command that `mlx.launch` would start on each machine, as one for one; of another one of MLX's nothing.
+
+    MLX's own parser reads its flags.
+    """
+
+    def stop(parser, hosts, args, rest):
+        raise Started(*rest)
+
+    def connect(*_):
+        raise Started
+
+    monkeypatch.setattr(launch.Hostfile, "from_file", lambda path: launch.Hostfile.from_list("127.0.0.1"))
+    monkeypatch.setattr(launch, "launch_ring", stop)
+    monkeypatch.setattr(config, "check_ssh_connections", connect)
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(Started) as started:
+        {"mlx.launch": launch.main, "mlx.distributed_config": config.main}[words[0]]()
+    return ["python", *started.value.args] if started.value.args else []
 
 
 def with_folders(rest: list[str], home: Path) -> list[str]:
@@ -326,7 +373,7 @@ def smaller(rest: list[str]) -> list[str]:
     flags = ["--frames", "1"] if "--num-images" in rest else []
     if any("s2v" in word for word in rest):
         flags += ["--size", "64x64", "--infer_frames", "4", "--num_clip", "1"]
-    if any("5B" in word for word in rest):
+    if any("5B" in word for word in rest) or "--draft" in rest:
         flags += ["--size", "32x32"]
     if "--slg" in rest:  # there is one block
         flags += ["--slg", "0:0.1-0.9"]
@@ -357,7 +404,7 @@ def test_command_runs(command, homes, monkeypatch, capsys):
         assert "has no effect here" not in said.err or "--offload_model" in command
     words = spelled_out(COMMANDS[command])
     makes = SAYS_WHAT & {*words} and not {"--plan", "--dry-run"} & set(words)
-    assert bool(made) == bool(command in MADE and (makes or "--config" in words))
+    assert bool(made) == bool(command in MADE and (makes or FROM_FILE & {*words}))
 
 
 def counted(begin, made):
@@ -369,8 +416,10 @@ def counted(begin, made):
 
 
 def test_the_pages_are_read():
-    assert len(PAGES) == 21 and len(COMMANDS) > 40
-    assert {block.language for block in blocks()} <= {"sh", "python", "json", ""}
+    assert len(PAGES) == 23 and len(COMMANDS) > 40
+    assert {block.language for block in blocks()} <= {"sh", "python", "json", "xml", ""}
+    assert not [line for block in blocks() if block.language != "sh" for line in block.text.splitlines()
+                if line.split(" ")[0].startswith(PROGRAMS) and block.language != "python"]  # fmt: skip
     zh, en = ([b.text for b in blocks() if b.page == page] for page in ("README.zh-CN.md", "README.md"))
     assert len(zh) == len(en) and [len(text.splitlines()) for text in zh] == [len(text.splitlines()) for text in en]
 
@@ -389,11 +438,55 @@ def test_python_runs(page, homes, monkeypatch):
             exec(block.text.replace('"nano"', repr(str(homes[True] / "models/nano"))), names)
 
 
+def test_scripts_take_the_flags_that_pages_give_them():
+    found = 0
+    for page in PAGES:
+        folder, text = (ROOT / page).parent, (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+        for script, rest in re.findall(r"^ *python (\S+\.py)(.*)", text, re.MULTILINE):
+            source = next((path for path in (ROOT / script, folder / script) if path.exists()), None)
+            assert source, (page, script)
+            code = source.read_text(encoding="utf-8")
+            for flag in re.findall(r" (--[a-z][\w-]*)", rest.split("#")[0]):
+                assert re.search(f'"{flag}[" ]', code) or script == "weights_convert.py", (page, script, flag)
+                found += 1
+    assert found > 10
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    text = re.sub(r"^( *)```.*?^\1```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-")
+            for head in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}  # fmt: skip
+
+
 def test_every_link_leads_somewhere():
     for page in PAGES:
         text = re.sub("`[^`\n]*`", "", (ROOT / page).read_text(encoding="utf-8"))
-        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-            assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), (page, link)
+        for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
+            if link.startswith("https://"):
+                continue
+            there = (ROOT / page).parent / link if link else ROOT / page
+            assert there.exists() and (not anchor or anchor in anchors(there)), (page, link, anchor)
+
+
+def test_ten_minutes_are_computed_and_no_more_than_ten():
+    """In the line above each command of "In ten minutes", by chip and memory."""
+    for page, unit, head in (("docs/choosing-a-model.md", "min", "## In ten minutes"),
+                             ("docs/zh/choosing-a-model.md", "分钟", "## 十分钟内")):  # fmt: skip
+        text = (ROOT / page).read_text(encoding="utf-8")
+        lines = re.findall(r"^# (\d+) GB(.*)\n(wan-mlx .*)$", text[text.index(head) :], re.MULTILINE)
+        assert len(lines) >= 6
+        for memory, told, command in lines:
+            given = build_parser().parse_args(spelled_out(shlex.split(command))[1:])
+            width, height = map(int, given.size)
+            steps = given.steps or RECIPES[given.recipe].steps
+            asked = make_minutes.Run(given.model, (width, height), steps, True, given.num_frames or 81)
+            times = re.findall(rf"(M\d(?: (?:Pro|Max|Ultra))?) ([\d.]+) {unit}", told)
+            assert times
+            for chip, minutes in times:
+                room = max(int(memory), make_minutes.MEMORY[chip])
+                assert float(minutes) == pytest.approx(make_minutes.seconds(asked, chip, room) / 60, abs=0.06)
+                assert float(minutes) <= 10, (page, command)
 
 
 def test_every_flag_is_documented():

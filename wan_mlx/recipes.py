@@ -96,6 +96,7 @@ CAUSVID_TIMESTEPS = (1000, 934, 862, 756, 603, 410, 250, 140, 74)
 OF_14B = ("t2v-14B", "i2v-14B-480P", "i2v-14B-720P", "flf2v-14B-720P", "vace-14B")
 OF_A14B = ("t2v-A14B", "i2v-A14B")
 LIGHTX2V_22 = "lightx2v/Wan2.2-Distill-Loras:wan2.2_{}_A14b_{}_noise_lora_rank64_lightx2v_4step_{}.safetensors"
+KIJAI = "Kijai/WanVideo_comfy:{}.safetensors"
 WAN2GP_LORAS = "DeepBeepMeep/Wan2.1:loras_accelerators/{}.safetensors"
 
 RECIPES: dict[str, Recipe] = {
@@ -112,7 +113,8 @@ RECIPES: dict[str, Recipe] = {
                                                      ("i2v", "high", 1022), ("i2v", "low", 1022))),
                 "lightx2v/Wan2.2-Distill-Models (whole, also i2v at 720p, 260412)",
                 "lightx2v/Wan2.2-Lightning",
-                "Kijai/WanVideo_comfy:Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors",
+                KIJAI.format("Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32"),
+                KIJAI.format("Lightx2v/lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16"),
             ),
             source="LightX2V, configs/distill/wan21 and wan22, models/schedulers/wan/step_distill/scheduler.py",
         ),
@@ -166,7 +168,7 @@ RECIPES: dict[str, Recipe] = {
             solver="euler", steps=8, shift=2.0, other_steps=(4, 5, 6, 7, 9),
             grid=lambda steps: Grid.of([t / 1000 for t in CAUSVID_TIMESTEPS[:steps]], CAUSVID_TIMESTEPS[:steps]),
             hints=r"causvid.*1_?3b",
-            files=(WAN2GP_LORAS.format("Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32"),),
+            files=(KIJAI.format("Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32"),),
             source="Wan2GP, profiles/wan_1.3B/Causvid Rank32 - 8 Steps.json; its solver causvid in any2video.py",
         ),
         Recipe(
@@ -183,7 +185,7 @@ RECIPES: dict[str, Recipe] = {
             solver="unipc", steps=50, shift=5.0, grid=None, other_steps=(40,),
             hints=r"acc_?vid",
             files=(WAN2GP_LORAS.format("Wan21_AccVid_T2V_14B_lora_rank32_fp16"),
-                   "Kijai/WanVideo_comfy:Wan21_AccVid_I2V_480P_14B_lora_rank32_fp16.safetensors"),
+                   KIJAI.format("Wan21_AccVid_I2V_480P_14B_lora_rank32_fp16")),
             source="Wan2GP, docs/LORAS.md",
         ),
         Recipe(
