@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 from imageio_ffmpeg import get_ffmpeg_exe
 
-from wan_mlx import errors, options
+from wan_mlx import WanPipeline, errors, options
 from wan_mlx.cli.main import main
 from wan_mlx.hub.resolve import Location, explain
 from wan_mlx.other_words import WORDS
@@ -36,6 +36,7 @@ def said_of(capsys, *arguments: str, code: int = 2) -> str:
         ("nanoo", [*PRESETS], "nano"),
         ("t2v1.3b", [*PRESETS], "t2v-1.3B"),
         (".avi", [".mp4", ".gif", ".webp"], ""),
+        ("t2v", [*PRESETS], "t2v-1.3B, t2v-14B, t2v-A14B"),
         ("tea", ["none", "teacache", "magcache"], "teacache"),
         ("x", ["xyz", "xxy"], ""),
         (3, ["a", "b"], ""),
@@ -82,10 +83,50 @@ def test_names_of_models(capsys):
 def test_only_weights_are_suggested_for_a_lora(capsys):
     for name in ("five.jsonl", "style.log", "causvid.safetensors"):
         Path(name).touch()
-    assert said_of(capsys, *NANO, "--lora", "five.safetensors", code=1).endswith("five.safetensors: no such file")
+    assert said_of(capsys, *NANO, "--lora", "five.safetensors").endswith("five.safetensors: no such file")
     Path("my_style.safetensors").touch()
-    said = said_of(capsys, *NANO, "--lora", "mystyle.safetensors", code=1)
+    said = said_of(capsys, *NANO, "--lora", "mystyle.safetensors")
     assert said.endswith("no such file; nearest: my_style.safetensors")
+
+
+@pytest.mark.parametrize(
+    "argv, there, said",
+    [
+        ("--image frist.png x", "first.png first.txt", "frist.png does not exist, expected a file; nearest: first.png"),
+        ("--image sub/frist.png x", "sub/first.jpg", "; nearest: sub/first.jpg"),
+        ("--image a.png x", "bbb.png ccc.png", "a.png does not exist, expected a file"),
+        ("info nano.mp4", "nanoo.mp4", "; nearest: nanoo.mp4"),
+        ("resume nano.mp4", "nanoo.mp4", "; nearest: nanoo.mp4"),
+        ("--config nano.mp4", "nanoo.mp4", "; nearest: nanoo.mp4"),
+        ("--config nano.json", "nanoo.json", "--config nano.json does not exist, expected a file; nearest: nanoo.json"),
+        ("--config p.txt", "p.txt", "expected a file that ends on one of .json .mp4 .gif .webp .png .npz"),
+        ("--prompts q.txt", "p.txt", "--prompts q.txt does not exist, expected a file; nearest: p.txt"),
+        ("--lora styles/stile.safetensors x", "styles/style.safetensors", "no such file; nearest: style.safetensors"),
+        ("--taehv tae.pth --tiny-vae x", "", "tae.pth: no such file"),
+    ],
+)
+def test_a_file_that_is_missing_is_a_wrong_argument(capsys, argv, there, said):
+    for name in there.split():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert said_of(capsys, *argv.split()).endswith(said)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"text_encoder": "umt6.pth"}, "text encoder file umt6.pth does not exist; nearest: umt5.pth"),
+        ({"vae": "parts/vea.pth"}, "vae file parts/vea.pth does not exist; nearest: parts/vae.pth"),
+        ({"loras": "stile.safetensors"}, "stile.safetensors: no such file; nearest: style.safetensors"),
+    ],
+)
+def test_a_part_that_is_missing_is_told_before_a_download(monkeypatch, given, said):
+    monkeypatch.setattr("wan_mlx.hub.resolve.survey", lambda *_: pytest.fail("a hub is asked"))
+    Path("parts").mkdir()
+    for name in ("umt5.pth", "style.safetensors", "parts/vae.pth"):
+        Path(name).touch()
+    with pytest.raises(ValueError, match=said):
+        WanPipeline.from_pretrained("t2v-1.3B", **given)
 
 
 def test_a_model_that_takes_the_source_is_named():

@@ -131,4 +131,4 @@ def test_other_files(tmp_path, capsys):
     assert main(["info", str(tmp_path / "nowhere.safetensors")]) == 2
     capsys.readouterr()
     assert main(["info", "nowhere.mp4"]) == 2
-    assert capsys.readouterr().err == "error: file nowhere.mp4 does not exist\n"
+    assert capsys.readouterr().err == "error: file nowhere.mp4 does not exist, expected a file\n"

@@ -535,7 +535,7 @@ def test_the_command_line_takes_loras(nano_loras, tmp_path, capsys):
     chosen = ["--lora", f"{nano_loras[0]}:0.8", "--lora", str(nano_loras[1])]
     assert main([*arguments, *chosen, "--dtype", "float32", "--output", str(tmp_path / "a.npz")]) == 0
     assert f"{nano_loras[0]} at 0.8" in capsys.readouterr().err
-    assert main([*arguments, "--lora", str(tmp_path / "none"), "--output", str(tmp_path / "b.npz")]) == 1
+    assert main([*arguments, "--lora", str(tmp_path / "none"), "--output", str(tmp_path / "b.npz")]) == 2
     assert "no such file" in capsys.readouterr().err
 
 

@@ -57,9 +57,9 @@ def nothing_is_read(monkeypatch):
     monkeypatch.setattr(SafetensorsFile, "read", None)
 
 
-def refused(capsys, *arguments):
+def refused(capsys, *arguments, code=1):
     """The one line that a command ends with."""
-    assert main([*map(str, arguments)]) == 1
+    assert main([*map(str, arguments)]) == code
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
     return said.removeprefix("error: ").strip()
@@ -74,7 +74,7 @@ def test_it_is_named(kind, tmp_path, capsys, nothing_is_read):
 
 
 def test_a_repository_s_name_lacks_the_file(capsys):
-    says = refused(capsys, "--model", "nano", "--prompt", "x", "--lora", "owner/style:0.5", "--dry-run")
+    says = refused(capsys, "--model", "nano", "--prompt", "x", "--lora", "owner/style:0.5", "--dry-run", code=2)
     assert says == "owner/style: no such file or folder; of a repository give one file: owner/style:NAME.safetensors"
 
 

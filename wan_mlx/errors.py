@@ -19,6 +19,10 @@ class WeightsError(WanError):
     """A weight file that cannot be used: missing, truncated, hostile, or of the wrong keys or shapes."""
 
 
+class NoFile(WeightsError, ValueError):
+    """A weight file that is not there: its name is a wrong argument."""
+
+
 class UnsupportedModel(WeightsError):
     """A file or folder of a model that is known by name, and not supported."""
 
@@ -147,7 +151,8 @@ def some(names: Collection[str], most: int = 5) -> str:
 def closest(given: object, choices: Iterable[str], count: int = 1, stems: bool = False) -> str:
     """The choices that are spelled nearly as what was given, nearest first; "" where none is.
 
-    Neither case, dashes nor underscores count; with ``stems`` no ending of a file's name either.
+    Neither case, dashes nor underscores count; with ``stems`` no ending of a file's name either. Those that begin so
+    come, up to three, before what is only spelled alike.
     """
 
     def bare(text: object) -> str:
@@ -155,10 +160,11 @@ def closest(given: object, choices: Iterable[str], count: int = 1, stems: bool =
         return re.sub("[-_]", "", name.lower())
 
     wanted, choices = bare(given), list(choices)
-    near = difflib.get_close_matches(wanted, {bare(choice): None for choice in choices}, n=count, cutoff=NEAR)
-    begun = [bare(choice) for choice in choices if len(wanted) > 2 and bare(choice).startswith(wanted)]
-    found = [choice for name in dict.fromkeys([*near, *begun]) for choice in choices if bare(choice) == name]
-    return ", ".join(found[:count])
+    names = list(dict.fromkeys(map(bare, choices)))
+    near = difflib.get_close_matches(wanted, names, n=count, cutoff=NEAR)
+    begun = [name for name in names if name.startswith(wanted)] if len(wanted) > 2 and wanted not in names else []
+    found = [choice for name in dict.fromkeys([*begun, *near]) for choice in choices if bare(choice) == name]
+    return ", ".join(found[: max(count, min(3, len(begun)))])
 
 
 def nearest(given: object, choices: Iterable[str], count: int = 1, stems: bool = False) -> str:

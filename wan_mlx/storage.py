@@ -10,12 +10,12 @@ import secrets
 import shutil
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import WanError
+from .errors import WanError, closest
 
 # Beginning of the names that unfinished files and folders have, each with letters drawn at random after it; and the
 # file in such a folder by which it is known to be ours.
@@ -29,6 +29,19 @@ def free_space(folder: Path) -> int:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def no_file(what: str, path: Path, endings: Collection[str] = ()) -> str:
+    """Why ``path`` is no file, with the nearest name in its folder that ends as it does, or on one of ``endings``; or
+    with the only one."""
+    if path.is_dir():
+        return f"{what} {path} is a folder, expected a file"
+    names = []
+    with suppress(OSError):  # no folder, or one that may not be read
+        names = sorted(os.listdir(path.parent))
+    alike = [name for name in names if Path(name).suffix.lower() in (path.suffix.lower(), *endings)]
+    near = closest(path.name, alike, stems=True) or (alike[0] if len(alike) == 1 else "")
+    return f"{what} {path} does not exist, expected a file" + f"; nearest: {path.parent / near}" * bool(near)
 
 
 def gigabytes(count: int) -> str:

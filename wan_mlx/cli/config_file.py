@@ -13,7 +13,7 @@ from .. import options
 from ..errors import UsageError
 from ..option import Option
 from ..presets import BUNDLED, PRESETS
-from ..storage import parse_json
+from ..storage import no_file, parse_json
 from .flags import arguments
 
 log = logging.getLogger(__name__)
@@ -39,10 +39,10 @@ def config_arguments(path: Path, given: Mapping[str, Any], from_draft: bool = Fa
         ValueError: a video without settings.
     """
     is_video = from_draft or path.suffix.lower() != ".json"
-    settings = _settings_of(path) if is_video else _read_json(path)
+    flag = "--from-draft" if from_draft else "--config"
+    settings = _settings_of(path, flag) if is_video else _read_json(path)
     if is_video and "prompt" not in settings:  # other programs write JSON into files, too
         raise UsageError(f"--config {path}: it was not made by wan_mlx; give the settings as flags, or in a .json file")
-    flag = "--from-draft" if from_draft else "--config"
     if from_draft and not settings.get("draft_of"):
         raise UsageError(f"{flag} {path}: it is no draft; --config {path} takes its settings as they are")
     try:
@@ -67,15 +67,19 @@ def of_draft(settings: Mapping[str, Any], full: bool) -> dict[str, Any]:
     return found
 
 
-def _settings_of(path: Path) -> dict[str, Any]:
-    from ..media.write import read_settings  # which needs numpy
+def _settings_of(path: Path, flag: str) -> dict[str, Any]:
+    from ..media.write import ENDINGS, read_settings  # which needs numpy
 
+    if flag == "--config" and path.suffix.lower() not in ENDINGS:
+        raise UsageError(f"--config {path}: expected a file that ends on one of .json {' '.join(ENDINGS)}")
     return read_settings(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         settings = parse_json(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UsageError(no_file("--config", path)) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(settings, dict):

@@ -14,13 +14,14 @@ from .. import __version__, options
 from ..distributed import opened_group
 from ..errors import UsageError, size
 from ..events import Finished
-from ..media.write import check_output
+from ..media.write import ENDINGS, check_output
 from ..pipeline import plan
 from ..planning.machine import mlx_version
 from ..request_builder import size_of
 from ..runs.folder import ENDING, RunFolder
 from ..runs.job import Job
 from ..runs.record import check_identity, check_same, model_of, request_of, seed_of_made, with_dtype
+from ..storage import no_file
 from .flags import free_on_resume, keywords
 from .interrupt import Interrupts
 from .jobs import (
@@ -123,7 +124,7 @@ def resume(args: argparse.Namespace, given: Mapping[str, Any], say: Terminal, in
     if not folder.path.is_dir():
         if output.is_file():
             return there()
-        raise ValueError(f"there is no unfinished run of {output}: {folder.path} does not exist")
+        raise ValueError(no_file("there is no unfinished run:", output, (*ENDINGS, ENDING)))
     with folder:
         record = folder.record()
         if folder.is_finished() or (record is None and output.is_file()):

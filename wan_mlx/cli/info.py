@@ -13,6 +13,7 @@ from ..media.write import ENDINGS, read_settings
 from ..options import named
 from ..presets import EXPERTS
 from ..progress_bars import ProgressBars
+from ..storage import no_file
 from ..weights.checkpoint import look_at
 from ..weights.load import open_network
 from ..weights.lora import file_of
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
     args.source = args.source or named("source").left_out()
     listener: Listener = unheard if args.quiet else ProgressBars()
     if not Path(args.file).exists() and Path(args.file).suffix.lower() in ENDINGS:
-        raise UsageError(f"file {args.file} does not exist")
+        raise UsageError(no_file("file", Path(args.file), ENDINGS))
     path = found_at(args.file, args.source, listener)
     is_adapter = path.exists() and is_lora(path)
     if args.model and not is_adapter:

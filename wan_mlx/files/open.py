@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path, PurePath
 
-from ..errors import WeightsError, nearest, some
+from ..errors import NoFile, WeightsError, nearest, some
 from .base import MAX_HEADER_BYTES, JoinedFile, WeightsFile, check_names
 from .gguf import GGUFFile
 from .pth import TorchFile
@@ -92,9 +92,9 @@ def _head(path: Path) -> bytes:
             head = file.read(512)
     except (FileNotFoundError, NotADirectoryError):
         if not path.parent.is_dir():
-            raise WeightsError(f"{path}: no such file, and no folder {path.parent}") from None
+            raise NoFile(f"{path}: no such file, and no folder {path.parent}") from None
         weights = [name for name in _names(path.parent) if PurePath(name).suffix in ENDINGS]
-        raise WeightsError(f"{path}: no such file{nearest(path.name, weights, 3, stems=True)}") from None
+        raise NoFile(f"{path}: no such file{nearest(path.name, weights, 3, stems=True)}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise WeightsError(f"{path}: cannot be opened ({error})") from None
     if not head:

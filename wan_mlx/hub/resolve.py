@@ -22,7 +22,16 @@ from ..storage import free_space, gigabytes, parse_json, shards_of
 from . import modelscope
 from .download import RemoteFile, bytes_here, fetch_files, is_transient, one_line
 from .model_folders import find_model
-from .names import ADAPTER_CONFIG, CONFIGS, Location, needed_files, parse_location, preset_at, weights_in
+from .names import (
+    ADAPTER_CONFIG,
+    CONFIGS,
+    WEIGHT_ENDINGS,
+    Location,
+    needed_files,
+    parse_location,
+    preset_at,
+    weights_in,
+)
 
 log = logging.getLogger(__name__)
 
@@ -160,9 +169,15 @@ class Places:
         named: list[tuple[str | Path, Collection[str]]] = [(self.model, rest), *of_parts]
         return named + [(lora, []) for lora in map(_lora_name, self.loras) if isinstance(lora, str)]
 
-    def here(self) -> tuple[Path | None, dict[str, Path | None]]:
-        """The places of the model and of the separate parts; None for each that is not on this machine."""
-        return _here(self.model), {part: _here(place) for part, place in self.parts.items()}
+    def here(self) -> tuple[Path | None, dict[str, Path | None], list[Path]]:
+        """The places of the model, of the separate parts, None for each that is to be fetched from a hub, and of the
+        LoRAs that are not."""
+
+        def local(place: str | Path) -> Path | None:
+            return _here(place) or (None if _remote(place) else Path(place).expanduser())
+
+        loras = [lora for lora in map(_lora_name, self.loras) if isinstance(lora, Path)]
+        return local(self.model), {part: local(place) for part, place in self.parts.items()}, loras
 
     def on_machine(self) -> tuple[Path | None, dict[str, Path | None], list[Path | None]]:
         """As `here`, and of the LoRAs; what is whole in the cache is here, too."""
@@ -292,8 +307,11 @@ def preset_of(model: str | Path) -> Preset | None:
 
 
 def _remote(model: str | Path) -> Location | None:
-    """The location on a hub that ``model`` names; None if a local path has this name."""
-    return None if _here(model) is not None else parse_location(model)
+    """The location on a hub that ``model`` names; None if a local path has this name, or would have: a weight file in a
+    folder that is here."""
+    path = Path(model).expanduser()
+    is_file = path.suffix in WEIGHT_ENDINGS and ":" not in path.name and path.parent.is_dir()
+    return None if is_file or _here(model) is not None else parse_location(model)
 
 
 def _here(model: str | Path) -> Path | None:

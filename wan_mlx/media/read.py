@@ -30,12 +30,16 @@ from av.stream import Disposition
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..geometry import WAN_2_1, Geometry
+from ..storage import no_file
 from ..types import Source
 
 log = logging.getLogger(__name__)
 
 # Pillow's formats; of others, EPS starts Ghostscript.
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+# Endings of files that may be meant.
+STILLS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+MOVING = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 ANIMATIONS = ("PNG", "WEBP", "GIF", "AVIF")
 # FFmpeg's formats; of others, playlists such as ffconcat and HLS read other files.
 VIDEOS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,mxf,nut,ivf,yuv4mpegpipe,h264,hevc,av1,obu,dv,m4v"
@@ -184,7 +188,7 @@ def _existing(source: str | Path | None, kind: str) -> Path:
         raise ValueError(f"the {kind} is a {type(source).__name__}, expected {EXPECTED}")
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"{kind} {path} {'is a folder' if path.is_dir() else 'does not exist'}, expected a file")
+        raise ValueError(no_file(kind, path, (*STILLS, *MOVING) if kind == "video" else STILLS))
     return path
 
 

@@ -17,6 +17,7 @@ import av.filter
 import numpy as np
 from av.container import InputContainer, OutputContainer
 
+from ..storage import no_file
 from .read import CLOSED, VIDEOS, open_container
 
 RATE = 16_000  # of the sound that a model hears
@@ -89,7 +90,7 @@ def read_sound(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"sound {path} {'is a folder' if path.is_dir() else 'does not exist'}, expected a file")
+        raise ValueError(no_file("sound", path, (".wav", ".mp3", ".flac", ".m4a", ".ogg")))
     about = path.stat()
     return _read(path, about.st_mtime_ns, about.st_size)[0]
 

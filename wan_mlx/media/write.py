@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ..errors import SamplingError, WanError, nearest
-from ..storage import parse_json, publish
+from ..storage import no_file, parse_json, publish
 from .read import open_container, open_picture
 from .sound import CopiedSound
 from .speech import Speech
@@ -245,7 +245,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(f"{path} is no video of ours, expected one of {' '.join(ENDINGS)}")
     if not path.is_file():
-        raise ValueError(f"{path} does not exist, expected a file")
+        raise ValueError(no_file("file", path, ENDINGS))
     try:
         settings = parse_json(READERS[path.suffix.lower()](path))
     except Exception as error:  # of many kinds: Pillow's, numpy's, zipfile's

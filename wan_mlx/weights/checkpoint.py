@@ -23,6 +23,7 @@ from ..storage import parse_json
 from .component import ComponentWeights, kinds_in, open_component
 from .config_files import MLX_FORMAT, boundary_of, check_pipeline, read_config
 from .configs import network_config
+from .lora import file_of
 from .mlx_video import MLX_VIDEO, MLX_VIDEO_FILES, is_mlx_video, metadata_of
 from .parts import Checkpoint, Part, check_experts, check_fit, flag_of
 
@@ -69,14 +70,18 @@ def open_checkpoint(path: str | Path, parts: Mapping[str, str | Path | None] | N
     return found
 
 
-def check_here(model: Path | None, parts: Mapping[str, Path | None]) -> None:
-    """Raise WeightsError if files on this machine cannot be used; to be asked before the others are downloaded.
+def check_here(model: Path | None, parts: Mapping[str, Path | None], loras: Collection[Path]) -> None:
+    """Raise an error if files on this machine cannot be used; to be asked before the others are downloaded.
 
     Args:
         model: its folder or file; None if it is not here.
         parts: name in `PARTS` → the place given for it; None if that is not here.
+        loras: those that are not on a hub.
     """
-    given = {name: find_part(place, name) for name, place in parts.items() if place is not None}
+    for lora in loras:
+        if not lora.exists():
+            open_weights(file_of(lora))  # says so
+    given = {name: find_part(_existing(place, name), name) for name, place in parts.items() if place}
     found = tuple(given.values())
     if model is not None:
         whole = _look_at_folder(model, parts) if model.is_dir() else look_at(model)
@@ -94,7 +99,7 @@ def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = No
     else:
         found = Checkpoint(path, tuple(_part(kind, path) for kind in kinds_in(path)))
     module = given.pop(MODULE, None)
-    apart = {name: find_part(_existing(place, name.replace("_", " ")), name) for name, place in given.items()}
+    apart = {name: find_part(_existing(place, name), name) for name, place in given.items()}
     named = {part.name: part for part in joined(found.parts, apart)}
     # A text encoder's own tokenizer, inside its file or beside it, unless one was given or is part of a whole model.
     if "text_encoder" in named and "tokenizer" not in given and ("text_encoder" in given or "tokenizer" not in named):
@@ -103,7 +108,7 @@ def look_at(path: str | Path, parts: Mapping[str, str | Path | None] | None = No
         if own := own or find_tokenizer(file.parent) or find_tokenizer(file.parent.parent) or _saved_tokenizer(file):
             named["tokenizer"] = _part("tokenizer", own)
     if module is not None:
-        file = find_part(_existing(module, "VACE module"), MODULE).file
+        file = find_part(_existing(module, MODULE), MODULE).file
         named |= {n: _with_module(part, file) for n, part in named.items() if part.kind == "transformer"}
     check_experts(parts_found := tuple(named.values()))
     found = replace(found, parts=parts_found)
@@ -340,6 +345,7 @@ def _existing(given: str | Path, kind: str) -> Path:
     here = [path.parent / name for name in _names(path.parent)]
     here = [entry for entry in here if entry.suffix in ENDINGS or (entry.is_dir() and not is_file)]
     near = nearest(path, released) or nearest(path, map(str, here), stems=True) or nearest_model(path)
+    kind = "VACE module" if kind == MODULE else kind.replace("_", " ")
     listed = "; `wan-mlx models` lists those that have a name" if released and not is_file else ""
     raise ValueError(f"{kind} {'file ' * is_file}{path} does not exist{near}{listed}")
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import UnsupportedModel, WeightsError, some
+from ..errors import NoFile, UnsupportedModel, WeightsError, some
 from ..files.base import WeightsFile
 from ..files.open import open_weights
 from ..files.scaled import fold
@@ -173,9 +173,9 @@ def file_of(path: Path) -> Path:
     if not path.is_dir():
         if path.suffix not in WEIGHT_ENDINGS and not path.parent.is_dir() and parse_location(str(path)):
             hint = f"of a repository give one file: {path}:NAME.safetensors"
-            raise WeightsError(f"{path}: no such file or folder; {hint}")
+            raise NoFile(f"{path}: no such file or folder; {hint}")
         if not path.exists() and (near := nearest_model(path)):
-            raise WeightsError(f"{path}: no such file{near}")
+            raise NoFile(f"{path}: no such file{near}")
         return path
     named = [[path / f"{stem}{ending}" for stem in FOLDER_STEMS] for ending in (".safetensors", ".bin")]
     safe, pickled = ([file for file in files if file.is_file()] for files in named)
