@@ -259,4 +259,3 @@ def recipes_of(text: str, preset: Preset | None = None) -> list[Recipe]:
     found = [recipe for recipe in RECIPES.values() if re.search(recipe.hints, text)]
     suited = [recipe for recipe in found if preset is not None and recipe.suits(preset)]
     return suited or found
-
