@@ -489,10 +489,12 @@ def test_ten_minutes_are_computed_and_no_more_than_ten():
                 assert float(minutes) <= 10, (page, command)
 
 
-def test_every_flag_is_documented():
-    """And none that there is not."""
-    text = (ROOT / "docs/flags.md").read_text(encoding="utf-8")
-    own = text[: text.index("`weights_convert.py` takes")]
+@pytest.mark.parametrize("page", ["docs/flags.md", "docs/zh/flags.md"])
+def test_every_flag_is_documented(page):
+    """And none that there is not, under as many headings in each language."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert len(re.findall("^##+ ", text, re.MULTILINE)) == 18
+    own = text[: text.index("`weights_convert.py` ")]
     flags = {flag for action in build_parser()._actions for flag in action.option_strings if flag.startswith("--")}
     told = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", own))
     of_smooth = {flag for action in smooth.build_parser()._actions for flag in action.option_strings}

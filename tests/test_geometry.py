@@ -59,8 +59,9 @@ def test_a_named_size_is_an_allowed_one_near_the_model_s_own(own, name):
             assert geometry.named_size(f"{down}:{across}", own) == (height, width)
 
 
-def test_the_page_of_flags_has_named_sizes():
-    text = (Path(__file__).parent.parent / "docs/flags.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["docs/flags.md", "docs/zh/flags.md"])
+def test_the_page_of_flags_has_named_sizes(page):
+    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
     head, _, *rows = re.search(r"\| `--size` \|.*?(?=\n\n)", text, re.DOTALL)[0].splitlines()
     names, told = re.findall(r"`([\d:p]+)`", head), set()
     for row in rows:
