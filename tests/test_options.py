@@ -173,7 +173,7 @@ def test_docs_are_made_from_the_table():
     text = DOCS.read_text(encoding="utf-8")
     assert make_flags.page(text) == text
     told = {group for group in options.GROUPS if f"<!-- flags: {group} -->" in text}
-    assert told == {*options.GROUPS} - {options.OFFICIAL}
+    assert told == {*options.GROUPS}
 
 
 def test_choices_are_those_there_are():
