@@ -71,7 +71,9 @@ class TestTheWordWithoutAFlag:
         said = dry(capsys, "it moves right", "--image", "first.png")
         assert "nano-i2v (bundled, " in said and "assets" not in said
 
-    @pytest.mark.parametrize("word", ["猫", "cat", "-p plan", "generate plan", "plan of a house"])
+    @pytest.mark.parametrize(
+        "word", ["猫", "circle", "-p plan", "-p cat", "generate cat", "generate plan", "plan of a house"]
+    )
     def test_is_a_prompt(self, capsys, word):
         words = word.split(" ") if word[:2] in ("-p", "ge") else [word]
         assert f"prompt    {words[-1]}" in dry(capsys, *words)
@@ -86,6 +88,8 @@ class TestTheWordWithoutAFlag:
             (["notes.pages"], "looks like no prompt, but like a file's name; as a prompt: wan-mlx -p notes.pages"),
             (["--quiet", "models"], "nearest: wan-mlx models"),
             (["t2v-14B"], "nearest: wan-mlx plan t2v-14B"),
+            (["t2v-14b"], "nearest: wan-mlx plan t2v-14B, or wan-mlx -m t2v-14B "),
+            (["nanoo"], "nearest: wan-mlx plan nano, "),
             (["Wan-AI/Wan2.1-T2V-1.3B"], "nearest: wan-mlx plan Wan-AI/Wan2.1-T2V-1.3B"),
             (["cats.jsonl"], "nearest: wan-mlx --prompts cats.jsonl"),
             (["my.mp4"], "nearest: wan-mlx info my.mp4"),
@@ -119,6 +123,13 @@ class TestTheWordWithoutAFlag:
     def test_in_a_prompt_of_several_a_command_s_name_is_a_word(self, capsys):
         assert "prompt    plna b" in dry(capsys, "plna b")
 
+    @pytest.mark.parametrize("word", ["ls", "version", "list", "cat"])
+    def test_that_nano_does_not_know_is_refused_with_its_words(self, capsys, word):
+        assert main([word]) == 2
+        said = capsys.readouterr().err
+        assert f"{word!r} is no command, and nano does not know {word}. It knows: circle, " in said
+        assert said.endswith(f"; as a prompt: wan-mlx -p {word}\n")
+
     @pytest.mark.parametrize("argv", ["plan", "generate red --seeds 1,2 --plan"])
     def test_a_plan_without_a_model_is_nano_s(self, capsys, monkeypatch, argv):
         monkeypatch.setattr(speed, "measure_rates", lambda *_: speed.Rates(1e12, 1e12, 1e12, 1e12))
@@ -138,6 +149,16 @@ class TestPrompts:
             monkeypatch.setattr(sys, "stdin", io.StringIO("a red\ncircle\n"))
             assert r"prompt    a red\ncircle" in dry(capsys, *argv)
         assert "where nothing came" in refused(capsys, "-p", "-")
+
+    def test_from_a_text_file(self, capsys):
+        Path("a.txt").write_text("\na red circle\n")
+        assert "prompt    a red circle\n" in dry(capsys, "-p", "a.txt")
+        assert "prompt    b.txt\n" in dry(capsys, "-p", "b.txt")
+        Path("a.txt").write_text("a red circle\na blue star\n")
+        assert "holds 2 lines, expected one prompt; each line as a prompt: wan-mlx --prompts a.txt" in refused(
+            capsys, "-p", "a.txt"
+        )
+        assert refused(capsys, "a.txt").endswith("nearest: wan-mlx --prompts a.txt\n")
 
     def test_a_file_s_dash_is_no_standard_input(self, capsys, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.StringIO("another"))

@@ -27,6 +27,11 @@ SHOWN = {
     "wan-mlx doctor": "doctor --help",  # tests/test_docs.py runs it
     "wan-mlx doctor --store-reference": "doctor --help",
     "wan-mlx inspect": "inspect nano.folder",
+    "wan-mlx inspect t2v-1.3B": "inspect nano.folder",
+    "wan-mlx convert t2v-1.3B folder": "convert nano.folder folder --quiet",
+    "wan-mlx info cat.mp4": "info nano.folder",
+    "wan-mlx smooth cat.mp4": "smooth --help",  # tests/test_interpolation.py runs it
+    "wan-mlx completion zsh": "completion zsh",
     "wan-mlx info describes it": "info nano.folder/transformer.safetensors",
     "wan-mlx info {}": "info nano.folder",
     "wan-mlx convert SOURCE OUT": "convert nano.folder out --quiet",

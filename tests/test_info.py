@@ -120,7 +120,7 @@ def test_other_files(tmp_path, capsys):
     frames = np.zeros((1, 16, 16, 3), np.uint8)
     save_video(tmp_path / "v.png", frames, fps=16, settings={"prompt": "猫\nx", "seed": 7, "steps": None})
     said = described(capsys, tmp_path / "v.png")
-    assert "seed               7\n" in said and r"猫\nx" in said
+    assert "seed               7\n" in said and r"猫\nx" in said and "steps" not in said and "null" not in said
     said = described(capsys, "nano")
     assert "text to video, nano" in said and "missing" in said
     assert not is_lora(BUNDLED["nano"]) and not is_lora(tmp_path / "nowhere")

@@ -22,7 +22,7 @@ from wan_mlx.cli.main import main
 from wan_mlx.errors import Stopped
 from wan_mlx.hub.model_folders import find_model, models_in
 from wan_mlx.hub.resolve import folders_of
-from wan_mlx.presets import BUNDLED
+from wan_mlx.presets import BUNDLED, PRESETS, TASK_NAMES
 from wan_mlx.runs.folder import RunFolder
 
 
@@ -68,6 +68,12 @@ class TestFolders:
         for value in ("", os.pathsep, "/nowhere"):
             monkeypatch.setenv("WAN_MLX_MODELS", value)
             assert find_model("style") is None
+
+    def test_one_that_does_not_exist_is_told_once(self, comfy, monkeypatch, capsys):
+        monkeypatch.setenv("WAN_MLX_MODELS", "/nowhere/models")
+        assert main(["-m", "nano", "--vae", "none", "-p", "a cat"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("WAN_MLX_MODELS names /nowhere/models, and there is no such folder\n") == 1
 
     def test_a_loop_of_links_ends(self, comfy):
         folder, _ = comfy
@@ -142,6 +148,13 @@ def hub_cache(tmp_path, monkeypatch):
 
 
 class TestModels:
+    def test_every_task_has_its_column(self, capsys):
+        assert main(["models"]) == 0
+        rows = {line.split()[0]: line for line in capsys.readouterr().out.split("\n\n")[0].splitlines()}
+        for preset in PRESETS.values():
+            width, height = preset.size
+            assert f" {TASK_NAMES[preset.task]} " in rows[preset.name] and f" {width}x{height} " in rows[preset.name]
+
     def test_sizes_on_disk_and_folders(self, hub_cache, comfy, capsys):
         assert main(["models"]) == 0
         said = capsys.readouterr().out

@@ -159,6 +159,8 @@ class TestWords:
         assert told.whole == "60 s left · memory 512 MiB, peak 1.00 GiB"
         told.hear(StageEnded("denoise", 14.8, 2**30))
         told.hear(StageStarted("decode"))
+        told.hear(Eta(60.0, 0, 0))
+        assert told.whole == "60 s left"
         told.hear(Progress("decoding", 1, 5))
         assert told.ticked == ["✓ denoise 14.8 s"] and told.what == "decoding 1 of 5"
         told.hear(StageEnded("decode", 1.0, 2**30, left=True))

@@ -126,6 +126,10 @@ class TestOtherCommands:
     def test_one_line(self, capsys, argv):
         refused(capsys, *argv)
 
+    @pytest.mark.parametrize("command", ["info", "inspect", "convert", "smooth", "completion"])
+    def test_what_is_left_out_is_told_by_an_example(self, capsys, command):
+        assert f" is missing, as in wan-mlx {command} " in refused(capsys, command)
+
     @pytest.mark.parametrize("flags", ["--task t2v-1.3B", "--vae nano", "--vae nano --plan"])
     def test_no_model(self, capsys, flags):
         assert "--model is missing" in refused(capsys, "--prompt", "a cat", *flags.split())

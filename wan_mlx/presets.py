@@ -31,7 +31,7 @@ NEGATIVE_PROMPT = (
 TASK_NAMES = dict(t2v="text to video", i2v="image to video", flf2v="first and last frame", vace="editing (VACE)",
                   ti2v="text, image to video", inp="both ends (Fun)",
                   control="control video (Fun)",
-                  s2v="speech to video", animate="picture moves (Animate)")  # fmt: skip
+                  s2v="speech to video", animate="animation (Animate)")  # fmt: skip
 # Models that come with the package: name → folder.
 BUNDLED = {name: Path(__file__).parent / "assets" / name for name in ("nano", "nano-i2v")}
 # A LoRA beside a bundled model's weights, with which it is sampled by its preset's recipe.

@@ -101,7 +101,8 @@ class Told:
         if self.eta.seconds is not None:
             left = max(0.0, self.eta.seconds - (self._clock() - self._eta_at))
             said.append(f"{f'{left:.0f} s' if left < 100 else duration(left)} left{self._goal}")
-        said.append(f"memory {size(self.eta.active_bytes)}, peak {size(self.eta.peak_bytes)}")
+        if self.eta.peak_bytes >= 2**20:
+            said.append(f"memory {size(self.eta.active_bytes)}, peak {size(self.eta.peak_bytes)}")
         return " · ".join(said)
 
 

@@ -22,7 +22,8 @@ from ..prompts.extend import Extension
 from ..runs.folder import RunFolder
 from ..runs.job import Job
 from ..runs.record import seed_of_made
-from ..storage import no_file, parse_json, place_of
+from ..storage import parse_json, place_of
+from .config_file import read_text
 from .flags import free_on_resume, json_flags, keywords, run_parser
 from .interrupt import Interrupts
 from .jobs import check_flags, extend, extension_of, is_series, jobs_from, open_model, request_from
@@ -200,12 +201,7 @@ def read_lines(path: Path, argv: list[str], overwrite: bool, say: Terminal) -> l
     Raises:
         UsageError: the file cannot be read, or a line of it is wrong.
     """
-    try:
-        texts = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: text may hold U+2028
-    except FileNotFoundError:
-        raise UsageError(no_file("--prompts", path, (".txt", ".jsonl"))) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts {path} cannot be read: {error}") from error
+    texts = read_text(path, "--prompts", (".txt", ".jsonl")).split("\n")  # not splitlines: text may hold U+2028
     parser, lines = run_parser(), list[Line]()
     pipes: dict[Any, Any] = {}
     made, replaced = dict[str, int](), dict[str, int]()  # place of an output → the line that makes it; makes it now

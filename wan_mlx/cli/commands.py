@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -197,8 +198,16 @@ def _check_prompt(word: str) -> None:
         return
     quoted, path = shlex.quote(word), Path(word).expanduser()
     meant = next((text.format(quoted) for endings, text in MEANT.items() if path.suffix.lower() in endings), "")
-    if word in PRESETS or path.is_dir() or (not meant and HUB_ID.fullmatch(word)):
-        meant = f'wan-mlx plan {quoted}, or wan-mlx -m {quoted} "what the video should show"'
+    near = difflib.get_close_matches(word.lower(), known := {name.lower(): name for name in PRESETS}, 1, NEAR)
+    if near or path.is_dir() or (not meant and HUB_ID.fullmatch(word)):
+        model = known[near[0]] if near and not path.is_dir() else quoted
+        meant = f'wan-mlx plan {model}, or wan-mlx -m {model} "what the video should show"'
     if meant or re.fullmatch(r"\.[A-Za-z]\w{1,9}", path.suffix):
         nearest = f"; nearest: {meant}" if meant else ", but like a file's name"
-        raise UsageError(f"{word!r} looks like no prompt{nearest}; as a prompt: wan-mlx -p {quoted}")
+        as_prompt = "" if is_prompt_file(word) else f"; as a prompt: wan-mlx -p {quoted}"
+        raise UsageError(f"{word!r} looks like no prompt{nearest}{as_prompt}")
+
+
+def is_prompt_file(text: str) -> bool:
+    """Whether a prompt is a text file's name, whose text is meant."""
+    return text.lower().endswith(".txt") and os.path.isfile(text)

@@ -20,7 +20,7 @@ VALUES = {"command": (*COMMANDS,), "shell": SHELLS, "name": (*PRESETS,)}
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="wan-mlx completion", description=DESCRIPTION)
+    parser = Parser("wan-mlx completion zsh", prog="wan-mlx completion", description=DESCRIPTION)
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
     return parser
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,25 @@ def _settings_of(path: Path, flag: str) -> dict[str, Any]:
     return read_settings(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_text(path: Path, flag: str, endings: Collection[str] = ()) -> str:
+    """The text of the file that ``flag`` names; a missing one may be meant for one that ends so.
+
+    Raises:
+        UsageError: it is missing, or cannot be read.
+    """
     try:
-        settings = parse_json(path.read_text(encoding="utf-8-sig"))
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UsageError(no_file("--config", path)) from None
-    except (OSError, ValueError) as error:
+        raise UsageError(no_file(flag, path, endings)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{flag} {path} cannot be read: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    text = read_text(path, "--config")
+    try:
+        settings = parse_json(text)
+    except ValueError as error:
         raise UsageError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise UsageError(f"--config {path} holds a {type(settings).__name__}, expected an object of settings")

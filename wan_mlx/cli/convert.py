@@ -29,7 +29,8 @@ OF_WRITING = ("overwrite", "dtype", "vae_dtype", "quantize", "model")  # options
 
 def build_parser(inspects: bool = False) -> Parser:
     """``inspects``: its help is that of `wan-mlx inspect`."""
-    parser = Parser(prog="wan-mlx convert", description=DESCRIPTION)
+    example = "wan-mlx inspect t2v-1.3B" if inspects else "wan-mlx convert t2v-1.3B folder"
+    parser = Parser(example, prog="wan-mlx convert", description=DESCRIPTION)
     parser.register("type", None, _filled)  # of every argument without a type
     parser.add_argument(
         "checkpoint", metavar="SOURCE", help="what --model takes: a folder or file, a preset such as t2v-1.3B, a hub id"

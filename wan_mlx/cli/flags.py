@@ -57,13 +57,19 @@ class Instead(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises `UsageError`, for one line, where argparse would print its usage and exit."""
+    """Raises `UsageError`, for one line, where argparse would print its usage and exit.
+
+    Args:
+        example: a command line, for who leaves out what is required.
+    """
 
     def error(self, message: str):
-        raise UsageError(message)
+        _, is_missing, names = message.partition("arguments are required: ")
+        raise UsageError(f"{names} is missing, as in {self._example}" if is_missing and self._example else message)
 
-    def __init__(self, **options: Any):
+    def __init__(self, example: str = "", **options: Any):
         super().__init__(**{"formatter_class": Page, "allow_abbrev": False, **options})
+        self._example = example
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -68,6 +69,9 @@ def run(args: argparse.Namespace, say: Terminal, interrupts: Interrupts) -> int:
     extension = extension_of(args)
     pipe = open_model(model, say)
     request = request_from(pipe, args)
+    word, said = request.prompt, pipe.unknown_words(request)
+    if args.is_bare and said and word.isascii() and len(word.split()) == 1:
+        raise UsageError(f"{word!r} is no command, and {said[0]}; as a prompt: wan-mlx -p {shlex.quote(word)}")
     output = Path(args.output) if args.output else default_output(request)
     jobs, made = jobs_from(pipe, args, request, output), list[Job]()
     if is_series(args) and not args.overwrite:  # a series goes on where it was cut

@@ -28,8 +28,9 @@ from .terminal import write
 
 def build_parser() -> Parser:
     description = "Describe a LoRA, a video made here, or a model."
-    parser = Parser(prog="wan-mlx info", description=description)
-    parser.add_argument("file", help="a LoRA or its folder; a video, picture or .npz of ours; or what --model takes")
+    parser = Parser("wan-mlx info cat.mp4", prog="wan-mlx info", description=description)
+    about = "a LoRA or its folder; a video, picture or .npz of ours; or what --model takes"
+    parser.add_argument("file", metavar="FILE", help=about)
     parser.add_argument("--model", help="a transformer or whole model: how much of it a LoRA changes")
     parser.add_argument("--source", metavar="HUB", help=named("source").described)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -80,8 +81,10 @@ def found_at(name: str, source: str, listener: Listener) -> Path:
 
 
 def show_settings(path: Path) -> int:
-    """The settings that a file of ours was made with."""
+    """The settings that a file of ours was made with, without those that were left out."""
     for name, value in read_settings(path).items():
+        if value is None:
+            continue
         plain = isinstance(value, str) and value.isprintable()
         write(f"{name:<19}{value if plain else json.dumps(value, ensure_ascii=False)}")
     return 0

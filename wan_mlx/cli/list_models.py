@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
         write(f"{row['name']:<17}{TASK_NAMES[row['task']]:<21}{size:<9}{row['frames']:>6}{weights:>9}{packed:>9} "
               f"{here:<13}{repository * is_wide}".rstrip())  # fmt: skip
     write("")
-    for folder in model_folders():
+    for folder in filter(Path.is_dir, model_folders()):
         list_folder(folder)
     for line in textwrap.wrap(ABOUT_WEIGHTS, NARROW):
         write(line)
@@ -110,9 +110,9 @@ def lines_of(text: str) -> list[str]:
 
 def list_folder(folder: Path) -> None:
     """What `--model` and `--lora` find by name in a folder of `WAN_MLX_MODELS`: LoRAs are counted."""
-    found = [path.relative_to(folder) for path in models_in(folder)] if folder.is_dir() else []
+    found = [path.relative_to(folder) for path in models_in(folder)]
     loras = [path for path in found if "loras" in path.parts]
-    write(f"in {folder} ({VARIABLE}): " + ("" if folder.is_dir() else "there is no such folder"))
+    write(f"in {folder} ({VARIABLE}):")
     for path in (path for path in found if path not in loras):
         place = folder / path
         write(f"  {path}  {gigabytes(size_of_folder(place) if place.is_dir() else place.stat().st_size)}")

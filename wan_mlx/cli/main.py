@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sys
 from io import TextIOWrapper
 from pathlib import Path
 
 from .. import check_backend
 from ..errors import Stopped, UsageError, nearest
-from .commands import COMMANDS, as_flags, check_command, help_page
-from .config_file import config_arguments
+from .commands import COMMANDS, as_flags, check_command, help_page, is_prompt_file
+from .config_file import config_arguments, read_text
 from .flags import given_flags, run_parser
 from .interrupt import Interrupts
 from .notify import end_told
@@ -44,8 +45,10 @@ def main(argv: list[str] | None = None) -> int:
             return importlib.import_module(module, __package__).main(rest)
         if not argv or {"-h", "--help"} & {*rest}:
             return show_help([name]) or (0 if argv else USAGE)
-        argv = with_config(with_stdin(as_flags(name, rest, is_said)))
+        flags = as_flags(name, rest, is_said)
+        argv = with_config(with_prompt(flags))
         args = run_parser().parse_args(argv)
+        args.is_bare = not is_said and f"--prompt={args.prompt}" in {*flags} - {*rest}
         args.given = given_flags(argv)
         say = Terminal.of(args)
         check_backend()
@@ -96,9 +99,17 @@ def show_help(words: list[str]) -> int:
     return 0
 
 
-def with_stdin(argv: list[str]) -> list[str]:
-    """The command line with what comes on standard input for ``--prompt -``."""
-    if given_flags(argv).get("prompt") != "-":
+def with_prompt(argv: list[str]) -> list[str]:
+    """The command line with what comes on standard input for ``--prompt -``, or stands in a file for ``--prompt
+    FILE.txt``."""
+    prompt: str = given_flags(argv).get("prompt", "")
+    if is_prompt_file(prompt):
+        lines = [line.strip() for line in read_text(Path(prompt), "--prompt").splitlines() if line.strip()]
+        if len(lines) != 1:
+            raise UsageError(f"--prompt {prompt} holds {len(lines)} lines, expected one prompt; each line as a prompt: "
+                             f"wan-mlx --prompts {shlex.quote(prompt)}")  # fmt: skip
+        return [*argv, f"--prompt={lines[0]}"]
+    if prompt != "-":
         return argv
     if not (text := sys.stdin.read().strip()):
         raise UsageError("--prompt - reads the prompt from standard input, where nothing came")

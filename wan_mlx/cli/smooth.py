@@ -17,7 +17,7 @@ nothing is blended."""
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="wan-mlx smooth", description=DESCRIPTION)
+    parser = Parser("wan-mlx smooth cat.mp4", prog="wan-mlx smooth", description=DESCRIPTION)
     parser.add_argument("video", metavar="VIDEO", help="a video or animation: .mp4 .mov .mkv .webm .gif .webp ...")
     parser.add_argument(
         "-o", "--output", metavar="FILE", help=".mp4 .gif .webp .png .npz (default: VIDEO's name and the rate)"

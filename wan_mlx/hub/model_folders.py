@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path, PurePath
 
 from ..errors import nearest, some
 from .names import ADAPTER_CONFIG, WEIGHT_ENDINGS
+
+log = logging.getLogger(__name__)
 
 VARIABLE = "WAN_MLX_MODELS"
 OF_A_FOLDER = {"config.json", "model_index.json", ADAPTER_CONFIG}  # one of them makes a folder a model, or a LoRA
@@ -45,7 +49,11 @@ def find_model(name: str) -> Path | None:
     if not wanted or PurePath(name).is_absolute() or ".." in wanted:
         return None
     exact, stems = dict[str, Path](), dict[str, Path]()
-    for path in (path for folder in model_folders() for path in models_in(folder)):
+    folders = model_folders()
+    for folder in folders:
+        if not folder.is_dir():
+            _tell_missing(folder)
+    for path in (path for folder in folders for path in models_in(folder)):
         parts = path.parts[-len(wanted) :]
         if parts == wanted:
             exact.setdefault(os.path.realpath(path), path)
@@ -56,6 +64,12 @@ def find_model(name: str) -> Path | None:
         raise ValueError(f"{name} may be one of {len(found)} files in {VARIABLE}: {some([*map(str, found)])}; give "
                          "more of its path")  # fmt: skip
     return found[0] if found else None
+
+
+@lru_cache
+def _tell_missing(folder: Path) -> None:
+    """Once for each folder."""
+    log.warning("%s names %s, and there is no such folder", VARIABLE, folder)
 
 
 def nearest_model(name: str | Path) -> str:
