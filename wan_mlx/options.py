@@ -73,7 +73,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 PROMPT = Option(
     "-p --prompt TEXT", "what the video should show; - reads standard input", WHAT,
-    more='In English or Chinese. `--prompt` itself may be left out: `wan-mlx "a cat"`', empty=True, name="prompt",
+    more="In English or Chinese. Of a .txt file that is there the one line is read. `--prompt` itself may be left out: "
+    '`wan-mlx "a cat"`', empty=True, name="prompt",
     of=REQUEST,
 )  # fmt: skip
 MODEL_NAME = Option(
