@@ -52,9 +52,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "examples/nano/README.md",
          *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]  # fmt: skip
 # They install (see test_install.py), or run the tests themselves.
-NOT_RUN = ("pip install", "pytest", "ruff", "curl", "uv ", "python3.12 -m venv", "'~/wan-mlx/bin/pip' install",
+NOT_RUN = ("pip install", "pytest", "ruff", "curl", "uv ", "pipx ", "python3.12 -m venv", "'~/wan-mlx/bin/pip' install",
            "WAN_MLX_TESTS_ON=gpu pytest", "python tests/")  # fmt: skip
-PROGRAMS = ("wan-mlx", "mlx.", "python", "pip", "uv", "pytest")  # a line that begins so is a command
+PROGRAMS = ("wan-mlx", "mlx.", "python", "pip", "uv", "pipx", "pytest")  # a line that begins so is a command
 # A name in the pages → the folder here that stands for it; whatever else they name must be a preset, or be here.
 NAMES = {
     "Wan-AI/Wan2.1-T2V-1.3B": "t2v-1.3B", "./Wan2.1-T2V-1.3B": "t2v-1.3B", "Wan-AI/Wan2.1-T2V-14B": "t2v-14B",

@@ -20,6 +20,7 @@ import wan_mlx
 from wan_mlx.cli import doctor, macos, measure, selftest
 from wan_mlx.cli.main import main
 from wan_mlx.cli.selftest import Check
+from wan_mlx.errors import install_command
 from wan_mlx.models import chips, kernels
 from wan_mlx.models.configs import VAEConfig
 from wan_mlx.models.quantized_linear import Packing
@@ -139,7 +140,13 @@ def test_an_operation_that_raises_is_a_failed_check():
         raise RuntimeError("no such kernel")
 
     found = selftest._guarded("it", fail)
-    assert found.status == "fail" and "no such kernel" in found.said and "pip install -U mlx" in found.advice
+    assert found.status == "fail" and "no such kernel" in found.said and selftest.update_mlx() in found.advice
+
+
+@pytest.mark.parametrize("backend, package", [("Metal", "mlx"), ("CUDA", "mlx[cuda13]"), ("CPU", "mlx[cpu]")])
+def test_mlx_is_updated_with_its_backend(monkeypatch, backend, package):
+    monkeypatch.setattr(selftest, "backend", lambda: backend)
+    assert selftest.update_mlx() == install_command("-U", package)
 
 
 def test_the_stored_frames_are_of_this_nano():
@@ -465,5 +472,8 @@ def test_doctor_on_a_faked_mac(quick, mac, monkeypatch, capsys, name, memory, gp
 
 def test_without_mlx_the_line_says_which_python_it_takes(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx.core", None)
-    with pytest.raises(ImportError, match=f"under Rosetta .this one is for {platform.machine()}"):
+    with pytest.raises(ImportError, match=re.escape(f"backend is missing: {install_command('mlx[cpu]')}; or, ")):
+        wan_mlx.check_backend()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ImportError, match=f"under Rosetta .this one is for {platform.machine()}.; then: .* mlx$"):
         wan_mlx.check_backend()

@@ -13,7 +13,7 @@ from crafted import bytes_of, refusal
 from crafted_gguf import GGML, SCALES, array, blocks, field, info, write_gguf
 
 from benchmarks.gguf_quantisers import quantise
-from wan_mlx.errors import WeightsError
+from wan_mlx.errors import WeightsError, install_command
 from wan_mlx.files.base import TensorInfo
 from wan_mlx.files.open import open_weights
 
@@ -262,7 +262,7 @@ def test_without_the_gguf_package(tmp_path, monkeypatch):
     monkeypatch.setattr("wan_mlx.files.gguf.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert open_weights(plain).read("x").shape == (2, 32)
-    assert "pip install 'wan-mlx[gguf]'" in refusal(packed)
+    assert f"Q8_0 blocks need the gguf package: {install_command('gguf')}" in refusal(packed)
 
 
 def small(path):

@@ -4,12 +4,15 @@ import ast
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import wan_mlx
+from wan_mlx import errors
+from wan_mlx.cli import serve
 from wan_mlx.cli.commands import COMMANDS
 from wan_mlx.cli.flags import build_parser
 from wan_mlx.cli.main import main
@@ -18,8 +21,8 @@ from wan_mlx.opened import OpenedModel
 from wan_mlx.planning import speed
 
 ROOT = Path(__file__).parent.parent
-# Flags of other programs that messages name: pip's, gguf-split's.
-OF_OTHERS = {"--force-reinstall", "--merge"}
+# Flags of other programs that messages name: pip's, uv's, gguf-split's.
+OF_OTHERS = {"--force-reinstall", "--python", "--merge"}
 # Commands in the package's texts, {} for what is filled in → the same with names of what is in the test's folder. The
 # longest of what follows "wan-mlx " up to a quote, a comma, a semicolon or a sentence's end.
 SHOWN = {
@@ -134,6 +137,56 @@ def test_every_flag_that_a_text_names_is_one():
             known |= {flag for action in module.build_parser()._actions for flag in action.option_strings}
     named = {flag for _, text in texts() for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*[a-z0-9]\b", text)}
     assert named <= known, named - known
+
+
+class TestInstalling:
+    @pytest.mark.parametrize(
+        "way, command",
+        [
+            ("pip", "'{}/bin/python' -m pip install -U 'mlx[cpu]'"),
+            ("uv", "uv pip install -U 'mlx[cpu]' --python '{}/bin/python'"),
+            ("pipx", "pipx runpip 'wan-mlx 2' install -U 'mlx[cpu]'"),
+        ],
+    )
+    def test_is_into_the_environment_that_this_copy_runs_in(self, tmp_path, monkeypatch, way, command):
+        """tests/test_install.py runs them."""
+        environment = tmp_path / "wan-mlx 2"
+        environment.mkdir()
+        if way == "pipx":
+            (environment / "pipx_metadata.json").touch()
+        monkeypatch.setattr(sys, "prefix", str(environment))
+        monkeypatch.setattr(sys, "executable", f"{environment}/bin/python")
+        monkeypatch.setattr(errors, "find_spec", lambda name: name if way == "pip" else None)
+        assert errors.install_command("-U", "mlx[cpu]") == command.format(environment)
+
+    def test_is_of_packages_that_the_project_names(self):
+        """In all the package's calls; it is on no index itself."""
+        project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        named = {re.split("[<>=;]", requirement)[0] for requirement in re.findall(r'"([^"\s]+)[^"]*"', project)}
+        given = {node.value for path in sorted((ROOT / "wan_mlx").rglob("*.py"))
+                 for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                 if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("install_command", "install")
+                 for node in ast.walk(call) if isinstance(node, ast.Constant)}  # fmt: skip
+        given -= {"-U", "--force-reinstall", "Metal", "CUDA", "CPU", "mlx-metal"}  # the last comes with mlx
+        assert given == {"mlx", "mlx[cpu]", "mlx[cuda13]", "gguf", "modelscope", "mlx-vlm", "av", "imageio"}
+        assert given <= named
+        for extra, needed in serve.NEEDED.items():
+            listed = re.search(rf"^{extra} = \[(.*)\]$", project, re.MULTILINE)
+            assert listed and {name.replace("_", "-") for name in needed} == {*re.findall(r'"([\w-]+)', listed[1])}
+
+    @pytest.mark.parametrize("page", ["docs/troubleshooting.md", "docs/zh/troubleshooting.md"])
+    def test_the_pages_need_no_folder_for_an_extra(self, page):
+        """Each extra with its packages, and the commands that messages give, in place of `pip install '.[extra]'`."""
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for packages in ("modelscope", "gguf", "mlx-vlm", " ".join(serve.OF_SERVE).replace("_", "-"), "mcp"):
+            assert f"`{packages}`" in text
+        assert "\nuv pip install modelscope --python " in text and "\npipx runpip wan-mlx install modelscope " in text
+        for other in (ROOT / "docs").rglob("*.md"):  # extending.md is for those who have the folder
+            said = other.read_text(encoding="utf-8")
+            assert "pip install '.[" not in said or other.name == "extending.md", other
+
+    def test_stands_in_one_place(self):
+        assert {path.name for path, text in texts() if re.search(r"\b(pip|pipx|uv)\b", text)} == {"errors.py"}
 
 
 def run(command: str) -> int:

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -15,7 +16,7 @@ from hub_server import COMMIT, serving
 from huggingface_hub import constants
 
 from wan_mlx import storage as disk
-from wan_mlx.errors import Stopped, WeightsError
+from wan_mlx.errors import Stopped, WeightsError, install_command
 from wan_mlx.hub import download, modelscope
 from wan_mlx.hub.names import Location, parse_location
 from wan_mlx.hub.resolve import Places, cached, is_cached, preset_of, resolve, survey
@@ -509,7 +510,7 @@ def test_modelscope_wrong_size(fake_modelscope, monkeypatch):
 
 def test_modelscope_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "modelscope.hub.api", None)
-    with pytest.raises(WeightsError, match=r"pip install 'wan-mlx\[modelscope\]'"):
+    with pytest.raises(WeightsError, match=re.escape(f"its package: {install_command('modelscope')}")):
         resolve(REPO, "modelscope")
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,12 @@ def test_first_hour(way, archive, wheel, tools, tmp_path):
     nano = do(python, "-c", "from wan_mlx.presets import BUNDLED; print(BUNDLED['nano'])", cwd=work, **places).strip()
     do(program, "convert", nano, "packed", "--quantize", "q8", cwd=work, **places)
     do(program, "inspect", "packed", cwd=work, **places)
+
+    hint = "from wan_mlx.errors import install_command; print(install_command('--force-reinstall', 'humanize'))"
+    said = do(python, "-c", hint, cwd=work, **places)
+    assert {"uv": "uv pip install", "pipx": "pipx runpip", "wheel": "-m pip install"}[way] in said
+    do(*shlex.split(said), cwd=work, **places)  # what a message says adds a package to this environment
+    do(python, "-c", "import humanize", cwd=work, **places)
 
     do(*remove, "wan-mlx", cwd=work, **places)
     assert not program.exists()

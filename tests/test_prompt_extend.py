@@ -22,7 +22,7 @@ import wan_mlx
 from wan_mlx.cli.flags import build_parser
 from wan_mlx.cli.jobs import extension_of
 from wan_mlx.cli.main import main
-from wan_mlx.errors import UsageError, WanError
+from wan_mlx.errors import UsageError, WanError, install_command
 from wan_mlx.media.write import read_settings
 from wan_mlx.presets import PRESETS
 from wan_mlx.prompts import extend as prompt_extend
@@ -462,7 +462,7 @@ def test_a_picture_alone_needs_a_model_that_sees(vision, folder, monkeypatch):
         extend_prompt("", folder, task="ti2v", image=picture)
     monkeypatch.setitem(sys.modules, "mlx_vlm", None)
     monkeypatch.setattr(prompt_extend, "_folder_of", None)  # nothing is downloaded before
-    with pytest.raises(ImportError, match=r"needs mlx-vlm: pip install 'wan-mlx\[vlm\]'; or give a prompt"):
+    with pytest.raises(ImportError, match=f"needs mlx-vlm: {re.escape(install_command('mlx-vlm'))}; or give a prompt"):
         extend_prompt("", task="ti2v", image=picture)
 
 
@@ -508,7 +508,7 @@ def test_a_batch_goes_on_without_the_line_for_which_nothing_was_written(vision, 
 
 def test_missing_mlx_vlm_names_the_extra(vision, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "mlx_vlm", None)
-    with pytest.raises(ImportError, match=r"needs mlx-vlm to see the picture: pip install 'wan-mlx\[vlm\]'"):
+    with pytest.raises(ImportError, match=f"needs mlx-vlm to see the picture: {re.escape(install_command('mlx-vlm'))}"):
         extend_prompt("a", vision.folder, task="i2v", image=np.zeros((16, 16, 3), np.uint8))
     assert prompt_extend.choose_model(None, True) == prompt_extend.DEFAULT_MODEL
     assert "will not see the picture" in caplog.text

@@ -21,6 +21,7 @@ from served import Served
 
 from wan_mlx.cli import queue, serve
 from wan_mlx.cli.main import main
+from wan_mlx.errors import install_command
 from wan_mlx.runs.queue import Queue
 from wan_mlx.server.foreman import Foreman
 
@@ -92,7 +93,7 @@ class TestCommand:
         find = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
         assert main(["serve"]) == 1
-        assert capsys.readouterr().err == "error: `serve` needs uvicorn: pip install 'wan-mlx[serve]'\n"
+        assert capsys.readouterr().err == f"error: `serve` needs uvicorn: {install_command('uvicorn')}\n"
 
     @pytest.mark.parametrize(
         "flags, said",

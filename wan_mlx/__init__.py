@@ -117,11 +117,12 @@ def check_backend() -> None:
     try:
         importlib.import_module("mlx.core")
     except ImportError as error:
-        raise ImportError(
-            f"MLX cannot be imported ({error}). On a Mac with macOS 14 or later, and a Python for arm64 and not under "
-            f"Rosetta (this one is for {platform.machine()}): pip install wan-mlx; "
-            "on Linux: pip install 'wan-mlx[cpu]' or 'wan-mlx[cuda13]'"
-        ) from error
+        install = importlib.import_module(".errors", __name__).install_command
+        way = f"its backend is missing: {install('mlx[cpu]')}; or, with an NVIDIA GPU: {install('mlx[cuda13]')}"
+        if sys.platform == "darwin":
+            way = (f"it needs macOS 14 or later, and a Python for arm64 and not under Rosetta (this one is for "
+                   f"{platform.machine()}); then: {install('--force-reinstall', 'mlx')}")  # fmt: skip
+        raise ImportError(f"MLX cannot be imported ({error}); {way}") from error
 
 
 def __dir__() -> list[str]:

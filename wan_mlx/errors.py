@@ -6,9 +6,11 @@ import difflib
 import re
 import shlex
 import signal
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import PurePath
+from importlib.util import find_spec
+from pathlib import Path, PurePath
 
 
 class WanError(Exception):
@@ -84,6 +86,17 @@ METAL_FAILURES = {
 def resume_command(output: object) -> str:
     """The command that goes on with the run of a file."""
     return f"wan-mlx resume {shlex.quote(str(output))}"
+
+
+def install_command(*words: str) -> str:
+    """The command that installs packages, with pip's options, into the environment that this copy runs in.
+
+    pipx names its environments; those that uv makes have no pip; neither needs the archive that wan_mlx came from.
+    """
+    install, python, environment = shlex.join(["install", *words]), shlex.quote(sys.executable), Path(sys.prefix)
+    if (environment / "pipx_metadata.json").exists():  # `pipx inject` would leave alone what is there already
+        return f"pipx runpip {shlex.quote(environment.name)} {install}"
+    return f"{python} -m pip {install}" if find_spec("pip") else f"uv pip {install} --python {python}"
 
 
 def gpu_failure(error: BaseException) -> GPUError | None:

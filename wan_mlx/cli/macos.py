@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
+from ..errors import install_command
 from ..mac import battery, can_stay_awake, tf32_is_on
 from .selftest import Check, answer, macos_version, wheel_tag
 
@@ -43,7 +44,7 @@ def accelerators() -> Iterator[Check]:
         wheel, good = wheel_tag(), version() >= ACCELERATED_MACOS
         advice = (f"products take two to three times as long: MLX has kernels for them in its wheel for "
                   f"{ACCELERATED_WHEEL}, on macOS {'.'.join(map(str, ACCELERATED_MACOS))} or later: update macOS, then "
-                  "SYSTEM_VERSION_COMPAT=0 pip install --force-reinstall mlx mlx-metal")  # fmt: skip
+                  f"SYSTEM_VERSION_COMPAT=0 {install_command('--force-reinstall', 'mlx', 'mlx-metal')}")  # fmt: skip
         said = f"MLX's wheel is for {wheel}, macOS is {'.'.join(map(str, version()))}"
         yield Check.of("neural accelerators", good and wheel.startswith(ACCELERATED_WHEEL), said, advice, "warn")
 

@@ -25,6 +25,7 @@ import numpy as np
 from huggingface_hub import constants
 
 from .. import __version__, cuda
+from ..errors import install_command
 from ..mac import tf32_is_on
 from ..media.write import read_settings, save_video
 from ..models import kernels
@@ -54,10 +55,6 @@ NANO_REQUEST: dict[str, Any] = dict(
 NANO_BLOCK = 4  # pixels: the mean of each such square of a frame is stored
 NANO_TOLERANCE = {"float32": 4.0, "bfloat16": 10.0}  # of 255 levels, in any square; noise would be at 100
 
-UPDATE = (
-    "MLX gets this wrong here, and videos would be noise, black or NaN: update it (pip install -U mlx) and the system; "
-    "if it stays, report it at github.com/ml-explore/mlx with this page"
-)
 
 
 @dataclass
@@ -85,6 +82,17 @@ def all_checks() -> Iterator[Check]:
 def backend() -> str:
     """What MLX computes with, as it names it itself."""
     return "Metal" if mx.metal.is_available() else "CUDA" if cuda.available() else "CPU"
+
+
+def update_mlx() -> str:
+    """The command that updates MLX; on Linux with its backend, which without it would stay of another version."""
+    return install_command("-U", {"Metal": "mlx", "CUDA": "mlx[cuda13]", "CPU": "mlx[cpu]"}[backend()])
+
+
+def wrong() -> str:
+    """The advice where an operation's result is."""
+    return ("MLX gets this wrong here, and videos would be noise, black or NaN: update the system and MLX "
+            f"({update_mlx()}); if it stays, report it at github.com/ml-explore/mlx with this page")  # fmt: skip
 
 
 def machine() -> dict[str, str]:
@@ -149,10 +157,11 @@ def surroundings() -> Iterator[Check]:
     """Checks that compute nothing."""
     version = tuple(int(part) for part in mlx_version().split("+")[0].split(".")[:3] if part.isdigit())
     said = f"{mlx_version()}, {'.'.join(map(str, OLDEST_MLX))} or later is needed"
-    yield Check.of("MLX's version", version >= OLDEST_MLX, said, "pip install -U mlx")
+    yield Check.of("MLX's version", version >= OLDEST_MLX, said, update_mlx())
     gpu = mx.default_device().type == mx.DeviceType.gpu
-    advice = ("only nano is quick enough for that; on Linux with an NVIDIA GPU: pip install 'wan-mlx[cuda13]' instead "
-              "of 'wan-mlx[cpu]'")  # fmt: skip
+    advice = "only nano is quick enough for that"
+    if sys.platform == "linux":
+        advice += f"; with an NVIDIA GPU: {install_command('mlx[cuda13]')}"
     yield Check.of("a GPU", gpu, "in use" if gpu else "none: the CPU computes", advice, "warn")
     memory = installed_memory()
     advice = "use --memory, a small size and few frames"
@@ -174,7 +183,7 @@ def videos() -> Check:
             good, said = read_settings(path) == {"prompt": "猫"}, "a video can be written and read back"
     except Exception as error:
         good, said = False, f"{type(error).__name__}: {error}"
-    return Check.of("videos", good, said, "pip install --force-reinstall av imageio")
+    return Check.of("videos", good, said, install_command("--force-reinstall", "av", "imageio"))
 
 
 def operations() -> Iterator[Check]:
@@ -205,9 +214,9 @@ def _guarded(name: str, check: Callable[..., tuple[float, float, str]], *args) -
     try:
         error, allowed, fault = check(*args)
     except Exception as failure:
-        return Check.of(name, False, f"{type(failure).__name__}: {failure}", UPDATE)
+        return Check.of(name, False, f"{type(failure).__name__}: {failure}", wrong())
     said = fault or f"relative error {error:.1e} of {allowed:g} allowed"
-    return Check.of(name, not fault and error <= allowed, said, UPDATE)
+    return Check.of(name, not fault and error <= allowed, said, wrong())
 
 
 def matmul(inner: int, outer: int, dtype: mx.Dtype) -> tuple[float, float, str]:

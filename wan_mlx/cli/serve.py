@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from ..errors import install_command
 from ..server.machines import parse_machines
 from .flags import Parser
 from .terminal import write
@@ -41,8 +42,8 @@ def build_parser() -> Parser:
 
 def check_packages(command: str) -> None:
     """Raise ImportError, in one line that says how to install them, if packages of the command's extra are missing."""
-    if missing := [name for name in NEEDED[command] if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"`{command}` needs {', '.join(missing)}: pip install 'wan-mlx[{command}]'")
+    if missing := [name.replace("_", "-") for name in NEEDED[command] if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"`{command}` needs {', '.join(missing)}: {install_command(*missing)}")
 
 
 def main(argv: list[str]) -> int:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from ..errors import WeightsError
+from ..errors import WeightsError, install_command
 from .base import BLOCKS, MAX_DIM, MAX_ENTRIES, MAX_HEADER_BYTES, MAX_NAME, MAX_NDIM, TensorInfo, WeightsFile
 
 # ggml's type numbers; types in neither BLOCKS nor PLAIN are refused by name.
@@ -81,7 +81,7 @@ class GGUFFile(WeightsFile):
         super().__init__(path, tensors)
         blocks = sorted({info.dtype for info in tensors.values()}.intersection(BLOCKS))
         if blocks and find_spec("gguf") is None:
-            raise WeightsError(f"{path}: {blocks[0]} blocks need the gguf package: pip install 'wan-mlx[gguf]'")
+            raise WeightsError(f"{path}: {blocks[0]} blocks need the gguf package: {install_command('gguf')}")
 
     def values(self, name: str) -> list[Any]:
         array = self.fields.get(name)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import WeightsError
+from ..errors import WeightsError, install_command
 from .download import RemoteFile, one_line
 
 
@@ -24,7 +24,7 @@ def list_files(repo: str, revision: str | None) -> dict[str, RemoteFile]:
     try:
         from modelscope.hub.api import HubApi
     except ImportError as error:
-        raise WeightsError("ModelScope needs its package: pip install 'wan-mlx[modelscope]'") from error
+        raise WeightsError(f"ModelScope needs its package: {install_command('modelscope')}") from error
     try:
         entries = HubApi().get_model_files(repo, revision=revision, recursive=True)
     except Exception as error:  # of many kinds: its own, and its HTTP client's

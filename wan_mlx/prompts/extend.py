@@ -20,7 +20,7 @@ from typing import Any, cast
 import mlx.core as mx
 from PIL import Image
 
-from ..errors import WanError, nearest
+from ..errors import WanError, install_command, nearest
 from ..hub.resolve import cache_for
 from ..mac import awake
 from ..media.read import read_image
@@ -100,7 +100,7 @@ class PromptExtender:
             raise ValueError(f"language is {language!r}, expected one of {', '.join(LANGUAGES)}")
         if alone and not _has_vlm():
             raise ImportError("the prompt is empty, and writing one out of the picture needs mlx-vlm: "
-                              "pip install 'wan-mlx[vlm]'; or give a prompt")  # fmt: skip
+                              f"{install_command('mlx-vlm')}; or give a prompt")  # fmt: skip
         self.model = choose_model(model, pictures)
         self.language, self.pictures, self.alone, self.shows = language, pictures, alone, False
         self._generate: Generate | None = None
@@ -111,7 +111,7 @@ class PromptExtender:
             sees = "vision_config" in parse_json((folder / "config.json").read_text(encoding="utf-8"))
             self.shows = sees and self.pictures
             if self.shows and not _has_vlm():
-                raise ImportError(f"{self.model} needs mlx-vlm to see the picture: pip install 'wan-mlx[vlm]'")
+                raise ImportError(f"{self.model} needs mlx-vlm to see the picture: {install_command('mlx-vlm')}")
             if self.alone and not self.shows:
                 raise WanError(f"the prompt is empty, and {self.model} does not see pictures; give a prompt, or a "
                                f"model that does, such as {DEFAULT_VISION_MODEL}")  # fmt: skip
@@ -314,7 +314,7 @@ def choose_model(model: str | Path | None, pictures: bool) -> str:
     if pictures and _has_vlm():
         return DEFAULT_VISION_MODEL
     if pictures:
-        log.warning("the language model will not see the picture; for one that does: pip install 'wan-mlx[vlm]'")
+        log.warning(f"the language model will not see the picture; for one that does: {install_command('mlx-vlm')}")
     return DEFAULT_MODEL
 
 
