@@ -1,7 +1,7 @@
 """``python docs/make_signatures.py`` writes the options in the signatures of wan_mlx/pipeline.py anew.
 
 They are made from the table of options, and stand in the text, since editors and notebooks complete only what they can
-read there.
+read there: of a function with overloads in one of these.
 """
 
 import re
@@ -48,7 +48,8 @@ def text(old: str) -> str:
         face = found[2]
         return found[1] + parameters(face, pipeline.IN_ORDER if face == MODEL else ()) + found[3]
 
-    return re.sub(r"( +# options: (\w+), by docs/make_signatures\.py\n)(?:        .*,\n)*?(        \*\*)", made, old)
+    begin, end = r"( +# options: (\w+), by docs/make_signatures\.py\n)", r"(        \*\*|    \))"
+    return re.sub(rf"{begin}(?:        .*,\n)*?{end}", made, old)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,12 @@ class TestCompletion:
         assert {f"{option.name}=" for option in options.of(face)} <= names
         assert ("steps=" in names) == (face == REQUEST)
 
+    def test_every_option_before_anything_ran(self, jedi):
+        """The lines of docs/python.md as one cell: there is only their text."""
+        script = "import wan_mlx\npipe = wan_mlx.WanPipeline.from_pretrained('nano')\npipe('a', "
+        names = {completion.name for completion in jedi.Script(script).complete()}
+        assert {f"{option.name}=" for option in options.of(REQUEST) if option is not options.PROMPT} <= names
+
     def test_of_a_script_the_video_s_methods(self, jedi):
         script = "import wan_mlx\npipe = wan_mlx.WanPipeline.from_pretrained('nano')\npipe('a').sa"
         assert "save" in {completion.name for completion in jedi.Script(script).complete()}

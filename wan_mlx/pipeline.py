@@ -166,25 +166,6 @@ class WanPipeline(OpenedModel):
         prompt: str,
         callback: Callable[[Step], Any] | None = None,
         extend_prompt: bool | str | Path = False,
-        **options: Unpack[RequestOptions],
-    ) -> Video: ...
-
-    @overload
-    def __call__(
-        self,
-        prompt: list[str] | tuple[str, ...],
-        callback: Callable[[Step], Any] | None = None,
-        extend_prompt: bool | str | Path = False,
-        **options: Unpack[RequestOptions],
-    ) -> list[Video]: ...
-
-    @told(REQUEST)
-    @computes
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        callback: Callable[[Step], Any] | None = None,
-        extend_prompt: bool | str | Path = False,
         # options: request, by docs/make_signatures.py
         *,
         negative_prompt: str | None = None,
@@ -223,7 +204,25 @@ class WanPipeline(OpenedModel):
         cfg_zero: bool | int | None = None,
         skip_layers: Sequence[int] = (),
         skip_range: tuple[float, float] = (0.1, 1.0),
-        **other: Any,
+    ) -> Video: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        callback: Callable[[Step], Any] | None = None,
+        extend_prompt: bool | str | Path = False,
+        **options: Unpack[RequestOptions],
+    ) -> list[Video]: ...
+
+    @told(REQUEST)
+    @computes
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        callback: Callable[[Step], Any] | None = None,
+        extend_prompt: bool | str | Path = False,
+        **options: Any,
     ) -> Video | list[Video]:
         """Make a video, or of a list of prompts one of each, for which the model is loaded once.
 
@@ -244,7 +243,6 @@ class WanPipeline(OpenedModel):
             ValueError: an option is wrong.
             SamplingError: the latents stopped being finite.
         """
-        options = {**spelled(REQUEST, locals()), **other}
         if isinstance(prompt, str):
             asked = [self.request(prompt, **options)]
             (request,) = extend_requests(self.preset, asked, extend_prompt, self.caffeinate)
