@@ -98,6 +98,7 @@ class TestOtherNames:
     @pytest.mark.parametrize(
         "given, says",
         [({"stepz": 3}, "'stepz'; nearest: steps"),
+         ({"num_inference_step": 3}, "'num_inference_step'; nearest: num_inference_steps$"),
          ({"cfg": 5}, "'cfg'; here that is guidance"), ({"zzzz": 1}, "'zzzz'$"),
          ({"end_image": "a.png"}, "'end_image'; here that is last_image$"),
          ({"tile_size": 3}, "'tile_size'; vae_tiling is one of WanPipeline.from_pretrained$"),
@@ -133,9 +134,30 @@ class TestOtherNames:
         assert not hasattr(pipe, "nothing") and not hasattr(wan_mlx, "nothing")
 
     @pytest.mark.parametrize("name", hints.NAMES)
-    def test_a_name_says_what_to_write(self, name):
-        with pytest.raises(ImportError, match=re.escape(hints.NAMES[name])):
+    def test_a_name_says_what_to_write(self, name, monkeypatch):
+        monkeypatch.delattr(wan_mlx, name, raising=False)  # a module that others imported
+        assert not hasattr(wan_mlx, name) and getattr(wan_mlx, name, None) is None
+        with pytest.raises(AttributeError, match=f"^wan_mlx has no {name}: {re.escape(hints.NAMES[name])}$"):
+            getattr(wan_mlx, name)
+        if name == "generate":  # a module's name, too
             exec(f"from wan_mlx import {name}")
+            return
+        with pytest.raises(ImportError, match=f"^wan_mlx has no {name}: {re.escape(hints.NAMES[name])}$"):
+            exec(f"from wan_mlx import {name}")
+
+    def test_calls_of_what_is_not_called_so(self):
+        with pytest.raises(TypeError, match="^write WanPipeline.from_pretrained\\('nano', ...\\)$"):
+            WanPipeline("nano")
+        with pytest.raises(TypeError, match="list\\(wan_mlx.PRESETS\\) lists the released models"):
+            wan_mlx.models()
+        with pytest.raises(AttributeError, match="has no 'from_single_file': write WanPipeline.from_pretrained"):
+            _ = WanPipeline.from_single_file
+        assert not hasattr(WanPipeline, "nothing")
+
+    def test_a_lora_of_a_call(self, pipe):
+        for name in ("lora", "loras"):
+            with pytest.raises(TypeError, match="; loras is one of WanPipeline.from_pretrained, or write pipe"):
+                pipe("a", **{name: "style.safetensors"})
 
     @pytest.mark.parametrize("name", hints.SAME_NAMES)
     def test_pipelines_of_diffusers(self, name):

@@ -18,7 +18,7 @@ arguments raise ValueError; other failures raise a `WanError`. `wan_mlx.types` e
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
 import os
 import platform
@@ -107,8 +107,14 @@ def _of_diffusers(name: str) -> Any:
     words = importlib.import_module(".other_words", __name__)
     if name in words.SAME_NAMES:
         return __getattr__(words.SAME_NAMES[name])
-    if name in words.NAMES:  # not AttributeError, of which `from wan_mlx import name` would leave the words out
-        raise ImportError(f"wan_mlx has no {name}: {words.NAMES[name]}")
+    if name == "models":  # the networks; called, they say what lists the models
+        return importlib.import_module(".models", __name__)
+    if name in words.NAMES:
+        hint = f"wan_mlx has no {name}: {words.NAMES[name]}"
+        # `from wan_mlx import name` would leave an AttributeError's words out; but a module it then imports.
+        imported = sys._getframe(2).f_code.co_name == "_handle_fromlist"
+        is_module = importlib.util.find_spec(f".{name}", __name__) is not None
+        raise ImportError(hint) if imported and not is_module else AttributeError(hint)
     raise AttributeError(f"module 'wan_mlx' has no attribute {name!r}")
 
 

@@ -53,6 +53,8 @@ class ModelChoices:
 
     def __init__(self, checkpoint: Checkpoint, **options: Any):
         """``options``: as for `from_pretrained`; LoRAs and TAEHV are files of this machine here."""
+        if not isinstance(checkpoint, Checkpoint):
+            raise TypeError(f"write {type(self).__name__}.from_pretrained({str(checkpoint)!r}, ...)")
         given = filled(MODEL, {"model": checkpoint.path, **options})
         loras = lora_lists(given)
         self.opened_with = {name: value for name, value in {**given, **loras}.items() if name != "progress"}

@@ -61,11 +61,15 @@ WORDS = (
 SAME = {word: ours.strip("-").replace("-", "_") for ours, _, names in WORDS for word in re.findall(r"=(\w+)", names)}
 # Others → what to write.
 LEAVE_OUT = "leave it out"
+SEVERAL = "give a list of prompts, such as [prompt] * 4, for a list of videos; without seed= each has its own"
 KEYWORDS = {
     "generator": "write seed=42: the noise is that of torch.Generator('cpu').manual_seed(42)",
     "guidance_scale_2": "write guidance_scale=(low, high): in Diffusers guidance_scale is the high-noise expert's, and "
     "guidance_scale_2 the low-noise one's",
-    "num_videos_per_prompt": "give a list of prompts, such as [prompt] * 4, for a list of videos",
+    "num_videos_per_prompt": SEVERAL,
+    "num_videos": SEVERAL,
+    "seeds": "seed= takes one; write [pipe(prompt, seed=seed) for seed in seeds], of one load in pipe.keep_loaded()",
+    "output": "write pipe(prompt).save(\"cat.mp4\"): a call returns a Video",
     "num_images_per_prompt": "write pipe.images(prompt, num_images=4)",
     "output_type": f"{LEAVE_OUT}: video.frames is a numpy array (frames, height, width, 3); video.save writes a file",
     "return_dict": f"{LEAVE_OUT}: a call returns a Video",
@@ -106,6 +110,8 @@ ATTRIBUTES = {
     "unfuse_lora": LORAS,
     "unload_lora_weights": LORAS,
     "delete_adapters": LORAS,
+    "generate": "write pipe(prompt), which returns a Video",
+    "from_single_file": "write WanPipeline.from_pretrained, which takes a file, too",
     "vae": f"{LOADED.format('load_vae')}; instead of vae.enable_tiling() {TILING}",
     "transformer": LOADED.format("load_transformer"),
     "text_encoder": LOADED.format("load_text_encoder"),
@@ -133,6 +139,8 @@ NAMES = {
     "load_image": "image= takes a path",
     "load_video": "video= and src_video= take a path",
     "load": "write wan_mlx.WanPipeline.from_pretrained",
+    "from_pretrained": "write wan_mlx.WanPipeline.from_pretrained",
+    "generate": "write pipe = wan_mlx.WanPipeline.from_pretrained(\"nano\"), and then pipe(prompt)",
     "stream_generate": "write pipe.stages(pipe.request(prompt))",
     "stream": "write pipe.stages(pipe.request(prompt))",
     "convert": "write `wan-mlx convert SOURCE OUT` in a terminal",
@@ -161,7 +169,8 @@ def ours(face: str, given: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"{name} is not known here: {KEYWORDS[name]}")
         option = known.get(SAME.get(name, "")) or spelled.get(name)
         if option is None:
-            near = _elsewhere(face, name) or suggestion(name, [*known, *spelled])
+            theirs = [word for word, same in SAME.items() if same in known]
+            near = _elsewhere(face, name) or suggestion(name, [*known, *spelled, *theirs])
             raise TypeError(f"a {face} has no option {name!r}{near}")
         for ours, own in _values(option, value):
             if found.get(ours) not in (None, known[ours].default):
@@ -183,8 +192,10 @@ def of_faces(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def _elsewhere(face: str, name: str) -> str:
     """The end of an error about an option that belongs into the other call: of `from_pretrained`, or of a pipeline."""
     other, call = (MODEL, "WanPipeline.from_pretrained") if face == REQUEST else (REQUEST, "a pipeline's call")
-    ours = next((word for word in (name, _bare(meaning(name))) if word in {own.name for own in options.of(other)}), "")
-    return f"; {ours} is one of {call}" if ours else ""
+    names = {own.name: own.name for own in options.of(other)}
+    names |= {word: own.name for word, own in _spelled(other).items()}
+    ours = next((names[word] for word in (name, _bare(meaning(name))) if word in names), "")
+    return f"; {ours} is one of {call}" + f", or {LORAS}" * (ours == "loras") if ours else ""
 
 
 def _bare(flag: str) -> str:

@@ -83,7 +83,19 @@ def with_relighting(model: str | Path, loras: list[tuple[Path, float]]) -> list[
     return loras if any(path.name == place.name for path, _ in loras) else [*loras, (place, 1.0)]
 
 
-class WanPipeline(OpenedModel):
+def _missing(owner: str, name: str) -> AttributeError:
+    hint = ATTRIBUTES.get(name)
+    return AttributeError(f"a {owner} has no {name!r}" + f": {hint}" * bool(hint))
+
+
+class _Hinting(type):
+    if not TYPE_CHECKING:  # type checkers are to tell which attributes there are
+
+        def __getattr__(cls, name: str) -> Any:
+            raise _missing(cls.__name__, name)
+
+
+class WanPipeline(OpenedModel, metaclass=_Hinting):
     """A Wan model, opened but not resident: calling it makes a video. Its attributes are `OpenedModel`'s."""
 
     @classmethod
@@ -320,8 +332,7 @@ class WanPipeline(OpenedModel):
         yield from run.outputs()
 
     def __getattr__(self, name: str) -> Any:
-        hint = ATTRIBUTES.get(name)
-        raise AttributeError(f"a {type(self).__name__} has no {name!r}" + f": {hint}" * bool(hint))
+        raise _missing(type(self).__name__, name)
 
 
 @computes
