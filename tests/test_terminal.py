@@ -185,7 +185,7 @@ def test_completion_is_the_shell_s_language(capsys, shell):
 
 def test_completion_of_no_such_shell(capsys):
     assert main(["completion", "tcsh"]) == 2
-    assert "choose from" in capsys.readouterr().err and main(["completion"]) == 2
+    assert "expected one of bash" in capsys.readouterr().err and main(["completion"]) == 2
 
 
 def test_colours_on_a_terminal_alone(monkeypatch, capsys):
