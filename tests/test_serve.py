@@ -148,7 +148,7 @@ def test_what_the_page_shows(tmp_path, monkeypatch):
 def test_the_service_of_the_docs():
     """launchd's file is one, and wan-mlx takes the command that is in it."""
     text = (ROOT / "docs/serve.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```\n(<\?xml.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(r"^```xml\n(<\?xml.*?)^```$", text, re.MULTILINE | re.DOTALL)
     service = plistlib.loads(block.encode())
     program, command, *flags = service["ProgramArguments"]
     assert (Path(program).name, command) == ("wan-mlx", "serve")

@@ -4,9 +4,9 @@
 
 Paints 16 clips of things in a colour that nano never saw, named by a word that it does not know, trains on the first
 five frames of each, and reads from pixels what videos of other prompts show: with the new word, and with old words
-alone. ``stills`` is the same with pictures, ``shape`` teaches an outline. What nano knows is guarded by `Recipe`'s
-``preserve``. Settings of the trainer follow as NAME=VALUE: ``steps=200 learning_rate=1e-3``. It needs torch, for
-painting; on a Linux CPU OpenBLAS makes it several times as fast (docs/training.md).
+alone. ``stills`` is the same with pictures of things that stand still, ``shape`` teaches an outline. What nano knows is
+guarded by `Recipe`'s ``preserve``. Settings of the trainer follow as NAME=VALUE: ``steps=200 learning_rate=1e-3``. It
+needs torch, for painting; on a Linux CPU OpenBLAS makes it several times as fast (docs/training.md).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from ast import literal_eval
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def write_data(what: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     glyphs, rng = render.atlas("cpu", digits=False), np.random.default_rng(1)
     for number, scene in enumerate(scenes(what, True, CLIPS, seed=1)):
+        if what == "stills":  # a picture of something that moves would teach that moving is standing still
+            scene = replace(scene, things=(replace(scene.things[0], motion="still"),))
         video, _ = render.paint(render.upload([render.pack([scene])], "cpu"), glyphs, scene.width, scene.height)
         frames = ((video[0] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
         first, *others = map(Image.fromarray, frames[:1] if what == "stills" else frames)
@@ -108,7 +111,8 @@ def main() -> None:
     from wan_mlx.training import TrainStep, train
 
     old_words = [*(world.SHAPES if args.what == "shape" else world.COLOURS)]
-    settings: dict[str, Any] = {"frames": 5, "preserve": 0.35, "preserve_words": ",".join(old_words), "dtype": DTYPE}
+    share = 0.5 if args.what == "stills" else 0.35
+    settings: dict[str, Any] = {"frames": 5, "preserve": share, "preserve_words": ",".join(old_words), "dtype": DTYPE}
     settings |= {name: value_of(text) for name, _, text in (one.partition("=") for one in args.settings)}
     know(args.what)
     write_data(args.what, args.output / "clips")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import copy
 import json
 import multiprocessing
 import os
@@ -48,9 +49,10 @@ def windows(packed, width: int, height: int, side: int) -> torch.Tensor:
 # --- stage 1: VAE ----------------------------------------------------------------------------------------------
 
 
-def vae_loss(vae, video, boxes):
-    """2 MSE + 0.5 L1 + 8e-6 KL, pixels in the things' boxes weighing six times the others; and the logarithm of the MSE
-    within the boxes, which is what PSNR measures."""
+def vae_loss(vae, video, boxes, before=None, std=None, hold: float = 0.0):
+    """2 MSE + 0.5 L1 + 8e-6 KL, pixels in the things' boxes weighing six times the others; the logarithm of the MSE
+    within the boxes, which is what PSNR measures; and ``hold`` times the square of what latents moved by, in
+    ``std`` (1, 16, 1, 1, 1), from those of the VAE ``before``."""
     mean, logvar = models.encode(vae, video)
     latents = mean.float() + torch.exp(0.5 * logvar.float()) * torch.randn_like(mean, dtype=torch.float32)
     error = models.decode(vae, latents).float() - video
@@ -59,7 +61,12 @@ def vae_loss(vae, video, boxes):
     kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).sum(1).mean()
     inside = (error**2 * boxes).sum((1, 2, 3, 4)) / (3 * boxes.sum((1, 2, 3, 4)) + 1e-3)
     inside = 0.02 * (inside + 1e-5).log().mean()
-    return 2 * (weight * error**2).mean() + 0.5 * (weight * error.abs()).mean() + 8e-6 * kl + inside
+    loss = 2 * (weight * error**2).mean() + 0.5 * (weight * error.abs()).mean() + 8e-6 * kl + inside
+    if before is None:
+        return loss
+    with torch.no_grad():
+        known = models.encode(before, video)[0].float()
+    return loss + hold * ((mean.float() - known) / std).square().mean()
 
 
 def train_vae(args, device, workers, begun: float, seconds: float) -> dict:
@@ -70,10 +77,15 @@ def train_vae(args, device, workers, begun: float, seconds: float) -> dict:
     say(f"clips drawn: {[len(p['slope']) for p in pools]}")
     vae = start_from(args.start, args.out)[0] if args.start else models.new_vae()
     vae = models.one_pass(vae).to(device).train()
+    before, std = None, None
+    if args.hold:
+        before, std = copy.deepcopy(vae).requires_grad_(False), models.latent_scale(vae, device)[1]
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(not args.keep_latents)
     if device.type == "cuda":
         channels_last(vae)
+        if before is not None:
+            channels_last(before)
     # Compiling takes two minutes, which a short training has not.
     fast = torch.compile(vae_loss, dynamic=False) if device.type == "cuda" and not args.keep_latents else vae_loss
     clock = Clock(begun + seconds, args.steps)
@@ -89,7 +101,7 @@ def train_vae(args, device, workers, begun: float, seconds: float) -> dict:
             video, boxes = render.paint(packed, glyphs, width, height, corner, 0 if whole else WINDOW)
         video = video.contiguous(memory_format=torch.channels_last_3d)
         # The odd sizes run uncompiled: compiling for each would cost more than it saves.
-        return (vae_loss if which else fast)(vae, video, boxes.contiguous())
+        return (vae_loss if which else fast)(vae, video, boxes.contiguous(), before, std, args.hold)
 
     while clock.progress() < 1:
         # Windows around the things first: cheap steps, full of edges. Then whole clips, every third of another size.
@@ -149,6 +161,7 @@ def main() -> None:
     )
     parser.add_argument("--warmup", type=int, default=300, help="steps until the highest rate")
     parser.add_argument("--keep-latents", action="store_true", help="vae: only the decoder is trained")
+    parser.add_argument("--hold", type=float, default=0.0, help="vae: how much latents are held where they were")
     parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--seconds", type=float, nargs="+", help="for each stage (default: vae 390, dit 360, ...)")
     parser.add_argument("--steps", type=int, help="train exactly this many steps instead")

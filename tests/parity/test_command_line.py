@@ -200,4 +200,4 @@ def test_missing_backend_is_one_line():
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "wan-mlx[cpu]" in one_line(done.stderr)
+    assert "install 'mlx[cpu]'" in one_line(done.stderr)
