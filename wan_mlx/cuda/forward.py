@@ -53,7 +53,7 @@ def append_mean(x: mx.array, count: int, length: int | None = None, mean: mx.arr
 
 
 def share_of_mean(x: mx.array, length: int) -> mx.array:
-    """What n of ``length`` keys or values, x (B, n, heads, head_dim), add to their mean (B, 1, heads * head_dim)."""
+    """What x (B, n, heads, head_dim), some of ``length`` keys or values, adds to their mean (B, 1, heads * head_dim)."""
     # Summed in float32, unlike `mx.mean` on CUDA.
     return mx.full((1, x.shape[1]), 1 / length, x.dtype) @ mx.stop_gradient(x.flatten(2))
 
