@@ -13,7 +13,6 @@ from arrays import relative_error
 
 import wan_mlx
 from wan_mlx.cuda import forward as cuda_attention
-from wan_mlx.distributed import Part
 from wan_mlx.models import attention_execution
 from wan_mlx.models.attention import SelfAttention, attention
 from wan_mlx.models.configs import TransformerConfig
@@ -78,36 +77,6 @@ def test_means_go_into_room_that_there_is(room):
     with_room = mx.concatenate([x, mx.full((2, room, 3, 4), mx.nan)], axis=1)
     assert mx.array_equal(cuda_attention.append_mean(with_room, 3, 40), cuda_attention.append_mean(x, 3))
     assert mx.array_equal(cuda_attention.append_mean(with_room, 0, 40), x)
-
-
-class TwoGPUs:
-    """A group in which GPUs gather; ``told``: what each gathering brings, (2 n, ...)."""
-
-    on_host = False
-    stream = mx.default_stream(mx.cpu)
-
-    def __init__(self, rank: int, told: list[mx.array]):
-        self.rank, self.told = rank, told
-
-    def begin(self, piece: mx.array, ranks: range) -> mx.array:
-        joined = self.told.pop(0)
-        assert mx.allclose(piece, mx.split(joined, 2)[self.rank])
-        return joined
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_keys_gathered_by_gpus_get_the_mean_of_everybodys(batch, rank, monkeypatch):
-    """Each rank tells what its own keys add to it, so that nobody reads them all."""
-    monkeypatch.setattr(cuda_attention, "keys_to_append", lambda length: 3)
-    x = mx.random.normal((batch, 41, 3, 4), key=mx.random.key(0))
-    halves = x[:, :22], mx.pad(x[:, 22:], [(0, 0), (0, 3), (0, 0), (0, 0)], constant_values=9.0)
-    shares = [mx.sum(half.flatten(2), axis=1)[None] / 41 for half in (x[:, :22], x[:, 22:])]
-    told = [mx.concatenate(shares), mx.concatenate([half.swapaxes(0, 1) for half in halves])]
-    shard = Part(TwoGPUs(rank, told), range(2), lambda length: 3).shard(41)
-    finish = cuda_attention.fill_last_tile, cuda_attention.share_of_mean
-    found, expected = shard.begin(halves[rank], *finish).whole(), cuda_attention.append_mean(x, 3)
-    assert not told and found.shape == expected.shape and mx.abs(found - expected).max() < 1e-6
 
 
 @pytest.mark.parametrize("length, expected", [(32760, 8), (75600, 48), (32768, 0), (1000, 0), (127 * 1024 - 127, 0)])

@@ -352,34 +352,20 @@ class Shard:
             return None
         return slice(first, end if self.start + end < self.length and end < self.size else None)
 
-    def begin(
-        self,
-        x: mx.array,
-        finish: Callable[..., mx.array] | None = None,
-        share: Callable[[mx.array, int], mx.array] | None = None,
-    ) -> Coming:
+    def begin(self, x: mx.array, finish: Callable[[mx.array, int], mx.array] | None = None) -> Coming:
         """Begin to gather everybody's tokens x (B, size, ...).
 
-        Args:
-            x: this rank's.
-            finish: (the tokens, and what fills them up; how many these are without) → what is wanted of them.
-            share: (this rank's tokens, how many all are) → (B, 1, D), of which ``finish`` gets everybody's sum too,
-                where the GPU moves the tokens and there is room behind them.
+        ``finish``: (the tokens, and what fills them up; how many these are without) → what is wanted of them.
         """
-        piece, group, ranks = mx.contiguous(_swapped(x)), self.part.group, self.part.ranks
+        piece, group = mx.contiguous(_swapped(x)), self.part.group
         mx.async_eval(piece)  # by itself, so that on CUDA the other stream waits for it by an event
         finish = finish or (lambda joined, length: joined[:, :length])
         if group.on_host:
-            return Coming(self, group.begin(piece, ranks), finish)
-        own = []
-        if share is not None and self.part.room(self.length):
-            own = [share(x[:, : max(0, self.length - self.start)], self.length).swapaxes(0, 1)]
-            mx.async_eval(own)
+            return Coming(self, group.begin(piece, self.part.ranks), finish)
         with mx.stream(group.stream):
             begun = piece[:1, :1, :1] + 0
             mx.async_eval(begun)
-            sums = [group.begin(one, ranks).sum(0)[:, None] for one in own]
-            found = finish(_swapped(group.begin(piece, ranks)), self.length, *sums)
+            found = finish(_swapped(group.begin(piece, self.part.ranks)), self.length)
             mx.async_eval(found)
         return Coming(self, found, None, begun)
 
@@ -400,7 +386,7 @@ class Coming:
 
     shard: Shard
     _joined: mx.array
-    _finish: Callable[..., mx.array] | None  # where the host moves them, once they are here
+    _finish: Callable[[mx.array, int], mx.array] | None  # where the host moves them, once they are here
     _begun: mx.array | None = None  # where the GPU does, what it computes just before
 
     def before(self, x: mx.array) -> mx.array:

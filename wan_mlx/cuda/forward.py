@@ -17,11 +17,10 @@ def keys_to_append(length: int) -> int:
     return missing if mx.cuda.is_available() and missing <= MOST_APPENDED * length else 0
 
 
-def fill_last_tile(x: mx.array, length: int | None = None, mean: mx.array | None = None) -> mx.array:
+def fill_last_tile(x: mx.array, length: int | None = None) -> mx.array:
     """Pad keys or values with their mean to whole tiles, where that is faster; (B, L, heads, head_dim).
 
-    With ``length`` only so many of x are keys or values, and what is behind them is room; ``mean``: (B, 1, heads *
-    head_dim), where it is known.
+    With ``length`` only so many of x are keys or values, and what is behind them is room.
 
     The appended keys have almost no weight, for any query: the mean key's product with a query is the mean of all
     keys' products, and the exponential of a mean is at most the mean of the exponentials. So it has at most the average
@@ -29,14 +28,13 @@ def fill_last_tile(x: mx.array, length: int | None = None, mean: mx.array | None
     bfloat16 rounds a number by up to twice `MOST_APPENDED` of it.
     """
     length = length or x.shape[1]
-    return append_mean(x, keys_to_append(length), length, mean)
+    return append_mean(x, keys_to_append(length), length)
 
 
-def append_mean(x: mx.array, count: int, length: int | None = None, mean: mx.array | None = None) -> mx.array:
+def append_mean(x: mx.array, count: int, length: int | None = None) -> mx.array:
     """x (B, L, heads, head_dim), or the first ``length`` of L, with its mean appended ``count`` times, in room if any.
 
-    With a known ``mean``, room is written to where it is: MLX copies an array before it is written to only if others
-    have read it. The mean is a constant to gradients: through it each row would get ``count / L`` of an average row's.
+    The mean is a constant to gradients: through it each row would get ``count / L`` of an average row's.
     """
     length = length or x.shape[1]
     room, x = x[:, : length + count], x[:, :length]
@@ -44,18 +42,13 @@ def append_mean(x: mx.array, count: int, length: int | None = None, mean: mx.arr
         return x
     batch, _, *rest = x.shape
     rows = x.flatten(2)
-    mean = share_of_mean(x, length) if mean is None else mean
+    # Summed in float32, unlike `mx.mean` on CUDA.
+    mean = mx.full((1, length), 1 / length, x.dtype) @ mx.stop_gradient(rows)
     means = mx.broadcast_to(mean, (batch, count, rows.shape[-1]))
     if room.shape[1] > length:
         room[:, length:] = means.reshape(batch, count, *rest)
         return room
     return mx.concatenate([rows, means], axis=1).reshape(batch, length + count, *rest)
-
-
-def share_of_mean(x: mx.array, length: int) -> mx.array:
-    """What x (B, n, heads, head_dim), some of ``length`` keys or values, adds to their mean (B, 1, heads * head_dim)."""
-    # Summed in float32, unlike `mx.mean` on CUDA.
-    return mx.full((1, x.shape[1]), 1 / length, x.dtype) @ mx.stop_gradient(x.flatten(2))
 
 
 class DeferredFrees:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-from ..cuda.forward import fill_last_tile, share_of_mean
+from ..cuda.forward import fill_last_tile
 from ..distributed import Shard
 from .attention import SelfAttention, split_heads
 from .attention_execution import attention, has_fused_kernel, rotated
@@ -59,18 +59,18 @@ def attend_with_others(layer: SelfAttention, tokens: list[mx.array], this_pass: 
     tokens.clear()
     count = min(layer.heads, HEAD_GROUPS if shard.part.group.on_host else HEAD_GROUPS_ON_GPU)
     groups = [slice(group[0], group[-1] + 1) for group in np.array_split(range(layer.heads), count)]
-    fill = (fill_last_tile, share_of_mean) if has_fused_kernel(x.dtype, x.shape[-1] // layer.heads) else ()
+    fill = fill_last_tile if has_fused_kernel(x.dtype, x.shape[-1] // layer.heads) else None
     k = rotated(layer, "k", x, rope, pace)
     pace(k)
-    keys = [shard.begin(k[:, :, groups[0]], *fill)]
+    keys = [shard.begin(k[:, :, groups[0]], fill)]
     x = keys[0].before(x)
     v = in_dispatches(layer.v, x, pace, lambda y, tokens: split_heads(y, layer.heads))
     pace(v)
-    values = [shard.begin(v[:, :, groups[0]], *fill)]
+    values = [shard.begin(v[:, :, groups[0]], fill)]
     x = values[0].before(x)
     for group in groups[1:]:
-        keys.append(shard.begin(k[:, :, group], *fill))
-        values.append(shard.begin(v[:, :, group], *fill))
+        keys.append(shard.begin(k[:, :, group], fill))
+        values.append(shard.begin(v[:, :, group], fill))
     del k, v
     q = rotated(layer, "q", x, rope, pace)
     del x
