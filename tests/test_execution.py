@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -210,6 +211,16 @@ ALIVE = {
     ],
     100_000: [1.0, 2.0, 2.0, 3.0, 4.0, 4.0, 2.0, 2.0, 2.0, 3.0, 3.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0],
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("on_host, tokens, waiting, late", [
+    (None, 32768, 1, 600), (True, 32768, 1, 600), (False, 32768, 2, 1000), (False, 8192, 1, 200)
+])  # fmt: skip
+def test_two_pieces_wait_among_gpus_where_memory_is_not_short(on_host, tokens, waiting, late):
+    """Or each would wait for the other's Python, and for its memory; alone and on Macs it would take memory."""
+    run = Execution(transformer("t2v"), tokens_at_once=tokens)
+    among = None if on_host is None else SimpleNamespace(group=SimpleNamespace(on_host=on_host))
+    assert (run._pacer(among).waiting, run._frees.most) == (waiting, late * 10**6)
 
 
 class TestOrder:

@@ -53,6 +53,19 @@ def test_the_next_piece_is_submitted_before_the_last_one_is_waited_for(monkeypat
     ]  # fmt: skip
 
 
+def test_where_two_may_wait_that_before_them_is_waited_for(in_flight):
+    pace = Pacer(waiting=2)
+    for number in range(5):
+        pace(piece(number))
+        assert in_flight == [number - 1, number][number == 0 :]
+    pace.submit(piece(5))
+    assert in_flight == [3, 4, 5]
+    pace(piece(6))
+    assert in_flight == [4, 5, 6]
+    pace.finish()
+    assert in_flight == []
+
+
 def test_small_pieces_are_waited_for_with_the_next_large_one(in_flight):
     pace = Pacer()
     pace(piece(0))

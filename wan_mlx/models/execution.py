@@ -33,8 +33,8 @@ from .transformer import Block, BlocksHook, ForwardPass, Transformer
 from .vace import VaceBlock, VaceTransformer
 
 # Bytes of deferred frees; more where all tokens are computed at once, because with a lower bound a forward took 8 %
-# longer.
-DEFERRED, DEFERRED_WHOLE = 200_000_000, 600_000_000
+# longer, and most among GPUs, of which each waits while another does.
+DEFERRED, DEFERRED_WHOLE, DEFERRED_AMONG = 200_000_000, 600_000_000, 1_000_000_000
 
 # (names of blocks, in order) → the blocks, each valid until the next is requested.
 StreamedBlocks = Callable[[Sequence[str]], Iterator[Block]]
@@ -96,8 +96,7 @@ class Execution:
         x, this_pass = self.model.enter(*inputs, **named)
         if among is not None:
             x, this_pass = own_tokens(x, this_pass, among.shard(x.shape[1]))
-        self._frees.most = DEFERRED_WHOLE if self.tokens_at_once > FEED_FORWARD_TOKENS else DEFERRED
-        pace = Pacer(self.tokens_at_once, self._frees)
+        pace = self._pacer(among)
 
         def run_blocks(x: mx.array) -> mx.array:
             tokens = [x]
@@ -109,6 +108,13 @@ class Execution:
         del x  # otherwise it would stay alive through all the blocks
         x = run_blocks(tokens.pop()) if through is None else through(tokens.pop(), this_pass, run_blocks)
         return self.leave(x, this_pass, pace)
+
+    def _pacer(self, among: Part | None) -> Pacer:
+        """Pieces of several GPUs are so short that two wait, where memory is not."""
+        whole = self.tokens_at_once > FEED_FORWARD_TOKENS
+        divided = whole and among is not None and not among.group.on_host
+        self._frees.most = DEFERRED_AMONG if divided else DEFERRED_WHOLE if whole else DEFERRED
+        return Pacer(self.tokens_at_once, self._frees, waiting=2 if divided else 1)
 
     def _run_blocks(
         self,

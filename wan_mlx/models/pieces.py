@@ -31,10 +31,10 @@ def finished(*arrays: mx.array) -> None:
 
 
 class Pacer:
-    """Submits work piece by piece: one piece runs while the next waits, and no more.
+    """Submits work piece by piece: one piece runs while the next waits, or ``waiting`` of them, and no more.
 
     MLX allocates the arrays of submitted work long before the GPU reaches it, so a whole block submitted at once would
-    hold all its temporaries at once. With two pieces in flight memory stays low and the GPU never idles:
+    hold all its temporaries at once. With two pieces in flight memory stays low and the GPU hardly idles:
 
         pace(a)    a submitted                          a runs
         pace(b)    b submitted, a waited for            b runs
@@ -43,22 +43,27 @@ class Pacer:
         finish()   d waited for                         nothing runs, nothing is held
     """
 
-    def __init__(self, tokens_at_once: int = TOKENS_AT_ONCE, frees: DeferredFrees | None = None):
-        self.tokens_at_once, self.frees = tokens_at_once, frees
-        self.running: tuple[mx.array, ...] = ()
+    def __init__(
+        self, tokens_at_once: int = TOKENS_AT_ONCE, frees: DeferredFrees | None = None, waiting: int = 1
+    ):
+        self.tokens_at_once, self.frees, self.waiting = tokens_at_once, frees, waiting
+        self.pieces: list[tuple[mx.array, ...]] = []  # submitted, and not waited for
 
     def __call__(self, *arrays: mx.array) -> None:
-        """Submit the computation of ``arrays``, and wait until the piece before it is done."""
+        """Submit the computation of ``arrays``, and wait until the piece before it, or before those that wait, is done.
+        """
         mx.async_eval(*arrays)
-        finished(*self.running)
-        self.running = arrays
+        self.pieces.append(arrays)
+        while len(self.pieces) > self.waiting:
+            finished(*self.pieces.pop(0))
         if self.frees:
             self.frees.limit()
 
     def submit(self, *arrays: mx.array) -> None:
         """Submit a piece too small to wait for, so that the GPU does not idle before the next one."""
         mx.async_eval(*arrays)
-        self.running = (*self.running, *arrays)
+        last = self.pieces.pop() if self.pieces else ()
+        self.pieces.append((*last, *arrays))
 
     def small(self, *arrays: mx.array) -> None:
         """Submit a short piece; wait for it only where memory matters more than time."""
@@ -70,12 +75,13 @@ class Pacer:
     def settle(self) -> None:
         """Wait for the running piece where memory is short, so that its temporaries are freed before the next one."""
         if self.tokens_at_once <= FEW_TOKENS:
-            finished(*self.running)
+            for arrays in self.pieces:
+                finished(*arrays)
 
     def finish(self) -> None:
         """Wait for all submitted work, and release its arrays."""
-        finished(*self.running)
-        self.running = ()
+        while self.pieces:
+            finished(*self.pieces.pop(0))
 
 
 def tokens_per_dispatch(linear: nn.Module, x: mx.array) -> int:

@@ -21,7 +21,7 @@ AUTO = "auto"
 LEAST_GAIN = 1.05  # a smaller one is not worth waiting for others
 LIKE = 1.02  # of two ways that are nearly as fast, the one that moves less
 # What a forward takes more, of which tokens are divided: keys and values are copied, products are of fewer rows. On two
-# H200 1.09 times with the 1.3B, 1.07 with the 14B.
+# H200 1.09 times with the 1.3B, 1.07 with the 14B; 1.05 with both since two pieces of work wait there, unlike on Macs.
 OVERHEAD = 1.08
 TYPICAL = 14e12  # FLOP per second, where nothing is known: an M4 Max
 VALUE = 2  # bytes of a key or value in 16 bits
