@@ -74,7 +74,7 @@ TIMESTEP_SAMPLING = {
 # Where a model's defaults differ: nano learns in minutes on a CPU.
 OF_MODELS: dict[str, dict[str, Any]] = {
     "nano": {
-        "rank": 8, "steps": 700, "learning_rate": 3e-3, "schedule": "cosine", "warmup": 10, "batch": 4,
+        "rank": 8, "steps": 1400, "learning_rate": 3e-3, "schedule": "cosine", "warmup": 10, "batch": 2,
         "timesteps": "uniform-shift", "save_every": 50, "caption_dropout": 0.0,
     },
 }  # fmt: skip
