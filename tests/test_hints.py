@@ -27,7 +27,7 @@ OF_OTHERS = {"--force-reinstall", "--python", "--merge"}
 # longest of what follows "wan-mlx " up to a quote, a comma, a semicolon or a sentence's end.
 SHOWN = {
     "wan-mlx models": "models",
-    "wan-mlx doctor": "doctor --help",  # tests/test_docs.py runs it
+    "wan-mlx doctor": "doctor --help",  # tests/test_documented_commands.py runs it
     "wan-mlx doctor --store-reference": "doctor --help",
     "wan-mlx inspect": "inspect nano.folder",
     "wan-mlx inspect t2v-1.3B": "inspect nano.folder",
