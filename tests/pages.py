@@ -80,6 +80,7 @@ def spelled_out(words: Sequence[str]) -> list[str]:
              for word in as_flags(name, list(rest), is_said)]  # fmt: skip
     return [*words[:begin], *(word for words in found for word in words)]
 
+
 def anchors(page: Path) -> set[str]:
     """Of its headings, as GitHub makes them."""
     text = re.sub(r"^( *)```.*?^\1```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)

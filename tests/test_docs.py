@@ -33,6 +33,7 @@ def test_scripts_take_the_flags_that_pages_give_them():
                 found += 1
     assert found > 10
 
+
 def test_every_link_leads_somewhere():
     for page in PAGES:
         text = re.sub("`[^`\n]*`", "", (ROOT / page).read_text(encoding="utf-8"))
