@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_mlx_model
-from test_two_experts import as_pair, lora
+from two_experts import as_pair, lora
 
 from wan_mlx import distributed, heartbeat
 from wan_mlx.errors import WanError

@@ -5,7 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_two_experts import lora, made, opened, pair  # noqa: F401  # a fixture
+from two_experts import lora, made, opened, pair  # noqa: F401  # a fixture
 
 from wan_mlx.cli.main import main
 from wan_mlx.guidance import Guidance

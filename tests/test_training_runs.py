@@ -15,7 +15,7 @@ import pytest
 from killed import KilledProcess
 from PIL import Image
 from test_training import RECIPE, clips_of, data, picture, pipe, trained  # noqa: F401
-from test_two_experts import pair  # noqa: F401
+from two_experts import pair  # noqa: F401
 
 from wan_mlx import WanPipeline
 from wan_mlx.cli.main import main
