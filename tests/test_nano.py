@@ -145,6 +145,15 @@ def test_a_dry_run_tells_unknown_words_and_a_real_model_none(capsys):
     assert not [name for name, preset in PRESETS.items() if preset.vocabulary and preset.repo]
 
 
+def test_a_size_that_nano_never_saw_is_told(nano, capsys):
+    assert {*PRESETS["nano"].learned} == {*PRESETS["nano-i2v"].learned} == {size[:2] for size in nano.world.SIZES}
+    assert main(["a red circle", "--size", "480p", "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "nano learned to draw at 128x128, 160x96, 96x160; at 832x480 things may come out wrong" in said
+    assert main(["a red circle", "--size", "160x96", "--dry-run"]) == 0
+    assert "learned" not in capsys.readouterr().err
+
+
 def test_the_list_of_models_tells_the_words(capsys):
     assert main(["models"]) == 0
     assert "nano and nano-i2v know these words:\n  circle, square" in capsys.readouterr().out

@@ -36,8 +36,11 @@ class TestCompletion:
     """As Jupyter asks jedi: of the text, with the objects that there are."""
 
     @pytest.fixture
-    def jedi(self):
-        return pytest.importorskip("jedi")
+    def jedi(self, monkeypatch, tmp_path):
+        jedi = pytest.importorskip("jedi")
+        # Its cache is written where others read it: one that is half written raises EOFError, from then on.
+        monkeypatch.setattr(jedi.settings, "cache_directory", str(tmp_path))
+        return jedi
 
     @pytest.mark.parametrize(
         "typed, face", [("pipe(", REQUEST), ("wan_mlx.WanPipeline.from_pretrained(", MODEL), ("pipe.images(", REQUEST)]

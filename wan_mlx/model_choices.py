@@ -155,7 +155,7 @@ class ModelChoices:
             f"the {name.replace('_', ' ')} has {count} tokens, of which the model reads {most}: its end is left out"
             for name, (most, count) in self.cut_texts(request).items()
         ]
-        return [*texts, *self.unknown_words(request), *source_notes(request)]
+        return [*texts, *self.unknown_words(request), *self.unknown_size(request), *source_notes(request)]
 
     def unknown_words(self, request: Request) -> list[str]:
         """For a model that knows few words: which of the prompt neither it nor a LoRA knows, and the ones it does."""
@@ -167,6 +167,14 @@ class ModelChoices:
         english, chinese = self.preset.vocabulary
         known = chinese if CHINESE.search(request.prompt) else english
         return [f"{self.preset.name} does not know {', '.join(strange)}. It knows: {known}"]
+
+    def unknown_size(self, request: Request) -> list[str]:
+        """For a model that knows few sizes: that a video's is none of them."""
+        learned, asked = self.preset.learned, (request.width, request.height)
+        if not learned or asked in learned:
+            return []
+        sizes = ", ".join(f"{width}x{height}" for width, height in learned)
+        return [f"{self.preset.name} learned to draw at {sizes}; at {asked[0]}x{asked[1]} things may come out wrong"]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

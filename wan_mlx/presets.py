@@ -65,8 +65,9 @@ class Preset:
     ``sampling`` is the default; ``sampling_480p`` replaces it when the area is at most 832x480. ``diffusers`` is the
     same model's repository in Diffusers' layout, ``comfyui`` its transformer's file, of two experts the high-noise
     one's (a mere name is one in `COMFYUI_TRANSFORMERS`), ``gguf`` the repository of its GGUF quantisations; "" where
-    none is known. ``vocabulary``: of a model that knows few words, these, in English and in Chinese. ``boundary``: of a
-    model of two experts, the share of the 1000 timesteps from which on, itself included, the high-noise one serves.
+    none is known. ``vocabulary``: of a model that knows few words, these, in English and in Chinese; ``learned``: of
+    one that knows few sizes, these. ``boundary``: of a model of two experts, the share of the 1000 timesteps from which
+    on, itself included, the high-noise one serves.
     ``recipe``: the one by which it is sampled, with the LoRA `FOUR_STEPS`, unless something is said of how to sample;
     ``recipe_steps``: its number of steps.
     ``itemsize``: bytes of a value of its transformer, as published.
@@ -91,6 +92,7 @@ class Preset:
     comfyui: str = ""
     gguf: str = ""
     vocabulary: tuple[str, ...] = ()
+    learned: tuple[tuple[int, int], ...] = ()
     boundary: float | None = None
     recipe: str = ""
     recipe_steps: int = 0
@@ -149,7 +151,7 @@ NANO_WORDS = (
 # Defaults that several models share.
 _OF_NANO: dict[str, Any] = dict(
     size=(128, 128), num_frames=17, sampling=Sampling(steps=12, shift=3.0, guidance_scale=3.0), negative_prompt="",
-    vocabulary=NANO_WORDS,
+    vocabulary=NANO_WORDS, learned=((128, 128), (160, 96), (96, 160)),
 )
 _OF_I2V: dict[str, Any] = dict(
     sampling=Sampling(steps=40), sampling_480p=Sampling(steps=40, shift=3.0),
