@@ -1,11 +1,15 @@
 """How much faster several GPUs of this machine make a step together, against one of them in the same processes.
 
     python benchmarks/distributed.py --ranks 2 --json distributed.json          # NVIDIA GPUs, by NCCL
-    python benchmarks/distributed.py --ranks 2 --backend ring --models tiny     # processes on the CPU, over loopback
+    python benchmarks/distributed.py --backend ring --models tiny --size 416x240 --frames 33   # on the CPU, by loopback
+
+On Linux, as root, loopback is made as slow as a link, for the command alone: `unshare -n sh -c 'ip link set lo up; tc
+qdisc add dev lo root tbf rate 40mbit burst 70kb limit 64mb; python benchmarks/distributed.py …'`.
 
 Transformers have their true sizes and random weights in bfloat16, the VAE float32; nothing is downloaded. Each case is
-a whole step's forwards as `guided_velocity` makes them, or a decode, best of ``--rounds``; the result is compared with
-one rank's. ``predicted`` is what `planning.several` says of the same case, from one rank's rate and the measured link.
+a whole step's forwards as `guided_velocity` makes them, and as much told to all as the step's latents are, or a decode,
+best of ``--rounds``; the result is compared with one rank's. ``predicted`` is what `planning.several` says of the same
+case, from one rank's rate in one pass and the measured link.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from wan_mlx.models.networks import new_network, new_transformer
 from wan_mlx.models.vae_execution import VAEExecution
 from wan_mlx.models.vae_tiling import decode
 from wan_mlx.parallel import BOTH, CFG, TOKENS, Team
+from wan_mlx.planning import several
 from wan_mlx.planning.several import Work
 from wan_mlx.planning.speed import random_array, random_weights
 from wan_mlx.presets import PRESETS
@@ -45,8 +50,8 @@ import mlx.core as mx
 import numpy as np
 
 WORKER = "WAN_MLX_BENCHMARK_WORKER"
-GROUPS = (1, 2)  # of heads
-TINY = {"dim": 256, "num_heads": 2, "num_layers": 2, "ffn_dim": 512, "text_dim": 32, "freq_dim": 32}
+GROUPS = (1, 2, 4)  # of heads
+TINY = {"dim": 256, "num_heads": 4, "num_layers": 2, "ffn_dim": 512, "text_dim": 32, "freq_dim": 32}
 
 
 def config_of(model: str) -> TransformerConfig:
@@ -139,22 +144,22 @@ class Bench:
             conditioning = Conditioning(latents, cond, uncond if passes == 2 else None)
             guidance = Guidance(scale=5.0 if passes == 2 else 1.0)
             team = None if mode is None else Team(self.group, mode)
-            return guided_velocity(run, latents, 500.0, conditioning, guidance, 0, 1, StepCache(1), team)
+            found = guided_velocity(run, latents, 500.0, conditioning, guidance, 0, 1, StepCache(1), team)
+            return found if team is None else team.same(found)
 
         def shared(passes: int, mode: str, note: str = "") -> None:
             alone = f"{model}, {passes} {'pass' if passes == 1 else 'passes'}, alone"
-            work = Work(config, tokens, 1.0, passes)
-            work = replace(work, rate=work.alone() / self.alone[alone][0])
-            predicted = work.seconds(mode, size, self.group.link)
+            rate = Work(config, tokens, 1.0, 1).alone() / self.alone[f"{model}, 1 pass, alone"][0]
+            predicted = Work(config, tokens, rate, passes).seconds(mode, size, self.group.link)
             self.case(alone.replace("alone", mode + note), partial(step, passes, mode), alone, predicted, passes == 2)
 
         shard = -(-tokens // size) * config.dim
         self.gathers({f"{model} keys of 1/{count} of the heads": shard // count for count in GROUPS})
         self.case(f"{model}, 1 pass, alone", partial(step, 1))
         for count in GROUPS:
-            sequence_parallel.HEAD_GROUPS = sequence_parallel.HEAD_GROUPS_ON_GPU = count
+            set_groups(count)
             shared(1, TOKENS, f" in {count} groups of heads")
-        sequence_parallel.HEAD_GROUPS = sequence_parallel.HEAD_GROUPS_ON_GPU = self.args.groups
+        set_groups(self.args.groups)
         self.case(f"{model}, 2 passes, alone", partial(step, 2), is_warm=True)
         if size % 2 == 0:
             shared(2, CFG if size == 2 else BOTH)
@@ -190,6 +195,11 @@ class Bench:
             for way, relayed in ways.items():
                 run_it = partial(decoded, self.group, relayed, finish)
                 self.case(alone.replace("alone", way), run_it, alone, is_warm=bool(note))
+
+
+def set_groups(count: int) -> None:
+    """Of heads, in which keys and values are gathered, as is predicted."""
+    sequence_parallel.HEAD_GROUPS = sequence_parallel.HEAD_GROUPS_ON_GPU = several.HEAD_GROUPS = count
 
 
 def work(args: argparse.Namespace) -> None:
@@ -235,12 +245,13 @@ def main() -> int:
     parser.add_argument("--size", default="832x480")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--rounds", type=int, default=2)
-    groups = sequence_parallel.HEAD_GROUPS_ON_GPU
-    parser.add_argument("--groups", type=int, default=groups, help="of heads, for two passes")
+    parser.add_argument("--groups", type=int, help="of heads, for two passes; default: as a run has")
     parser.add_argument("--all", action="store_true", help="also both passes with divided tokens")
     parser.add_argument("--no-vae", action="store_true")
     parser.add_argument("--json")
     args = parser.parse_args()
+    nccl = args.backend == "nccl"
+    args.groups = args.groups or (sequence_parallel.HEAD_GROUPS_ON_GPU if nccl else sequence_parallel.HEAD_GROUPS)
     if os.environ.get(WORKER):
         work(args)
         return 0

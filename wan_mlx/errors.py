@@ -49,6 +49,10 @@ class Differing(WanError):
     """Machines that make one video differ in what must be the same; all of them raise it."""
 
 
+class Unshareable(Differing, ValueError):
+    """Machines cannot share a video in the way that was asked for."""
+
+
 class BusyError(WanError):
     """Another process is making this output."""
 

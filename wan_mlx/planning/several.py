@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..distributed import Group, Link
-from ..errors import duration
+from ..errors import Unshareable, duration
 from ..models.chips import likely_rate
 from ..models.configs import TransformerConfig
 from ..models.sequence_parallel import HEAD_GROUPS
@@ -20,8 +20,8 @@ from .flops import forward_parts
 AUTO = "auto"
 LEAST_GAIN = 1.05  # a smaller one is not worth waiting for others
 LIKE = 1.02  # of two ways that are nearly as fast, the one that moves less
-# What a forward takes more, of which tokens are divided: keys and values are copied, products are of fewer rows. On two
-# H200 1.09 times with the 1.3B, 1.07 with the 14B; 1.05 with both since two pieces of work wait there, unlike on Macs.
+# What computing takes more, of divided tokens: keys and values are copied, products are of fewer rows. On two H200 1.09
+# times with the 1.3B, 1.07 with the 14B; 1.05 with both since two pieces of work wait there, unlike on Macs.
 OVERHEAD = 1.08
 TYPICAL = 14e12  # FLOP per second, where nothing is known: an M4 Max
 VALUE = 2  # bytes of a key or value in 16 bits
@@ -54,25 +54,25 @@ class Work:
             return self.alone()
         exchange = self._velocity_bytes() * 2 * (size - 1) / size / link.bytes_per_second + 2 * link.latency
         if mode == CFG:
-            return self.alone() / self.passes + 2 * exchange
+            return self.alone() / self.passes + 3 * exchange  # of both velocities, and of the latents
         if mode == BOTH and self.passes == 2:
-            return self.divided(size // 2, link) + 2 * exchange
+            return self.divided(size // 2, link) + 3 * exchange
         return self.passes * self.divided(size, link) + exchange
 
     def divided(self, size: int, link: Link) -> float:
         """Seconds of one forward of which ``size`` machines compute the tokens."""
-        c, parts = self.config, forward_parts(self.config, self.tokens)
+        c, parts, rate = self.config, forward_parts(self.config, self.tokens), self.rate / OVERHEAD
         blocks = c.num_layers + len(c.vace_layers)
-        one = parts["self linear"] / 4 / blocks / size / self.rate  # of the products for keys, values, queries
-        attend = parts["self attention"] / blocks / size / self.rate / HEAD_GROUPS
-        rest = sum(parts.values()) / self.rate / size - blocks * (3 * one + HEAD_GROUPS * attend)
+        one = parts["self linear"] / 4 / blocks / size / rate  # of the products for keys, values, queries
+        attend = parts["self attention"] / blocks / size / rate / HEAD_GROUPS
+        rest = sum(parts.values()) / rate / size - blocks * (3 * one + HEAD_GROUPS * attend)
         moved = VALUE * c.dim * self.tokens * (size - 1) / size / HEAD_GROUPS / link.bytes_per_second + link.latency
         there, now = one, 3 * one  # the first keys leave when they are made; attention begins after the queries
         for _ in range(HEAD_GROUPS):
             there = max(there + moved, 2 * one) + moved  # keys, then values, which leave when they are made
             now = max(now, there) + attend
         head = self._velocity_bytes() * (size - 1) / size / link.bytes_per_second + link.latency
-        return OVERHEAD * (blocks * now + rest) + head
+        return blocks * now + rest + head
 
     def _velocity_bytes(self) -> float:
         c = self.config
@@ -101,7 +101,7 @@ def choose_mode(
         rate: FLOP per second of one machine; None takes what is known of this one's chip.
 
     Raises:
-        ValueError: so many machines cannot do it as asked.
+        Unshareable: so many machines cannot do it as asked.
     """
     possible = modes_for(size, passes)
     if asked == ALONE:
@@ -112,7 +112,7 @@ def choose_mode(
         if passes == 1 and asked == BOTH:
             return TOKENS
         why = "guidance is off, so that there is one pass" if passes == 1 else f"there are {size} machines"
-        raise ValueError(f"--parallel {asked} cannot be: {why}; nearest: {possible[0]}")
+        raise Unshareable(f"--parallel {asked} cannot be: {why}; nearest: {possible[0]}")
     rate = rate or likely_rate()
     if rate is None:  # what it takes is not known: the way that moves least
         return possible[0]
@@ -126,12 +126,20 @@ def describe(
     config: TransformerConfig, tokens: int, passes: int, rate: float | None, asked: str, group: Group | None = None
 ) -> list[str]:
     """For people: how long a step takes 2 and 4 machines, each of ``rate`` FLOP per second, over each of `LINKS`; if
-    there is a ``group``, as many as it has, over its link as it was measured."""
+    there is a ``group``, as many as it has, over its link as it was measured.
+
+    Raises:
+        Unshareable: so many machines cannot do it as asked.
+    """
+    if asked == ALONE:
+        return []
     sizes, links = ((2, 4), LINKS) if group is None else ((group.size,), {f"{group.backend}, as measured": group.link})
     rate = rate or likely_rate()
     whose = f"of {(rate or TYPICAL) / 1e12:.3g} TFLOP/s" + " (an M4 Max)" * (rate is None)
     work = Work(config, tokens, rate or TYPICAL, passes)
     lines = [f"on several machines {whose} a step, of {duration(work.alone())} on one, is predicted to take"]
+    if asked == BOTH and passes == 2 and group is None:
+        sizes = (4,)
     for size in sizes:
         for name, link in links.items():
             mode = choose_mode(asked, config, tokens, passes, size, link, work.rate)
