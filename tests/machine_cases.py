@@ -27,7 +27,7 @@ from wan_mlx.denoise import denoise
 from wan_mlx.distributed import Part, open_group
 from wan_mlx.errors import Stopped
 from wan_mlx.guidance import Guidance
-from wan_mlx.models import sequence_parallel
+from wan_mlx.models import sequence_parallel, vae_tiling
 from wan_mlx.models.animate import AnimateTransformer
 from wan_mlx.models.configs import TransformerConfig
 from wan_mlx.models.execution import Execution
@@ -206,18 +206,20 @@ def small_run(model: str) -> Run:
     return pipe.run(pipe.request("a red circle", size="32x32", num_frames=5, steps=3, seed=3))
 
 
-def early(group, model: str, how: str, when: str) -> list:
-    """A run that rank 0 is asked to end while it handles an event: how it ended, and after how many steps."""
-    run, steps = small_run(model), 0
+def early(group, model: str, how: str, when: str, pays: bool = False) -> list:
+    """A run that rank 0 is asked to end while it handles an event: how it ended, and after how many of these events.
+    ``pays``: whether it decodes in a relay."""
+    vae_tiling.pays = lambda *given: bool(pays)
+    run, count = small_run(model), 0
     try:
         for event in run:
-            steps += event.kind == "step"
+            count += event.kind == when
             if group.rank == 0 and event.kind == when:
                 getattr(run, how)()
     except Stopped as stopped:
         time.sleep(2 * (not stopped.agreed))  # what the others do then is no news
-        return [stopped.why, steps]
-    return [run.stopped_after, steps]
+        return [stopped.why, count]
+    return [run.stopped_after, count]
 
 
 def unequal_disks(group, model: str) -> str:

@@ -8,13 +8,15 @@ may need it (NCCL apart): macOS ends GPU work that waits for seconds. `heartbeat
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import json
 import os
 import secrets
 import socket
-import threading
+import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +24,10 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import Differing, WanError
-from .heartbeat import WAITS, Heartbeat, accept_all, end_process, listening, reach
+from .heartbeat import WAITS, Heartbeat, accept_all, listening, reach
 
 START = 50.0  # seconds within which all ranks must have come; MLX itself may wait for ever
+LATE = f"not all machines came within {START:.0f} s; see that each is reachable, and its command runs"
 PROBE = 4 << 20  # bytes of each rank's piece, by which the link is tried and measured
 LARGE_PROBE, QUICK = 64 << 20, 5e-3  # and of another, where that takes fewer seconds than these
 PIECE = 64 << 20  # bytes that are broadcast at once
@@ -408,6 +411,8 @@ _is_open = False
 def open_group() -> Group | None:
     """The group that this process is one of, the same at every call; None if it is alone.
 
+    If the others do not come, the process ends with the line `LATE` and exit code 1.
+
     Raises:
         WanError: the others cannot be reached, or the link delivers wrong data.
     """
@@ -426,23 +431,35 @@ def _opened() -> Group | None:
     backend = backend_given()
     if backend is None:
         return None
-    late = f"not all machines came within {START:.0f} s; see that each is reachable, and its command runs"
-    guard = threading.Timer(START, end_process, [late])
-    guard.daemon = True
-    guard.start()
     try:
-        joined = mx.distributed.init(strict=True, backend=backend)
-        if joined.size() == 1:
-            return None
-        group = Group(joined, backend)
-        group.heartbeat = _heartbeat(group)
+        with _ended_if_late():
+            joined = mx.distributed.init(strict=True, backend=backend)
+            if joined.size() == 1:
+                return None
+            group = Group(joined, backend)
+            group.heartbeat = _heartbeat(group)
     except (RuntimeError, ValueError) as error:
         raise WanError(f"the machines do not find each other ({backend}: {str(error).strip()})") from error
-    finally:
-        guard.cancel()
     atexit.register(group.heartbeat.close)
     group.try_link()
     return group
+
+
+@contextmanager
+def _ended_if_late() -> Iterator[None]:
+    """Within this block the process ends with a line when `START` is over.
+
+    As long as MLX waits for the others, no thread of Python runs, nor a handler of signals. So a thread of C's ends the
+    process, and what it says, a traceback, makes another process say the line.
+    """
+    say = ["/bin/sh", "-c", 'head -c 1 | grep -q . && printf "\\nerror: %s\\n" "$0" >&2', LATE]
+    with subprocess.Popen(say, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as sayer:
+        assert sayer.stdin is not None
+        faulthandler.dump_traceback_later(START, exit=True, file=sayer.stdin.fileno())
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _heartbeat(group: Group) -> Heartbeat:

@@ -30,6 +30,7 @@ BEAT = 1.0  # seconds between two signs of life
 SILENCE = 20.0  # seconds without any, after which a machine is taken for lost
 REACH = 15.0  # seconds for reaching rank 0
 PATIENCE = 2.0  # seconds, after which it is told who is waited for
+FIRST_ENDS = 2.0  # seconds for which others outlive a failure of rank 0: `mlx.launch` ends all with the first to end
 LAST_WORD = 5.0  # seconds for which one that failed waits, for whoever failed first to say so
 HANG = 50.0  # seconds for which a GPU may be at work on what is waited for, or all machines wait for data
 LONGER = 20  # or so many times as long as it has been before
@@ -191,6 +192,8 @@ class Heartbeat:
                 elif "at" in words:
                     self._arrived[peer].put(words["at"])
                 elif "failed" in words:
+                    if not peer:
+                        time.sleep(FIRST_ENDS)
                     self._end(words["failed"])
                 elif "bye" in words:
                     self._left.add(peer)

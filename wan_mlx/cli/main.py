@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding lacks
     say = Terminal(as_json="--json" in argv)
     say_logs("--verbose" in argv)
+    has_begun = False
     try:
         is_said = bool(argv) and argv[0] in COMMANDS
         name, rest = (argv[0], argv[1:]) if is_said else ("generate", argv)
@@ -62,10 +63,12 @@ def main(argv: list[str] | None = None) -> int:
 
         if args.version:
             return show_version()
-        group = None if args.parallel == "off" else open_group()
         if rank_given():
+            group = None if args.parallel == "off" else open_group()
+            has_begun = True
             return 0 if group is None else follow(group)
-        with Interrupts() as interrupts, end_told(args), told_in_file(args, group) as status:
+        has_begun = True
+        with Interrupts() as interrupts, end_told(args), told_in_file(args) as status:
             if name == "resume" and not args.resume:
                 return list_runs(args.json)
             tell_no_effect(args, say)
@@ -81,7 +84,12 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in argv:
             raise
-        return say.fail(*explain(error))
+        message, code = explain(error)
+        if "MLX_RANK" in os.environ and not has_begun and not isinstance(error, ImportError):
+            from .follow import write_refusal
+
+            write_refusal(argv, message, code)
+        return say.fail(message, code)
 
 
 def show_help(words: list[str]) -> int:

@@ -136,8 +136,8 @@ class Run:
     @property
     def stops_soon(self) -> bool:
         """Whether `stop` would be heard soon: in the midst of steps or decoded frames, not while weights are read, nor
-        where a video is decoded in tiles, whose frames all come at the end, or by several machines."""
-        whole = self.team is None and (self.pipe.tiny_vae or self.pipe.tile_of("decode_tile") is None)
+        where a video is decoded in tiles, whose frames all come at the end."""
+        whole = self.pipe.tiny_vae or self.pipe.tile_of("decode_tile") is None
         return self.stage == "denoise" or (self.stage == "decode" and whole)
 
     @yields_computed
@@ -173,7 +173,8 @@ class Run:
         for _ in self._stages():
             while self._happened:
                 yield self._happened.popleft()
-            if self._stopping and not self._must_agree:
+            # Several machines agree after a step; elsewhere the others end as if this one had failed.
+            if self._stopping and not (self.team is not None and self.stage == "denoise"):
                 raise Stopped(why=self._stopping)
         while self._happened:
             yield self._happened.popleft()
@@ -356,11 +357,6 @@ class Run:
     def _is_first(self) -> bool:
         """Whether this machine is alone, or the one that encodes and makes the file."""
         return self.team is None or self.team.group.rank == 0
-
-    @property
-    def _must_agree(self) -> bool:
-        """Whether a wish to stop has to wait until all machines know of it."""
-        return self.team is not None and self.stage in ("denoise", "decode")
 
     @property
     def _ends_early(self) -> bool:
