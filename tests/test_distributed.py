@@ -290,6 +290,30 @@ def test_a_video_of_two_machines_is_that_of_one(tmp_path, pico):
         assert np.array_equal(a["frames"], b["frames"]) and np.array_equal(a["latents"], b["latents"])
 
 
+def test_a_run_that_lost_a_machine_goes_on_alone(tmp_path, pico):
+    """Whose rank was killed between two steps: what is told, here and in the file, and the same frames at the end."""
+    one, two, other = folders(tmp_path, pico, 3)
+    words = [*QUICK, "--output", "v.npz"]
+    held = """import time; from wan_mlx.runs.folder import RunFolder; save = RunFolder.save_step
+def held(self, step, notes):
+    save(self, step, notes)
+    print(step.index, flush=True)
+    time.sleep(step.index)
+RunFolder.save_step = held"""
+    first, lost = machines.start(tmp_path, 2, command(two, *words, before=held), {1: command(other, *words)})
+    assert [first.stdout.readline() for _ in range(2)] == ["0\n", "1\n"], first.stderr.read()
+    lost.kill()
+    (code, _, error), _ = machines.ended([first, lost], 30)
+    said = "was lost: its process or its machine has ended; 2 steps are kept; go on with: wan-mlx resume v.npz"
+    assert code == 1 and f"{said}\n" in error and error.count("\nerror: ") == 1, error
+    assert told(two, "v.npz")["code"] == 1 and told(two, "v.npz")["message"].endswith(said)
+    for alone in (command(one, *words), command(two, "resume", "v.npz")):
+        ((code, _, error),) = machines.ended(machines.start(tmp_path, 1, alone))
+        assert code == 0, error
+    with np.load(one / "v.npz") as a, np.load(two / "v.npz") as b:
+        assert np.array_equal(a["frames"], b["frames"]) and np.array_equal(a["latents"], b["latents"])
+
+
 @pytest.mark.parametrize("mode", ["cfg", "tokens"])
 def test_experts_with_loras_are_those_of_one_machine(tmp_path, pico, mode):
     """Both experts of Wan2.2, and a LoRA for each of another strength."""
