@@ -315,7 +315,7 @@ class TestTraining:
 
     def test_another_base_does_not_go_on(self, straight, pipe, data, monkeypatch):
         monkeypatch.setattr(pipe, "quantize", "q4")
-        with pytest.raises(UsageError, match="was begun otherwise: the quantize is another one"):
+        with pytest.raises(UsageError, match="was begun otherwise: quantize is 'q4', it was started with None"):
             next(Training(pipe, clips_of(data), RECIPE, straight[0].folder, clips_of(data)[:1]).run(resume=True))
 
     def test_one_process_trains_in_a_folder(self, straight, pipe, data):

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from ..errors import UsageError, duration, size
 from ..events import Listener, unheard
 from ..geometry import Geometry
+from ..hub.resolve import preset_of
 from ..option_texts import parse_mode, parse_size
 from ..options import named
 from ..pipeline import WanPipeline
 from ..planning.machine import available_memory, parse_memory
 from ..planning.sizes import Networks, sizes_of
-from ..presets import PRESETS, Preset
-from ..progress_bars import ProgressBars
-from ..storage import parse_json
-from ..training import clips_of, trainings
+from ..presets import BUNDLED, PRESETS, Preset
+from ..progress_bars import ProgressBars, is_live
+from ..storage import DRAWN, parse_json
+from ..training import clips_of, sides_of, trainings, with_progress
 from ..training.dataset import DataSet, TrainingClip
 from ..training.estimate import TrainingPlan, plan_training
 from ..training.factors import TARGETS
@@ -26,6 +33,7 @@ from ..training.recipe import OF_MODELS, OPTIMIZERS, SCHEDULES, TIMESTEP_SAMPLIN
 from ..training.timing import with_seconds
 from ..weights.load import parameters_of
 from ..weights.parameters import Parameters
+from .config_file import read_text
 from .flags import Parser
 from .interrupt import Interrupts
 from .terminal import write
@@ -36,6 +44,10 @@ Captions lie beside: a.mp4, a.txt. OUT gets OUT.safetensors, state/, log.jsonl.
 examples:
   wan-mlx train clips -o zorb --trigger zorb
   wan-mlx train clips -m t2v-1.3B -o style --size 480x272 --frames 33"""
+OURS = {"cache", *SIDES}  # of a run that was killed before its settings were written
+EXAMPLE = "wan-mlx train clips -o zorb"
+LINE_EVERY = 10.0  # seconds, between lines about steps
+NAMED = 5  # notes of a kind that are printed before training
 ABOUT = {
     "rank": "of the LoRA",
     "alpha": "the LoRA counts alpha / rank times (the rank)",
@@ -76,13 +88,12 @@ ALSO = {
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="wan-mlx train", usage="wan-mlx train DATA --output OUT [flags]", description=DESCRIPTION, epilog=EPILOG
-    )
-    parser.add_argument(
-        "data", metavar="DATA", type=Path, help="folder of files and captions, or a .toml file"
-    )
+        prog="wan-mlx train", usage="wan-mlx train DATA --output OUT [flags]", description=DESCRIPTION, epilog=EPILOG,
+        example=EXAMPLE,
+    )  # fmt: skip
+    parser.add_argument("data", metavar="DATA", type=Path, help="folder of files and captions, or a .toml file")
     parser.add_argument("-m", "--model", metavar="NAME", default="nano", help="what --model of a video takes (nano)")
-    parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="new folder for the LoRA")
+    parser.add_argument("-o", "--output", metavar="OUT", type=Path, help="new folder for the LoRA")
     parser.add_argument("--size", metavar="WxH", type=parse_size, help="area of the clips (the model's own size)")
     parser.add_argument("--frames", metavar="N", type=int, help="longest length of the clips (the model's own)")
     parser.add_argument(
@@ -129,39 +140,50 @@ def _share(text: str) -> float:
 
 def main(argv: list[str]) -> int:
     """Train, or say what it would need."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    looks = args.plan or args.dry_run
+    if args.output is None and not looks:
+        parser.error("the following arguments are required: -o/--output")
     given = {field.name: value for field in fields(Recipe) if (value := getattr(args, field.name)) is not None}
     Recipe(**given)  # what is wrong is said before anything is opened
     memory = parse_memory(args.memory)
     data = DataSet.open(args.data)
     prompts = _prompts(args.sample_prompts)
-    if not (args.plan or args.dry_run):
+    if not looks:
         _check_output(args.output, args.resume)
     listener: Listener = unheard if args.quiet else ProgressBars()
-    if (args.plan or args.dry_run) and args.model in PRESETS:  # before anything is downloaded
-        preset = PRESETS[args.model]
-        recipe, nets = Recipe.of(preset, **given), sizes_of(preset, args.dtype, args.quantize)
-        return _look(args, data, recipe, preset, preset.geometry, nets)
+    preset = PRESETS.get(args.model) or preset_of(args.model)
+    if preset is not None:  # before anything is downloaded
+        recipe = Recipe.of(preset, **given)
+        recipe.check(preset, args.trigger, bool(prompts))
+        sides_of(preset.experts > 1, args.expert)
+        if looks and preset.name not in BUNDLED:
+            nets = sizes_of(preset, args.dtype, args.quantize)
+            return _look(args, data, recipe, preset, preset.geometry, nets)
     pipe = WanPipeline.from_pretrained(
         args.model, dtype=args.dtype, quantize=args.quantize, memory=args.memory, source=args.source, progress=listener  # type: ignore[arg-type]
     )  # fmt: skip
     nets, recipe = pipe.sizes(args.quantize), Recipe.of(pipe.preset, **given)
-    if args.plan or args.dry_run:
+    if looks:
+        recipe.check(pipe.preset, args.trigger, bool(prompts))
+        sides_of(pipe.checkpoint.has_experts, args.expert)
         parameters = parameters_of(pipe.checkpoint.of_kind("transformer")[0], nets.dtype, args.quantize)
         return _look(args, data, recipe, pipe.preset, pipe.geometry, nets, parameters)
     trained, held_out = _divided(args, data, recipe, pipe.preset, pipe.geometry)
     plan = plan_training(nets, [*trained, *held_out], recipe, memory or available_memory())
-    if not args.quiet:
-        _tell(data, trained, held_out, plan, recipe)
-    plan.check()
     found = trainings(pipe, trained, recipe, args.output, held_out, args.trigger, listener, args.expert)
+    speaks = found[0].ranks.is_first
+    if speaks and not args.quiet:
+        _tell(data, trained, held_out, plan, recipe, len(found), NAMED)
+    plan.check()
     for training in found:
-        training.stream, training.sample_prompts = plan.stream, prompts
+        training.stream, training.encode_tile, training.sample_prompts = plan.stream, plan.encode_tile, prompts
         if len(found) > 1 and not args.quiet:
             write(f"the expert for {training.expert} noise:")
-        if code := _train(training, args):
+        if code := _train(training, args, listener, is_last=training is found[-1]):
             return code
-    if found[0].ranks.is_first:
+    if speaks:
         write(found[-1].path if args.quiet else f"{found[-1].path}: use it with {_flags(found)}")
     return 0
 
@@ -180,7 +202,7 @@ def _look(
     plan = plan_training(nets, [*trained, *held_out], recipe, parse_memory(args.memory) or available_memory())
     if args.plan and plan.fits:
         plan = with_seconds(plan, nets, recipe, parameters)
-    _tell(data, trained, held_out, plan, recipe)
+    _tell(data, trained, held_out, plan, recipe, len(sides_of(preset.experts > 1, args.expert)))
     return 0 if plan.fits else 1
 
 
@@ -192,12 +214,17 @@ def _divided(
     return clips_of(data, recipe, preset, geometry, given, args.frames, args.trigger, args.validate)
 
 
-def _train(training: Training, args: argparse.Namespace) -> int:
+def _train(training: Training, args: argparse.Namespace, listener: Listener, is_last: bool) -> int:
+    shows, losses, said_at = not args.quiet and training.ranks.is_first, list[float](), -math.inf
+    if not (shows and is_live(sys.stderr)):
+        listener = unheard  # lines tell it
     with Interrupts() as interrupts, interrupts.stopping(_Stoppable(training)):  # type: ignore[arg-type]
-        for done in training.run(resume=args.resume):
-            if not args.quiet and training.ranks.is_first:
-                write(_line(done))
-    if interrupts.asked and training.newest != training.path:
+        for done in with_progress(training.run(resume=args.resume), listener):
+            losses.append(done.loss)
+            if shows and (done.kept or interrupts.asked or time.monotonic() >= said_at + LINE_EVERY):
+                write(_line(done, losses))
+                losses, said_at = [], time.monotonic()
+    if interrupts.asked and not (is_last and training.newest == training.path):
         so_far = f" The LoRA as it is: {training.newest}" if training.newest else ""
         if training.ranks.is_first:
             write(f"stopped; to go on: the same command with --resume.{so_far}")
@@ -221,24 +248,33 @@ class _Stoppable:
         return self._training.stepping
 
 
-def _line(done: TrainStep) -> str:
-    left = done.seconds * (done.total - done.step)
-    words = [f"step {done.step} of {done.total}", f"loss {done.loss:.4f}", f"{done.seconds:.1f} s"]
+def _line(done: TrainStep, losses: Sequence[float]) -> str:
+    """A step, with the mean of the losses since the last such line."""
+    of = f" (mean of {len(losses)})" if len(losses) > 1 else ""
+    words = [f"step {done.step} of {done.total}", f"loss {sum(losses) / len(losses):.4f}{of}", f"{done.seconds:.1f} s"]
     if done.validation is not None:
         words.append(f"held out {done.validation:.4f}")
     if done.step < done.total:
-        words.append(f"about {duration(left)} left")
+        words.append(f"about {duration(done.left)} left")
     return ", ".join(words)
 
 
 def _check_output(out: Path, resume: bool) -> None:
     """Raise UsageError where a run would be overwritten; before anything is read."""
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UsageError(f"{there} is a file; give a new folder")
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"{there} may not be written to; give a folder elsewhere")
     found = [folder for folder in (out, *(out / side for side in SIDES)) if (folder / RECIPE).exists()]
     if found and not resume:
         told = parse_json((found[0] / RECIPE).read_text()).get("model")
         raise UsageError(
             f"{out} holds a training run of {told}; --resume goes on with it, another --output begins a new one"
         )
+    names = sorted(one.name for one in out.iterdir()) if out.is_dir() and not found else []
+    if others := [name for name in names if name not in OURS and not name.startswith(DRAWN)]:
+        raise UsageError(f"{out} exists and holds no training run, but {', '.join(others[:3])}; give a new folder")
     if resume and not found:
         write(f"{out} holds no training run yet: it begins", "note: ")
 
@@ -246,23 +282,37 @@ def _check_output(out: Path, resume: bool) -> None:
 def _prompts(path: Path | None) -> list[str]:
     if path is None:
         return []
-    if not path.is_file():
-        raise UsageError(f"--sample-prompts {path}: no such file; expected a text file, a prompt a line")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    found = [line.strip() for line in read_text(path, "--sample-prompts").splitlines() if line.strip()]
+    if not found:
+        raise UsageError(f"--sample-prompts {path} is empty, expected a prompt a line")
+    return found
 
 
 def _tell(
-    data: DataSet, trained: list[TrainingClip], held_out: list[TrainingClip], plan: TrainingPlan, recipe: Recipe
+    data: DataSet,
+    trained: list[TrainingClip],
+    held_out: list[TrainingClip],
+    plan: TrainingPlan,
+    recipe: Recipe,
+    loras: int,
+    named: int | None = None,
 ) -> None:
-    for note in data.notes:
+    """Notes, of each kind at most ``named``; the clips by size; and what ``loras``, one after the other, need."""
+    for note in data.told(named):
         write(note, "note: ")
-    sizes = sorted({(clip.width, clip.height, len(clip.frames)) for clip in trained})
-    shown = ", ".join(f"{width}x{height}, {frames} frame{'s' * (frames > 1)}" for width, height, frames in sizes[:4])
-    write(f"{len(trained)} clips to train, {len(held_out)} held out: {shown}{', ...' * (len(sizes) > 4)}")
+    sizes = Counter((clip.width, clip.height, len(clip.frames)) for clip in trained)
+    shown = [f"{count} of {width}x{height}, {frames} frame{'s' * (frames > 1)}"
+             for (width, height, frames), count in sorted(sizes.items())]  # fmt: skip
+    shown[4:] = [f"{len(shown) - 4} more sizes"] * (len(shown) > 4)
+    with_repeats = sum(clip.repeats for clip in trained)
+    repeats = f" ({with_repeats} with repeats)" * (with_repeats != len(trained))
+    write(f"{len(trained)} clips to train{repeats}, {len(held_out)} held out: {'; '.join(shown)}")
     how = "blocks streamed from disk" if plan.stream else "blocks resident"
+    how += f", {size(plan.encoding)} of it to encode the clips" * (plan.encoding > plan.steps)
     fits = "" if plan.fits else f", more than the {size(plan.budget)} that are free to use"
+    each = f" for each of {loras} LoRAs" * (loras > 1)
     write(f"{plan.trained / 1e6:.1f} million numbers trained; about {size(plan.peak)} ({how}; an estimate){fits}; "
-          f"{plan.flop / 1e12:.3g} TFLOP a step, {recipe.steps} steps")  # fmt: skip
+          f"{plan.flop / 1e12:.3g} TFLOP a step, {recipe.steps} steps{each}")  # fmt: skip
     if plan.seconds is not None:
-        whole = duration(plan.seconds * recipe.steps)
+        whole = duration(plan.seconds * recipe.steps * loras)
         write(f"about {duration(plan.seconds)} a step here, {whole} in all, without encoding the clips")

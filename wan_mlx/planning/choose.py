@@ -127,9 +127,9 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
     def denoise_alone(step: tuple[bool, int]) -> int:
         return denoise(step, all_stay=False)
 
-    step, all_stay = _first_within(FILL * budget, LADDER, denoise), True
+    step, all_stay = first_within(FILL * budget, LADDER, denoise), True
     if wanted.kept and step[0] and len(experts) > 1:  # better than streaming: of two experts the one at work
-        alone = _first_within(FILL * budget, LADDER, denoise_alone)
+        alone = first_within(FILL * budget, LADDER, denoise_alone)
         if not alone[0]:
             step, all_stay = alone, False
     forwards, shared = forwards_of(request, nets.experts, wanted.name)
@@ -150,7 +150,7 @@ def choose(nets: Networks, wanted: Wanted) -> Plan:
 
         tiling = parse_tiling(wanted.vae_tiling, nets.geometry)
         tiles = tile_choices(longest, nets.geometry) if isinstance(tiling, str) else [tiling]
-        tile = _first_within(FILL * budget, tiles[:1] if tiling == "off" else tiles, peak)
+        tile = first_within(FILL * budget, tiles[:1] if tiling == "off" else tiles, peak)
         flop = sum(work.vae_flop(nets.vae, shape, decoding) * peaks.tile_work(nets.vae, shape, tile, decoding)
                    for shape in videos)  # fmt: skip
         how = "whole frames" if tile is None else f"tiles of {tile[0]}x{tile[1]}"
@@ -266,7 +266,7 @@ def _loaded(weights: WeightBytes, stream: bool) -> int:
     return weights.outside if stream else weights.all
 
 
-def _first_within(room: float, choices: Sequence[T], peak: Callable[[T], int]) -> T:
+def first_within(room: float, choices: Sequence[T], peak: Callable[[T], int]) -> T:
     """The first choice whose peak is within ``room``; if there is none, that with the lowest."""
     peaks = []
     for choice in choices:

@@ -22,7 +22,7 @@ from ..planning.machine import mlx_version
 from ..presets import BUNDLED, MODULE
 from ..prompts.extend import Extension
 from ..types import Request
-from ..weights.lora import normalise_loras
+from ..weights.lora import file_of, normalise_loras
 from .folder import RunFolder
 
 # Settings that may differ once the same request is made.
@@ -173,7 +173,7 @@ def files_of_weights(pipe: OpenedModel, interpolate: str | None) -> dict[str, Pa
     between = {"interpolate": pipe.interpolator(interpolate)} if interpolate else {}
     tiny = {"taehv": pipe.taehv} if pipe.tiny_vae and pipe.taehv else {}
     loras = [*pipe.loras, *(lora for part in pipe.checkpoint.parts for lora in part.loras)]
-    indexed = {f"lora {i}": path for i, (path, _) in enumerate(loras)}
+    indexed = {f"lora {i}": file_of(path) for i, (path, _) in enumerate(loras)}
     return {**pipe.checkpoint.files, **indexed, **tiny, **between}
 
 

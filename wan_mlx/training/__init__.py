@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from ..errors import UsageError, nearest
-from ..events import Listener, unheard
+from ..events import Eta, Listener, Progress, StageEnded, unheard
 from ..geometry import Geometry
 from ..lasting import computes
 from ..pipeline import WanPipeline
@@ -17,6 +21,9 @@ from .dataset import DataSet, TrainingClip, hold_out
 from .estimate import plan_training
 from .loop import SIDES, Training, TrainingError, TrainStep
 from .recipe import HELD_OUT, Recipe
+
+log = logging.getLogger(__name__)
+NAMED = 5  # notes of a kind that are told
 
 __all__ = ["DataSet", "Recipe", "TrainStep", "Training", "TrainingError", "clips_of", "train", "trainings"]
 
@@ -72,10 +79,13 @@ def train(
     budget = parse_memory(pipe.memory if memory is None else memory) or available_memory()
     plan = plan_training(pipe.sizes(pipe.quantize), [*trained, *held_out], chosen, budget)
     plan.check()
+    for note in opened.told(NAMED):
+        log.warning("%s", note)
     files, stopped = {}, False
     for training in trainings(pipe, trained, chosen, output, held_out, trigger, pipe.listener, expert):
-        training.stream, training.sample_prompts = plan.stream, list(sample_prompts)
-        for step in training.run(resume):
+        training.stream, training.encode_tile = plan.stream, plan.encode_tile
+        training.sample_prompts = list(sample_prompts)
+        for step in with_progress(training.run(resume), pipe.listener):
             if callback is not None and callback(step) is False:
                 training.stop()
                 stopped = True
@@ -100,13 +110,34 @@ def trainings(
     Raises:
         ValueError: the model's LoRAs are not trained here, or ``expert`` names none of it.
     """
+    sides = sides_of(pipe.checkpoint.has_experts, expert)
+    return [Training(pipe, trained, recipe, output, held_out, trigger, listener, side) for side in sides]
+
+
+def sides_of(has_experts: bool, expert: str = "both") -> tuple[str, ...]:
+    """The experts that ``expert`` names, of a model of two; "" stands for the transformer of a model of one.
+
+    Raises:
+        UsageError: it names none of the model's.
+    """
     choices = ("both", *SIDES)
     if expert not in choices:
         raise UsageError(f"expert is {expert!r}, expected one of {', '.join(choices)}{nearest(expert, choices)}")
-    sides = SIDES if expert == "both" else (expert,)
-    if expert == "both" and not pipe.checkpoint.has_experts:
-        sides = ("",)
-    return [Training(pipe, trained, recipe, output, held_out, trigger, listener, side) for side in sides]
+    if expert != "both" and not has_experts:
+        raise UsageError(f"expert is {expert!r}, but the model has one transformer; leave it out")
+    return (expert,) if expert != "both" else SIDES if has_experts else ("",)
+
+
+def with_progress(steps: Iterable[TrainStep], listener: Listener) -> Iterator[TrainStep]:
+    """The steps of a training, of which a listener hears how far they are, and the time left."""
+    began = time.monotonic()
+    try:
+        for step in steps:
+            listener(Progress("training", step.step, step.total))
+            listener(Eta(step.left, mx.get_active_memory(), mx.get_peak_memory()))
+            yield step
+    finally:
+        listener(StageEnded("training", time.monotonic() - began, mx.get_peak_memory(), left=True))
 
 
 def clips_of(

@@ -47,10 +47,12 @@ class Source:
         frames: lengths that a clip may have, each 4n+1; None: the run's.
         buckets: whether a clip keeps its file's proportions; else all have ``size``, cropped.
         source_fps: a number: videos are read as having that rate; None: as their files say.
+        caption: ending of the files that hold captions; "": they come otherwise.
         resample: whether frames are chosen so that they come at the model's rate.
     """
 
     files: tuple[tuple[Path, str | None], ...]
+    caption: str = ".txt"
     size: tuple[int, int] | None = None
     frames: tuple[int, ...] | None = None
     repeats: int = 1
@@ -102,9 +104,10 @@ class DataSet:
         if path.is_dir():
             source = Source(_files_in(path))
             if not source.files:
-                raise UsageError(f"{path} holds no picture and no video; expected files such as a.png, b.mp4, each "
-                                 "with its caption beside it, a.txt, b.txt")  # fmt: skip
-            return cls([source])
+                others = f" ({'; '.join(_not_taken(path)[:3])})" if _not_taken(path) else ""
+                raise UsageError(f"{path} holds no picture and no video{others}; expected files such as a.png, b.mp4, "
+                                 "each with its caption beside it, a.txt, b.txt")  # fmt: skip
+            return cls([source], _not_taken(path))
         if path.suffix == ".toml" and path.is_file():
             return _from_toml(path)
         kind = "no such file or folder" if not path.exists() else "neither a folder nor a .toml file"
@@ -131,7 +134,8 @@ class DataSet:
                     self.notes.append(f"left out: {error}")
                     continue
                 if caption is None:
-                    self.notes.append(f"no caption: {path.name} has no text beside it ({path.stem}.txt)")
+                    beside = f" beside it ({path.stem}{source.caption})" if source.caption else ""
+                    self.notes.append(f"no caption: {path.name} has no text{beside}")
                 text = (caption or "").strip()
                 if trigger and trigger.lower() not in text.lower():
                     text = f"{trigger}, {text}" if text else trigger
@@ -141,6 +145,15 @@ class DataSet:
         if not found:
             raise UsageError("the data set holds nothing that can be trained: " + "; ".join(self.notes[:3]))
         return found
+
+    def told(self, most: int | None = None) -> Iterator[str]:
+        """The notes, of each kind at most so many."""
+        kinds = dict.fromkeys(note.partition(":")[0] for note in self.notes)
+        for kind in kinds:
+            own = [note for note in self.notes if note.partition(":")[0] == kind]
+            yield from own[:most]
+            if most is not None and len(own) > most:
+                yield f"{kind}: {len(own) - most} more; --dry-run names them all"
 
     def _of_file(self, source, path, clip: Clip, text, geometry, fps, size, frames) -> Iterator[TrainingClip]:
         area, still = source.size or size, clip.num_frames == 1
@@ -193,6 +206,17 @@ def _files_in(folder: Path, endings: tuple[str, ...] = PICTURES + VIDEOS, captio
         path for path in folder.iterdir() if path.suffix.lower() in endings and not path.name.startswith(".")
     )
     return tuple((path, _text(path.with_suffix(caption))) for path in files)
+
+
+def _not_taken(folder: Path) -> list[str]:
+    """Notes about what a folder holds beside clips and captions."""
+    taken = (*PICTURES, *VIDEOS, ".txt")
+    others = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return [
+        f"not taken: {path.name} is {'a folder' if path.is_dir() else 'no picture, video or caption that is known'}"
+        for path in others
+        if path.is_dir() or path.suffix.lower() not in taken
+    ]
 
 
 def _text(path: Path) -> str | None:
@@ -272,7 +296,8 @@ def _source_of(path: Path, told: dict[str, Any], notes: list[str]) -> Source:
     for key in sorted(told.keys() - KEYS.keys()):
         if key not in NOT_READ:
             raise UsageError(f"{path}: {key} is no key that is read{nearest(key, KEYS)}")
-        notes.append(f"not read: {key} of {path.name}: {NOT_READ[key]}")
+        note = f"not read: {key} of {path.name}: {NOT_READ[key]}"
+        notes += [note] * (note not in notes)
     places = [
         key for key in ("image_directory", "video_directory", "image_jsonl_file", "video_jsonl_file") if told[key]
     ]
@@ -303,6 +328,7 @@ def _source_of(path: Path, told: dict[str, Any], notes: list[str]) -> Source:
         raise UsageError(f"{path}: caption_extension is {ending!r}, expected one such as '.txt'")
     return Source(
         files=_listed(place) if key.endswith("file") else _listing(place, endings, told["caption_extension"]),
+        caption="" if key.endswith("file") else told["caption_extension"],
         size=tuple(size) if size else None,
         frames=tuple(frames) if frames and is_video else None,
         repeats=told["num_repeats"],

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 from ..errors import UsageError, size
 from ..models.configs import TransformerConfig
+from ..planning import peak_memory as peaks
+from ..planning.choose import TEXT_TOKENS, first_within, tile_choices
 from ..planning.flops import forward_parts
 from ..planning.peak_memory import overhead
 from ..planning.plan import FILL
@@ -36,7 +38,9 @@ class TrainingPlan:
     """What a run needs.
 
     Attributes:
-        peak, budget: bytes at most, and those that there are.
+        steps, budget: bytes at most that a step needs, and those that there are.
+        encoding: bytes at most while clips and captions are encoded, before the first step.
+        encode_tile: in which the VAE encodes; None: whole frames.
         stream: whether blocks are read from disk, forward and backward.
         flop, reads: floating-point operations, and bytes read, of one step.
         trained: numbers that are trained.
@@ -45,7 +49,7 @@ class TrainingPlan:
         seconds: of one step; None where nothing was timed (`timing.with_seconds`).
     """
 
-    peak: int
+    steps: int
     budget: int
     stream: bool
     flop: float
@@ -54,6 +58,12 @@ class TrainingPlan:
     reads: int
     keeps: bool
     seconds: float | None = None
+    encoding: int = 0
+    encode_tile: tuple[int, int] | None = None
+
+    @property
+    def peak(self) -> int:
+        return max(self.steps, self.encoding)
 
     @property
     def fits(self) -> bool:
@@ -69,10 +79,18 @@ class TrainingPlan:
 
 
 def plan_training(nets: Networks, clips: Sequence[TrainingClip], recipe: Recipe, budget: int) -> TrainingPlan:
-    """With resident blocks where they fit, else streamed."""
+    """With resident blocks where they fit, else streamed; clips are encoded in tiles where memory asks for it."""
     shapes = [(clip.width, clip.height, len(clip.frames)) for clip in clips]
     plan = plan_of(nets, shapes, recipe, budget)
-    return plan if plan.fits else plan_of(nets, shapes, recipe, budget, stream=True)
+    plan = plan if plan.fits else plan_of(nets, shapes, recipe, budget, stream=True)
+    largest = max((nets.geometry.latent_shape(*shape) for shape in shapes), key=math.prod)
+    images = peaks.encode_images(nets) if nets.transformer.has_image_branch else 0
+
+    def encoding(tile: tuple[int, int] | None) -> int:
+        return max(peaks.encode_text(nets, TEXT_TOKENS), peaks.vae(nets.vae, largest, tile, decoding=False) + images)
+
+    tile = first_within(FILL * budget, tile_choices(largest, nets.geometry), encoding)
+    return replace(plan, encoding=encoding(tile), encode_tile=tile)
 
 
 def plan_of(

@@ -22,7 +22,7 @@ from ..lasting import yields_computed
 from ..mac import awake
 from ..models.execution import Execution
 from ..pipeline import WanPipeline
-from ..storage import DRAWN, append, locked, parse_json, whole_file
+from ..storage import DRAWN, append, fingerprint, locked, parse_json, whole_file
 from ..weights.load import load_transformer
 from ..weights.parts import Checkpoint, Part
 from ..weights.set_loras import set_loras
@@ -38,7 +38,6 @@ from .ranks import Ranks
 from .recipe import DROPPED, Recipe
 from .states import State, newest_state, save_state
 
-SUPPORTED = ("t2v", "i2v", "flf2v", "ti2v")
 RECIPE, LOG = "recipe.json", "log.jsonl"
 SIDES = ("high", "low")  # the experts of a model of two, in the order in which they serve
 
@@ -57,6 +56,7 @@ class TrainStep:
         norm: of all gradients together, before they are clipped.
         rate: the learning rate.
         seconds: that it took.
+        left: seconds to the end, by the mean of the run's steps with all that happens between them.
         validation: the loss of held-out clips after it, where it was measured.
         kept: the LoRA's file, where it was written.
     """
@@ -69,6 +69,7 @@ class TrainStep:
     seconds: float
     validation: float | None = None
     kept: Path | None = None
+    left: float = 0.0
 
 
 class Training:
@@ -83,6 +84,7 @@ class Training:
 
     Attributes:
         stream: read the model's blocks from disk in each pass, forward and backward.
+        encode_tile: (width, height) in pixels of the tiles in which the VAE encodes clips; None: as the model does.
         sample_prompts: prompts of which each gets a video in ``samples/`` every ``sample_every`` steps.
         newest: the newest file of the LoRA that this run wrote.
         stepping: whether its steps are under way: data are encoded, the model is loaded.
@@ -107,12 +109,7 @@ class Training:
         Raises:
             ValueError: the model is of a kind whose LoRAs are not trained here, or has no such expert.
         """
-        if opened.preset.task not in SUPPORTED:
-            raise ValueError(f"{opened.preset.name} is a {opened.preset.task} model, whose LoRAs are not trained here; "
-                             f"models for {', '.join(SUPPORTED)} are")  # fmt: skip
-        if recipe.preserve and not trigger:
-            raise UsageError(f"preserve is {recipe.preserve:g}, which is of captions without the trigger, but none was "
-                             "given; give --trigger WORD")  # fmt: skip
+        recipe.check(opened.preset, trigger)
         self.part, self.expert = part_of(opened.checkpoint, expert), expert
         self.opened, self.recipe, self.folder, self.trigger = opened, recipe, Path(folder), trigger
         self.cache = self.folder / "cache"
@@ -127,6 +124,7 @@ class Training:
         self.losses: list[float] = []
         self.validations: list[tuple[int, float]] = []
         self.stream = False
+        self.encode_tile: tuple[int, int] | None = None
         self.sample_prompts: list[str] = []
         self.newest: Path | None = None
         self.stepping = False
@@ -185,7 +183,7 @@ class Training:
         ranks.first_does(lambda: self._read_log(step))
         if step == 0:
             ranks.first_does(lambda: self._validate(0, model, batches))
-        self.stepping = True
+        self.stepping, first, begun = True, step, time.perf_counter()
         while step < recipe.steps and not ranks.any_asks(self._asked_to_stop):
             started = time.perf_counter()
             kept_ranks = self._with_ranks(step)
@@ -199,8 +197,10 @@ class Training:
             optimizer.learning_rate = mx.array(recipe.rate(step))
             update(optimizer, gradients, self.factors, norm, recipe.clip)
             step += 1
+            now = time.perf_counter()
+            left = (now - begun) / (step - first) * (recipe.steps - step)
             done = TrainStep(step, recipe.steps, ranks.mean(float(np.mean(losses))), norm, recipe.rate(step - 1),
-                             time.perf_counter() - started)  # fmt: skip
+                             now - started, left=left)  # fmt: skip
             with ranks.meeting():
                 yield self._ended(done, model, batches, optimizer) if ranks.is_first else done
         if not ranks.is_first:
@@ -220,7 +220,12 @@ class Training:
             texts += [*self.sample_prompts, self.opened.preset.negative_prompt]
 
         def prepare() -> None:
-            encoded.prepare([*self.clips, *self.held_out], texts, self.listener)
+            opened, tiling = self.opened, self.opened.vae_tiling
+            opened.vae_tiling = self.encode_tile or tiling
+            try:
+                encoded.prepare([*self.clips, *self.held_out], texts, self.listener)
+            finally:
+                opened.vae_tiling = tiling
 
         self.ranks.first_does(prepare)
         if not self.ranks.is_first:
@@ -245,9 +250,7 @@ class Training:
                 f"a step has {self.recipe.clips} clips (batch x accumulate), which {machines} processes cannot share "
                 f"evenly; nearest: {max(1, round(self.recipe.clips / machines)) * machines}"
             )
-        if self.sample_prompts and self.opened.preset.task in ("i2v", "flf2v"):
-            raise UsageError(f"sample prompts were given, but {self.opened.preset.name} makes no video of a prompt "
-                             "alone; leave them out")  # fmt: skip
+        self.recipe.check(self.opened.preset, self.trigger, bool(self.sample_prompts))
         told = {
             "recipe": self.recipe.as_json(), "model": self.opened.preset.name, "data": self._data,
             "trigger": self.trigger, "dtype": self.opened.dtype, "quantize": self.opened.quantize,
@@ -260,8 +263,11 @@ class Training:
                     f"{self.folder} holds a training run; --resume goes on with it, --output names another folder"
                 )
             lines = self.recipe.differences(before["recipe"])
-            others = told.keys() - {"recipe"}
-            lines += [f"the {name} is another one" for name in sorted(others) if before.get(name) != told[name]]
+            for name in ("model", "trigger", "dtype", "quantize"):
+                if before.get(name) != told[name]:
+                    lines.append(f"{name} is {told[name]!r}, it was started with {before.get(name)!r}")
+            if before.get("data") != self._data:
+                lines.append("the clips are others: a file, a caption, --size, --frames or --validate has changed")
             if lines:
                 raise UsageError(f"{self.folder} was begun otherwise: {'; '.join(lines)}")
         elif self.folder.is_dir() and any(
@@ -278,10 +284,11 @@ class Training:
         return state
 
     def _data_sum(self) -> str:
-        """A hash of the clips and captions."""
+        """A hash of the clips, by what their files hold, and captions."""
+        clips = [*self.clips, *self.held_out]
+        held = {path: fingerprint(path)["sha256"] for path in {clip.path for clip in clips}}
         rows = [
-            (clip.path.name, clip.path.stat().st_size, clip.caption, clip.frames, clip.width, clip.height)
-            for clip in (*self.clips, *self.held_out)
+            (clip.path.name, held[clip.path], clip.caption, clip.frames, clip.width, clip.height) for clip in clips
         ]
         return sha256(json.dumps(rows).encode()).hexdigest()[:16]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import nearest
+from ..errors import UsageError, nearest
 from ..option import Limits
 from ..presets import Preset
 from .factors import TARGETS
@@ -70,6 +70,8 @@ TIMESTEP_SAMPLING = {
     "uniform": _uniform, "sigmoid": _sigmoid, "shift": _shifted, "uniform-shift": _uniform_shifted,
 }  # fmt: skip
 
+
+SUPPORTED = ("t2v", "i2v", "flf2v", "ti2v")  # tasks of the models whose LoRAs are trained
 
 # Where a model's defaults differ: nano learns in minutes on a CPU.
 OF_MODELS: dict[str, dict[str, Any]] = {
@@ -160,6 +162,26 @@ class Recipe:
         if self.preserve_words and not self.preserve:
             raise ValueError(f"preserve words is {self.preserve_words!r}, but preserve is 0, so that no clip has them; "
                              "give --preserve 0.3, or leave them out")  # fmt: skip
+
+    def check(self, preset: Preset, trigger: str, samples: bool = False) -> None:
+        """Whether a model can be trained so; ``samples``: with prompts for sample videos.
+
+        Raises:
+            ValueError: the model is of a kind whose LoRAs are not trained here.
+            UsageError: a setting has no effect, or cannot be.
+        """
+        if preset.task not in SUPPORTED:
+            raise ValueError(f"{preset.name} is a {preset.task} model, whose LoRAs are not trained here; "
+                             f"models for {', '.join(SUPPORTED)} are")  # fmt: skip
+        if self.preserve and not trigger:
+            raise UsageError(f"preserve is {self.preserve:g}, which is of captions without the trigger, but none was "
+                             "given; give --trigger WORD")  # fmt: skip
+        if self.given_frame and preset.task != "ti2v":
+            raise UsageError(f"given frame is {self.given_frame:g}, which only TI2V is trained with; "
+                             f"{preset.name} is a {preset.task} model: leave it out")  # fmt: skip
+        if samples and preset.task in ("i2v", "flf2v"):
+            raise UsageError(f"sample prompts were given, but {preset.name} makes no video of a prompt alone; leave "
+                             "them out")  # fmt: skip
 
     @property
     def scale(self) -> float:
