@@ -81,7 +81,8 @@ def test_a_plan_needs_no_output_and_a_hub_s_name_no_network(data, capsys, monkey
     monkeypatch.setattr(timing, "_step", lambda *given: 1.0)  # of a real block takes seconds
     words = [data, "-m", "Wan-AI/Wan2.1-T2V-1.3B", "--size", "480p", "--frames", "5", "--memory", "24GB"]
     assert run(*words, "--plan") == 0
-    assert "3 clips to train, 0 held out: 1 of" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 clips to train, 0 held out: 1 of" in said and "(while the clips are encoded; then " in said
 
 
 def test_two_experts_take_twice_the_time(data, capsys, monkeypatch, nothing_is_opened):  # noqa: F811

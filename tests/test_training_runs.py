@@ -24,6 +24,7 @@ from wan_mlx.files.safetensors import load_arrays
 from wan_mlx.geometry import WAN_2_1
 from wan_mlx.models.execution import Execution
 from wan_mlx.presets import Sampling
+from wan_mlx.storage import locked
 from wan_mlx.training import Training, TrainingError, encoded, train
 from wan_mlx.training.backward import loss_and_gradients
 from wan_mlx.training.batches import Batches, with_word
@@ -125,10 +126,11 @@ class TestRanks:
             assert mine.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=1e-4)
 
     def test_all_end_when_the_first_fails(self, pico, data, tmp_path):  # noqa: F811
-        (tmp_path / "two").write_text("no folder")
+        (tmp_path / "two").mkdir()
         words = ["train", str(data), "--model", str(pico), *SETTINGS, "--accumulate", "2", "-o", "two", "--steps", "2"]
-        done = self.launched(tmp_path, words)
-        assert "two is a file; give a new folder" in done.stderr
+        with locked(tmp_path / "two"):
+            done = self.launched(tmp_path, words)
+        assert "another process trains in two; wait until it ends" in done.stderr
         assert "another process of this training failed" in done.stderr
 
 

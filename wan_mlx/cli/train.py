@@ -308,7 +308,8 @@ def _tell(
     repeats = f" ({with_repeats} with repeats)" * (with_repeats != len(trained))
     write(f"{len(trained)} clips to train{repeats}, {len(held_out)} held out: {'; '.join(shown)}")
     how = "blocks streamed from disk" if plan.stream else "blocks resident"
-    how += f", {size(plan.encoding)} of it to encode the clips" * (plan.encoding > plan.steps)
+    if plan.encoding > plan.steps:
+        how = f"while the clips are encoded; then {size(plan.steps)}, {how}"
     fits = "" if plan.fits else f", more than the {size(plan.budget)} that are free to use"
     each = f" for each of {loras} LoRAs" * (loras > 1)
     write(f"{plan.trained / 1e6:.1f} million numbers trained; about {size(plan.peak)} ({how}; an estimate){fits}; "
