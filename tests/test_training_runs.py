@@ -104,9 +104,11 @@ class TestRanks:
     def launched(self, folder: Path, words: list[str]) -> subprocess.CompletedProcess:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         launcher = Path(sys.executable).with_name("mlx.launch")
+        port = 20_000 + os.getpid() % 10_000  # another test process may launch at the same time
         return subprocess.run(
-            [launcher, "-n", "2", "--backend", "ring", sys.executable, "-m", "wan_mlx.generate", *words], cwd=folder,
-            env=environment, capture_output=True, text=True, timeout=300,
+            [launcher, "-n", "2", "--backend", "ring", "--starting-port", str(port), sys.executable,
+             "-m", "wan_mlx.generate", *words],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
     def test_two_that_share_a_folder_learn_what_one_does_of_both_their_clips(self, pico, data, tmp_path):  # noqa: F811
