@@ -406,6 +406,20 @@ def test_the_first_alone_tells_its_end_too(tmp_path, pico):
     assert told(one, "w.npz")["code"] == 1 and "not all machines came" in told(one, "w.npz")["message"]
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_waiting_for_others_is_interrupted(tmp_path, pico, signum):
+    (one,) = folders(tmp_path, pico, 1)
+    words = command(one, *QUICK, "--output", "v.npz")
+    first, other = machines.start(tmp_path, 2, words, {1: [sys.executable, "-c", ""]})
+    while not (one / "v.npz.status.json").exists():
+        time.sleep(0.1)
+    time.sleep(1)
+    first.send_signal(signum)
+    (code, _, error), _ = machines.ended([first, other], 10)
+    assert code == 128 + signum and error == "interrupted\n", error
+    assert told(one, "v.npz") == {"state": "failed", "code": 128 + signum, "message": "interrupted"}
+
+
 @pytest.mark.parametrize("what", ["weights", "version"])
 def test_machines_that_differ_are_told(tmp_path, pico, what):
     two, other = folders(tmp_path, pico, 2)
