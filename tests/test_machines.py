@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from fake_children import Children, make
 
+from wan_mlx.cli import queue as command
 from wan_mlx.errors import UsageError
 from wan_mlx.media.write import read_settings
 from wan_mlx.runs.queue import DONE, Queue
@@ -115,3 +116,21 @@ def test_the_list_of_machines():
     for wrong in ("-oProxyCommand=x", "mac2,mac2", "mac 2", "mac2;rm"):
         with pytest.raises(UsageError, match="--machines"):
             parse_machines(wrong)
+
+
+def test_who_has_several_at_work_reads_whose_step_it_is(queue, monkeypatch, capsys):
+    job = queue.add({"prompt": "a", "model": "nano"}, "a.mp4")
+
+    def work_off(queue, told, machines):
+        told(job.id, {"event": "step", "index": 0, "total": 8, "seconds": 0.5})
+        died = {"event": "worker", "state": "died"}
+        for machine, message in (("mac2", "the worker ended"), ("mac3", "mac3 cannot be reached")):
+            told("", {**died, "machine": machine, "message": message})
+        told("", {**died, "message": "the worker here ended"})
+
+    monkeypatch.setattr(command, "work_off", work_off)
+    for machines, said in (([Machine("mac2")], "step      a.mp4: 1 of 8, 0.5 s"), ([], "step      1 of 8, 0.5 s")):
+        assert command.run(queue, False, machines) == 0
+        assert capsys.readouterr().err.splitlines() == [
+            said, "mac2: the worker ended", "mac3 cannot be reached", "the worker here ended"
+        ]  # fmt: skip

@@ -183,11 +183,13 @@ def run(queue: Queue, as_json: bool, machines: list[Machine]) -> int:
         if as_json:
             write(json.dumps({"id": id, **event}))
         elif event["event"] == "worker" and event["state"] == "died":
-            say.note(event["message"], important=True)
+            message, at = event["message"], event.get("machine", "")
+            say.note(message if at in message else f"{at}: {message}", important=True)
         elif event["event"] == "state" and event["state"] == RUNNING:
             say.note(f"\n{queue.get(id).output}: {queue.get(id).options.get('prompt', '')}")
         elif event["event"] == "step":
-            say.note(f"step      {event['index'] + 1} of {event['total']}, {event['seconds']:.1f} s")
+            which = f" {queue.get(id).output}:" * bool(machines)  # several are at work
+            say.note(f"step     {which} {event['index'] + 1} of {event['total']}, {event['seconds']:.1f} s")
         elif event["event"] == "error":
             say.fail(event["message"], event["code"])
         elif event["event"] == "result":
