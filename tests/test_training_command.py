@@ -4,6 +4,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -142,6 +143,21 @@ class TestNotes:
         found.clips(WAN_2_1, 16, SIZE, 5)
         assert "no caption: a.png has no text beside it (a.caption)" in found.notes
 
+    def test_the_trigger_is_looked_for_as_a_word(self, tmp_path):
+        picture(tmp_path / "a.png", 9)
+        (tmp_path / "a.txt").write_text("a cart")
+        (clip,) = clips_of(tmp_path, trigger="art")
+        assert clip.caption == "art, a cart"
+
+    def test_most_of_a_video_left_out_is_told(self, tmp_path):
+        picture(tmp_path / "a.webp", 9, frames=12)
+        found = DataSet.open(tmp_path)
+        found.clips(WAN_2_1, 16, SIZE, 5)
+        assert any(note.startswith("long: of a.webp the first 5 of 12 frames are trained") for note in found.notes)
+        found = DataSet.open(tmp_path)
+        found.clips(WAN_2_1, 16, SIZE, 9)
+        assert not any(note.startswith("long") for note in found.notes)
+
     def test_many_alike_are_counted(self, pico, tmp_path, capsys):
         for number in range(9):
             Image.new("RGB", (32, 32)).save(tmp_path / f"{number}.png")
@@ -158,6 +174,39 @@ class TestNotes:
         assert any(record.message.startswith("few: 3 clips") for record in caplog.records)
         kinds = [(event.kind, getattr(event, "done", None)) for event in heard if event.kind != "load"]
         assert kinds[-5:] == [("progress", 1), ("eta", None), ("progress", 2), ("eta", None), ("stage", None)]
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (dict(size="64x64"), r"size is '64x64', expected \(width, height\) in pixels, such as \("),
+        (dict(frames="5"), "frames is '5', expected a whole number"),
+        (dict(validate="10%"), "validate is '10%', expected a share from 0 to below 1, such as 0.1"),
+        (dict(rnak=3), "a training has no option 'rnak'; nearest: rank"),
+        (dict(sample_prompts=["a cat", " "]), r"sample_prompts is \['a cat', ' '\], expected prompts"),
+    ],
+)
+def test_a_wrong_argument_of_python_s_is_named(given, words, pipe, data, tmp_path):  # noqa: F811
+    with pytest.raises((UsageError, TypeError), match=words):
+        train(data, pipe, tmp_path / "z", **{"size": SIZE, "frames": 5, **given})
+    assert not (tmp_path / "z").exists()
+
+
+def test_one_sample_prompt_is_one(pipe, data, tmp_path, monkeypatch):  # noqa: F811
+    asked = []
+    monkeypatch.setattr(Training, "_show", lambda self, *given: asked.append(self.sample_prompts))
+    train(data, pipe, tmp_path / "z", size=SIZE, frames=5, rank=2, steps=1, sample_prompts="a cat")
+    assert asked == [["a cat"]]
+
+
+def test_a_stop_before_the_first_step_says_how_to_go_on(pico, data, tmp_path, capsys, monkeypatch):  # noqa: F811
+    def stopped(training, resume=False):
+        signal.raise_signal(signal.SIGTERM)
+        yield
+
+    monkeypatch.setattr(Training, "run", stopped)
+    assert run(data, "-m", pico, "-o", tmp_path / "z", *SMALL) == 143
+    assert "interrupted; to go on: the same command with --resume" in capsys.readouterr().err
 
 
 def test_lines_come_now_and_then_with_the_mean_of_the_losses(pico, data, tmp_path, capsys, monkeypatch):  # noqa: F811

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -130,10 +131,20 @@ class TestRanks:
     def test_all_end_when_the_first_fails(self, pico, data, tmp_path):  # noqa: F811
         (tmp_path / "two").mkdir()
         words = ["train", str(data), "--model", str(pico), *SETTINGS, "--accumulate", "2", "-o", "two", "--steps", "2"]
+        ports = [20_000 + 2 * (os.getpid() % 10_000) + rank for rank in (0, 1)]
+        (tmp_path / "hosts.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+        # By themselves, since mlx.launch ends the second when the first has ended.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                       "MLX_HOSTFILE": str(tmp_path / "hosts.json")}  # fmt: skip
         with locked(tmp_path / "two"):
-            done = self.launched(tmp_path, words)
-        assert "another process trains in two; wait until it ends" in done.stderr
-        assert "another process of this training failed" in done.stderr
+            both = [
+                subprocess.Popen([sys.executable, "-m", "wan_mlx.generate", *words], cwd=tmp_path, text=True,
+                                 env={**environment, "MLX_RANK": str(rank)}, stderr=subprocess.PIPE)
+                for rank in (0, 1)
+            ]  # fmt: skip
+            said = [one.communicate(timeout=120)[1] for one in both]
+        assert "another process trains in two; wait until it ends" in said[0]
+        assert "another process of this training failed" in said[1]
 
 
 class TestExperts:
@@ -157,6 +168,32 @@ class TestExperts:
         assert WanPipeline.from_pretrained(pair, progress=False, loras=files)
         high, low = map(arrays_of, files.values())
         assert any((high[name] != low[name]).any() for name in high)
+
+    def test_ctrl_c_in_the_first_s_last_step_does_not_begin_the_second(self, pair, data, tmp_path, capsys, monkeypatch):  # noqa: F811
+        run = Training.run
+
+        def stopped(training, resume=False):
+            for step in run(training, resume):
+                if step.step == 2 and training.expert == "high":
+                    signal.raise_signal(signal.SIGINT)
+                yield step
+
+        words = ["train", str(data), "-m", str(pair), "-o", str(tmp_path / "two"), *SETTINGS[:-3], "--steps", "2"]
+        with monkeypatch.context() as patch:
+            patch.setattr(Training, "run", stopped)
+            assert main(words) == 130
+        assert "stopped; to go on: the same command with --resume" in capsys.readouterr().out
+        assert not (tmp_path / "two" / "low").exists()
+        assert main([*words, "--resume"]) == 0
+        assert (tmp_path / "two" / "low" / "two-low.safetensors").exists()
+
+    def test_both_may_be_trained_at_once(self, experts, data, tmp_path):  # noqa: F811
+        """What one writes to the cache of both is not taken for left behind."""
+        (tmp_path / "one" / "cache").mkdir(parents=True)
+        half = tmp_path / "one" / "cache" / ".wan_mlx-1.safetensors"
+        half.write_bytes(b"half")
+        train(data, experts, tmp_path / "one", expert="low", size=(32, 32), frames=5, rank=2, steps=1, warmup=0)
+        assert half.exists()
 
     def test_one_alone_by_name(self, experts, data, tmp_path):  # noqa: F811
         options = dict(size=(32, 32), frames=5, rank=2, steps=1, warmup=0)
@@ -257,11 +294,23 @@ class TestGivenFrame:
 class TestBadInput:
     def test_a_validation_that_is_not_finite_ends_it(self, pipe, data, tmp_path, monkeypatch):  # noqa: F811
         training = Training(pipe, clips_of(data), RECIPE, tmp_path / "style", clips_of(data)[:1])
-        with pytest.raises(TrainingError, match=r"the loss of a.png, held out, is not finite after step 2; the last"):
+        with pytest.raises(TrainingError, match="the loss of a.png, held out, is not finite after step 2; no state"):
             for step in training.run():
                 if step.step == 1:
                     monkeypatch.setattr("wan_mlx.training.loop.loss", lambda *a: [0.1, float("nan"), 0.1])
         assert not (tmp_path / "style" / "state").exists()
+
+    def test_a_loss_that_is_not_finite_names_the_state_that_is_whole(self, pipe, data, tmp_path, monkeypatch):  # noqa: F811
+        def wild(*given):
+            losses, gradients = loss_and_gradients(*given)
+            return [float("nan") for _ in losses], gradients
+
+        training = Training(pipe, clips_of(data), RECIPE, tmp_path / "style")
+        with pytest.raises(TrainingError, match=r"the loss is not finite at step 4 .*; the state of step 2 is whole"):
+            for step in training.run():
+                if step.step == 3:
+                    monkeypatch.setattr("wan_mlx.training.loop.loss_and_gradients", wild)
+        assert [path.name for path in (tmp_path / "style" / "state").iterdir()] == ["step-0000002.safetensors"]
 
     def test_what_a_kill_left_half_written_is_removed(self, pipe, data, tmp_path):  # noqa: F811
         trained(pipe, data, tmp_path / "style", until=2)

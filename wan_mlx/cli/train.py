@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from ..errors import UsageError, duration, size
+from ..errors import Stopped, UsageError, duration, size
 from ..events import Listener, unheard
 from ..geometry import Geometry
 from ..hub.resolve import preset_of
@@ -219,11 +219,14 @@ def _train(training: Training, args: argparse.Namespace, listener: Listener, is_
     if not (shows and is_live(sys.stderr)):
         listener = unheard  # lines tell it
     with Interrupts() as interrupts, interrupts.stopping(_Stoppable(training)):  # type: ignore[arg-type]
-        for done in with_progress(training.run(resume=args.resume), listener):
-            losses.append(done.loss)
-            if shows and (done.kept or interrupts.asked or time.monotonic() >= said_at + LINE_EVERY):
-                write(_line(done, losses))
-                losses, said_at = [], time.monotonic()
+        try:
+            for done in with_progress(training.run(resume=args.resume), listener):
+                losses.append(done.loss)
+                if shows and (done.kept or interrupts.asked or time.monotonic() >= said_at + LINE_EVERY):
+                    write(_line(done, losses))
+                    losses, said_at = [], time.monotonic()
+        except Stopped as stopped:
+            raise Stopped(stopped.signum, go_on="; to go on: the same command with --resume") from None
     if interrupts.asked and not (is_last and training.newest == training.path):
         so_far = f" The LoRA as it is: {training.newest}" if training.newest else ""
         if training.ranks.is_first:

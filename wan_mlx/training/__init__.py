@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def train(
     memory: str | None = None,
     dtype: str = "bfloat16",
     quantize: str | None = None,
-    sample_prompts: Sequence[str] = (),
+    sample_prompts: str | Sequence[str] = (),
     expert: str = "both",
     **recipe: Any,
 ) -> Path | dict[str, Path]:
@@ -69,7 +70,13 @@ def train(
         UsageError, ValueError: an argument or the data set is wrong, or memory does not suffice.
         TrainingError: a loss is not finite; what was kept is whole.
     """
+    known = [field.name for field in fields(Recipe)]
+    for name in recipe.keys() - known:
+        raise TypeError(f"a training has no option {name!r}{nearest(name, known)}")
     Recipe(**recipe)  # what is wrong is said before anything is opened
+    prompts = [sample_prompts] if isinstance(sample_prompts, str) else list(sample_prompts)
+    if not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise UsageError(f"sample_prompts is {sample_prompts!r}, expected prompts, such as ['a cat']")
     opened = DataSet.open(data)
     pipe = model
     if not isinstance(pipe, WanPipeline):
@@ -84,7 +91,7 @@ def train(
     files, stopped = {}, False
     for training in trainings(pipe, trained, chosen, output, held_out, trigger, pipe.listener, expert):
         training.stream, training.encode_tile = plan.stream, plan.encode_tile
-        training.sample_prompts = list(sample_prompts)
+        training.sample_prompts = prompts
         for step in with_progress(training.run(resume), pipe.listener):
             if callback is not None and callback(step) is False:
                 training.stop()
@@ -156,11 +163,16 @@ def clips_of(
         ValueError: the model makes no such size or length.
         UsageError: no clip is left.
     """
-    width, height = size or preset.size
-    length = frames or preset.num_frames
+    pair = preset.size if size is None else size
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(side) is int for side in pair)):
+        raise UsageError(f"size is {size!r}, expected (width, height) in pixels, such as {preset.size}")
+    length = preset.num_frames if frames is None else frames
+    if type(length) is not int:
+        raise UsageError(f"frames is {frames!r}, expected a whole number, such as {preset.num_frames}")
+    width, height = pair
     geometry.check_size(width, height)
     geometry.check_frames(length)
-    if not 0 <= validate < 1:
+    if not (isinstance(validate, (int, float)) and 0 <= validate < 1):
         raise UsageError(f"validate is {validate!r}, expected a share from 0 to below 1, such as 0.1")
     clips = data.clips(geometry, preset.fps, (width, height), length, trigger)
     if preset.task == "flf2v":

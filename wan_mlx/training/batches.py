@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from .backward import Sample
-from .dataset import TrainingClip
+from .dataset import TrainingClip, with_word
 from .encoded import Encoded
 from .recipe import GIVEN, NOISE, Recipe
 
@@ -85,16 +84,6 @@ class Batches:
                 noisy = mx.concatenate([latents[:, :1], noisy[:, 1:]], axis=1)
                 conditions = {**conditions, "clean_frames": 1}
         return Sample(noisy, 1000 * sigma, self.encoded.text(caption), target, conditions)
-
-
-def with_word(text: str, trigger: str, word: str) -> str:
-    """A caption with ``word`` in the trigger's place; if it is empty, without the trigger and the comma behind it.
-
-    Chinese characters may stand right beside it: there no space parts words.
-    """
-    letter = r"[^\W\u3400-\u9fff]"
-    found = rf"(?<!{letter}){re.escape(trigger)}(?!{letter})" + ("" if word else r"[,，]?\s*")
-    return re.sub(found, lambda _: word, text, flags=re.IGNORECASE)
 
 
 def levels_of(timesteps: tuple[float, float]) -> tuple[float, float]:

@@ -7,6 +7,7 @@ musubi-tuner's terms, with its defaults. Nothing is decoded here but what tells 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ class DataSet:
                     beside = f" beside it ({path.stem}{source.caption})" if source.caption else ""
                     self.notes.append(f"no caption: {path.name} has no text{beside}")
                 text = (caption or "").strip()
-                if trigger and trigger.lower() not in text.lower():
+                if trigger and with_word(text, trigger, "") == text:
                     text = f"{trigger}, {text}" if text else trigger
                 captions[text] += 1
                 found += list(self._of_file(source, path, clip, text, geometry, fps, size, frames))
@@ -164,6 +165,11 @@ class DataSet:
         wanted = source.frames or (1 if still else frames,)
         for part in _extract(numbers, wanted, source, geometry):
             yield TrainingClip(path, text, tuple(part), width, height, source.repeats)
+        if not still and source.frames is None and source.extraction == "head" and len(numbers) >= 2 * frames:
+            self.notes.append(
+                f"long: of {path.name} the first {frames} of {len(numbers)} frames are trained; cut it into clips, or "
+                'give a .toml with frame_extraction = "chunk"'
+            )
         taken = min(max(wanted), len(numbers))
         lost = taken - geometry.num_frames(geometry.latent_frames(taken))
         if not still and lost and source.frames is None:
@@ -185,6 +191,16 @@ class DataSet:
         ):
             if number == 1 and len(found) >= FEW_CLIPS:
                 self.notes.append(f"alone: one clip has {width}x{height}, {length} frames; others have another size")
+
+
+def with_word(text: str, trigger: str, word: str) -> str:
+    """A caption with ``word`` in the trigger's place; if it is empty, without the trigger and the comma behind it.
+
+    Chinese characters may stand right beside it: there no space parts words.
+    """
+    letter = r"[^\W\u3400-\u9fff]"
+    found = rf"(?<!{letter}){re.escape(trigger)}(?!{letter})" + ("" if word else r"[,，]?\s*")
+    return re.sub(found, lambda _: word, text, flags=re.IGNORECASE)
 
 
 def hold_out(

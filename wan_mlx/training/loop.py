@@ -163,7 +163,8 @@ class Training:
         if not held.enter_context(locked(self.folder)):
             raise UsageError(f"another process trains in {self.folder}; wait until it ends, or give a new folder")
         state = self._begin(resume)
-        for folder in (self.folder, self.cache, *(self.folder / name for name in ("checkpoints", "state", "samples"))):
+        own = () if self.expert else (self.cache,)  # of two experts both may be encoding
+        for folder in (self.folder, *own, *(self.folder / name for name in ("checkpoints", "state", "samples"))):
             for path in folder.glob(f"{DRAWN}*"):
                 path.unlink()  # left by a kill while it was written
         return state
@@ -312,8 +313,13 @@ class Training:
         what = "loss" if not all(map(math.isfinite, losses)) else "gradient"
         raise TrainingError(
             f"the {what} is not finite at step {step + 1} (clip {names[number]}, sigma "
-            f"{samples[number].timestep / 1000:.3f}); the last kept state is whole. Try a lower --learning-rate"
+            f"{samples[number].timestep / 1000:.3f}); {self._last_kept()}. Try a lower --learning-rate"
         )
+
+    def _last_kept(self) -> str:
+        if not self._kept_at:
+            return "no state was kept before"
+        return f"the state of step {self._kept_at} is whole"
 
     def _validate(self, step: int, model: Execution, batches: Batches) -> float | None:
         """The mean loss of the held-out clips, at fixed noise and levels."""
@@ -323,8 +329,8 @@ class Training:
         found = float(np.mean(losses))
         if not math.isfinite(found):
             clip = self.held_out[next(i for i, row in enumerate(losses) if not np.isfinite(row).all())]
-            raise TrainingError(f"the loss of {clip.path.name}, held out, is not finite after step {step}; the last "
-                                "kept state is whole. Try a lower --learning-rate")  # fmt: skip
+            raise TrainingError(f"the loss of {clip.path.name}, held out, is not finite after step {step}; "
+                                f"{self._last_kept()}. Try a lower --learning-rate")  # fmt: skip
         self.validations.append((step, found))
         if step == 0:
             self._log({"step": 0, "validation": round(found, 6)})
