@@ -393,6 +393,17 @@ def test_a_wrong_flag_is_told_in_the_file(tmp_path):
     assert told(tmp_path, "v.npz")["message"] == "unknown argument --stepz 3; nearest: --steps"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--prompt", "-"], "--prompt - waits for the end of standard input, which mlx.launch does not pass on"),
+     (["--output", "none/v.npz"], "output folder none does not exist, expected an existing folder")],
+)  # fmt: skip
+def test_what_cannot_be_is_told_by_the_first(tmp_path, pico, words, said):
+    (one,) = folders(tmp_path, pico, 1)
+    (code, _, error), _ = machines.ended(machines.start(tmp_path, 2, command(one, *QUICK, *words)))
+    assert code == 2 and said in error and error.count("\n") == 1, error
+
+
 def test_the_first_alone_tells_its_end_too(tmp_path, pico):
     """With --parallel off, and where the others do not come."""
     (one,) = folders(tmp_path, pico, 1)

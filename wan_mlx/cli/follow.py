@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import options
 from ..distributed import LATE, Group, backend_given, open_group, rank_given
-from ..errors import Differing, SamplingError, Stopped, resume_command
+from ..errors import Differing, SamplingError, Stopped, WanError, resume_command
 from ..events import Failed
 from ..heartbeat import LAST_WORD, end_process
 from ..parallel import ALONE
@@ -38,7 +38,7 @@ def path_of(output: str | None) -> Path:
 def write_status(output: str | None, code: int, message: str | None = None) -> int:
     """Write how the command for a file ended; returns its exit code."""
     state = "failed" if code not in (0, 3) else "done"
-    with suppress(OSError), whole_file(path_of(output)) as file:
+    with suppress(OSError, WanError), whole_file(path_of(output)) as file:
         file.write_text(json.dumps({"state": state, "code": code, "message": message}) + "\n", encoding="utf-8")
     return code
 

@@ -119,6 +119,9 @@ def with_prompt(argv: list[str]) -> list[str]:
         return [*argv, f"--prompt={lines[0]}"]
     if prompt != "-":
         return argv
+    if "MLX_RANK" in os.environ:
+        raise UsageError("--prompt - waits for the end of standard input, which mlx.launch does not pass on; put the "
+                         "text in quotes, or in a file: --prompt FILE.txt")  # fmt: skip
     if not (text := sys.stdin.read().strip()):
         raise UsageError("--prompt - reads the prompt from standard input, where nothing came")
     return [*argv, f"--prompt={text}"]
