@@ -146,8 +146,10 @@ class TestNotes:
     def test_the_trigger_is_looked_for_as_a_word(self, tmp_path):
         picture(tmp_path / "a.png", 9)
         (tmp_path / "a.txt").write_text("a cart")
-        (clip,) = clips_of(tmp_path, trigger="art")
+        found = DataSet.open(tmp_path)
+        (clip,) = found.clips(WAN_2_1, 16, SIZE, 5, "art")
         assert clip.caption == "art, a cart"
+        assert "trigger: art is put in front of 1 of 1 captions" in found.notes
 
     def test_most_of_a_video_left_out_is_told(self, tmp_path):
         picture(tmp_path / "a.webp", 9, frames=12)

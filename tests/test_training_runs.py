@@ -336,6 +336,10 @@ class TestBadInput:
         with pytest.raises(TrainingError, match="the LoRA changes nothing: its factors are still zero"):
             trained(pipe, data, tmp_path / "style", Recipe(rank=2, steps=1, weight_decay=0.0))
 
+    def test_a_rate_too_small_to_change_a_weight_is_refused(self, pipe, data, tmp_path):  # noqa: F811
+        with pytest.raises(TrainingError, match="the LoRA changes nothing: its factors are still zero, to 1e-09"):
+            trained(pipe, data, tmp_path / "style", Recipe(rank=2, steps=1, learning_rate=1e-12, warmup=0))
+
     def test_no_room_on_disk_is_one_line_and_what_was_kept_is_whole(self, pipe, data, tmp_path, monkeypatch):  # noqa: F811
         trained(pipe, data, tmp_path / "style", until=2)
         kept = {path: path.read_bytes() for path in (tmp_path / "style" / "state").iterdir()}

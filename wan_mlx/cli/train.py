@@ -314,9 +314,9 @@ def _tell(
     if plan.encoding > plan.steps:
         how = f"while the clips are encoded; then {size(plan.steps)}, {how}"
     fits = "" if plan.fits else f", more than the {size(plan.budget)} that are free to use"
-    each = f" for each of {loras} LoRAs" * (loras > 1)
+    each = "s" * (recipe.steps > 1) + f" for each of {loras} LoRAs" * (loras > 1)
     write(f"{plan.trained / 1e6:.1f} million numbers trained; about {size(plan.peak)} ({how}; an estimate){fits}; "
-          f"{plan.flop / 1e12:.3g} TFLOP a step, {recipe.steps} steps{each}")  # fmt: skip
+          f"{plan.flop / 1e12:.3g} TFLOP a step, {recipe.steps} step{each}")  # fmt: skip
     if plan.seconds is not None:
         whole = duration(plan.seconds * recipe.steps * loras)
         write(f"about {duration(plan.seconds)} a step here, {whole} in all, without encoding the clips")

@@ -126,7 +126,7 @@ class DataSet:
         Raises:
             UsageError: nothing is left.
         """
-        found, captions = [], Counter[str]()
+        found, captions, without = [], Counter[str](), 0
         for source in self.sources:
             for path, caption in source.files:
                 try:
@@ -139,9 +139,11 @@ class DataSet:
                     self.notes.append(f"no caption: {path.name} has no text{beside}")
                 text = (caption or "").strip()
                 if trigger and with_word(text, trigger, "") == text:
-                    text = f"{trigger}, {text}" if text else trigger
+                    text, without = f"{trigger}, {text}" if text else trigger, without + 1
                 captions[text] += 1
                 found += list(self._of_file(source, path, clip, text, geometry, fps, size, frames))
+        if without:
+            self.notes.append(f"trigger: {trigger} is put in front of {without} of {captions.total()} captions")
         self._tell_of(found, captions)
         if not found:
             raise UsageError("the data set holds nothing that can be trained: " + "; ".join(self.notes[:3]))

@@ -38,6 +38,7 @@ from .ranks import Ranks
 from .recipe import DROPPED, Recipe
 from .states import State, newest_state, save_state
 
+NOTHING = 1e-9  # of a factor: no weight is changed by it
 RECIPE, LOG = "recipe.json", "log.jsonl"
 SIDES = ("high", "low")  # the experts of a model of two, in the order in which they serve
 
@@ -394,10 +395,10 @@ class Training:
 
     def _write(self, step: int) -> Path:
         is_last = step == self.recipe.steps
-        if is_last and not any(mx.any(array).item() for name, array in self.factors.items() if name.endswith(".up")):
-            raise TrainingError(
-                "the LoRA changes nothing: its factors are still zero; give more steps or a higher rate"
-            )
+        ups = [array for name, array in self.factors.items() if name.endswith(".up")]
+        if is_last and not any(mx.any(mx.abs(array) > NOTHING).item() for array in ups):
+            raise TrainingError(f"the LoRA changes nothing: its factors are still zero, to {NOTHING:g}; give more "
+                                "steps or a higher rate")  # fmt: skip
         path = self.path if is_last else self.folder / "checkpoints" / f"{self.path.stem}-{step:06d}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         recipe = self.recipe
