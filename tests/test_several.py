@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from wan_mlx.distributed import Link
+from wan_mlx.distributed import PIECE, Link
 from wan_mlx.errors import Unshareable
+from wan_mlx.heartbeat import HANG
 from wan_mlx.parallel import ALONE, BOTH, CFG, TOKENS
 from wan_mlx.planning import several
 from wan_mlx.planning.several import AUTO, LINKS, Work, choose_mode, describe, modes_for
@@ -59,3 +60,8 @@ def test_predictions_are_what_a_ring_took(found, monkeypatch):
     for count, seconds in zip((1, 2, 4), groups, strict=True):
         monkeypatch.setattr(several, "HEAD_GROUPS", count)
         assert Work(config, 2304, rate, 1).seconds(TOKENS, 2, link) == pytest.approx(seconds, rel=0.08)
+
+
+def test_a_slow_link_is_not_taken_for_one_that_hangs():
+    """What is told at once goes round twice, and a bad wireless link moves a megabyte a second."""
+    assert 2 * PIECE / 1e6 < HANG

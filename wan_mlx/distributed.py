@@ -30,7 +30,7 @@ START = 50.0  # seconds within which all ranks must have come; MLX itself may wa
 LATE = f"not all machines came within {START:.0f} s; see that each is reachable, and its command runs"
 PROBE = 4 << 20  # bytes of each rank's piece, by which the link is tried and measured
 LARGE_PROBE, QUICK = 64 << 20, 5e-3  # and of another, where that takes fewer seconds than these
-PIECE = 64 << 20  # bytes that are broadcast at once
+PIECE = 16 << 20  # bytes that are broadcast at once: over a slow link, too, sooner than one that hangs is given up
 # Variable of the environment that a backend needs → its name.
 BACKENDS = {"MLX_HOSTFILE": "ring", "MLX_JACCL_COORDINATOR": "jaccl", "NCCL_HOST_IP": "nccl",
             "OMPI_COMM_WORLD_SIZE": "mpi"}  # fmt: skip

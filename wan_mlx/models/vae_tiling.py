@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..distributed import Group
+from ..distributed import PIECE, Group
 from ..errors import is_out_of_memory
 from ..geometry import LARGEST_SIDE
 from .chips import likely_rate
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 # (start, end) in pixels (or, before scaling, latents); end excluded.
 Span = tuple[int, int]
-WORDS_AT_ONCE = 1 << 24  # of a canvas that machines join
+WORDS_AT_ONCE = PIECE // 4  # of a canvas that machines join
 SMALLEST_TILE = 64  # pixels: smaller tiles are mostly margin
 RETRIES = (512, 384, 256, 128, SMALLEST_TILE)  # sides to try in order, when memory is not enough
 
