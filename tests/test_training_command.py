@@ -1,5 +1,6 @@
 """``wan-mlx train``: what it says, what it refuses before anything is read, and what Python's `train` tells."""
 
+import json
 import os
 import pty
 import select
@@ -13,13 +14,14 @@ import pytest
 from PIL import Image
 from test_training import SIZE, clips_of, data, picture, pipe  # noqa: F401
 
+from wan_mlx import WanPipeline
 from wan_mlx.cli import train as command
 from wan_mlx.cli.main import main
 from wan_mlx.errors import UsageError
 from wan_mlx.geometry import WAN_2_1
 from wan_mlx.planning.sizes import sizes_of
 from wan_mlx.presets import PRESETS
-from wan_mlx.training import Recipe, timing, train
+from wan_mlx.training import Recipe, encoded, timing, train
 from wan_mlx.training.dataset import DataSet
 from wan_mlx.training.estimate import plan_training
 from wan_mlx.training.loop import Training
@@ -257,3 +259,27 @@ def test_the_hash_of_the_data_is_of_what_files_hold(pipe, data, tmp_path):  # no
     Image.new("RGB", (32, 32), (3, 2, 1)).save(tmp_path / "data" / "d.bmp")  # of the same size
     with pytest.raises(UsageError, match="was begun otherwise: the clips are others: a file, a caption, --size"):
         next(begun(resume=True))
+
+
+def test_another_base_does_not_go_on(pipe, data, tmp_path, monkeypatch):  # noqa: F811
+    """Other weights of the same kind, or other LoRAs."""
+    asked = dict(size=SIZE, frames=5, rank=2, warmup=0, learning_rate=1e-2, schedule="constant")
+    found = train(data, pipe, tmp_path / "one", steps=1, **asked)
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="otherwise: the base is another one: the tra"):
+        patch.setattr(pipe, "loras", [(found, 1.0)])
+        train(data, pipe, tmp_path / "one", steps=2, resume=True, **asked)
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="otherwise: the base is another one: the tra"):
+        patch.setattr("wan_mlx.training.loop.fingerprint", lambda path: {"sha256": f"{path}"})
+        training = Training(pipe, clips_of(data), Recipe(rank=2, steps=2), tmp_path / "one")
+        told = json.loads((tmp_path / "one" / "recipe.json").read_text())
+        (tmp_path / "one" / "recipe.json").write_text(json.dumps({**told, "recipe": training.recipe.as_json(),
+                                                                  "data": training._data}))  # fmt: skip
+        next(training.run(resume=True))
+
+
+def test_conditions_are_of_their_image_encoder(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(encoded, "fingerprint", lambda path: asked.append(path))
+    pipe = WanPipeline.from_pretrained("nano-i2v", progress=False)  # noqa: F811
+    encoded.Encoded(pipe, tmp_path)
+    assert pipe.checkpoint.part("image_encoder").file in asked

@@ -43,7 +43,8 @@ class Encoded:
         self.opened, self.folder = opened, folder
         folder.mkdir(parents=True, exist_ok=True)
         vae, text = opened.checkpoint.part("vae"), opened.checkpoint.part("text_encoder")
-        self._vae = [FORMAT, fingerprint(vae.file), opened.preset.task]
+        images = [opened.checkpoint.part("image_encoder")] if opened.config.has_image_branch else []
+        self._vae = [FORMAT, fingerprint(vae.file), opened.preset.task, *(fingerprint(part.file) for part in images)]
         self._text = [FORMAT, fingerprint(text.file), text.quantize or opened.quantize, opened.dtype]
         self._prints: dict[Path, Any] = {}
 

@@ -24,6 +24,7 @@ from ..models.execution import Execution
 from ..pipeline import WanPipeline
 from ..storage import DRAWN, append, fingerprint, locked, parse_json, whole_file
 from ..weights.load import load_transformer
+from ..weights.lora import file_of
 from ..weights.parts import Checkpoint, Part
 from ..weights.set_loras import set_loras
 from .backward import Sample, loss, loss_and_gradients
@@ -120,7 +121,7 @@ class Training:
         self.held_out, self.listener = list(held_out), listener
         self.ranks = Ranks()
         self.shapes = layer_shapes(opened.config, recipe.targets)
-        self._data = self._data_sum()
+        self._data, self._base = self._data_sum(), self._base_sum()
         self.factors: Factors = {}
         self.losses: list[float] = []
         self.validations: list[tuple[int, float]] = []
@@ -177,7 +178,7 @@ class Training:
             model = load_transformer(
                 self.part, self.opened.dtype, counted(self.listener, f"loading {self.part.label}"),
                 self.part.quantize or self.opened.quantize, stream=self.stream,
-                loras=[*self.opened.loras, *self.part.loras], merge=not self.sample_prompts,
+                loras=self._own_loras, merge=not self.sample_prompts,
             )  # fmt: skip
             model = model if isinstance(model, Execution) else Execution(model)
         step, optimizer = self._set_out(state)
@@ -255,7 +256,7 @@ class Training:
         self.recipe.check(self.opened.preset, self.trigger, bool(self.sample_prompts))
         told = {
             "recipe": self.recipe.as_json(), "model": self.opened.preset.name, "data": self._data,
-            "trigger": self.trigger, "dtype": self.opened.dtype, "quantize": self.opened.quantize,
+            "trigger": self.trigger, "dtype": self.opened.dtype, "quantize": self.opened.quantize, "base": self._base,
         }  # fmt: skip
         path = self.folder / RECIPE
         if path.exists():
@@ -268,6 +269,8 @@ class Training:
             for name in ("model", "trigger", "dtype", "quantize"):
                 if before.get(name) != told[name]:
                     lines.append(f"{name} is {told[name]!r}, it was started with {before.get(name)!r}")
+            if before.get("base", self._base) != self._base:  # older versions did not note it
+                lines.append("the base is another one: the transformer's file, or a LoRA that it has")
             if before.get("data") != self._data:
                 lines.append("the clips are others: a file, a caption, --size, --frames or --validate has changed")
             if lines:
@@ -293,6 +296,16 @@ class Training:
             (clip.path.name, held[clip.path], clip.caption, clip.frames, clip.width, clip.height) for clip in clips
         ]
         return sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+    def _base_sum(self) -> str:
+        """A hash of the transformer's file, and of the LoRAs that it has."""
+        loras = [(fingerprint(file_of(path))["sha256"], strength) for path, strength in self._own_loras]
+        told = [fingerprint(self.part.file)["sha256"], loras]
+        return sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+    @property
+    def _own_loras(self) -> list[tuple[Path, float]]:
+        return [*self.opened.loras, *self.part.loras]
 
     def _with_ranks(self, step: int) -> Callable[[Factors], Factors]:
         """Leaves some ranks of every factor out of this step; what is left is made larger in turn."""
@@ -410,6 +423,7 @@ class Training:
             "modelspec.trigger_phrase": self.trigger,
             "modelspec.usage_hint": self.trigger and f"write {self.trigger} in the prompt",
             "wan_mlx.recipe": json.dumps(recipe.as_json()), "wan_mlx.data": self._data,
+            "wan_mlx.base": self._base,
         }  # fmt: skip
         self.newest = path
         write_lora(
