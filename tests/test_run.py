@@ -10,7 +10,7 @@ import pytest
 import wan_mlx
 from wan_mlx import denoise
 from wan_mlx.errors import BusyError, SamplingError, Stopped
-from wan_mlx.events import Conditioned, Decoded, Progress, StageEnded, StageStarted, Stepped, Within
+from wan_mlx.events import Conditioned, Decoded, Note, Progress, StageEnded, StageStarted, Stepped, Within
 
 SMALL = dict(width=16, height=16, num_frames=5, steps=3, seed=3)
 
@@ -31,7 +31,7 @@ def test_events_of_a_run(pipe, request_):
     events = list(run)
     assert [event for event in heard if not isinstance(event, Within)] == events
     assert [type(event) for event in events] == [
-        StageStarted, StageEnded, Conditioned, StageStarted, StageEnded,
+        Note, StageStarted, StageEnded, Conditioned, StageStarted, StageEnded,
         StageStarted, Stepped, Stepped, Stepped, StageEnded,
         StageStarted, Decoded, Decoded, StageEnded,
     ]  # fmt: skip
@@ -42,7 +42,8 @@ def test_events_of_a_run(pipe, request_):
 
 
 def test_events_say_themselves_as_json(pipe, request_):
-    said = [json.loads(json.dumps(event.as_json())) for event in pipe.run(request_)]
+    note, *said = [json.loads(json.dumps(event.as_json())) for event in pipe.run(request_)]
+    assert set(note) == {"event", "text"} and note["event"] == "note"
     assert said[0] == {"event": "stage_started", "name": "conditioning"}
     assert set(said[1]) == {"event", "name", "seconds", "peak_bytes"} and said[1]["event"] == "stage"
     assert said[2] == {"event": "conditioning"}
