@@ -35,6 +35,7 @@ SHOWN = {
     "wan-mlx info cat.mp4": "info nano.folder",
     "wan-mlx smooth cat.mp4": "smooth --help",  # tests/test_interpolation.py runs it
     "wan-mlx completion zsh": "completion zsh",
+    "wan-mlx train clips -o zorb": "train --help",  # tests/test_training_command.py trains
     "wan-mlx info describes it": "info nano.folder/transformer.safetensors",
     "wan-mlx info {}": "info nano.folder",
     "wan-mlx convert SOURCE OUT": "convert nano.folder out --quiet",
