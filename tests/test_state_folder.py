@@ -305,6 +305,7 @@ def test_removed_while_the_run_is_at_work(tmp_path, monkeypatch, capsys, flags, 
     monkeypatch.setattr(of, when, removing)
     assert main([*flags, "--output", str(output)]) == 1
     lines = capsys.readouterr().err.splitlines()
+    assert "learned to draw at" in lines.pop(0)
     assert lines == [f"error: {output}.wan was removed while the run was at work; start anew"]
 
 
