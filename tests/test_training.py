@@ -341,15 +341,17 @@ class TestTraining:
             def save(self, path):
                 asked["path"] = path
 
-        def call(self, prompt, seed):
-            asked.update(prompt=prompt, kept=list(self._kept), loras=self.loras)
+        def call(self, prompt, **how):
+            asked.update(prompt=prompt, kept=list(self._kept), loras=self.loras, how=how)
             return Made()
 
         monkeypatch.setattr(WanPipeline, "__call__", call)
+        monkeypatch.setattr(pipe, "preset", PRESETS["nano"])
         list(training.run())
         assert asked["prompt"] == "a square" and "transformer" in asked["kept"]
         assert asked["path"] == tmp_path / "style" / "samples" / "step-000001-1.mp4"
         assert asked["loras"] == [(training.path, 1.0)] and not pipe.loras
+        assert asked["how"] == {"seed": 0, "steps": 12}  # not nano's form of four steps, which shows less of a LoRA
 
     def test_samples_need_a_model_of_prompts_alone(self, pipe, data, tmp_path, monkeypatch):
         training = Training(pipe, clips_of(data), RECIPE, tmp_path / "style")

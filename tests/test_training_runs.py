@@ -209,7 +209,7 @@ class TestExperts:
             def save(self, path):
                 asked["path"] = path
 
-        def call(self, prompt, seed):
+        def call(self, prompt, **how):
             asked.update(high=[one.loras for one in self.checkpoint.of_kind("transformer")][0], loras=self.loras)
             return Made()
 

@@ -388,6 +388,8 @@ class Training:
         opened, part, folder = self.opened, self.part, self.folder / "samples"
         folder.mkdir(exist_ok=True)
         assert self.newest is not None, "it was kept just now"
+        # Not by a recipe of few steps without guidance, which shows less of a LoRA.
+        how: dict[str, Any] = {"steps": opened.preset.sampling.steps} if opened.preset.recipe else {}
         before, trained = (opened.loras, opened.checkpoint), (self.newest, 1.0)
         set_loras(model, [*opened.loras, *part.loras, trained])
         # Where a video's plan streams otherwise, the model is loaded again, with what stands here.
@@ -400,7 +402,7 @@ class Training:
         try:
             with opened.keeping(part, model):
                 for number, prompt in enumerate(self.sample_prompts, start=1):
-                    video = opened(prompt, seed=self.recipe.seed)
+                    video = opened(prompt, seed=self.recipe.seed, **how)
                     video.save(folder / f"step-{step:06d}-{number}.mp4")
         finally:
             opened.loras, opened.checkpoint = before
