@@ -24,7 +24,7 @@ from ..planning.sizes import Networks, sizes_of
 from ..presets import BUNDLED, PRESETS, Preset
 from ..progress_bars import ProgressBars, is_live
 from ..storage import DRAWN, parse_json
-from ..training import clips_of, sides_of, trainings, with_progress
+from ..training import NAMED, clips_of, sides_of, trainings, with_progress
 from ..training.dataset import DataSet, TrainingClip
 from ..training.estimate import TrainingPlan, plan_training
 from ..training.factors import TARGETS
@@ -47,7 +47,6 @@ examples:
 OURS = {"cache", *SIDES}  # of a run that was killed before its settings were written
 EXAMPLE = "wan-mlx train clips -o zorb"
 LINE_EVERY = 10.0  # seconds, between lines about steps
-NAMED = 5  # notes of a kind that are printed before training
 ABOUT = {
     "rank": "of the LoRA",
     "alpha": "the LoRA counts alpha / rank times (the rank)",
